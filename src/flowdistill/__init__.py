@@ -1,0 +1,43 @@
+"""flowdistill: knowledge distillation for PyTorch image classifiers, from the FSP matrix up.
+
+Everything here is loaded when first used, so that ``import flowdistill`` and the listing commands start at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import methods, models
+    from .api import Result, distill, train
+    from .checks import UserError
+    from .methods.fsp import fsp_loss, fsp_matrix
+    from .taps import Batch, NetSpec, Outputs
+
+_HOMES = {
+    "Result": "api",
+    "distill": "api",
+    "train": "api",
+    "UserError": "checks",
+    "fsp_loss": "methods.fsp",
+    "fsp_matrix": "methods.fsp",
+    "Batch": "taps",
+    "NetSpec": "taps",
+    "Outputs": "taps",
+}
+
+__all__ = ["Batch", "NetSpec", "Outputs", "Result", "UserError", "distill", "fsp_loss", "fsp_matrix", "methods", "models", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name in ("methods", "models"):
+        return importlib.import_module(f".{name}", __name__)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module 'flowdistill' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,5 @@
+"""``python -m flowdistill``."""
+
+from .cli import main
+
+main()

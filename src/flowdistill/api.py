@@ -1,0 +1,118 @@
+"""Python in a few lines: ``train`` a teacher, ``distill`` a student, read the result."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .config import validate
+from .device import resolve_device
+from .ledger import Ledger, Run
+from .report.progress import Bars
+from .runner import Watcher, load_network
+from .runner import run as run_configs
+from .taps import Network
+from .training.checkpoint import hash_weights, save_weights
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        run: its row in the ledger.
+        folder: its files: ``student.safetensors``, ``run.json``, ``predictions.npz``.
+    """
+
+    run: Run
+    folder: Path
+
+    @property
+    def accuracy(self) -> float:
+        """Percent of the test images that the student gets right: last epoch, or the epoch the holdout chose."""
+        assert self.run.accuracy is not None
+        return self.run.accuracy
+
+    def student(self) -> Network:
+        """The trained network, in eval mode on the CPU."""
+        return load_network(self.folder / "student.safetensors")[0]
+
+
+def train(
+    student: str | int | Result | Network,
+    data: str | Mapping[str, Any],
+    *,
+    seed: int = 0,
+    runs: str | os.PathLike[str] = "runs",
+    device: str = "auto",
+    progress: bool = True,
+    **config: Any,
+) -> Result:
+    """Train a network on the labels alone; takes what ``distill`` takes."""
+    return distill(None, student, data, method="base", seed=seed, runs=runs, device=device, progress=progress, **config)
+
+
+def distill(
+    teacher: str | int | Result | Network | None,
+    student: str | int | Result | Network,
+    data: str | Mapping[str, Any],
+    *,
+    method: str = "fsp",
+    seed: int = 0,
+    runs: str | os.PathLike[str] = "runs",
+    device: str = "auto",
+    progress: bool = True,
+    **config: Any,
+) -> Result:
+    """Train a student with a teacher, record the run, and return it. A finished run of the same config is returned at once.
+
+    Args:
+        teacher: a model name (a trained one is then chosen from ``runs``), a run's number, a Result, a weights file, or a network
+            of this package.
+        student: likewise; a name starts from fresh weights, anything else from the weights it has.
+        data: ``digits``, ``cifar10``, ``cifar100``, ``fashion_mnist`` or ``npz:PATH``; or a mapping such as
+            ``{"name": "npz:PATH", "pad": 2, "flip": False}``.
+        method: a method or a composition such as ``at+kd``.
+        seed: decides initial weights, order and augmentation.
+        runs: folder of the ledger.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        progress: bars on stderr.
+        config: further keys of RunConfig as nested mappings (``train={"epochs": 30}, weights={"fsp": 10.0}, split="holdout"``).
+
+    Raises:
+        UserError: an argument that can't be used; one line that says what to do.
+        RuntimeError: the student diverged; the run is recorded as failed.
+    """
+    ledger = Ledger(Path(runs), create=True)
+    parsed = validate(
+        {
+            **config,
+            "student": _reference(student, ledger),
+            "teacher": None if teacher is None else _reference(teacher, ledger),
+            "data": {"name": data} if isinstance(data, str) else data,
+            "method": method,
+            "seed": seed,
+        }
+    )
+    run = run_configs([parsed], ledger, resolve_device(device), watcher=Bars() if progress else Watcher())[0]
+    if run.status != "finished":
+        raise RuntimeError(f"run {run.no} {run.status}: {run.error}")
+    return Result(run, ledger.run_folder(run.no))
+
+
+def _reference(network: str | int | Result | Network, ledger: Ledger) -> str:
+    """A network as a config names it. A module in memory is put into a file beside the runs, so that its run can be repeated."""
+    if isinstance(network, str):
+        return network
+    if isinstance(network, int):
+        return str(network)
+    if isinstance(network, Result):
+        return str(network.run.no) if network.folder.parent == ledger.folder else str(network.folder / "student.safetensors")
+    weights = network.state_dict()
+    path = ledger.folder / "networks" / f"{hash_weights(weights)[:16]}.safetensors"
+    if not path.is_file():
+        save_weights(path, weights, {"model": network.spec.name})
+    return str(path)

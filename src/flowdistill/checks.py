@@ -1,0 +1,38 @@
+"""User mistakes, said in one line: what was given, what is allowed, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. The command line prints it as one line and exits with 2."""
+
+
+def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+    """The end of an error line: ``(did you mean 'x'?)`` where one name is close, else the list of names."""
+    names = list(allowed)
+    close = difflib.get_close_matches(given, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(names)}"
+
+
+def parse_seeds(text: str) -> list[int]:
+    """``'0-2,5'`` -> ``[0, 1, 2, 5]``; ranges include both ends.
+
+    Raises:
+        UserError: not numbers, a range that runs backwards, or a seed given twice.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        try:
+            low, high = int(first), int(last if dash else first)
+        except ValueError:
+            raise UserError(f"--seeds {text!r}: {part.strip()!r} is no seed; write numbers and ranges such as 0-2,5") from None
+        if high < low:
+            raise UserError(f"--seeds {text!r}: the range {part.strip()} runs backwards; write {high}-{low}")
+        seeds.extend(range(low, high + 1))
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds {text!r} names a seed twice; a seed is trained once (use --again to repeat a finished run)")
+    return seeds

@@ -1,0 +1,334 @@
+"""The command line. Thin: it reads options, calls one function, prints. stdout is data, stderr is talk."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from .checks import UserError, did_you_mean, parse_seeds
+from .config import RunConfig, assign, one_line, read_file, validate
+from .env import version
+from .ledger import Ledger
+from .report import pages, tables
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Distil a small network from a large one, measure it, tabulate it.",
+)
+
+
+INTERRUPTED = 130  # what typer makes of Ctrl-C
+
+
+class TableFormat(StrEnum):
+    """How a listing is printed."""
+
+    table = "table"
+    md = "md"
+    csv = "csv"
+    json = "json"
+
+
+class ProtocolName(StrEnum):
+    """Which accuracy a table reads."""
+
+    last = "last"
+    best = "best"
+    holdout = "holdout"
+
+
+class PrecisionName(StrEnum):
+    """Arithmetic of the networks."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the ledger and of every run's files.")]
+FormatOption = Annotated[TableFormat, typer.Option("--format", help="How to print.")]
+DatasetOption = Annotated[str | None, typer.Option(help="digits, cifar10, cifar100, fashion_mnist or npz:PATH.")]
+SeedsOption = Annotated[str | None, typer.Option(help="Such as 0-2,5; both ends included.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+EpochsOption = Annotated[int | None, typer.Option(help="Epochs (of the task phase, where a method trains in stages).")]
+LrOption = Annotated[float | None, typer.Option(help="Base learning rate.")]
+BatchSizeOption = Annotated[int | None, typer.Option(help="Images a step.")]
+PrecisionOption = Annotated[PrecisionName | None, typer.Option(help="auto: bf16 where the GPU has it, else fp32.")]
+HoldoutOption = Annotated[bool, typer.Option("--holdout", help="Keep a tenth of train out; it chooses the epoch, test is read once.")]
+DeterministicOption = Annotated[bool, typer.Option("--deterministic", help="Only operations that repeat bit for bit.")]
+AgainOption = Annotated[bool, typer.Option("--again", help="Train even what the ledger has already.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config, the taps and a time estimate; train nothing.")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML, or the run.json of a run; options given here win.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Any key, such as options.fsp.pool=avg or weights.at=20.")]
+
+
+def main() -> None:
+    """Run the command line: 0 done, 1 a run failed, 2 a user's mistake in one line, 130 interrupted."""
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        sys.exit(_mistake(str(error)))
+    except ValidationError as error:
+        sys.exit(_mistake(one_line(error, RunConfig)))
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # not a usage error of the parser: a bug, shown whole
+            raise
+        sys.exit(_mistake(f"{error.format_message()} (flowdistill --help)"))
+    if code == INTERRUPTED:
+        print("interrupted; finished runs are kept (flowdistill runs lists all)", file=sys.stderr)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _mistake(line: str) -> int:
+    print(f"flowdistill: {' '.join(line.split())}", file=sys.stderr)
+    return 2
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(version())
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version_: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None: ...
+
+
+def _launch(
+    chosen: dict[str, Any],
+    methods: str | None,
+    *,
+    dataset: DatasetOption = None,
+    seeds: SeedsOption = None,
+    epochs: EpochsOption = None,
+    lr: LrOption = None,
+    batch_size: BatchSizeOption = None,
+    precision: PrecisionOption = None,
+    device: DeviceOption = "auto",
+    deterministic: DeterministicOption = False,
+    holdout: HoldoutOption = False,
+    again: AgainOption = False,
+    dry_run: DryRunOption = False,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    runs: RunsOption = Path("runs"),
+) -> int:
+    """Train what the options describe: one run for each method and seed."""
+    from .device import resolve_device
+    from .report.progress import Bars
+    from .runner import dry_run as preview
+    from .runner import run
+
+    chosen |= {"data.name": dataset, "train.epochs": epochs, "train.lr": lr, "train.batch_size": batch_size}
+    chosen |= {"train.precision": precision.value if precision else None, "split": "holdout" if holdout else None}
+    values = _values(config, set_, chosen)
+    names = [name.strip() for name in (methods or str(values.get("method", "fsp"))).split(",")]
+    configs = [parsed for share in _for_methods(values, names) for parsed in _seeded(share, seeds)]
+    where, ledger = resolve_device(device), Ledger(runs, create=True)
+    if dry_run:
+        print(json.dumps(preview(configs, ledger, where), indent=2))
+        return 0
+    done = run(configs, ledger, where, deterministic=deterministic, again=again, watcher=Bars())
+    print(pages.runs_list(done, "table"))
+    return 1 if any(result.status != "finished" for result in done) else 0
+
+
+def _training_command(command: Callable[..., int]) -> Callable[..., int]:
+    """A command with options of its own, and those of every training, which it hands to ``_launch``."""
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    shared = [p for p in inspect.signature(_launch, eval_str=True).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own, *shared)]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return app.command()(command)
+
+
+@_training_command
+def train(model: Annotated[str | None, typer.Option(help="A model's name; flowdistill models lists them.")] = None, **shared: Any) -> int:
+    """Train networks on the labels alone: teachers and baselines."""
+    return _launch({"student": model}, "base", **shared)
+
+
+@_training_command
+def distill(
+    method: Annotated[str | None, typer.Option(help="Methods, with + for a composition and commas between runs: base,fsp,at+kd.")] = None,
+    student: Annotated[str | None, typer.Option(help="Model name, run number, weights file or MODEL@FILE.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Likewise; by name, a trained one is chosen from the ledger.")] = None,
+    **shared: Any,
+) -> int:
+    """Train students with a teacher: one run for each method and seed."""
+    return _launch({"student": student, "teacher": teacher}, method, **shared)
+
+
+def _values(config: Path | None, assignments: Sequence[str] | None, chosen: dict[str, Any]) -> dict[str, Any]:
+    """A config file, overridden by --set, overridden by the options that were given."""
+    values = read_file(config) if config else {}
+    for assignment in assignments or ():
+        assign(values, assignment)
+    for key, value in chosen.items():
+        if value is not None:
+            *path, last = key.split(".")
+            inner = values
+            for part in path:
+                inner = inner.setdefault(part, {})
+            inner[last] = value
+    return values
+
+
+def _for_methods(values: dict[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The values of each method's runs: of several methods trained by one command, each takes the options and weights it has.
+
+    Raises:
+        UserError: an option or weight that none of them has.
+    """
+    if len(names) == 1:
+        return [values | {"method": names[0]}]
+    from .methods import parts
+
+    classes = [parts(name) for name in names]
+    taken = {
+        "options": [{cls.name for cls in group} for group in classes],
+        "weights": [{"task", *(term for cls in group for term in cls.terms)} for group in classes],
+    }
+    shares = [values | {"method": name} for name in names]
+    for key, allowed in taken.items():
+        given = values.get(key, {})
+        unknown = [name for name in given if not any(name in own for own in allowed)]
+        if unknown:
+            raise UserError(
+                f"{key}.{unknown[0]}: none of {', '.join(names)} has it; {did_you_mean(unknown[0], sorted(set().union(*allowed)))}"
+            )
+        for share, own in zip(shares, allowed, strict=True):
+            share[key] = {name: value for name, value in given.items() if name in own}
+    return shares
+
+
+def _seeded(values: dict[str, Any], seeds: str | None) -> list[RunConfig]:
+    if seeds is None:
+        return [validate(values)]
+    return [validate(values | {"seed": seed}) for seed in parse_seeds(seeds)]
+
+
+@app.command()
+def demo(
+    runs: Annotated[Path | None, typer.Option("--runs", help="Keep the runs in this folder; else a fresh temporary one.")] = None,
+    format_: FormatOption = TableFormat.md,
+) -> int:
+    """The main job on real digits in about a minute: a teacher, students alone, with AT and with FSP; then the tables."""
+    from .demo import demo as run_demo
+
+    print(run_demo(runs, format_.value))
+    return 0
+
+
+@app.command()
+def table(
+    summary: Annotated[bool, typer.Option("--summary", help="One row a method: mean, spread, difference to base.")] = False,
+    protocol: Annotated[
+        ProtocolName, typer.Option(help="Which accuracy: last epoch, best on test, or the holdout's choice.")
+    ] = ProtocolName.last,
+    method: Annotated[str | None, typer.Option(help="Only this method.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Only this data set.")] = None,
+    student: Annotated[str | None, typer.Option(help="Only this student.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Only this teacher, - for none.")] = None,
+    format_: FormatOption = TableFormat.md,
+    runs: RunsOption = Path("runs"),
+) -> int:
+    """The log of finished runs, or their summary."""
+    wanted = {"method": method, "dataset": dataset, "student": student, "teacher": teacher}
+    found = Ledger(runs).runs(**{key: value for key, value in wanted.items() if value is not None})
+    make = tables.summary_table if summary else tables.log_table
+    if not any(tables.read(run, protocol.value) for run in found) and format_.value in ("table", "md"):
+        print(f"no finished runs here for --protocol {protocol.value} and these filters; flowdistill runs lists all", file=sys.stderr)
+        return 0
+    print(make(found, protocol.value, format_.value))
+    return 0
+
+
+@app.command("runs")
+def runs_(format_: FormatOption = TableFormat.table, runs: RunsOption = Path("runs")) -> int:
+    """Every run of the ledger, whatever became of it."""
+    print(pages.runs_list(Ledger(runs).runs(), format_.value))
+    return 0
+
+
+@app.command()
+def show(
+    run: Annotated[int, typer.Argument(help="A run's number.")],
+    format_: FormatOption = TableFormat.table,
+    runs: RunsOption = Path("runs"),
+) -> int:
+    """One run: its config, its curve, what it was made with."""
+    ledger = Ledger(runs)
+    print(pages.run_page(ledger.run(run), ledger.epochs(run), format_.value))
+    return 0
+
+
+@app.command()
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="RUN|FILE", help="A run's number or a student's file.")],
+    dataset: Annotated[str | None, typer.Option(help="Other data than it was trained on.")] = None,
+    precision: Annotated[PrecisionName | None, typer.Option(help="Other precision than it was trained in.")] = None,
+    device: DeviceOption = "auto",
+    format_: FormatOption = TableFormat.table,
+    runs: RunsOption = Path("runs"),
+) -> int:
+    """Measure a student again, from its file alone."""
+    from .device import resolve_device
+    from .runner import evaluate as measure
+    from .runner.evaluate import weights_path
+
+    path = weights_path(target, Ledger(runs) if target.isdecimal() else None)
+    measured = measure(path, resolve_device(device), dataset=dataset, precision=precision.value if precision else None)
+    print(tables.render([measured._asdict()], format_.value, measured._fields))
+    return 0
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method: its options, defaults and paper.")] = None,
+    format_: FormatOption = TableFormat.table,
+) -> int:
+    """The distillation methods there are."""
+    from .methods import METHODS, get
+
+    print(pages.method_card(get(name), format_.value) if name else pages.methods_list([METHODS[key] for key in METHODS], format_.value))
+    return 0
+
+
+@app.command()
+def models(format_: FormatOption = TableFormat.table) -> int:
+    """The networks there are."""
+    from .models import MODELS
+
+    print(tables.render([{"name": name, "about": MODELS[name].about} for name in MODELS], format_.value, ("name", "about")))
+    return 0
+
+
+@app.command()
+def datasets(format_: FormatOption = TableFormat.table) -> int:
+    """The data sets there are."""
+    from .data.sources import SOURCES
+
+    rows = [{"name": name, "about": SOURCES[name].about} for name in SOURCES]
+    rows.append({"name": "npz:PATH", "about": "your images: x_train, y_train, x_test, y_test; uint8 NHWC or NHW, labels from 0"})
+    print(tables.render(rows, format_.value, ("name", "about")))
+    return 0

@@ -1,0 +1,144 @@
+"""RunConfig: everything that decides a run's numbers, validated, frozen, and free of torch."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .checks import UserError, did_you_mean
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class Frozen(BaseModel):
+    """Base of every config: immutable, unknown keys refused, infinities refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataConfig(Frozen):
+    """Which images. ``pad`` and ``flip`` left out take the data set's own habit (``flowdistill datasets`` shows it)."""
+
+    name: str = "cifar10"
+    root: Path = Path("data")  # where torchvision keeps its downloads
+    pad: int | None = Field(None, ge=0)  # pixels of reflected border for the random crop
+    flip: bool | None = None  # random horizontal flip
+
+
+class TrainConfig(Frozen):
+    """The recipe. Defaults: the reference log's, which are He et al. 2016's up to weight decay on all parameters."""
+
+    epochs: int = Field(200, ge=1)  # reference log; He et al. 2016, section 4.2: 64k iterations, about 164 epochs
+    batch_size: int = Field(128, ge=1)  # He et al. 2016, section 4.2
+    lr: float = Field(0.1, gt=0)  # He et al. 2016, section 4.2
+    momentum: float = Field(0.9, ge=0, lt=1)  # He et al. 2016, section 4.2
+    weight_decay: float = Field(1e-4, ge=0)  # He et al. 2016, section 4.2
+    nesterov: bool = False  # reference log: off (KD-Zoo: on)
+    schedule: Literal["step", "cosine", "one-cycle"] = "step"  # step: x 0.1 at 50 % and 75 %, reference log
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+
+
+class RunConfig(Frozen):
+    """One run: one student trained once.
+
+    ``student`` and ``teacher`` are a model name (``resnet20``), a run's number (``12``), a weights file (``FILE``, if its
+    metadata name the model) or ``resnet20@FILE``. ``weights`` holds the factor of each loss term; terms left out take the
+    method's default.
+    """
+
+    student: str = "resnet20"
+    teacher: str | None = None
+    seed: int = Field(0, ge=0)
+    split: Literal["full", "holdout"] = "full"
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    method: str = "base"
+    options: dict[str, dict[str, Any]] = {}
+    weights: dict[str, float] = {}
+
+
+def validate(values: Mapping[str, Any]) -> RunConfig:
+    """A RunConfig from plain values.
+
+    Raises:
+        UserError: an unknown key, or a value out of range; the first mistake, in one line.
+    """
+    return parse_as(RunConfig, values)
+
+
+def parse_as(model: type[M], values: Mapping[str, Any], where: str = "") -> M:
+    """Validate ``values`` as ``model``, and turn pydantic's report into one line. ``where`` is put before the key."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise UserError(one_line(error, model, where)) from None
+
+
+def one_line(error: ValidationError, model: type[BaseModel], where: str = "") -> str:
+    """The first mistake of a pydantic report: key, what came, what is allowed."""
+    first = error.errors(include_url=False)[0]
+    path = [str(part) for part in first["loc"]]
+    key = where + ".".join(path)
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key!r}: {did_you_mean(path[-1], _fields(model, path[:-1]))}"
+    message = str(first.get("ctx", {}).get("error") or first["msg"])
+    return f"{key}={first['input']!r}: {message[0].lower() + message[1:]}" if key else message
+
+
+def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        inner = model.model_fields[part].annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        model = inner
+    return list(model.model_fields)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The values of a TOML file, or of the JSON that a run saved (``run.json``, whose ``config`` is taken).
+
+    Raises:
+        UserError: the file is missing, or is neither TOML nor JSON.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read as text ({_reason(error)})") from None
+    try:
+        values = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"--config {path}: neither TOML nor JSON ({error})") from None
+    config = values.get("config", values)
+    if not isinstance(config, dict):
+        raise UserError(f"--config {path}: 'config' must be a table of keys, not {type(config).__name__}")
+    return config
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else "not UTF-8"
+
+
+def assign(values: dict[str, Any], assignment: str) -> None:
+    """Apply one ``a.b=c`` to nested ``values``. ``c`` is read as TOML (numbers, true, lists), else as a string.
+
+    Raises:
+        UserError: no ``=``, an empty key, or a key below something that is no table.
+    """
+    key, equals, raw = assignment.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(f"--set {assignment!r}: write key=value, such as train.lr=0.05 or options.fsp.pool=avg")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    for part in parts[:-1]:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--set {assignment!r}: {part!r} is a single value and has no keys below it")
+    values[parts[-1]] = value

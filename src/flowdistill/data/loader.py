@@ -1,0 +1,111 @@
+"""From a data set to normalised batches: the split, the tensors on the device, and one stream of batches a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checks import UserError
+from ..taps import Batch
+from .augment import Draws, crop_and_flip, draw_epoch, reflect_pad
+from .sources import ImageData, Labels
+
+HOLDOUT_PART = 10  # a tenth of each class is held out
+HOLDOUT_SEED = 0  # fixed: every holdout run of a data set keeps the same images out
+
+
+def holdout_positions(labels: Labels) -> Labels:
+    """Positions of the held-out tenth of a training set: of each class the same share, the same for every run."""
+    chance = np.random.default_rng(HOLDOUT_SEED)
+    kept_out = []
+    for label in np.unique(labels):
+        positions = np.flatnonzero(labels == label)
+        kept_out.append(chance.permutation(positions)[: round(len(positions) / HOLDOUT_PART)])
+    return np.sort(np.concatenate(kept_out)).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """(pixel/255 - mean) / std, a channel at a time; mean and std are those of the images trained on, in 0..1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, images: Tensor) -> Normalisation:
+        """Statistics of uint8 images [N, H, W, C]."""
+        counts = torch.stack([torch.bincount(images[..., c].flatten(), minlength=256) for c in range(images.shape[-1])]).double()
+        values = torch.arange(256, dtype=torch.float64) / 255
+        mean = counts @ values / counts.sum(1)
+        variance = counts @ values.square() / counts.sum(1) - mean.square()
+        std = variance.clamp_min(1e-12).sqrt()  # a channel of one value stays finite
+        return cls(tuple(mean.tolist()), tuple(std.tolist()))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 [N, H, W, C] -> float32 [N, C, H, W] in channels_last memory."""
+        scale = torch.tensor([1 / (255 * s) for s in self.std], device=images.device)
+        shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)], device=images.device)
+        return images.to(torch.float32).mul_(scale).add_(shift).permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images uint8 [N, H, W, C] and labels [N] to measure accuracy on, on the device."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class DeviceData:
+    """One data set under one split, on the device: shared by all streams of a cohort.
+
+    Attributes:
+        padded: uint8 [n, H+2p, W+2p, C] training images.
+        labels: [n] their labels.
+        test: the test images.
+        curve: what every epoch is measured on: ``test`` of a full run, the held-out tenth of a holdout run.
+        normalise: from the images trained on.
+    """
+
+    def __init__(self, data: ImageData, split: str, device: torch.device) -> None:
+        self.spec, self.pad, self.flip, self.device = data.spec, data.pad, data.flip, device
+        held_out = holdout_positions(data.y_train) if split == "holdout" else np.empty(0, np.int64)
+        trained = np.setdiff1d(np.arange(len(data.y_train)), held_out)
+        images, labels = torch.from_numpy(data.x_train), torch.from_numpy(data.y_train)
+        self.normalise = Normalisation.of(images[trained])
+        self.padded = reflect_pad(images[trained].to(device), data.pad)
+        self.labels = labels[trained].to(device)
+        self.test = Labelled(torch.from_numpy(data.x_test).to(device), torch.from_numpy(data.y_test).to(device))
+        self.curve = Labelled(images[held_out].to(device), labels[held_out].to(device)) if split == "holdout" else self.test
+        if not len(self.curve.labels):
+            raise UserError(f"--holdout: a tenth of each class of {data.name} is no image; give it at least 5 images a class")
+
+
+class Stream:
+    """The batches of one seed: every student of that seed sees the same images in the same order, cropped alike."""
+
+    def __init__(self, data: DeviceData, seed: int, batch_size: int) -> None:
+        self.data, self.seed, self.batch_size = data, seed, batch_size
+        self.steps = len(data.labels) // batch_size  # the last partial batch is dropped
+        if self.steps == 0:
+            raise UserError(f"train.batch_size={batch_size} is more than the {len(data.labels)} training images; set --batch-size lower")
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Batch]]:
+        """The epoch's batches: images float32 [B, C, H, W] and what the step knows beside them."""
+        draws = draw_epoch(
+            len(self.data.labels), pad=self.data.pad, flip=self.data.flip, seed=self.seed, epoch=epoch, device=self.data.device
+        )
+        for step in range(self.steps):
+            yield self.batch(draws, step, epoch)
+
+    def batch(self, draws: Draws, step: int, epoch: int) -> tuple[Tensor, Batch]:
+        """One batch of an epoch that was drawn."""
+        shown = slice(step * self.batch_size, (step + 1) * self.batch_size)
+        indices = draws.order[shown]
+        size = (self.data.spec.height, self.data.spec.width)
+        images = crop_and_flip(self.data.padded, indices, draws.rows[shown], draws.columns[shown], draws.flips[shown], size)
+        return self.data.normalise(images), Batch(self.data.labels[indices], indices, epoch)

@@ -1,0 +1,190 @@
+"""Data sets by name: ``digits``, ``cifar10``, ``cifar100``, ``fashion_mnist`` and ``npz:PATH``."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..checks import UserError, did_you_mean
+from ..config import DataConfig
+from ..registry import Registry
+from ..taps import DataSpec
+
+Images = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
+NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A classification data set in memory.
+
+    Attributes:
+        name: as tables print it.
+        x_train, x_test: uint8 [N, H, W, C].
+        y_train, y_test: int64 [N], classes 0 to K-1.
+        classes: K.
+        pad: pixels of reflected border that the random crop moves in.
+        flip: whether training images are mirrored at random.
+    """
+
+    name: str
+    x_train: Images
+    y_train: Labels
+    x_test: Images
+    y_test: Labels
+    classes: int
+    pad: int = 4
+    flip: bool = True
+
+    @property
+    def spec(self) -> DataSpec:
+        """The sizes, without the images."""
+        n, height, width, channels = self.x_train.shape
+        return DataSpec(self.name, n, self.classes, channels, height, width)
+
+    def hash(self) -> str:
+        """SHA-256 over every image and label: two runs with one hash saw the same data."""
+        digest = hashlib.sha256()
+        for array in (self.x_train, self.y_train, self.x_test, self.y_test):
+            digest.update(f"{array.dtype}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Source:
+    """A named data set that can be loaded: ``read(root)`` gives the images, ``about`` one line for listings."""
+
+    read: Callable[[Path], ImageData]
+    about: str
+
+
+SOURCES: Registry[Source] = Registry("data set")
+
+
+def load(config: DataConfig) -> ImageData:
+    """The data that a config names, with its own crop padding and flip where the config says so.
+
+    Raises:
+        UserError: unknown name, file missing or not valid, no network; in one line.
+    """
+    if config.name.startswith("npz:"):
+        data = read_npz(Path(config.name.removeprefix("npz:")).expanduser())
+    elif config.name in SOURCES:
+        data = SOURCES[config.name].read(config.root.expanduser())
+    else:
+        raise UserError(f"unknown data set {config.name!r}: {did_you_mean(config.name, [*SOURCES, 'npz:PATH'])}")
+    pad = data.pad if config.pad is None else config.pad
+    smallest = min(data.spec.height, data.spec.width)
+    if pad >= smallest:
+        raise UserError(f"data.pad={pad}: reflection needs less than the image's {smallest} pixels; set data.pad lower")
+    return replace(data, pad=pad, flip=data.flip if config.flip is None else config.flip)
+
+
+def _read_digits(_: Path) -> ImageData:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    small = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
+    images, labels = _enlarge(small, 16)[..., None], bunch.target.astype(np.int64)
+    half = len(images) // 2
+    return ImageData("digits", images[:half], labels[:half], images[half:], labels[half:], 10, pad=2, flip=False)
+
+
+def _enlarge(images: Images, size: int) -> Images:
+    from PIL import Image
+
+    return np.stack([np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)) for image in images])
+
+
+def _torchvision_reader(name: str, class_name: str, classes: int) -> Callable[[Path], ImageData]:
+    def read(root: Path) -> ImageData:
+        import torchvision.datasets
+
+        dataset = getattr(torchvision.datasets, class_name)
+        parts = []
+        for train in (True, False):
+            try:
+                part = dataset(str(root), train=train, download=True)
+            except (OSError, RuntimeError) as error:
+                first = str(error).splitlines()[0]
+                raise UserError(
+                    f"{name} is not in {root} and could not be downloaded ({first}); connect to the network, copy torchvision's "
+                    f"files there, or use --dataset npz:PATH"
+                ) from None
+            images = np.asarray(part.data)
+            parts.append((images[..., None] if images.ndim == 3 else images, np.asarray(part.targets, dtype=np.int64)))
+        (x_train, y_train), (x_test, y_test) = parts
+        return ImageData(name, x_train, y_train, x_test, y_test, classes)
+
+    return read
+
+
+def _register(name: str, read: Callable[[Path], ImageData], about: str) -> None:
+    SOURCES.register(name)(Source(read, about))
+
+
+_register("digits", _read_digits, "scikit-learn's 1,797 digits, 8x8 enlarged to 16x16; first 898 train, last 899 test; offline")
+_register("cifar10", _torchvision_reader("cifar10", "CIFAR10", 10), "50,000 + 10,000 colour images 32x32, torchvision's download")
+_register("cifar100", _torchvision_reader("cifar100", "CIFAR100", 100), "50,000 + 10,000 colour images 32x32, torchvision's download")
+_register(
+    "fashion_mnist",
+    _torchvision_reader("fashion_mnist", "FashionMNIST", 10),
+    "60,000 + 10,000 grey images 28x28, torchvision's download",
+)
+
+
+def read_npz(path: Path) -> ImageData:
+    """A ``.npz`` with ``x_train, y_train, x_test, y_test``: images uint8 NHWC or NHW, integer labels from 0.
+
+    Raises:
+        UserError: the file is missing or no npz, a key is missing, a dtype, shape, length or label is wrong, or a class has
+            no training image.
+    """
+    if not path.is_file():
+        raise UserError(f"npz:{path}: no such file")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names, arrays = sorted(archive), {key: archive[key] for key in NPZ_KEYS if key in archive}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, TypeError, AttributeError) as error:
+        raise UserError(f"npz:{path}: not a readable npz file without pickled objects ({str(error).splitlines()[0]})") from None
+    missing = [key for key in NPZ_KEYS if key not in arrays]
+    if missing:
+        raise UserError(f"npz:{path}: key {missing[0]!r} is missing; it has {names}, needs {list(NPZ_KEYS)}")
+    images = {key: _checked_images(path, key, arrays[key]) for key in ("x_train", "x_test")}
+    if images["x_train"].shape[1:] != images["x_test"].shape[1:]:
+        raise UserError(f"npz:{path}: x_train is {images['x_train'].shape[1:]} an image, x_test {images['x_test'].shape[1:]}")
+    labels = {key: _checked_labels(path, key, arrays[key], len(images[f"x_{key[2:]}"])) for key in ("y_train", "y_test")}
+    classes = int(labels["y_train"].max()) + 1
+    empty = sorted(set(range(classes)) - set(labels["y_train"].tolist()))
+    if empty:
+        raise UserError(f"npz:{path}: class {empty[0]} has no training image; labels must be 0 to K-1 with every class present")
+    if labels["y_test"].max() >= classes:
+        raise UserError(f"npz:{path}: y_test has label {labels['y_test'].max()}, but y_train ends at {classes - 1}")
+    return ImageData(path.stem, images["x_train"], labels["y_train"], images["x_test"], labels["y_test"], classes)
+
+
+def _checked_images(path: Path, key: str, array: npt.NDArray[Any]) -> Images:
+    if array.dtype != np.uint8:
+        raise UserError(f"npz:{path}: {key} is {array.dtype}, must be uint8 (0 to 255)")
+    if array.ndim not in (3, 4) or 0 in array.shape:
+        raise UserError(f"npz:{path}: {key} has shape {array.shape}, must be [N, H, W, C] or [N, H, W], none of them 0")
+    return array if array.ndim == 4 else array[..., None]
+
+
+def _checked_labels(path: Path, key: str, array: npt.NDArray[Any], images: int) -> Labels:
+    if not np.issubdtype(array.dtype, np.integer) or array.ndim != 1:
+        raise UserError(f"npz:{path}: {key} is {array.dtype} {array.shape}, must be integers [N]")
+    if len(array) != images:
+        raise UserError(f"npz:{path}: {key} has {len(array)} labels for {images} images")
+    if array.min() < 0:
+        raise UserError(f"npz:{path}: {key} has label {array.min()}; labels start at 0")
+    return array.astype(np.int64)

@@ -1,0 +1,95 @@
+"""Which device and which precision a run uses, and what memory it took."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from itertools import pairwise
+from typing import Literal
+
+import torch
+
+from .checks import UserError
+
+Precision = Literal["bf16", "fp32"]
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` -> the best device of this machine; a name -> that device.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {name!r} is not available here; use auto, cpu, cuda or mps") from None
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> Precision:
+    """``auto`` is bf16 on a GPU that computes it, float32 elsewhere."""
+    if name == "auto":
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if name == "bf16" else "fp32"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that PyTorch held on a GPU, or the largest resident size of this process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def describe(device: torch.device) -> str:
+    """The device as tables and reports name it: ``cpu (2 threads)`` or the GPU's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)"
+
+
+class Stopwatch:
+    """Two laps in seconds. On a GPU they are taken by events, so that nothing waits for the device until ``stop``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks = [self._mark()]
+
+    def _mark(self) -> float | torch.cuda.Event:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def lap(self) -> None:
+        """The first lap ends."""
+        self._marks.append(self._mark())
+
+    def stop(self) -> tuple[float, float]:
+        """The second lap ends; both in seconds."""
+        self.lap()
+        synchronize(self._device)
+        first, second = (_between(a, b) for a, b in pairwise(self._marks))
+        return first, second
+
+
+def _between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        return float(start.elapsed_time(end)) / 1000
+    assert isinstance(start, float)
+    assert isinstance(end, float)
+    return end - start

@@ -1,0 +1,25 @@
+"""What a run was made with: versions and machine, read without importing torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+
+PACKAGES = ("flowdistill", "torch", "torchvision", "numpy")
+
+
+def version() -> str:
+    """This package's version."""
+    return metadata.version("flowdistill")
+
+
+def versions() -> dict[str, str]:
+    """Python, the platform and the packages that can change a number."""
+    found = {"python": platform.python_version(), "platform": platform.platform(), "cores": str(os.cpu_count())}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,284 @@
+"""The ledger: one SQLite row a run, one an epoch. Torch-free, so that listing is instant."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .checks import UserError
+
+BUSY_SECONDS = 30
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        """
+    CREATE TABLE runs (
+        no INTEGER PRIMARY KEY AUTOINCREMENT,
+        status TEXT NOT NULL,             -- running, finished, failed, interrupted
+        error TEXT NOT NULL DEFAULT '',
+        method TEXT NOT NULL,
+        variant TEXT NOT NULL,            -- preset, options and weights that differ from the defaults
+        dataset TEXT NOT NULL,
+        data_hash TEXT NOT NULL,
+        student TEXT NOT NULL,
+        teacher TEXT NOT NULL,            -- model, '-' for none
+        teacher_run INTEGER,              -- NULL for none or a file
+        teacher_fingerprint TEXT NOT NULL,
+        teacher_accuracy REAL,            -- percent, measured before training on what the curve is measured on
+        seed INTEGER NOT NULL,
+        split TEXT NOT NULL,              -- full or holdout
+        fingerprint TEXT NOT NULL,        -- what the numbers depend on, without the seed
+        config TEXT NOT NULL,             -- resolved RunConfig, JSON
+        nepoch INTEGER NOT NULL,          -- of all phases
+        lr REAL NOT NULL,
+        batch_size INTEGER NOT NULL,
+        precision TEXT NOT NULL,
+        device TEXT NOT NULL,
+        engine TEXT NOT NULL,
+        deterministic INTEGER NOT NULL,
+        cohort_size INTEGER NOT NULL,     -- students trained together with this one, itself included
+        init_hash TEXT NOT NULL,          -- of the initial weights
+        parameters INTEGER NOT NULL,
+        versions TEXT NOT NULL,           -- JSON
+        started TEXT NOT NULL,            -- local time, ISO 8601
+        finished TEXT,
+        epoch INTEGER,                    -- of the weights that ship
+        correct INTEGER,                  -- test images they get right
+        images INTEGER,                   -- test images
+        best_epoch INTEGER,               -- full runs: best epoch on test, earliest on ties
+        best_correct INTEGER,
+        setup_seconds REAL,               -- of the cohort
+        train_seconds REAL,               -- this run's equal share of the cohort's
+        eval_seconds REAL,                -- likewise
+        images_per_second REAL,           -- training images over train_seconds
+        peak_memory INTEGER,              -- bytes, of the process or GPU
+        weights_hash TEXT
+    )
+    """,
+        "CREATE INDEX runs_by_fingerprint ON runs (fingerprint, seed)",
+        """
+    CREATE TABLE epochs (
+        run INTEGER NOT NULL REFERENCES runs (no),
+        epoch INTEGER NOT NULL,           -- 1-based over all phases
+        phase TEXT NOT NULL,
+        lr REAL NOT NULL,
+        terms TEXT NOT NULL,              -- mean of each unweighted term, JSON
+        correct INTEGER,                  -- on test (full) or on the held-out images (holdout); NULL when diverged
+        images INTEGER NOT NULL,
+        seconds REAL NOT NULL,            -- of the cohort
+        PRIMARY KEY (run, epoch)
+    )
+    """,
+    ),
+)
+"""One tuple of statements for each version of the schema; a shipped one is never edited."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row of the ledger; the columns are explained in the schema above."""
+
+    no: int
+    status: str
+    error: str
+    method: str
+    variant: str
+    dataset: str
+    data_hash: str
+    student: str
+    teacher: str
+    teacher_run: int | None
+    teacher_fingerprint: str
+    teacher_accuracy: float | None
+    seed: int
+    split: str
+    fingerprint: str
+    config: dict[str, Any]
+    nepoch: int
+    lr: float
+    batch_size: int
+    precision: str
+    device: str
+    engine: str
+    deterministic: int
+    cohort_size: int
+    init_hash: str
+    parameters: int
+    versions: dict[str, str]
+    started: str
+    finished: str | None
+    epoch: int | None
+    correct: int | None
+    images: int | None
+    best_epoch: int | None
+    best_correct: int | None
+    setup_seconds: float | None
+    train_seconds: float | None
+    eval_seconds: float | None
+    images_per_second: float | None
+    peak_memory: int | None
+    weights_hash: str | None
+
+    @property
+    def accuracy(self) -> float | None:
+        """Percent of the test images that the shipped weights get right."""
+        return None if self.correct is None or not self.images else 100 * self.correct / self.images
+
+
+COLUMNS = tuple(field.name for field in fields(Run))
+JSON_COLUMNS = ("config", "versions")
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch of a run."""
+
+    epoch: int
+    phase: str
+    lr: float
+    terms: dict[str, float]
+    correct: int | None
+    images: int
+    seconds: float
+
+
+class Ledger:
+    """The runs below one folder: ``ledger.db`` and a folder for each run's files."""
+
+    def __init__(self, folder: Path, *, create: bool = False) -> None:
+        """Open the ledger of a folder. With ``create`` there need be none yet: the first run that registers makes it.
+
+        Raises:
+            UserError: there is none and ``create`` is False, or the file is no ledger, or a newer version made it.
+        """
+        self.folder, self.path = folder, folder / "ledger.db"
+        if self.path.is_file():
+            self._open()
+        elif not create:
+            raise UserError(f"no ledger in {folder}: train something first (flowdistill demo), or name its folder with --runs")
+        else:
+            self._db = _connect(":memory:")
+            self._migrate()
+
+    def _open(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._db = _connect(self.path)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._migrate()
+        except (sqlite3.DatabaseError, OSError) as error:
+            raise UserError(f"{self.path} cannot be used as a ledger ({error}); name another folder with --runs") from None
+
+    def _migrate(self) -> None:
+        if self._version() == len(MIGRATIONS):
+            return
+        with self._write():
+            version = self._version()
+            if version > len(MIGRATIONS):
+                raise UserError(f"{self.path} was made by a newer flowdistill (schema {version}); upgrade this one")
+            for statements in MIGRATIONS[version:]:
+                for statement in statements:
+                    self._db.execute(statement)
+            self._db.execute(f"PRAGMA user_version={len(MIGRATIONS)}")
+
+    def _version(self) -> int:
+        return int(self._db.execute("PRAGMA user_version").fetchone()[0])
+
+    @contextmanager
+    def _write(self) -> Iterator[None]:
+        """One transaction that takes the write lock at once: a deferred one fails when another writer comes between."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    def run_folder(self, no: int) -> Path:
+        """Where a run's files lie."""
+        return self.folder / str(no)
+
+    def register(self, rows: Iterable[Mapping[str, Any]]) -> list[int]:
+        """Enter new runs as running, all or none; their numbers, in order."""
+        if not self.path.is_file():
+            self._open()
+        numbers = []
+        with self._write():
+            for row in rows:
+                cursor = self._db.execute(*_insert("runs", {"status": "running", **row}))
+                assert cursor.lastrowid is not None
+                numbers.append(cursor.lastrowid)
+        return numbers
+
+    def add_epochs(self, epochs: Mapping[int, Epoch]) -> None:
+        """One epoch of each of these runs, by number, in one transaction."""
+        with self._write():
+            for no, epoch in epochs.items():
+                self._db.execute(*_insert("epochs", {"run": no, **vars(epoch)}))
+
+    def update(self, no: int, **values: Any) -> None:
+        """Set columns of a run."""
+        assignments = ", ".join(f"{column} = :{column}" for column in values)
+        with self._write():
+            self._db.execute(f"UPDATE runs SET {assignments} WHERE no = :no", {**_encoded(values), "no": no})
+
+    def runs(self, **equal: Any) -> list[Run]:
+        """Runs whose columns have these values, by number."""
+        where = " AND ".join(f"{column} = :{column}" for column in equal) or "1"
+        rows = self._db.execute(f"SELECT * FROM runs WHERE {where} ORDER BY no", equal)
+        return [_run(row) for row in rows]
+
+    def run(self, no: int) -> Run:
+        """One run.
+
+        Raises:
+            UserError: no such number.
+        """
+        found = self.runs(no=no)
+        if not found:
+            last = self._db.execute("SELECT max(no) FROM runs").fetchone()[0]
+            what = f"the last is {last}" if last else "it has no runs yet"
+            raise UserError(f"no run {no} in {self.path}: {what}; flowdistill runs lists them")
+        return found[0]
+
+    def epochs(self, no: int) -> list[Epoch]:
+        """A run's curve."""
+        rows = self._db.execute("SELECT * FROM epochs WHERE run = ? ORDER BY epoch", (no,))
+        return [
+            Epoch(**{**{k: row[k] for k in row.keys() if k != "run"}, "terms": json.loads(row["terms"])})  # noqa: SIM118
+            for row in rows
+        ]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+
+def newest(runs: Iterable[Run]) -> list[Run]:
+    """Of runs that repeat one fingerprint and seed, only the last."""
+    by_key = {(run.fingerprint, run.seed): run for run in sorted(runs, key=lambda run: run.no)}
+    return sorted(by_key.values(), key=lambda run: run.no)
+
+
+def _connect(path: Path | str) -> sqlite3.Connection:
+    db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+    db.row_factory = sqlite3.Row
+    return db
+
+
+def _encoded(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: json.dumps(value) if isinstance(value, dict) else value for key, value in values.items()}
+
+
+def _insert(table: str, values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    names = ", ".join(values)
+    return f"INSERT INTO {table} ({names}) VALUES ({', '.join(f':{name}' for name in values)})", _encoded(values)
+
+
+def _run(row: sqlite3.Row) -> Run:
+    return Run(**{name: json.loads(row[name]) if name in JSON_COLUMNS else row[name] for name in COLUMNS})

@@ -1,0 +1,16 @@
+"""Distillation methods by name. A method file registers itself; adding a method is one file here and one reference.
+
+``get("fsp")`` is the class, usable in anybody's own loop; ``build("at+kd", ...)`` is what training uses.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from .base import METHODS, Composed, Method, MethodOptions, Phase, Settled, build, get, parts, settle
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["METHODS", "Composed", "Method", "MethodOptions", "Phase", "Settled", "build", "get", "parts", "settle"]

@@ -1,0 +1,87 @@
+"""at: attention transfer. Where in the image a stage is active, not how."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..taps import Batch, NetSpec, Outputs
+from .base import Method, MethodOptions, Needs, Paper, full, paired_stages, register
+
+Mode = Literal["code", "paper"]
+
+
+def attention_map(features: Tensor) -> Tensor:
+    """Mean of squares over the channels, flattened, L2-normalised a sample: [N, C, H, W] -> [N, H*W].
+
+    Zagoruyko and Komodakis 2017, section 3.1, F_sum^2 up to the factor C, which the normalisation removes. A map of zeros gives
+    zeros. Computed in at least float32.
+    """
+    return F.normalize(full(features).square().mean(1).flatten(1), dim=1)
+
+
+def attention_loss(student: Tensor, teacher: Tensor, mode: Mode = "code") -> Tensor:
+    """Distance of the attention maps of one stage, mean over the batch.
+
+    ``code`` (the authors' published code): 1/(N H W) sum (q_s - q_t)^2. ``paper`` (eq. 2): 1/N sum_n ||q_s - q_t||_2, not squared,
+    without the factor beta/2. Where the two stages differ in size, the larger feature map is average-pooled to the smaller.
+
+    Args:
+        student: [N, C, H, W].
+        teacher: [N, C', H', W']; its channels need not agree.
+
+    Returns:
+        A scalar.
+    """
+    size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
+    maps = [x if x.shape[2:] == size else F.adaptive_avg_pool2d(full(x), size) for x in (student, teacher)]
+    difference = attention_map(maps[0]) - attention_map(maps[1])
+    if mode == "code":
+        return difference.square().mean()
+    norms: Tensor = torch.linalg.vector_norm(difference, dim=1)
+    return norms.mean()
+
+
+class ATOptions(MethodOptions):
+    """Options of at."""
+
+    mode: Mode = "code"  # the authors' code, whose weight 1000 belongs to it
+
+
+@register
+class AT(Method):
+    """The student's stages are active where the teacher's are: the sum over the stages."""
+
+    name = "at"
+    paper = Paper(
+        "S. Zagoruyko, N. Komodakis",
+        "Paying More Attention to Attention: Improving the Performance of CNNs via Attention Transfer",
+        "ICLR",
+        2017,
+        "https://arxiv.org/abs/1612.03928",
+    )
+    terms = ("at",)
+    Options = ATOptions
+    options: ATOptions
+
+    def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
+        super().__init__(options)
+        self.stages = paired_stages(student, teacher, self.name)
+        self.needs = Needs(frozenset(self.stages), frozenset(self.stages))
+
+    @classmethod
+    def default_weights(cls, options: Any) -> dict[str, float]:
+        """code: 1000 on the sum over the stages (the authors' beta, the reference log, RepDistiller).
+
+        paper: 0.05, which is beta/2 for the "about 0.1" that the authors give for their beta over the size of the map. The code
+        form divides by H W, so on small maps 1000 is too much: 20 served 16x16 digits (docs/LOG.md).
+        """
+        return {"at": 1000.0 if options.mode == "code" else 0.05}
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
+        """``at``."""
+        losses = [attention_loss(student.maps[stage], teacher.maps[stage], self.options.mode) for stage in self.stages]
+        return {"at": torch.stack(losses).sum()}

@@ -1,0 +1,66 @@
+"""kd: soft targets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from ..taps import Batch, NetSpec, Outputs
+from .base import Method, MethodOptions, Paper, full, register, same_classes
+
+
+def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
+    """T^2 KL(p_t || p_s) of the softened class probabilities, mean over the batch, sum over the classes.
+
+    L = T^2/N sum_n sum_k p_t[k] (log p_t[k] - log p_s[k]) with p = softmax(z / T). Hinton, Vinyals, Dean 2015, section 2: the
+    factor T^2 keeps the size of the gradient when T changes. Computed in at least float32.
+
+    Args:
+        student, teacher: [N, K] logits.
+        temperature: T.
+
+    Returns:
+        A scalar.
+    """
+    log_s = F.log_softmax(full(student) / temperature, dim=1)
+    log_t = F.log_softmax(full(teacher) / temperature, dim=1)
+    return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * temperature**2
+
+
+class KDOptions(MethodOptions):
+    """Options of kd."""
+
+    T: float = Field(4.0, gt=0)  # reference log; also RepDistiller and KD-Zoo
+
+
+@register
+class KD(Method):
+    """The student matches the teacher's class probabilities, softened by a temperature."""
+
+    name = "kd"
+    paper = Paper(
+        "G. Hinton, O. Vinyals, J. Dean",
+        "Distilling the Knowledge in a Neural Network",
+        "NIPS Deep Learning Workshop",
+        2014,
+        "https://arxiv.org/abs/1503.02531",
+    )
+    terms = ("kd",)
+    Options = KDOptions
+    options: KDOptions
+
+    def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
+        super().__init__(options)
+        same_classes(student, teacher, self.name)
+
+    @classmethod
+    def default_weights(cls, options: Any) -> dict[str, float]:
+        """1, beside a task weight of 1: the reference log. (RepDistiller: 0.9 beside 0.1.)"""
+        return {"kd": 1.0}
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
+        """``kd``."""
+        return {"kd": kd_loss(student.logits, teacher.logits, self.options.T)}

@@ -1,0 +1,56 @@
+"""Networks by name. A model file registers itself; adding one is one file."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from typing import Protocol
+
+from ..randomness import seeded
+from ..registry import Registry
+from ..taps import DataSpec, NetSpec, Network
+
+
+class Factory(Protocol):
+    """How a registered model is specified and built."""
+
+    about: str
+
+    def spec(self, data: DataSpec) -> NetSpec:
+        """What the network would offer for images of this size; builds nothing."""
+        ...
+
+    def build(self, data: DataSpec, taps: tuple[str, ...]) -> Network:
+        """The network, giving just these taps."""
+        ...
+
+
+MODELS: Registry[Factory] = Registry("model")
+
+
+def canonical(name: str) -> str:
+    """The registered name of a model: ``resnet_32_20`` (the reference log's spelling) is ``resnet20``.
+
+    Raises:
+        UserError: no such model.
+    """
+    alias = re.fullmatch(r"resnet_32_(\d+)", name)
+    name = f"resnet{alias[1]}" if alias else name
+    MODELS[name]
+    return name
+
+
+def spec(name: str, data: DataSpec) -> NetSpec:
+    """What the network of that name would offer for such data; builds nothing."""
+    return MODELS[canonical(name)].spec(data)
+
+
+def build(name: str, data: DataSpec, *, taps: tuple[str, ...] = (), seed: int = 0) -> Network:
+    """A network with fresh weights, a function of (name, seed) and the data's sizes alone."""
+    with seeded(seed, "weights"):
+        return MODELS[canonical(name)].build(data, taps)
+
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

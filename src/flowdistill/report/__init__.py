@@ -1,0 +1,1 @@
+"""What people read: tables (torch-free) and progress bars."""

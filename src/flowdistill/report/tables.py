@@ -1,0 +1,304 @@
+"""The log table, the summary table and listings, in table, md, csv or json."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from ..checks import UserError
+from ..ledger import Run, newest
+from ..stats import CONFIDENCE, POWER, Difference, sample_std, welch
+
+Format = Literal["table", "md", "csv", "json"]
+Protocol = Literal["last", "best", "holdout"]
+Row = Mapping[str, Any]
+
+LOG_COLUMNS = ("no", "method", "dataset", "student", "teacher", "start_time", "acc", "epoch", "nepoch", "lr", "batch_size")
+PROTOCOLS: dict[str, str] = {
+    "last": "last epoch of full runs on test; nothing is selected",
+    "best": "best epoch of full runs on test, chosen by looking at test; only to compare with papers that did so",
+    "holdout": "test read once for the epoch that the held-out tenth of train chose; holdout runs",
+}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A run's accuracy under a protocol."""
+
+    accuracy: float
+    epoch: int
+
+
+def read(run: Run, protocol: str) -> Reading | None:
+    """What a protocol reads of a run; None for a run that it does not cover."""
+    covered = run.status == "finished" and (run.split == "holdout") == (protocol == "holdout")
+    correct, epoch = (run.best_correct, run.best_epoch) if protocol == "best" else (run.correct, run.epoch)
+    if not covered or correct is None or epoch is None or not run.images:
+        return None
+    return Reading(100 * correct / run.images, epoch)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but their seed, with what the protocol reads of each."""
+
+    runs: tuple[Run, ...]
+    readings: tuple[Reading, ...]
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Percent, one a run."""
+        return [reading.accuracy for reading in self.readings]
+
+    @property
+    def mean(self) -> float:
+        """Mean of the listed runs."""
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def first(self) -> Run:
+        """A run that stands for all: everything but seed, number and outcome is the same."""
+        return self.runs[0]
+
+
+def group(runs: Sequence[Run], protocol: str) -> list[Group]:
+    """Finished runs by student, teacher, data, method and fingerprint, in order of first number; of repeats the newest."""
+    found: dict[object, list[tuple[Run, Reading]]] = {}
+    for run in newest(run for run in runs if read(run, protocol)):
+        reading = read(run, protocol)
+        if reading is not None:
+            key = (run.student, run.teacher, run.dataset, run.method, run.fingerprint)
+            found.setdefault(key, []).append((run, reading))
+    return [Group(tuple(run for run, _ in members), tuple(reading for _, reading in members)) for members in found.values()]
+
+
+def pair(run: Run) -> str:
+    """``ResNet110>>20`` (teacher>>student), ``ResNet110>>VGG8`` across families, ``ResNet20`` without a teacher."""
+    student = _display(run.student)
+    if run.teacher == "-":
+        return student
+    teacher = _display(run.teacher)
+    split = [re.fullmatch(r"(\D+)(\d.*)", name) for name in (teacher, student)]
+    same_family = split[0] and split[1] and split[0][1] == split[1][1]
+    return f"{teacher}>>{split[1][2] if same_family and split[1] else student}"
+
+
+def _display(model: str) -> str:
+    return re.sub(r"^resnet", "ResNet", model) if model.startswith("resnet") else model[:1].upper() + model[1:]
+
+
+def headings(groups: Sequence[Group]) -> list[str]:
+    """``ResNet20>>20/Cifar10 (92.0)``, with what differs added where two groups would read alike."""
+    plain = [f"{pair(group.first)}/{group.first.dataset[:1].upper()}{group.first.dataset[1:]}" for group in groups]
+    found = []
+    for group_, name in zip(groups, plain, strict=True):
+        alike = [other for other, other_name in zip(groups, plain, strict=True) if other_name == name]
+        notes = [group_.first.method] if len({other.first.method for other in alike}) > 1 else []
+        same_method = [other for other in alike if other.first.method == group_.first.method]
+        notes += _differing(group_.first, [other.first for other in same_method])
+        found.append(" ".join([name, *([", ".join(notes)] if notes else []), f"({group_.mean:.1f})"]))
+    return found
+
+
+def _differing(run: Run, among: Sequence[Run]) -> list[str]:
+    flat = [_flatten({k: v for k, v in other.config.items() if k != "seed"}) for other in among]
+    mine = _flatten(run.config)
+    notes = [f"{key}={mine.get(key)}" for key in sorted({k for f in flat for k in f}) if len({json.dumps(f.get(key)) for f in flat}) > 1]
+    if not notes and len({other.fingerprint for other in among}) > 1:
+        notes = [f"fingerprint {run.fingerprint[:8]}"]
+    return notes
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def log_rows(group_: Group) -> list[Row]:
+    """The reference log's columns for one group."""
+    return [
+        {
+            "no": run.no,
+            "method": run.method,
+            "dataset": run.dataset,
+            "student": run.student,
+            "teacher": run.teacher,
+            "start_time": run.started.replace("T", "/").replace(":", "-"),
+            "acc": f"{reading.accuracy:.5f}",
+            "epoch": reading.epoch,
+            "nepoch": run.nepoch,
+            "lr": run.lr,
+            "batch_size": run.batch_size,
+        }
+        for run, reading in zip(group_.runs, group_.readings, strict=True)
+    ]
+
+
+def log_table(runs: Sequence[Run], protocol: str, format_: str) -> str:
+    """A heading and a table for each group; csv and json are one flat list with the protocol in every row."""
+    groups = group(runs, protocol)
+    if format_ in ("csv", "json"):
+        rows = [
+            {**row, "acc": float(row["acc"]) if format_ == "json" else row["acc"], "group": title, **_stamp(group_, protocol)}
+            for group_, title in zip(groups, headings(groups), strict=True)
+            for row in log_rows(group_)
+        ]
+        return render(rows, format_, (*LOG_COLUMNS, "group", *STAMP_COLUMNS))
+    parts = []
+    for group_, title in zip(groups, headings(groups), strict=True):
+        stamp = f"acc, epoch: {PROTOCOLS[protocol]}; {_images(group_)}; {_teachers(group_)}"
+        variant = f"; {group_.first.method} {group_.first.variant}" if group_.first.variant else ""
+        parts.append(f"### {title}\n\n{stamp}{variant}\n\n{render(log_rows(group_), format_, LOG_COLUMNS)}")
+    return "\n\n".join(parts)
+
+
+STAMP_COLUMNS = ("protocol", "variant", "images", "teachers")
+
+
+def _stamp(group_: Group, protocol: str) -> dict[str, Any]:
+    return {"protocol": protocol, "variant": group_.first.variant, "images": group_.first.images, "teachers": _teachers(group_)}
+
+
+def _images(group_: Group) -> str:
+    return f"{group_.first.images:,} images"
+
+
+def _teachers(group_: Group) -> str:
+    if group_.first.teacher == "-":
+        return "no teacher"
+    count = len({run.teacher_run for run in group_.runs})
+    return "one teacher" if count == 1 else f"{count} teachers"
+
+
+def summary_rows(runs: Sequence[Run], protocol: str) -> list[dict[str, Any]]:
+    """One row a group: mean, sample standard deviation, n, and the difference to ``base`` with its Welch interval."""
+    groups = group(runs, protocol)
+    rows = []
+    for group_ in groups:
+        base = next((g for g in groups if g.first.method == "base" and _base_key(g.first) == _base_key(group_.first)), None)
+        compared = base is not None and base is not group_
+        reference = base.accuracies if base is not None and compared else []
+        rows.append(
+            {
+                "method": group_.first.method,
+                "variant": group_.first.variant,
+                "pair": pair(group_.first),
+                "dataset": group_.first.dataset,
+                "nepoch": group_.first.nepoch,
+                "mean": group_.mean,
+                "std": sample_std(group_.accuracies),
+                "n": len(group_.runs),
+                "values": group_.accuracies,
+                "base": statistics.fmean(reference) if reference else None,
+                "difference": welch(group_.accuracies, reference) if reference else None,
+                "teachers": _teachers(group_),
+                "images": group_.first.images,
+                "protocol": protocol,
+            }
+        )
+    return rows
+
+
+def _base_key(run: Run) -> object:
+    data = json.dumps([run.config["data"]["pad"], run.config["data"]["flip"]])
+    return run.student, run.data_hash, data, json.dumps(run.config["train"], sort_keys=True), run.split
+
+
+SUMMARY_COLUMNS = ("method", "variant", "pair", "dataset", "nepoch", "acc (n)", "to base", "95 % interval", "detectable", "teacher")
+
+
+def summary_table(runs: Sequence[Run], protocol: str, format_: str) -> str:
+    """The summary; under three runs a side the values alone stand there, without interval or verdict."""
+    rows = summary_rows(runs, protocol)
+    if format_ == "json":
+        return render([_plain(row) for row in rows], "json", ())
+    if format_ == "csv":
+        flat = [{k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in _plain(row).items()} for row in rows]
+        return render(flat, "csv", tuple(flat[0]) if flat else ())
+    notes = (
+        f"acc: {PROTOCOLS[protocol]}. Mean +- sample std (n seeds), in percent; to base: difference of the means in points, with "
+        f"Welch's {CONFIDENCE:.0%} interval; detectable: the smallest true difference that this n and spread would show with {POWER:.0%} "
+        f"probability. Fewer than 3 runs a side: the values alone."
+    )
+    return f"{notes}\n\n{render([_shown(row) for row in rows], format_, SUMMARY_COLUMNS)}"
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    difference: Difference | None = row["difference"]
+    empty = dict.fromkeys(Difference._fields)
+    return {k: v for k, v in row.items() if k != "difference"} | (difference._asdict() if difference else empty)
+
+
+def _shown(row: Row) -> Row:
+    difference: Difference | None = row["difference"]
+    few = row["n"] < 3
+    return {
+        "method": row["method"],
+        "variant": row["variant"] or "-",
+        "pair": row["pair"],
+        "dataset": row["dataset"],
+        "nepoch": row["nepoch"],
+        "acc (n)": " ".join(f"{v:.2f}" for v in row["values"]) if few else f"{row['mean']:.2f} +- {row['std']:.2f} ({row['n']})",
+        "to base": f"{difference.value:+.2f}" if difference else "-",
+        "95 % interval": f"{difference.low:+.2f} to {difference.high:+.2f}" if difference else "-",
+        "detectable": f"{difference.detectable:.2f}" if difference else "-",
+        "teacher": row["teachers"],
+    }
+
+
+def render(rows: Sequence[Row], format_: str, columns: Sequence[str]) -> str:
+    """Rows as a terminal table, Markdown, CSV or a JSON array of objects."""
+    try:
+        return FORMATS[format_](rows, columns)
+    except KeyError:
+        raise UserError(f"--format {format_!r}: choose from {', '.join(FORMATS)}") from None
+
+
+def _as_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    table = Table(box=None, pad_edge=False, header_style="")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
+    buffer = io.StringIO()
+    Console(file=buffer, width=None if Console().is_terminal else 200, markup=False, highlight=False).print(table)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+
+
+def _as_markdown(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    def line(cells: Sequence[Any]) -> str:
+        return "| " + " | ".join("" if cell is None else str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+    body = [line([row[column] for column in columns]) for row in rows]
+    return "\n".join([line(columns), line(["-" * max(len(column), 2) for column in columns]), *body])
+
+
+def _as_csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue().rstrip("\n")
+
+
+def _as_json(rows: Sequence[Row], _: Sequence[str]) -> str:
+    return json.dumps([dict(row) for row in rows], indent=2)
+
+
+FORMATS: dict[str, Callable[[Sequence[Row], Sequence[str]], str]] = {
+    "table": _as_table,
+    "md": _as_markdown,
+    "csv": _as_csv,
+    "json": _as_json,
+}

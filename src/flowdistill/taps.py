@@ -1,0 +1,122 @@
+"""The vocabulary that data, models, methods and training share: what a network offers, and what it gives for a batch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Outputs(NamedTuple):
+    """What a network gives for a batch, and all that a method sees of it.
+
+    Attributes:
+        logits: [N, K] unnormalised class scores.
+        embedding: [N, D] the pooled features that feed the classifier.
+        maps: tap name -> [N, C, H, W], only the taps that were asked for when the network was built.
+    """
+
+    logits: Tensor
+    embedding: Tensor
+    maps: Mapping[str, Tensor] = {}
+
+
+@dataclass(frozen=True)
+class TapSpec:
+    """A named intermediate feature map, declared before any image is seen.
+
+    Attributes:
+        name: ``stem``, ``stage1``, ``stage1.first``, ...
+        channels, height, width: its size for one image.
+        module: the path of the module whose output it is; two taps with one path are one tensor.
+    """
+
+    name: str
+    channels: int
+    height: int
+    width: int
+    module: str = ""
+
+    @property
+    def shape(self) -> str:
+        """``16x32x32``, as error messages print it."""
+        return f"{self.channels}x{self.height}x{self.width}"
+
+
+@dataclass(frozen=True)
+class NetSpec:
+    """What a network offers, known before it is built.
+
+    Attributes:
+        name: the model's name.
+        taps: every tap it can give.
+        embedding: D, the width of the pooled features.
+        classes: K, the number of logits.
+        head: path of the module that turns the embedding into logits.
+    """
+
+    name: str
+    taps: tuple[TapSpec, ...]
+    embedding: int
+    classes: int
+    head: str = ""
+
+    def tap(self, name: str) -> TapSpec:
+        """One tap by name.
+
+        Raises:
+            ValueError: the network has none of that name; the message lists those it has.
+        """
+        for tap in self.taps:
+            if tap.name == name:
+                return tap
+        raise ValueError(f"{self.name} has no tap {name!r}; it has: {', '.join(t.name for t in self.taps) or 'none'}")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the stage ends in order: ``stage1``, ``stage2``, ..."""
+        return tuple(tap.name for tap in self.taps if re.fullmatch(r"stage\d+", tap.name))
+
+    @classmethod
+    def of(cls, outputs: Outputs, name: str = "network") -> NetSpec:
+        """The spec of a network seen only through its outputs, for use of a method in one's own loop."""
+        taps = tuple(TapSpec(tap, m.shape[1], m.shape[2], m.shape[3], tap) for tap, m in outputs.maps.items())
+        return cls(name, taps, outputs.embedding.shape[1], outputs.logits.shape[1])
+
+
+class Network(nn.Module):
+    """A network as training sees it: called on images [N, C, H, W] it gives Outputs with the taps it was built for."""
+
+    spec: NetSpec
+    taps: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What a method or a model may know of the data: sizes, no images."""
+
+    name: str
+    n_train: int
+    classes: int
+    channels: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step knows beside the images.
+
+    Attributes:
+        labels: [N] class numbers.
+        indices: [N] positions in the training set.
+        epoch: 0-based epoch of the whole run.
+    """
+
+    labels: Tensor
+    indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    epoch: int = 0

@@ -1,0 +1,95 @@
+"""Weights on disk: safetensors with what is needed to use them again, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..checks import UserError
+from ..taps import Network
+
+Weights = Mapping[str, Tensor]
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write to a neighbour, sync, rename: a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with draft.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def save_weights(path: Path, weights: Weights, about: Mapping[str, Any]) -> None:
+    """A safetensors file whose metadata hold ``about`` as JSON under ``flowdistill``."""
+    tensors = {name: value.detach().to("cpu").contiguous() for name, value in weights.items()}
+    write_whole(path, save(tensors, {"format": "pt", "flowdistill": json.dumps(about)}))
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and metadata of a safetensors file, or the weights of a ``.pt``/``.pth`` file that holds nothing but tensors.
+
+    Raises:
+        UserError: missing, damaged, or a pickle with anything but tensors in it (it is not executed).
+    """
+    if not path.is_file():
+        raise UserError(f"weights file {path}: no such file")
+    try:
+        if path.suffix in (".pt", ".pth"):
+            return _only_tensors(torch.load(path, map_location="cpu", weights_only=True)), {}
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("flowdistill", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (safe_open is no mapping)
+    except SafetensorError as error:
+        raise UserError(f"weights file {path}: not a valid safetensors file ({error})") from None
+    except Exception as error:  # torch.load raises anything on junk
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"weights file {path}: cannot be read as a dictionary of tensors ({reason})") from None
+
+
+def _only_tensors(loaded: Any) -> dict[str, Tensor]:
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError("holds something else than named tensors")
+    return state
+
+
+def fill(net: Network, weights: Weights, origin: str) -> None:
+    """Put weights into a network.
+
+    Raises:
+        UserError: names or shapes do not fit; the first of them.
+    """
+    own = net.state_dict()
+    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    if missing or extra:
+        what = f"lacks {missing[0]!r}" if missing else f"has {extra[0]!r}, which the network has not"
+        raise UserError(f"{origin} does not fit {net.spec.name}: it {what}; name the model as MODEL@FILE")
+    for name, value in own.items():
+        if value.shape != weights[name].shape:
+            raise UserError(
+                f"{origin} does not fit {net.spec.name} with {net.spec.classes} classes: {name} is {tuple(weights[name].shape)}, "
+                f"needs {tuple(value.shape)}; use weights trained on the same data"
+            )
+    net.load_state_dict(dict(weights))
+
+
+def hash_weights(weights: Weights) -> str:
+    """SHA-256 over names, shapes and values, whatever the memory layout."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        value = weights[name].detach().to("cpu").contiguous()
+        digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,221 @@
+"""Training, whole: a cohort of students, epoch by epoch.
+
+A cohort's students agree on data, split, batch size, recipe and phase boundaries. Students of one seed sit in one lane: they see
+the very same batches, and their teacher runs once a batch for all of them. A plain run is a cohort of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..config import TrainConfig
+from ..data.loader import DeviceData, Stream
+from ..device import Precision, Stopwatch, synchronize
+from ..taps import Network
+from .evaluate import Evaluation, evaluate
+from .step import Student, gradient_ratios, teach, train_step
+
+
+class Teacher:
+    """A frozen network in eval mode whose buffers are known, so that a drift can't pass unseen."""
+
+    def __init__(self, net: Network) -> None:
+        self.net = net.eval().requires_grad_(False)
+        self._buffers = {name: value.clone() for name, value in net.named_buffers()}
+
+    def check(self) -> None:
+        """Raise RuntimeError if the teacher left eval mode, got a gradient or changed a buffer."""
+        if any(module.training for module in self.net.modules()):
+            raise RuntimeError("the teacher left eval mode during training")
+        if any(parameter.requires_grad for parameter in self.net.parameters()):
+            raise RuntimeError("the teacher is no longer frozen")
+        for name, value in self.net.named_buffers():
+            if not torch.equal(value, self._buffers[name]):
+                raise RuntimeError(f"the teacher's buffer {name} changed during training")
+
+
+@dataclass
+class Lane:
+    """One seed: its stream of batches, its teacher, and the students that share both."""
+
+    stream: Stream
+    teacher: Teacher | None
+    students: list[Student]
+
+
+@dataclass
+class Cohort:
+    """Students that are trained together.
+
+    Attributes:
+        select: a holdout run keeps the weights of its best epoch; else the last epoch's stand.
+        phase_epochs: epochs of each phase, equal for all students.
+    """
+
+    data: DeviceData
+    lanes: list[Lane]
+    train: TrainConfig
+    phase_epochs: Sequence[int]
+    precision: Precision
+    select: bool = False
+
+    @property
+    def students(self) -> list[Student]:
+        """All students, in lane order."""
+        return [student for lane in self.lanes for student in lane.students]
+
+    @property
+    def steps(self) -> int:
+        """Steps of all epochs."""
+        return sum(self.phase_epochs) * self.lanes[0].stream.steps
+
+
+@dataclass
+class Progress:
+    """How one student fared in one epoch.
+
+    Attributes:
+        terms: mean of each unweighted term over the epoch's steps.
+        evaluation: None when the student diverged.
+        correct: right answers on the curve's images.
+        error: why it was given up, or empty.
+    """
+
+    terms: dict[str, float]
+    lr: float
+    correct: int = 0
+    evaluation: Evaluation | None = None
+    error: str = ""
+
+
+@dataclass
+class EpochReport:
+    """One epoch of a cohort; ``epoch`` is 1-based over all phases."""
+
+    epoch: int
+    phase: int
+    train_seconds: float
+    eval_seconds: float
+    progress: dict[Student, Progress] = field(default_factory=dict)
+
+
+def train(cohort: Cohort, on_step: Callable[[], None] = lambda: None) -> Iterator[EpochReport]:
+    """Train, and report every epoch. Students that diverge leave the cohort; the others go on.
+
+    ``on_step`` is called after each step of all students and must not wait for the device.
+    """
+    done = 0
+    for phase, epochs in enumerate(cohort.phase_epochs):
+        for student in cohort.students:
+            student.begin_phase(phase)
+        for epoch in range(epochs):
+            if not cohort.students:
+                return
+            watch = Stopwatch(cohort.data.device)
+            _train_epoch(cohort, done, epoch, epochs, on_step)
+            watch.lap()
+            report = EpochReport(done + 1, phase, 0.0, 0.0)
+            report.progress = _measure(cohort, epoch, epochs)
+            report.train_seconds, report.eval_seconds = watch.stop()
+            _dismiss_diverged(cohort, report)
+            _choose(cohort, report)
+            done += 1
+            yield report
+
+
+def _train_epoch(cohort: Cohort, done: int, epoch: int, epochs: int, on_step: Callable[[], None]) -> None:
+    """``done`` epochs are behind the cohort, ``epoch`` of them in this phase of ``epochs``."""
+    for student in cohort.students:
+        student.begin_epoch()
+    steps = cohort.lanes[0].stream.steps
+    for step, batches in enumerate(zip(*(lane.stream.epoch(done) for lane in cohort.lanes), strict=True)):
+        for lane, (images, batch) in zip(cohort.lanes, batches, strict=True):
+            needed = lane.teacher is not None and any(student.taught for student in lane.students)
+            taught = teach(lane.teacher.net, images, cohort.precision) if lane.teacher is not None and needed else None
+            for student in lane.students:
+                lr = student.learning_rate(epoch, epochs, step, steps)
+                train_step(student, images, taught, batch, lr=lr, precision=cohort.precision)
+        on_step()
+    for lane in cohort.lanes:
+        if lane.teacher is not None:
+            lane.teacher.check()
+
+
+def seconds_per_epoch(cohort: Cohort, steps: int = 3) -> float:
+    """An epoch's time, from the median of a few steps and one evaluation a student. The students' weights move."""
+    for student in cohort.students:
+        student.begin_phase(0)
+    times: list[float] = []
+    last = time.perf_counter()
+
+    def on_step() -> None:
+        nonlocal last
+        synchronize(cohort.data.device)
+        now = time.perf_counter()
+        times.append(now - last)
+        last = now
+        if len(times) > steps:
+            raise StopIteration
+
+    with contextlib.suppress(StopIteration):
+        _train_epoch(cohort, 0, 0, 1, on_step)
+    started = time.perf_counter()
+    _measure(cohort, 0, 1)
+    return statistics.median(times[1:] or times) * cohort.lanes[0].stream.steps + time.perf_counter() - started
+
+
+def _measure(cohort: Cohort, epoch: int, epochs: int) -> dict[Student, Progress]:
+    """Evaluate every student, then read all figures in one transfer from the device."""
+    students, steps = cohort.students, cohort.lanes[0].stream.steps
+    found = [evaluate(student.net, cohort.data.curve, cohort.data.normalise, cohort.precision) for student in students]
+    figures: list[Tensor] = []
+    for student, evaluation in zip(students, found, strict=True):
+        figures += [evaluation.correct.double(), *(value.double() for value in student.sums.values())]
+    values = iter(torch.stack(figures).tolist())
+    progress = {}
+    for student, evaluation in zip(students, found, strict=True):
+        correct = int(next(values))
+        terms = {term: next(values) / steps for term in student.sums}
+        lr = student.learning_rate(epoch, epochs, steps - 1, steps)
+        progress[student] = Progress(terms, lr, correct, evaluation)
+    return progress
+
+
+def _dismiss_diverged(cohort: Cohort, report: EpochReport) -> None:
+    for lane in cohort.lanes:
+        for student in list(lane.students):
+            progress = report.progress[student]
+            broken = [term for term, value in progress.terms.items() if not math.isfinite(value)]
+            if broken:
+                progress.error = (
+                    f"diverged in epoch {report.epoch}: {', '.join(broken)} is not finite; lower train.lr or weights.{broken[-1]}"
+                )
+                progress.evaluation = None
+                lane.students.remove(student)
+
+
+def _choose(cohort: Cohort, report: EpochReport) -> None:
+    """The last epoch's weights ship; in a holdout run those of the best epoch on the held-out images, the earliest on ties."""
+    for student in cohort.students:
+        correct = report.progress[student].correct
+        if not cohort.select or correct > student.chosen_correct:
+            student.choose(report.epoch, correct, keep=cohort.select)
+
+
+def first_gradients(cohort: Cohort) -> dict[Student, dict[str, float]]:
+    """Each student's gradient norms relative to the task's, on its first batch; changes nothing."""
+    found = {}
+    for lane in cohort.lanes:
+        images, batch = next(lane.stream.epoch(0))
+        for student in lane.students:
+            taught = teach(lane.teacher.net, images, cohort.precision) if lane.teacher else None
+            found[student] = dict(gradient_ratios(student, images, taught, batch, cohort.precision))
+    return found

@@ -1,0 +1,33 @@
+"""The optimiser of one phase: SGD over the student, and over the method's adapters where the method counts."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..config import TrainConfig
+from ..methods import Method, Phase
+from ..taps import Network
+
+
+def trained_parameters(net: Network, method: Method, phase: Phase) -> list[nn.Parameter]:
+    """What a phase moves: the network (less its head where the phase leaves that out) and the adapters of active terms.
+
+    What is left out gets no step and no weight decay.
+    """
+    head = f"{net.spec.head}."
+    parameters = [p for name, p in net.named_parameters() if phase.head or not name.startswith(head)]
+    if any(phase.counts(term) for term in method.terms):
+        parameters += method.parameters()
+    return parameters
+
+
+def build_optimizer(net: Network, method: Method, phase: Phase, train: TrainConfig) -> torch.optim.SGD:
+    """A fresh SGD; weight decay on all parameters, batch normalisation included (He et al. 2016 and the reference log)."""
+    return torch.optim.SGD(
+        trained_parameters(net, method, phase),
+        lr=phase.lr or train.lr,
+        momentum=train.momentum,
+        weight_decay=train.weight_decay,
+        nesterov=train.nesterov,
+    )

@@ -1,0 +1,125 @@
+"""One step of one student: forward, named losses, backward, optimiser. The plain, readable engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import TrainConfig
+from ..device import Precision
+from ..methods import Method, Phase, Settled
+from ..methods.base import full
+from ..taps import Batch, Network, Outputs
+from .optim import build_optimizer
+from .schedule import MILESTONES, lr_factor
+
+TASK = "task"  # the cross-entropy with the labels
+
+
+class Student:
+    """A network in training: its weights, its method, its optimiser, and the sums of its losses over the epoch."""
+
+    def __init__(self, net: Network, method: Method, settled: Settled, train: TrainConfig) -> None:
+        self.net, self.method, self.settled, self.train = net, method, settled, train
+        self.optimizer: torch.optim.SGD
+        self.weights: dict[str, float] = {}
+        self.sums: dict[str, Tensor] = {}
+        self.chosen_epoch = 0
+        self.chosen_correct = -1
+        self._chosen: dict[str, Tensor] | None = None
+
+    def choose(self, epoch: int, correct: int, *, keep: bool) -> None:
+        """This epoch's weights are to ship; with ``keep`` a copy outlives the epochs to come."""
+        self.chosen_epoch, self.chosen_correct = epoch, correct
+        self._chosen = {name: value.clone() for name, value in self.net.state_dict().items()} if keep else None
+
+    def restore_chosen(self) -> None:
+        """Put the chosen weights back."""
+        if self._chosen is not None:
+            self.net.load_state_dict(self._chosen)
+
+    def begin_phase(self, number: int) -> None:
+        """A fresh optimiser, and the weights of the terms that count."""
+        self.phase: Phase = self.settled.phases[number]
+        self.optimizer = build_optimizer(self.net, self.method, self.phase, self.train)
+        counted = {term: weight for term, weight in self.settled.weights.items() if self.phase.counts(term)}
+        self.weights = {term: weight for term, weight in counted.items() if weight > 0}
+
+    @property
+    def taught(self) -> bool:
+        """Whether the teacher is needed in this phase."""
+        return any(term != TASK for term in self.weights)
+
+    def begin_epoch(self) -> None:
+        """Train mode, and sums at zero."""
+        self.net.train()
+        self.method.train()
+        self.sums = {}
+
+    def learning_rate(self, epoch: int, epochs: int, step: int, steps: int) -> float:
+        """The rate of a step; ``epoch`` and ``step`` are 0-based within the phase and the epoch."""
+        kind = "step" if self.phase.milestones else self.train.schedule
+        done, total = epoch * steps + step, epochs * steps
+        progress = done / (max(total - 1, 1) if kind == "one-cycle" else total)
+        factor = lr_factor(kind, progress, epoch / epochs, self.phase.milestones or MILESTONES)
+        return (self.phase.lr or self.train.lr) * factor
+
+
+def losses(student: Student, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> dict[str, Tensor]:
+    """Every unweighted term of this phase, float32 scalars; the network runs under ``precision``, the losses never in half."""
+    with autocast(images.device, precision):
+        given: Outputs = student.net(images)
+    terms = {TASK: F.cross_entropy(full(given.logits), batch.labels)}
+    if taught is not None:
+        terms |= student.method(given, taught, batch)
+    return terms
+
+
+def train_step(student: Student, images: Tensor, taught: Outputs | None, batch: Batch, *, lr: float, precision: Precision) -> None:
+    """Move the student by one step, and add its terms to its sums. Nothing here waits for the device."""
+    terms = losses(student, images, taught if student.taught else None, batch, precision)
+    total = torch.stack([weight * terms[term] for term, weight in student.weights.items()]).sum()
+    student.optimizer.zero_grad(set_to_none=True)
+    total.backward()  # type: ignore[no-untyped-call]
+    for group in student.optimizer.param_groups:
+        group["lr"] = lr
+    student.optimizer.step()
+    for term, value in terms.items():
+        student.sums[term] = student.sums.get(term, 0) + value.detach()
+
+
+@torch.no_grad()
+def teach(teacher: Network, images: Tensor, precision: Precision) -> Outputs:
+    """The teacher's outputs: eval mode, no gradient."""
+    with autocast(images.device, precision):
+        outputs: Outputs = teacher(images)
+    return outputs
+
+
+def gradient_ratios(student: Student, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> Mapping[str, float]:
+    """The norm of each weighted term's gradient on the network's weights, relative to that of the task at weight 1.
+
+    Leaves the student as it was, batch statistics included.
+    """
+    buffers = {name: value.clone() for name, value in student.net.named_buffers()}
+    student.begin_epoch()
+    terms = losses(student, images, taught, batch, precision)
+    weights = list(student.net.parameters())
+
+    def norm(value: Tensor) -> float:
+        gradients = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
+        return float(torch.stack([g.norm() for g in gradients if g is not None]).norm())
+
+    task = norm(terms[TASK])
+    ratios = {term: norm(student.settled.weights[term] * value) / max(task, 1e-30) for term, value in terms.items() if term != TASK}
+    for name, value in student.net.named_buffers():
+        value.copy_(buffers[name])
+    return ratios
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """bf16 autocast, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -1,0 +1,291 @@
+"""The engine: it computes what the plain loop computes, a cohort changes nothing, and the guards hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small import config
+
+from flowdistill import methods, models
+from flowdistill.config import RunConfig, TrainConfig
+from flowdistill.data.loader import DeviceData, Stream
+from flowdistill.data.sources import ImageData, read_npz
+from flowdistill.taps import Network
+from flowdistill.training import cohort as engine
+from flowdistill.training.checkpoint import hash_weights
+from flowdistill.training.cohort import Cohort, Lane, Teacher, train
+from flowdistill.training.step import Student, gradient_ratios, teach
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(small_npz: Path) -> ImageData:
+    return read_npz(small_npz)
+
+
+def a_teacher(data: DeviceData) -> Teacher:
+    net = models.build(
+        "resnet14", data.spec, taps=("stem", "stage1", "stage2", "stage3", "stage1.first", "stage2.first", "stage3.first"), seed=9
+    )
+    with torch.no_grad():  # batch statistics as of a trained network
+        for _ in range(3):
+            net(data.normalise(data.test.images))
+    return Teacher(net)
+
+
+def a_student(run: RunConfig, data: DeviceData) -> Student:
+    settled = methods.settle(run.method, run.options, run.weights)
+    specs = {"student": models.spec(run.student, data.spec), "teacher": models.spec("resnet14", data.spec)}
+    method = methods.build(settled, **specs, data=data.spec)
+    return Student(models.build(run.student, data.spec, taps=tuple(method.needs.student), seed=run.seed), method, settled, run.train)
+
+
+def a_cohort(data: ImageData, runs: list[RunConfig], precision: str = "fp32", split: str = "full") -> tuple[Cohort, list[Student]]:
+    on_device = DeviceData(data, split, CPU)
+    lanes: dict[int, Lane] = {}
+    students = []
+    for run in runs:
+        lane = lanes.setdefault(run.seed, Lane(Stream(on_device, run.seed, run.train.batch_size), a_teacher(on_device), []))
+        lane.students.append(a_student(run, on_device))
+        students.append(lane.students[-1])
+    phases = [phase.epochs or runs[0].train.epochs for phase in students[0].settled.phases]
+    return Cohort(on_device, list(lanes.values()), runs[0].train, phases, precision, split == "holdout"), students  # type: ignore[arg-type]
+
+
+def weights_of(student: Student) -> str:
+    return hash_weights(student.net.state_dict())
+
+
+def plain_loop(net: Network, teacher: Network, stream: Stream, train: TrainConfig) -> None:
+    """FSP + CE as a user would write it from the paper: no engine, no schedule object, einsum for the matrices."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay)
+    for epoch in range(train.epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = train.lr * (0.1 if epoch >= train.epochs / 2 else 1) * (0.1 if epoch >= 3 * train.epochs / 4 else 1)
+        net.train()
+        for images, batch in stream.epoch(epoch):
+            given = net(images)
+            with torch.no_grad():
+                taught = teacher(images)
+            flow = []
+            for first, second in (("stem", "stage1"), ("stage1", "stage2"), ("stage2", "stage3")):
+                matrices = []
+                for maps in (given.maps, taught.maps):
+                    a, b = maps[first], maps[second]
+                    a = a if a.shape == b.shape or first == "stem" else F.max_pool2d(a, 2)
+                    matrices.append(torch.einsum("nchw,ndhw->ncd", a, b) / (b.shape[2] * b.shape[3]))
+                flow.append((matrices[0] - matrices[1]).square().mean())
+            loss = F.cross_entropy(given.logits, batch.labels) + sum(flow) / 3
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+def test_the_engine_is_the_plain_loop(data: ImageData, small_npz: Path) -> None:
+    run = config(small_npz, method="fsp", teacher="-", train={"epochs": 4})
+    cohort, (student,) = a_cohort(data, [run])
+    plain = models.build("resnet8", cohort.data.spec, taps=("stem", "stage1", "stage2", "stage3"), seed=run.seed)
+    plain_loop(plain, a_teacher(cohort.data).net, Stream(cohort.data, run.seed, run.train.batch_size), run.train)
+    for _ in train(cohort):
+        pass
+    for (name, ours), theirs in zip(student.net.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert torch.allclose(ours.double(), theirs.double(), rtol=1e-4, atol=1e-5), name
+
+
+def test_a_cohort_of_k_is_k_separate_runs_bit_for_bit(data: ImageData, small_npz: Path) -> None:
+    runs = [config(small_npz, method=method, teacher="-", seed=seed) for seed in (0, 1) for method in ("base", "fsp", "at+kd")]
+    together, students = a_cohort(data, runs)
+    for _ in train(together):
+        pass
+    for run, student in zip(runs, students, strict=True):
+        alone, (single,) = a_cohort(data, [run])
+        for _ in train(alone):
+            pass
+        assert weights_of(single) == weights_of(student), run.method
+
+
+def test_an_adapter_leaves_the_initial_weights_and_batches_alone(data: ImageData, small_npz: Path) -> None:
+    plain, adapted = (
+        a_student(config(small_npz, method="fsp", teacher="-", options={"fsp": {"adapter": adapter}}), DeviceData(data, "full", CPU))
+        for adapter in ("none", "conv1x1")
+    )
+    assert weights_of(plain) == weights_of(adapted)
+
+
+def test_different_seeds_differ_and_seed_zero_is_a_seed(data: ImageData, small_npz: Path) -> None:
+    cohort, students = a_cohort(data, [config(small_npz, seed=seed) for seed in (0, 1)])
+    repeat, again = a_cohort(data, [config(small_npz, seed=0)])
+    for part in (cohort, repeat):
+        for _ in train(part):
+            pass
+    assert weights_of(students[0]) == weights_of(again[0]) != weights_of(students[1])
+
+
+def test_bf16_stays_close_to_fp32_on_the_first_epoch(data: ImageData, small_npz: Path) -> None:
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        cohort, (student,) = a_cohort(data, [config(small_npz, method="fsp", teacher="-")], precision)
+        losses[precision] = next(train(cohort)).progress[student].terms
+    for term, value in losses["fp32"].items():
+        assert losses["bf16"][term] == pytest.approx(value, rel=0.1), term  # 8 bits of mantissa over 4 steps
+
+
+def test_each_epoch_reports_every_term_and_counts_every_image(data: ImageData, small_npz: Path) -> None:
+    cohort, (student,) = a_cohort(data, [config(small_npz, method="at+kd", teacher="-")])
+    steps = []
+    reports = list(train(cohort, lambda: steps.append(1)))
+    assert [report.epoch for report in reports] == [1, 2]
+    assert len(steps) == 2 * (300 // 64)
+    assert set(reports[0].progress[student].terms) == {"task", "at", "kd"}
+    evaluation = reports[-1].progress[student].evaluation
+    assert evaluation is not None
+    assert len(evaluation.classes) == 150
+    assert reports[-1].progress[student].correct == int((evaluation.classes == cohort.data.test.labels).sum())
+
+
+def test_two_stages_train_fsp_alone_without_the_head_then_the_task_alone(data: ImageData, small_npz: Path) -> None:
+    options = {"fsp": {"schedule": "two-stage", "stage_epochs": 2, "stage_lr": 0.03}}
+    cohort, (student,) = a_cohort(data, [config(small_npz, method="fsp", teacher="-", options=options, train={"epochs": 2})])
+    head = {name: value.clone() for name, value in student.net.fc.named_parameters()}
+    seen = []
+    for report in train(cohort):
+        progress = report.progress[student]
+        seen.append((report.epoch, report.phase, round(progress.lr, 6), set(progress.terms)))
+        untouched = all(torch.equal(value, head[name]) for name, value in student.net.fc.named_parameters())
+        assert untouched == (report.phase == 0), "the head moves in stage two, and neither step nor decay touches it in stage one"
+    assert seen[0] == (1, 0, 0.03, {"task", "fsp"})
+    assert [(phase, terms) for _, phase, _, terms in seen[2:]] == [(1, {"task"}), (1, {"task"})]
+    assert seen[2][2] == 0.05
+
+
+def test_stage_two_runs_no_teacher(data: ImageData, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(engine, "teach", lambda *args: calls.append(1) or teach(*args))
+    options = {"fsp": {"schedule": "two-stage", "stage_epochs": 1}}
+    cohort, _ = a_cohort(data, [config(small_npz, method="fsp", teacher="-", options=options, train={"epochs": 3})])
+    for _ in train(cohort):
+        pass
+    assert len(calls) == 300 // 64
+
+
+def test_the_teacher_runs_once_a_batch_for_all_students_of_a_seed(
+    data: ImageData, small_npz: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(engine, "teach", lambda *args: calls.append(1) or teach(*args))
+    cohort, _ = a_cohort(data, [config(small_npz, method=method, teacher="-", train={"epochs": 1}) for method in ("at", "fsp", "kd")])
+    for _ in train(cohort):
+        pass
+    assert len(calls) == 300 // 64
+
+
+def test_one_student_diverges_and_the_others_go_on(data: ImageData, small_npz: Path) -> None:
+    runs = [config(small_npz, method=method, teacher="-", weights=weights) for method, weights in (("base", {}), ("fsp", {"fsp": 1e30}))]
+    cohort, (calm, wild) = a_cohort(data, runs)
+    reports = list(train(cohort))
+    assert "diverged in epoch 1" in reports[0].progress[wild].error
+    assert "not finite" in reports[0].progress[wild].error
+    assert wild not in reports[1].progress
+    assert reports[1].progress[calm].error == ""
+    alone, (single,) = a_cohort(data, runs[:1])
+    for _ in train(alone):
+        pass
+    assert weights_of(single) == weights_of(calm)
+
+
+def test_a_cohort_whose_students_all_diverged_stops(data: ImageData, small_npz: Path) -> None:
+    cohort, _ = a_cohort(data, [config(small_npz, method="fsp", teacher="-", weights={"fsp": 1e30}, train={"epochs": 5})])
+    assert len(list(train(cohort))) == 1
+
+
+@pytest.mark.parametrize("harm", ["train mode", "gradient", "buffer"])
+def test_a_teacher_that_changes_is_noticed(data: ImageData, small_npz: Path, harm: str) -> None:
+    cohort, _ = a_cohort(data, [config(small_npz, method="fsp", teacher="-")])
+    teacher = cohort.lanes[0].teacher
+    assert teacher is not None
+    if harm == "train mode":
+        teacher.net.layer1.train()
+    elif harm == "gradient":
+        teacher.net.fc.requires_grad_(True)
+    else:
+        teacher.net.bn1.running_mean += 1e-6
+    with pytest.raises(RuntimeError, match="teacher"):
+        next(train(cohort))
+
+
+def test_the_teacher_stays_as_it_was_and_students_train_in_train_mode(data: ImageData, small_npz: Path) -> None:
+    cohort, (student,) = a_cohort(data, [config(small_npz, method="fsp", teacher="-")])
+    teacher = cohort.lanes[0].teacher
+    assert teacher is not None
+    before = hash_weights(teacher.net.state_dict())
+    statistics = student.net.bn1.running_mean.clone()
+    modes = []
+    for _ in train(cohort, lambda: modes.append(student.net.training)):
+        pass
+    assert hash_weights(teacher.net.state_dict()) == before
+    assert not torch.equal(student.net.bn1.running_mean, statistics)
+    assert all(modes)
+
+
+def test_adapters_are_trained(data: ImageData, small_npz: Path) -> None:
+    student = a_student(config(small_npz, method="fsp", teacher="-"), DeviceData(data, "full", CPU))
+    student.method.add_module("adapter", torch.nn.Conv2d(1, 1, 1))
+    student.begin_phase(0)
+    optimised = {id(p) for group in student.optimizer.param_groups for p in group["params"]}
+    assert optimised == {id(p) for p in (*student.net.parameters(), *student.method.parameters())}
+
+
+def test_gradient_ratios_are_those_of_autograd_and_change_nothing(data: ImageData, small_npz: Path) -> None:
+    cohort, (student,) = a_cohort(data, [config(small_npz, method="logits", teacher="-", weights={"logits": 3.0})])
+    lane = cohort.lanes[0]
+    assert lane.teacher is not None
+    images, batch = next(lane.stream.epoch(0))
+    taught = teach(lane.teacher.net, images, "fp32")
+    before = weights_of(student)
+    found = gradient_ratios(student, images, taught, batch, "fp32")
+    assert weights_of(student) == before
+    assert all(p.grad is None for p in student.net.parameters())
+    norms = []
+    for of in (lambda logits: F.cross_entropy(logits, batch.labels), lambda logits: 3 * (logits - taught.logits).square().mean()):
+        student.net.zero_grad()
+        of(student.net(images).logits).backward()
+        norms.append(torch.cat([p.grad.flatten() for p in student.net.parameters()]).norm())
+    assert found["logits"] == pytest.approx(float(norms[1] / norms[0]), rel=1e-4)
+
+
+def test_holdout_ships_the_best_epoch_on_held_out_images_the_earliest_on_ties(
+    data: ImageData, small_npz: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cohort, (student,) = a_cohort(data, [config(small_npz, train={"epochs": 4})], split="holdout")
+    measured = engine._measure
+    script = iter([5, 9, 9, 2])
+
+    def scripted(*args: object) -> dict[Student, engine.Progress]:
+        progress = measured(*args)  # type: ignore[arg-type]
+        progress[student].correct = next(script)
+        return progress
+
+    monkeypatch.setattr(engine, "_measure", scripted)
+    hashes = [weights_of(student) for _ in train(cohort)]
+    student.restore_chosen()
+    assert student.chosen_epoch == 2
+    assert weights_of(student) == hashes[1] != hashes[3]
+
+
+def test_full_runs_ship_the_last_epoch(data: ImageData, small_npz: Path) -> None:
+    cohort, (student,) = a_cohort(data, [config(small_npz)])
+    hashes = [weights_of(student) for _ in train(cohort)]
+    student.restore_chosen()
+    assert (student.chosen_epoch, weights_of(student)) == (2, hashes[-1])
+
+
+def test_training_leaves_the_global_generator_alone(data: ImageData, small_npz: Path) -> None:
+    before = torch.get_rng_state()
+    cohort, _ = a_cohort(data, [config(small_npz, method="fsp", teacher="-")])
+    for _ in train(cohort):
+        pass
+    assert torch.equal(torch.get_rng_state(), before)

@@ -16,8 +16,8 @@ from flowdistill.ledger import Ledger
 from flowdistill.report.progress import Bars
 from flowdistill.runner import run
 
-GRID = {"base": [{}], "at": [{"at": w} for w in (2.0, 5.0, 20.0)], "fsp": [{"fsp": w} for w in (1.0, 3.0, 10.0, 30.0)]}
-EPOCHS = (6, 10)
+GRID = {"base": [{}], "at": [{"at": w} for w in (5.0, 20.0, 80.0)], "fsp": [{"fsp": w} for w in (1.0, 3.0, 10.0, 30.0)]}
+EPOCHS = (6,)
 
 
 def main() -> None:

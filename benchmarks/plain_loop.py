@@ -60,9 +60,14 @@ def plain(data: ImageData, on_device: DeviceData, workers: int) -> Iterator[None
     student, teacher = (models.build(name, data.spec, taps=TAPS) for name in ("resnet8", "resnet20"))
     teacher.eval().requires_grad_(False)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    normalise = on_device.normalise
+    normalisation = on_device.normalisation
     loader = DataLoader(
-        PlainImages(data, normalise.mean, normalise.std), BATCH, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=False
+        PlainImages(data, normalisation.mean, normalisation.std),
+        BATCH,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=False,
     )
     for images, labels in loader:
         given = student(images)

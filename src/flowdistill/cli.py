@@ -201,6 +201,8 @@ def _for_methods(values: dict[str, Any], names: Sequence[str]) -> list[dict[str,
     """
     if len(names) == 1:
         return [values | {"method": names[0]}]
+    if len(set(names)) < len(names):
+        raise UserError(f"--method {','.join(names)} names a method twice; each is trained once a seed")
     from .methods import parts
 
     classes = [parts(name) for name in names]

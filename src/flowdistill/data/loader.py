@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,11 +45,11 @@ class Normalisation:
         std = variance.clamp_min(1e-12).sqrt()  # a channel of one value stays finite
         return cls(tuple(mean.tolist()), tuple(std.tolist()))
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """uint8 [N, H, W, C] -> float32 [N, C, H, W] in channels_last memory."""
-        scale = torch.tensor([1 / (255 * s) for s in self.std], device=images.device)
-        shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)], device=images.device)
-        return images.to(torch.float32).mul_(scale).add_(shift).permute(0, 3, 1, 2)
+    def on(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """The function uint8 [N, H, W, C] -> float32 [N, C, H, W] in channels_last memory, its constants on the device."""
+        scale = torch.tensor([1 / (255 * s) for s in self.std], device=device)
+        shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)], device=device)
+        return lambda images: images.to(torch.float32).mul_(scale).add_(shift).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class DeviceData:
         labels: [n] their labels.
         test: the test images.
         curve: what every epoch is measured on: ``test`` of a full run, the held-out tenth of a holdout run.
-        normalise: from the images trained on.
+        normalisation, normalise: from the images trained on.
     """
 
     def __init__(self, data: ImageData, split: str, device: torch.device) -> None:
@@ -76,7 +76,8 @@ class DeviceData:
         held_out = holdout_positions(data.y_train) if split == "holdout" else np.empty(0, np.int64)
         trained = np.setdiff1d(np.arange(len(data.y_train)), held_out)
         images, labels = torch.from_numpy(data.x_train), torch.from_numpy(data.y_train)
-        self.normalise = Normalisation.of(images[trained])
+        self.normalisation = Normalisation.of(images[trained])
+        self.normalise = self.normalisation.on(device)
         self.padded = reflect_pad(images[trained].to(device), data.pad)
         self.labels = labels[trained].to(device)
         self.test = Labelled(torch.from_numpy(data.x_test).to(device), torch.from_numpy(data.y_test).to(device))

@@ -188,13 +188,17 @@ def settle(name: str, options: Mapping[str, Mapping[str, Any]], weights: Mapping
         raise UserError(f"method {name!r}: {' and '.join(cls.name for cls in staged)} both train in stages; only one part may")
     leading = staged[0] if staged else classes[0]
     settled = {term: float(weights.get(term, default)) for term, default in defaults.items()}
+    phases = leading.phases(filled[leading.name])
+    for phase in phases:
+        if not any(weight for term, weight in settled.items() if phase.counts(term)):
+            raise UserError(f"method {name!r}: every weight of its phase {phase.name!r} is 0, so nothing would be trained; raise one")
     notes = [filled[cls.name].variant() for cls in classes]
     notes += [f"weights.{term}={value:g}" for term, value in settled.items() if value != defaults[term]]
     return Settled(
         name=name,
         options=filled,
         weights=settled,
-        phases=leading.phases(filled[leading.name]),
+        phases=phases,
         versions={cls.name: cls.version for cls in classes},
         uses_teacher=any(cls.uses_teacher for cls in classes),
         variant=", ".join(note for note in notes if note),

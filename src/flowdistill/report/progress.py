@@ -13,6 +13,14 @@ class Bars(Watcher):
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+    def say(self, line: str) -> None:
+        """One line."""
+        self.console.print(line)
+
+    def begin(self, title: str, steps: int) -> None:
+        """A bar."""
+        self._title = title
         self._bars = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -22,14 +30,6 @@ class Bars(Watcher):
             TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
         )
-
-    def say(self, line: str) -> None:
-        """One line."""
-        self.console.print(line)
-
-    def begin(self, title: str, steps: int) -> None:
-        """A bar."""
-        self._title = title
         self._task = self._bars.add_task(title, total=steps, note="")
         if self.console.is_terminal:
             self._bars.start()

@@ -73,7 +73,7 @@ def evaluate(path: Path, device: torch.device, *, dataset: str | None = None, pr
         )
     net = net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     test = Labelled(torch.from_numpy(data.x_test).to(device), torch.from_numpy(data.y_test).to(device))
-    normalise = Normalisation(tuple(about["mean"]), tuple(about["std"]))
+    normalise = Normalisation(tuple(about["mean"]), tuple(about["std"])).on(device)
     correct = int(measure(net, test, normalise, resolve_precision(precision or about["precision"], device)).correct)
     images = len(test.labels)
     same = data.hash() == about["data_hash"]

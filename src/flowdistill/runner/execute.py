@@ -17,7 +17,7 @@ import torch
 from ..checks import UserError
 from ..config import RunConfig
 from ..data.loader import DeviceData, Stream
-from ..device import Precision, describe, peak_memory
+from ..device import Precision, describe, determinism, peak_memory
 from ..env import versions
 from ..ledger import Epoch, Ledger, Run, newest
 from ..taps import Network
@@ -86,10 +86,10 @@ def run(
             done[position] = finished[0].no
             watcher.say(f"{job.label}: run {finished[0].no} has it already, skipped (--again repeats it)")
     todo = [position for position in range(len(jobs)) if position not in done]
-    torch.use_deterministic_algorithms(deterministic)
-    for group in cohorts([jobs[position] for position in todo]):
-        for member in _run_cohort(group, ledger, device, watcher):
-            done[next(p for p in todo if jobs[p] is member.job)] = member.no
+    with determinism(deterministic):
+        for group in cohorts([jobs[position] for position in todo]):
+            for member in _run_cohort(group, ledger, device, watcher):
+                done[next(p for p in todo if jobs[p] is member.job)] = member.no
     return [ledger.run(done[position]) for position in range(len(jobs))]
 
 
@@ -165,13 +165,15 @@ def _accuracy(net: Network, data: DeviceData, precision: Precision) -> float:
 def _run_cohort(jobs: Sequence[Job], ledger: Ledger, device: torch.device, watcher: Watcher) -> list[Member]:
     started = time.perf_counter()
     cohort, members = _assemble(jobs, device)
+    for line in dict.fromkeys(_told_of_teacher(member) for member in members if member.job.teacher):
+        watcher.say(line)
     ratios = first_gradients(cohort)
     for member in members:
         _check_gradients(member, ratios[member.student], watcher)
-    numbers = ledger.register([_row(member, len(members), device) for member in members])
+    common = {"cohort_size": len(members), "device": describe(device), "setup_seconds": time.perf_counter() - started}
+    numbers = ledger.register([_row(member) | common for member in members])
     for member, no in zip(members, numbers, strict=True):
         member.no = no
-        ledger.update(no, setup_seconds=time.perf_counter() - started)
     watcher.begin(_title(members), cohort.steps)
     try:
         for report in train(cohort, watcher.step):
@@ -189,6 +191,13 @@ def _run_cohort(jobs: Sequence[Job], ledger: Ledger, device: torch.device, watch
     finally:
         watcher.end()
     return members
+
+
+def _told_of_teacher(member: Member) -> str:
+    teacher, split = member.job.teacher, member.job.config.split
+    assert teacher is not None
+    on = "test" if split == "full" else "held-out"
+    return f"teacher {teacher.model} ({teacher.origin}): {member.teacher_accuracy:.2f} % of the {on} images"
 
 
 def _check_gradients(member: Member, ratios: Mapping[str, float], watcher: Watcher) -> None:
@@ -216,7 +225,7 @@ def _told(run: Run) -> str:
     )
 
 
-def _row(member: Member, cohort_size: int, device: torch.device) -> dict[str, Any]:
+def _row(member: Member) -> dict[str, Any]:
     job = member.job
     return {
         "method": job.settled.name,
@@ -236,10 +245,8 @@ def _row(member: Member, cohort_size: int, device: torch.device) -> dict[str, An
         "lr": job.config.train.lr,
         "batch_size": job.config.train.batch_size,
         "precision": job.precision,
-        "device": describe(device),
         "engine": "eager",
         "deterministic": int(torch.are_deterministic_algorithms_enabled()),
-        "cohort_size": cohort_size,
         "init_hash": job.init_hash,
         "parameters": sum(p.numel() for p in member.student.net.parameters()),
         "versions": versions(),
@@ -311,8 +318,8 @@ def _about(job: Job, data: DeviceData, correct: int) -> dict[str, Any]:
         "model": job.student.model,
         "classes": data.spec.classes,
         "input": [data.spec.channels, data.spec.height, data.spec.width],
-        "mean": data.normalise.mean,
-        "std": data.normalise.std,
+        "mean": data.normalisation.mean,
+        "std": data.normalisation.std,
         "data": job.config.data.model_dump(mode="json"),
         "data_hash": job.data_hash,
         "precision": job.precision,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..data.loader import Labelled, Normalisation
+from ..data.loader import Labelled
 from ..device import Precision
 from ..taps import Network, Outputs
 from .step import autocast
@@ -30,7 +31,7 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(net: Network, on: Labelled, normalise: Normalisation, precision: Precision) -> Evaluation:
+def evaluate(net: Network, on: Labelled, normalise: Callable[[Tensor], Tensor], precision: Precision) -> Evaluation:
     """Measure a network in eval mode on all images, the last partial batch included; its mode is put back after.
 
     Raises:

@@ -1,0 +1,62 @@
+"""Python: names, runs, results and modules as networks; what a call returns and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import flowdistill
+from flowdistill import models
+from flowdistill.data.sources import read_npz
+from flowdistill.training.checkpoint import hash_weights
+
+
+@pytest.fixture
+def keys(small_npz: Path, tmp_path: Path) -> dict[str, Any]:
+    train = {"epochs": 1, "batch_size": 64}
+    return {"data": {"name": f"npz:{small_npz}", "pad": 1}, "runs": tmp_path / "runs", "train": train, "progress": False}
+
+
+def test_train_then_distill_from_the_result_the_number_and_the_name(keys: dict[str, Any]) -> None:
+    teacher = flowdistill.train("resnet14", seed=5, **keys)
+    by_result = flowdistill.distill(teacher, "resnet8", method="kd", **keys)
+    by_number = flowdistill.distill(teacher.run.no, "resnet8", method="kd", **keys)
+    by_name = flowdistill.distill("resnet14", "resnet8", method="kd", **keys)
+    assert by_result.run.teacher_run == teacher.run.no
+    assert by_result.run.no == by_number.run.no == by_name.run.no, "one fingerprint: trained once"
+    assert by_result.accuracy == pytest.approx(100 * by_result.run.correct / 150)
+
+
+def test_a_module_of_ours_teaches_and_a_module_is_where_a_student_starts(keys: dict[str, Any], small_npz: Path) -> None:
+    spec = read_npz(small_npz).spec
+    teacher, student = models.build("resnet14", spec, seed=3), models.build("resnet8", spec, seed=4)
+    result = flowdistill.distill(teacher, student, method="kd", **keys)
+    assert result.run.init_hash == hash_weights(student.state_dict())
+    assert hash_weights(result.student().state_dict()) == result.run.weights_hash != result.run.init_hash
+    assert Path(result.run.config["teacher"]).is_file()
+
+
+def test_the_network_that_comes_back_gives_the_recorded_accuracy(keys: dict[str, Any], small_npz: Path) -> None:
+    result = flowdistill.train("resnet8", **keys)
+    data, net = read_npz(small_npz), result.student()
+    images = torch.from_numpy(data.x_test).permute(0, 3, 1, 2).float() / 255
+    trained = torch.from_numpy(data.x_train).float() / 255
+    with torch.no_grad():
+        outputs = net((images - trained.mean()) / trained.std(unbiased=False))
+    assert int((outputs.logits.argmax(1) == torch.from_numpy(data.y_test)).sum()) == result.run.correct
+
+
+def test_mistakes_are_user_errors(keys: dict[str, Any]) -> None:
+    with pytest.raises(flowdistill.UserError, match="unknown key 'epoch'"):
+        flowdistill.train("resnet8", **{**keys, "epoch": 3})
+    with pytest.raises(flowdistill.UserError, match="no resnet14 was trained"):
+        flowdistill.distill("resnet14", "resnet8", **keys)
+
+
+def test_a_diverged_run_raises_and_is_on_record(keys: dict[str, Any]) -> None:
+    wild = {**keys, "train": {**keys["train"], "lr": 1e30}}
+    with pytest.raises(RuntimeError, match="run 1 failed: diverged"):
+        flowdistill.train("resnet8", **wild)

@@ -44,7 +44,7 @@ WRONG = [
     (("distill", "--method", "fsp", "--teacher", "none.safetensors", *DIGITS), "weights file none.safetensors: no such file"),
     (
         ("distill", "--method", "fsp", "--teacher", "resnet20@evil.pt", *DIGITS),
-        "weights file evil.pt: cannot be read as a dictionary of tensors",
+        "weights file evil.pt: cannot be read as a dictionary of named tensors",
     ),
     (
         ("distill", "--method", "kd", "--teacher", "resnet20@wrong.pt", *DIGITS),

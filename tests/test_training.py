@@ -13,7 +13,7 @@ from flowdistill import methods, models
 from flowdistill.config import RunConfig, TrainConfig
 from flowdistill.data.loader import DeviceData, Stream
 from flowdistill.data.sources import ImageData, read_npz
-from flowdistill.taps import Network
+from flowdistill.models import Network
 from flowdistill.training import cohort as engine
 from flowdistill.training.checkpoint import hash_weights
 from flowdistill.training.cohort import Cohort, Lane, Teacher, train

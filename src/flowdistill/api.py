@@ -11,10 +11,10 @@ from typing import Any
 from .config import validate
 from .device import resolve_device
 from .ledger import Ledger, Run
+from .models import Network
 from .report.progress import Bars
 from .runner import Watcher, load_network
 from .runner import run as run_configs
-from .taps import Network
 from .training.checkpoint import hash_weights, save_weights
 
 

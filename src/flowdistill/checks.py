@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -17,6 +18,11 @@ def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(names)}"
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line; its type's name where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def parse_seeds(text: str) -> list[int]:
     """``'0-2,5'`` -> ``[0, 1, 2, 5]``; ranges include both ends.
 
@@ -25,11 +31,10 @@ def parse_seeds(text: str) -> list[int]:
     """
     seeds: list[int] = []
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        try:
-            low, high = int(first), int(last if dash else first)
-        except ValueError:
-            raise UserError(f"--seeds {text!r}: {part.strip()!r} is no seed; write numbers and ranges such as 0-2,5") from None
+        numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip(), re.ASCII)
+        if not numbers:
+            raise UserError(f"--seeds {text!r}: {part.strip()!r} is no seed; write numbers and ranges such as 0-2,5")
+        low, high = int(numbers[1]), int(numbers[2] or numbers[1])
         if high < low:
             raise UserError(f"--seeds {text!r}: the range {part.strip()} runs backwards; write {high}-{low}")
         seeds.extend(range(low, high + 1))

@@ -26,15 +26,15 @@ class DataConfig(Frozen):
 
     name: str = "cifar10"
     root: Path = Path("data")  # where torchvision keeps its downloads
-    pad: int | None = Field(None, ge=0)  # pixels of reflected border for the random crop
+    pad: int | None = Field(None, ge=0, strict=True)  # pixels of reflected border for the random crop
     flip: bool | None = None  # random horizontal flip
 
 
 class TrainConfig(Frozen):
     """The recipe. Defaults: the reference log's, which are He et al. 2016's up to weight decay on all parameters."""
 
-    epochs: int = Field(200, ge=1)  # reference log; He et al. 2016, section 4.2: 64k iterations, about 164 epochs
-    batch_size: int = Field(128, ge=1)  # He et al. 2016, section 4.2
+    epochs: int = Field(200, ge=1, strict=True)  # reference log; He et al. 2016, section 4.2: 64k iterations, about 164 epochs
+    batch_size: int = Field(128, ge=1, strict=True)  # He et al. 2016, section 4.2
     lr: float = Field(0.1, gt=0)  # He et al. 2016, section 4.2
     momentum: float = Field(0.9, ge=0, lt=1)  # He et al. 2016, section 4.2
     weight_decay: float = Field(1e-4, ge=0)  # He et al. 2016, section 4.2
@@ -51,9 +51,9 @@ class RunConfig(Frozen):
     method's default.
     """
 
-    student: str = "resnet20"
-    teacher: str | None = None
-    seed: int = Field(0, ge=0)
+    student: str = Field("resnet20", coerce_numbers_to_str=True)
+    teacher: str | None = Field(None, coerce_numbers_to_str=True)
+    seed: int = Field(0, ge=0, strict=True)
     split: Literal["full", "holdout"] = "full"
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -83,11 +83,12 @@ def one_line(error: ValidationError, model: type[BaseModel], where: str = "") ->
     """The first mistake of a pydantic report: key, what came, what is allowed."""
     first = error.errors(include_url=False)[0]
     path = [str(part) for part in first["loc"]]
-    key = where + ".".join(path)
+    key = (where + ".".join(path)).rstrip(".")
     if first["type"] == "extra_forbidden":
         return f"unknown key {key!r}: {did_you_mean(path[-1], _fields(model, path[:-1]))}"
     message = str(first.get("ctx", {}).get("error") or first["msg"])
-    return f"{key}={first['input']!r}: {message[0].lower() + message[1:]}" if key else message
+    given = f"{key}={first['input']!r}: " if path else f"{key}: " if key else ""
+    return f"{given}{message[0].lower()}{message[1:]}"
 
 
 def _fields(model: type[BaseModel], path: list[str]) -> list[str]:

@@ -25,6 +25,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         dataset TEXT NOT NULL,
         data_hash TEXT NOT NULL,
         student TEXT NOT NULL,
+        student_fingerprint TEXT NOT NULL, -- of the weights it starts from; empty for fresh ones
         teacher TEXT NOT NULL,            -- model, '-' for none
         teacher_run INTEGER,              -- NULL for none or a file
         teacher_fingerprint TEXT NOT NULL,
@@ -90,6 +91,7 @@ class Run:
     dataset: str
     data_hash: str
     student: str
+    student_fingerprint: str
     teacher: str
     teacher_run: int | None
     teacher_fingerprint: str
@@ -156,6 +158,7 @@ class Ledger:
             UserError: there is none and ``create`` is False, or the file is no ledger, or a newer version made it.
         """
         self.folder, self.path = folder, folder / "ledger.db"
+        self._on_disk = False
         if self.path.is_file():
             self._open()
         elif not create:
@@ -170,7 +173,9 @@ class Ledger:
             self._db = _connect(self.path)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._migrate()
+            self._on_disk = True
         except (sqlite3.DatabaseError, OSError) as error:
+            self.close()
             raise UserError(f"{self.path} cannot be used as a ledger ({error}); name another folder with --runs") from None
 
     def _migrate(self) -> None:
@@ -178,6 +183,8 @@ class Ledger:
             return
         with self._write():
             version = self._version()
+            if version == 0 and self._db.execute("SELECT 1 FROM sqlite_master").fetchone():
+                raise sqlite3.DatabaseError("it is somebody else's database")
             if version > len(MIGRATIONS):
                 raise UserError(f"{self.path} was made by a newer flowdistill (schema {version}); upgrade this one")
             for statements in MIGRATIONS[version:]:
@@ -205,7 +212,8 @@ class Ledger:
 
     def register(self, rows: Iterable[Mapping[str, Any]]) -> list[int]:
         """Enter new runs as running, all or none; their numbers, in order."""
-        if not self.path.is_file():
+        if not self._on_disk:
+            self.close()
             self._open()
         numbers = []
         with self._write():
@@ -225,7 +233,9 @@ class Ledger:
         """Set columns of a run."""
         assignments = ", ".join(f"{column} = :{column}" for column in values)
         with self._write():
-            self._db.execute(f"UPDATE runs SET {assignments} WHERE no = :no", {**_encoded(values), "no": no})
+            changed = self._db.execute(f"UPDATE runs SET {assignments} WHERE no = :no", {**_encoded(values), "no": no}).rowcount
+            if changed != 1:
+                raise KeyError(f"no run {no} to update in {self.path}")
 
     def runs(self, **equal: Any) -> list[Run]:
         """Runs whose columns have these values, by number."""
@@ -256,7 +266,8 @@ class Ledger:
 
     def close(self) -> None:
         """Close the file."""
-        self._db.close()
+        if hasattr(self, "_db"):
+            self._db.close()
 
 
 def newest(runs: Iterable[Run]) -> list[Run]:
@@ -268,6 +279,7 @@ def newest(runs: Iterable[Run]) -> list[Run]:
 def _connect(path: Path | str) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
     db.row_factory = sqlite3.Row
+    db.execute("PRAGMA foreign_keys=ON")
     return db
 
 

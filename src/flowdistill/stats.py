@@ -10,7 +10,6 @@ from typing import NamedTuple
 from scipy.special import stdtrit
 
 CONFIDENCE = 0.95
-POWER = 0.80
 LEAST_N = 3  # below this: the values alone, no interval and no verdict
 
 
@@ -20,8 +19,7 @@ class Difference(NamedTuple):
     Attributes:
         value: the difference of the means.
         low, high: its 95 % interval.
-        detectable: the smallest true difference that groups of these sizes and spreads would show (an interval without 0) four
-            times in five.
+        detectable: the smallest difference that this n and spread can show: one measured below it has 0 in its interval.
     """
 
     value: float
@@ -39,7 +37,7 @@ def welch(values: Sequence[float], reference: Sequence[float]) -> Difference | N
     """The difference of two groups by Welch's t interval; None when a group has fewer than three values.
 
     Welch 1947: standard error sqrt(s1^2/n1 + s2^2/n2), degrees of freedom by Satterthwaite. ``detectable`` is
-    (t(0.975) + t(0.80)) times that error.
+    half the interval's width.
     """
     if min(len(values), len(reference)) < LEAST_N:
         return None
@@ -50,4 +48,4 @@ def welch(values: Sequence[float], reference: Sequence[float]) -> Difference | N
         return Difference(value, value, value, 0.0)
     freedom = error**4 / sum(part**2 / (len(group) - 1) for part, group in zip(parts, (values, reference), strict=True))
     reach = float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * error
-    return Difference(value, value - reach, value + reach, reach + float(stdtrit(freedom, POWER)) * error)
+    return Difference(value, value - reach, value + reach, reach)

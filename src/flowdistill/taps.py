@@ -1,14 +1,17 @@
-"""The vocabulary that data, models, methods and training share: what a network offers, and what it gives for a batch."""
+"""The vocabulary that data, models, methods and training share: what a network offers, and what it gives for a batch.
+
+Torch-free at run time, as config is.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Outputs(NamedTuple):
@@ -32,7 +35,7 @@ class TapSpec:
     Attributes:
         name: ``stem``, ``stage1``, ``stage1.first``, ...
         channels, height, width: its size for one image.
-        module: the path of the module whose output it is; two taps with one path are one tensor.
+        module: the last module on the way to it, a ReLU after it included; two taps with one path are one tensor.
     """
 
     name: str
@@ -79,20 +82,14 @@ class NetSpec:
     @property
     def stages(self) -> tuple[str, ...]:
         """Names of the stage ends in order: ``stage1``, ``stage2``, ..."""
-        return tuple(tap.name for tap in self.taps if re.fullmatch(r"stage\d+", tap.name))
+        names = [tap.name for tap in self.taps if re.fullmatch(r"stage\d+", tap.name)]
+        return tuple(sorted(names, key=lambda name: int(name.removeprefix("stage"))))
 
     @classmethod
     def of(cls, outputs: Outputs, name: str = "network") -> NetSpec:
         """The spec of a network seen only through its outputs, for use of a method in one's own loop."""
         taps = tuple(TapSpec(tap, m.shape[1], m.shape[2], m.shape[3], tap) for tap, m in outputs.maps.items())
         return cls(name, taps, outputs.embedding.shape[1], outputs.logits.shape[1])
-
-
-class Network(nn.Module):
-    """A network as training sees it: called on images [N, C, H, W] it gives Outputs with the taps it was built for."""
-
-    spec: NetSpec
-    taps: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -113,10 +110,10 @@ class Batch:
 
     Attributes:
         labels: [N] class numbers.
-        indices: [N] positions in the training set.
+        indices: [N] positions in the training set; None outside of training.
         epoch: 0-based epoch of the whole run.
     """
 
     labels: Tensor
-    indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    indices: Tensor | None = None
     epoch: int = 0

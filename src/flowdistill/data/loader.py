@@ -19,12 +19,12 @@ HOLDOUT_SEED = 0  # fixed: every holdout run of a data set keeps the same images
 
 
 def holdout_positions(labels: Labels) -> Labels:
-    """Positions of the held-out tenth of a training set: of each class the same share, the same for every run."""
+    """Positions of the held-out tenth of a training set: of each class the same share, rounded half up, the same for every run."""
     chance = np.random.default_rng(HOLDOUT_SEED)
     kept_out = []
     for label in np.unique(labels):
         positions = np.flatnonzero(labels == label)
-        kept_out.append(chance.permutation(positions)[: round(len(positions) / HOLDOUT_PART)])
+        kept_out.append(chance.permutation(positions)[: (2 * len(positions) + HOLDOUT_PART) // (2 * HOLDOUT_PART)])
     return np.sort(np.concatenate(kept_out)).astype(np.int64)
 
 
@@ -42,7 +42,7 @@ class Normalisation:
         values = torch.arange(256, dtype=torch.float64) / 255
         mean = counts @ values / counts.sum(1)
         variance = counts @ values.square() / counts.sum(1) - mean.square()
-        std = variance.clamp_min(1e-12).sqrt()  # a channel of one value stays finite
+        std = variance.where(variance > 1e-12, 1.0).sqrt()  # a channel of one value is centred and left at that
         return cls(tuple(mean.tolist()), tuple(std.tolist()))
 
     def on(self, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..checks import UserError, did_you_mean
+from ..checks import UserError, did_you_mean, first_line
 from ..config import DataConfig
 from ..registry import Registry
 from ..taps import DataSpec
@@ -115,10 +114,9 @@ def _torchvision_reader(name: str, class_name: str, classes: int) -> Callable[[P
             try:
                 part = dataset(str(root), train=train, download=True)
             except (OSError, RuntimeError) as error:
-                first = str(error).splitlines()[0]
                 raise UserError(
-                    f"{name} is not in {root} and could not be downloaded ({first}); connect to the network, copy torchvision's "
-                    f"files there, or use --dataset npz:PATH"
+                    f"{name} is not in {root} and could not be downloaded ({first_line(error)}); connect to the network, copy "
+                    f"torchvision's files there, or use --dataset npz:PATH"
                 ) from None
             images = np.asarray(part.data)
             parts.append((images[..., None] if images.ndim == 3 else images, np.asarray(part.targets, dtype=np.int64)))
@@ -152,10 +150,12 @@ def read_npz(path: Path) -> ImageData:
     if not path.is_file():
         raise UserError(f"npz:{path}: no such file")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             names, arrays = sorted(archive), {key: archive[key] for key in NPZ_KEYS if key in archive}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, TypeError, AttributeError) as error:
-        raise UserError(f"npz:{path}: not a readable npz file without pickled objects ({str(error).splitlines()[0]})") from None
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise TypeError("a member that is no array")
+    except Exception:  # numpy and zipfile raise anything on junk, and numpy's words advise to load pickles
+        raise UserError(f"npz:{path}: not a readable npz file of plain arrays (damaged, no zip, or with pickled objects in it)") from None
     missing = [key for key in NPZ_KEYS if key not in arrays]
     if missing:
         raise UserError(f"npz:{path}: key {missing[0]!r} is missing; it has {names}, needs {list(NPZ_KEYS)}")
@@ -163,12 +163,13 @@ def read_npz(path: Path) -> ImageData:
     if images["x_train"].shape[1:] != images["x_test"].shape[1:]:
         raise UserError(f"npz:{path}: x_train is {images['x_train'].shape[1:]} an image, x_test {images['x_test'].shape[1:]}")
     labels = {key: _checked_labels(path, key, arrays[key], len(images[f"x_{key[2:]}"])) for key in ("y_train", "y_test")}
-    classes = int(labels["y_train"].max()) + 1
-    empty = sorted(set(range(classes)) - set(labels["y_train"].tolist()))
-    if empty:
-        raise UserError(f"npz:{path}: class {empty[0]} has no training image; labels must be 0 to K-1 with every class present")
-    if labels["y_test"].max() >= classes:
-        raise UserError(f"npz:{path}: y_test has label {labels['y_test'].max()}, but y_train ends at {classes - 1}")
+    present = np.unique(labels["y_train"])
+    classes, last = len(present), int(labels["y_test"].max())
+    absent = np.flatnonzero(present != np.arange(classes))
+    if len(absent):
+        raise UserError(f"npz:{path}: class {absent[0]} has no training image; labels must be 0 to K-1 with every class present")
+    if last >= classes:
+        raise UserError(f"npz:{path}: y_test has label {last}, but y_train ends at {classes - 1}")
     return ImageData(path.stem, images["x_train"], labels["y_train"], images["x_test"], labels["y_test"], classes)
 
 
@@ -185,6 +186,6 @@ def _checked_labels(path: Path, key: str, array: npt.NDArray[Any], images: int) 
         raise UserError(f"npz:{path}: {key} is {array.dtype} {array.shape}, must be integers [N]")
     if len(array) != images:
         raise UserError(f"npz:{path}: {key} has {len(array)} labels for {images} images")
-    if array.min() < 0:
-        raise UserError(f"npz:{path}: {key} has label {array.min()}; labels start at 0")
+    if array.min() < 0 or array.max() > np.iinfo(np.int64).max:
+        raise UserError(f"npz:{path}: {key} has labels from {array.min()} to {array.max()}; labels start at 0 and end at K-1")
     return array.astype(np.int64)

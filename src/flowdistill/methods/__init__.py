@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from .base import METHODS, Composed, Method, MethodOptions, Phase, Settled, build, get, parts, settle
+from .base import METHODS, Method, MethodOptions, Phase, get
+from .compose import Composed, Settled, build, parts, settle
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..taps import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, paired_stages, register
+from .base import Method, MethodOptions, Needs, Paper, full, paired_stages, register, same_shape
 
 Mode = Literal["code", "paper"]
 
@@ -35,10 +35,15 @@ def attention_loss(student: Tensor, teacher: Tensor, mode: Mode = "code") -> Ten
 
     Returns:
         A scalar.
+
+    Raises:
+        ValueError: the batches differ.
     """
     size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
     maps = [x if x.shape[2:] == size else F.adaptive_avg_pool2d(full(x), size) for x in (student, teacher)]
-    difference = attention_map(maps[0]) - attention_map(maps[1])
+    ours, theirs = (attention_map(x) for x in maps)
+    same_shape(ours, theirs)
+    difference = ours - theirs
     if mode == "code":
         return difference.square().mean()
     norms: Tensor = torch.linalg.vector_norm(difference, dim=1)

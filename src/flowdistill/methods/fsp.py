@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..taps import Batch, NetSpec, Outputs, TapSpec
-from .base import Method, MethodOptions, Needs, Paper, Phase, full, paired_stages, register
+from .base import Method, MethodOptions, Needs, Paper, Phase, full, paired_stages, register, same_shape
 
 Pool = Literal["max", "avg"]
 Reduction = Literal["mean", "sum"]
@@ -76,10 +76,15 @@ def fsp_loss(student: Sequence[Pair], teacher: Sequence[Pair], *, pool: Pool = "
 
     Returns:
         A scalar.
+
+    Raises:
+        ValueError: batch or channels of a pair differ between the networks.
     """
     losses = []
     for pair_s, pair_t in zip(student, teacher, strict=True):
-        square = (fsp_matrix(*match_sizes(*pair_t, pool)) - fsp_matrix(*match_sizes(*pair_s, pool))).square()
+        ours, theirs = (fsp_matrix(*match_sizes(*pair, pool)) for pair in (pair_s, pair_t))
+        same_shape(ours, theirs)
+        square = (theirs - ours).square()
         losses.append(square.mean() if reduction == "mean" else square.sum((1, 2)).mean())
     total = torch.stack(losses)
     return total.mean() if reduction == "mean" else total.sum()
@@ -114,13 +119,15 @@ class FSPOptions(MethodOptions):
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("preset", "ours") not in PRESETS:
+        preset = values.get("preset", "ours") if isinstance(values, dict) else None
+        if not isinstance(preset, str) or preset not in PRESETS:
             return values
-        preset = values.get("preset", "ours")
         filled: dict[str, Any] = {**PRESETS[preset], **values}
-        filled.setdefault("stage_epochs", 50 if preset == "kd-zoo" else 54)
-        filled.setdefault("stage_lr", 1e-3 if filled["reduction"] == "sum" else 1e-2)
-        return filled
+        stage = {"stage_epochs": 50 if preset == "kd-zoo" else 54, "stage_lr": 1e-3 if filled["reduction"] == "sum" else 1e-2}
+        for key, default in stage.items():
+            if filled["schedule"] == "joint" and filled.get(key, default) != default:
+                raise ValueError(f"{key} belongs to schedule=two-stage; set that too, or leave it out")
+        return {**stage, **filled}
 
     def variant(self) -> str:
         """The preset, and what differs from it."""
@@ -198,7 +205,7 @@ class FSP(Method):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``fsp``."""
-        ours = {tap: self._adapted(tap, student.maps[tap]) for tap in self.needs.student}
+        ours = {tap: self._adapted(tap, student.maps[tap]) for tap in sorted(self.needs.student)}
         loss = fsp_loss(
             [(ours[first], ours[second]) for first, second in self.pairs],
             [(teacher.maps[first], teacher.maps[second]) for first, second in self.pairs],

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..taps import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Paper, full, register, same_classes
+from .base import Method, MethodOptions, Paper, full, register, same_classes, same_shape
 
 
 def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
@@ -24,7 +24,11 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tenso
 
     Returns:
         A scalar.
+
+    Raises:
+        ValueError: the shapes differ.
     """
+    same_shape(student, teacher)
     log_s = F.log_softmax(full(student) / temperature, dim=1)
     log_t = F.log_softmax(full(teacher) / temperature, dim=1)
     return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * temperature**2

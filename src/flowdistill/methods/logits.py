@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..taps import Batch, NetSpec, Outputs
-from .base import Method, Paper, full, register, same_classes
+from .base import Method, Paper, full, register, same_classes, same_shape
 
 
 def logits_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -21,7 +21,11 @@ def logits_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Returns:
         A scalar.
+
+    Raises:
+        ValueError: the shapes differ.
     """
+    same_shape(student, teacher)
     return F.mse_loss(full(student), full(teacher))
 
 

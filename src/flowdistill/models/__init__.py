@@ -7,9 +7,18 @@ import pkgutil
 import re
 from typing import Protocol
 
+from torch import nn
+
 from ..randomness import seeded
 from ..registry import Registry
-from ..taps import DataSpec, NetSpec, Network
+from ..taps import DataSpec, NetSpec
+
+
+class Network(nn.Module):
+    """A network as training sees it: called on images [N, C, H, W] it gives Outputs with the taps it was built for."""
+
+    spec: NetSpec
+    taps: tuple[str, ...]
 
 
 class Factory(Protocol):

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..taps import DataSpec, NetSpec, Network, Outputs, TapSpec
-from . import MODELS
+from ..taps import DataSpec, NetSpec, Outputs, TapSpec
+from . import MODELS, Network
 
 WIDTHS = (16, 32, 64)
 DEPTHS = (8, 14, 20, 26, 32, 44, 56, 110)
@@ -88,7 +88,7 @@ class CifarResNetFactory:
     def spec(self, data: DataSpec) -> NetSpec:
         """Taps and sizes for images of the data's size."""
         height, width = data.height, data.width
-        taps = [TapSpec("stem", WIDTHS[0], height, width, "stem")]
+        taps = [TapSpec("stem", WIDTHS[0], height, width, "bn1")]
         for number, channels in enumerate(WIDTHS, 1):
             if number > 1:
                 height, width = (height + 1) // 2, (width + 1) // 2

@@ -26,7 +26,7 @@ def runs_list(runs: Sequence[Run], format_: str) -> str:
 
 
 def run_page(run: Run, curve: Sequence[Epoch], format_: str) -> str:
-    """Config, curve and environment of a run; json is one object with the curve inside, csv the curve alone."""
+    """Config, curve and environment of a run; json is an array of one object with the curve inside, csv the curve alone."""
     facts = dataclasses.asdict(run)
     if format_ == "json":
         return render([facts | {"curve": [dataclasses.asdict(epoch) for epoch in curve]}], "json", ())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from rich.table import Table
 
 from ..checks import UserError
 from ..ledger import Run, newest
-from ..stats import CONFIDENCE, POWER, Difference, sample_std, welch
+from ..stats import CONFIDENCE, LEAST_N, Difference, sample_std, welch
 
 Format = Literal["table", "md", "csv", "json"]
 Protocol = Literal["last", "best", "holdout"]
@@ -92,8 +93,12 @@ def pair(run: Run) -> str:
     return f"{teacher}>>{split[1][2] if same_family and split[1] else student}"
 
 
+FAMILIES = {"resnet": "ResNet", "vgg": "VGG", "wrn": "WRN"}
+
+
 def _display(model: str) -> str:
-    return re.sub(r"^resnet", "ResNet", model) if model.startswith("resnet") else model[:1].upper() + model[1:]
+    family = re.match(r"[a-z]*", model)[0]  # type: ignore[index]
+    return FAMILIES.get(family, family.capitalize()) + model[len(family) :]
 
 
 def headings(groups: Sequence[Group]) -> list[str]:
@@ -105,17 +110,17 @@ def headings(groups: Sequence[Group]) -> list[str]:
         notes = [group_.first.method] if len({other.first.method for other in alike}) > 1 else []
         same_method = [other for other in alike if other.first.method == group_.first.method]
         notes += _differing(group_.first, [other.first for other in same_method])
-        found.append(" ".join([name, *([", ".join(notes)] if notes else []), f"({group_.mean:.1f})"]))
-    return found
+        found.append(" ".join([name, *([", ".join(notes)] if notes else [])]))
+    found = [
+        f"{name} fingerprint {g.first.fingerprint[:8]}" if found.count(name) > 1 else name for name, g in zip(found, groups, strict=True)
+    ]
+    return [f"{name} ({group_.mean:.1f})" for name, group_ in zip(found, groups, strict=True)]
 
 
 def _differing(run: Run, among: Sequence[Run]) -> list[str]:
-    flat = [_flatten({k: v for k, v in other.config.items() if k != "seed"}) for other in among]
-    mine = _flatten(run.config)
-    notes = [f"{key}={mine.get(key)}" for key in sorted({k for f in flat for k in f}) if len({json.dumps(f.get(key)) for f in flat}) > 1]
-    if not notes and len({other.fingerprint for other in among}) > 1:
-        notes = [f"fingerprint {run.fingerprint[:8]}"]
-    return notes
+    flat = [_flatten(other.config) for other in among]
+    mine, keys = _flatten(run.config), {key for values in flat for key in values} - {"seed", "data.root"}
+    return [f"{key}={mine.get(key)}" for key in sorted(keys) if len({json.dumps(values.get(key)) for values in flat}) > 1]
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -184,11 +189,11 @@ def _teachers(group_: Group) -> str:
 def summary_rows(runs: Sequence[Run], protocol: str) -> list[dict[str, Any]]:
     """One row a group: mean, sample standard deviation, n, and the difference to ``base`` with its Welch interval."""
     groups = group(runs, protocol)
+    bases = {_base_key(g.first): g for g in reversed(groups) if g.first.method == "base" and not g.first.variant}
     rows = []
     for group_ in groups:
-        base = next((g for g in groups if g.first.method == "base" and _base_key(g.first) == _base_key(group_.first)), None)
-        compared = base is not None and base is not group_
-        reference = base.accuracies if base is not None and compared else []
+        base = bases.get(_base_key(group_.first)) if group_.first.method != "base" else None
+        reference = base.accuracies if base else []
         rows.append(
             {
                 "method": group_.first.method,
@@ -212,7 +217,7 @@ def summary_rows(runs: Sequence[Run], protocol: str) -> list[dict[str, Any]]:
 
 def _base_key(run: Run) -> object:
     data = json.dumps([run.config["data"]["pad"], run.config["data"]["flip"]])
-    return run.student, run.data_hash, data, json.dumps(run.config["train"], sort_keys=True), run.split
+    return run.student, run.student_fingerprint, run.data_hash, data, json.dumps(run.config["train"], sort_keys=True), run.split
 
 
 SUMMARY_COLUMNS = ("method", "variant", "pair", "dataset", "nepoch", "acc (n)", "to base", "95 % interval", "detectable", "teacher")
@@ -228,8 +233,8 @@ def summary_table(runs: Sequence[Run], protocol: str, format_: str) -> str:
         return render(flat, "csv", tuple(flat[0]) if flat else ())
     notes = (
         f"acc: {PROTOCOLS[protocol]}. Mean +- sample std (n seeds), in percent; to base: difference of the means in points, with "
-        f"Welch's {CONFIDENCE:.0%} interval; detectable: the smallest true difference that this n and spread would show with {POWER:.0%} "
-        f"probability. Fewer than 3 runs a side: the values alone."
+        f"Welch's {CONFIDENCE:.0%} interval; detectable: the smallest difference that this n and spread can show (half the interval). "
+        f"Fewer than {LEAST_N} runs a side: the values alone."
     )
     return f"{notes}\n\n{render([_shown(row) for row in rows], format_, SUMMARY_COLUMNS)}"
 
@@ -242,7 +247,7 @@ def _plain(row: Row) -> dict[str, Any]:
 
 def _shown(row: Row) -> Row:
     difference: Difference | None = row["difference"]
-    few = row["n"] < 3
+    few = row["n"] < LEAST_N
     return {
         "method": row["method"],
         "variant": row["variant"] or "-",
@@ -278,7 +283,7 @@ def _as_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
 
 def _as_markdown(rows: Sequence[Row], columns: Sequence[str]) -> str:
     def line(cells: Sequence[Any]) -> str:
-        return "| " + " | ".join("" if cell is None else str(cell).replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join("" if cell is None else " ".join(str(cell).replace("|", "\\|").split("\n")) for cell in cells) + " |"
 
     body = [line([row[column] for column in columns]) for row in rows]
     return "\n".join([line(columns), line(["-" * max(len(column), 2) for column in columns]), *body])
@@ -293,7 +298,16 @@ def _as_csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
 
 
 def _as_json(rows: Sequence[Row], _: Sequence[str]) -> str:
-    return json.dumps([dict(row) for row in rows], indent=2)
+    return json.dumps(_finite([dict(row) for row in rows]), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 FORMATS: dict[str, Callable[[Sequence[Row], Sequence[str]], str]] = {

@@ -14,7 +14,8 @@ from ..data.loader import Labelled, Normalisation
 from ..data.sources import load
 from ..device import resolve_precision
 from ..ledger import Ledger
-from ..taps import DataSpec, Network
+from ..models import Network
+from ..taps import DataSpec
 from ..training.checkpoint import fill, load_weights
 from ..training.evaluate import evaluate as measure
 from .networks import STUDENT_FILE

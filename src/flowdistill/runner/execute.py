@@ -20,7 +20,7 @@ from ..data.loader import DeviceData, Stream
 from ..device import Precision, describe, determinism, peak_memory
 from ..env import versions
 from ..ledger import Epoch, Ledger, Run, newest
-from ..taps import Network
+from ..models import Network
 from ..training.checkpoint import hash_weights, save_weights, write_whole
 from ..training.cohort import Cohort, EpochReport, Lane, Progress, Teacher, first_gradients, seconds_per_epoch, train
 from ..training.evaluate import Evaluation, evaluate
@@ -79,18 +79,18 @@ def run(
     """
     watcher = watcher or Watcher()
     jobs = plan(configs, ledger, device)
-    done: dict[int, int] = {}
-    for position, job in enumerate(jobs):
+    done: dict[tuple[str, int], int] = {}
+    todo = {job.key: job for job in jobs}
+    for key, job in todo.items():
         finished = newest(ledger.runs(status="finished", fingerprint=job.fingerprint, seed=job.config.seed))
         if finished and not again:
-            done[position] = finished[0].no
+            done[key] = finished[0].no
             watcher.say(f"{job.label}: run {finished[0].no} has it already, skipped (--again repeats it)")
-    todo = [position for position in range(len(jobs)) if position not in done]
     with determinism(deterministic):
-        for group in cohorts([jobs[position] for position in todo]):
+        for group in cohorts([job for key, job in todo.items() if key not in done]):
             for member in _run_cohort(group, ledger, device, watcher):
-                done[next(p for p in todo if jobs[p] is member.job)] = member.no
-    return [ledger.run(done[position]) for position in range(len(jobs))]
+                done[member.job.key] = member.no
+    return [ledger.run(done[job.key]) for job in jobs]
 
 
 def dry_run(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device) -> list[dict[str, Any]]:
@@ -233,6 +233,7 @@ def _row(member: Member) -> dict[str, Any]:
         "dataset": job.data.name,
         "data_hash": job.data_hash,
         "student": job.student.model,
+        "student_fingerprint": job.student.fingerprint,
         "teacher": job.teacher.model if job.teacher else "-",
         "teacher_run": job.teacher.run if job.teacher else None,
         "teacher_fingerprint": job.teacher.fingerprint if job.teacher else "",

@@ -10,7 +10,8 @@ from torch import Tensor
 from .. import models
 from ..checks import UserError
 from ..ledger import Ledger, Run, newest
-from ..taps import DataSpec, Network
+from ..models import Network
+from ..taps import DataSpec
 from ..training.checkpoint import fill, hash_weights, load_weights
 
 STUDENT_FILE = "student.safetensors"

@@ -48,6 +48,11 @@ class Job:
         return tuple(phase.epochs or self.config.train.epochs for phase in self.settled.phases)
 
     @property
+    def key(self) -> tuple[str, int]:
+        """Two jobs with one key would give one and the same student."""
+        return self.fingerprint, self.config.seed
+
+    @property
     def label(self) -> str:
         """As messages name it."""
         pair = f"{self.student.model} <- {self.teacher.model}" if self.teacher else self.student.model

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..checks import UserError
-from ..taps import Network
+from ..models import Network
 
 Weights = Mapping[str, Tensor]
 
@@ -24,16 +24,19 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write to a neighbour, sync, rename: a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with draft.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with draft.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def save_weights(path: Path, weights: Weights, about: Mapping[str, Any]) -> None:
     """A safetensors file whose metadata hold ``about`` as JSON under ``flowdistill``."""
-    tensors = {name: value.detach().to("cpu").contiguous() for name, value in weights.items()}
+    tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in weights.items()}
     write_whole(path, save(tensors, {"format": "pt", "flowdistill": json.dumps(about)}))
 
 
@@ -50,18 +53,19 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return _only_tensors(torch.load(path, map_location="cpu", weights_only=True)), {}
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("flowdistill", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (safe_open is no mapping)
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            return weights, about if isinstance(about, dict) else {}
     except SafetensorError as error:
         raise UserError(f"weights file {path}: not a valid safetensors file ({error})") from None
-    except Exception as error:  # torch.load raises anything on junk
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"weights file {path}: cannot be read as a dictionary of tensors ({reason})") from None
+    except Exception:  # torch.load raises anything on junk, and its words advise to load pickles
+        cause = "damaged, or with something else in it, which is never executed"
+        raise UserError(f"weights file {path}: cannot be read as a dictionary of named tensors ({cause})") from None
 
 
 def _only_tensors(loaded: Any) -> dict[str, Tensor]:
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError("holds something else than named tensors")
+    if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
+        raise TypeError("something else than named tensors")
     return state
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..config import TrainConfig
 from ..data.loader import DeviceData, Stream
 from ..device import Precision, Stopwatch, synchronize
-from ..taps import Network
+from ..models import Network
 from .evaluate import Evaluation, evaluate
 from .step import Student, gradient_ratios, teach, train_step
 
@@ -41,7 +41,7 @@ class Teacher:
     def drift(self) -> Tensor:
         """How many buffers changed; a scalar that stays on the device."""
         changed = [(value != self._buffers[name]).any() for name, value in self.net.named_buffers()]
-        return torch.stack(changed).sum()
+        return torch.stack(changed).sum() if changed else torch.zeros((), device=next(self.net.parameters()).device)
 
 
 @dataclass

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..data.loader import Labelled
 from ..device import Precision
-from ..taps import Network, Outputs
+from ..models import Network
+from ..taps import Outputs
 from .step import autocast
 
 BATCH = 500  # images a forward pass
@@ -40,12 +41,14 @@ def evaluate(net: Network, on: Labelled, normalise: Callable[[Tensor], Tensor], 
     training = net.training
     net.eval()
     found = []
-    for start in range(0, len(on.images), BATCH):
-        images = normalise(on.images[start : start + BATCH])
-        with autocast(images.device, precision):
-            outputs: Outputs = net(images)
-        found.append(outputs.logits.float().softmax(1).max(1))
-    net.train(training)
+    try:
+        for start in range(0, len(on.images), BATCH):
+            images = normalise(on.images[start : start + BATCH])
+            with autocast(images.device, precision):
+                outputs: Outputs = net(images)
+            found.append(outputs.logits.float().softmax(1).max(1))
+    finally:
+        net.train(training)
     probabilities = torch.cat([top.values for top in found])
     classes = torch.cat([top.indices for top in found])
     if len(classes) != len(on.labels):

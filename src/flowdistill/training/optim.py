@@ -7,7 +7,7 @@ from torch import nn
 
 from ..config import TrainConfig
 from ..methods import Method, Phase
-from ..taps import Network
+from ..models import Network
 
 
 def trained_parameters(net: Network, method: Method, phase: Phase) -> list[nn.Parameter]:

@@ -8,23 +8,23 @@ from collections.abc import Sequence
 MILESTONES = (0.5, 0.75)  # reference log: x 0.1 at epochs 100 and 150 of 200
 
 
-def lr_factor(kind: str, progress: float, epoch_share: float, milestones: Sequence[float] = MILESTONES) -> float:
+def lr_factor(kind: str, *, step: int, steps: int, epoch_share: float, milestones: Sequence[float] = MILESTONES) -> float:
     """The factor on the base learning rate.
 
     Args:
         kind: ``step`` (tenfold lower at each milestone), ``cosine`` (to 0) or ``one-cycle`` (from 1/25 up to 1 over the first 30 %,
             then down to 1/250,000; both on a cosine, as torch's OneCycleLR).
-        progress: steps done over the phase's steps; for one-cycle over its steps less one, so that the last step is 1.
+        step, steps: 0-based step of the phase, and how many it has.
         epoch_share: whole epochs done over the phase's epochs; ``step`` changes only between epochs.
         milestones: shares of the phase.
     """
     if kind == "cosine":
-        return (1 + math.cos(math.pi * progress)) / 2
+        return _cosine(1, 0, step / steps)
     if kind == "one-cycle":
-        start, peak, end, low, high, lowest = 0.0, 0.3, 1.0, 1 / 25, 1.0, 1 / 250_000
-        if progress <= peak:
-            return _cosine(low, high, (progress - start) / (peak - start))
-        return _cosine(high, lowest, (progress - peak) / (end - peak))
+        peak, last = 0.3 * steps - 1, steps - 1
+        if step <= peak:
+            return _cosine(1 / 25, 1, step / peak if peak else 1)
+        return _cosine(1, 1 / 250_000, (step - peak) / (last - peak))
     return float(0.1 ** sum(epoch_share >= milestone - 1e-9 for milestone in milestones))
 
 

@@ -12,7 +12,8 @@ from ..config import TrainConfig
 from ..device import Precision
 from ..methods import Method, Phase, Settled
 from ..methods.base import full
-from ..taps import Batch, Network, Outputs
+from ..models import Network
+from ..taps import Batch, Outputs
 from .optim import build_optimizer
 from .schedule import MILESTONES, lr_factor
 
@@ -62,9 +63,8 @@ class Student:
     def learning_rate(self, epoch: int, epochs: int, step: int, steps: int) -> float:
         """The rate of a step; ``epoch`` and ``step`` are 0-based within the phase and the epoch."""
         kind = "step" if self.phase.milestones else self.train.schedule
-        done, total = epoch * steps + step, epochs * steps
-        progress = done / (max(total - 1, 1) if kind == "one-cycle" else total)
-        factor = lr_factor(kind, progress, epoch / epochs, self.phase.milestones or MILESTONES)
+        milestones = self.phase.milestones or MILESTONES
+        factor = lr_factor(kind, step=epoch * steps + step, steps=epochs * steps, epoch_share=epoch / epochs, milestones=milestones)
         return (self.phase.lr or self.train.lr) * factor
 
 

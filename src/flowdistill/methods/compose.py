@@ -1,0 +1,119 @@
+"""A method's name in full: ``at+kd`` is the terms of both, with every option, weight and phase settled before training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..checks import UserError, did_you_mean
+from ..config import parse_as
+from ..taps import Batch, DataSpec, NetSpec, Outputs
+from .base import Method, MethodOptions, Needs, Phase, get
+
+
+def parts(name: str) -> list[type[Method]]:
+    """``'kd+at'`` -> the classes of its parts, by name: the order does not matter.
+
+    Raises:
+        UserError: a part is unknown or named twice, or ``base`` is composed.
+    """
+    names = sorted(part.strip() for part in name.split("+"))
+    classes = [get(part) for part in names]
+    if len(set(names)) < len(names):
+        raise UserError(f"method {name!r} names a part twice; give each once")
+    if len(classes) > 1 and not all(cls.uses_teacher for cls in classes):
+        raise UserError(f"method {name!r}: 'base' is training on labels alone, which every method includes; leave it out")
+    return classes
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A method with every option and weight filled in: what a run records and what its fingerprint covers."""
+
+    name: str
+    options: dict[str, MethodOptions]
+    weights: dict[str, float]
+    phases: tuple[Phase, ...]
+    versions: dict[str, int]
+    uses_teacher: bool
+    variant: str
+
+
+def settle(name: str, options: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float]) -> Settled:
+    """Fill in the defaults of a method or composition.
+
+    Raises:
+        UserError: options for a method that is not part of it, an unknown option, or a weight for a term it has not.
+    """
+    classes = parts(name)
+    name = "+".join(cls.name for cls in classes)
+    for given in options:
+        if given not in [cls.name for cls in classes]:
+            raise UserError(f"options.{given}: method {name!r} has no such part; {did_you_mean(given, [cls.name for cls in classes])}")
+    filled = {cls.name: parse_as(cls.Options, options.get(cls.name, {}), f"options.{cls.name}.") for cls in classes}
+    defaults = {"task": 1.0}  # cross-entropy, in every source named in the methods' own files
+    for cls in classes:
+        defaults |= cls.default_weights(filled[cls.name])
+    for term, value in weights.items():
+        if term not in defaults:
+            raise UserError(f"weights.{term}: method {name!r} has no such term; {did_you_mean(term, defaults)}")
+        if not value >= 0:
+            raise UserError(f"weights.{term}={value}: a weight is 0 or more")
+    staged = [cls for cls in classes if len(cls.phases(filled[cls.name])) > 1]
+    if len(staged) > 1:
+        raise UserError(f"method {name!r}: {' and '.join(cls.name for cls in staged)} both train in stages; only one part may")
+    leading = staged[0] if staged else classes[0]
+    settled = {term: float(weights.get(term, default)) for term, default in defaults.items()}
+    phases = leading.phases(filled[leading.name])
+    for phase in phases:
+        if not any(weight for term, weight in settled.items() if phase.counts(term)):
+            raise UserError(f"method {name!r}: every weight of its phase {phase.name!r} is 0, so nothing would be trained; raise one")
+    notes = [filled[cls.name].variant() for cls in classes]
+    notes += [f"weights.{term}={value:g}" for term, value in settled.items() if value != defaults[term]]
+    return Settled(
+        name=name,
+        options=filled,
+        weights=settled,
+        phases=phases,
+        versions={cls.name: cls.version for cls in classes},
+        uses_teacher=any(cls.uses_teacher for cls in classes),
+        variant=", ".join(note for note in notes if note),
+    )
+
+
+def build(settled: Settled, *, student: NetSpec, teacher: NetSpec | None, data: DataSpec) -> Method:
+    """The module that training calls: the method, or the composition of its parts.
+
+    Raises:
+        ValueError: this student and this teacher can't be paired.
+    """
+    networks = {"student": student, "teacher": teacher, "data": data}
+    built = [get(name)(options, **networks) for name, options in settled.options.items()]
+    return built[0] if len(built) == 1 else Composed(built)
+
+
+class Composed(Method):
+    """Several methods at once: the terms of all of them."""
+
+    name = "composed"
+
+    def __init__(self, methods: Sequence[Method]) -> None:
+        super().__init__()
+        self.methods = nn.ModuleList(methods)
+        self.terms = tuple(term for method in methods for term in method.terms)
+        self.vanishes_at_match = all(method.vanishes_at_match for method in methods)
+        self.per_sample = all(method.per_sample for method in methods)
+        self.needs = Needs(
+            frozenset().union(*(method.needs.student for method in methods)),
+            frozenset().union(*(method.needs.teacher for method in methods)),
+        )
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
+        """The terms of every part."""
+        found: dict[str, Tensor] = {}
+        for method in self.methods:
+            found |= method(student, teacher, batch)
+        return found

@@ -1,0 +1,320 @@
+"""RunConfig: defaults, mistakes said in one line, files, and assignments."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from flowdistill.checks import UserError, did_you_mean, parse_seeds
+from flowdistill.config import DataConfig, RunConfig, TrainConfig, assign, read_file, validate
+
+
+def complaint(call: Callable[..., Any], *arguments: Any) -> str:
+    """The line of the UserError that the call must raise."""
+    with pytest.raises(UserError) as error:
+        call(*arguments)
+    line = str(error.value)
+    assert "\n" not in line
+    assert line == line.strip() != ""
+    return line
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+# Defaults
+
+
+def test_defaults() -> None:
+    config = validate({})
+    assert config.model_dump() == {
+        "student": "resnet20",
+        "teacher": None,
+        "seed": 0,
+        "split": "full",
+        "data": {"name": "cifar10", "root": Path("data"), "pad": None, "flip": None},
+        "train": {
+            "epochs": 200,
+            "batch_size": 128,
+            "lr": 0.1,
+            "momentum": 0.9,
+            "weight_decay": 1e-4,
+            "nesterov": False,
+            "schedule": "step",
+            "precision": "auto",
+        },
+        "method": "base",
+        "options": {},
+        "weights": {},
+    }
+
+
+def test_part_of_a_table_keeps_the_other_defaults() -> None:
+    assert validate({"train": {"epochs": 3}}).train == TrainConfig(epochs=3)
+    assert validate({"data": {"name": "digits"}}).data == DataConfig(name="digits")
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("key", "answer"),
+    [
+        ("studnet", "unknown key 'studnet': did you mean 'student'?"),
+        ("train.epoch", "unknown key 'train.epoch': did you mean 'epochs'?"),
+        ("train.learning", "unknown key 'train.learning': choose from: epochs, batch_size, lr, momentum, weight_decay, "
+         "nesterov, schedule, precision"),
+        ("data.nam", "unknown key 'data.nam': did you mean 'name'?"),
+        ("zzzz", "unknown key 'zzzz': choose from: student, teacher, seed, split, data, train, method, options, weights"),
+    ],
+)  # fmt: skip
+def test_unknown_key(key: str, answer: str) -> None:
+    assert complaint(validate, nested(key, 1)) == answer
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.epochs", 0),
+        ("train.epochs", 2.5),
+        ("train.epochs", "many"),
+        ("train.epochs", None),
+        ("train.batch_size", 0),
+        ("train.batch_size", -128),
+        ("train.lr", 0),
+        ("train.lr", -1),
+        ("train.lr", float("nan")),
+        ("train.lr", float("inf")),
+        ("train.lr", [0.1]),
+        ("train.momentum", 1.0),
+        ("train.momentum", -0.1),
+        ("train.weight_decay", -1e-4),
+        ("train.nesterov", "perhaps"),
+        ("train.schedule", "linear"),
+        ("train.precision", "fp16"),
+        ("train", 5),
+        ("data.pad", -1),
+        ("data.name", 3),
+        ("seed", -1),
+        ("seed", "first"),
+        ("split", "x"),
+        ("student", None),
+        ("options", []),
+        ("options.fsp", "avg"),
+        ("weights.fsp", "much"),
+        ("weights.fsp", float("nan")),
+        ("weights.fsp", float("-inf")),
+    ],
+)
+def test_wrong_value_names_key_and_value(key: str, value: Any) -> None:
+    assert complaint(validate, nested(key, value)).startswith(f"{key}={value!r}: ")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("train.epochs", 0, "greater than or equal to 1"),
+        ("train.lr", -1, "greater than 0"),
+        ("train.lr", float("nan"), "finite"),
+        ("split", "x", "'full' or 'holdout'"),
+        ("train.precision", "fp16", "'auto', 'bf16' or 'fp32'"),
+    ],
+)
+def test_wrong_value_says_what_is_allowed(key: str, value: Any, reason: str) -> None:
+    assert reason in complaint(validate, nested(key, value))
+
+
+def test_a_value_of_many_lines_gives_one_line() -> None:
+    complaint(validate, {"split": "a\nb"})
+
+
+@pytest.mark.parametrize(("table", "key"), [(None, "seed"), ("train", "lr"), ("data", "name")])
+def test_frozen(table: str | None, key: str) -> None:
+    config = validate({})
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(getattr(config, table) if table else config, key, 1)
+    assert config == validate({})
+
+
+def test_validating_does_not_share_or_change_the_given_values() -> None:
+    values = {"weights": {"fsp": 1.0}, "options": {"fsp": {"pool": "avg"}}}
+    config = validate(values)
+    values["weights"]["fsp"] = 2.0
+    values["options"]["fsp"]["pool"] = "max"
+    assert config.weights == {"fsp": 1.0}
+    assert config.options == {"fsp": {"pool": "avg"}}
+
+
+def test_did_you_mean_without_a_close_name() -> None:
+    assert did_you_mean("q", ["left", "right"]) == "choose from: left, right"
+
+
+# Round trip
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {
+            "student": "resnet8",
+            "teacher": "12",
+            "seed": 7,
+            "split": "holdout",
+            "data": {"name": "npz:/a/b.npz", "root": "/data", "pad": 0, "flip": False},
+            "train": {"epochs": 3, "lr": 0.05, "weight_decay": 0, "nesterov": True, "schedule": "one-cycle", "precision": "bf16"},
+            "method": "at+fsp",
+            "options": {"fsp": {"pool": "avg", "stage_epochs": 2}},
+            "weights": {"fsp": 10, "task": 0.5},
+        },
+    ],
+)
+def test_round_trip_through_json(values: dict[str, Any]) -> None:
+    config = validate(values)
+    assert validate(json.loads(json.dumps(config.model_dump(mode="json")))) == config
+
+
+# --set
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("seed=3", {"seed": 3}),
+        ("train.lr=0.05", {"train": {"lr": 0.05}}),
+        ("train.weight_decay=1e-4", {"train": {"weight_decay": 1e-4}}),
+        ("train.nesterov=true", {"train": {"nesterov": True}}),
+        ("data.flip=false", {"data": {"flip": False}}),
+        ("student=resnet8", {"student": "resnet8"}),
+        ("method=at+kd", {"method": "at+kd"}),
+        ("data.name=npz:/some dir/x.npz", {"data": {"name": "npz:/some dir/x.npz"}}),
+        ("data.name=npz:a=b.npz", {"data": {"name": "npz:a=b.npz"}}),
+        ('student="12"', {"student": "12"}),
+        ("options.fsp.pool=avg", {"options": {"fsp": {"pool": "avg"}}}),
+        ("options.x.list=[1, 2]", {"options": {"x": {"list": [1, 2]}}}),
+        (" train.lr = 0.05 ", {"train": {"lr": 0.05}}),
+        ("student=", {"student": ""}),
+    ],
+)
+def test_assign(assignment: str, expected: dict[str, Any]) -> None:
+    values: dict[str, Any] = {}
+    assign(values, assignment)
+    assert values == expected
+    assert repr(values) == repr(expected)  # True is not 1
+
+
+def test_assign_overrides_and_keeps_the_rest() -> None:
+    values: dict[str, Any] = {"train": {"lr": 0.1, "epochs": 5}, "seed": 1}
+    assign(values, "train.lr=0.2")
+    assign(values, "weights.fsp=10")
+    assert values == {"train": {"lr": 0.2, "epochs": 5}, "seed": 1, "weights": {"fsp": 10}}
+
+
+@pytest.mark.parametrize("assignment", ["train.lr", "=1", ".lr=1", "train.=1", "train..lr=1", "", "="])
+def test_assign_bad_form(assignment: str) -> None:
+    values: dict[str, Any] = {"seed": 1}
+    assert complaint(assign, values, assignment) == (
+        f"--set {assignment!r}: write key=value, such as train.lr=0.05 or options.fsp.pool=avg"
+    )
+    assert values == {"seed": 1}
+
+
+def test_assign_below_a_single_value() -> None:
+    line = complaint(assign, {"seed": 1}, "seed.x.y=2")
+    assert line == "--set 'seed.x.y=2': 'seed' is a single value and has no keys below it"
+
+
+# --config
+
+
+def test_read_toml(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('student = "resnet8"\n[train]\nlr = 0.05\n[options.fsp]\npool = "avg"\n', encoding="utf-8")
+    assert read_file(file) == {"student": "resnet8", "train": {"lr": 0.05}, "options": {"fsp": {"pool": "avg"}}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"seed": 4, "train": {"lr": 0.05}}', '\n  {"no": 3, "accuracy": 91.5, "config": {"seed": 4, "train": {"lr": 0.05}}}'],
+    ids=["config alone", "run.json"],
+)
+def test_read_json(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(content, encoding="utf-8")
+    assert read_file(file) == {"seed": 4, "train": {"lr": 0.05}}
+
+
+def test_what_a_run_saved_reads_back_equal(tmp_path: Path) -> None:
+    config = RunConfig(student="resnet8", teacher="3", method="fsp", weights={"fsp": 10.0})
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"no": 1, "config": config.model_dump(mode="json")}), encoding="utf-8")
+    assert validate(read_file(file)) == config
+
+
+def test_read_missing_file(tmp_path: Path) -> None:
+    file = tmp_path / "none.toml"
+    assert complaint(read_file, file) == f"--config {file}: cannot be read as text (No such file or directory)"
+
+
+def test_read_folder(tmp_path: Path) -> None:
+    assert complaint(read_file, tmp_path).startswith(f"--config {tmp_path}: cannot be read as text (")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\x80\x81\xff\x00PK", "cannot be read as text (not UTF-8)"),
+        (b"\x00\x01\x02", "neither TOML nor JSON ("),
+        (b"[train\nlr = 1", "neither TOML nor JSON ("),
+        (b"seed = 1\nseed = 2", "neither TOML nor JSON ("),
+        (b'{"seed": 1', "neither TOML nor JSON ("),
+        (b"[1, 2, 3]", "neither TOML nor JSON ("),
+        (b"config = 3", "'config' must be a table of keys, not int"),
+        (b'{"config": [1, 2]}', "'config' must be a table of keys, not list"),
+    ],
+    ids=["binary", "zeros", "broken TOML", "key twice", "broken JSON", "a list", "config a number", "config a list"],
+)
+def test_read_bad_file(tmp_path: Path, content: bytes, reason: str) -> None:
+    file = tmp_path / "run.toml"
+    file.write_bytes(content)
+    assert complaint(read_file, file).startswith(f"--config {file}: {reason}")
+
+
+# --seeds
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"),
+    [("0", [0]), ("0-2,5", [0, 1, 2, 5]), ("3-3", [3]), (" 1 , 4-5 ", [1, 4, 5]), ("7,2", [7, 2]), ("100-102", [100, 101, 102])],
+)
+def test_seeds(text: str, seeds: list[int]) -> None:
+    assert parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "'' is no seed"),
+        ("a", "'a' is no seed"),
+        ("1.5", "'1.5' is no seed"),
+        ("-1", "'-1' is no seed"),
+        ("1-", "'1-' is no seed"),
+        ("1,,2", "'' is no seed"),
+        ("0-x", "'0-x' is no seed"),
+        ("2-0", "the range 2-0 runs backwards; write 0-2"),
+        ("1,1", "names a seed twice"),
+        ("0-3,2", "names a seed twice"),
+    ],
+)
+def test_bad_seeds(text: str, reason: str) -> None:
+    line = complaint(parse_seeds, text)
+    assert line.startswith(f"--seeds {text!r}")
+    assert reason in line

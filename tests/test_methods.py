@@ -1,0 +1,456 @@
+"""The conformance suite: every registered method, and a composition, goes through every check.
+
+A new method needs a file ``tests/reference/<name>.py``, its option sets in ``CASES``, a bound in ``BF16`` and a pair in ``WRONG``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowdistill import models
+from flowdistill.methods import METHODS, Composed, Method, build, get, parts, settle
+from flowdistill.randomness import seeded
+from flowdistill.taps import Batch, DataSpec, NetSpec, Outputs, TapSpec
+from flowdistill.training.step import teach
+
+CASES: dict[str, list[dict[str, Any]]] = {
+    "kd": [{}, {"T": 1.0}, {"T": 2.5}],
+    "logits": [{}],
+    "at": [{}, {"mode": "paper"}],
+    "fsp": [
+        {},
+        {"preset": "log"},
+        {"preset": "paper"},
+        {"pairing": "section"},
+        {"reduction": "sum"},
+        {"pool": "avg", "reduction": "sum"},
+        {"adapter": "conv1x1"},
+        {"adapter": "conv1x1", "pairing": "section", "reduction": "sum"},
+    ],
+    "at+kd": [{}, {"at": {"mode": "paper"}, "kd": {"T": 2.0}}],
+}
+NAMES = [*(name for name in METHODS if name != "base"), "at+kd"]
+
+# How far the loss may move (relative) when its inputs are rounded to bfloat16, 2^-9 or 0.2 % a number, and summed in float32 after that.
+BF16 = {
+    "kd": 5e-3,  # log p_s - log p_t moves by the rounding of z/T, and is weighted with p_t: measured 1.8e-3
+    "logits": 5e-3,  # a square, so twice the error of z_s - z_t: measured 2.3e-3
+    "at": 5e-3,  # a square of the difference of two unit vectors, whose errors average over the channels: measured 0.9e-3
+    "fsp": 5e-3,  # a square of the difference of two averages over the image, where errors average out: measured 1.2e-3
+    "at+kd": 5e-3,  # its parts'
+}
+
+SIZES = ((8, 8), (8, 8), (4, 4), (2, 2))
+UNEVEN_SIZES = ((7, 5), (5, 6), (4, 3), (3, 2))  # between stages and between networks, nothing divides
+CHANNELS = (2, 2, 3, 4)
+DATA = DataSpec("tiny", n_train=20, classes=4, channels=3, height=8, width=8)
+
+
+class Scene(NamedTuple):
+    """What a step hands to a method."""
+
+    student: Outputs
+    teacher: Outputs
+    batch: Batch
+
+
+def network(name: str, channels: tuple[int, ...] = CHANNELS, sizes: tuple[tuple[int, int], ...] = SIZES, classes: int = 5) -> NetSpec:
+    taps = [TapSpec("stem", channels[0], *sizes[0], "stem")]
+    for number, (width, size) in enumerate(zip(channels[1:], sizes[1:], strict=True), 1):
+        for tap, module in ((f"stage{number}.first", f"layer{number}.0"), (f"stage{number}", f"layer{number}.1")):
+            taps.append(TapSpec(tap, width, *size, module))
+    return NetSpec(name, tuple(taps), channels[-1], classes, "fc")
+
+
+PAIRS = {
+    "even": (network("small"), network("big")),
+    "uneven": (network("small", sizes=UNEVEN_SIZES), network("big")),
+    "wide": (network("small"), network("big", channels=(3, 2, 5, 4))),
+}
+
+
+TINY_SIZES = ((4, 4), (4, 4), (2, 2), (1, 3))  # stage2 divides stage1, stage3 does not divide stage2
+TINY = network("small", (2, 2, 2, 2), TINY_SIZES)
+TINY_PAIRS = {
+    "uneven": (TINY, network("big", (2, 2, 2, 2), ((4, 4), (4, 4), (2, 2), (2, 2)))),
+    "wide": (TINY, network("big", (3, 2, 3, 2), ((4, 4), (4, 4), (2, 2), (2, 2)))),
+}
+
+
+def by_part(name: str, options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return options if "+" in name else {name: options}
+
+
+def pairs_for(name: str, options: dict[str, Any]) -> list[str]:
+    """fsp alone compares channel by channel, so a wider teacher is nothing for it without an adapter."""
+    return ["even", "uneven"] if name == "fsp" and "adapter" not in options else list(PAIRS)
+
+
+def label(name: str, options: dict[str, Any]) -> str:
+    return "-".join([name, *(f"{k}={v}" for part in by_part(name, options).values() for k, v in part.items())])
+
+
+ALL = [(name, options) for name in NAMES for options in CASES.get(name, [{}])]
+each_case = pytest.mark.parametrize(("name", "options"), [pytest.param(*case, id=label(*case)) for case in ALL])
+each_pair = pytest.mark.parametrize(
+    ("name", "options", "pair"), [pytest.param(*case, pair, id=f"{label(*case)}-{pair}") for case in ALL for pair in pairs_for(*case)]
+)
+each_name = pytest.mark.parametrize("name", NAMES)
+
+
+def promising(promise: str) -> pytest.MarkDecorator:
+    kept = [case for case in ALL if all(getattr(cls, promise) for cls in parts(case[0]))]
+    return pytest.mark.parametrize(("name", "options"), [pytest.param(*case, id=label(*case)) for case in kept])
+
+
+def make(name: str, options: dict[str, Any], pair: tuple[NetSpec, NetSpec]) -> Method:
+    with seeded(0, "adapters"):
+        return build(settle(name, by_part(name, options), {}), student=pair[0], teacher=pair[1], data=DATA)
+
+
+def widest(name: str, options: dict[str, Any]) -> tuple[NetSpec, NetSpec]:
+    """The pair with the most in it: adapters, where the case has any."""
+    return PAIRS[pairs_for(name, options)[-1]]
+
+
+def draw(spec: NetSpec, seed: int, n: int, *, relu: bool = True) -> Outputs:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    maps = {tap.name: normal(n, tap.channels, tap.height, tap.width) + 0.3 for tap in spec.taps}
+    return Outputs(2 * normal(n, spec.classes), normal(n, spec.embedding), {k: m.clamp(min=0) for k, m in maps.items()} if relu else maps)
+
+
+def scene(pair: tuple[NetSpec, NetSpec], n: int = 3, *, relu: bool = True) -> Scene:
+    return Scene(draw(pair[0], 1, n, relu=relu), draw(pair[1], 2, n, relu=relu), Batch(torch.arange(n) % 5, torch.arange(n) * 3))
+
+
+def each_tensor(outputs: Outputs, change: Callable[[Tensor], Tensor]) -> Outputs:
+    return Outputs(change(outputs.logits), change(outputs.embedding), {tap: change(m) for tap, m in outputs.maps.items()})
+
+
+def both(given: Scene, change: Callable[[Tensor], Tensor]) -> Scene:
+    return Scene(each_tensor(given.student, change), each_tensor(given.teacher, change), given.batch)
+
+
+def rows(given: Scene, index: list[int]) -> Scene:
+    batch = Batch(given.batch.labels[index], given.batch.indices[index], given.batch.epoch)
+    return both(given, lambda x: x[index])._replace(batch=batch)
+
+
+def tensors(outputs: Outputs) -> dict[str, Tensor]:
+    return {"logits": outputs.logits, "embedding": outputs.embedding, **outputs.maps}
+
+
+def trainable(given: Scene) -> Scene:
+    """The student's outputs as leaves that take gradients, the teacher's detached from leaves of their own, as in training."""
+    teacher = each_tensor(given.teacher, lambda x: x.clone().requires_grad_().detach())
+    return given._replace(student=each_tensor(given.student, lambda x: x.clone().requires_grad_()), teacher=teacher)
+
+
+def total(terms: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(terms.values())).sum()
+
+
+def wanted(method: Method) -> set[str]:
+    """What of the student a method pulls at: the taps that it requests, the logits where it requests none."""
+    pulled: set[str] = set()
+    for part in method.methods if isinstance(method, Composed) else [method]:
+        pulled |= part.needs.student or {"logits"}
+    return pulled
+
+
+def gradients(method: Method, given: Scene, call: Callable[..., dict[str, Tensor]] | None = None) -> dict[str, Tensor]:
+    """Of everything that the method pulls at, and of its parameters; ``call`` stands in for the method."""
+    given = trainable(given)
+    leaves = {name: x for name, x in tensors(given.student).items() if name in wanted(method)} | dict(method.named_parameters())
+    found = torch.autograd.grad(total((method if call is None else call)(*given)), list(leaves.values()))
+    return dict(zip(leaves, found, strict=True))
+
+
+def as_numpy(outputs: Outputs) -> SimpleNamespace:
+    return SimpleNamespace(
+        logits=outputs.logits.numpy(), embedding=outputs.embedding.numpy(), maps={tap: m.numpy() for tap, m in outputs.maps.items()}
+    )
+
+
+def expected(method: Method, options: dict[str, dict[str, Any]], given: Scene) -> dict[str, float]:
+    """By the references. A method's learned parts reach its reference as ``options["parameters"]``."""
+    found: dict[str, float] = {}
+    for part in method.methods if isinstance(method, Composed) else [method]:
+        parameters = {name: p.detach().numpy() for name, p in part.named_parameters()}
+        reference = importlib.import_module(f"reference.{part.name}").reference
+        found |= reference(as_numpy(given.student), as_numpy(given.teacher), {**options.get(part.name, {}), "parameters": parameters})
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "base"])
+def test_method_has_a_reference_and_cases(name: str) -> None:
+    assert (Path(__file__).parent / "reference" / f"{name}.py").is_file()
+    assert name in CASES
+    assert name in BF16
+    assert name in {wrong[0] for wrong in WRONG}
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_method_says_where_it_comes_from(name: str) -> None:
+    cls = get(name)
+    assert cls.name == name
+    assert cls.version >= 1
+    assert cls.paper.year > 1980
+    assert all((cls.paper.authors, cls.paper.title, cls.paper.venue, cls.paper.url.startswith("https://")))
+
+
+def test_base_adds_nothing_to_the_cross_entropy() -> None:
+    method = make("base", {}, PAIRS["even"])
+    assert method(*scene(PAIRS["even"])) == {}
+    assert settle("base", {}, {}).weights == {"task": 1.0}
+    assert method.uses_teacher is False
+
+
+@each_pair
+def test_formula_equals_the_reference(name: str, options: dict[str, Any], pair: str) -> None:
+    method = make(name, options, PAIRS[pair]).double()
+    given = scene(PAIRS[pair])
+    found = {term: value.item() for term, value in method(*given).items()}
+    assert found == pytest.approx(expected(method, by_part(name, options), given), rel=1e-9, abs=0)
+
+
+@each_case
+def test_terms_are_float32_scalars_with_a_weight_each(name: str, options: dict[str, Any]) -> None:
+    pair = widest(name, options)
+    method = make(name, options, pair)
+    assert settle(name, by_part(name, options), {}).weights.keys() == {"task", *method.terms}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        found = method(*both(scene(pair), lambda x, dtype=dtype: x.to(dtype)))
+        assert tuple(found) == method.terms
+        assert {(value.dtype, value.shape) for value in found.values()} == {(torch.float32, torch.Size([]))}
+
+
+@promising("vanishes_at_match")
+def test_promise_vanishes_at_match(name: str, options: dict[str, Any]) -> None:
+    pair = PAIRS["even"]
+    method, apart = make(name, options, pair), scene(pair)
+    match = apart._replace(student=apart.teacher)
+    assert total(method(*match)).item() == pytest.approx(0, abs=1e-14)
+    usual = gradients(method, apart)
+    for leaf, gradient in gradients(method, match).items():
+        assert gradient.norm() <= 1e-12 * usual[leaf].norm(), leaf
+
+
+@promising("per_sample")
+def test_promise_per_sample(name: str, options: dict[str, Any]) -> None:
+    pair = widest(name, options)
+    method, given = make(name, options, pair).double(), scene(pair)
+    torch.testing.assert_close(method(*rows(given, [0, 1, 2, 0, 1, 2])), method(*given), rtol=1e-12, atol=0)
+
+
+@each_case
+def test_order_of_the_batch_changes_nothing(name: str, options: dict[str, Any]) -> None:
+    pair = widest(name, options)
+    method, given = make(name, options, pair).double(), scene(pair)
+    torch.testing.assert_close(method(*rows(given, [2, 0, 1])), method(*given), rtol=1e-12, atol=0)
+
+
+@each_case
+def test_gradcheck(name: str, options: dict[str, Any]) -> None:
+    pair = TINY_PAIRS[pairs_for(name, options)[-1]]
+    method, given = make(name, options, pair).double(), scene(pair, n=2, relu=False)
+    leaves = {f: x for f, x in tensors(trainable(given).student).items() if f in wanted(method)}
+    learned = dict(method.named_parameters())
+
+    def value(*inputs: Tensor) -> Tensor:
+        moved = dict(zip([*leaves, *learned], inputs, strict=True))
+        maps = {tap: moved.get(tap, m) for tap, m in given.student.maps.items()}
+        student = given.student._replace(logits=moved.get("logits", given.student.logits), maps=maps)
+        return total(torch.func.functional_call(method, {p: moved[p] for p in learned}, (student, given.teacher, given.batch)))
+
+    assert torch.autograd.gradcheck(value, [*leaves.values(), *learned.values()])
+
+
+@each_pair
+def test_gradient_reaches_what_is_requested_and_the_adapters_alone(name: str, options: dict[str, Any], pair: str) -> None:
+    method, given = make(name, options, PAIRS[pair]), trainable(both(scene(PAIRS[pair]), Tensor.float))
+    loss = total(method(*given))
+    owners = {id(x): f for f, x in [*tensors(given.student).items(), *method.named_parameters()]}
+    reached = {owners.get(id(leaf), "a tensor of nobody's") for leaf in leaves_below(loss)}
+    assert reached == wanted(method) | {p for p, _ in method.named_parameters()}
+    assert all(gradient.norm() > 0 for gradient in gradients(method, both(scene(PAIRS[pair]), Tensor.float)).values())
+
+
+def leaves_below(loss: Tensor) -> list[Tensor]:
+    """Every leaf that a backward pass from here would give a gradient to."""
+    found, seen, ahead = [], set(), [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        ahead += [following for following, _ in node.next_functions]
+    return found
+
+
+@each_case
+def test_needs_are_taps_that_every_model_has(name: str, options: dict[str, Any]) -> None:
+    for spec in (models.spec(model, DATA) for model in models.MODELS):
+        needs = make(name, options, (spec, spec)).needs
+        assert needs.student | needs.teacher <= {tap.name for tap in spec.taps}, spec.name
+
+
+@each_case
+def test_real_networks_learn_and_the_teacher_stays(name: str, options: dict[str, Any]) -> None:
+    method = make(name, options, (models.spec("resnet8", DATA), models.spec("resnet14", DATA)))
+    student = models.build("resnet8", DATA, taps=tuple(method.needs.student), seed=0)
+    teacher = models.build("resnet14", DATA, taps=tuple(method.needs.teacher), seed=1).eval()
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    total(method(student(images), teach(teacher, images, "fp32"), Batch(torch.arange(4)))).backward()
+    body = [p for p_name, p in student.named_parameters() if not p_name.startswith(f"{student.spec.head}.")]
+    assert all(p.grad is not None and p.grad.norm() > 0 for p in body)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@each_case
+def test_inputs_are_left_as_they_were(name: str, options: dict[str, Any]) -> None:
+    pair = widest(name, options)
+    for dtype in (torch.float32, torch.bfloat16):
+        given = both(scene(pair), lambda x, dtype=dtype: x.to(dtype))
+        before = both(given, torch.clone)
+        make(name, options, pair)(*given)
+        for now, then in zip(given[:2], before[:2], strict=True):
+            assert all(torch.equal(tensors(now)[f].view(torch.int16), x.view(torch.int16)) for f, x in tensors(then).items())
+
+
+@each_case
+def test_bf16_inputs_come_close_to_float32(name: str, options: dict[str, Any]) -> None:
+    pair = widest(name, options)
+    method, given = make(name, options, pair), both(scene(pair, n=8), Tensor.float)
+    torch.testing.assert_close(method(*both(given, Tensor.bfloat16)), method(*given), rtol=BF16[name], atol=0)
+
+
+@each_pair
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_is_for_storage_and_never_for_arithmetic(name: str, options: dict[str, Any], pair: str, dtype: torch.dtype) -> None:
+    method, given = make(name, options, PAIRS[pair]), both(scene(PAIRS[pair]), lambda x: x.to(dtype))
+    torch.testing.assert_close(method(*given), method(*both(given, Tensor.float)), rtol=1e-6, atol=0)
+
+
+@each_case
+def test_autocast_does_not_bring_half_back(name: str, options: dict[str, Any]) -> None:
+    method, given = make(name, options, PAIRS["even"]), both(scene(PAIRS["even"]), Tensor.float)
+    outside = method(*given)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = method(*given)
+    torch.testing.assert_close(inside, outside, rtol=1e-6, atol=0)
+
+
+def scaled(outputs: Outputs, logits: float = 1, maps: float = 1) -> Outputs:
+    return outputs._replace(logits=outputs.logits * logits, maps={tap: m * maps for tap, m in outputs.maps.items()})
+
+
+def dead_channel(outputs: Outputs) -> Outputs:
+    return outputs._replace(maps={tap: torch.cat([torch.zeros_like(m[:, :1]), m[:, 1:]], 1) for tap, m in outputs.maps.items()})
+
+
+EXTREMES: dict[str, Callable[[Scene], Scene]] = {
+    "logits x 1e3": lambda s: s._replace(student=scaled(s.student, 1e3), teacher=scaled(s.teacher, 1e3)),
+    "logits of the student x 1e3": lambda s: s._replace(student=scaled(s.student, 1e3)),
+    "logits x 1e3 in bf16": lambda s: both(
+        s._replace(student=scaled(s.student, 1e3), teacher=scaled(s.teacher, 1e3)), lambda x: x.bfloat16()
+    ),
+    "student's maps zero": lambda s: s._replace(student=scaled(s.student, maps=0)),
+    "teacher's maps zero": lambda s: s._replace(teacher=scaled(s.teacher, maps=0)),
+    "all maps zero": lambda s: s._replace(student=scaled(s.student, maps=0), teacher=scaled(s.teacher, maps=0)),
+    "one sample zero": lambda s: s._replace(student=each_tensor(s.student, lambda x: torch.cat([x[:1] * 0, x[1:]]))),
+    "a dead channel": lambda s: s._replace(student=dead_channel(s.student)),
+    "a batch of one": lambda s: rows(s, [0]),
+    "maps x 40 in float16": lambda s: both(Scene(scaled(s.student, 1, 40), scaled(s.teacher, 1, 40), s.batch), lambda x: x.half()),
+    "maps x 40 in bf16": lambda s: both(Scene(scaled(s.student, 1, 40), scaled(s.teacher, 1, 40), s.batch), lambda x: x.bfloat16()),
+}
+
+
+@each_case
+@pytest.mark.parametrize("extreme", EXTREMES)
+def test_extremes_stay_finite(name: str, options: dict[str, Any], extreme: str) -> None:
+    pair = widest(name, options)
+    method, given = make(name, options, pair), EXTREMES[extreme](both(scene(pair), Tensor.float))
+    assert total(method(*given)).isfinite()
+    for leaf, gradient in gradients(method, given).items():
+        assert gradient.isfinite().all(), leaf
+        assert gradient.abs().max() < 1e8, leaf  # a norm kept from 0 by 1e-12 alone gives 1e9 and more
+
+
+@each_case
+def test_compiled_equals_eager(name: str, options: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    pair = widest(name, options)
+    method, given = make(name, options, pair), both(scene(pair), Tensor.float)
+    compiled = torch.compile(method, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*given), method(*given), rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradients(method, given, compiled), gradients(method, given), rtol=1e-5, atol=1e-9)
+
+
+FIVE, SEVEN = network("small"), network("big", classes=7)
+TWO_STAGES = network("shallow", CHANNELS[:3], SIZES[:3])
+OTHER_STAGES = replace(FIVE, name="big", taps=tuple(replace(tap, name=tap.name.replace("stage3", "stage4")) for tap in FIVE.taps))
+WIDER_STAGE2 = network("big", channels=(2, 2, 5, 4))
+ONE_BLOCK = replace(FIVE, name="thin", taps=tuple(replace(tap, module=tap.name[:6]) for tap in FIVE.taps))
+WRONG: list[tuple[str, dict[str, Any], NetSpec, NetSpec, list[str]]] = [
+    ("kd", {}, FIVE, SEVEN, ["kd", "small has 5 classes", "big 7", "train both on the same classes"]),
+    ("logits", {}, FIVE, SEVEN, ["logits", "small has 5 classes", "big 7", "train both on the same classes"]),
+    (
+        "at",
+        {},
+        FIVE,
+        TWO_STAGES,
+        ["at", "small are 'stage1', 'stage2', 'stage3'", "shallow 'stage1', 'stage2'", "choose networks with the same stages"],
+    ),
+    ("at", {}, FIVE, OTHER_STAGES, ["'stage3'", "big", "stage4"]),
+    (
+        "fsp",
+        {},
+        FIVE,
+        TWO_STAGES,
+        ["fsp", "small are 'stage1', 'stage2', 'stage3'", "shallow 'stage1', 'stage2'", "choose networks with the same stages"],
+    ),
+    ("fsp", {}, FIVE, OTHER_STAGES, ["'stage3'", "big", "stage4"]),
+    ("fsp", {}, FIVE, WIDER_STAGE2, ["fsp", "'stage2'", "3x4x4 in small", "5x4x4 in big", "set options.fsp.adapter=conv1x1"]),
+    ("fsp", {"pairing": "section"}, ONE_BLOCK, FIVE, ["thin", "'stage1.first'", "'stage1'", "2x8x8", "set options.fsp.pairing=cross"]),
+    ("fsp", {"pairing": "section"}, FIVE, ONE_BLOCK, ["thin", "'stage1.first'", "'stage1'", "2x8x8", "set options.fsp.pairing=cross"]),
+    ("at+kd", {}, FIVE, SEVEN, ["kd", "5 classes", "7"]),
+    ("at+kd", {}, FIVE, TWO_STAGES, ["at", "'stage3'", "choose networks with the same stages"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "student", "teacher", "words"), WRONG, ids=[f"{w[0]}-{w[2].name}-{w[3].name}-{i}" for i, w in enumerate(WRONG)]
+)
+def test_wrong_pair_is_refused_with_the_cure(
+    name: str, options: dict[str, Any], student: NetSpec, teacher: NetSpec, words: list[str]
+) -> None:
+    with pytest.raises(ValueError) as refusal:
+        make(name, options, (student, teacher))
+    assert [word for word in words if word not in str(refusal.value)] == []
+
+
+def test_composition_is_its_parts() -> None:
+    given = scene(PAIRS["even"])
+    together = make("at+kd", {"at": {"mode": "paper"}, "kd": {"T": 2.0}}, PAIRS["even"])(*given)
+    assert together == make("at", {"mode": "paper"}, PAIRS["even"])(*given) | make("kd", {"T": 2.0}, PAIRS["even"])(*given)
+
+
+@pytest.mark.parametrize(("options", "printed"), [({}, ""), ({"T": 4}, ""), ({"T": 2}, "T=2"), ({"T": 2.5}, "T=2.5")])
+def test_variant_prints_what_differs(options: dict[str, Any], printed: str) -> None:
+    assert settle("kd", {"kd": options}, {}).variant == printed

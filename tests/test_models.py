@@ -1,0 +1,258 @@
+"""Registered networks: sizes, declared taps, seeds; and ResNet-20 against a second implementation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowdistill import models
+from flowdistill.checks import UserError
+from flowdistill.models import Network
+from flowdistill.taps import DataSpec
+
+CIFAR = DataSpec("cifar10", 50_000, 10, 3, 32, 32)
+DIGITS = DataSpec("digits", 898, 10, 1, 16, 16)
+GREY = DataSpec("grey", 60_000, 7, 1, 28, 28)
+ODD = DataSpec("odd", 100, 5, 3, 17, 23)
+ALL_TAPS = ("stem", "stage1.first", "stage1", "stage2.first", "stage2", "stage3.first", "stage3")
+
+
+def images(data: DataSpec, n: int = 2) -> Tensor:
+    return torch.randn(n, data.channels, data.height, data.width, generator=torch.Generator().manual_seed(0))
+
+
+def lived(net: Network) -> Network:
+    """The network in eval mode, with scales, shifts and statistics that are no longer 0 and 1."""
+    chance = torch.Generator().manual_seed(1)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for value in (module.weight, module.bias, module.running_mean, module.running_var):
+                value.data = torch.rand(value.shape, generator=chance) + 0.5
+    return net.eval()
+
+
+def equal_weights(one: nn.Module, other: nn.Module) -> bool:
+    first, second = one.state_dict(), other.state_dict()
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(("name", "count"), [("resnet20", 272_474), ("resnet110", 1_730_714)])
+def test_parameter_counts(name, count):
+    assert sum(p.numel() for p in models.build(name, CIFAR).parameters()) == count
+
+
+def test_parameter_count_follows_classes_and_channels():
+    count = sum(p.numel() for p in models.build("resnet20", DataSpec("a", 1, 100, 1, 32, 32)).parameters())
+    assert count == 272_474 + 90 * 65 - 2 * 16 * 9
+
+
+@pytest.mark.parametrize("data", [CIFAR, DIGITS, GREY, ODD], ids=lambda data: data.name)
+@pytest.mark.parametrize("name", list(models.MODELS))
+def test_declared_sizes_are_the_real_ones(name, data):
+    spec = models.spec(name, data)
+    declared = {tap.name: (tap.channels, tap.height, tap.width) for tap in spec.taps}
+    net = models.build(name, data, taps=tuple(declared)).eval()
+    with torch.no_grad():
+        out = net(images(data))
+    assert {tap: tuple(value.shape) for tap, value in out.maps.items()} == {tap: (2, *shape) for tap, shape in declared.items()}
+    assert out.embedding.shape == (2, spec.embedding)
+    assert out.logits.shape == (2, spec.classes) == (2, data.classes)
+    assert (spec.name, net.spec) == (name, spec)
+    assert spec.stages == ("stage1", "stage2", "stage3")
+    head = net.get_submodule(spec.head)
+    torch.testing.assert_close(head(out.embedding), out.logits)
+
+
+def test_declared_modules_exist():
+    """``TapSpec.module`` is a path inside the network, or nothing."""
+    nets = [models.build(name, DIGITS) for name in models.MODELS]
+    paths = {net.spec.name: {path for path, _ in net.named_modules()} for net in nets}
+    wrong = {(tap.name, tap.module) for net in nets for tap in net.spec.taps if tap.module and tap.module not in paths[net.spec.name]}
+    assert wrong == set()
+
+
+@pytest.mark.parametrize("name", list(models.MODELS))
+def test_every_model_says_what_it_is(name):
+    assert models.MODELS[name].about
+
+
+@pytest.mark.parametrize("taps", [(), ("stage2",), ("stage3", "stem"), ALL_TAPS])
+def test_only_the_taps_asked_for_are_given(taps):
+    net = models.build("resnet8", DIGITS, taps=taps)
+    assert tuple(net(images(DIGITS)).maps) == net.taps == taps
+
+
+def test_unknown_tap_lists_those_there():
+    with pytest.raises(ValueError, match=r"resnet8 has no tap 'stage4'; it has: stem, stage1\.first, stage1, "):
+        models.build("resnet8", DIGITS, taps=("stage4",))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_taps_change_neither_weights_nor_outputs(training):
+    plain, tapped = models.build("resnet8", DIGITS, seed=5), models.build("resnet8", DIGITS, taps=ALL_TAPS, seed=5)
+    assert equal_weights(plain, tapped)
+    one, other = (net.train(training)(images(DIGITS, 4)) for net in (plain, tapped))
+    assert torch.equal(one.logits, other.logits)
+    assert torch.equal(one.embedding, other.embedding)
+    assert equal_weights(plain, tapped)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet20"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_first_of_a_stage_is_not_its_end(name, stage):
+    """Same shape, another tensor, both after ReLU; even where the stage is a single block."""
+    maps = models.build(name, DIGITS, taps=ALL_TAPS)(images(DIGITS)).maps
+    first, end = maps[f"stage{stage}.first"], maps[f"stage{stage}"]
+    assert first.shape == end.shape
+    assert not torch.allclose(first, end)
+    for value in (first, end, maps["stem"]):
+        assert value.min() == 0
+        assert value.max() > 0
+
+
+def test_embedding_is_the_mean_of_the_last_stage():
+    out = models.build("resnet14", ODD, taps=("stage3",))(images(ODD))
+    torch.testing.assert_close(out.embedding, out.maps["stage3"].mean((2, 3)))
+
+
+@pytest.mark.parametrize(("alias", "name"), [("resnet_32_20", "resnet20"), ("resnet_32_110", "resnet110"), ("resnet20", "resnet20")])
+def test_aliases(alias, name):
+    assert models.canonical(alias) == name
+    assert models.spec(alias, CIFAR) == models.spec(name, CIFAR)
+
+
+def test_alias_builds_the_same_network():
+    assert equal_weights(models.build("resnet_32_8", DIGITS, seed=3), models.build("resnet8", DIGITS, seed=3))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("resnt20", "unknown model 'resnt20': did you mean 'resnet20'?"),
+        ("resnet_32_21", "unknown model 'resnet21': did you mean 'resnet"),
+        ("zzz", "unknown model 'zzz': choose from: resnet8, "),
+        ("", "unknown model '': choose from: resnet8, "),
+    ],
+)
+@pytest.mark.parametrize("call", [models.canonical, lambda name: models.build(name, CIFAR), lambda name: models.spec(name, CIFAR)])
+def test_unknown_name(call, name, words):
+    with pytest.raises(UserError) as caught:
+        call(name)
+    assert str(caught.value).startswith(words)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_weights_are_a_function_of_the_seed():
+    nets = {seed: models.build("resnet8", DIGITS, seed=seed) for seed in (0, 1)}
+    assert equal_weights(nets[0], models.build("resnet8", DIGITS, seed=0))
+    for (name, one), other in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(one, other) == ("bn" in name or "downsample.1" in name), name
+
+
+def test_building_neither_reads_nor_moves_the_global_generator():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = models.build("resnet8", DIGITS)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert equal_weights(models.build("resnet8", DIGITS), first)
+
+
+def test_initial_weights_are_those_of_he():
+    """Convolutions normal with variance 2 / fan-out (kernel area x outputs), batch normalisation at 1 and 0."""
+    net = models.build("resnet56", CIFAR, seed=0)
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Conv2d):
+            kernel = module.kernel_size[0]
+            scaled = module.weight.detach() * (kernel**2 * module.out_channels / 2) ** 0.5
+            sigma = 5 / scaled.numel() ** 0.5  # five standard errors
+            assert abs(scaled.mean()) < sigma, name
+            assert abs(scaled.var() - 1) < sigma * 2**0.5, name
+            assert module.bias is None
+        if isinstance(module, nn.BatchNorm2d):
+            assert bool((module.weight == 1).all())
+            assert bool((module.bias == 0).all())
+
+
+def test_shortcut_is_projected_only_where_the_shape_changes():
+    names = models.build("resnet20", CIFAR).state_dict()
+    assert {name.split(".downsample")[0] for name in names if "downsample" in name} == {"layer2.0", "layer3.0"}
+    assert names["layer2.0.downsample.0.weight"].shape == (32, 16, 1, 1)
+    assert names["layer3.0.downsample.0.weight"].shape == (64, 32, 1, 1)
+
+
+def he_resnet(weights: dict[str, Tensor], x: Tensor, depth: int, *, training: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and taps by He et al. 2016, section 4.2, option B, written from the paper and a state_dict."""
+
+    def conv(x: Tensor, name: str, stride: int = 1) -> Tensor:
+        kernel = weights[f"{name}.weight"]
+        return F.conv2d(x, kernel, stride=stride, padding=kernel.shape[-1] // 2)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        if training:
+            mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+        else:
+            mean, var = weights[f"{name}.running_mean"], weights[f"{name}.running_var"]
+        column = (1, -1, 1, 1)
+        standard = (x - mean.view(column)) / (var.view(column) + 1e-5).sqrt()
+        return standard * weights[f"{name}.weight"].view(column) + weights[f"{name}.bias"].view(column)
+
+    x = norm(conv(x, "conv1"), "bn1").relu()
+    maps = {"stem": x}
+    for stage in (1, 2, 3):
+        for block in range((depth - 2) // 6):
+            own = f"layer{stage}.{block}"
+            shrinks = stage > 1 and block == 0
+            inner = norm(conv(x, f"{own}.conv1", 2 if shrinks else 1), f"{own}.bn1").relu()
+            maps.setdefault(f"stage{stage}.first", inner)
+            inner = norm(conv(inner, f"{own}.conv2"), f"{own}.bn2")
+            shortcut = norm(conv(x, f"{own}.downsample.0", 2), f"{own}.downsample.1") if shrinks else x
+            x = (inner + shortcut).relu()
+        maps[f"stage{stage}"] = x
+    return x.mean((2, 3)) @ weights["fc.weight"].T + weights["fc.bias"], maps
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("data", [CIFAR, GREY], ids=lambda data: data.name)
+def test_resnet20_equals_a_second_implementation(data, training):
+    net = lived(models.build("resnet20", data, taps=ALL_TAPS)).double()
+    weights, batch = {name: value.clone() for name, value in net.state_dict().items()}, images(data, 4).double()
+    logits, maps = he_resnet(weights, batch, 20, training=training)
+    out = net.train(training)(batch)
+    torch.testing.assert_close(out.logits, logits, rtol=1e-9, atol=1e-9)
+    assert logits.std() > 1e-3
+    assert out.maps.keys() == maps.keys()
+    for tap in ALL_TAPS:
+        torch.testing.assert_close(out.maps[tap], maps[tap], rtol=1e-9, atol=1e-9)
+
+
+def test_batch_normalisation_in_eval_mode_uses_and_keeps_its_statistics():
+    net = lived(models.build("resnet8", DIGITS))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    batch = images(DIGITS, 4)
+    together, alone = net(batch).logits, net(batch[:1]).logits
+    torch.testing.assert_close(alone, together[:1])
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_batch_normalisation_in_train_mode_uses_the_batch_and_moves_its_statistics():
+    net = lived(models.build("resnet8", DIGITS)).train()
+    before = {name: value.clone() for name, value in net.named_buffers()}
+    batch = images(DIGITS, 4)
+    assert not torch.allclose(net(batch).logits[:1], net(batch[:1]).logits)
+    assert [name for name, value in net.named_buffers() if torch.equal(value, before[name])] == []
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet20", "resnet110"])
+def test_gradients_reach_every_parameter(name):
+    net = models.build(name, DIGITS)
+    F.cross_entropy(net(images(DIGITS, 4)).logits, torch.arange(4)).backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("tap", ALL_TAPS)
+def test_gradient_of_a_tap_reaches_the_stem(tap):
+    net = models.build("resnet8", DIGITS, taps=(tap,))
+    net(images(DIGITS)).maps[tap].square().mean().backward()
+    assert net.conv1.weight.grad.any()

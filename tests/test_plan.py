@@ -1,0 +1,304 @@
+"""Plans on the digits: what a fingerprint covers, who trains together, and what is refused before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flowdistill import methods, models
+from flowdistill.checks import UserError
+from flowdistill.config import DataConfig, validate
+from flowdistill.data.sources import ImageData, load
+from flowdistill.ledger import Ledger
+from flowdistill.methods import Phase
+from flowdistill.runner.plan import Job, cohorts, plan
+from flowdistill.taps import DataSpec, NetSpec
+from flowdistill.training.checkpoint import save_weights
+
+CPU = torch.device("cpu")
+Planner = Callable[..., Job]
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageData:
+    return load(DataConfig(name="digits"))
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory, digits: ImageData) -> dict[str, str]:
+    """Weights files of teachers that nobody trained, as a config names them."""
+    folder = tmp_path_factory.mktemp("teachers")
+    named = {"one": ("resnet8", 7), "other": ("resnet8", 8), "deep": ("resnet14", 7)}
+    for name, (model, seed) in named.items():
+        net = models.build(model, digits.spec, seed=seed)
+        save_weights(folder / f"{name}.safetensors", net.state_dict(), {"model": model})
+    return {name: str(folder / f"{name}.safetensors") for name in named}
+
+
+@pytest.fixture
+def planned(ledger: Ledger, teachers: dict[str, str]) -> Planner:
+    """A job of fsp on the digits, resnet8 by resnet8, with keys such as ``**{"train.lr": 0.05}`` changed."""
+
+    def make(**changes: Any) -> Job:
+        values: dict[str, Any] = {"student": "resnet8", "teacher": teachers["one"], "method": "fsp", "data": {"name": "digits"}}
+        for key, value in changes.items():
+            *path, last = key.split(".")
+            inner = values
+            for part in path:
+                inner = inner.setdefault(part, {})
+            inner[last] = value
+        return plan([validate(values)], ledger, CPU)[0]
+
+    return make
+
+
+def complaint(planned: Planner, **changes: Any) -> str:
+    with pytest.raises(UserError) as error:
+        planned(**changes)
+    line = str(error.value)
+    assert "\n" not in line
+    return line
+
+
+# The fingerprint
+
+
+@pytest.mark.parametrize("method", ["base", "fsp"])
+def test_seed_does_not_change_the_fingerprint(planned: Planner, method: str) -> None:
+    jobs = [planned(method=method, seed=seed) for seed in (0, 1, 12)]
+    assert len({job.fingerprint for job in jobs}) == 1
+    assert len({job.init_hash for job in jobs}) == 3
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.lr", 0.05),
+        ("train.epochs", 7),
+        ("train.batch_size", 64),
+        ("train.momentum", 0.8),
+        ("train.weight_decay", 0.0),
+        ("train.nesterov", True),
+        ("train.schedule", "cosine"),
+        ("train.precision", "bf16"),
+        ("weights.fsp", 10.0),
+        ("weights.task", 0.5),
+        ("options.fsp.pool", "avg"),
+        ("options.fsp.schedule", "two-stage"),
+        ("data.pad", 1),
+        ("data.flip", True),
+        ("split", "holdout"),
+        ("student", "resnet14"),
+        ("method", "at"),
+        ("method", "fsp+kd"),
+    ],
+)
+def test_what_changes_the_numbers_changes_the_fingerprint(planned: Planner, key: str, value: Any) -> None:
+    assert planned(**{key: value}).fingerprint != planned().fingerprint
+
+
+@pytest.mark.parametrize("other", ["other", "deep"])
+def test_another_teacher_changes_the_fingerprint(planned: Planner, teachers: dict[str, str], other: str) -> None:
+    assert planned(teacher=teachers[other]).fingerprint != planned().fingerprint
+
+
+def test_a_student_with_weights_of_its_own_changes_the_fingerprint(planned: Planner, teachers: dict[str, str]) -> None:
+    fresh, started = planned(), planned(student=teachers["other"])
+    assert started.fingerprint != fresh.fingerprint
+    assert (started.student.model, started.init_hash) == ("resnet8", planned(student=teachers["other"], seed=5).init_hash)
+
+
+def test_a_new_version_of_the_method_changes_the_fingerprint(planned: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {method: planned(method=method).fingerprint for method in ("fsp", "fsp+kd", "kd", "base")}
+    monkeypatch.setattr(methods.get("fsp"), "version", methods.get("fsp").version + 1)
+    after = {method: planned(method=method).fingerprint for method in before}
+    assert {method for method in before if before[method] != after[method]} == {"fsp", "fsp+kd"}
+
+
+def save_npz(path: Path, data: ImageData) -> str:
+    np.savez(path, x_train=data.x_train, y_train=data.y_train, x_test=data.x_test, y_test=data.y_test)
+    return f"npz:{path}"
+
+
+def test_the_images_are_covered_and_where_they_lie_is_not(planned: Planner, digits: ImageData, tmp_path: Path) -> None:
+    habits = {"data.pad": digits.pad, "data.flip": digits.flip}
+    same = save_npz(tmp_path / "same.npz", digits)
+    digits_changed = ImageData("d", digits.x_train.copy(), digits.y_train, digits.x_test, digits.y_test, 10)
+    digits_changed.x_train[0, 0, 0] ^= 1
+    changed = save_npz(tmp_path / "changed.npz", digits_changed)
+    assert planned(**{"data.name": same} | habits).fingerprint == planned().fingerprint
+    assert planned(**{"data.name": changed} | habits).fingerprint != planned().fingerprint
+
+
+def test_no_two_of_these_share_a_fingerprint(planned: Planner) -> None:
+    jobs = [planned(method=method) for method in ("base", "fsp", "at", "kd", "logits", "at+kd")]
+    assert len({job.fingerprint for job in jobs}) == len(jobs)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"train.lr": 0.1, "train.epochs": 200},
+        {"train.precision": "fp32"},
+        {"data.pad": 2, "data.flip": False},
+        {"data.root": "elsewhere"},
+        {"weights.fsp": 1.0},
+        {"options.fsp.pool": "max", "options.fsp.preset": "ours"},
+        {"student": "resnet_32_8"},
+        {"method": " fsp "},
+    ],
+    ids=lambda changes: str(changes).replace(" ", "") if isinstance(changes, dict) else "",
+)
+def test_a_default_that_is_said_changes_nothing(planned: Planner, said: dict[str, Any]) -> None:
+    assert planned(**said).fingerprint == planned().fingerprint
+
+
+def test_a_base_run_does_not_look_at_the_teacher(planned: Planner, teachers: dict[str, str]) -> None:
+    with_teacher, without = planned(method="base"), planned(method="base", teacher=None)
+    assert with_teacher.fingerprint == without.fingerprint
+    assert with_teacher.teacher is None
+    assert with_teacher.config.teacher is None
+
+
+def test_the_resolved_config_holds_every_default(planned: Planner) -> None:
+    config = planned().config
+    assert (config.data.pad, config.data.flip, config.train.precision) == (2, False, "fp32")
+    assert config.weights == {"task": 1.0, "fsp": 1.0}
+    assert config.options["fsp"]["pool"] == "max"
+
+
+def test_the_resolved_config_plans_to_itself(planned: Planner, ledger: Ledger) -> None:
+    job = planned(**{"options.fsp.preset": "kd-zoo", "weights.fsp": 3})
+    [again] = plan([validate(job.config.model_dump(mode="json"))], ledger, CPU)
+    assert (again.fingerprint, again.config) == (job.fingerprint, job.config)
+
+
+def test_planning_writes_nothing(planned: Planner, ledger: Ledger) -> None:
+    planned()
+    assert ledger.runs() == []
+    assert not ledger.folder.exists()
+
+
+# Cohorts
+
+
+def together(*jobs: Job) -> list[list[str]]:
+    return [[f"{job.settled.name} {job.config.seed}" for job in group] for group in cohorts(jobs)]
+
+
+@pytest.mark.parametrize("order", [("base", "fsp"), ("fsp", "base")])
+def test_base_and_fsp_of_one_recipe_train_together(planned: Planner, order: tuple[str, str]) -> None:
+    assert together(*(planned(method=method) for method in order)) == [[f"{method} 0" for method in order]]
+
+
+def test_methods_and_seeds_train_together(planned: Planner) -> None:
+    jobs = [planned(method=method, seed=seed) for method in ("base", "at", "fsp") for seed in (0, 1)]
+    assert together(*jobs) == [["base 0", "base 1", "at 0", "at 1", "fsp 0", "fsp 1"]]
+
+
+def test_two_stage_fsp_trains_apart(planned: Planner) -> None:
+    jobs = [planned(method="base"), planned(**{"options.fsp.schedule": "two-stage"}), planned()]
+    assert together(*jobs) == [["base 0", "fsp 0"], ["fsp 0"]]
+    assert cohorts(jobs)[1] == [jobs[1]]
+    assert [job.phase_epochs for job in jobs] == [(200,), (54, 200), (200,)]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.lr", 0.05),
+        ("train.epochs", 7),
+        ("train.batch_size", 64),
+        ("train.precision", "bf16"),
+        ("data.pad", 1),
+        ("split", "holdout"),
+    ],
+)
+def test_another_recipe_trains_apart(planned: Planner, key: str, value: Any) -> None:
+    jobs = [planned(), planned(**{key: value}), planned(seed=1)]
+    assert [[jobs.index(job) for job in group] for group in cohorts(jobs)] == [[0, 2], [1]]
+
+
+def test_another_teacher_model_trains_apart(planned: Planner, teachers: dict[str, str]) -> None:
+    jobs = [planned(), planned(teacher=teachers["deep"]), planned(teacher=teachers["other"], seed=1)]
+    assert [[jobs.index(job) for job in group] for group in cohorts(jobs)] == [[0, 2], [1]]
+
+
+def test_every_job_is_in_one_cohort(planned: Planner, teachers: dict[str, str]) -> None:
+    jobs = [
+        planned(method=method, teacher=teachers[teacher], **{"train.lr": lr})
+        for method in ("base", "fsp")
+        for teacher in ("one", "deep")
+        for lr in (0.1, 0.05)
+    ]
+    found = [id(job) for group in cohorts(jobs) for job in group]
+    assert sorted(found) == sorted(id(job) for job in jobs)
+    assert cohorts([]) == []
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "answer"),
+    [
+        ({"method": "base+fsp"}, "method 'base+fsp': 'base' is training on labels alone, which every method includes; leave it out"),
+        ({"method": "fsp+base"}, "method 'fsp+base': 'base' is training on labels alone, which every method includes; leave it out"),
+        ({"method": "kd+kd"}, "method 'kd+kd' names a part twice; give each once"),
+        ({"method": "fsp + at+ fsp"}, "method 'fsp + at+ fsp' names a part twice; give each once"),
+        ({"method": "fps"}, "unknown method 'fps': did you mean 'fsp'?"),
+        ({"method": "fsp+att"}, "unknown method 'att': did you mean 'at'?"),
+        ({"weights.at": 1.0}, "weights.at: method 'fsp' has no such term; choose from: task, fsp"),
+        ({"weights.tsk": 1.0}, "weights.tsk: method 'fsp' has no such term; did you mean 'task'?"),
+        ({"weights.fsp": -1.0}, "weights.fsp=-1.0: a weight is 0 or more"),
+        ({"options.kd.T": 2.0}, "options.kd: method 'fsp' has no such part; choose from: fsp"),
+        ({"options.fsp.pol": "avg"}, "unknown key 'options.fsp.pol': did you mean 'pool'?"),
+        ({"options.fsp.pool": "median"}, "options.fsp.pool='median': input should be 'max' or 'avg'"),
+        ({"options.fsp.preset": "their"}, "options.fsp.preset='their': input should be 'ours', 'log', 'kd-zoo' or 'paper'"),
+        ({"teacher": None}, "method 'fsp' needs a teacher: --teacher MODEL, RUN or FILE"),
+        ({"student": "resnet9"}, "unknown model 'resnet9': did you mean 'resnet8'?"),
+        ({"data.name": "digit"}, "unknown data set 'digit': did you mean 'digits'?"),
+        ({"data.pad": 16}, "data.pad=16: reflection needs less than the image's 16 pixels; set data.pad lower"),
+    ],
+    ids=lambda changes: str(changes).replace(" ", "") if isinstance(changes, dict) else "",
+)
+def test_refused(planned: Planner, changes: dict[str, Any], answer: str) -> None:
+    assert complaint(planned, **changes) == answer
+
+
+def test_two_staged_parts_are_refused_and_one_is_not(planned: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
+    staged = {"method": "fsp+kd", "options.fsp.schedule": "two-stage", "options.fsp.stage_epochs": 2, "train.epochs": 5}
+    assert planned(**staged).phase_epochs == (2, 5)
+    two = (Phase("first", epochs=3, only=frozenset({"kd"})), Phase("second"))
+    monkeypatch.setattr(methods.get("kd"), "phases", classmethod(lambda cls, options: two))
+    assert planned(method="fsp+kd", **{"train.epochs": 5}).phase_epochs == (3, 5)
+    assert complaint(planned, **staged) == "method 'fsp+kd': fsp and kd both train in stages; only one part may"
+
+
+def test_a_pair_that_can_not_work_is_refused_in_planning(planned: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = models.spec
+
+    def narrow(name: str, data: DataSpec) -> NetSpec:
+        spec = real(name, data)
+        taps = tuple(replace(tap, channels=tap.channels // 2) for tap in spec.taps)
+        return replace(spec, taps=taps) if name == "resnet14" else spec
+
+    monkeypatch.setattr(models, "spec", narrow)
+    assert planned().student.model == "resnet8"
+    assert complaint(planned, student="resnet14") == (
+        "fsp: tap 'stage1' is 8x16x16 in resnet14 and 16x16x16 in resnet8, and the matrices need equal channels; set "
+        "options.fsp.adapter=conv1x1 or choose networks of equal width"
+    )
+
+
+def test_one_bad_config_stops_the_whole_plan(ledger: Ledger) -> None:
+    good = validate({"student": "resnet8", "data": {"name": "digits"}})
+    with pytest.raises(UserError, match="unknown method"):
+        plan([good, good.model_copy(update={"method": "nothing"})], ledger, CPU)
+    assert ledger.runs() == []

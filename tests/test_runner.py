@@ -236,3 +236,13 @@ def test_nothing_depends_on_who_else_is_trained(ledger: Ledger, small_npz: Path,
     alone = [run([one], ledger, CPU, again=True)[0] for one in configs]
     assert [one.weights_hash for one in together] == [one.weights_hash for one in alone]
     assert {one.cohort_size for one in together} == {4}
+
+
+def test_students_of_one_seed_with_two_teachers_each_keep_their_own(ledger: Ledger, small_npz: Path) -> None:
+    trained = teachers(ledger, small_npz, range(7, 9), "resnet14")
+    configs = [config(small_npz, method="kd", teacher=str(one.no), train=ONE) for one in trained]
+    together = run([config(small_npz, train=ONE), *configs], ledger, CPU, again=True)
+    assert [one.teacher_run for one in together] == [None, *(one.no for one in trained)]
+    assert [one.teacher_accuracy for one in together[1:]] == [one.accuracy for one in trained]
+    alone = [run([one], ledger, CPU, again=True)[0] for one in configs]
+    assert [one.weights_hash for one in together[1:]] == [one.weights_hash for one in alone]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import json
 import sys
+from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -144,7 +144,10 @@ def _launch(
     configs = [parsed for share in _for_methods(values, names) for parsed in _seeded(share, seeds)]
     where, ledger = resolve_device(device), Ledger(runs, create=True)
     if dry_run:
-        print(json.dumps(preview(configs, ledger, where), indent=2))
+        found = preview(configs, ledger, where)
+        print(tables.render(found, "json", ()))
+        seconds = sum(one["cohort_seconds"] / one["cohort_size"] for one in found)
+        print(f"{len(found)} runs, about {timedelta(seconds=round(seconds))} (h:mm:ss) on {found[0]['device']}", file=sys.stderr)
         return 0
     done = run(configs, ledger, where, deterministic=deterministic, again=again, watcher=Bars())
     print(pages.runs_list(done, "table"))

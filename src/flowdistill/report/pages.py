@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..methods import Method
 
 LISTED = ("no", "status", "method", "student", "teacher", "dataset", "split", "seed", "acc", "nepoch", "started", "error")
+"""``error`` comes last: it is empty for most."""
 
 
 def runs_list(runs: Sequence[Run], format_: str) -> str:

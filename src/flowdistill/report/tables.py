@@ -270,14 +270,17 @@ def render(rows: Sequence[Row], format_: str, columns: Sequence[str]) -> str:
         raise UserError(f"--format {format_!r}: choose from {', '.join(FORMATS)}") from None
 
 
+WIDEST = 100_000  # a cell is never cut or folded: a terminal may wrap a line, a pipe gets it whole
+
+
 def _as_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
     table = Table(box=None, pad_edge=False, header_style="")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, no_wrap=True)
     for row in rows:
         table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
     buffer = io.StringIO()
-    Console(file=buffer, width=None if Console().is_terminal else 200, markup=False, highlight=False).print(table)
+    Console(file=buffer, width=WIDEST, markup=False, highlight=False).print(table)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
 
 

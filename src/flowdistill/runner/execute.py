@@ -132,21 +132,22 @@ def _assemble(jobs: Sequence[Job], device: torch.device) -> tuple[Cohort, list[M
     first = jobs[0]
     data = DeviceData(first.data, first.config.split, device)
     methods = [job.method() for job in jobs]
-    teachers: dict[str, tuple[Teacher, float]] = {}
-    lanes: dict[int, Lane] = {}
-    members = []
     taught_taps = tuple(sorted({tap for method in methods for tap in method.needs.teacher}))
+    taught = {job.config.seed: job.teacher.origin for job in jobs if job.teacher}
+    teachers: dict[str, tuple[Teacher, float]] = {}
+    lanes: dict[tuple[int, str], Lane] = {}
+    members = []
     for job, method in zip(jobs, methods, strict=True):
         net = job.student.build(data.spec, taps=tuple(sorted(method.needs.student)), seed=job.config.seed)
         student = Student(_placed(net, device), method.to(device), job.settled, job.config.train)
         member = Member(job, student)
-        lane = lanes.setdefault(job.config.seed, Lane(Stream(data, job.config.seed, job.config.train.batch_size), None, []))
+        origin = job.teacher.origin if job.teacher else taught.get(job.config.seed, "")
+        lane = lanes.setdefault((job.config.seed, origin), Lane(Stream(data, job.config.seed, job.config.train.batch_size), None, []))
         if job.teacher:
-            key = f"{job.teacher.model} {job.teacher.origin}"
-            if key not in teachers:
+            if origin not in teachers:
                 teacher = Teacher(_placed(job.teacher.build(data.spec, taps=taught_taps), device))
-                teachers[key] = teacher, _accuracy(teacher.net, data, job.precision)
-            lane.teacher, member.teacher_accuracy = teachers[key]
+                teachers[origin] = teacher, _accuracy(teacher.net, data, job.precision)
+            lane.teacher, member.teacher_accuracy = teachers[origin]
         lane.students.append(student)
         members.append(member)
     select = first.config.split == "holdout"
@@ -278,7 +279,7 @@ def _record_epoch(report: EpochReport, cohort: Cohort, members: Sequence[Member]
             ledger.update(member.no, status="failed", error=member.last.error, finished=_now())
             watcher.say(f"run {member.no}: {member.job.label} {member.last.error}")
     best = max((row.correct for row in rows.values() if row.correct is not None), default=0)
-    watcher.epoch(f"epoch {report.epoch}/{sum(cohort.phase_epochs)}, best student {100 * best / images:.2f} %")
+    watcher.epoch(f"epoch {report.epoch}/{sum(cohort.phase_epochs)}, best {100 * best / images:.2f} %")
 
 
 def _finish(member: Member, cohort: Cohort, ledger: Ledger, device: torch.device) -> None:

@@ -25,7 +25,8 @@ class NetworkRef:
         model: its registered name.
         weights: None for fresh ones.
         run: the run it came from, if any.
-        fingerprint: what its numbers depend on: of a run that run's, of a file the hash of its weights, empty for fresh ones.
+        fingerprint: what its numbers depend on. Of a file the hash of its weights; of a run that was named that run's, with its seed; of
+            a teacher that was chosen by model name that of all it was chosen from; empty for fresh weights.
         init_hash: of the weights it began with, where known.
         origin: as messages name it.
     """
@@ -56,7 +57,8 @@ def resolve(reference: str, ledger: Ledger) -> NetworkRef:
         UserError: no such model, run or file, an unfinished run, or a file that does not say its model.
     """
     if reference.isdecimal():
-        return from_run(ledger.run(int(reference)), ledger)
+        run = ledger.run(int(reference))
+        return _of_run(run, ledger, f"{run.fingerprint}/{run.seed}")
     model, at, path = reference.partition("@")
     if at:
         return _from_file(Path(path), models.canonical(model))
@@ -73,16 +75,11 @@ def _from_file(path: Path, model: str | None) -> NetworkRef:
     return NetworkRef(models.canonical(named), weights, None, f"file:{hash_weights(weights)}", about.get("init_hash", ""), str(path))
 
 
-def from_run(run: Run, ledger: Ledger) -> NetworkRef:
-    """The student that a run left.
-
-    Raises:
-        UserError: the run did not finish, or its file is gone.
-    """
+def _of_run(run: Run, ledger: Ledger, fingerprint: str) -> NetworkRef:
     if run.status != "finished":
         raise UserError(f"run {run.no} is {run.status}, not finished; choose a finished one (flowdistill runs)")
     weights, _ = load_weights(ledger.run_folder(run.no) / STUDENT_FILE)
-    return NetworkRef(run.student, weights, run.no, run.fingerprint, run.init_hash, f"run {run.no}")
+    return NetworkRef(run.student, weights, run.no, fingerprint, run.init_hash, f"run {run.no}")
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ def choose_teacher(reference: str, wanted: Wanted, ledger: Ledger) -> NetworkRef
     for offset in range(len(found)):
         run = found[(wanted.seed + 1 + offset) % len(found)]
         if run.init_hash != wanted.student_init:
-            return from_run(run, ledger)
+            return _of_run(run, ledger, run.fingerprint)
     spare = wanted.seed + 1
     raise UserError(
         f"the only trained {model} (run {found[0].no}) began from the initial weights of the student of seed {wanted.seed}, which "

@@ -28,6 +28,7 @@ WRONG = [
     (("train", *DIGITS, "--set", "data.pad=16"), "data.pad=16: reflection needs less than the image's 16 pixels; set data.pad lower"),
     (("train", *DIGITS, "--device", "gpu"), "--device 'gpu' is not available here; use auto, cpu, cuda or mps"),
     (("train", *DIGITS, "--config", "none.toml"), "--config none.toml: cannot be read as text (No such file or directory)"),
+    (("train", "--config", "flat.toml", *DIGITS), "data.name='digits': 'data' is a single value here and has no keys below it"),
     (("train", "--dataset", "npz:none.npz"), "npz:none.npz: no such file"),
     (("train", "--dataset", "npz:junk.npz"), "npz:junk.npz: not a readable npz file"),
     (("train", "--dataset", "npz:labels.npz"), "npz:labels.npz: key 'y_test' is missing"),
@@ -85,6 +86,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Junk and hostile files."""
     path = tmp_path_factory.mktemp("bad")
     (path / "junk.npz").write_bytes(b"junk")
+    (path / "flat.toml").write_text('data = "digits"')
     (path / "junk.safetensors").write_bytes(b"junk" * 10)
     torch.save(Evil(), path / "evil.pt")
     torch.save({"conv1.weight": torch.zeros(1)}, path / "wrong.pt")

@@ -229,7 +229,7 @@ def test_assign_bad_form(assignment: str) -> None:
 
 def test_assign_below_a_single_value() -> None:
     line = complaint(assign, {"seed": 1}, "seed.x.y=2")
-    assert line == "--set 'seed.x.y=2': 'seed' is a single value and has no keys below it"
+    assert line == "seed.x.y=2: 'seed' is a single value here and has no keys below it; write a table of keys"
 
 
 # --config

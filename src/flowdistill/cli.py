@@ -13,7 +13,7 @@ import typer
 from pydantic import ValidationError
 
 from .checks import UserError, did_you_mean, parse_seeds
-from .config import RunConfig, assign, one_line, read_file, validate
+from .config import RunConfig, assign, one_line, put, read_file, validate
 from .env import version
 from .ledger import Ledger
 from .report import pages, tables
@@ -188,11 +188,7 @@ def _values(config: Path | None, assignments: Sequence[str] | None, chosen: dict
         assign(values, assignment)
     for key, value in chosen.items():
         if value is not None:
-            *path, last = key.split(".")
-            inner = values
-            for part in path:
-                inner = inner.setdefault(part, {})
-            inner[last] = value
+            put(values, key, value)
     return values
 
 

@@ -128,18 +128,27 @@ def assign(values: dict[str, Any], assignment: str) -> None:
     """Apply one ``a.b=c`` to nested ``values``. ``c`` is read as TOML (numbers, true, lists), else as a string.
 
     Raises:
-        UserError: no ``=``, an empty key, or a key below something that is no table.
+        UserError: no ``=``, an empty key, or a key below a single value.
     """
     key, equals, raw = assignment.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
+    if not equals or not all(key.strip().split(".")):
         raise UserError(f"--set {assignment!r}: write key=value, such as train.lr=0.05 or options.fsp.pool=avg")
     try:
         value = tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
         value = raw.strip()
-    for part in parts[:-1]:
+    put(values, key.strip(), value)
+
+
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set the dotted ``key`` of nested ``values``.
+
+    Raises:
+        UserError: a part of the key is a single value.
+    """
+    *path, last = key.split(".")
+    for part in path:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
-            raise UserError(f"--set {assignment!r}: {part!r} is a single value and has no keys below it")
-    values[parts[-1]] = value
+            raise UserError(f"{key}={value!r}: {part!r} is a single value here and has no keys below it; write a table of keys")
+    values[last] = value

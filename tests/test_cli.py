@@ -54,7 +54,7 @@ def test_options_and_weights_reach_the_methods_that_have_them(work: Path) -> Non
 
 
 def test_the_log_table_has_the_logs_columns_and_the_protocol(work: Path) -> None:
-    said = command(work, "table", "--method", "fsp")
+    said = command(work, "table", "--method", "fsp", "--teacher", "resnet_32_14")
     assert f"| {' | '.join(LOG_COLUMNS)} |" in said.out
     assert said.out.startswith("### ResNet14>>8/Small (")
     assert "last epoch of full runs on test; nothing is selected; 150 images; 2 teachers; fsp ours, pool=avg" in said.out

@@ -13,7 +13,7 @@ import typer
 from pydantic import ValidationError
 
 from .checks import UserError, did_you_mean, parse_seeds
-from .config import RunConfig, assign, one_line, put, read_file, validate
+from .config import RunConfig, assign, model_name, one_line, put, read_file, validate
 from .env import version
 from .ledger import Ledger
 from .report import pages, tables
@@ -255,7 +255,7 @@ def table(
 ) -> int:
     """The log of finished runs, or their summary."""
     wanted = {"method": method, "dataset": dataset, "student": student, "teacher": teacher}
-    found = Ledger(runs).runs(**{key: value for key, value in wanted.items() if value is not None})
+    found = Ledger(runs).runs(**{key: model_name(value) for key, value in wanted.items() if value is not None})
     make = tables.summary_table if summary else tables.log_table
     if not any(tables.read(run, protocol.value) for run in found) and format_.value in ("table", "md"):
         print(f"no finished runs here for --protocol {protocol.value} and these filters; flowdistill runs lists all", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,6 +61,11 @@ class RunConfig(Frozen):
     method: str = "base"
     options: dict[str, dict[str, Any]] = {}
     weights: dict[str, float] = {}
+
+
+def model_name(name: str) -> str:
+    """A model's own name for the reference log's spelling: ``resnet_32_20`` is ``resnet20``; any other name is as it was."""
+    return re.sub(r"^resnet_32_(?=\d+$)", "resnet", name)
 
 
 def validate(values: Mapping[str, Any]) -> RunConfig:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import re
 from typing import Protocol
 
 from torch import nn
 
+from ..config import model_name
 from ..randomness import seeded
 from ..registry import Registry
 from ..taps import DataSpec, NetSpec
@@ -44,10 +44,8 @@ def canonical(name: str) -> str:
     Raises:
         UserError: no such model.
     """
-    alias = re.fullmatch(r"resnet_32_(\d+)", name)
-    name = f"resnet{alias[1]}" if alias else name
-    MODELS[name]
-    return name
+    MODELS[model_name(name)]
+    return model_name(name)
 
 
 def spec(name: str, data: DataSpec) -> NetSpec:

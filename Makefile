@@ -1,28 +1,25 @@
-# make demo, make test: each does all its own set-up in .venv
+# make demo, make test: each does all its own set-up in VENV
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
 
-.PHONY: demo test lint clean
-demo: .venv/installed
-	$(BIN)/flowdistill demo
+.PHONY: demo test lint
+demo: $(VENV)/installed
+	$(VENV)/bin/flowdistill demo
 
-test: .venv/installed-dev
-	$(BIN)/pytest -n auto
+test: $(VENV)/installed-dev
+	$(VENV)/bin/pytest -n auto
 
-lint: .venv/installed-dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+lint: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
-.venv/installed: pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit("flowdistill needs Python 3.11 or newer: make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable .
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("flowdistill needs Python 3.11 or newer: make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --editable .
 	touch $@
 
-.venv/installed-dev: .venv/installed
-	$(BIN)/pip install --quiet --editable '.[dev]'
+$(VENV)/installed-dev: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --editable '.[dev]'
 	touch $@
-
-clean:
-	rm -rf .venv

@@ -51,6 +51,20 @@ def test_the_network_that_comes_back_gives_the_recorded_accuracy(keys: dict[str,
     assert int((outputs.logits.argmax(1) == torch.from_numpy(data.y_test)).sum()) == result.run.correct
 
 
+def test_a_module_that_was_loaded_remembers_where_it_began(keys: dict[str, Any]) -> None:
+    net = flowdistill.train("resnet8", **keys).student()
+    with pytest.raises(flowdistill.UserError, match="initial weights"):
+        flowdistill.distill(net, "resnet8", method="kd", **keys)
+
+
+def test_a_path_is_a_weights_file_and_a_foreign_module_is_refused(keys: dict[str, Any]) -> None:
+    teacher = flowdistill.train("resnet14", seed=5, **keys)
+    result = flowdistill.distill(teacher.folder / "student.safetensors", "resnet8", method="kd", **keys)
+    assert result.run.teacher == "resnet14"
+    with pytest.raises(flowdistill.UserError, match="Linear is no network of this package"):
+        flowdistill.distill(torch.nn.Linear(2, 2), "resnet8", method="kd", **keys)
+
+
 def test_mistakes_are_user_errors(keys: dict[str, Any]) -> None:
     with pytest.raises(flowdistill.UserError, match="unknown key 'epoch'"):
         flowdistill.train("resnet8", **{**keys, "epoch": 3})

@@ -78,6 +78,19 @@ def test_every_listing_has_every_format(work: Path, words: tuple[str, ...], form
         assert len(said.out.splitlines()) > 2
 
 
+@pytest.mark.parametrize("filters", [("--method", "fsp"), ("--method", "kd+at"), ("--teacher", "resnet_32_14")])
+def test_a_filtered_summary_keeps_its_baseline(work: Path, filters: tuple[str, ...]) -> None:
+    rows = json.loads(command(work, "table", "--summary", "--format", "json", *filters).out)
+    assert rows
+    assert all(row["method"] != "base" and row["base"] is not None for row in rows)
+
+
+def test_without_words_the_help_is_printed(work: Path) -> None:
+    said = command(work)
+    assert (said.code, said.out) == (2, "")
+    assert len(said.err.splitlines()) > 10
+
+
 def test_the_summary_gives_no_verdict_on_two_runs(work: Path) -> None:
     rows = json.loads(command(work, "table", "--summary", "--format", "json").out)
     fsp = next(row for row in rows if row["method"] == "fsp")

@@ -63,7 +63,7 @@ def test_matrix_has_a_row_for_each_first_and_a_column_for_each_second_channel() 
 
 
 def test_matrix_refuses_maps_of_two_sizes() -> None:
-    with pytest.raises(ValueError, match=r"\(1, 2, 4, 4\) and \(1, 3, 2, 2\); see match_sizes"):
+    with pytest.raises(ValueError, match=r"\(1, 2, 4, 4\) and \(1, 3, 2, 2\); match_sizes"):
         fsp_matrix(torch.rand(1, 2, 4, 4), torch.rand(1, 3, 2, 2))
 
 

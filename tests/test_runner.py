@@ -112,7 +112,7 @@ def test_no_student_gets_a_teacher_that_began_where_it_begins(ledger: Ledger, sm
 
 def test_the_only_teacher_began_where_the_student_begins(ledger: Ledger, small_npz: Path) -> None:
     teachers(ledger, small_npz, range(1))
-    with pytest.raises(UserError, match=r"flowdistill train --model resnet8 --dataset npz:\S+ --seeds 1"):
+    with pytest.raises(UserError, match=r"flowdistill train --model resnet8 --dataset npz:\S+ --seeds 100"):
         run([config(small_npz, method="kd", teacher="resnet8", train=ONE)], ledger, CPU)
 
 
@@ -125,8 +125,23 @@ def test_teachers_are_those_with_the_most_epochs_whatever_their_accuracy(ledger:
     assert student.teacher_run == long.no
 
 
+def test_teachers_of_the_students_own_recipe_come_first_and_several_others_are_refused(ledger: Ledger, small_npz: Path) -> None:
+    by_rate = {lr: run([config(small_npz, seed=5, train={**ONE, "lr": lr})], ledger, CPU)[0].no for lr in (0.02, 0.05, 0.01)}
+    (student,) = run([config(small_npz, method="kd", teacher="resnet8", train={**ONE, "lr": 0.02})], ledger, CPU)
+    assert student.teacher_run == by_rate[0.02]
+    with pytest.raises(UserError, match=r"several recipes for 1 epochs \(runs 1, 2, 3\); name one: --teacher 1"):
+        run([config(small_npz, method="kd", teacher="resnet8", train={**ONE, "lr": 0.03})], ledger, CPU)
+
+
+def test_a_tuned_run_is_no_teacher_by_name(ledger: Ledger, small_npz: Path) -> None:
+    (fresh,) = teachers(ledger, small_npz, range(5, 6))
+    run([config(small_npz, student=str(fresh.no), seed=6, train=ONE)], ledger, CPU)
+    (student,) = run([config(small_npz, method="kd", teacher="resnet8", seed=9, train=ONE)], ledger, CPU)
+    assert student.teacher_run == fresh.no
+
+
 def test_no_teacher_trained_prints_the_command_that_trains_one(ledger: Ledger, small_npz: Path) -> None:
-    with pytest.raises(UserError, match=r"flowdistill train --model resnet20 --dataset npz:\S+ --seeds 0 --holdout"):
+    with pytest.raises(UserError, match=r"flowdistill train --model resnet20 --dataset npz:\S+ --seeds 100 --holdout"):
         run([config(small_npz, method="kd", teacher="resnet20", split="holdout")], ledger, CPU)
 
 
@@ -137,6 +152,14 @@ def test_a_holdout_student_refuses_a_teacher_that_saw_the_held_out_images(ledger
     (held,) = teachers(ledger, small_npz, range(3, 4), split="holdout")
     (student,) = run([config(small_npz, method="kd", teacher="resnet8", split="holdout", train=ONE)], ledger, CPU)
     assert student.teacher_run == held.no
+
+
+def test_a_holdout_run_refuses_first_weights_and_files_that_saw_the_held_out_images(ledger: Ledger, small_npz: Path) -> None:
+    (full,) = teachers(ledger, small_npz, range(3, 4))
+    file = str(ledger.run_folder(full.no) / "student.safetensors")
+    for keys in ({"student": str(full.no)}, {"student": file}, {"method": "kd", "teacher": file}):
+        with pytest.raises(UserError, match="held-out"):
+            run([config(small_npz, split="holdout", train=ONE, **keys)], ledger, CPU)
 
 
 def test_holdout_runs_read_test_once_and_keep_no_best_on_test(ledger: Ledger, small_npz: Path) -> None:
@@ -210,6 +233,20 @@ def test_a_gradient_a_thousand_times_the_tasks_is_refused_before_anything_is_rec
     with pytest.raises(UserError, match=r"gradient of fsp at weight 1e\+06 .* --set weights\.fsp="):
         run([config(small_npz, method="fsp", teacher="resnet14", weights={"fsp": 1e6})], ledger, CPU)
     assert [one.no for one in ledger.runs()] == [teacher.no]
+
+
+def test_a_refusal_comes_before_any_cohort_is_trained(ledger: Ledger, small_npz: Path) -> None:
+    (teacher,) = teachers(ledger, small_npz, range(7, 8), "resnet14")
+    wild = config(small_npz, method="fsp", teacher="resnet14", weights={"fsp": 1e6}, train={"epochs": 1})
+    with pytest.raises(UserError, match="gradient of fsp"):
+        run([config(small_npz, train={"epochs": 2}), wild], ledger, CPU)
+    assert [one.no for one in ledger.runs()] == [teacher.no]
+
+
+def test_a_student_whose_last_step_broke_its_weights_is_failed(ledger: Ledger, small_npz: Path) -> None:
+    (broken,) = run([config(small_npz, train={"epochs": 1, "batch_size": 300, "lr": 1e38})], ledger, CPU)
+    assert broken.status == "failed"
+    assert "its logits are not finite" in broken.error
 
 
 def test_the_gradients_are_told_relative_to_the_task(ledger: Ledger, small_npz: Path) -> None:

@@ -511,3 +511,9 @@ def test_page_of_a_run_as_csv_is_its_curve() -> None:
     curve = [Epoch(number, "joint", 0.1, {"task": 1 / number}, 9_000, 10_000, 0.5) for number in (1, 2, 4)]
     rows = list(csv.DictReader(io.StringIO(pages.run_page(run(), curve, "csv"))))
     assert [(row["epoch"], row["acc"], row["task"]) for row in rows] == [("1", "90.00", "1"), ("2", "90.00", "0.5"), ("4", "90.00", "0.25")]
+
+
+def test_summary_rows_that_differ_in_recipe_say_so() -> None:
+    runs = [run(no, method="base", config={"train": {"lr": lr}}) for no, lr in ((1, 0.1), (2, 0.01))]
+    assert [row["differs"] for row in tables.summary_rows(runs, "last")] == ["train.lr=0.1", "train.lr=0.01"]
+    assert "train.lr=0.01" in tables.summary_table(runs, "last", "md")

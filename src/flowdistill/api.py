@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .checks import UserError
 from .config import validate
 from .device import resolve_device
 from .ledger import Ledger, Run
@@ -42,7 +43,7 @@ class Result:
 
 
 def train(
-    student: str | int | Result | Network,
+    student: str | os.PathLike[str] | int | Result | Network,
     data: str | Mapping[str, Any],
     *,
     seed: int = 0,
@@ -56,8 +57,8 @@ def train(
 
 
 def distill(
-    teacher: str | int | Result | Network | None,
-    student: str | int | Result | Network,
+    teacher: str | os.PathLike[str] | int | Result | Network | None,
+    student: str | os.PathLike[str] | int | Result | Network,
     data: str | Mapping[str, Any],
     *,
     method: str = "fsp",
@@ -103,16 +104,21 @@ def distill(
     return Result(run, ledger.run_folder(run.no))
 
 
-def _reference(network: str | int | Result | Network, ledger: Ledger) -> str:
+def _reference(network: str | os.PathLike[str] | int | Result | Network, ledger: Ledger) -> str:
     """A network as a config names it. A module in memory is put into a file beside the runs, so that its run can be repeated."""
-    if isinstance(network, str):
-        return network
+    if isinstance(network, str | os.PathLike):
+        return os.fspath(network)
     if isinstance(network, int):
         return str(network)
     if isinstance(network, Result):
-        return str(network.run.no) if network.folder.parent == ledger.folder else str(network.folder / "student.safetensors")
+        own = network.folder.parent.resolve() == ledger.folder.resolve()
+        return str(network.run.no) if own else str(network.folder / "student.safetensors")
+    if not isinstance(network, Network):
+        raise UserError(
+            f"{type(network).__name__} is no network of this package; give a model's name, a run, a weights file or such a network"
+        )
     weights = network.state_dict()
     path = ledger.folder / "networks" / f"{hash_weights(weights)[:16]}.safetensors"
     if not path.is_file():
-        save_weights(path, weights, {"model": network.spec.name})
+        save_weights(path, weights, {**network.about, "model": network.spec.name})
     return str(path)

@@ -6,6 +6,8 @@ import difflib
 import re
 from collections.abc import Iterable
 
+MOST_SEEDS = 10_000
+
 
 class UserError(ValueError):
     """A mistake that the user can mend. The command line prints it as one line and exits with 2."""
@@ -37,6 +39,8 @@ def parse_seeds(text: str) -> list[int]:
         low, high = int(numbers[1]), int(numbers[2] or numbers[1])
         if high < low:
             raise UserError(f"--seeds {text!r}: the range {part.strip()} runs backwards; write {high}-{low}")
+        if high - low >= MOST_SEEDS:
+            raise UserError(f"--seeds {text!r}: {high - low + 1:,} seeds in one range; at most {MOST_SEEDS:,}")
         seeds.extend(range(low, high + 1))
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {text!r} names a seed twice; a seed is trained once (use --again to repeat a finished run)")

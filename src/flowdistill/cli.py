@@ -83,12 +83,12 @@ def main() -> None:
         sys.exit(_mistake(str(error)))
     except ValidationError as error:
         sys.exit(_mistake(one_line(error, RunConfig)))
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
     except Exception as error:
         if not hasattr(error, "format_message"):  # not a usage error of the parser: a bug, shown whole
             raise
+        if len(sys.argv) == 1:
+            print(error.format_message(), file=sys.stderr)  # the help
+            sys.exit(2)
         sys.exit(_mistake(f"{error.format_message()} (flowdistill --help)"))
     if code == INTERRUPTED:
         print("interrupted; finished runs are kept (flowdistill runs lists all)", file=sys.stderr)
@@ -140,7 +140,10 @@ def _launch(
     chosen |= {"data.name": dataset, "train.epochs": epochs, "train.lr": lr, "train.batch_size": batch_size}
     chosen |= {"train.precision": precision.value if precision else None, "split": "holdout" if holdout else None}
     values = _values(config, set_, chosen)
-    names = [name.strip() for name in (methods or str(values.get("method", "fsp"))).split(",")]
+    if methods == "base" and values.get("teacher"):
+        raise UserError(f"teacher={values['teacher']!r}: training on the labels alone has none; use flowdistill distill, or leave it out")
+    names = [name.strip() for name in (str(values.get("method", "fsp")) if methods is None else methods).split(",")]
+    validate(values | {"method": names[0]})
     configs = [parsed for share in _for_methods(values, names) for parsed in _seeded(share, seeds)]
     where, ledger = resolve_device(device), Ledger(runs, create=True)
     if dry_run:
@@ -167,7 +170,7 @@ def _training_command(command: Callable[..., int]) -> Callable[..., int]:
 @_training_command
 def train(model: Annotated[str | None, typer.Option(help="A model's name; flowdistill models lists them.")] = None, **shared: Any) -> int:
     """Train networks on the labels alone: teachers and baselines."""
-    return _launch({"student": model}, "base", **shared)
+    return _launch({"student": model, "method": "base"}, "base", **shared)
 
 
 @_training_command
@@ -254,13 +257,17 @@ def table(
     runs: RunsOption = Path("runs"),
 ) -> int:
     """The log of finished runs, or their summary."""
-    wanted = {"method": method, "dataset": dataset, "student": student, "teacher": teacher}
-    found = Ledger(runs).runs(**{key: model_name(value) for key, value in wanted.items() if value is not None})
-    make = tables.summary_table if summary else tables.log_table
+    wanted = {"method": method and "+".join(sorted(method.split("+"))), "dataset": dataset, "student": student, "teacher": teacher}
+    only = {key: model_name(value) for key, value in wanted.items() if value is not None}
+    ledger = Ledger(runs)
+    found = ledger.runs(**only)
     if not any(tables.read(run, protocol.value) for run in found) and format_.value in ("table", "md"):
         print(f"no finished runs here for --protocol {protocol.value} and these filters; flowdistill runs lists all", file=sys.stderr)
         return 0
-    print(make(found, protocol.value, format_.value))
+    if summary:
+        print(tables.summary_table(ledger.runs(), protocol.value, format_.value, only))
+    else:
+        print(tables.log_table(found, protocol.value, format_.value))
     return 0
 
 

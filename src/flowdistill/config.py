@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .checks import UserError, did_you_mean
 
@@ -36,12 +36,18 @@ class TrainConfig(Frozen):
 
     epochs: int = Field(200, ge=1, strict=True)  # reference log; He et al. 2016, section 4.2: 64k iterations, about 164 epochs
     batch_size: int = Field(128, ge=1, strict=True)  # He et al. 2016, section 4.2
-    lr: float = Field(0.1, gt=0)  # He et al. 2016, section 4.2
-    momentum: float = Field(0.9, ge=0, lt=1)  # He et al. 2016, section 4.2
-    weight_decay: float = Field(1e-4, ge=0)  # He et al. 2016, section 4.2
+    lr: float = Field(0.1, gt=0, strict=True)  # He et al. 2016, section 4.2
+    momentum: float = Field(0.9, ge=0, lt=1, strict=True)  # He et al. 2016, section 4.2
+    weight_decay: float = Field(1e-4, ge=0, strict=True)  # He et al. 2016, section 4.2
     nesterov: bool = False  # reference log: off (KD-Zoo: on)
     schedule: Literal["step", "cosine", "one-cycle"] = "step"  # step: x 0.1 at 50 % and 75 %, reference log
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> TrainConfig:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov=true needs a momentum above 0; set train.momentum or leave nesterov out")
+        return self
 
 
 class RunConfig(Frozen):
@@ -54,7 +60,7 @@ class RunConfig(Frozen):
 
     student: str = Field("resnet20", coerce_numbers_to_str=True)
     teacher: str | None = Field(None, coerce_numbers_to_str=True)
-    seed: int = Field(0, ge=0, strict=True)
+    seed: int = Field(0, ge=0, lt=2**63, strict=True)
     split: Literal["full", "holdout"] = "full"
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -93,7 +99,8 @@ def one_line(error: ValidationError, model: type[BaseModel], where: str = "") ->
     if first["type"] == "extra_forbidden":
         return f"unknown key {key!r}: {did_you_mean(path[-1], _fields(model, path[:-1]))}"
     message = str(first.get("ctx", {}).get("error") or first["msg"])
-    given = f"{key}={first['input']!r}: " if path else f"{key}: " if key else ""
+    whole = not path or isinstance(first["input"], dict)
+    given = f"{key}={first['input']!r}: " if not whole else f"{key}: " if key else ""
     return f"{given}{message[0].lower()}{message[1:]}"
 
 

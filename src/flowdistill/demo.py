@@ -10,7 +10,7 @@ from typing import Any
 
 from .config import RunConfig, validate
 from .device import resolve_device
-from .ledger import Ledger
+from .ledger import Ledger, Run
 from .report import tables
 from .report.progress import Bars
 from .runner import run
@@ -27,8 +27,7 @@ def demo(folder: Path | None, format_: str) -> str:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         ledger = Ledger(folder or Path(temporary), create=True)
-        train_all(ledger)
-        runs = ledger.runs()
+        runs = train_all(ledger)
         log, summary = (make(runs, "last", format_) for make in (tables.log_table, tables.summary_table))
         ledger.close()
     if format_ in ("csv", "json"):
@@ -37,12 +36,12 @@ def demo(folder: Path | None, format_: str) -> str:
     return f"{log}\n\n### Summary: a short budget of {STUDENT['train']['epochs']} epochs, the paper's fast optimisation\n\n{summary}"  # type: ignore[index]
 
 
-def train_all(ledger: Ledger) -> None:
+def train_all(ledger: Ledger) -> list[Run]:
     """The teacher first, then all students as one cohort."""
     device, bars = resolve_device("auto"), Bars()
-    run([_config(TEACHER, "base", {}, 100)], ledger, device, watcher=bars)
+    teacher = run([_config(TEACHER, "base", {}, 100)], ledger, device, watcher=bars)
     students = [_config(STUDENT, method, weights, seed) for method, weights in WEIGHTS.items() for seed in SEEDS]
-    run(students, ledger, device, watcher=bars)
+    return teacher + run(students, ledger, device, watcher=bars)
 
 
 def _config(common: dict[str, Any], method: str, weights: dict[str, float], seed: int) -> RunConfig:

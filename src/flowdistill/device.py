@@ -39,8 +39,14 @@ def resolve_device(name: str) -> torch.device:
 def resolve_precision(name: str, device: torch.device) -> Precision:
     """``auto`` is bf16 on a GPU that computes it, float32 elsewhere."""
     if name == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if name == "bf16" else "fp32"
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget the peak so far, where the device can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -53,7 +59,7 @@ def peak_memory(device: torch.device) -> int:
 
 @contextmanager
 def determinism(wanted: bool) -> Iterator[None]:
-    """Inside, only operations that repeat bit for bit, where wanted; the caller's setting comes back after."""
+    """Inside, only operations that repeat bit for bit, where wanted; PyTorch's own setting comes back after."""
     before = torch.are_deterministic_algorithms_enabled()
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without it
@@ -68,6 +74,8 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def describe(device: torch.device) -> str:
@@ -88,7 +96,7 @@ class Stopwatch:
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def lap(self) -> None:

@@ -249,7 +249,7 @@ class Ledger:
         Raises:
             UserError: no such number.
         """
-        found = self.runs(no=no)
+        found = self.runs(no=no) if no < 2**63 else []
         if not found:
             last = self._db.execute("SELECT max(no) FROM runs").fetchone()[0]
             what = f"the last is {last}" if last else "it has no runs yet"

@@ -168,6 +168,8 @@ def read_npz(path: Path) -> ImageData:
     absent = np.flatnonzero(present != np.arange(classes))
     if len(absent):
         raise UserError(f"npz:{path}: class {absent[0]} has no training image; labels must be 0 to K-1 with every class present")
+    if classes < 2:
+        raise UserError(f"npz:{path}: y_train has a single class; a classifier needs two")
     if last >= classes:
         raise UserError(f"npz:{path}: y_test has label {last}, but y_train ends at {classes - 1}")
     return ImageData(path.stem, images["x_train"], labels["y_train"], images["x_test"], labels["y_test"], classes)

@@ -7,7 +7,7 @@ how the features flow from one layer to the next. The student's matrices are pul
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +35,11 @@ def fsp_matrix(first: Tensor, second: Tensor) -> Tensor:
         [N, C, D].
 
     Raises:
-        ValueError: the maps differ in height or width.
+        ValueError: the maps differ in batch, height or width, or are no batches of maps.
     """
-    if first.shape[2:] != second.shape[2:]:
-        raise ValueError(f"fsp_matrix wants maps of one size, got {tuple(first.shape)} and {tuple(second.shape)}; see match_sizes")
+    if first.dim() != 4 or second.dim() != 4 or first.shape[0] != second.shape[0] or first.shape[2:] != second.shape[2:]:
+        shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
+        raise ValueError(f"fsp_matrix wants [N, C, H, W] and [N, D, H, W], got {shapes}; match_sizes brings sizes together")
     first, second = full(first).flatten(2), full(second).flatten(2)
     with torch.autocast(first.device.type, enabled=False):  # the product would go back to half precision
         return (first / first.shape[2]) @ second.transpose(1, 2)
@@ -78,8 +79,10 @@ def fsp_loss(student: Sequence[Pair], teacher: Sequence[Pair], *, pool: Pool = "
         A scalar.
 
     Raises:
-        ValueError: batch or channels of a pair differ between the networks.
+        ValueError: batch or channels of a pair differ between the networks, no pair, or an unknown pool or reduction.
     """
+    if pool not in get_args(Pool) or reduction not in get_args(Reduction) or not student:
+        raise ValueError(f"fsp_loss wants pool max or avg, reduction mean or sum, and at least one pair; got {pool!r}, {reduction!r}")
     losses = []
     for pair_s, pair_t in zip(student, teacher, strict=True):
         ours, theirs = (fsp_matrix(*match_sizes(*pair, pool)) for pair in (pair_s, pair_t))
@@ -113,8 +116,8 @@ class FSPOptions(MethodOptions):
     reduction: Reduction = "mean"
     schedule: Literal["joint", "two-stage"] = "joint"
     adapter: Literal["none", "conv1x1"] = "none"
-    stage_epochs: int = Field(54, ge=1)  # 21k iterations at batch 128 (paper, section 4.1); 50 under kd-zoo
-    stage_lr: float = Field(1e-2, gt=0)  # 1e-3 under sum (paper, section 4.1); KD-Zoo's 1e-2 under mean
+    stage_epochs: int = Field(54, ge=1, strict=True)  # 21k iterations at batch 128 (paper, section 4.1); 50 under kd-zoo
+    stage_lr: float = Field(1e-2, gt=0, strict=True)  # 1e-3 under sum (paper, section 4.1); KD-Zoo's 1e-2 under mean
 
     @model_validator(mode="before")
     @classmethod

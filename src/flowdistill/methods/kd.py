@@ -37,7 +37,7 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tenso
 class KDOptions(MethodOptions):
     """Options of kd."""
 
-    T: float = Field(4.0, gt=0)  # reference log; also RepDistiller and KD-Zoo
+    T: float = Field(4.0, gt=0, strict=True)  # reference log; also RepDistiller and KD-Zoo
 
 
 @register

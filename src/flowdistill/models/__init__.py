@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -15,10 +16,14 @@ from ..taps import DataSpec, NetSpec
 
 
 class Network(nn.Module):
-    """A network as training sees it: called on images [N, C, H, W] it gives Outputs with the taps it was built for."""
+    """A network as training sees it: called on images [N, C, H, W] it gives Outputs with the taps it was built for.
+
+    ``about`` holds what the file that it was loaded from says of it.
+    """
 
     spec: NetSpec
     taps: tuple[str, ...]
+    about: Mapping[str, Any] = {}
 
 
 class Factory(Protocol):

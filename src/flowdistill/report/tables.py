@@ -10,7 +10,7 @@ import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,8 +19,6 @@ from ..checks import UserError
 from ..ledger import Run, newest
 from ..stats import CONFIDENCE, LEAST_N, Difference, sample_std, welch
 
-Format = Literal["table", "md", "csv", "json"]
-Protocol = Literal["last", "best", "holdout"]
 Row = Mapping[str, Any]
 
 LOG_COLUMNS = ("no", "method", "dataset", "student", "teacher", "start_time", "acc", "epoch", "nepoch", "lr", "batch_size")
@@ -108,13 +106,19 @@ def headings(groups: Sequence[Group]) -> list[str]:
     for group_, name in zip(groups, plain, strict=True):
         alike = [other for other, other_name in zip(groups, plain, strict=True) if other_name == name]
         notes = [group_.first.method] if len({other.first.method for other in alike}) > 1 else []
-        same_method = [other for other in alike if other.first.method == group_.first.method]
-        notes += _differing(group_.first, [other.first for other in same_method])
+        notes += _notes(group_.first, [other.first for other in alike if other.first.method == group_.first.method])
         found.append(" ".join([name, *([", ".join(notes)] if notes else [])]))
     found = [
         f"{name} fingerprint {g.first.fingerprint[:8]}" if found.count(name) > 1 else name for name, g in zip(found, groups, strict=True)
     ]
     return [f"{name} ({group_.mean:.1f})" for name, group_ in zip(found, groups, strict=True)]
+
+
+def _notes(run: Run, among: Sequence[Run]) -> list[str]:
+    """What tells a run from others of its method, pair and data: its variant, then its recipe."""
+    variants = {other.variant for other in among}
+    keys = _differing(run, [other for other in among if other.variant == run.variant])
+    return [run.variant or "defaults", *keys] if len(variants) > 1 else keys
 
 
 def _differing(run: Run, among: Sequence[Run]) -> list[str]:
@@ -186,12 +190,17 @@ def _teachers(group_: Group) -> str:
     return "one teacher" if count == 1 else f"{count} teachers"
 
 
-def summary_rows(runs: Sequence[Run], protocol: str) -> list[dict[str, Any]]:
-    """One row a group: mean, sample standard deviation, n, and the difference to ``base`` with its Welch interval."""
+def summary_rows(runs: Sequence[Run], protocol: str, only: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """One row a group: mean, sample standard deviation, n, and the difference to ``base`` with its Welch interval.
+
+    ``only`` (column -> value) chooses rows; the baselines they are compared with may be others.
+    """
     groups = group(runs, protocol)
     bases = {_base_key(g.first): g for g in reversed(groups) if g.first.method == "base" and not g.first.variant}
+    shown = [g for g in groups if all(getattr(g.first, column) == value for column, value in (only or {}).items())]
     rows = []
-    for group_ in groups:
+    for group_ in shown:
+        alike = [g.first for g in shown if (g.first.method, g.first.variant, pair(g.first)) == _row_key(group_.first)]
         base = bases.get(_base_key(group_.first)) if group_.first.method != "base" else None
         reference = base.accuracies if base else []
         rows.append(
@@ -200,7 +209,13 @@ def summary_rows(runs: Sequence[Run], protocol: str) -> list[dict[str, Any]]:
                 "variant": group_.first.variant,
                 "pair": pair(group_.first),
                 "dataset": group_.first.dataset,
+                "split": group_.first.split,
                 "nepoch": group_.first.nepoch,
+                "lr": group_.first.lr,
+                "batch_size": group_.first.batch_size,
+                "precision": group_.first.precision,
+                "fingerprint": group_.first.fingerprint,
+                "differs": ", ".join(_differing(group_.first, [run for run in alike if run.dataset == group_.first.dataset])),
                 "mean": group_.mean,
                 "std": sample_std(group_.accuracies),
                 "n": len(group_.runs),
@@ -215,6 +230,10 @@ def summary_rows(runs: Sequence[Run], protocol: str) -> list[dict[str, Any]]:
     return rows
 
 
+def _row_key(run: Run) -> tuple[str, str, str]:
+    return run.method, run.variant, pair(run)
+
+
 def _base_key(run: Run) -> object:
     data = json.dumps([run.config["data"]["pad"], run.config["data"]["flip"]])
     return run.student, run.student_fingerprint, run.data_hash, data, json.dumps(run.config["train"], sort_keys=True), run.split
@@ -223,9 +242,9 @@ def _base_key(run: Run) -> object:
 SUMMARY_COLUMNS = ("method", "variant", "pair", "dataset", "nepoch", "acc (n)", "to base", "95 % interval", "detectable", "teacher")
 
 
-def summary_table(runs: Sequence[Run], protocol: str, format_: str) -> str:
+def summary_table(runs: Sequence[Run], protocol: str, format_: str, only: Mapping[str, str] | None = None) -> str:
     """The summary; under three runs a side the values alone stand there, without interval or verdict."""
-    rows = summary_rows(runs, protocol)
+    rows = summary_rows(runs, protocol, only)
     if format_ == "json":
         return render([_plain(row) for row in rows], "json", ())
     if format_ == "csv":
@@ -250,7 +269,7 @@ def _shown(row: Row) -> Row:
     few = row["n"] < LEAST_N
     return {
         "method": row["method"],
-        "variant": row["variant"] or "-",
+        "variant": "; ".join(note for note in (row["variant"], row["differs"]) if note) or "-",
         "pair": row["pair"],
         "dataset": row["dataset"],
         "nepoch": row["nepoch"],

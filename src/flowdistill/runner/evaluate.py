@@ -49,12 +49,13 @@ def load_network(path: Path) -> tuple[Network, dict[str, Any]]:
         UserError: not a file that this package wrote, or damaged.
     """
     weights, about = load_weights(path)
-    if "model" not in about:
+    if not {"model", "input", "classes", "mean", "std", "data", "data_hash", "precision"} <= about.keys():
         raise UserError(f"weights file {path} does not say its model and data; evaluate a run's student.safetensors or a run's number")
     channels, height, width = about["input"]
     spec = DataSpec("", 0, about["classes"], channels, height, width)
     net = models.build(about["model"], spec)
     fill(net, weights, str(path))
+    net.about = about
     return net.eval(), about
 
 

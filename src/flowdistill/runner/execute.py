@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from ..checks import UserError
 from ..config import RunConfig
 from ..data.loader import DeviceData, Stream
-from ..device import Precision, describe, determinism, peak_memory
+from ..device import Precision, describe, determinism, peak_memory, reset_peak_memory
 from ..env import versions
 from ..ledger import Epoch, Ledger, Run, newest
 from ..models import Network
@@ -77,7 +78,7 @@ def run(
     Raises:
         UserError: a config that can't be run; nothing was trained then.
     """
-    watcher = watcher or Watcher()
+    watcher, started = watcher or Watcher(), time.perf_counter()
     jobs = plan(configs, ledger, device)
     done: dict[tuple[str, int], int] = {}
     todo = {job.key: job for job in jobs}
@@ -87,9 +88,13 @@ def run(
             done[key] = finished[0].no
             watcher.say(f"{job.label}: run {finished[0].no} has it already, skipped (--again repeats it)")
     with determinism(deterministic):
-        for group in cohorts([job for key, job in todo.items() if key not in done]):
-            for member in _run_cohort(group, ledger, device, watcher):
-                done[member.job.key] = member.no
+        prepared = [_assemble(group, device) for group in cohorts([job for key, job in todo.items() if key not in done])]
+        for cohort, members in prepared:
+            _check_start(cohort, members, watcher)
+        for cohort, members in prepared:
+            _run_cohort(cohort, members, ledger, device, watcher, time.perf_counter() - started)
+            done |= {member.job.key: member.no for member in members}
+            started = time.perf_counter()
     return [ledger.run(done[job.key]) for job in jobs]
 
 
@@ -163,20 +168,26 @@ def _accuracy(net: Network, data: DeviceData, precision: Precision) -> float:
     return 100 * int(correct) / len(data.curve.labels)
 
 
-def _run_cohort(jobs: Sequence[Job], ledger: Ledger, device: torch.device, watcher: Watcher) -> list[Member]:
-    started = time.perf_counter()
-    cohort, members = _assemble(jobs, device)
+def _check_start(cohort: Cohort, members: Sequence[Member], watcher: Watcher) -> None:
+    """Tell how good the teachers are and how large each term's first gradient is; refuse what would diverge."""
     for line in dict.fromkeys(_told_of_teacher(member) for member in members if member.job.teacher):
         watcher.say(line)
     ratios = first_gradients(cohort)
     for member in members:
         _check_gradients(member, ratios[member.student], watcher)
-    common = {"cohort_size": len(members), "device": describe(device), "setup_seconds": time.perf_counter() - started}
-    numbers = ledger.register([_row(member) | common for member in members])
-    for member, no in zip(members, numbers, strict=True):
-        member.no = no
+
+
+def _run_cohort(
+    cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: torch.device, watcher: Watcher, setup_seconds: float
+) -> None:
+    reset_peak_memory(device)
+    common = {"cohort_size": len(members), "device": describe(device), "setup_seconds": setup_seconds}
+    numbers: list[int] = []
     watcher.begin(_title(members), cohort.steps)
     try:
+        numbers = ledger.register([_row(member) | common for member in members])
+        for member, no in zip(members, numbers, strict=True):
+            member.no = no
         for report in train(cohort, watcher.step):
             _record_epoch(report, cohort, members, ledger, watcher)
         for member in members:
@@ -191,7 +202,6 @@ def _run_cohort(jobs: Sequence[Job], ledger: Ledger, device: torch.device, watch
         raise
     finally:
         watcher.end()
-    return members
 
 
 def _told_of_teacher(member: Member) -> str:
@@ -205,7 +215,9 @@ def _check_gradients(member: Member, ratios: Mapping[str, float], watcher: Watch
     weights = member.job.settled.weights
     for term, ratio in ratios.items():
         watcher.say(f"{member.job.label}: gradient of {term} on the first batch {ratio:.3g} x the task's (weight {weights[term]:g})")
-        if not ratio <= GRADIENT_LIMIT:
+        if not math.isfinite(ratio):
+            raise UserError(f"{member.job.label}: the gradient of {term} on the first batch is not finite; is the teacher sound?")
+        if ratio > GRADIENT_LIMIT:
             cure = weights[term] / ratio * 10
             raise UserError(
                 f"{member.job.label}: the gradient of {term} at weight {weights[term]:g} is {ratio:.3g} times the task's; over "
@@ -324,6 +336,7 @@ def _about(job: Job, data: DeviceData, correct: int) -> dict[str, Any]:
         "std": data.normalisation.std,
         "data": job.config.data.model_dump(mode="json"),
         "data_hash": job.data_hash,
+        "split": job.config.split,
         "precision": job.precision,
         "correct": correct,
         "images": len(data.test.labels),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -28,6 +30,7 @@ class NetworkRef:
         fingerprint: what its numbers depend on. Of a file the hash of its weights; of a run that was named that run's, with its seed; of
             a teacher that was chosen by model name that of all it was chosen from; empty for fresh weights.
         init_hash: of the weights it began with, where known.
+        saw: ``split data_hash`` of what it was trained on, where known.
         origin: as messages name it.
     """
 
@@ -36,6 +39,7 @@ class NetworkRef:
     run: int | None = None
     fingerprint: str = ""
     init_hash: str = ""
+    saw: str = ""
     origin: str = ""
 
     def build(self, data: DataSpec, *, taps: tuple[str, ...] = (), seed: int = 0) -> Network:
@@ -72,14 +76,34 @@ def _from_file(path: Path, model: str | None) -> NetworkRef:
     named = model or about.get("model")
     if not named:
         raise UserError(f"weights file {path} does not say its model; write MODEL@{path} with one of: {', '.join(models.MODELS)}")
-    return NetworkRef(models.canonical(named), weights, None, f"file:{hash_weights(weights)}", about.get("init_hash", ""), str(path))
+    return NetworkRef(
+        model=models.canonical(named),
+        weights=weights,
+        fingerprint=f"file:{hash_weights(weights)}",
+        init_hash=str(about.get("init_hash", "")),
+        saw=f"{about.get('split', '')} {about.get('data_hash', '')}",
+        origin=str(path),
+    )
 
 
 def _of_run(run: Run, ledger: Ledger, fingerprint: str) -> NetworkRef:
     if run.status != "finished":
         raise UserError(f"run {run.no} is {run.status}, not finished; choose a finished one (flowdistill runs)")
     weights, _ = load_weights(ledger.run_folder(run.no) / STUDENT_FILE)
-    return NetworkRef(run.student, weights, run.no, fingerprint, run.init_hash, f"run {run.no}")
+    return NetworkRef(run.student, weights, run.no, fingerprint, run.init_hash, f"{run.split} {run.data_hash}", f"run {run.no}")
+
+
+def refuse_contaminated(network: NetworkRef, split: str, data_hash: str) -> None:
+    """A holdout run must not know the held-out images through its teacher or its first weights.
+
+    Raises:
+        UserError: the network was trained on all of train.
+    """
+    if split == "holdout" and network.saw == f"full {data_hash}":
+        raise UserError(
+            f"{network.origin} was trained on all of train, the held-out images among them; a holdout run takes networks of holdout runs "
+            f"(train one with --holdout)"
+        )
 
 
 @dataclass(frozen=True)
@@ -91,33 +115,35 @@ class Wanted:
     split: str
     seed: int
     student_init: str
+    recipe: Mapping[str, Any]
+    runs: str
 
 
 def choose_teacher(reference: str, wanted: Wanted, ledger: Ledger) -> NetworkRef:
     """The teacher of one student.
 
-    A model name means the finished ``base`` runs of that model, data and split with the most epochs (of these, those of the newest
-    one's fingerprint), in order of seed: m of them. The student of seed k takes number (k+1) mod m, or the next that did not begin
-    from the student's own initial weights. Anything else names the teacher itself.
+    A model name means the finished ``base`` runs of that model, data and split with the most epochs, trained from fresh weights (by
+    the student's own recipe where there are such), in order of seed: m of them. The student of seed k takes number (k+1) mod m, or
+    the next that did not begin from the student's own initial weights. Anything else names the teacher itself.
 
     Raises:
-        UserError: none was trained, every one began where the student begins, or a full run is to teach a holdout run.
+        UserError: none was trained, several recipes are in question, every one began where the student begins, or a network that saw
+            the held-out images is to teach a holdout run.
     """
     if reference.isdecimal() or "@" in reference or "/" in reference or "." in reference:
         return _named_teacher(reference, wanted, ledger)
     model = models.canonical(reference)
     found = _trained(model, wanted, ledger)
     if not found:
-        cure = _train_command(model, wanted, 0)
+        cure = _train_command(model, wanted)
         raise UserError(f"no {model} was trained on {wanted.dataset} ({wanted.split} split) yet; train one: {cure}")
     for offset in range(len(found)):
         run = found[(wanted.seed + 1 + offset) % len(found)]
         if run.init_hash != wanted.student_init:
             return _of_run(run, ledger, run.fingerprint)
-    spare = wanted.seed + 1
     raise UserError(
-        f"the only trained {model} (run {found[0].no}) began from the initial weights of the student of seed {wanted.seed}, which "
-        f"flatters it; train another teacher: {_train_command(model, wanted, spare)}"
+        f"the only {model} to choose (run {found[0].no}) began from the initial weights of the student of seed {wanted.seed}, which "
+        f"flatters it; train another teacher: {_train_command(model, wanted)}"
     )
 
 
@@ -128,23 +154,31 @@ def _named_teacher(reference: str, wanted: Wanted, ledger: Ledger) -> NetworkRef
             f"teacher {reference} began from the initial weights of the student of seed {wanted.seed}, which flatters it; use another "
             f"--seeds or another teacher"
         )
-    if teacher.run is not None and wanted.split == "holdout" and ledger.run(teacher.run).split != "holdout":
-        raise UserError(
-            f"run {teacher.run} was trained on all of train, the held-out images among them; teach a holdout run by a holdout run "
-            f"({_train_command(teacher.model, wanted, 0)})"
-        )
+    refuse_contaminated(teacher, wanted.split, wanted.data_hash)
     return teacher
 
 
 def _trained(model: str, wanted: Wanted, ledger: Ledger) -> list[Run]:
-    runs = newest(ledger.runs(status="finished", method="base", student=model, data_hash=wanted.data_hash, split=wanted.split))
+    same = {"data_hash": wanted.data_hash, "split": wanted.split, "student_fingerprint": "", "variant": ""}
+    runs = newest(ledger.runs(status="finished", method="base", student=model, **same))
     if not runs:
         return []
     most = max(run.nepoch for run in runs)
     longest = [run for run in runs if run.nepoch == most]
-    return sorted((run for run in longest if run.fingerprint == longest[-1].fingerprint), key=lambda run: run.seed)
+    by_own_recipe = [run for run in longest if _recipe(run.config["train"]) == _recipe(wanted.recipe)]
+    chosen = by_own_recipe or longest
+    if len({run.fingerprint for run in chosen}) > 1:
+        numbers = ", ".join(str(run.no) for run in chosen)
+        raise UserError(f"{model} was trained by several recipes for {most} epochs (runs {numbers}); name one: --teacher {chosen[0].no}")
+    return sorted(chosen, key=lambda run: run.seed)
 
 
-def _train_command(model: str, wanted: Wanted, seed: int) -> str:
+def _recipe(train: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in train.items() if key != "epochs"}
+
+
+def _train_command(model: str, wanted: Wanted) -> str:
+    seed = 100 if wanted.seed != 100 else 101  # any that no student has
     holdout = " --holdout" if wanted.split == "holdout" else ""
-    return f"flowdistill train --model {model} --dataset {wanted.dataset} --seeds {seed}{holdout}"
+    runs = f" --runs {wanted.runs}" if wanted.runs != "runs" else ""
+    return f"flowdistill train --model {model} --dataset {wanted.dataset} --seeds {seed}{holdout}{runs}"

@@ -19,7 +19,7 @@ from ..ledger import Ledger
 from ..methods import Method, Settled
 from ..randomness import seeded
 from ..training.checkpoint import hash_weights
-from .networks import NetworkRef, Wanted, choose_teacher, resolve
+from .networks import NetworkRef, Wanted, choose_teacher, refuse_contaminated, resolve
 
 
 @dataclass(frozen=True)
@@ -98,18 +98,21 @@ def _job(config: RunConfig, data: ImageData, data_hash: str, ledger: Ledger, dev
     if settled.uses_teacher and config.teacher is None:
         raise UserError(f"method {settled.name!r} needs a teacher: --teacher MODEL, RUN or FILE")
     student = resolve(config.student, ledger)
+    refuse_contaminated(student, config.split, data_hash)
     init_hash = hash_weights(student.build(data.spec, seed=config.seed).state_dict())
+    precision = resolve_precision(config.train.precision, device)
+    train = config.train.model_copy(update={"precision": precision})
     teacher = None
     if settled.uses_teacher and config.teacher is not None:
-        wanted = Wanted(config.data.name, data_hash, config.split, config.seed, init_hash)
+        recipe = train.model_dump(mode="json")
+        wanted = Wanted(config.data.name, data_hash, config.split, config.seed, init_hash, recipe, str(ledger.folder))
         teacher = choose_teacher(config.teacher, wanted, ledger)
-    precision = resolve_precision(config.train.precision, device)
     resolved = config.model_copy(
         update={
             "method": settled.name,
             "teacher": config.teacher if settled.uses_teacher else None,
             "data": config.data.model_copy(update={"pad": data.pad, "flip": data.flip}),
-            "train": config.train.model_copy(update={"precision": precision}),
+            "train": train,
             "options": {name: options.model_dump() for name, options in settled.options.items()},
             "weights": settled.weights,
         }

@@ -178,7 +178,7 @@ def _measure(cohort: Cohort, epoch: int, epochs: int) -> dict[Student, Progress]
     found = [evaluate(student.net, cohort.data.curve, cohort.data.normalise, cohort.precision) for student in students]
     figures = [teacher.drift() for teacher in teachers]
     for student, evaluation in zip(students, found, strict=True):
-        figures += [evaluation.correct, *student.sums.values()]
+        figures += [evaluation.correct, evaluation.probabilities.isfinite().all(), *student.sums.values()]
     values = iter(torch.stack([figure.float() for figure in figures]).tolist())
     for teacher in teachers:
         teacher.check_mode()
@@ -186,10 +186,10 @@ def _measure(cohort: Cohort, epoch: int, epochs: int) -> dict[Student, Progress]
             raise RuntimeError("a buffer of the teacher changed during training")
     progress = {}
     for student, evaluation in zip(students, found, strict=True):
-        correct = int(next(values))
+        correct, sound = int(next(values)), bool(next(values))
         terms = {term: next(values) / steps for term in student.sums}
         lr = student.learning_rate(epoch, epochs, steps - 1, steps)
-        progress[student] = Progress(terms, lr, correct, evaluation)
+        progress[student] = Progress(terms, lr, correct, evaluation, "" if sound else "its logits are not finite")
     return progress
 
 
@@ -198,10 +198,9 @@ def _dismiss_diverged(cohort: Cohort, report: EpochReport) -> None:
         for student in list(lane.students):
             progress = report.progress[student]
             broken = [term for term, value in progress.terms.items() if not math.isfinite(value)]
-            if broken:
-                progress.error = (
-                    f"diverged in epoch {report.epoch}: {', '.join(broken)} is not finite; lower train.lr or weights.{broken[-1]}"
-                )
+            if broken or progress.error:
+                what = f"{', '.join(broken)} is not finite" if broken else progress.error
+                progress.error = f"diverged in epoch {report.epoch}: {what}; lower train.lr or weights.{[*progress.terms][-1]}"
                 progress.evaluation = None
                 lane.students.remove(student)
 

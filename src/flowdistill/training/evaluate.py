@@ -23,7 +23,7 @@ class Evaluation(NamedTuple):
     Attributes:
         correct: scalar, images whose most probable class is their label; still on the device.
         classes: [N] most probable class.
-        probabilities: [N] its probability.
+        probabilities: [N] its probability; NaN where the network gave no finite logits.
     """
 
     correct: Tensor

@@ -132,7 +132,10 @@ def test_a_toml_file_is_overridden_by_set_and_set_by_options(work: Path, small_n
 def test_a_dry_run_tells_taps_and_time_and_writes_nothing(work: Path, small_npz: Path, tmp_path: Path) -> None:
     before = command(work, "runs").out
     words = ("--method", "fsp", "--student", "resnet8", "--teacher", "resnet14", "--dataset", f"npz:{small_npz}", *SHORT, "--dry-run")
-    (preview,) = json.loads(command(work, "distill", *words).out)
+    said = command(work, "distill", *words)
+    assert "1 runs to do, about 0:00:0" in said.err
+    (preview,) = json.loads(said.out)
+    assert preview["finished_run"] is None
     assert preview["taps"]["student"] == {"stem": "16x8x8", "stage1": "16x8x8", "stage2": "32x4x4", "stage3": "64x2x2"}
     assert preview["teacher"]["run"] == 2
     assert preview["cohort_seconds"] > 0

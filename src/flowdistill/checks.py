@@ -17,7 +17,9 @@ def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """The end of an error line: ``(did you mean 'x'?)`` where one name is close, else the list of names."""
     names = list(allowed)
     close = difflib.get_close_matches(given, names, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(names)}"
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"choose from: {', '.join(names)}" if names else "there is none to choose from"
 
 
 def first_line(error: BaseException) -> str:

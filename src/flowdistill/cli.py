@@ -149,8 +149,9 @@ def _launch(
     if dry_run:
         found = preview(configs, ledger, where)
         print(tables.render(found, "json", ()))
-        seconds = sum(one["cohort_seconds"] / one["cohort_size"] for one in found)
-        print(f"{len(found)} runs, about {timedelta(seconds=round(seconds))} (h:mm:ss) on {found[0]['device']}", file=sys.stderr)
+        todo = [one for one in found if again or not one["finished_run"]]
+        seconds = sum(one["cohort_seconds"] / one["cohort_size"] for one in todo)
+        print(f"{len(todo)} runs to do, about {timedelta(seconds=round(seconds))} (h:mm:ss) on {found[0]['device']}", file=sys.stderr)
         return 0
     done = run(configs, ledger, where, deterministic=deterministic, again=again, watcher=Bars())
     print(pages.runs_list(done, "table"))

@@ -135,7 +135,8 @@ class FSPOptions(MethodOptions):
     def variant(self) -> str:
         """The preset, and what differs from it."""
         usual = FSPOptions(preset=self.preset).model_dump()
-        return ", ".join([self.preset, *(f"{k}={v}" for k, v in self.model_dump().items() if v != usual[k])])
+        unused = {"stage_epochs", "stage_lr"} if self.schedule == "joint" else set()
+        return ", ".join([self.preset, *(f"{k}={v}" for k, v in self.model_dump(exclude=unused).items() if v != usual[k])])
 
     def milestones(self) -> tuple[float, ...]:
         """When stage one's rate falls: at 11k and 16k of 21k iterations (paper), at epochs 30 and 40 of 50 (KD-Zoo)."""

@@ -83,10 +83,10 @@ def run(
     done: dict[tuple[str, int], int] = {}
     todo = {job.key: job for job in jobs}
     for key, job in todo.items():
-        finished = newest(ledger.runs(status="finished", fingerprint=job.fingerprint, seed=job.config.seed))
+        finished = _finished(job, ledger)
         if finished and not again:
-            done[key] = finished[0].no
-            watcher.say(f"{job.label}: run {finished[0].no} has it already, skipped (--again repeats it)")
+            done[key] = finished
+            watcher.say(f"{job.label}: run {finished} has it already, skipped (--again repeats it)")
     with determinism(deterministic):
         prepared = [_assemble(group, device) for group in cohorts([job for key, job in todo.items() if key not in done])]
         for cohort, members in prepared:
@@ -98,12 +98,24 @@ def run(
     return [ledger.run(done[job.key]) for job in jobs]
 
 
+def _finished(job: Job, ledger: Ledger) -> int | None:
+    """The run that did this job, if any."""
+    found = newest(ledger.runs(status="finished", fingerprint=job.fingerprint, seed=job.config.seed))
+    return found[0].no if found else None
+
+
 def dry_run(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device) -> list[dict[str, Any]]:
-    """What ``run`` would do: for each cohort its configs, taps, gradient ratios and an estimate of its time. Writes nothing."""
+    """For each config what ``run`` would do: resolved, with taps, gradient ratios and an estimate of its time. Writes nothing.
+
+    ``finished_run`` is the run that has it already, which ``run`` would skip.
+
+    Raises:
+        UserError: as ``run``.
+    """
     found = []
     for group in cohorts(plan(configs, ledger, device)):
         cohort, members = _assemble(group, device)
-        ratios = first_gradients(cohort)
+        ratios = _check_start(cohort, members, Watcher())
         seconds = seconds_per_epoch(cohort)
         for member in members:
             job = member.job
@@ -111,6 +123,7 @@ def dry_run(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device) 
             found.append(
                 {
                     "config": job.config.model_dump(mode="json"),
+                    "finished_run": _finished(job, ledger),
                     "teacher": {"model": job.teacher.model, "run": job.teacher.run, "accuracy": member.teacher_accuracy}
                     if job.teacher
                     else None,
@@ -168,13 +181,14 @@ def _accuracy(net: Network, data: DeviceData, precision: Precision) -> float:
     return 100 * int(correct) / len(data.curve.labels)
 
 
-def _check_start(cohort: Cohort, members: Sequence[Member], watcher: Watcher) -> None:
+def _check_start(cohort: Cohort, members: Sequence[Member], watcher: Watcher) -> dict[Student, dict[str, float]]:
     """Tell how good the teachers are and how large each term's first gradient is; refuse what would diverge."""
     for line in dict.fromkeys(_told_of_teacher(member) for member in members if member.job.teacher):
         watcher.say(line)
     ratios = first_gradients(cohort)
     for member in members:
         _check_gradients(member, ratios[member.student], watcher)
+    return ratios
 
 
 def _run_cohort(

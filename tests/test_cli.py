@@ -159,14 +159,15 @@ def test_a_diverged_run_ends_with_one(work: Path, small_npz: Path) -> None:
     assert "diverged in epoch" in said.out
 
 
-def test_ctrl_c_ends_with_130_and_is_recorded(small_npz: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_kill_end_with_130_and_are_recorded(small_npz: Path, tmp_path: Path, sent: signal.Signals) -> None:
     words = ["train", "--model", "resnet8", "--dataset", f"npz:{small_npz}", "--epochs", "10000", "--batch-size", "64"]
     process = subprocess.Popen([sys.executable, "-m", "flowdistill", *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     curve = tmp_path / "runs" / "ledger.db"
     until = time.monotonic() + 60
     while time.monotonic() < until and not (curve.is_file() and Ledger(tmp_path / "runs").runs()):
         time.sleep(0.1)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, sent)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.strip().splitlines()[-1].startswith("interrupted")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import signal
 import sys
 from datetime import timedelta
 from enum import StrEnum
@@ -77,6 +78,7 @@ SetOption = Annotated[list[str] | None, typer.Option("--set", help="Any key, suc
 
 def main() -> None:
     """Run the command line: 0 done, 1 a run failed, 2 a user's mistake in one line, 130 interrupted."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is recorded as Ctrl-C is
     try:
         code = app(standalone_mode=False)
     except UserError as error:

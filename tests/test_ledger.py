@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import sqlite3
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +220,22 @@ def test_eight_processes_write_at_once_and_lose_nothing(tmp_path: Path) -> None:
         assert [point.epoch for point in curve] == list(range(1, EPOCHS_EACH + 1))
         assert {point.terms["task"] for point in curve} == {float(found.seed // RUNS_EACH)}
     ledger.close()
+
+
+def register_one(folder: Path, together: threading.Barrier) -> int:
+    ledger = Ledger(folder, create=True)
+    together.wait(60)
+    [no] = ledger.register([row()])
+    ledger.close()
+    return no
+
+
+def test_a_ledger_can_be_made_by_eight_at_once_again_and_again(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(WRITERS) as pool:
+        for attempt in range(40):
+            folder, together = tmp_path / str(attempt), threading.Barrier(WRITERS)
+            numbers = [future.result() for future in [pool.submit(register_one, folder, together) for _ in range(WRITERS)]]
+            assert sorted(numbers) == list(range(1, WRITERS + 1))
 
 
 # What is no ledger

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -171,7 +172,7 @@ class Ledger:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._db = _connect(self.path)
-            self._db.execute("PRAGMA journal_mode=WAL")
+            _write_ahead(self._db)
             self._migrate()
             self._on_disk = True
         except (sqlite3.DatabaseError, OSError) as error:
@@ -281,6 +282,19 @@ def _connect(path: Path | str) -> sqlite3.Connection:
     db.row_factory = sqlite3.Row
     db.execute("PRAGMA foreign_keys=ON")
     return db
+
+
+def _write_ahead(db: sqlite3.Connection) -> None:
+    """Switch to WAL. SQLite's busy timeout does not cover this switch, so that processes which make one ledger at once wait here."""
+    until = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
 
 
 def _encoded(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -73,8 +73,7 @@ def group(runs: Sequence[Run], protocol: str) -> list[Group]:
     """Finished runs by student, teacher, data, method and fingerprint, in order of first number; of repeats the newest."""
     found: dict[object, list[tuple[Run, Reading]]] = {}
     for run in newest(run for run in runs if read(run, protocol)):
-        reading = read(run, protocol)
-        if reading is not None:
+        if reading := read(run, protocol):
             key = (run.student, run.teacher, run.dataset, run.method, run.fingerprint)
             found.setdefault(key, []).append((run, reading))
     return [Group(tuple(run for run, _ in members), tuple(reading for _, reading in members)) for members in found.values()]
@@ -283,10 +282,9 @@ def _shown(row: Row) -> Row:
 
 def render(rows: Sequence[Row], format_: str, columns: Sequence[str]) -> str:
     """Rows as a terminal table, Markdown, CSV or a JSON array of objects."""
-    try:
-        return FORMATS[format_](rows, columns)
-    except KeyError:
-        raise UserError(f"--format {format_!r}: choose from {', '.join(FORMATS)}") from None
+    if format_ not in FORMATS:
+        raise UserError(f"--format {format_!r}: choose from {', '.join(FORMATS)}")
+    return FORMATS[format_](rows, columns)
 
 
 WIDEST = 100_000  # a cell is never cut or folded: a terminal may wrap a line, a pipe gets it whole

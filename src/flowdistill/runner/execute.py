@@ -88,7 +88,7 @@ def run(
             done[key] = finished
             watcher.say(f"{job.label}: run {finished} has it already, skipped (--again repeats it)")
     with determinism(deterministic):
-        prepared = [_assemble(group, device) for group in cohorts([job for key, job in todo.items() if key not in done])]
+        prepared = _prepare([job for key, job in todo.items() if key not in done], device)
         for cohort, members in prepared:
             _check_start(cohort, members, watcher)
         for cohort, members in prepared:
@@ -113,8 +113,7 @@ def dry_run(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device) 
         UserError: as ``run``.
     """
     found = []
-    for group in cohorts(plan(configs, ledger, device)):
-        cohort, members = _assemble(group, device)
+    for cohort, members in _prepare(plan(configs, ledger, device), device):
         ratios = _check_start(cohort, members, Watcher())
         seconds = seconds_per_epoch(cohort)
         for member in members:
@@ -145,10 +144,22 @@ def _tapped(member: Member, cohort: Cohort, needs: Any) -> list[tuple[str, Netwo
     return [("student", member.student.net, needs.student), *taught]
 
 
-def _assemble(jobs: Sequence[Job], device: torch.device) -> tuple[Cohort, list[Member]]:
-    """Put data, teachers and students of one cohort on the device; measure the teachers."""
+def _prepare(jobs: Sequence[Job], device: torch.device) -> list[tuple[Cohort, list[Member]]]:
+    """Every cohort on the device; those of equal data and split share the images."""
+    on_device: dict[object, DeviceData] = {}
+    prepared = []
+    for group in cohorts(jobs):
+        first = group[0]
+        key = (first.config.data, first.config.split)
+        if key not in on_device:
+            on_device[key] = DeviceData(first.data, first.config.split, device)
+        prepared.append(_assemble(group, on_device[key], device))
+    return prepared
+
+
+def _assemble(jobs: Sequence[Job], data: DeviceData, device: torch.device) -> tuple[Cohort, list[Member]]:
+    """Put teachers and students of one cohort on the device; measure the teachers."""
     first = jobs[0]
-    data = DeviceData(first.data, first.config.split, device)
     methods = [job.method() for job in jobs]
     taught_taps = tuple(sorted({tap for method in methods for tap in method.needs.teacher}))
     taught = {job.config.seed: job.teacher.origin for job in jobs if job.teacher}

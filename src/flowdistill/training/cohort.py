@@ -218,7 +218,7 @@ def first_gradients(cohort: Cohort) -> dict[Student, dict[str, float]]:
     found = {}
     for lane in cohort.lanes:
         images, batch = next(lane.stream.epoch(0))
+        taught = teach(lane.teacher.net, images, cohort.precision) if lane.teacher else None
         for student in lane.students:
-            taught = teach(lane.teacher.net, images, cohort.precision) if lane.teacher else None
-            found[student] = dict(gradient_ratios(student, images, taught, batch, cohort.precision))
+            found[student] = gradient_ratios(student, images, taught, batch, cohort.precision)
     return found

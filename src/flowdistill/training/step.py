@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -99,7 +97,7 @@ def teach(teacher: Network, images: Tensor, precision: Precision) -> Outputs:
     return outputs
 
 
-def gradient_ratios(student: Student, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> Mapping[str, float]:
+def gradient_ratios(student: Student, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> dict[str, float]:
     """The norm of each weighted term's gradient on the network's weights, relative to that of the task at weight 1.
 
     Leaves the student as it was, batch statistics included.

@@ -11,7 +11,7 @@ import torch
 import flowdistill
 from flowdistill import models
 from flowdistill.data.sources import read_npz
-from flowdistill.training.checkpoint import hash_weights
+from flowdistill.training.weights import hash_weights
 
 
 @pytest.fixture

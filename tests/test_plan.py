@@ -19,7 +19,7 @@ from flowdistill.ledger import Ledger
 from flowdistill.methods import Phase
 from flowdistill.runner.plan import Job, cohorts, plan
 from flowdistill.taps import DataSpec, NetSpec
-from flowdistill.training.checkpoint import save_weights
+from flowdistill.training.weights import save_weights
 
 CPU = torch.device("cpu")
 Planner = Callable[..., Job]

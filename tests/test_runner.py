@@ -17,7 +17,7 @@ from flowdistill.ledger import Ledger, Run
 from flowdistill.runner import Watcher, evaluate, load_network, run
 from flowdistill.taps import DataSpec
 from flowdistill.training import cohort as engine
-from flowdistill.training.checkpoint import hash_weights, load_weights, save_weights
+from flowdistill.training.weights import hash_weights, load_weights, save_weights
 
 CPU = torch.device("cpu")
 ONE = {"epochs": 1}

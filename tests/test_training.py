@@ -15,9 +15,9 @@ from flowdistill.data.loader import DeviceData, Stream
 from flowdistill.data.sources import ImageData, read_npz
 from flowdistill.models import Network
 from flowdistill.training import cohort as engine
-from flowdistill.training.checkpoint import hash_weights
 from flowdistill.training.cohort import Cohort, Lane, Teacher, train
 from flowdistill.training.step import Student, gradient_ratios, teach
+from flowdistill.training.weights import hash_weights
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from .models import Network
 from .report.progress import Bars
 from .runner import Watcher, load_network
 from .runner import run as run_configs
-from .training.checkpoint import hash_weights, save_weights
+from .training.weights import hash_weights, save_weights
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from ..device import resolve_precision
 from ..ledger import Ledger
 from ..models import Network
 from ..taps import DataSpec
-from ..training.checkpoint import fill, load_weights
 from ..training.evaluate import evaluate as measure
+from ..training.weights import fill, load_weights
 from .networks import STUDENT_FILE
 
 

@@ -14,7 +14,7 @@ from ..checks import UserError
 from ..ledger import Ledger, Run, newest
 from ..models import Network
 from ..taps import DataSpec
-from ..training.checkpoint import fill, hash_weights, load_weights
+from ..training.weights import fill, hash_weights, load_weights
 
 STUDENT_FILE = "student.safetensors"
 

@@ -18,7 +18,7 @@ from ..device import Precision, resolve_precision
 from ..ledger import Ledger
 from ..methods import Method, Settled
 from ..randomness import seeded
-from ..training.checkpoint import hash_weights
+from ..training.weights import hash_weights
 from .networks import NetworkRef, Wanted, choose_teacher, refuse_contaminated, resolve
 
 

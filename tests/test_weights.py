@@ -15,7 +15,7 @@ from flowdistill import models
 from flowdistill.checks import UserError
 from flowdistill.models import Network
 from flowdistill.taps import DataSpec
-from flowdistill.training.checkpoint import fill, hash_weights, load_weights, save_weights, write_whole
+from flowdistill.training.weights import fill, hash_weights, load_weights, save_weights, write_whole
 
 DATA = DataSpec("some", 100, 10, 3, 8, 8)
 

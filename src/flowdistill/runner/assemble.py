@@ -1,0 +1,113 @@
+"""Jobs on the device: a cohort's students, its teachers measured, and what its first batch tells before training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..checks import UserError
+from ..data.loader import DeviceData, Stream
+from ..device import Precision
+from ..models import Network
+from ..training.cohort import Cohort, Lane, Progress, Teacher, first_gradients
+from ..training.evaluate import evaluate
+from ..training.step import Student
+from .plan import Job, cohorts
+from .watcher import Watcher
+
+GRADIENT_LIMIT = 1000.0  # a term whose gradient is larger than this, relative to the task's, diverges
+
+
+@dataclass
+class Member:
+    """A student of a cohort with the job it does."""
+
+    job: Job
+    student: Student
+    teacher_accuracy: float | None = None
+    no: int = 0
+    last: Progress | None = None
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+
+
+def prepare(jobs: Sequence[Job], device: torch.device) -> list[tuple[Cohort, list[Member]]]:
+    """Every cohort on the device; those of equal data and split share the images."""
+    on_device: dict[object, DeviceData] = {}
+    prepared = []
+    for group in cohorts(jobs):
+        first = group[0]
+        key = (first.config.data, first.config.split)
+        if key not in on_device:
+            on_device[key] = DeviceData(first.data, first.config.split, device)
+        prepared.append(assemble(group, on_device[key], device))
+    return prepared
+
+
+def assemble(jobs: Sequence[Job], data: DeviceData, device: torch.device) -> tuple[Cohort, list[Member]]:
+    """Put teachers and students of one cohort on the device; measure the teachers."""
+    first = jobs[0]
+    methods = [job.method() for job in jobs]
+    taught_taps = tuple(sorted({tap for method in methods for tap in method.needs.teacher}))
+    taught = {job.config.seed: job.teacher.origin for job in jobs if job.teacher}
+    teachers: dict[str, tuple[Teacher, float]] = {}
+    lanes: dict[tuple[int, str], Lane] = {}
+    members = []
+    for job, method in zip(jobs, methods, strict=True):
+        net = job.student.build(data.spec, taps=tuple(sorted(method.needs.student)), seed=job.config.seed)
+        student = Student(_placed(net, device), method.to(device), job.settled, job.config.train)
+        member = Member(job, student)
+        origin = job.teacher.origin if job.teacher else taught.get(job.config.seed, "")
+        lane = lanes.setdefault((job.config.seed, origin), Lane(Stream(data, job.config.seed, job.config.train.batch_size), None, []))
+        if job.teacher:
+            if origin not in teachers:
+                teacher = Teacher(_placed(job.teacher.build(data.spec, taps=taught_taps), device))
+                teachers[origin] = teacher, _accuracy(teacher.net, data, job.precision)
+            lane.teacher, member.teacher_accuracy = teachers[origin]
+        lane.students.append(student)
+        members.append(member)
+    select = first.config.split == "holdout"
+    return Cohort(data, list(lanes.values()), first.config.train, first.phase_epochs, first.precision, select), members
+
+
+def _placed(net: Network, device: torch.device) -> Network:
+    return net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def _accuracy(net: Network, data: DeviceData, precision: Precision) -> float:
+    correct = evaluate(net, data.curve, data.normalise, precision).correct
+    return 100 * int(correct) / len(data.curve.labels)
+
+
+def check_start(cohort: Cohort, members: Sequence[Member], watcher: Watcher) -> dict[Student, dict[str, float]]:
+    """Tell how good the teachers are and how large each term's first gradient is; refuse what would diverge."""
+    for line in dict.fromkeys(_told_of_teacher(member) for member in members if member.job.teacher):
+        watcher.say(line)
+    ratios = first_gradients(cohort)
+    for member in members:
+        _check_gradients(member, ratios[member.student], watcher)
+    return ratios
+
+
+def _told_of_teacher(member: Member) -> str:
+    teacher, split = member.job.teacher, member.job.config.split
+    assert teacher is not None
+    on = "test" if split == "full" else "held-out"
+    return f"teacher {teacher.model} ({teacher.origin}): {member.teacher_accuracy:.2f} % of the {on} images"
+
+
+def _check_gradients(member: Member, ratios: Mapping[str, float], watcher: Watcher) -> None:
+    weights = member.job.settled.weights
+    for term, ratio in ratios.items():
+        watcher.say(f"{member.job.label}: gradient of {term} on the first batch {ratio:.3g} x the task's (weight {weights[term]:g})")
+        if not math.isfinite(ratio):
+            raise UserError(f"{member.job.label}: the gradient of {term} on the first batch is not finite; is the teacher sound?")
+        if ratio > GRADIENT_LIMIT:
+            cure = weights[term] / ratio * 10
+            raise UserError(
+                f"{member.job.label}: the gradient of {term} at weight {weights[term]:g} is {ratio:.3g} times the task's; over "
+                f"{GRADIENT_LIMIT:g} training diverges; set a lower weight, such as --set weights.{term}={cure:.1g}"
+            )

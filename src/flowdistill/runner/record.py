@@ -1,0 +1,155 @@
+"""What stays of a run: its row and curve in the ledger, the student's file, its predictions."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.loader import DeviceData
+from ..device import peak_memory
+from ..env import versions
+from ..ledger import Epoch, Ledger, Run
+from ..training.cohort import Cohort, EpochReport
+from ..training.evaluate import Evaluation, evaluate
+from ..training.weights import hash_weights, save_weights, write_whole
+from .assemble import Member
+from .networks import STUDENT_FILE
+from .plan import Job
+from .watcher import Watcher
+
+
+def row(member: Member) -> dict[str, Any]:
+    """What is known of a run when it begins, by column."""
+    job = member.job
+    return {
+        "method": job.settled.name,
+        "variant": job.settled.variant,
+        "dataset": job.data.name,
+        "data_hash": job.data_hash,
+        "student": job.student.model,
+        "student_fingerprint": job.student.fingerprint,
+        "teacher": job.teacher.model if job.teacher else "-",
+        "teacher_run": job.teacher.run if job.teacher else None,
+        "teacher_fingerprint": job.teacher.fingerprint if job.teacher else "",
+        "teacher_accuracy": member.teacher_accuracy,
+        "seed": job.config.seed,
+        "split": job.config.split,
+        "fingerprint": job.fingerprint,
+        "config": job.config.model_dump(mode="json"),
+        "nepoch": sum(job.phase_epochs),
+        "lr": job.config.train.lr,
+        "batch_size": job.config.train.batch_size,
+        "precision": job.precision,
+        "engine": "eager",
+        "deterministic": int(torch.are_deterministic_algorithms_enabled()),
+        "init_hash": job.init_hash,
+        "parameters": sum(p.numel() for p in member.student.net.parameters()),
+        "versions": versions(),
+        "started": now(),
+    }
+
+
+def now() -> str:
+    """Local time, to the second."""
+    return datetime.now().isoformat(timespec="seconds")
+
+
+def record_epoch(report: EpochReport, cohort: Cohort, members: Sequence[Member], ledger: Ledger, watcher: Watcher) -> None:
+    """An epoch of every student, in one transaction; those that diverged are failed."""
+    images = len(cohort.data.curve.labels)
+    present = [member for member in members if member.student in report.progress]
+    rows = {}
+    for member in present:
+        progress = report.progress[member.student]
+        member.last = progress
+        member.train_seconds += report.train_seconds / len(present)
+        member.eval_seconds += report.eval_seconds / len(present)
+        phase = member.job.settled.phases[report.phase].name
+        correct = None if progress.error else progress.correct
+        seconds = report.train_seconds + report.eval_seconds
+        rows[member.no] = Epoch(report.epoch, phase, progress.lr, progress.terms, correct, images, seconds)
+    ledger.add_epochs(rows)
+    for member in present:
+        if member.last and member.last.error:
+            ledger.update(member.no, status="failed", error=member.last.error, finished=now())
+            watcher.say(f"run {member.no}: {member.job.label} {member.last.error}")
+    best = max((row.correct for row in rows.values() if row.correct is not None), default=0)
+    watcher.epoch(f"epoch {report.epoch}/{sum(cohort.phase_epochs)}, best {100 * best / images:.2f} %")
+
+
+def finish(member: Member, cohort: Cohort, ledger: Ledger, device: torch.device) -> None:
+    """The shipped weights, measured on test; then the files, then the row."""
+    student, job, data = member.student, member.job, cohort.data
+    student.restore_chosen()
+    last = member.last.evaluation if member.last else None
+    final = evaluate(student.net, data.test, data.normalise, cohort.precision) if cohort.select or last is None else last
+    weights = student.net.state_dict()
+    folder = ledger.run_folder(member.no)
+    about = _about(job, data, int(final.correct))
+    save_weights(folder / STUDENT_FILE, weights, about)
+    write_whole(folder / "predictions.npz", _predictions(final))
+    images = cohort.lanes[0].stream.steps * job.config.train.batch_size * sum(job.phase_epochs)
+    values: dict[str, Any] = {
+        "epoch": student.chosen_epoch,
+        "correct": int(final.correct),
+        "images": len(data.test.labels),
+        "train_seconds": member.train_seconds,
+        "eval_seconds": member.eval_seconds,
+        "images_per_second": images / member.train_seconds,
+        "peak_memory": peak_memory(device),
+        "weights_hash": hash_weights(weights),
+        "finished": now(),
+    }
+    if not cohort.select:
+        curve = ledger.epochs(member.no)
+        best = max(curve, key=lambda epoch: (epoch.correct or 0, -epoch.epoch))
+        values |= {"best_epoch": best.epoch, "best_correct": best.correct}
+    record = dataclasses.asdict(ledger.run(member.no)) | values | {"status": "finished", "about": about}
+    write_whole(folder / "run.json", (json.dumps(record, indent=2) + "\n").encode())
+    ledger.update(member.no, status="finished", **values)
+
+
+def told(run: Run) -> str:
+    """A finished run in one line."""
+    return (
+        f"run {run.no}: {run.method} {run.student} seed {run.seed}: {run.accuracy:.2f} % of {run.images:,} test images "
+        f"(epoch {run.epoch} of {run.nepoch}, {run.split} split), {run.train_seconds:.1f} s of training"
+    )
+
+
+def _about(job: Job, data: DeviceData, correct: int) -> dict[str, Any]:
+    """What travels in the student's file: enough to build it, feed it and measure it again."""
+    return {
+        "model": job.student.model,
+        "classes": data.spec.classes,
+        "input": [data.spec.channels, data.spec.height, data.spec.width],
+        "mean": data.normalisation.mean,
+        "std": data.normalisation.std,
+        "data": job.config.data.model_dump(mode="json"),
+        "data_hash": job.data_hash,
+        "split": job.config.split,
+        "precision": job.precision,
+        "correct": correct,
+        "images": len(data.test.labels),
+        "init_hash": job.init_hash,
+        "fingerprint": job.fingerprint,
+        "seed": job.config.seed,
+    }
+
+
+def _predictions(evaluation: Evaluation) -> bytes:
+    """``classes`` uint16 [N] and ``probabilities`` float32 [N], the most probable class of every test image, as npz."""
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        classes=evaluation.classes.cpu().numpy().astype(np.uint16),
+        probabilities=evaluation.probabilities.cpu().numpy().astype(np.float32),
+    )
+    return buffer.getvalue()

@@ -59,8 +59,9 @@ def run(
         prepared = prepare([job for key, job in todo.items() if key not in known], device)
         for cohort, members in prepared:
             check_start(cohort, members, watcher)
-        for home in homes:
-            _resume_cohort(home, ledger, device, watcher)
+    for home in homes:
+        _resume_cohort(home, ledger, device, watcher)
+    with determinism(deterministic):
         for cohort, members in prepared:
             _begin_cohort(cohort, members, ledger, device, watcher, time.perf_counter() - started)
             started = time.perf_counter()

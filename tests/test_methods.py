@@ -435,9 +435,10 @@ WRONG: list[tuple[str, dict[str, Any], NetSpec, NetSpec, list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "student", "teacher", "words"), WRONG, ids=[f"{w[0]}-{w[2].name}-{w[3].name}-{i}" for i, w in enumerate(WRONG)]
-)
+WRONG_NAMES = ("name", "options", "student", "teacher", "words")
+
+
+@pytest.mark.parametrize(WRONG_NAMES, WRONG, ids=[f"{w[0]}-{w[2].name}-{w[3].name}-{i}" for i, w in enumerate(WRONG)])
 def test_wrong_pair_is_refused_with_the_cure(
     name: str, options: dict[str, Any], student: NetSpec, teacher: NetSpec, words: list[str]
 ) -> None:

@@ -104,11 +104,11 @@ RECIPE = {"lr": 0.05, "momentum": 0.8, "weight_decay": 0.02}  # not the defaults
 
 
 def test_the_engine_is_the_plain_loop(data: ImageData, small_npz: Path) -> None:
-    run = config(small_npz, method="fsp", teacher="-", train={"epochs": 4, **RECIPE})
+    run = config(small_npz, method="fsp", teacher="-", weights={"task": 0.5, "fsp": 3.0}, train={"epochs": 4, **RECIPE})
     cohort, (student,) = a_cohort(data, [run])
     plain = models.build("resnet8", cohort.data.spec, taps=("stem", "stage1", "stage2", "stage3"), seed=run.seed)
     stream, teacher = Stream(cohort.data, run.seed, run.train.batch_size), a_teacher(cohort.data).net
-    plain_loop(plain, teacher, stream, {0: 0.05, 1: 0.05, 2: 0.005, 3: 0.0005}, sgd(plain.parameters(), run.train))
+    plain_loop(plain, teacher, stream, {0: 0.05, 1: 0.05, 2: 0.005, 3: 0.0005}, sgd(plain.parameters(), run.train), task=0.5, fsp=3)
     for _ in train(cohort):
         pass
     same_weights(student.net, plain)

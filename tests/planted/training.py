@@ -31,7 +31,7 @@ STAYS = suite.test_the_teacher_stays_as_it_was_and_students_train_in_train_mode
 
 @bug(Teacher, "__init__", STAYS, refusal="the teacher left eval mode")
 def teacher_left_in_train_mode(self, net):
-    """The teacher normalises by the batch, and every batch moves its statistics: the most common mistake of all."""
+    """The teacher normalises by the batch, and every batch moves its statistics."""
     teacher_init(self, net)
     net.train()
 
@@ -57,6 +57,8 @@ def guard_that_looks_at_the_top_module_alone(self):
     """net.training, where a stage below it may be in train mode."""
     if self.net.training:
         raise RuntimeError("the teacher left eval mode during training")
+    if any(parameter.requires_grad for parameter in self.net.parameters()):
+        raise RuntimeError("the teacher is no longer frozen")
 
 
 @bug(Teacher, "check_mode", suite.test_a_teacher_that_changes_is_noticed, {"harm": "gradient", "words": "the teacher is no longer frozen"})
@@ -178,10 +180,11 @@ def student_trained_in_eval_mode(self):
 @bug(step, "train_step", suite.test_reported_terms_are_unweighted_means_over_the_steps_of_their_epoch)
 def weighted_terms_reported(student, images, taught, batch, *, lr, precision):
     """Curves of two weights can't be compared: most loops print the product."""
-    found = losses(student, images, taught if student.taught else None, batch, precision)
-    terms = {term: weight * found[term] for term, weight in student.weights.items()}
+    terms = losses(student, images, taught if student.taught else None, batch, precision)
+    terms |= {term: weight * terms[term] for term, weight in student.weights.items()}
     student.optimizer.zero_grad()
-    sum(terms.values()).backward()
+    sum(terms[term] for term in student.weights).backward()
+    student.optimizer.param_groups[0]["lr"] = lr
     student.optimizer.step()
     student.sums = {term: student.sums.get(term, 0) + value.detach() for term, value in terms.items()}
 

@@ -34,7 +34,7 @@ torch.use_deterministic_algorithms(False)  # loads what the children would each 
 torch.set_num_threads(1)
 ALIVE = 99  # the exit code of a child that should have died
 
-STAGES = ("--set", "options.fsp.schedule=two-stage", "--set", "options.fsp.stage_epochs=2", "--set", "options.fsp.adapter=conv1x1")
+STAGES = ("--set", "options.fsp.schedule=two-stage", "--set", "options.fsp.stage_epochs=2")
 SMALL = ("--batch-size", "64", "--set", "data.pad=1", "--lr", "0.05", "--deterministic", "--device", "cpu")
 
 

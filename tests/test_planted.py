@@ -6,23 +6,35 @@ the words of the package's own guard: a crash of the planted code is no catch.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import test_resume
 import test_training
 from planted import BUGS, Bug
 
+from flowdistill.ledger import Ledger
+
 data = test_training.data  # a fixture of the checks that train
+_a_checkpoint_every_epoch = test_resume._a_checkpoint_every_epoch
 passed: set[str] = set()
 
 
 def run(bug: Bug, request: pytest.FixtureRequest) -> None:
-    """The check, with the parameters of its case and fixtures for the rest."""
-    fixtures = inspect.signature(bug.check).parameters.keys() - bug.case.keys()
-    with pytest.MonkeyPatch.context() as own:
-        bug.check(**bug.case, **{name: own if name == "monkeypatch" else request.getfixturevalue(name) for name in fixtures})
+    """The check, with the parameters of its case and fixtures for the rest; those that a check changes are fresh each time."""
+    folder = request.getfixturevalue("tmp_path_factory").mktemp("check")
+    with contextlib.ExitStack() as stack:
+        fresh: dict[str, Callable[[], Any]] = {
+            "monkeypatch": lambda: stack.enter_context(pytest.MonkeyPatch.context()),
+            "tmp_path": lambda: folder,
+            "ledger": lambda: stack.enter_context(contextlib.closing(Ledger(folder / "runs", create=True))),
+            "taught": lambda: test_resume.with_teacher(fresh["ledger"](), request.getfixturevalue("small_npz")),
+        }
+        names = inspect.signature(bug.check).parameters.keys() - bug.case.keys()
+        bug.check(**bug.case, **{name: fresh[name]() if name in fresh else request.getfixturevalue(name) for name in names})
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name.replace(" ", "_"))

@@ -22,8 +22,12 @@ from small import config
 from flowdistill import UserError
 from flowdistill.config import RunConfig
 from flowdistill.ledger import Ledger, Run
+from flowdistill.methods import METHODS, Method
+from flowdistill.methods.base import Paper
 from flowdistill.runner import Watcher, execute, resume, run
+from flowdistill.taps import Batch, NetSpec, Outputs
 from flowdistill.training import checkpoint, step
+from flowdistill.training import cohort as engine
 from flowdistill.training.cohort import train
 
 CPU = torch.device("cpu")
@@ -49,6 +53,26 @@ class Scissors(Watcher):
             raise Cut("cut")
 
 
+class Learned(Method):
+    """A method with all that a method may have: an adapter that is trained, and a memory that every step changes."""
+
+    name, terms, paper = "learned", ("learned",), Paper("nobody", "nothing", "nowhere", 2026, "")
+    memory: torch.Tensor
+
+    def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
+        super().__init__(options)
+        self.adapter = torch.nn.Linear(student.embedding, teacher.embedding)
+        self.register_buffer("memory", torch.zeros(teacher.embedding))
+
+    @classmethod
+    def default_weights(cls, options: Any) -> dict[str, float]:
+        return {"learned": 1.0}
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, torch.Tensor]:
+        self.memory = 0.9 * self.memory + 0.1 * teacher.embedding.mean(0)
+        return {"learned": (self.adapter(student.embedding) - teacher.embedding - self.memory).square().mean()}
+
+
 @pytest.fixture(autouse=True)
 def _a_checkpoint_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execute, "CHECKPOINT_SECONDS", 0.0)
@@ -56,8 +80,12 @@ def _a_checkpoint_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def taught(ledger: Ledger, small_npz: Path) -> Ledger:
-    """With a teacher in it."""
-    run([config(small_npz, student="resnet14", seed=9, train={"epochs": 1})], ledger, CPU)
+    return with_teacher(ledger, small_npz)
+
+
+def with_teacher(ledger: Ledger, data: Path) -> Ledger:
+    """The ledger with a teacher in it."""
+    run([config(data, student="resnet14", seed=9, train={"epochs": 1})], ledger, CPU)
     return ledger
 
 
@@ -76,7 +104,7 @@ def outcome(one: Run, ledger: Ledger) -> tuple[Any, ...]:
 STEPS = 300 // 64
 KINDS: dict[str, dict[str, Any]] = {
     "base": {"method": "base", "teacher": None},
-    "fsp with adapters": {"options": {"fsp": {"adapter": "conv1x1"}}},
+    "an adapter and a memory": {"method": "learned"},
     "in stage one": {"options": {"fsp": {"schedule": "two-stage", "stage_epochs": 4}}},
     "at the end of stage one": {"options": {"fsp": {"schedule": "two-stage", "stage_epochs": 2}}},
     "in stage two": {"options": {"fsp": {"schedule": "two-stage", "stage_epochs": 1}}},
@@ -87,7 +115,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_resumed_is_straight_bit_for_bit(taught: Ledger, small_npz: Path, tmp_path: Path, kind: str) -> None:
+def test_resumed_is_straight_bit_for_bit(taught: Ledger, small_npz: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setitem(METHODS._entries, "learned", Learned)
     keys = {"method": "fsp", "teacher": "1", **KINDS[kind]}
     epochs = {"train": {"epochs": 4, **keys.pop("train", {})}}
     configs = [config(small_npz, seed=seed, **keys, **epochs) for seed in (0, 1)]
@@ -98,6 +127,25 @@ def test_resumed_is_straight_bit_for_bit(taught: Ledger, small_npz: Path, tmp_pa
     assert [one.resumed for one in resumed] == [1, 1]
     straight = run(configs, taught, CPU, again=True)
     assert [outcome(one, taught) for one in resumed] == [outcome(one, taught) for one in straight]
+
+
+def test_the_best_epoch_of_a_holdout_run_survives(taught: Ledger, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Epoch 2 is best on the held-out images, the cut falls in epoch 4, and the weights of epoch 2 ship."""
+    measured = engine._measure
+
+    def scripted(cohort: engine.Cohort, *args: int) -> dict[step.Student, engine.Progress]:
+        progress = measured(cohort, *args)
+        for one in progress.values():
+            one.correct = (5, 9, 9, 2, 7)[cohort.done]
+        return progress
+
+    monkeypatch.setattr(engine, "_measure", scripted)
+    configs = [config(small_npz, split="holdout", train={"epochs": 5})]
+    cut_off(configs, taught, 3 * STEPS + 2)
+    (resumed,) = resume(taught, CPU)
+    (straight,) = run(configs, taught, CPU, again=True)
+    assert resumed.epoch == 2
+    assert outcome(resumed, taught) == outcome(straight, taught)
 
 
 def test_channels_last_and_the_fused_optimiser(taught: Ledger, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,8 +210,9 @@ def test_it_keeps_the_teacher_it_began_with(taught: Ledger, small_npz: Path) -> 
     run([config(small_npz, student="resnet14", seed=5, train={"epochs": 4})], taught, CPU)  # seed 1 takes number 2 mod 2 now
     (resumed,) = run([student], taught, CPU)
     assert (resumed.no, resumed.teacher_run) == (interrupted.no, interrupted.teacher_run) == (3, 2)
-    taught.update(resumed.no, status="failed")
-    (anew,) = run([student], taught, CPU)
+    (named,) = run([student.model_copy(update={"teacher": "2"})], taught, CPU)
+    assert named.weights_hash == resumed.weights_hash
+    (anew,) = run([student], taught, CPU, again=True)
     assert anew.teacher_run != resumed.teacher_run
     assert anew.weights_hash != resumed.weights_hash
 

@@ -118,6 +118,7 @@ def child(folder: Path, words: list[str], plant: Callable[[], None] = lambda: No
         while not any(held(lock) for lock in folder.glob("runs/*/.lock")):
             if (ended := os.waitpid(process, os.WNOHANG))[0]:
                 return os.waitstatus_to_exitcode(ended[1])
+            time.sleep(0.002)
         time.sleep(seconds)
         os.kill(process, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
@@ -174,12 +175,14 @@ def at_random(data: str, root: Path, kills: int) -> dict[str, int]:
     print(f"straight through: 42 epochs of 2 students in {whole:.2f} s", flush=True)
     number = 0
     while number < kills:
-        again = [] if any(run.cut_off for run in students(root / "killed")) else ["--again"]
+        go_on = any(run.cut_off for run in students(root / "killed"))
         seconds = chance.uniform(0, whole / 12)
-        if child(root / "killed", [*words, *again], seconds=seconds) == -signal.SIGKILL:
+        code = child(root / "killed", ["resume"] if go_on else [*words, "--again"], seconds=seconds)
+        assert code in (0, -signal.SIGKILL), code
+        if code:
             number += 1
             print(f"{number:2d}. killed {seconds:.3f} s after its start: {stands(root / 'killed')}", flush=True)
-    codes["killed"] = child(root / "killed", words)
+    codes["killed"] = child(root / "killed", ["resume"])
     print(f"resumed to the end: exit {codes['killed']}", flush=True)
     return codes
 

@@ -77,8 +77,8 @@ class Job:
             raise UserError(str(error)) from None
 
 
-def plan(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device) -> list[Job]:
-    """Resolve every config; nothing is trained or written.
+def plan(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device, *, stand_in: bool = False) -> list[Job]:
+    """Resolve every config; nothing is trained or written. With ``stand_in`` a teacher that is named by model need not be trained yet.
 
     Raises:
         UserError: the first config that can't be run.
@@ -89,11 +89,11 @@ def plan(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device) -> 
         if config.data not in loaded:
             data = load(config.data)
             loaded[config.data] = data, data.hash()
-        jobs.append(_job(config, *loaded[config.data], ledger, device))
+        jobs.append(_job(config, *loaded[config.data], ledger, device, stand_in))
     return jobs
 
 
-def _job(config: RunConfig, data: ImageData, data_hash: str, ledger: Ledger, device: torch.device) -> Job:
+def _job(config: RunConfig, data: ImageData, data_hash: str, ledger: Ledger, device: torch.device, stand_in: bool) -> Job:
     settled = methods.settle(config.method, config.options, config.weights)
     if settled.uses_teacher and config.teacher is None:
         raise UserError(f"method {settled.name!r} needs a teacher: --teacher MODEL, RUN or FILE")
@@ -106,7 +106,7 @@ def _job(config: RunConfig, data: ImageData, data_hash: str, ledger: Ledger, dev
     if settled.uses_teacher and config.teacher is not None:
         recipe = train.model_dump(mode="json")
         wanted = Wanted(config.data.name, data_hash, config.split, config.seed, init_hash, recipe, str(ledger.folder))
-        teacher = choose_teacher(config.teacher, wanted, ledger)
+        teacher = choose_teacher(config.teacher, wanted, ledger, stand_in=stand_in)
     resolved = config.model_copy(
         update={
             "method": settled.name,

@@ -249,6 +249,14 @@ def test_a_full_run_is_not_called_short() -> None:
     assert limited == "**A short run (about 5,000 training images): not comparable to the reference.**"
 
 
+def test_teachers_that_are_not_the_baselines_are_named() -> None:
+    made = {"versions": {"flowdistill": "0.1.0", "torch": "2.9.0"}}
+    base = [run(no, method="base", seed=no, **made) for no in (5, 6)]
+    own, other = (run(no, seed=no, teacher_run=teacher, **made) for no, teacher in ((7, 6), (8, 2)))
+    assert "Teachers other" not in fsp_log._head({SETTING: [*base, own]}, [])
+    assert "- Teachers other than the baselines here: run 2." in fsp_log._head({SETTING: [*base, own, other]}, [])
+
+
 def test_the_matrices_are_those_of_the_loss() -> None:
     spec = DataSpec("some", 1, 10, 3, 16, 16)
     fsp = FSP({"preset": "log"}, student=models.spec("resnet8", spec), teacher=models.spec("resnet8", spec))

@@ -100,12 +100,11 @@ def tell_time(order: Order, ledger: Ledger, device: torch.device) -> None:
 def reproduce(order: Order, ledger: Ledger, device: torch.device, folder: Path) -> tuple[Path, bool]:
     """Train what the ledger has not, and write the document after each setting; its path, and whether every run finished."""
     found: dict[Setting, list[Run]] = {}
-    document = folder
     for setting in order.settings:
         found[setting] = _train(order, setting, ledger, device)
-        document = fsp_log.write(folder, found, ledger)
-        _say(f"{setting.name}: written to {document}")
-    return document, all(run_.status == "finished" for runs in found.values() for run_ in runs)
+        fsp_log.write(folder, found, ledger)
+        _say(f"{setting.name}: written to {folder / fsp_log.DOCUMENT}")
+    return folder / fsp_log.DOCUMENT, all(run_.status == "finished" for runs in found.values() for run_ in runs)
 
 
 def _train(order: Order, setting: Setting, ledger: Ledger, device: torch.device) -> list[Run]:

@@ -92,8 +92,8 @@ Networks via Attention Transfer*. International Conference on Learning Represent
 COLUMNS = ("pair", "dataset", "method", "reference, best (3)", "ours, best (n)", "ours, last (n)", "nepoch")
 
 
-def write(folder: Path, found: Mapping[Setting, Sequence[Run]], ledger: Ledger) -> Path:
-    """Write the document and its picture of the runs found so far, and return the document's path."""
+def write(folder: Path, found: Mapping[Setting, Sequence[Run]], ledger: Ledger) -> None:
+    """Write the document and its picture of the runs found so far."""
     finished = {setting: [run for run in runs if run.status == "finished"] for setting, runs in found.items()}
     finished = {setting: runs for setting, runs in finished.items() if runs}
     failed = [run for runs in found.values() for run in runs if run.status != "finished"]
@@ -109,7 +109,6 @@ def write(folder: Path, found: Mapping[Setting, Sequence[Run]], ledger: Ledger) 
         f"## Reference\n\n{REFERENCE}",
     ]
     write_whole(folder / DOCUMENT, ("\n\n".join(parts) + "\n").encode())
-    return folder / DOCUMENT
 
 
 def _head(finished: Mapping[Setting, Sequence[Run]], failed: Sequence[Run]) -> str:
@@ -118,6 +117,8 @@ def _head(finished: Mapping[Setting, Sequence[Run]], failed: Sequence[Run]) -> s
     lines = [f"Written {date.today().isoformat()} by flowdistill {version()}.", *(_made(runs) if runs else [])]
     lines += [f"In place of {setting.data}: {own[0].dataset}." for setting, own in finished.items() if own[0].dataset != setting.data]
     lines += _shortened(runs)
+    others = {run.teacher_run for run in runs if run.teacher_run} - {run.no for run in runs}
+    lines += [f"Teachers other than the baselines here: run {', '.join(map(str, sorted(others)))}."] if others else []
     missing = [setting.name for setting in SETTINGS if setting not in finished]
     lines += [f"Not here yet: {', '.join(missing)}."] if missing else []
     lines += [f"Failed: run {run.no} ({run.method} {run.student} seed {run.seed}): {run.error}." for run in failed]

@@ -80,14 +80,16 @@ def _panel(matrix: Tensor, pair: tuple[str, str], highest: float) -> altair.Char
 
     rows, columns = matrix.shape
     cells = [{"i": i, "j": j, "G": float(matrix[i, j])} for i in range(rows) for j in range(columns)]
-    axis = altair.Axis(labelAngle=0, labelOverlap=True, values=list(range(0, max(rows, columns), 8)))
+    across = altair.Axis(labelAngle=0, values=list(range(0, columns, 8)))
+    down = altair.Axis(minExtent=28, values=list(range(0, rows, 8)))  # the same for all, so that the matrices stand in line
+    scale = altair.Scale(type="sqrt", scheme="viridis", domain=[0, highest])  # a few entries are far above the rest
     chart: altair.Chart = (
         altair.Chart(altair.InlineData(values=cells), width=SIDE, height=SIDE)
         .mark_rect()
         .encode(
-            x=altair.X("j:O", title=f"channel of {pair[1]}", axis=axis),
-            y=altair.Y("i:O", title=f"channel of {pair[0]}", axis=axis),
-            color=altair.Color("G:Q", title="G", scale=altair.Scale(scheme="viridis", domain=[0, highest])),
+            x=altair.X("j:O", title=f"channel of {pair[1]}", axis=across),
+            y=altair.Y("i:O", title=f"channel of {pair[0]}", axis=down),
+            color=altair.Color("G:Q", title="G (square-root scale)", scale=scale),
         )
     )
     return chart

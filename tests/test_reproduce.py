@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import statistics
 from collections.abc import Sequence
@@ -293,6 +294,26 @@ def test_without_its_teachers_a_setting_has_no_students(order: Order, ledger: Le
     assert "- Not here yet: resnet20-cifar10, " in text
     assert "No run has finished." in text
     assert "No picture" in text
+
+
+def test_what_was_cut_off_is_gone_on_with(order: Order, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, cpu = ledger.folder / "fsp-log", torch.device("cpu")
+
+    def interrupt(bars: study.Bars, line: str) -> None:
+        if len(ledger.runs()) == 8 and line.startswith("epoch 1/2"):
+            raise KeyboardInterrupt
+
+    order = dataclasses.replace(order, limit_train=150, train={"epochs": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(study.Bars, "epoch", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            study.reproduce(order, ledger, cpu, folder)
+    assert [one.status for one in ledger.runs()] == ["finished"] * 2 + ["interrupted"] * 6
+    assert not folder.exists()
+    document, sound = study.reproduce(order, ledger, cpu, folder)
+    assert [one.status for one in ledger.runs()] == ["finished"] * 8
+    assert sound
+    assert "2 of 200 epochs" in document.read_text()
 
 
 def test_a_study_that_can_not_be_planned_is_refused_before_training(small_npz: Path, ledger: Ledger) -> None:

@@ -2,7 +2,8 @@
 
 from .estimate import estimate
 from .evaluate import Measured, evaluate, load_network
-from .execute import dry_run, run
+from .execute import resume, run
+from .preview import dry_run
 from .watcher import Watcher
 
-__all__ = ["Measured", "Watcher", "dry_run", "estimate", "evaluate", "load_network", "run"]
+__all__ = ["Measured", "Watcher", "dry_run", "estimate", "evaluate", "load_network", "resume", "run"]

@@ -11,6 +11,7 @@ from ..data.loader import DeviceData, Labelled
 from ..ledger import Ledger
 from ..training.cohort import seconds_per_epoch
 from .assemble import assemble
+from .execute import before
 from .plan import Job, cohorts, plan
 
 
@@ -34,11 +35,10 @@ def estimate(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device)
 
 
 def _missing_epochs(job: Job, ledger: Ledger) -> int:
-    runs = ledger.runs(fingerprint=job.fingerprint, seed=job.config.seed)
-    if any(run.status == "finished" for run in runs):
-        return 0
-    cut_off = [len(ledger.epochs(run.no)) for run in runs if run.status in ("running", "interrupted")]
-    return sum(job.phase_epochs) - max(cut_off, default=0)
+    found = before(job, ledger)
+    if found is None:
+        return sum(job.phase_epochs)
+    return 0 if found.status == "finished" else sum(job.phase_epochs) - len(ledger.epochs(found.no))
 
 
 def _epoch_seconds(jobs: Sequence[Job], device: torch.device) -> float:

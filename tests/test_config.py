@@ -40,7 +40,7 @@ def test_defaults() -> None:
         "teacher": None,
         "seed": 0,
         "split": "full",
-        "data": {"name": "cifar10", "root": Path("data"), "pad": None, "flip": None},
+        "data": {"name": "cifar10", "root": Path("data"), "pad": None, "flip": None, "limit_train": None},
         "train": {
             "epochs": 200,
             "batch_size": 128,
@@ -102,6 +102,9 @@ def test_unknown_key(key: str, answer: str) -> None:
         ("train.precision", "fp16"),
         ("train", 5),
         ("data.pad", -1),
+        ("data.limit_train", 0),
+        ("data.limit_train", 150.0),
+        ("data.limit_train", True),
         ("data.name", 3),
         ("seed", -1),
         ("seed", "first"),

@@ -1,5 +1,7 @@
 """The split, the statistics, and one stream of batches a seed."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -59,6 +61,12 @@ def test_holdout_is_fixed_and_reads_no_global_generator():
     first = holdout_positions(UNBALANCED)
     np.random.seed(1)
     np.testing.assert_array_equal(holdout_positions(UNBALANCED), first)
+
+
+def test_holdout_positions_are_the_ones_that_recorded_runs_kept_out():
+    held = holdout_positions(UNBALANCED)
+    assert held[:8].tolist() == [2, 5, 15, 41, 45, 61, 62, 73]
+    assert hashlib.sha256(held.tobytes()).hexdigest()[:16] == "e5bbe166b62f0f2a"
 
 
 def test_holdout_is_a_random_tenth_of_a_class_not_its_first_or_every_tenth():

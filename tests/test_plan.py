@@ -93,6 +93,7 @@ def test_seed_does_not_change_the_fingerprint(planned: Planner, method: str) -> 
         ("options.fsp.schedule", "two-stage"),
         ("data.pad", 1),
         ("data.flip", True),
+        ("data.limit_train", 500),
         ("split", "holdout"),
         ("student", "resnet14"),
         ("method", "at"),

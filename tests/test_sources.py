@@ -101,6 +101,43 @@ def test_config_overrides_pad_and_flip():
     assert (data.pad, data.flip) == (0, True)
 
 
+def unbalanced(folder: Path) -> dict[str, np.ndarray]:
+    """Training image i is all pixels i mod 256; 200, 100, 9 and 1 of four classes, in a random order."""
+    labels = np.random.default_rng(3).permutation(np.repeat(np.arange(4), [200, 100, 9, 1]))
+    images = np.broadcast_to(np.arange(310).astype(np.uint8)[:, None, None], (310, 5, 7)).copy()
+    own = {"x_train": images, "y_train": labels, "x_test": images[:5], "y_test": labels[:5]}
+    np.savez(folder / "unbalanced.npz", **own)
+    return own
+
+
+@pytest.mark.parametrize(("limit", "classes"), [(155, [100, 50, 5, 1]), (31, [20, 10, 1, 1]), (1, [1, 1, 1, 1]), (309, [199, 100, 9, 1])])
+def test_limit_train_keeps_the_same_share_of_each_class_and_one_at_least(tmp_path, limit, classes):
+    unbalanced(tmp_path)
+    data = load(npz(tmp_path / "unbalanced.npz", limit_train=limit))
+    assert np.bincount(data.y_train).tolist() == classes
+    assert data.spec.n_train == len(data.x_train) == sum(classes)
+    assert (data.classes, len(data.x_test)) == (4, 5)
+
+
+def test_limit_train_is_fixed_and_a_smaller_one_lies_in_a_larger(tmp_path):
+    own = unbalanced(tmp_path)
+    np.random.seed(0)
+    first = load(npz(tmp_path / "unbalanced.npz", limit_train=100))
+    np.random.seed(1)
+    again = load(npz(tmp_path / "unbalanced.npz", limit_train=100))
+    larger = load(npz(tmp_path / "unbalanced.npz", limit_train=200))
+    assert first.hash() == again.hash()
+    assert len({data.hash() for data in (first, larger, load(npz(tmp_path / "unbalanced.npz")))}) == 3
+    pairs = [list(zip(data.x_train[:, 0, 0, 0].tolist(), data.y_train.tolist(), strict=True)) for data in (first, larger)]
+    assert set(pairs[0]) < set(pairs[1]) < set(zip(own["x_train"][:, 0, 0].tolist(), own["y_train"].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("limit", [310, 10**9])
+def test_limit_train_of_all_images_changes_nothing(tmp_path, limit):
+    unbalanced(tmp_path)
+    assert load(npz(tmp_path / "unbalanced.npz", limit_train=limit)).hash() == load(npz(tmp_path / "unbalanced.npz")).hash()
+
+
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_npz_round_trip_colour(tmp_path, save):
     own = arrays()

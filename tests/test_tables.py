@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import itertools
 import json
@@ -249,6 +250,7 @@ def test_groups_that_read_alike_say_their_method() -> None:
         ({"precision": "fp32"}, {"precision": "bf16"}, ["train.precision=fp32", "train.precision=bf16"]),
         ({}, {"config": {"weights": {"fsp": 10.0}}}, ["weights.fsp=1.0", "weights.fsp=10.0"]),
         ({}, {"config": {"data": {"flip": False}}}, ["data.flip=True", "data.flip=False"]),
+        ({}, {"config": {"data": {"limit_train": 500}}}, ["data.limit_train=None", "data.limit_train=500"]),
         (
             {"config": {"options": {"fsp": {"pool": "max"}}}},
             {"config": {"options": {"fsp": {"pool": "avg"}}}},
@@ -259,6 +261,14 @@ def test_groups_that_read_alike_say_their_method() -> None:
 )
 def test_groups_that_read_alike_say_what_differs(first: dict[str, Any], second: dict[str, Any], notes: list[str]) -> None:
     assert headings(numbered([first, second])) == [f"ResNet20>>20/Cifar10 {note} (92.0)" for note in notes]
+
+
+def test_a_run_recorded_before_a_key_was_there_reads_like_one_that_leaves_it_out() -> None:
+    now = run(1, fingerprint="a" * 64)
+    before = dataclasses.replace(now, no=2, seed=1, config={**now.config, "data": {"name": "cifar10", "pad": 4, "flip": True}})
+    assert headings([before, now]) == ["ResNet20>>20/Cifar10 (92.0)"]
+    other = dataclasses.replace(now, fingerprint="b" * 64)
+    assert all("fingerprint" in heading for heading in headings([before, other]))
 
 
 def test_method_and_key_are_both_said() -> None:

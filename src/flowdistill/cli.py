@@ -271,6 +271,38 @@ def demo(
 
 
 @app.command()
+def reproduce(
+    study: Annotated[str, typer.Argument(help="fsp-log: FSP and AT students of ResNet-20 and ResNet-110 on CIFAR-10 and CIFAR-100.")],
+    only: Annotated[str | None, typer.Option(help="Only these settings, such as resnet20-cifar10,resnet20-cifar100.")] = None,
+    cifar10: Annotated[str, typer.Option(help="Where CIFAR-10 comes from: cifar10 or npz:PATH.")] = "cifar10",
+    cifar100: Annotated[str, typer.Option(help="Likewise: cifar100 or npz:PATH.")] = "cifar100",
+    epochs: EpochsOption = None,
+    limit_train: Annotated[int | None, typer.Option(help="Train on a fixed stratified choice of about so many images.")] = None,
+    precision: PrecisionOption = None,
+    device: DeviceOption = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and a time estimate; train nothing.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of the document; else fsp-log in the folder of the runs.")] = None,
+    runs: RunsOption = Path("runs"),
+) -> int:
+    """A published log, trained again: baselines, students, and one document beside its figures. What is trained already is skipped."""
+    from .device import resolve_device
+    from .reproduce import Order, choose, plan_table, tell_time
+    from .reproduce import reproduce as train_all
+
+    given = {"epochs": epochs, "precision": precision.value if precision else None}
+    train = {key: value for key, value in given.items() if value is not None}
+    order = Order(choose(study, only), {"cifar10": cifar10, "cifar100": cifar100}, limit_train, train)
+    where, ledger = resolve_device(device), Ledger(runs, create=True)
+    tell_time(order, ledger, where)
+    if dry_run:
+        print(plan_table(order))
+        return 0
+    document, sound = train_all(order, ledger, where, out or runs / study)
+    print(document)
+    return 0 if sound else 1
+
+
+@app.command()
 def table(
     summary: Annotated[bool, typer.Option("--summary", help="One row a method: mean, spread, difference to base.")] = False,
     protocol: Annotated[

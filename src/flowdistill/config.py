@@ -29,6 +29,7 @@ class DataConfig(Frozen):
     root: Path = Path("data")  # where torchvision keeps its downloads
     pad: int | None = Field(None, ge=0, strict=True)  # pixels of reflected border for the random crop
     flip: bool | None = None  # random horizontal flip
+    limit_train: int | None = Field(None, ge=1, strict=True)  # train on a fixed stratified choice of about so many images
 
 
 class TrainConfig(Frozen):

@@ -12,20 +12,14 @@ from torch import Tensor
 from ..checks import UserError
 from ..taps import Batch
 from .augment import Draws, crop_and_flip, draw_epoch, reflect_pad
-from .sources import ImageData, Labels
+from .sources import ImageData, Labels, stratified
 
 HOLDOUT_PART = 10  # a tenth of each class is held out
-HOLDOUT_SEED = 0  # fixed: every holdout run of a data set keeps the same images out
 
 
 def holdout_positions(labels: Labels) -> Labels:
     """Positions of the held-out tenth of a training set: of each class the same share, rounded half up, the same for every run."""
-    chance = np.random.default_rng(HOLDOUT_SEED)
-    kept_out = []
-    for label in np.unique(labels):
-        positions = np.flatnonzero(labels == label)
-        kept_out.append(chance.permutation(positions)[: (2 * len(positions) + HOLDOUT_PART) // (2 * HOLDOUT_PART)])
-    return np.sort(np.concatenate(kept_out)).astype(np.int64)
+    return stratified(labels, 1, HOLDOUT_PART)
 
 
 @dataclass(frozen=True)

@@ -67,10 +67,21 @@ class Source:
 
 
 SOURCES: Registry[Source] = Registry("data set")
+CHOICE_SEED = 0  # fixed: every run of a data set gets the same images
+
+
+def stratified(labels: Labels, part: int, whole: int, *, least: int = 0) -> Labels:
+    """Positions of a fixed random choice among labelled images: of each class ``part`` in ``whole``, rounded half up, ``least`` or more."""
+    chance = np.random.default_rng(CHOICE_SEED)
+    chosen = []
+    for label in np.unique(labels):
+        positions = np.flatnonzero(labels == label)
+        chosen.append(chance.permutation(positions)[: max(least, (2 * len(positions) * part + whole) // (2 * whole))])
+    return np.sort(np.concatenate(chosen)).astype(np.int64)
 
 
 def load(config: DataConfig) -> ImageData:
-    """The data that a config names, with its own crop padding and flip where the config says so.
+    """The data that a config names, with its own crop padding, flip and number of training images where the config says so.
 
     Raises:
         UserError: unknown name, file missing or not valid, no network; in one line.
@@ -85,7 +96,14 @@ def load(config: DataConfig) -> ImageData:
     smallest = min(data.spec.height, data.spec.width)
     if pad >= smallest:
         raise UserError(f"data.pad={pad}: reflection needs less than the image's {smallest} pixels; set data.pad lower")
-    return replace(data, pad=pad, flip=data.flip if config.flip is None else config.flip)
+    data = replace(data, pad=pad, flip=data.flip if config.flip is None else config.flip)
+    return data if config.limit_train is None else _limited(data, config.limit_train)
+
+
+def _limited(data: ImageData, images: int) -> ImageData:
+    """About so many training images, the same share of each class and one of each at least."""
+    kept = stratified(data.y_train, min(images, len(data.y_train)), len(data.y_train), least=1)
+    return replace(data, x_train=data.x_train[kept], y_train=data.y_train[kept])
 
 
 def _read_digits(_: Path) -> ImageData:

@@ -119,12 +119,13 @@ class Wanted:
     runs: str
 
 
-def choose_teacher(reference: str, wanted: Wanted, ledger: Ledger) -> NetworkRef:
+def choose_teacher(reference: str, wanted: Wanted, ledger: Ledger, *, stand_in: bool = False) -> NetworkRef:
     """The teacher of one student.
 
     A model name means the finished ``base`` runs of that model, data and split with the most epochs, trained from fresh weights (by
     the student's own recipe where there are such), in order of seed: m of them. The student of seed k takes number (k+1) mod m, or
-    the next that did not begin from the student's own initial weights. Anything else names the teacher itself.
+    the next that did not begin from the student's own initial weights. Anything else names the teacher itself. With ``stand_in`` fresh
+    weights stand in for one that is still to be trained.
 
     Raises:
         UserError: none was trained, several recipes are in question, every one began where the student begins, or a network that saw
@@ -134,13 +135,15 @@ def choose_teacher(reference: str, wanted: Wanted, ledger: Ledger) -> NetworkRef
         return _named_teacher(reference, wanted, ledger)
     model = models.canonical(reference)
     found = _trained(model, wanted, ledger)
-    if not found:
-        cure = _train_command(model, wanted)
-        raise UserError(f"no {model} was trained on {wanted.dataset} ({wanted.split} split) yet; train one: {cure}")
     for offset in range(len(found)):
         run = found[(wanted.seed + 1 + offset) % len(found)]
         if run.init_hash != wanted.student_init:
             return _of_run(run, ledger, run.fingerprint)
+    if stand_in:
+        return NetworkRef(model, fingerprint="untrained", origin=f"an untrained {model}")
+    if not found:
+        cure = _train_command(model, wanted)
+        raise UserError(f"no {model} was trained on {wanted.dataset} ({wanted.split} split) yet; train one: {cure}")
     raise UserError(
         f"the only {model} to choose (run {found[0].no}) began from the initial weights of the student of seed {wanted.seed}, which "
         f"flatters it; train another teacher: {_train_command(model, wanted)}"

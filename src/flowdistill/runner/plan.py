@@ -77,14 +77,14 @@ class Job:
             raise UserError(str(error)) from None
 
 
-def plan(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device) -> list[Job]:
-    """Resolve every config; nothing is trained or written.
+def plan(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device, *, stand_in: bool = False) -> list[Job]:
+    """Resolve every config; nothing is trained or written. With ``stand_in`` a teacher that is named by model need not be trained yet.
 
     Raises:
         UserError: the first config that can't be run.
     """
     load_once = _Loader()
-    return [_planned(config, *load_once(config.data), ledger, device) for config in configs]
+    return [_planned(config, *load_once(config.data), ledger, device, stand_in) for config in configs]
 
 
 def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[Job]:
@@ -131,7 +131,7 @@ def _initial(student: NetworkRef, data: ImageData, seed: int) -> str:
     return hash_weights(student.build(data.spec, seed=seed).state_dict())
 
 
-def _planned(config: RunConfig, data: ImageData, data_hash: str, ledger: Ledger, device: torch.device) -> Job:
+def _planned(config: RunConfig, data: ImageData, data_hash: str, ledger: Ledger, device: torch.device, stand_in: bool) -> Job:
     settled = methods.settle(config.method, config.options, config.weights)
     if settled.uses_teacher and config.teacher is None:
         raise UserError(f"method {settled.name!r} needs a teacher: --teacher MODEL, RUN or FILE")
@@ -142,7 +142,7 @@ def _planned(config: RunConfig, data: ImageData, data_hash: str, ledger: Ledger,
     if settled.uses_teacher and config.teacher is not None:
         recipe = config.train.model_dump(mode="json") | {"precision": resolve_precision(config.train.precision, device)}
         wanted = Wanted(config.data.name, data_hash, config.split, config.seed, init_hash, recipe, str(ledger.folder))
-        teacher = choose_teacher(config.teacher, wanted, ledger)
+        teacher = choose_teacher(config.teacher, wanted, ledger, stand_in=stand_in)
     return _job(config, data, data_hash, student, teacher, init_hash, device)
 
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..config import TrainConfig
-from ..data.loader import DeviceData, Stream
+from ..data.loader import DeviceData, Labelled, Stream
 from ..device import Precision, Stopwatch, synchronize
 from ..models import Network
-from .evaluate import Evaluation, evaluate
+from .evaluate import BATCH, Evaluation, evaluate
 from .step import Student, gradient_ratios, teach, train_step
 
 
@@ -163,7 +163,7 @@ def _train_epoch(cohort: Cohort, epoch: int, epochs: int, on_step: Callable[[], 
 
 
 def seconds_per_epoch(cohort: Cohort, steps: int = 3) -> float:
-    """An epoch's time, from the median of a few steps and one evaluation a student. The students' weights move."""
+    """An epoch's time, from the median of a few steps and one evaluation batch a student. The students' weights move."""
     for student in cohort.students:
         student.begin_phase(0)
     times: list[float] = []
@@ -180,9 +180,19 @@ def seconds_per_epoch(cohort: Cohort, steps: int = 3) -> float:
 
     with contextlib.suppress(StopIteration):
         _train_epoch(cohort, 0, 1, on_step)
-    started = time.perf_counter()
-    _measure(cohort, 0, 1)
-    return statistics.median(times[1:] or times) * cohort.lanes[0].stream.steps + time.perf_counter() - started
+    return statistics.median(times[1:] or times) * cohort.lanes[0].stream.steps + _evaluation_seconds(cohort)
+
+
+def _evaluation_seconds(cohort: Cohort) -> float:
+    """What evaluating every student takes, from a second batch of each; the first warms up."""
+    data, started = cohort.data, 0.0
+    part = Labelled(data.curve.images[:BATCH], data.curve.labels[:BATCH])
+    for _ in range(2):
+        started = time.perf_counter()
+        for student in cohort.students:
+            evaluate(student.net, part, data.normalise, cohort.precision)
+        synchronize(data.device)
+    return (time.perf_counter() - started) * len(data.curve.labels) / len(part.labels)
 
 
 def _measure(cohort: Cohort, epoch: int, epochs: int) -> dict[Student, Progress]:

@@ -1,0 +1,104 @@
+"""A picture of FSP matrices: those of a teacher, of its student, and of the same network trained without a teacher."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import models
+from ..config import DataConfig, parse_as
+from ..data.loader import Normalisation
+from ..data.sources import load
+from ..ledger import Ledger, Run
+from ..methods.fsp import FSP, fsp_matrix, match_sizes
+from ..runner.networks import resolve
+from ..training.weights import write_whole
+
+if TYPE_CHECKING:
+    import altair
+
+IMAGE = 0  # of the test set
+SIDE = 256  # pixels of a matrix's picture before scaling: whole ones for 16, 32 and 64 channels
+
+
+def draw(path: Path, student: Run, alone: Run, ledger: Ledger) -> str:
+    """Write the picture, a PNG, and say what it shows.
+
+    Args:
+        path: of the file.
+        student: a finished FSP run, whose options decide the pairs of maps and the pooling.
+        alone: a finished run of the same model, data and seed without a teacher.
+        ledger: where both lie, and the student's teacher.
+    """
+    teacher = ledger.run(student.teacher_run or 0)
+    data = load(parse_as(DataConfig, student.config["data"]))
+    specs = {"student": models.spec(student.student, data.spec), "teacher": models.spec(teacher.student, data.spec)}
+    fsp = FSP(student.config["options"]["fsp"], **specs)
+    normalise = Normalisation.of(torch.from_numpy(data.x_train)).on(torch.device("cpu"))
+    image = normalise(torch.from_numpy(data.x_test[IMAGE : IMAGE + 1]))
+    found: dict[str, list[Tensor]] = {}
+    for name, run in {"teacher": teacher, "FSP student": student, "trained alone": alone}.items():
+        net = resolve(str(run.no), ledger).build(data.spec, taps=tuple(sorted(fsp.needs.student))).eval()
+        found[f"{name}, run {run.no}"] = _matrices(net(image).maps, fsp)
+    _save(path, [_row(pair, [m[at] for m in found.values()], list(found)) for at, pair in enumerate(fsp.pairs)])
+    return (
+        f"Test image {IMAGE} of {data.name} (label {data.y_test[IMAGE]}), networks in eval mode, float32; one colour scale a row. "
+        f"Trained alone: the baseline that began from the student's own initial weights (seed {alone.seed})."
+    )
+
+
+@torch.no_grad()
+def _matrices(maps: Mapping[str, Tensor], fsp: FSP) -> list[Tensor]:
+    """[C, D] for each pair, of the first image."""
+    return [fsp_matrix(*match_sizes(maps[first], maps[second], fsp.options.pool))[0] for first, second in fsp.pairs]
+
+
+def _row(pair: tuple[str, str], matrices: Sequence[Tensor], names: Sequence[str]) -> altair.HConcatChart:
+    """One pair's matrices of all networks, on one colour scale; the first is the teacher's."""
+    import altair
+
+    first, second = pair
+    highest = max(float(matrix.max()) for matrix in matrices)
+    theirs = matrices[0]
+    notes = [f"norm {float(theirs.norm()):.3g}"]
+    notes += [f"distance to teacher {float((matrix - theirs).norm() / theirs.norm()):.2f} of its norm" for matrix in matrices[1:]]
+    panels = [
+        _panel(matrix, pair, highest).properties(title=altair.TitleParams(name, subtitle=note))
+        for matrix, name, note in zip(matrices, names, notes, strict=True)
+    ]
+    title = altair.TitleParams(f"{first} to {second}", anchor="start", fontSize=16)
+    return altair.hconcat(*panels, spacing=30, title=title)
+
+
+def _panel(matrix: Tensor, pair: tuple[str, str], highest: float) -> altair.Chart:
+    import altair
+
+    rows, columns = matrix.shape
+    cells = [{"i": i, "j": j, "G": float(matrix[i, j])} for i in range(rows) for j in range(columns)]
+    across = altair.Axis(labelAngle=0, values=list(range(0, columns, 8)))
+    down = altair.Axis(minExtent=28, values=list(range(0, rows, 8)))  # the same for all, so that the matrices stand in line
+    scale = altair.Scale(type="sqrt", scheme="viridis", domain=[0, highest])  # a few entries are far above the rest
+    chart: altair.Chart = (
+        altair.Chart(altair.InlineData(values=cells), width=SIDE, height=SIDE)
+        .mark_rect()
+        .encode(
+            x=altair.X("j:O", title=f"channel of {pair[1]}", axis=across),
+            y=altair.Y("i:O", title=f"channel of {pair[0]}", axis=down),
+            color=altair.Color("G:Q", title="G (square-root scale)", scale=scale),
+        )
+    )
+    return chart
+
+
+def _save(path: Path, rows: Sequence[altair.HConcatChart]) -> None:
+    import altair
+
+    buffer = io.BytesIO()
+    chart = altair.vconcat(*rows, spacing=40).resolve_scale(color="independent")
+    chart.configure_view(stroke=None).save(buffer, format="png", scale_factor=2)
+    write_whole(path, buffer.getvalue())

@@ -137,8 +137,10 @@ def read_file(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: nested too deeply; a config has three levels") from None
     except UnicodeDecodeError:
         raise UserError(f"--config {path}: not UTF-8 text; write TOML, or name a run.json") from None
-    except ValueError as error:
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"--config {path}: neither TOML nor a JSON object ({error})") from None
+    except ValueError:
+        raise UserError(f"--config {path}: a number in it has thousands of digits") from None
     config = values.get("config", values)
     if not isinstance(config, dict) or not config:
         what = "has no keys" if config in ({}, None) else f"'config' is {config!r}"

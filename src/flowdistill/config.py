@@ -107,7 +107,7 @@ def one_line(error: ValidationError, model: type[BaseModel], where: str = "") ->
     message = str(first.get("ctx", {}).get("error") or first["msg"]).removeprefix(f"{value!r} is ").rstrip(".")
     if first["type"] in ("dict_type", "model_type"):
         message = "must be a table of keys"
-    given = f"{key}={value!r}: " if not isinstance(value, dict) else f"{key}: " if key else ""
+    given = f"{key}={value!r}: " if not isinstance(value, dict) and first["type"] != "missing" else f"{key}: " if key else ""
     return f"{given}{message[0].lower()}{message[1:]}"
 
 

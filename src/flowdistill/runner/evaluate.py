@@ -77,7 +77,11 @@ def load_network(path: Path) -> tuple[Network, About]:
     weights, told = load_weights(path)
     if not About.model_fields.keys() <= told.keys():
         raise UserError(f"weights file {path} does not say its model and data; evaluate a run's student.safetensors or a run's number")
-    about = parse_as(About, told, f"weights file {path}: ")
+    try:
+        about = parse_as(About, told)
+        models.canonical(about.model)
+    except UserError as error:
+        raise UserError(f"weights file {path}: {error}") from None
     spec = DataSpec("", 0, about.classes, *about.input)
     with torch.device("meta"):  # a file that claims a trillion classes is refused before they have a place in memory
         refuse_misfit(models.build(about.model, spec), weights, str(path))

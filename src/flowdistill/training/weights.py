@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,13 +52,14 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         if path.suffix in (".pt", ".pth"):
             _refuse_inflating(path)
-            return _only_tensors(torch.load(path, map_location="cpu", weights_only=True)), {}
+            with warnings.catch_warnings(action="ignore"):  # they tell of what is refused below
+                return _only_tensors(torch.load(path, map_location="cpu", weights_only=True)), {}
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("flowdistill", "{}"))
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
             return weights, about if isinstance(about, dict) else {}
-    except SafetensorError as error:
-        raise UserError(f"weights file {path}: not a valid safetensors file ({error})") from None
+    except SafetensorError:
+        raise UserError(f"weights file {path}: not a valid safetensors file (damaged, truncated, or something else)") from None
     except Exception:  # torch.load raises anything on junk, and its words advise to load pickles
         cause = "damaged, or with something else in it, which is never executed"
         raise UserError(f"weights file {path}: cannot be read as a dictionary of named tensors ({cause})") from None

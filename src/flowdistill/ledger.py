@@ -165,7 +165,7 @@ class Ledger:
             self._open()
         elif not create:
             raise UserError(f"no ledger in {folder}: train something first (flowdistill demo), or name its folder with --runs")
-        elif obstacle := _obstacle(folder):
+        elif obstacle := _obstacle(self.path):
             raise UserError(f"{self.path} cannot be used as a ledger ({obstacle}); name another folder with --runs")
         else:
             self._db = _connect(":memory:")
@@ -193,6 +193,8 @@ class Ledger:
             raise UserError(f"{self.path} was made by a newer flowdistill (schema {version}); upgrade this one")
         if version == 0 and tables:
             raise sqlite3.DatabaseError("it is another program's database")
+        if version:
+            self._db.execute("SELECT no, fingerprint FROM runs LIMIT 0")
 
     def _migrate(self) -> None:
         if self._version() == len(MIGRATIONS):
@@ -294,12 +296,14 @@ def newest(runs: Iterable[Run]) -> list[Run]:
     return sorted(by_key.values(), key=lambda run: run.no)
 
 
-def _obstacle(folder: Path) -> str | None:
-    """Why a folder could not be made, known before anything is trained; None where nothing is in the way."""
+def _obstacle(path: Path) -> str | None:
+    """Why a file could not be made, known before anything is trained; None where nothing is in the way."""
     try:
-        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        nearest = next(there for there in (path, *path.parents) if there.exists())
     except OSError as error:  # a name too long
         return error.strerror
+    if nearest == path:
+        return "it is not a file"
     if not nearest.is_dir():
         return f"{nearest} is a file"
     return None if os.access(nearest, os.W_OK | os.X_OK) else f"you may not write in {nearest}"

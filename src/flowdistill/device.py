@@ -33,7 +33,7 @@ def resolve_device(name: str) -> torch.device:
         if device.type not in ("cpu", "cuda", "mps"):
             raise NotImplementedError
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
         raise UserError(f"--device {name!r} is not available here; use auto, or what this machine has of cpu, cuda, mps") from None
     return device
 

@@ -303,7 +303,7 @@ def _obstacle(path: Path) -> str | None:
     except OSError as error:  # a name too long
         return error.strerror
     if nearest == path:
-        return "it is not a file"
+        return None if path.is_file() else "it is not a file"  # another process may just have made it
     if not nearest.is_dir():
         return f"{nearest} is a file"
     return None if os.access(nearest, os.W_OK | os.X_OK) else f"you may not write in {nearest}"

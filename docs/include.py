@@ -1,4 +1,4 @@
-"""Put committed results into the README: what stands between ``<!-- include FILE -->`` and ``<!-- end -->`` is FILE, whole.
+"""Put committed results into README.md and docs/*.md: what stands between ``<!-- include FILE -->`` and ``<!-- end -->`` is FILE, whole.
 
 python docs/include.py           # rewrite
 python docs/include.py --check   # exit 1 when something is stale
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"<!-- include (?P<file>\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -24,8 +25,8 @@ def included(text: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    fresh = included(readme.read_text())
-    if "--check" in sys.argv:
-        sys.exit("README.md is stale: python docs/include.py" if fresh != readme.read_text() else 0)
-    readme.write_text(fresh)
+    stale = [page for page in PAGES if included(page.read_text()) != page.read_text()]
+    if "--check" in sys.argv and stale:
+        sys.exit(f"{', '.join(page.name for page in stale)} is stale: python docs/include.py")
+    for page in stale:
+        page.write_text(included(page.read_text()))

@@ -38,3 +38,21 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 def _leave_torch_as_found() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
+
+
+TABLES = {"planted bugs": ("bug", "check", "caught by"), "golden values": ("key", "expected", "relative error")}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What test_planted.py and test_golden.py recorded of each bug and value, in columns."""
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
+    for title, header in TABLES.items():
+        told = [(report.outcome, row) for report in reports for name, row in report.user_properties if name == title]
+        if not told:
+            continue
+        good = sum(outcome == "passed" for outcome, _ in told)
+        terminalreporter.section(f"{title}: {good} of {len(told)} {'caught' if title == 'planted bugs' else 'met'}")
+        rows = [header, *(row for _, row in told)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+        for row in rows:
+            terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

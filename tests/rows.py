@@ -54,6 +54,9 @@ def row(**changes: Any) -> dict[str, Any]:
         "images_per_second": 50000.0,
         "peak_memory": 1 << 30,
         "weights_hash": _hash("weights"),
+        "cohort": None,
+        "threads": 2,
+        "resumed": 0,
     }
     found = columns | given | changes | {"config": config}
     assert found.keys() == set(COLUMNS) - {"no"}, f"unknown columns {sorted(found.keys() - set(COLUMNS))}"

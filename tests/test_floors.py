@@ -14,7 +14,7 @@ PACKAGE = "flowdistill"
 SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "ground": (0, ("checks", "registry", "randomness", "device", "env")),
+    "ground": (0, ("checks", "registry", "randomness", "device", "env", "lock")),
     "vocabulary": (1, ("config", "taps")),
     "data": (2, ("data",)),
     "models": (2, ("models",)),
@@ -30,7 +30,10 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
 STRANGERS = {("methods", "models"), ("methods", "data")}
 """Lower rooms that a room must not know all the same."""
 
-TORCH_FREE = ("", "__main__", "checks", "cli", "config", "env", "ledger", "registry", "report", "report.pages", "report.tables", "stats")
+TORCH_FREE = (
+    *("", "__main__", "checks", "cli", "config", "env", "ledger", "lock", "registry"),
+    *("report", "report.pages", "report.tables", "stats"),
+)
 """Modules that must not bring torch in when they are imported."""
 
 HEAVY = ("torch", "torchvision", "safetensors.torch")

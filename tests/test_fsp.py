@@ -232,7 +232,8 @@ def test_no_adapter_between_equal_widths() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_half_precision_maps_of_40_do_not_overflow(dtype: torch.dtype, reduction: str) -> None:
-    student, teacher = ([tuple(40 * m.to(dtype) for m in maps(seed, 5, 7))] for seed in (1, 2))
+    student, teacher = ([tuple(40 * m.to(dtype).repeat(1, 1, 4, 4) for m in maps(seed, 5, 7))] for seed in (1, 2))
+    assert max(torch.einsum("nchw,ndhw->ncd", *(m.double() for m in pair)).max() for pair in (student[0], teacher[0])) > 65504
     loss = fsp_loss(student, teacher, reduction=reduction)
     exact = fsp_loss([tuple(m.double() for m in student[0])], [tuple(m.double() for m in teacher[0])], reduction=reduction)
     assert loss.dtype == torch.float32

@@ -91,10 +91,11 @@ FORMULAS: dict[str, Callable[[], Tensor]] = {
 
 
 @pytest.mark.parametrize("key", FORMULAS)
-def test_value_is_met(key: str) -> None:
-    value = FORMULAS[key]()
+def test_value_is_met(key: str, record_property: Callable[[str, object], None]) -> None:
+    value, expected = FORMULAS[key](), GOLDEN[key]["value"]
+    record_property("golden values", [key, f"{expected:.12g}", f"{abs(value.item() - expected) / abs(expected):.1g}"])  # conftest.py prints
     assert value.dtype == torch.float64
-    assert value.item() == pytest.approx(GOLDEN[key]["value"], rel=CANCELS.get(key, 1e-9), abs=0)
+    assert value.item() == pytest.approx(expected, rel=CANCELS.get(key, 1e-9), abs=0)
 
 
 @pytest.mark.parametrize("key", sorted(CLAIMED))

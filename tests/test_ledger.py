@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import multiprocessing
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -38,7 +41,7 @@ def complaint(folder: Path, **how: Any) -> str:
 def test_a_run_comes_back_as_it_went_in(ledger: Ledger) -> None:
     given = row(seed=3, error="", config={"weights": {"task": 0.5, "fsp": 10.0}})
     [no] = ledger.register([given])
-    assert vars(ledger.run(no)) == {"no": 1, **given}
+    assert vars(ledger.run(no)) == {"no": 1, **given, "cohort": 1}
 
 
 def test_columns_of_the_table_are_the_fields_of_a_run(ledger: Ledger) -> None:
@@ -52,8 +55,9 @@ def test_columns_of_the_table_are_the_fields_of_a_run(ledger: Ledger) -> None:
 def test_a_new_run_is_running_unless_told(ledger: Ledger) -> None:
     given = row()
     del given["status"]
-    ledger.register([given])
-    assert ledger.run(1).status == "running"
+    with contextlib.ExitStack() as stack:
+        ledger.register([given], lambda home: stack.enter_context(ledger.lock(home)))
+        assert ledger.run(1).status == "running"
 
 
 def test_numbers_start_at_one_and_count_up(ledger: Ledger) -> None:
@@ -68,8 +72,76 @@ def test_update_changes_just_that_run(ledger: Ledger) -> None:
     before = row(status="running", correct=None, epoch=None)
     ledger.register([before, row(seed=1, status="running")])
     ledger.update(1, status="finished", correct=9_123, epoch=200, versions={"torch": "9"})
-    assert vars(ledger.run(1)) == {**before, "no": 1, "status": "finished", "correct": 9_123, "epoch": 200, "versions": {"torch": "9"}}
-    assert ledger.run(2).status == "running"
+    assert vars(ledger.run(1)) == {
+        **before,
+        "no": 1,
+        "cohort": 1,
+        "status": "finished",
+        "correct": 9_123,
+        "epoch": 200,
+        "versions": {"torch": "9"},
+    }
+    assert ledger.run(2).status == "dead"
+
+
+# Alive or dead, and taken up again
+
+
+def test_a_running_run_without_its_lock_is_dead_and_its_cohort_with_it(ledger: Ledger) -> None:
+    with contextlib.ExitStack() as stack:
+        ledger.register([row(seed=0, status="running"), row(seed=1)], lambda home: stack.enter_context(ledger.lock(home)))
+        ledger.register([row(seed=2, status="running")])
+        assert [(run.home, run.status) for run in ledger.runs()] == [(1, "running"), (1, "finished"), (3, "dead")]
+    assert [(run.status, run.cut_off) for run in ledger.runs()] == [("dead", True), ("finished", False), ("dead", True)]
+
+
+def test_runs_cannot_be_seen_before_they_are_claimed(ledger: Ledger) -> None:
+    ledger.register([row()])
+    other = Ledger(ledger.folder)
+    seen: list[int] = []
+    ledger.register([row(seed=1)], lambda home: seen.extend([home, len(other.runs())]))
+    assert seen == [2, 1]
+    assert len(other.runs()) == 2
+    other.close()
+
+
+def test_a_claim_that_fails_takes_the_register_back(ledger: Ledger) -> None:
+    with ledger.lock(1), pytest.raises(UserError, match=f"is being trained by process {os.getpid()}; wait for it, or stop it"):
+        ledger.register([row()], lambda home: ledger.lock(home).__enter__())
+    assert ledger.runs() == []
+
+
+def test_reopening_forgets_what_comes_after_the_checkpoint(ledger: Ledger) -> None:
+    numbers = ledger.register([row(status="interrupted", error="KeyboardInterrupt"), row(seed=1, status="interrupted")])
+    for number in (1, 2, 3):
+        ledger.add_epochs({no: epoch(number) for no in numbers})
+    ledger.reopen(numbers[:1], 2)
+    assert [point.epoch for point in ledger.epochs(1)] == [1, 2]
+    assert [point.epoch for point in ledger.epochs(2)] == [1, 2, 3]
+    assert next((run.status, run.error, run.finished, run.resumed) for run in ledger.runs()) == ("dead", "", None, 1)
+
+
+def test_reopening_at_an_epoch_that_is_not_on_record_is_refused_and_changes_nothing(ledger: Ledger) -> None:
+    [no] = ledger.register([row(status="interrupted")])
+    ledger.add_epochs({no: epoch(1)})
+    with pytest.raises(UserError, match=r"run 1 stands at epoch 2, but \S+ knows 1 of them; repeat it with --again"):
+        ledger.reopen([no], 2)
+    assert (ledger.run(no).status, ledger.run(no).resumed) == ("interrupted", 0)
+
+
+def test_a_ledger_of_the_first_schema_is_migrated_and_keeps_its_runs(tmp_path: Path) -> None:
+    old = {key: value for key, value in row().items() if key not in ("cohort", "threads", "resumed")}
+    with sqlite3.connect(tmp_path / "ledger.db") as db:
+        for statement in MIGRATIONS[0]:
+            db.execute(statement)
+        db.execute("PRAGMA user_version=1")
+        values = {key: json.dumps(value) if isinstance(value, dict) else value for key, value in old.items()}
+        db.execute(f"INSERT INTO runs ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})", list(values.values()))
+    db.close()
+    ledger = Ledger(tmp_path)
+    assert vars(ledger.run(1)) == {**old, "no": 1, "cohort": None, "threads": None, "resumed": 0}
+    assert ledger.run(1).home == 1
+    ledger.close()
 
 
 def test_runs_by_columns(ledger: Ledger) -> None:

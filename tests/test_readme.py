@@ -28,13 +28,33 @@ def test_the_python_examples_run(code: str, tmp_path: Path, monkeypatch: pytest.
     assert capsys.readouterr().out
 
 
-def test_the_figures_are_those_of_the_committed_results() -> None:
-    included = runpy.run_path(str(ROOT / "docs" / "include.py"))["included"]
-    assert README.count("<!-- include") == README.count("<!-- end -->") >= 3
-    assert included(README) == README, "python docs/include.py"
+INCLUDE = runpy.run_path(str(ROOT / "docs" / "include.py"))
+
+
+@pytest.mark.parametrize("page", INCLUDE["PAGES"], ids=lambda page: page.name)
+def test_the_figures_are_those_of_the_committed_results(page: Path) -> None:
+    text = page.read_text()
+    assert text.count("<!-- include") == text.count("<!-- end -->") >= {"README.md": 3, "VERIFICATION.md": 2}.get(page.name, 0)
+    assert INCLUDE["included"](text) == text, "python docs/include.py"
+
+
+@pytest.mark.parametrize("name", ["planted-bugs.md", "golden-values.md"])
+def test_what_the_suite_proves_is_what_its_own_lists_say(name: str) -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "verification.py"))["PAGES"][name]
+    assert (ROOT / "results" / name).read_text() == page(), "python docs/verification.py && python docs/include.py"
 
 
 @pytest.mark.parametrize("page", sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=str)
 def test_links_lead_to_files_that_exist(page: Path) -> None:
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / page).read_text())
     assert all((ROOT / page).parent.joinpath(target).exists() for target in targets), targets
+
+
+def test_the_commands_of_the_verification_page_select_tests() -> None:
+    commands = re.findall(r"`pytest (tests/test_\w+\.py)(?: -k (\w+|\"[^\"]+\"))?`", (ROOT / "docs" / "VERIFICATION.md").read_text())
+    assert len(commands) >= 20
+    for file, chosen in commands:
+        names = re.findall(r"^def (test_\w+)", (ROOT / file).read_text(), re.MULTILINE)
+        assert names
+        for word in set(re.findall(r"\w+", chosen)) - {"or"}:
+            assert any(word in name for name in names), f"{file} -k {word}"

@@ -48,7 +48,7 @@ def test_a_run_leaves_its_row_its_curve_and_its_files(ledger: Ledger, small_npz:
     assert (curve[-1].correct, curve[-1].images) == (done.correct, 150)
     assert done.best_correct == max(epoch.correct or 0 for epoch in curve)
     folder = ledger.run_folder(done.no)
-    assert sorted(path.name for path in folder.iterdir()) == ["predictions.npz", "run.json", "student.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "predictions.npz", "run.json", "student.safetensors"]
     assert json.loads((folder / "run.json").read_text())["correct"] == done.correct
 
 
@@ -215,8 +215,8 @@ def test_a_diverged_run_is_recorded_and_others_finish(ledger: Ledger, small_npz:
     assert not (ledger.run_folder(failed.no) / "student.safetensors").exists()
 
 
-@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "interrupted"), (RuntimeError("the device fell out"), "failed")])
-def test_what_stops_a_run_is_recorded(ledger: Ledger, small_npz: Path, error: BaseException, status: str) -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("the device fell out")])
+def test_what_stops_a_run_from_outside_is_recorded_as_an_interruption(ledger: Ledger, small_npz: Path, error: BaseException) -> None:
     class Stop(Watcher):
         def step(self) -> None:
             raise error
@@ -224,8 +224,8 @@ def test_what_stops_a_run_is_recorded(ledger: Ledger, small_npz: Path, error: Ba
     with pytest.raises(error if isinstance(error, type) else type(error)):
         run([config(small_npz)], ledger, CPU, watcher=Stop())
     (stopped,) = ledger.runs()
-    assert stopped.status == status
-    assert stopped.error
+    assert stopped.status == "interrupted"
+    assert stopped.error in ("KeyboardInterrupt", "the device fell out")
 
 
 def test_a_gradient_a_thousand_times_the_tasks_is_refused_before_anything_is_recorded(ledger: Ledger, small_npz: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from small import config
+from torch import Tensor
 
 from flowdistill import methods, models
 from flowdistill.config import RunConfig, TrainConfig
@@ -37,10 +40,12 @@ def a_teacher(data: DeviceData) -> Teacher:
     return Teacher(net)
 
 
-def a_student(run: RunConfig, data: DeviceData) -> Student:
+def a_student(run: RunConfig, data: DeviceData, wider: int = 0) -> Student:
+    """For a teacher whose maps are ``wider`` channels wider than a ResNet's."""
     settled = methods.settle(run.method, run.options, run.weights)
-    specs = {"student": models.spec(run.student, data.spec), "teacher": models.spec("resnet14", data.spec)}
-    method = methods.build(settled, **specs, data=data.spec)
+    ours, theirs = models.spec(run.student, data.spec), models.spec("resnet14", data.spec)
+    theirs = replace(theirs, taps=tuple(replace(tap, channels=tap.channels + wider) for tap in theirs.taps))
+    method = methods.build(settled, student=ours, teacher=theirs, data=data.spec)
     return Student(models.build(run.student, data.spec, taps=tuple(method.needs.student), seed=run.seed), method, settled, run.train)
 
 
@@ -60,12 +65,17 @@ def weights_of(student: Student) -> str:
     return hash_weights(student.net.state_dict())
 
 
-def plain_loop(net: Network, teacher: Network, stream: Stream, train: TrainConfig) -> None:
-    """FSP + CE as a user would write it from the paper: no engine, no schedule object, einsum for the matrices."""
-    optimizer = torch.optim.SGD(net.parameters(), lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay)
-    for epoch in range(train.epochs):
+def sgd(parameters: Iterable[Tensor], train: TrainConfig) -> torch.optim.SGD:
+    return torch.optim.SGD(parameters, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay)
+
+
+def plain_loop(
+    net: Network, teacher: Network, stream: Stream, rates: dict[int, float], optimizer: torch.optim.SGD, task: float = 1, fsp: float = 1
+) -> None:
+    """FSP + CE as a user would write it from the paper: no engine, no schedule object, einsum for the matrices; epoch -> its rate."""
+    for epoch, rate in rates.items():
         for group in optimizer.param_groups:
-            group["lr"] = train.lr * (0.1 if epoch >= train.epochs / 2 else 1) * (0.1 if epoch >= 3 * train.epochs / 4 else 1)
+            group["lr"] = rate
         net.train()
         for images, batch in stream.epoch(epoch):
             given = net(images)
@@ -79,21 +89,43 @@ def plain_loop(net: Network, teacher: Network, stream: Stream, train: TrainConfi
                     a = a if a.shape == b.shape or first == "stem" else F.max_pool2d(a, 2)
                     matrices.append(torch.einsum("nchw,ndhw->ncd", a, b) / (b.shape[2] * b.shape[3]))
                 flow.append((matrices[0] - matrices[1]).square().mean())
-            loss = F.cross_entropy(given.logits, batch.labels) + sum(flow) / 3
+            loss = task * F.cross_entropy(given.logits, batch.labels) + fsp * sum(flow) / 3
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
 
+def same_weights(ours: Network, theirs: Network) -> None:
+    for (name, value), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert torch.allclose(value.double(), other.double(), rtol=1e-4, atol=1e-5), name
+
+
+RECIPE = {"lr": 0.05, "momentum": 0.8, "weight_decay": 0.02}  # not the defaults, and a decay that shows after a few steps
+
+
 def test_the_engine_is_the_plain_loop(data: ImageData, small_npz: Path) -> None:
-    run = config(small_npz, method="fsp", teacher="-", train={"epochs": 4})
+    run = config(small_npz, method="fsp", teacher="-", weights={"task": 0.5, "fsp": 3.0}, train={"epochs": 4, **RECIPE})
     cohort, (student,) = a_cohort(data, [run])
     plain = models.build("resnet8", cohort.data.spec, taps=("stem", "stage1", "stage2", "stage3"), seed=run.seed)
-    plain_loop(plain, a_teacher(cohort.data).net, Stream(cohort.data, run.seed, run.train.batch_size), run.train)
+    stream, teacher = Stream(cohort.data, run.seed, run.train.batch_size), a_teacher(cohort.data).net
+    plain_loop(plain, teacher, stream, {0: 0.05, 1: 0.05, 2: 0.005, 3: 0.0005}, sgd(plain.parameters(), run.train), task=0.5, fsp=3)
     for _ in train(cohort):
         pass
-    for (name, ours), theirs in zip(student.net.state_dict().items(), plain.state_dict().values(), strict=True):
-        assert torch.allclose(ours.double(), theirs.double(), rtol=1e-4, atol=1e-5), name
+    same_weights(student.net, plain)
+
+
+def test_two_stages_are_two_plain_loops_each_with_an_optimiser_of_its_own(data: ImageData, small_npz: Path) -> None:
+    options = {"fsp": {"schedule": "two-stage", "stage_epochs": 2, "stage_lr": 0.03}}
+    run = config(small_npz, method="fsp", teacher="-", options=options, train={"epochs": 2, **RECIPE})
+    cohort, (student,) = a_cohort(data, [run])
+    plain = models.build("resnet8", cohort.data.spec, taps=("stem", "stage1", "stage2", "stage3"), seed=run.seed)
+    stream, teacher = Stream(cohort.data, run.seed, run.train.batch_size), a_teacher(cohort.data).net
+    body = [value for name, value in plain.named_parameters() if not name.startswith("fc.")]
+    plain_loop(plain, teacher, stream, {0: 0.03, 1: 0.03}, sgd(body, run.train), task=0)
+    plain_loop(plain, teacher, stream, {2: 0.05, 3: 0.005}, sgd(plain.parameters(), run.train), fsp=0)
+    for _ in train(cohort):
+        pass
+    same_weights(student.net, plain)
 
 
 def test_a_cohort_of_k_is_k_separate_runs_bit_for_bit(data: ImageData, small_npz: Path) -> None:
@@ -109,11 +141,17 @@ def test_a_cohort_of_k_is_k_separate_runs_bit_for_bit(data: ImageData, small_npz
 
 
 def test_an_adapter_leaves_the_initial_weights_and_batches_alone(data: ImageData, small_npz: Path) -> None:
-    plain, adapted = (
-        a_student(config(small_npz, method="fsp", teacher="-", options={"fsp": {"adapter": adapter}}), DeviceData(data, "full", CPU))
-        for adapter in ("none", "conv1x1")
-    )
-    assert weights_of(plain) == weights_of(adapted)
+    run, on_device = config(small_npz, method="fsp", teacher="-", options={"fsp": {"adapter": "conv1x1"}}), DeviceData(data, "full", CPU)
+    adapters, weights, batches = [], [], []
+    for wider in (0, 8):
+        torch.manual_seed(0)  # an adapter moves the global generator here
+        student = a_student(run, on_device, wider)
+        adapters.append(len(list(student.method.parameters())))
+        weights.append(weights_of(student))
+        batches.append(next(Stream(on_device, run.seed, 64).epoch(0))[0])
+    assert adapters == [0, 4]
+    assert weights[0] == weights[1]
+    assert torch.equal(*batches)
 
 
 def test_different_seeds_differ_and_seed_zero_is_a_seed(data: ImageData, small_npz: Path) -> None:
@@ -145,6 +183,20 @@ def test_each_epoch_reports_every_term_and_counts_every_image(data: ImageData, s
     assert evaluation is not None
     assert len(evaluation.classes) == 150
     assert reports[-1].progress[student].correct == int((evaluation.classes == cohort.data.test.labels).sum())
+
+
+def test_reported_terms_are_unweighted_means_over_the_steps_of_their_epoch(data: ImageData, small_npz: Path) -> None:
+    run = config(small_npz, method="logits", teacher="-", weights={"task": 0.5, "logits": 3.0}, train={"lr": 1e-12})  # stands still
+    cohort, (student,) = a_cohort(data, [run])
+    net, teacher = models.build("resnet8", cohort.data.spec, seed=run.seed), a_teacher(cohort.data).net
+    for epoch, report in enumerate(train(cohort)):
+        task, logits = [], []
+        for images, batch in Stream(cohort.data, run.seed, run.train.batch_size).epoch(epoch):
+            given, taught = net(images).logits, teacher(images).logits
+            task.append(F.cross_entropy(given, batch.labels).item())
+            logits.append((given - taught).square().mean().item())
+        expected = {"task": sum(task) / len(task), "logits": sum(logits) / len(logits)}
+        assert report.progress[student].terms == pytest.approx(expected, rel=1e-5)
 
 
 def test_two_stages_train_fsp_alone_without_the_head_then_the_task_alone(data: ImageData, small_npz: Path) -> None:
@@ -202,8 +254,15 @@ def test_a_cohort_whose_students_all_diverged_stops(data: ImageData, small_npz: 
     assert len(list(train(cohort))) == 1
 
 
-@pytest.mark.parametrize("harm", ["train mode", "gradient", "buffer"])
-def test_a_teacher_that_changes_is_noticed(data: ImageData, small_npz: Path, harm: str) -> None:
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        ("train mode", "the teacher left eval mode"),
+        ("gradient", "the teacher is no longer frozen"),
+        ("buffer", "a buffer of the teacher changed"),
+    ],
+)
+def test_a_teacher_that_changes_is_noticed(data: ImageData, small_npz: Path, harm: str, words: str) -> None:
     cohort, _ = a_cohort(data, [config(small_npz, method="fsp", teacher="-")])
     teacher = cohort.lanes[0].teacher
     assert teacher is not None
@@ -213,7 +272,7 @@ def test_a_teacher_that_changes_is_noticed(data: ImageData, small_npz: Path, har
         teacher.net.fc.requires_grad_(True)
     else:
         teacher.net.bn1.running_mean += 1e-6
-    with pytest.raises(RuntimeError, match="teacher"):
+    with pytest.raises(RuntimeError, match=words):
         next(train(cohort))
 
 
@@ -257,27 +316,33 @@ def test_gradient_ratios_are_those_of_autograd_and_change_nothing(data: ImageDat
     assert found["logits"] == pytest.approx(float(norms[1] / norms[0]), rel=1e-4)
 
 
+def answers(monkeypatch: pytest.MonkeyPatch, correct: list[int]) -> None:
+    """Have the epochs' measurements count so many right answers."""
+    measured, script = engine._measure, iter(correct)
+
+    def scripted(*args: object) -> dict[Student, engine.Progress]:
+        progress = measured(*args)  # type: ignore[arg-type]
+        for one in progress.values():
+            one.correct = next(script)
+        return progress
+
+    monkeypatch.setattr(engine, "_measure", scripted)
+
+
 def test_holdout_ships_the_best_epoch_on_held_out_images_the_earliest_on_ties(
     data: ImageData, small_npz: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cohort, (student,) = a_cohort(data, [config(small_npz, train={"epochs": 4})], split="holdout")
-    measured = engine._measure
-    script = iter([5, 9, 9, 2])
-
-    def scripted(*args: object) -> dict[Student, engine.Progress]:
-        progress = measured(*args)  # type: ignore[arg-type]
-        progress[student].correct = next(script)
-        return progress
-
-    monkeypatch.setattr(engine, "_measure", scripted)
+    answers(monkeypatch, [5, 9, 9, 2])
     hashes = [weights_of(student) for _ in train(cohort)]
     student.restore_chosen()
     assert student.chosen_epoch == 2
     assert weights_of(student) == hashes[1] != hashes[3]
 
 
-def test_full_runs_ship_the_last_epoch(data: ImageData, small_npz: Path) -> None:
+def test_full_runs_ship_the_last_epoch(data: ImageData, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cohort, (student,) = a_cohort(data, [config(small_npz)])
+    answers(monkeypatch, [9, 5])
     hashes = [weights_of(student) for _ in train(cohort)]
     student.restore_chosen()
     assert (student.chosen_epoch, weights_of(student)) == (2, hashes[-1])

@@ -26,6 +26,8 @@ from .report import pages, tables
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from .ledger import Run
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -101,7 +103,7 @@ def main() -> None:
             sys.exit(2)
         sys.exit(_complain(_usage(error), 2))
     if code == INTERRUPTED:
-        print("interrupted; finished runs are kept (flowdistill runs lists all)", file=sys.stderr)
+        print("interrupted; what is finished is kept, what is not goes on with: flowdistill resume", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -193,8 +195,7 @@ def _launch(
         print(f"{len(todo)} runs to do, about {timedelta(seconds=round(seconds))} (h:mm:ss) on {found[0]['device']}", file=sys.stderr)
         return 0
     done = run(configs, ledger, where, deterministic=deterministic, again=again, watcher=Bars())
-    print(pages.runs_list(done, "table"))
-    return 1 if any(result.status != "finished" for result in done) else 0
+    return _print_done(done)
 
 
 def _training_command(command: Callable[..., int]) -> Callable[..., int]:
@@ -222,6 +223,29 @@ def distill(
 ) -> int:
     """Train students with a teacher: one run for each method and seed."""
     return _launch({"student": student, "teacher": teacher}, method, **shared)
+
+
+@app.command()
+def resume(
+    run: Annotated[int | None, typer.Argument(help="A run's number; its whole cohort goes on. Left out: all that was cut off.")] = None,
+    device: DeviceOption = "auto",
+    runs: RunsOption = Path("runs"),
+) -> int:
+    """Go on with runs that were cut off (interrupted or dead), from their last checkpoint."""
+    from .device import resolve_device
+    from .report.progress import Bars
+    from .runner import resume as go_on
+
+    done = go_on(Ledger(runs), resolve_device(device), no=run, watcher=Bars())
+    if not done:
+        print("nothing was cut off; flowdistill runs lists all", file=sys.stderr)
+        return 0
+    return _print_done(done)
+
+
+def _print_done(done: Sequence[Run]) -> int:
+    print(pages.runs_list(done, "table"))
+    return 1 if any(result.status != "finished" for result in done) else 0
 
 
 def _values(config: Path | None, assignments: Sequence[str] | None, chosen: dict[str, Any]) -> dict[str, Any]:

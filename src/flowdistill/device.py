@@ -63,13 +63,26 @@ def peak_memory(device: torch.device) -> int:
 def determinism(wanted: bool) -> Iterator[None]:
     """Inside, only operations that repeat bit for bit, where wanted; PyTorch's own setting comes back after."""
     before = torch.are_deterministic_algorithms_enabled()
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without it
-    torch.use_deterministic_algorithms(wanted or before)
+    if not wanted or before:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without it
+    torch.use_deterministic_algorithms(True)  # loads torch's compiler, which takes a second
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Inside, so many threads for an operation on a CPU; another number sums in another order, and rounds otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def synchronize(device: torch.device) -> None:

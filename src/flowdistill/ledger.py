@@ -6,21 +6,23 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from .checks import UserError
+from .lock import Lock, held
 
 BUSY_SECONDS = 30
+LOCK_FILE = ".lock"
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         """
     CREATE TABLE runs (
         no INTEGER PRIMARY KEY AUTOINCREMENT,
-        status TEXT NOT NULL,             -- running, finished, failed, interrupted
+        status TEXT NOT NULL,             -- running, finished, failed (diverged), interrupted; read as dead: running by nobody
         error TEXT NOT NULL DEFAULT '',
         method TEXT NOT NULL,
         variant TEXT NOT NULL,            -- preset, options and weights that differ from the defaults
@@ -77,6 +79,11 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     )
     """,
     ),
+    (
+        "ALTER TABLE runs ADD COLUMN cohort INTEGER",  # number of its cohort's first run, in whose folder lock and checkpoint lie
+        "ALTER TABLE runs ADD COLUMN threads INTEGER",  # of PyTorch's operations on a CPU; another number rounds otherwise
+        "ALTER TABLE runs ADD COLUMN resumed INTEGER NOT NULL DEFAULT 0",  # how often it was taken up again
+    ),
 )
 """One tuple of statements for each version of the schema; a shipped one is never edited."""
 
@@ -126,11 +133,24 @@ class Run:
     images_per_second: float | None
     peak_memory: int | None
     weights_hash: str | None
+    cohort: int | None
+    threads: int | None
+    resumed: int
 
     @property
     def accuracy(self) -> float | None:
         """Percent of the test images that the shipped weights get right."""
         return None if self.correct is None or not self.images else 100 * self.correct / self.images
+
+    @property
+    def home(self) -> int:
+        """The run in whose folder its cohort's lock and checkpoint lie."""
+        return self.cohort or self.no
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether it was stopped from outside, and can be taken up again."""
+        return self.status in ("dead", "interrupted")
 
 
 COLUMNS = tuple(field.name for field in fields(Run))
@@ -216,7 +236,8 @@ class Ledger:
         try:
             yield
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # a full disk has ended it already
+                self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
 
@@ -224,18 +245,43 @@ class Ledger:
         """Where a run's files lie."""
         return self.folder / str(no)
 
-    def register(self, rows: Iterable[Mapping[str, Any]]) -> list[int]:
-        """Enter new runs as running, all or none; their numbers, in order."""
+    def lock(self, home: int) -> Lock:
+        """What the process that trains a cohort holds."""
+        return Lock(self.run_folder(home) / LOCK_FILE)
+
+    def register(self, rows: Iterable[Mapping[str, Any]], claim: Callable[[int], object] = lambda _: None) -> list[int]:
+        """Enter the runs of a new cohort as running, all or none; their numbers, in order.
+
+        ``claim`` gets the first number before anybody can see the runs: whoever trains them takes the lock there.
+        """
         if not self._on_disk:
             self.close()
             self._open()
-        numbers = []
+        numbers: list[int] = []
         with self._write():
             for row in rows:
                 cursor = self._db.execute(*_insert("runs", {"status": "running", **row}))
                 assert cursor.lastrowid is not None
                 numbers.append(cursor.lastrowid)
+                self._db.execute("UPDATE runs SET cohort = ? WHERE no = ?", (numbers[0], numbers[-1]))
+            if numbers:
+                claim(numbers[0])
         return numbers
+
+    def reopen(self, numbers: Sequence[int], epochs: int) -> None:
+        """Take up runs again after so many epochs: they are running, and what was recorded of later epochs is gone.
+
+        Raises:
+            UserError: an epoch before that is not on record; nothing is changed then.
+        """
+        with self._write():
+            for no in numbers:
+                self._db.execute("DELETE FROM epochs WHERE run = ? AND epoch > ?", (no, epochs))
+                known = self._db.execute("SELECT count(*) FROM epochs WHERE run = ?", (no,)).fetchone()[0]
+                if known != epochs:
+                    raise UserError(f"run {no} stands at epoch {epochs}, but {self.path} knows {known} of them; repeat it with --again")
+                again = "UPDATE runs SET status = 'running', error = '', finished = NULL, resumed = resumed + 1 WHERE no = ?"
+                self._db.execute(again, (no,))
 
     def add_epochs(self, epochs: Mapping[int, Epoch]) -> None:
         """One epoch of each of these runs, by number, in one transaction."""
@@ -259,9 +305,13 @@ class Ledger:
             raise UserError(f"{self.path} cannot be read ({error}); put a copy of it back, or name another folder with --runs") from None
 
     def runs(self, **equal: Any) -> list[Run]:
-        """Runs whose columns have these values, by number."""
+        """Runs whose columns have these values, by number. One that is recorded as running, by nobody, comes out as ``dead``."""
         where = " AND ".join(f"{column} = :{column}" for column in equal) or "1"
-        return [_run(row) for row in self._read(f"SELECT * FROM runs WHERE {where} ORDER BY no", equal)]
+        found = [_run(row) for row in self._read(f"SELECT * FROM runs WHERE {where} ORDER BY no", equal)]
+        return [replace(run, status="dead") if run.status == "running" and not self._alive(run) else run for run in found]
+
+    def _alive(self, run: Run) -> bool:
+        return held(self.run_folder(run.home) / LOCK_FILE)
 
     def run(self, no: int) -> Run:
         """One run.

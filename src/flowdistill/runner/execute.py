@@ -1,22 +1,30 @@
-"""Train cohorts: what the ledger has not, each student its own run."""
+"""Train cohorts: what the ledger has not and what was cut off, each student its own run."""
 
 from __future__ import annotations
 
+import contextlib
+import math
+import sqlite3
 import time
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import torch
 
+from ..checks import UserError
 from ..config import RunConfig
-from ..device import describe, determinism, reset_peak_memory
-from ..ledger import Ledger, Run, newest
-from ..models import Network
-from ..training.cohort import Cohort, seconds_per_epoch, train
+from ..device import describe, determinism, reset_peak_memory, threads
+from ..env import versions
+from ..ledger import Ledger, Run
+from ..training import checkpoint
+from ..training.cohort import Cohort, train
+from ..training.step import Student
 from .assemble import Member, check_start, prepare
-from .plan import Job, plan
+from .plan import Job, plan, recorded
 from .record import finish, now, record_epoch, row, told
 from .watcher import Watcher
+
+CHECKPOINT_SECONDS = 10.0  # between two checkpoints of a cohort, at least
 
 
 def run(
@@ -28,102 +36,178 @@ def run(
     again: bool = False,
     watcher: Watcher | None = None,
 ) -> list[Run]:
-    """Train what the ledger has not, and return the run of every config, in order; those that diverged are among them, as failed.
+    """Train what the ledger has not, go on with what was cut off, and return the run of every config, in order.
+
+    Runs that diverged are among them, as failed.
 
     Raises:
         UserError: a config that can't be run; nothing was trained then.
     """
     watcher, started = watcher or Watcher(), time.perf_counter()
     jobs = plan(configs, ledger, device)
-    done: dict[tuple[str, int], int] = {}
     todo = {job.key: job for job in jobs}
-    for key, job in todo.items():
-        finished = _finished(job, ledger)
-        if finished and not again:
-            done[key] = finished
-            watcher.say(f"{job.label}: run {finished} has it already, skipped (--again repeats it)")
+    known = {} if again else {key: found for key, job in todo.items() if (found := before(job, ledger))}
+    for key, found in known.items():
+        if found.status == "running":
+            raise UserError(f"{todo[key].label}: another process trains it as run {found.no}; wait for that, or repeat it with --again")
+        if found.status == "finished":
+            watcher.say(f"{todo[key].label}: run {found.no} has it already, skipped (--again repeats it)")
+    homes = dict.fromkeys(found.home for found in known.values() if found.cut_off)
+    for home in homes:
+        recorded(_unfinished(home, ledger), ledger, device)  # refuses before anything is trained
     with determinism(deterministic):
-        prepared = prepare([job for key, job in todo.items() if key not in done], device)
+        prepared = prepare([job for key, job in todo.items() if key not in known], device)
         for cohort, members in prepared:
             check_start(cohort, members, watcher)
+    for home in homes:
+        _resume_cohort(home, ledger, device, watcher)
+    with determinism(deterministic):
         for cohort, members in prepared:
-            _run_cohort(cohort, members, ledger, device, watcher, time.perf_counter() - started)
-            done |= {member.job.key: member.no for member in members}
+            _begin_cohort(cohort, members, ledger, device, watcher, time.perf_counter() - started)
             started = time.perf_counter()
-    return [ledger.run(done[job.key]) for job in jobs]
+    numbers = {key: found.no for key, found in known.items()}
+    numbers |= {member.job.key: member.no for _, members in prepared for member in members}
+    return [ledger.run(numbers[job.key]) for job in jobs]
 
 
-def _finished(job: Job, ledger: Ledger) -> int | None:
-    """The run that did this job, if any."""
-    found = newest(ledger.runs(status="finished", fingerprint=job.fingerprint, seed=job.config.seed))
-    return found[0].no if found else None
-
-
-def dry_run(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device) -> list[dict[str, Any]]:
-    """For each config what ``run`` would do: resolved, with taps, gradient ratios and an estimate of its time. Writes nothing.
-
-    ``finished_run`` is the run that has it already, which ``run`` would skip.
+def resume(ledger: Ledger, device: torch.device, *, no: int | None = None, watcher: Watcher | None = None) -> list[Run]:
+    """Go on with what was cut off: with the cohort of one run, or with all; the runs that were, as they ended.
 
     Raises:
-        UserError: as ``run``.
+        UserError: that run is not cut off, or something that its numbers depend on has changed since.
     """
-    found = []
-    for cohort, members in prepare(plan(configs, ledger, device), device):
-        ratios = check_start(cohort, members, Watcher())
-        seconds = seconds_per_epoch(cohort)
-        for member in members:
-            job = member.job
-            needs = member.student.method.needs
-            found.append(
-                {
-                    "config": job.config.model_dump(mode="json"),
-                    "finished_run": _finished(job, ledger),
-                    "teacher": {"model": job.teacher.model, "run": job.teacher.run, "accuracy": member.teacher_accuracy}
-                    if job.teacher
-                    else None,
-                    "taps": {
-                        who: {name: net.spec.tap(name).shape for name in sorted(taps)} for who, net, taps in _tapped(member, cohort, needs)
-                    },
-                    "gradient_relative_to_task": ratios[member.student],
-                    "device": describe(device),
-                    "cohort_size": len(members),
-                    "cohort_seconds": seconds * sum(job.phase_epochs),
-                }
-            )
-    return found
+    watcher = watcher or Watcher()
+    found = [one for one in ledger.runs() if one.cut_off] if no is None else [_cut_off(ledger.run(no))]
+    homes = dict.fromkeys(one.home for one in found)
+    taken = {home: [one.no for one in _unfinished(home, ledger)] for home in homes}
+    for home in homes:
+        recorded(_unfinished(home, ledger), ledger, device)
+    for home in homes:
+        _resume_cohort(home, ledger, device, watcher)
+    return [ledger.run(number) for numbers in taken.values() for number in numbers]
 
 
-def _tapped(member: Member, cohort: Cohort, needs: Any) -> list[tuple[str, Network, frozenset[str]]]:
-    lane = next(lane for lane in cohort.lanes if member.student in lane.students)
-    taught = [("teacher", lane.teacher.net, needs.teacher)] if lane.teacher and needs.teacher else []
-    return [("student", member.student.net, needs.student), *taught]
+def _cut_off(one: Run) -> Run:
+    if one.status == "running":
+        raise UserError(f"run {one.no} is being trained by another process; there is nothing to resume")
+    if not one.cut_off:
+        why = f" ({one.error})" if one.error else ""
+        raise UserError(f"run {one.no} is {one.status}{why}; only what was cut off can be resumed, to repeat it use --again")
+    return one
 
 
-def _run_cohort(
+def before(job: Job, ledger: Ledger) -> Run | None:
+    """The newest run that did this job, or else the newest that began it; a failed one counts for nothing."""
+    found = ledger.runs(fingerprint=job.fingerprint, seed=job.config.seed)
+    ranked = [one for one in found if one.status == "finished"] or [one for one in found if one.status != "failed"]
+    return ranked[-1] if ranked else None
+
+
+def _unfinished(home: int, ledger: Ledger) -> list[Run]:
+    """What of a cohort is to be gone on with; a student that diverged stays failed."""
+    return [one for one in ledger.runs() if one.home == home and one.status not in ("finished", "failed")]
+
+
+def _begin_cohort(
     cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: torch.device, watcher: Watcher, setup_seconds: float
 ) -> None:
-    reset_peak_memory(device)
-    common = {"cohort_size": len(members), "device": describe(device), "setup_seconds": setup_seconds}
-    numbers: list[int] = []
-    watcher.begin(_title(members), cohort.steps)
-    try:
-        numbers = ledger.register([row(member) | common for member in members])
+    common = {"cohort_size": len(members), "device": describe(device), "threads": torch.get_num_threads(), "setup_seconds": setup_seconds}
+    with contextlib.ExitStack() as stack:
+        numbers = ledger.register([row(member) | common for member in members], lambda home: stack.enter_context(ledger.lock(home)))
         for member, no in zip(members, numbers, strict=True):
             member.no = no
+        checkpoint.clear(ledger.run_folder(numbers[0]))  # of a ledger that was deleted
+        _train(cohort, members, ledger, device, watcher, numbers[0])
+
+
+def _resume_cohort(home: int, ledger: Ledger, device: torch.device, watcher: Watcher) -> None:
+    """Go on with a cohort from its checkpoint, or from the start where there is none, with the threads that it began with."""
+    with ledger.lock(home):
+        runs = _unfinished(home, ledger)
+        if not runs:
+            return  # another process was faster
+        with threads(runs[0].threads or torch.get_num_threads()), determinism(bool(runs[0].deterministic)):
+            (cohort, members), *others = prepare(recorded(runs, ledger, device), device)
+            assert not others, "runs of one cohort stay together"
+            for member, one in zip(members, runs, strict=True):
+                member.no = one.no
+            _restore(cohort, members, ledger.run_folder(home), watcher)
+            ledger.reopen([member.no for member in members], cohort.done)
+            _tell_what_changed(runs, ledger, device, watcher)
+            _train(cohort, members, ledger, device, watcher, home)
+
+
+def _restore(cohort: Cohort, members: Sequence[Member], folder: Path, watcher: Watcher) -> None:
+    saved = checkpoint.load(folder)
+    if saved is not None and saved.damage:
+        watcher.say(f"{saved.damage}; {'the one before it is used' if saved.done else 'there is no other, so it starts again'}")
+    if saved is not None and saved.done:
+        for member in members:
+            if saved.about.get(str(member.no), {}).get("key") != list(member.job.key):
+                raise UserError(f"the checkpoint in {folder} is not of run {member.no}; remove it, and resume starts that run again")
+            member.train_seconds, member.eval_seconds = saved.about[str(member.no)]["seconds"]
+        checkpoint.restore(cohort, _keys(members), saved)
+    watcher.say(f"{_numbers(members)}: resumed after epoch {cohort.done} of {cohort.epochs}")
+
+
+def _tell_what_changed(runs: Sequence[Run], ledger: Ledger, device: torch.device, watcher: Watcher) -> None:
+    """Another machine or version does not go on bit for bit: it is said, and the record names the last."""
+    began, goes_on = ({**of, "device": name} for of, name in ((runs[0].versions, runs[0].device), (versions(), describe(device))))
+    changed = [f"{name} {began.get(name)} -> {value}" for name, value in goes_on.items() if began.get(name) != value]
+    if changed:
+        watcher.say(f"not bit for bit what it would have been: it began with other versions or another device ({', '.join(changed)})")
+        for one in runs:
+            ledger.update(one.no, device=describe(device), versions=versions())
+
+
+def _train(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: torch.device, watcher: Watcher, home: int) -> None:
+    """Epoch by epoch: into the ledger, then into the checkpoint, so that the ledger is never behind it."""
+    reset_peak_memory(device)
+    folder, last = ledger.run_folder(home), -math.inf
+    watcher.begin(_title(members), cohort.steps)
+    try:
         for report in train(cohort, watcher.step):
             record_epoch(report, cohort, members, ledger, watcher)
+            if time.monotonic() - last >= CHECKPOINT_SECONDS:
+                _save(cohort, members, folder, watcher)
+                last = time.monotonic()
         for member in members:
-            if member.last is not None and not member.last.error:
+            if member.student in cohort.students:
                 finish(member, cohort, ledger, device)
                 watcher.say(told(ledger.run(member.no)))
+        checkpoint.clear(folder)
     except BaseException as error:
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        for no in numbers:
-            if ledger.run(no).status == "running":
-                ledger.update(no, status=status, error=str(error) or type(error).__name__, finished=now())
+        _stop(error, members, ledger, watcher)
         raise
     finally:
         watcher.end()
+
+
+def _save(cohort: Cohort, members: Sequence[Member], folder: Path, watcher: Watcher) -> None:
+    """A checkpoint; a disk that can't take it does not end training, and the checkpoint before stands."""
+    about = {str(m.no): {"key": m.job.key, "seconds": (m.train_seconds, m.eval_seconds)} for m in members if m.student in cohort.students}
+    try:
+        checkpoint.save(folder, cohort, _keys(members), about)
+    except OSError as error:
+        watcher.say(f"{_numbers(members)}: no checkpoint of epoch {cohort.done} ({error.strerror}); training goes on with the one before")
+
+
+def _stop(error: BaseException, members: Sequence[Member], ledger: Ledger, watcher: Watcher) -> None:
+    """What was stopped from outside is recorded as interrupted; where even that can't be written, the free lock tells."""
+    with contextlib.suppress(sqlite3.Error):
+        for member in members:
+            if ledger.run(member.no).status == "running":
+                ledger.update(member.no, status="interrupted", error=str(error) or type(error).__name__, finished=now())
+    where = f" --runs {ledger.folder}" if str(ledger.folder) != "runs" else ""
+    watcher.say(f"{_numbers(members)}: stopped; go on with: flowdistill resume {members[0].no}{where}")
+
+
+def _keys(members: Sequence[Member]) -> dict[Student, str]:
+    return {member.student: str(member.no) for member in members}
+
+
+def _numbers(members: Sequence[Member]) -> str:
+    return f"run{'s' if len(members) > 1 else ''} {', '.join(str(member.no) for member in members)}"
 
 
 def _title(members: Sequence[Member]) -> str:

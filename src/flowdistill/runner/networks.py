@@ -136,7 +136,7 @@ def choose_teacher(reference: str, wanted: Wanted, ledger: Ledger) -> NetworkRef
         UserError: none was trained, several recipes are in question, every one began where the student begins, or a network that saw
             the held-out images is to teach a holdout run.
     """
-    if run_number(reference) is not None or "@" in reference or "/" in reference or "." in reference:
+    if not _by_name(reference):
         return _named_teacher(reference, wanted, ledger)
     model = models.canonical(reference)
     found = _trained(model, wanted, ledger)
@@ -151,6 +151,20 @@ def choose_teacher(reference: str, wanted: Wanted, ledger: Ledger) -> NetworkRef
         f"the only {model} to choose (run {found[0].no}) began from the initial weights of the student of seed {wanted.seed}, which "
         f"flatters it; train another teacher: {_train_command(model, wanted)}"
     )
+
+
+def recorded_teacher(run: Run, ledger: Ledger) -> NetworkRef | None:
+    """The teacher that a run began with; where one was chosen by name, that one, whatever was trained since."""
+    reference = run.config["teacher"]
+    if reference is None:
+        return None
+    if run.teacher_run is None or not _by_name(reference):
+        return resolve(reference, ledger)
+    return _of_run(ledger.run(run.teacher_run), ledger, run.teacher_fingerprint)
+
+
+def _by_name(reference: str) -> bool:
+    return not (run_number(reference) is not None or "@" in reference or "/" in reference or "." in reference)
 
 
 def _named_teacher(reference: str, wanted: Wanted, ledger: Ledger) -> NetworkRef:

@@ -12,14 +12,14 @@ import torch
 
 from .. import methods, models
 from ..checks import UserError
-from ..config import DataConfig, RunConfig
+from ..config import DataConfig, RunConfig, validate
 from ..data.sources import ImageData, load
 from ..device import Precision, resolve_precision
-from ..ledger import Ledger
+from ..ledger import Ledger, Run
 from ..methods import Method, Settled
 from ..randomness import seeded
 from ..training.weights import hash_weights
-from .networks import NetworkRef, Wanted, choose_teacher, refuse_contaminated, resolve
+from .networks import NetworkRef, Wanted, choose_teacher, recorded_teacher, refuse_contaminated, resolve
 
 
 @dataclass(frozen=True)
@@ -88,36 +88,86 @@ def plan(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device) -> 
         methods.settle(config.method, config.options, config.weights)
     for student in {config.student for config in configs}:
         resolve(student, ledger)
-    loaded: dict[DataConfig, tuple[ImageData, str]] = {}
+    load_once = _Loader()
+    return [_planned(config, *load_once(config.data), ledger, device) for config in configs]
+
+
+def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[Job]:
+    """The jobs that these runs began, to be gone on with: same data, same teacher, same everything.
+
+    Raises:
+        UserError: something that the numbers depend on has changed since.
+    """
+    load_once = _Loader()
     jobs = []
-    for config in configs:
-        if config.data not in loaded:
-            data = load(config.data)
-            loaded[config.data] = data, data.hash()
-        jobs.append(_job(config, *loaded[config.data], ledger, device))
+    for run in runs:
+        config = validate(run.config)
+        data, data_hash = load_once(config.data)
+        if data_hash != run.data_hash:
+            raise UserError(
+                f"run {run.no} can't be resumed: {config.data.name} is not the data that it began with (hash {data_hash[:8]}, was "
+                f"{run.data_hash[:8]}); put the old data back, or train anew"
+            )
+        student, teacher = resolve(config.student, ledger), recorded_teacher(run, ledger)
+        job = _job(config, data, data_hash, student, teacher, _initial(student, data, config.seed), device)
+        if job.fingerprint != run.fingerprint:
+            raise UserError(
+                f"run {run.no} can't be resumed: its teacher, its first weights or the version of its method is not what it began with; "
+                f"train it anew with the command that began it and --again"
+            )
+        jobs.append(job)
     return jobs
 
 
-def _job(config: RunConfig, data: ImageData, data_hash: str, ledger: Ledger, device: torch.device) -> Job:
+class _Loader:
+    """Each data set is read and hashed once."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[DataConfig, tuple[ImageData, str]] = {}
+
+    def __call__(self, config: DataConfig) -> tuple[ImageData, str]:
+        if config not in self._loaded:
+            data = load(config)
+            self._loaded[config] = data, data.hash()
+        return self._loaded[config]
+
+
+def _initial(student: NetworkRef, data: ImageData, seed: int) -> str:
+    return hash_weights(student.build(data.spec, seed=seed).state_dict())
+
+
+def _planned(config: RunConfig, data: ImageData, data_hash: str, ledger: Ledger, device: torch.device) -> Job:
     settled = methods.settle(config.method, config.options, config.weights)
     if settled.uses_teacher and config.teacher is None:
         raise UserError(f"method {settled.name!r} needs a teacher: --teacher MODEL, RUN or FILE")
     student = resolve(config.student, ledger)
     refuse_contaminated(student, config.split, data_hash)
-    init_hash = hash_weights(student.build(data.spec, seed=config.seed).state_dict())
-    precision = resolve_precision(config.train.precision, device)
-    train = config.train.model_copy(update={"precision": precision})
+    init_hash = _initial(student, data, config.seed)
     teacher = None
     if settled.uses_teacher and config.teacher is not None:
-        recipe = train.model_dump(mode="json")
+        recipe = config.train.model_dump(mode="json") | {"precision": resolve_precision(config.train.precision, device)}
         wanted = Wanted(config.data.name, data_hash, config.split, config.seed, init_hash, recipe, str(ledger.folder))
         teacher = choose_teacher(config.teacher, wanted, ledger)
+    return _job(config, data, data_hash, student, teacher, init_hash, device)
+
+
+def _job(
+    config: RunConfig,
+    data: ImageData,
+    data_hash: str,
+    student: NetworkRef,
+    teacher: NetworkRef | None,
+    init_hash: str,
+    device: torch.device,
+) -> Job:
+    settled = methods.settle(config.method, config.options, config.weights)
+    precision = resolve_precision(config.train.precision, device)
     resolved = config.model_copy(
         update={
             "method": settled.name,
-            "teacher": config.teacher if settled.uses_teacher else None,
+            "teacher": config.teacher if teacher else None,
             "data": config.data.model_copy(update={"pad": data.pad, "flip": data.flip}),
-            "train": train,
+            "train": config.train.model_copy(update={"precision": precision}),
             "options": {name: options.model_dump() for name, options in settled.options.items()},
             "weights": settled.weights,
         }

@@ -60,6 +60,7 @@ class Cohort:
     Attributes:
         select: a holdout run keeps the weights of its best epoch; else the last epoch's stand.
         phase_epochs: epochs of each phase, equal for all students.
+        done: epochs that are behind it.
     """
 
     data: DeviceData
@@ -68,6 +69,7 @@ class Cohort:
     phase_epochs: Sequence[int]
     precision: Precision
     select: bool = False
+    done: int = 0
 
     @property
     def students(self) -> list[Student]:
@@ -75,9 +77,23 @@ class Cohort:
         return [student for lane in self.lanes for student in lane.students]
 
     @property
+    def epochs(self) -> int:
+        """Epochs of all phases."""
+        return sum(self.phase_epochs)
+
+    @property
     def steps(self) -> int:
-        """Steps of all epochs."""
-        return sum(self.phase_epochs) * self.lanes[0].stream.steps
+        """Steps that are ahead of it."""
+        return (self.epochs - self.done) * self.lanes[0].stream.steps
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The phase of the next epoch, and how many epochs of that phase are done."""
+        phase, epoch = 0, self.done
+        while epoch >= self.phase_epochs[phase] and phase + 1 < len(self.phase_epochs):
+            epoch -= self.phase_epochs[phase]
+            phase += 1
+        return phase, epoch
 
 
 @dataclass
@@ -110,35 +126,33 @@ class EpochReport:
 
 
 def train(cohort: Cohort, on_step: Callable[[], None] = lambda: None) -> Iterator[EpochReport]:
-    """Train, and report every epoch. Students that diverge leave the cohort; the others go on.
+    """Train from where the cohort stands, and report every epoch. Students that diverge leave the cohort; the others go on.
 
     ``on_step`` is called after each step of all students and must not wait for the device.
     """
-    done = 0
-    for phase, epochs in enumerate(cohort.phase_epochs):
-        for student in cohort.students:
-            student.begin_phase(phase)
-        for epoch in range(epochs):
-            if not cohort.students:
-                return
-            watch = Stopwatch(cohort.data.device)
-            _train_epoch(cohort, done, epoch, epochs, on_step)
-            watch.lap()
-            report = EpochReport(done + 1, phase, 0.0, 0.0)
-            report.progress = _measure(cohort, epoch, epochs)
-            report.train_seconds, report.eval_seconds = watch.stop()
-            _dismiss_diverged(cohort, report)
-            _choose(cohort, report)
-            done += 1
-            yield report
+    while cohort.students and cohort.done < cohort.epochs:
+        phase, epoch = cohort.place
+        if epoch == 0:
+            for student in cohort.students:
+                student.begin_phase(phase)
+        watch = Stopwatch(cohort.data.device)
+        _train_epoch(cohort, epoch, cohort.phase_epochs[phase], on_step)
+        watch.lap()
+        report = EpochReport(cohort.done + 1, phase, 0.0, 0.0)
+        report.progress = _measure(cohort, epoch, cohort.phase_epochs[phase])
+        report.train_seconds, report.eval_seconds = watch.stop()
+        _dismiss_diverged(cohort, report)
+        _choose(cohort, report)
+        cohort.done += 1
+        yield report
 
 
-def _train_epoch(cohort: Cohort, done: int, epoch: int, epochs: int, on_step: Callable[[], None]) -> None:
-    """``done`` epochs are behind the cohort, ``epoch`` of them in this phase of ``epochs``."""
+def _train_epoch(cohort: Cohort, epoch: int, epochs: int, on_step: Callable[[], None]) -> None:
+    """``epoch`` epochs of this phase of ``epochs`` are done."""
     for student in cohort.students:
         student.begin_epoch()
     steps = cohort.lanes[0].stream.steps
-    for step, batches in enumerate(zip(*(lane.stream.epoch(done) for lane in cohort.lanes), strict=True)):
+    for step, batches in enumerate(zip(*(lane.stream.epoch(cohort.done) for lane in cohort.lanes), strict=True)):
         for lane, (images, batch) in zip(cohort.lanes, batches, strict=True):
             needed = lane.teacher is not None and any(student.taught for student in lane.students)
             taught = teach(lane.teacher.net, images, cohort.precision) if lane.teacher is not None and needed else None
@@ -165,7 +179,7 @@ def seconds_per_epoch(cohort: Cohort, steps: int = 3) -> float:
             raise StopIteration
 
     with contextlib.suppress(StopIteration):
-        _train_epoch(cohort, 0, 0, 1, on_step)
+        _train_epoch(cohort, 0, 1, on_step)
     started = time.perf_counter()
     _measure(cohort, 0, 1)
     return statistics.median(times[1:] or times) * cohort.lanes[0].stream.steps + time.perf_counter() - started

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import TrainConfig
 from ..device import Precision
@@ -46,6 +48,42 @@ class Student:
         self.optimizer = build_optimizer(self.net, self.method, self.phase, self.train)
         counted = {term: weight for term, weight in self.settled.weights.items() if self.phase.counts(term)}
         self.weights = {term: weight for term, weight in counted.items() if weight > 0}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """All that the epochs to come depend on, between two epochs: tensors and counters. The tensors are not copies."""
+        tensors = {f"net.{name}": value for name, value in self.net.state_dict().items()}
+        tensors |= {f"method.{name}": value for name, value in self.method.state_dict().items()}
+        tensors |= {f"chosen.{name}": value for name, value in (self._chosen or {}).items()}
+        for number, parameter in enumerate(self._trained()):
+            momentum = self.optimizer.state[parameter].get("momentum_buffer")
+            if momentum is not None:
+                tensors[f"momentum.{number}"] = momentum
+        return tensors, {"chosen_epoch": self.chosen_epoch, "chosen_correct": self.chosen_correct}
+
+    def load(self, tensors: Mapping[str, Tensor], counters: Mapping[str, int], *, phase: int | None) -> None:
+        """Put a state back. ``phase`` is the one that it was taken in the midst of, None between two phases.
+
+        A momentum takes the memory layout of its parameter: SGD's fused form computes wrong updates from another, silently.
+        """
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        self.net.load_state_dict(part("net."))
+        self.method.load_state_dict(part("method."))
+        self.chosen_epoch, self.chosen_correct = counters["chosen_epoch"], counters["chosen_correct"]
+        chosen, device = part("chosen."), next(self.net.parameters()).device
+        self._chosen = {name: value.to(device) for name, value in chosen.items()} or None
+        if phase is None:
+            return
+        self.begin_phase(phase)
+        for number, parameter in enumerate(self._trained()):
+            if f"momentum.{number}" in tensors:
+                momentum = torch.empty_like(parameter, requires_grad=False)
+                self.optimizer.state[parameter]["momentum_buffer"] = momentum.copy_(tensors[f"momentum.{number}"])
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     @property
     def taught(self) -> bool:

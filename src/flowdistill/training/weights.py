@@ -22,8 +22,11 @@ from ..models import Network
 Weights = Mapping[str, Tensor]
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write to a neighbour, sync, rename: a reader sees the old file or the new one, never a part."""
+def write_whole(path: Path, content: bytes, keep: Path | None = None) -> None:
+    """Write to a neighbour, sync, rename: a reader sees the old file or the new one, never a part.
+
+    With ``keep`` the old file is not lost but gets that name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -31,15 +34,27 @@ def write_whole(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            path.replace(keep)
         draft.replace(path)
+        _sync_folder(path.parent)
     finally:
         draft.unlink(missing_ok=True)
 
 
-def save_weights(path: Path, weights: Weights, about: Mapping[str, Any]) -> None:
-    """A safetensors file whose metadata hold ``about`` as JSON under ``flowdistill``."""
+def _sync_folder(folder: Path) -> None:
+    """A rename outlives a power cut only when its folder is synced too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_weights(path: Path, weights: Weights, about: Mapping[str, Any], keep: Path | None = None) -> None:
+    """A safetensors file whose metadata hold ``about`` as JSON under ``flowdistill``; ``keep`` as in ``write_whole``."""
     tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in weights.items()}
-    write_whole(path, save(tensors, {"format": "pt", "flowdistill": json.dumps(about)}))
+    write_whole(path, save(tensors, {"format": "pt", "flowdistill": json.dumps(about)}), keep)
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

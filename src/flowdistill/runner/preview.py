@@ -1,0 +1,59 @@
+"""What ``run`` would do, before it does it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..config import RunConfig
+from ..device import describe
+from ..ledger import Ledger
+from ..models import Network
+from ..training.cohort import Cohort, seconds_per_epoch
+from .assemble import Member, check_start, prepare
+from .execute import before
+from .plan import plan
+from .watcher import Watcher
+
+
+def dry_run(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device) -> list[dict[str, Any]]:
+    """For each config what ``run`` would do: resolved, with taps, gradient ratios and an estimate of its time. Writes nothing.
+
+    ``finished_run`` is the run that has it already, which ``run`` would skip.
+
+    Raises:
+        UserError: as ``run``.
+    """
+    found = []
+    for cohort, members in prepare(plan(configs, ledger, device), device):
+        ratios = check_start(cohort, members, Watcher())
+        seconds = seconds_per_epoch(cohort)
+        for member in members:
+            job = member.job
+            done = before(job, ledger)
+            needs = member.student.method.needs
+            found.append(
+                {
+                    "config": job.config.model_dump(mode="json"),
+                    "finished_run": done.no if done and done.status == "finished" else None,
+                    "teacher": {"model": job.teacher.model, "run": job.teacher.run, "accuracy": member.teacher_accuracy}
+                    if job.teacher
+                    else None,
+                    "taps": {
+                        who: {name: net.spec.tap(name).shape for name in sorted(taps)} for who, net, taps in _tapped(member, cohort, needs)
+                    },
+                    "gradient_relative_to_task": ratios[member.student],
+                    "device": describe(device),
+                    "cohort_size": len(members),
+                    "cohort_seconds": seconds * sum(job.phase_epochs),
+                }
+            )
+    return found
+
+
+def _tapped(member: Member, cohort: Cohort, needs: Any) -> list[tuple[str, Network, frozenset[str]]]:
+    lane = next(lane for lane in cohort.lanes if member.student in lane.students)
+    taught = [("teacher", lane.teacher.net, needs.teacher)] if lane.teacher and needs.teacher else []
+    return [("student", member.student.net, needs.student), *taught]

@@ -1,0 +1,96 @@
+"""A cohort between two epochs, on disk: all its students in one file, from which training goes on bit for bit.
+
+Tensors are named ``KEY/net.fc.weight``, ``KEY/momentum.3`` and so on, KEY being the student's; counters stand in the metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from .cohort import Cohort
+from .step import Student
+from .weights import hash_weights, save_weights
+
+FILE, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was read back.
+
+    Attributes:
+        done: epochs behind the cohort.
+        tensors: by student and name.
+        counters: by student.
+        about: what the caller wanted kept.
+        damage: why it is not the newest one, or empty.
+    """
+
+    done: int
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    counters: Mapping[str, Mapping[str, int]]
+    about: Mapping[str, Any]
+    damage: str = ""
+
+
+def save(folder: Path, cohort: Cohort, keys: Mapping[Student, str], about: Mapping[str, Any]) -> None:
+    """Write the cohort's state. The one before is kept beside it until the next is whole.
+
+    Raises:
+        OSError: it could not be written; the one before stands.
+    """
+    tensors: dict[str, Tensor] = {}
+    counters = {}
+    for student in cohort.students:
+        state, counters[keys[student]] = student.state()
+        tensors |= {f"{keys[student]}/{name}": value for name, value in state.items()}
+    known = {"done": cohort.done, "counters": counters, "about": about, "hash": hash_weights(tensors)}
+    save_weights(folder / FILE, tensors, known, keep=folder / PREVIOUS)
+
+
+def load(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole, or None where there is none."""
+    damage = ""
+    for path in (folder / FILE, folder / PREVIOUS):
+        try:
+            return _read(path, damage)
+        except FileNotFoundError:
+            continue
+        except Exception as error:  # a damaged file raises anything
+            damage = f"{path} is damaged ({error})"
+    return Checkpoint(0, {}, {}, {}, damage) if damage else None
+
+
+def _read(path: Path, damage: str) -> Checkpoint:
+    with safe_open(path, framework="pt") as file:
+        known = json.loads(file.metadata()["flowdistill"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    if hash_weights(tensors) != known["hash"]:
+        raise ValueError("its content is not what was written")
+    by_key: dict[str, dict[str, Tensor]] = {key: {} for key in known["counters"]}
+    for name, value in tensors.items():
+        key, _, inner = name.partition("/")
+        by_key[key][inner] = value
+    return Checkpoint(known["done"], by_key, known["counters"], known["about"], damage)
+
+
+def restore(cohort: Cohort, keys: Mapping[Student, str], checkpoint: Checkpoint) -> None:
+    """Put the cohort where the checkpoint stands; each of its students must be in it."""
+    cohort.done = checkpoint.done
+    phase, epoch = cohort.place
+    for student in cohort.students:
+        key = keys[student]
+        student.load(checkpoint.tensors[key], checkpoint.counters[key], phase=phase if epoch else None)
+
+
+def clear(folder: Path) -> None:
+    """Remove the checkpoints, and what a killed writer left of one."""
+    for path in [*folder.glob("checkpoint*.safetensors"), *folder.glob(".checkpoint*")]:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,309 @@
+"""Mistakes in training: the teacher, the optimiser, the rate, the order of the batches, what is reported, what ships."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+
+import numpy as np
+import test_augment
+import test_loader
+import test_runner
+import test_schedule
+import test_training as suite
+import torch
+
+from flowdistill import models, randomness
+from flowdistill.data import augment, loader
+from flowdistill.training import cohort, optim, schedule, step
+from flowdistill.training.cohort import Teacher
+from flowdistill.training.optim import build_optimizer
+from flowdistill.training.schedule import lr_factor
+from flowdistill.training.step import Student, losses, teach
+
+from .bug import bug
+
+# The teacher
+
+teacher_init, check_mode = Teacher.__init__, Teacher.check_mode
+STAYS = suite.test_the_teacher_stays_as_it_was_and_students_train_in_train_mode
+
+
+@bug(Teacher, "__init__", STAYS, refusal="the teacher left eval mode")
+def teacher_left_in_train_mode(self, net):
+    """The teacher normalises by the batch, and every batch moves its statistics."""
+    teacher_init(self, net)
+    net.train()
+
+
+@bug(Teacher, "__init__", STAYS, refusal="the teacher is no longer frozen")
+def teacher_not_frozen(self, net):
+    """requires_grad left on: an optimiser over both networks moves the teacher."""
+    teacher_init(self, net)
+    net.requires_grad_(True)
+
+
+@bug(step, "teach", STAYS, refusal="a buffer of the teacher changed")
+def teacher_statistics_drift(teacher, images, precision):
+    """.train() on a list of modules that holds the teacher, eval put back after: only its statistics tell."""
+    teacher.train()
+    outputs = teach(teacher, images, precision)
+    teacher.eval()
+    return outputs
+
+
+@bug(Teacher, "check_mode", suite.test_a_teacher_that_changes_is_noticed, {"harm": "train mode", "words": "the teacher left eval mode"})
+def guard_that_looks_at_the_top_module_alone(self):
+    """net.training, where a stage below it may be in train mode."""
+    if self.net.training:
+        raise RuntimeError("the teacher left eval mode during training")
+    if any(parameter.requires_grad for parameter in self.net.parameters()):
+        raise RuntimeError("the teacher is no longer frozen")
+
+
+@bug(Teacher, "check_mode", suite.test_a_teacher_that_changes_is_noticed, {"harm": "gradient", "words": "the teacher is no longer frozen"})
+def guard_that_forgets_the_gradient(self):
+    """The mode is watched, the parameters are not."""
+    if any(module.training for module in self.net.modules()):
+        raise RuntimeError("the teacher left eval mode during training")
+
+
+@bug(Teacher, "__init__", suite.test_a_teacher_that_changes_is_noticed, {"harm": "buffer", "words": "a buffer of the teacher changed"})
+def guard_that_compares_a_buffer_with_itself(self, net):
+    """No clone(): the copy drifts along, so no drift is ever seen."""
+    teacher_init(self, net)
+    self._buffers = dict(net.named_buffers())
+
+
+# The optimiser and the step
+
+begin_phase, learning_rate = Student.begin_phase, Student.learning_rate
+PLAIN = suite.test_the_engine_is_the_plain_loop
+TWO_STAGES = suite.test_two_stages_are_two_plain_loops_each_with_an_optimiser_of_its_own
+
+
+@bug(optim, "trained_parameters", suite.test_adapters_are_trained)
+def adapters_left_out_of_the_optimiser(net, method, phase):
+    """SGD(net.parameters()): adapters keep their random first weights."""
+    return list(net.parameters())
+
+
+@bug(optim, "build_optimizer", PLAIN)
+def weight_decay_left_out(net, method, phase, train):
+    """The config says 1e-4 and the optimiser never hears of it."""
+    return torch.optim.SGD(optim.trained_parameters(net, method, phase), lr=train.lr, momentum=train.momentum)
+
+
+@bug(optim, "build_optimizer", PLAIN)
+def weight_decay_on_convolutions_alone(net, method, phase, train):
+    """Batch normalisation and biases spared: another recipe than the one that the figures quote."""
+    trained = optim.trained_parameters(net, method, phase)
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": train.weight_decay},
+        {"params": [p for p in trained if p.dim() == 1]},
+    ]
+    return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum)
+
+
+@bug(optim, "build_optimizer", PLAIN)
+def momentum_left_out(net, method, phase, train):
+    """Plain SGD."""
+    return torch.optim.SGD(optim.trained_parameters(net, method, phase), lr=train.lr, weight_decay=train.weight_decay)
+
+
+@bug(optim, "build_optimizer", PLAIN)
+def nesterov_unasked(net, method, phase, train):
+    """KD-Zoo's optimiser under He's name."""
+    return build_optimizer(net, method, phase, train.model_copy(update={"nesterov": True}))
+
+
+@bug(schedule, "lr_factor", test_schedule.test_step_equals_multi_step_lr)
+def milestone_an_epoch_late(kind, *, step, steps, epoch_share, milestones=(0.5, 0.75)):
+    """> for >=: the 102nd epoch of 200 is the first at the lower rate."""
+    if kind != "step":
+        return lr_factor(kind, step=step, steps=steps, epoch_share=epoch_share, milestones=milestones)
+    return 0.1 ** sum(epoch_share > milestone for milestone in milestones)
+
+
+@bug(Student, "learning_rate", PLAIN)
+def rate_of_the_epoch_before(self, epoch, epochs, step, steps):
+    """scheduler.step() after the epoch that was to have the new rate."""
+    return learning_rate(self, max(epoch - 1, 0), epochs, step, steps)
+
+
+@bug(step, "train_step", PLAIN)
+def gradients_of_earlier_steps_kept(student, images, taught, batch, *, lr, precision):
+    """No zero_grad."""
+    terms = losses(student, images, taught if student.taught else None, batch, precision)
+    sum(weight * terms[term] for term, weight in student.weights.items()).backward()
+    student.optimizer.param_groups[0]["lr"] = lr
+    student.optimizer.step()
+    student.sums = {term: student.sums.get(term, 0) + value.detach() for term, value in terms.items()}
+
+
+@bug(Student, "begin_phase", PLAIN)
+def weights_ignored(self, number):
+    """Every term counts once, whatever the config says."""
+    begin_phase(self, number)
+    self.weights = dict.fromkeys(self.weights, 1.0)
+
+
+@bug(Student, "begin_phase", suite.test_two_stages_train_fsp_alone_without_the_head_then_the_task_alone)
+def head_moved_in_stage_one(self, number):
+    """Cross-entropy times 0 on the whole network: weight decay wears the head down: KD-Zoo."""
+    begin_phase(self, number)
+    if self.phase.name == "fsp":
+        self.weights = {"task": 0.0, **self.weights}
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=self.phase.lr, weight_decay=self.train.weight_decay)
+
+
+@bug(Student, "begin_phase", TWO_STAGES)
+def momentum_carried_into_stage_two(self, number):
+    """Stage two begins with the momentum of another loss."""
+    before = getattr(self, "optimizer", None)
+    begin_phase(self, number)
+    if before is not None:
+        self.optimizer.state.update(before.state)
+
+
+@bug(Student, "begin_epoch", STAYS)
+def student_trained_in_eval_mode(self):
+    """eval() of the last evaluation never taken back: batch statistics stand still."""
+    self.net.eval()
+    self.method.train()
+    self.sums = {}
+
+
+# What is reported
+
+
+@bug(step, "train_step", suite.test_reported_terms_are_unweighted_means_over_the_steps_of_their_epoch)
+def weighted_terms_reported(student, images, taught, batch, *, lr, precision):
+    """Curves of two weights can't be compared: most loops print the product."""
+    terms = losses(student, images, taught if student.taught else None, batch, precision)
+    terms |= {term: weight * terms[term] for term, weight in student.weights.items()}
+    student.optimizer.zero_grad()
+    sum(terms[term] for term in student.weights).backward()
+    student.optimizer.param_groups[0]["lr"] = lr
+    student.optimizer.step()
+    student.sums = {term: student.sums.get(term, 0) + value.detach() for term, value in terms.items()}
+
+
+@bug(Student, "begin_epoch", suite.test_reported_terms_are_unweighted_means_over_the_steps_of_their_epoch)
+def sums_of_earlier_epochs_kept(self):
+    """A running mean that is never set to 0."""
+    self.net.train()
+    self.method.train()
+
+
+@bug(cohort, "_dismiss_diverged", suite.test_one_student_diverges_and_the_others_go_on)
+def loss_that_is_not_finite_unnoticed(cohort, report):
+    """No look at the losses: a NaN run goes on to its last epoch and is tabulated."""
+    for progress in report.progress.values():
+        progress.error = ""
+
+
+# What ships
+
+
+@bug(cohort, "_choose", suite.test_holdout_ships_the_best_epoch_on_held_out_images_the_earliest_on_ties)
+def last_epoch_shipped_as_the_best(cohort, report):
+    """The file is written after training, the accuracy taken from the best epoch."""
+    for student in cohort.students:
+        student.choose(report.epoch, report.progress[student].correct, keep=False)
+
+
+@bug(cohort, "_choose", suite.test_full_runs_ship_the_last_epoch)
+def best_epoch_on_test_shipped_as_the_last(cohort, report):
+    """Selection on test in a run that claims none: the reference log."""
+    for student in cohort.students:
+        correct = report.progress[student].correct
+        if correct > student.chosen_correct:
+            student.choose(report.epoch, correct, keep=True)
+
+
+@bug(cohort, "_choose", suite.test_holdout_ships_the_best_epoch_on_held_out_images_the_earliest_on_ties)
+def ties_taken_late(cohort, report):
+    """>= for >: of equal epochs the last."""
+    for student in cohort.students:
+        correct = report.progress[student].correct
+        if not cohort.select or correct >= student.chosen_correct:
+            student.choose(report.epoch, correct, keep=cohort.select)
+
+
+# What is random
+
+build_model, draw_epoch, crop_and_flip = models.build, augment.draw_epoch, augment.crop_and_flip
+
+
+@bug(models, "seeded", suite.test_an_adapter_leaves_the_initial_weights_and_batches_alone)
+@contextlib.contextmanager
+def adapter_drawn_from_the_weights_generator(seed, purpose):
+    """One manual_seed at the start, and all draw from it in turn: a method with an adapter gives another student."""
+    yield
+
+
+@bug(randomness, "derive", test_loader.test_seed_0_is_a_seed)
+def seed_zero_ignored(seed, purpose, epoch=0):
+    """seed or random(): seed 0 is another one every time."""
+    return randomness_derive(seed or secrets.randbits(31), purpose, epoch)
+
+
+randomness_derive = randomness.derive
+
+
+@bug(augment, "draw_epoch", test_augment.test_global_generator_is_neither_read_nor_moved)
+def order_from_the_global_generator(n, *, pad, flip, seed, epoch, device):
+    """randperm(n) without a generator: who drew before changes the batches."""
+    drawn = draw_epoch(n, pad=pad, flip=flip, seed=seed, epoch=epoch, device=device)
+    return augment.Draws(torch.randperm(n), drawn.rows, drawn.columns, drawn.flips)
+
+
+@bug(augment, "draw_epoch", test_loader.test_epochs_differ_and_one_can_be_drawn_alone)
+def same_order_every_epoch(n, *, pad, flip, seed, epoch, device):
+    """A generator seeded anew each epoch with the seed alone (a DistributedSampler without set_epoch)."""
+    return draw_epoch(n, pad=pad, flip=flip, seed=seed, epoch=0, device=device)
+
+
+@bug(augment, "draw_epoch", test_augment.test_order_depends_on_neither_pad_nor_flip, {"pad": 2, "flip": False})
+def order_and_crops_from_one_generator(n, *, pad, flip, seed, epoch, device):
+    """Another augmentation is another order: two things change at once."""
+    chance = randomness.generator(seed, "all", epoch)
+    flips = torch.rand(n, generator=chance) < 0.5 if flip else torch.zeros(n, dtype=torch.bool)
+    offsets = torch.randint(0, 2 * pad + 1, (2, n), generator=chance)
+    return augment.Draws(torch.randperm(n, generator=chance), *offsets, flips)
+
+
+@bug(augment, "crop_and_flip", test_augment.test_crop_and_flip_treats_each_image_of_a_batch_by_its_own_draw)
+def one_crop_for_the_whole_batch(padded, indices, rows, columns, flips, size):
+    """A transform applied to the batch in place of the image."""
+    return crop_and_flip(padded, indices, rows[:1].expand_as(rows), columns[:1].expand_as(columns), flips[:1].expand_as(flips), size)
+
+
+@bug(loader.Stream, "batch", test_loader.test_batches_cover_distinct_images_and_agree_with_their_labels, {"split": "full"})
+def labels_in_another_order_than_images(self, draws, step, epoch):
+    """Images shuffled, labels not: training runs, and learns nothing."""
+    images, batch = stream_batch(self, draws, step, epoch)
+    first = step * self.batch_size
+    return images, loader.Batch(self.data.labels[first : first + self.batch_size], batch.indices, epoch)
+
+
+stream_batch = loader.Stream.batch
+
+
+@bug(loader, "holdout_positions", test_loader.test_holdout_is_fixed_and_reads_no_global_generator)
+def holdout_drawn_anew_each_run(labels):
+    """Held-out images that another run has trained on."""
+    return np.sort(np.random.permutation(len(labels))[: len(labels) // 10])
+
+
+# What a broken run leaves
+
+evaluate = cohort.evaluate
+
+
+@bug(cohort, "evaluate", test_runner.test_a_student_whose_last_step_broke_its_weights_is_failed)
+def logits_that_are_not_finite_unnoticed(net, on, normalise, precision):
+    """The losses of the epoch were still finite; the weights after its last step are not."""
+    found = evaluate(net, on, normalise, precision)
+    return found._replace(probabilities=found.probabilities.nan_to_num())

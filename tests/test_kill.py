@@ -1,0 +1,68 @@
+"""No run is lost: processes are really killed, and what they go on to is bit for bit the run that went through."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from flowdistill.ledger import Ledger, Run
+from flowdistill.training.weights import load_weights
+
+KILL = Path(__file__).with_name("kill.py")
+RANDOM_KILLS = 20
+MOMENTS = 17
+
+
+def killed(data: Path, folder: Path, *how: str) -> tuple[dict[str, int], str]:
+    done = subprocess.run([sys.executable, KILL, data, folder, *how], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    *log, codes = done.stdout.splitlines()
+    return json.loads(codes), "\n".join(log)
+
+
+def outcome(folder: Path, run: Run) -> tuple[object, ...]:
+    """Everything that must not depend on whether the run was cut off: weights, curve, predictions, figures."""
+    ledger = Ledger(folder / "runs")
+    curve = [dataclasses.replace(epoch, seconds=0.0) for epoch in ledger.epochs(run.no)]
+    ledger.close()
+    files = folder / "runs" / str(run.no)
+    figures = (run.status, run.error, run.correct, run.epoch, run.best_correct, run.best_epoch, run.weights_hash)
+    weights, about = load_weights(files / "student.safetensors")
+    return *figures, curve, (files / "predictions.npz").read_bytes(), about, {name: value.tolist() for name, value in weights.items()}
+
+
+def runs_of(folder: Path) -> list[Run]:
+    ledger = Ledger(folder / "runs")
+    found = ledger.runs(method="fsp")
+    ledger.close()
+    return found
+
+
+def assert_as_if_never_killed(folder: Path, straight: Path) -> None:
+    wanted = {run.seed: outcome(straight, run) for run in runs_of(straight)}
+    assert len(wanted) == 2
+    for run in runs_of(folder):
+        assert outcome(folder, run) == wanted[run.seed]
+    left = {path.name for path in folder.glob("runs/*/*checkpoint*")}
+    assert bool(left) == (folder.name == "before the checkpoint is cleared")
+
+
+def test_killed_at_every_named_moment_and_resumed(small_npz: Path, tmp_path: Path) -> None:
+    codes, log = killed(small_npz, tmp_path, "moments")
+    print(log)
+    assert len(codes) == 1 + MOMENTS
+    assert set(codes.values()) == {0}
+    for moment in codes:
+        assert_as_if_never_killed(tmp_path / moment, tmp_path / "straight")
+
+
+def test_killed_at_twenty_random_moments_of_its_life(small_npz: Path, tmp_path: Path) -> None:
+    codes, log = killed(small_npz, tmp_path, "random", str(RANDOM_KILLS))
+    print(log)
+    assert log.count(". killed ") == RANDOM_KILLS
+    assert codes == {"straight": 0, "killed": 0}
+    assert sum(run.resumed for run in runs_of(tmp_path / "killed")) >= RANDOM_KILLS
+    assert_as_if_never_killed(tmp_path / "killed", tmp_path / "straight")

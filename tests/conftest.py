@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 from flowdistill.ledger import Ledger
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("command")
 
 
 @pytest.fixture(scope="session")

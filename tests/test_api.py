@@ -65,11 +65,39 @@ def test_a_path_is_a_weights_file_and_a_foreign_module_is_refused(keys: dict[str
         flowdistill.distill(torch.nn.Linear(2, 2), "resnet8", method="kd", **keys)
 
 
-def test_mistakes_are_user_errors(keys: dict[str, Any]) -> None:
-    with pytest.raises(flowdistill.UserError, match="unknown key 'epoch'"):
-        flowdistill.train("resnet8", **{**keys, "epoch": 3})
-    with pytest.raises(flowdistill.UserError, match="no resnet14 was trained"):
-        flowdistill.distill("resnet14", "resnet8", **keys)
+NO_NETWORK = "is no network of this package; give a model's name, a run, a weights file or such a network"
+MODELS = ", ".join(models.MODELS)
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"teacher": 3.5}, f"float {NO_NETWORK}"),
+    ({"teacher": ["resnet20"]}, f"list {NO_NETWORK}"),
+    ({"teacher": True}, f"unknown model 'True': choose from: {MODELS}"),
+    ({"teacher": None}, "method 'fsp' needs a teacher: --teacher MODEL, RUN or FILE"),
+    ({"teacher": -1}, f"unknown model '-1': choose from: {MODELS}"),
+    ({"teacher": 7}, "no run 7 in runs/ledger.db: it has no runs yet; flowdistill runs lists them"),
+    ({"student": None}, f"NoneType {NO_NETWORK}"),
+    ({"student": Path("none.pt")}, "weights file none.pt: no such file"),
+    ({"data": 5}, "data=5: must be a table of keys"),
+    ({"data": {"nam": "digits"}}, "unknown key 'data.nam': did you mean 'name'?"),
+    ({"method": 3}, "method=3: input should be a valid string"),
+    ({"seed": 1.5}, "seed=1.5: input should be a valid integer"),
+    ({"runs": __file__}, f"{__file__}/ledger.db cannot be used as a ledger ({__file__} is a file); name another folder with --runs"),
+    ({"device": None}, "--device None is not available here; use auto, or what this machine has of cpu, cuda, mps"),
+    ({"epoch": 3}, "unknown key 'epoch': choose from: student, teacher, seed, split, data, train, method, options, weights"),
+    ({"train": {"epoch": 3}}, "unknown key 'train.epoch': did you mean 'epochs'?"),
+    ({"train": {"epochs": "3"}}, "train.epochs='3': input should be a valid integer"),
+    ({"train": [3]}, "train=[3]: must be a table of keys"),
+    ({"options": {"fsp": 5}}, "options.fsp=5: must be a table of keys"),
+    ({"weights": {"fsp": "much"}}, "weights.fsp='much': input should be a valid number, unable to parse string as a number"),
+]
+
+
+@pytest.mark.parametrize(("mistake", "line"), MISTAKES, ids=[str(mistake) for mistake, _ in MISTAKES])
+def test_a_mistake_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: dict[str, Any], line: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(flowdistill.UserError) as error:
+        flowdistill.distill(**{"teacher": "resnet14", "student": "resnet8", "data": "digits", "progress": False, **mistake})
+    assert str(error.value) == line
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_diverged_run_raises_and_is_on_record(keys: dict[str, Any]) -> None:

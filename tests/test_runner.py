@@ -263,7 +263,7 @@ def test_load_network_gives_the_trained_network(ledger: Ledger, small_npz: Path)
     net, about = load_network(ledger.run_folder(done.no) / "student.safetensors")
     assert not net.training
     assert hash_weights(net.state_dict()) == done.weights_hash
-    assert about["input"] == [1, 8, 8]
+    assert about.input == (1, 8, 8)
 
 
 def test_nothing_depends_on_who_else_is_trained(ledger: Ledger, small_npz: Path, tmp_path: Path) -> None:

@@ -286,7 +286,7 @@ def test_npz_damaged_file_is_told_in_one_line_and_closed(tmp_path, damage):
 
 def test_npz_missing_file(tmp_path):
     assert "no such file" in mistake(npz(tmp_path / "none.npz"))
-    assert "no such file" in mistake(npz(tmp_path))
+    assert "a folder, not a file" in mistake(npz(tmp_path))
 
 
 class Evil:

@@ -210,7 +210,7 @@ def test_hash_sees_names_shapes_and_types(other):
 
 
 def test_missing_file(tmp_path):
-    for path in (tmp_path / "none.safetensors", tmp_path / "none.pt", tmp_path):
+    for path in (tmp_path / "none.safetensors", tmp_path / "none.pt"):
         assert mistake(lambda path=path: load_weights(path)) == f"weights file {path}: no such file"
 
 

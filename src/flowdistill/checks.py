@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import stat
 from collections.abc import Iterable
+from pathlib import Path
 
 MOST_SEEDS = 10_000
 
@@ -27,22 +30,42 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def regular_file(path: Path, what: str) -> Path:
+    """The path, ``~`` expanded, of a file to be read. A folder, a device or a pipe is refused unopened: it may never end.
+
+    Raises:
+        UserError: there is no such file, or it is another kind of thing, or it may not be read; ``what`` names it.
+    """
+    try:
+        found = path.expanduser()
+        mode = found.stat().st_mode
+    except FileNotFoundError:
+        raise UserError(f"{what}: no such file") from None
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user's home, a NUL in the name
+        raise UserError(f"{what}: no such file ({getattr(error, 'strerror', None) or first_line(error)})") from None
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{what}: {'a folder' if stat.S_ISDIR(mode) else 'a device or pipe'}, not a file; name a regular file")
+    if not os.access(found, os.R_OK):
+        raise UserError(f"{what}: you may not read it; change its permissions")
+    return found
+
+
 def parse_seeds(text: str) -> list[int]:
     """``'0-2,5'`` -> ``[0, 1, 2, 5]``; ranges include both ends.
 
     Raises:
-        UserError: not numbers, a range that runs backwards, or a seed given twice.
+        UserError: not numbers, a range that runs backwards, too many, or a seed given twice.
     """
     seeds: list[int] = []
     for part in text.split(","):
-        numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip(), re.ASCII)
+        numbers = re.fullmatch(r"(\d{1,30})(?:-(\d{1,30}))?", part.strip(), re.ASCII)
         if not numbers:
             raise UserError(f"--seeds {text!r}: {part.strip()!r} is no seed; write numbers and ranges such as 0-2,5")
         low, high = int(numbers[1]), int(numbers[2] or numbers[1])
         if high < low:
             raise UserError(f"--seeds {text!r}: the range {part.strip()} runs backwards; write {high}-{low}")
-        if high - low >= MOST_SEEDS:
-            raise UserError(f"--seeds {text!r}: {high - low + 1:,} seeds in one range; at most {MOST_SEEDS:,}")
+        if (count := len(seeds) + high - low + 1) > MOST_SEEDS:
+            raise UserError(f"--seeds {text!r}: {count:,} seeds; one command takes at most {MOST_SEEDS:,}")
         seeds.extend(range(low, high + 1))
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {text!r} names a seed twice; a seed is trained once (use --again to repeat a finished run)")

@@ -11,9 +11,12 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .checks import UserError, did_you_mean
+from .checks import UserError, did_you_mean, regular_file
 
 M = TypeVar("M", bound=BaseModel)
+
+LARGEST_FILE = 1_000_000  # bytes of a config
+MOST_EPOCHS = 1_000_000
 
 
 class Frozen(BaseModel):
@@ -35,7 +38,9 @@ class DataConfig(Frozen):
 class TrainConfig(Frozen):
     """The recipe. Defaults: the reference log's, which are He et al. 2016's up to weight decay on all parameters."""
 
-    epochs: int = Field(200, ge=1, strict=True)  # reference log; He et al. 2016, section 4.2: 64k iterations, about 164 epochs
+    epochs: int = Field(
+        200, ge=1, le=MOST_EPOCHS, strict=True
+    )  # reference log; He et al. 2016, section 4.2: 64k iterations, about 164 epochs
     batch_size: int = Field(128, ge=1, strict=True)  # He et al. 2016, section 4.2
     lr: float = Field(0.1, gt=0, strict=True)  # He et al. 2016, section 4.2
     momentum: float = Field(0.9, ge=0, lt=1, strict=True)  # He et al. 2016, section 4.2
@@ -99,9 +104,11 @@ def one_line(error: ValidationError, model: type[BaseModel], where: str = "") ->
     key = (where + ".".join(path)).rstrip(".")
     if first["type"] == "extra_forbidden":
         return f"unknown key {key!r}: {did_you_mean(path[-1], _fields(model, path[:-1]))}"
-    message = str(first.get("ctx", {}).get("error") or first["msg"])
-    whole = not path or isinstance(first["input"], dict)
-    given = f"{key}={first['input']!r}: " if not whole else f"{key}: " if key else ""
+    value = first["input"]
+    message = str(first.get("ctx", {}).get("error") or first["msg"]).removeprefix(f"{value!r} is ").rstrip(".")
+    if first["type"] in ("dict_type", "model_type"):
+        message = "must be a table of keys"
+    given = f"{key}={value!r}: " if not isinstance(value, dict) and first["type"] != "missing" else f"{key}: " if key else ""
     return f"{given}{message[0].lower()}{message[1:]}"
 
 
@@ -118,38 +125,44 @@ def read_file(path: Path) -> dict[str, Any]:
     """The values of a TOML file, or of the JSON that a run saved (``run.json``, whose ``config`` is taken).
 
     Raises:
-        UserError: the file is missing, or is neither TOML nor JSON.
+        UserError: the file is missing, too large, empty, or neither TOML nor JSON.
     """
+    found = regular_file(path, f"--config {path}")
+    size = found.stat().st_size
+    if size > LARGEST_FILE:
+        raise UserError(f"--config {path}: {size:,} bytes; a config has at most {LARGEST_FILE:,}")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read as text ({_reason(error)})") from None
-    try:
+        text = found.read_text(encoding="utf-8-sig")
         values = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
+    except RecursionError:
+        raise UserError(f"--config {path}: nested too deeply; a config has three levels") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--config {path}: not UTF-8 text; write TOML, or name a run.json") from None
     except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"--config {path}: neither TOML nor JSON ({error})") from None
+        raise UserError(f"--config {path}: neither TOML nor a JSON object ({error})") from None
+    except ValueError:
+        raise UserError(f"--config {path}: a number in it has thousands of digits") from None
     config = values.get("config", values)
-    if not isinstance(config, dict):
-        raise UserError(f"--config {path}: 'config' must be a table of keys, not {type(config).__name__}")
+    if not isinstance(config, dict) or not config:
+        what = "has no keys" if config in ({}, None) else f"'config' is {config!r}"
+        raise UserError(f"--config {path}: {what}; write a table of keys, such as student, data, train")
     return config
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else "not UTF-8"
 
 
 def assign(values: dict[str, Any], assignment: str) -> None:
     """Apply one ``a.b=c`` to nested ``values``. ``c`` is read as TOML (numbers, true, lists), else as a string.
 
     Raises:
-        UserError: no ``=``, an empty key, or a key below a single value.
+        UserError: no ``=``, an empty key, a key below a single value, or a value nested too deeply.
     """
     key, equals, raw = assignment.partition("=")
     if not equals or not all(key.strip().split(".")):
         raise UserError(f"--set {assignment!r}: write key=value, such as train.lr=0.05 or options.fsp.pool=avg")
     try:
         value = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+    except RecursionError:
+        raise UserError(f"--set {key}: the value is nested too deeply; write a number, a word or a short list") from None
+    except ValueError:
         value = raw.strip()
     put(values, key.strip(), value)
 

@@ -30,9 +30,11 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise NotImplementedError
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device {name!r} is not available here; use auto, cpu, cuda or mps") from None
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
+        raise UserError(f"--device {name!r} is not available here; use auto, or what this machine has of cpu, cuda, mps") from None
     return device
 
 

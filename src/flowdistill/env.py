@@ -14,6 +14,11 @@ def version() -> str:
     return metadata.version("flowdistill")
 
 
+def memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def versions() -> dict[str, str]:
     """Python, the platform and the packages that can change a number."""
     found = {"python": platform.python_version(), "platform": platform.platform(), "cores": str(os.cpu_count())}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -184,6 +185,8 @@ class Ledger:
             self._open()
         elif not create:
             raise UserError(f"no ledger in {folder}: train something first (flowdistill demo), or name its folder with --runs")
+        elif obstacle := _obstacle(self.path):
+            raise UserError(f"{self.path} cannot be used as a ledger ({obstacle}); name another folder with --runs")
         else:
             self._db = _connect(":memory:")
             self._migrate()
@@ -192,22 +195,32 @@ class Ledger:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._db = _connect(self.path)
+            self._refuse_foreign()
             _write_ahead(self._db)
             self._migrate()
             self._on_disk = True
         except (sqlite3.DatabaseError, OSError) as error:
             self.close()
-            raise UserError(f"{self.path} cannot be used as a ledger ({error}); name another folder with --runs") from None
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"{self.path} cannot be used as a ledger ({why}); name another folder with --runs") from None
+
+    def _refuse_foreign(self) -> None:
+        """Another program's database is left as it is; version and tables are read in one transaction, since another may make them."""
+        self._db.execute("BEGIN")
+        version, tables = self._version(), self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        self._db.execute("COMMIT")
+        if version > len(MIGRATIONS):
+            raise UserError(f"{self.path} was made by a newer flowdistill (schema {version}); upgrade this one")
+        if version == 0 and tables:
+            raise sqlite3.DatabaseError("it is another program's database")
+        if version:
+            self._db.execute("SELECT no, fingerprint FROM runs LIMIT 0")
 
     def _migrate(self) -> None:
         if self._version() == len(MIGRATIONS):
             return
         with self._write():
             version = self._version()
-            if version == 0 and self._db.execute("SELECT 1 FROM sqlite_master").fetchone():
-                raise sqlite3.DatabaseError("it is somebody else's database")
-            if version > len(MIGRATIONS):
-                raise UserError(f"{self.path} was made by a newer flowdistill (schema {version}); upgrade this one")
             for statements in MIGRATIONS[version:]:
                 for statement in statements:
                     self._db.execute(statement)
@@ -284,11 +297,17 @@ class Ledger:
             if changed != 1:
                 raise KeyError(f"no run {no} to update in {self.path}")
 
+    def _read(self, query: str, values: Mapping[str, Any] | tuple[Any, ...]) -> list[sqlite3.Row]:
+        """The rows of a query; a damaged file is often found out only here."""
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{self.path} cannot be read ({error}); put a copy of it back, or name another folder with --runs") from None
+
     def runs(self, **equal: Any) -> list[Run]:
         """Runs whose columns have these values, by number. One that is recorded as running, by nobody, comes out as ``dead``."""
         where = " AND ".join(f"{column} = :{column}" for column in equal) or "1"
-        rows = self._db.execute(f"SELECT * FROM runs WHERE {where} ORDER BY no", equal)
-        found = [_run(row) for row in rows]
+        found = [_run(row) for row in self._read(f"SELECT * FROM runs WHERE {where} ORDER BY no", equal)]
         return [replace(run, status="dead") if run.status == "running" and not self._alive(run) else run for run in found]
 
     def _alive(self, run: Run) -> bool:
@@ -302,14 +321,14 @@ class Ledger:
         """
         found = self.runs(no=no) if no < 2**63 else []
         if not found:
-            last = self._db.execute("SELECT max(no) FROM runs").fetchone()[0]
+            last = self._read("SELECT max(no) FROM runs", ())[0][0]
             what = f"the last is {last}" if last else "it has no runs yet"
             raise UserError(f"no run {no} in {self.path}: {what}; flowdistill runs lists them")
         return found[0]
 
     def epochs(self, no: int) -> list[Epoch]:
         """A run's curve."""
-        rows = self._db.execute("SELECT * FROM epochs WHERE run = ? ORDER BY epoch", (no,))
+        rows = self._read("SELECT * FROM epochs WHERE run = ? ORDER BY epoch", (no,))
         return [
             Epoch(**{**{k: row[k] for k in row.keys() if k != "run"}, "terms": json.loads(row["terms"])})  # noqa: SIM118
             for row in rows
@@ -325,6 +344,19 @@ def newest(runs: Iterable[Run]) -> list[Run]:
     """Of runs that repeat one fingerprint and seed, only the last."""
     by_key = {(run.fingerprint, run.seed): run for run in sorted(runs, key=lambda run: run.no)}
     return sorted(by_key.values(), key=lambda run: run.no)
+
+
+def _obstacle(path: Path) -> str | None:
+    """Why a file could not be made, known before anything is trained; None where nothing is in the way."""
+    try:
+        nearest = next(there for there in (path, *path.parents) if there.exists())
+    except OSError as error:  # a name too long
+        return error.strerror
+    if nearest == path:
+        return None if path.is_file() else "it is not a file"  # another process may just have made it
+    if not nearest.is_dir():
+        return f"{nearest} is a file"
+    return None if os.access(nearest, os.W_OK | os.X_OK) else f"you may not write in {nearest}"
 
 
 def _connect(path: Path | str) -> sqlite3.Connection:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import math
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..checks import UserError, did_you_mean, first_line
+from ..checks import UserError, did_you_mean, first_line, regular_file
 from ..config import DataConfig
+from ..env import memory
 from ..registry import Registry
 from ..taps import DataSpec
 
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
+LARGEST_HEADER = 1 << 14  # bytes; numpy itself refuses one over 10,000
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def load(config: DataConfig) -> ImageData:
         UserError: unknown name, file missing or not valid, no network; in one line.
     """
     if config.name.startswith("npz:"):
-        data = read_npz(Path(config.name.removeprefix("npz:")).expanduser())
+        data = read_npz(Path(config.name.removeprefix("npz:")))
     elif config.name in SOURCES:
         data = SOURCES[config.name].read(config.root.expanduser())
     else:
@@ -162,21 +167,17 @@ def read_npz(path: Path) -> ImageData:
     """A ``.npz`` with ``x_train, y_train, x_test, y_test``: images uint8 NHWC or NHW, integer labels from 0.
 
     Raises:
-        UserError: the file is missing or no npz, a key is missing, a dtype, shape, length or label is wrong, or a class has
-            no training image.
+        UserError: the file is missing or no npz, a key is missing, the arrays are too large, a dtype, shape, length or label is
+            wrong, or a class has no training image.
     """
-    if not path.is_file():
-        raise UserError(f"npz:{path}: no such file")
+    found = regular_file(path, f"npz:{path}")
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            names, arrays = sorted(archive), {key: archive[key] for key in NPZ_KEYS if key in archive}
-        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
-            raise TypeError("a member that is no array")
+        with zipfile.ZipFile(found) as archive:
+            arrays = _arrays(path, archive)
+    except UserError:
+        raise
     except Exception:  # numpy and zipfile raise anything on junk, and numpy's words advise to load pickles
         raise UserError(f"npz:{path}: not a readable npz file of plain arrays (damaged, no zip, or with pickled objects in it)") from None
-    missing = [key for key in NPZ_KEYS if key not in arrays]
-    if missing:
-        raise UserError(f"npz:{path}: key {missing[0]!r} is missing; it has {names}, needs {list(NPZ_KEYS)}")
     images = {key: _checked_images(path, key, arrays[key]) for key in ("x_train", "x_test")}
     if images["x_train"].shape[1:] != images["x_test"].shape[1:]:
         raise UserError(f"npz:{path}: x_train is {images['x_train'].shape[1:]} an image, x_test {images['x_test'].shape[1:]}")
@@ -191,6 +192,34 @@ def read_npz(path: Path) -> ImageData:
     if last >= classes:
         raise UserError(f"npz:{path}: y_test has label {last}, but y_train ends at {classes - 1}")
     return ImageData(path.stem, images["x_train"], labels["y_train"], images["x_test"], labels["y_test"], classes)
+
+
+def _arrays(path: Path, archive: zipfile.ZipFile) -> dict[str, npt.NDArray[Any]]:
+    """The four arrays. Nothing is inflated before the zip's directory and the arrays' own headers agree on a size that fits."""
+    members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+    missing = [key for key in NPZ_KEYS if key not in members]
+    if missing:
+        raise UserError(f"npz:{path}: key {missing[0]!r} is missing; it has {sorted(members)}, needs {list(NPZ_KEYS)}")
+    size, limit = sum(members[key].file_size for key in NPZ_KEYS), memory() // 2  # the images are held twice: as they are, and padded
+    if size > limit:
+        raise UserError(f"npz:{path}: its arrays take {size:,} bytes, over half of this machine's memory ({limit:,}); give fewer images")
+    arrays = {}
+    for key in NPZ_KEYS:
+        with archive.open(members[key]) as member:
+            if _claimed_size(member) != members[key].file_size:
+                raise ValueError("the zip's directory and the array's header disagree")
+        with archive.open(members[key]) as member:
+            arrays[key] = np.lib.format.read_array(member, allow_pickle=False)
+    return arrays
+
+
+def _claimed_size(member: IO[bytes]) -> int:
+    """Bytes of an ``.npy`` file by its own header, of which no more is read than a sound one has."""
+    head = io.BytesIO(member.read(LARGEST_HEADER))
+    major, _ = np.lib.format.read_magic(head)
+    read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(head)
+    return head.tell() + math.prod(shape) * dtype.itemsize
 
 
 def _checked_images(path: Path, key: str, array: npt.NDArray[Any]) -> Images:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from ..config import MOST_EPOCHS
 from ..taps import Batch, NetSpec, Outputs, TapSpec
 from .base import Method, MethodOptions, Needs, Paper, Phase, full, paired_stages, register, same_shape
 
@@ -116,7 +117,7 @@ class FSPOptions(MethodOptions):
     reduction: Reduction = "mean"
     schedule: Literal["joint", "two-stage"] = "joint"
     adapter: Literal["none", "conv1x1"] = "none"
-    stage_epochs: int = Field(54, ge=1, strict=True)  # 21k iterations at batch 128 (paper, section 4.1); 50 under kd-zoo
+    stage_epochs: int = Field(54, ge=1, le=MOST_EPOCHS, strict=True)  # 21k iterations at batch 128 (paper, section 4.1); 50 under kd-zoo
     stage_lr: float = Field(1e-2, gt=0, strict=True)  # 1e-3 under sum (paper, section 4.1); KD-Zoo's 1e-2 under mean
 
     @model_validator(mode="before")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .. import models
 from ..checks import UserError
@@ -17,8 +18,33 @@ from ..ledger import Ledger
 from ..models import Network
 from ..taps import DataSpec
 from ..training.evaluate import evaluate as measure
-from ..training.weights import fill, load_weights
-from .networks import STUDENT_FILE
+from ..training.weights import fill, load_weights, refuse_misfit
+from .networks import STUDENT_FILE, run_number
+
+Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
+
+
+class About(BaseModel):
+    """What a student's file must say of it to be measured again; ``record._about`` writes it, with more."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    model: str
+    classes: Count
+    input: tuple[Count, Count, Count]  # channels, height, width
+    mean: tuple[float, ...]
+    std: tuple[Annotated[float, Field(gt=0)], ...]
+    data: DataConfig
+    data_hash: str
+    precision: Literal["bf16", "fp32"]
+    correct: int = Field(ge=0, strict=True)
+    images: Count
+
+    @model_validator(mode="after")
+    def _a_value_a_channel(self) -> About:
+        if not len(self.mean) == len(self.std) == self.input[0]:
+            raise ValueError(f"mean and std must have {self.input[0]} values, one a channel")
+        return self
 
 
 class Measured(NamedTuple):
@@ -33,29 +59,35 @@ class Measured(NamedTuple):
     data: str
 
 
-def weights_path(target: str, ledger: Ledger | None) -> Path:
-    """The weights file of a run's number, or the file itself."""
-    if not target.isdecimal():
-        return Path(target).expanduser()
-    if ledger is None:
-        raise UserError(f"run {target} needs a ledger; name its folder with --runs")
-    return ledger.run_folder(ledger.run(int(target)).no) / STUDENT_FILE
+def weights_path(target: str, runs: Path) -> Path:
+    """The weights file of a run's number, below the ledger's folder, or the file itself."""
+    number = run_number(target)
+    if number is None:
+        return Path(target)
+    ledger = Ledger(runs)
+    return ledger.run_folder(ledger.run(number).no) / STUDENT_FILE
 
 
-def load_network(path: Path) -> tuple[Network, dict[str, Any]]:
-    """A student from its file alone, in eval mode, with the metadata that it carries.
+def load_network(path: Path) -> tuple[Network, About]:
+    """A student from its file alone, in eval mode, with what the file says of it.
 
     Raises:
         UserError: not a file that this package wrote, or damaged.
     """
-    weights, about = load_weights(path)
-    if not {"model", "input", "classes", "mean", "std", "data", "data_hash", "precision"} <= about.keys():
+    weights, told = load_weights(path)
+    if not About.model_fields.keys() <= told.keys():
         raise UserError(f"weights file {path} does not say its model and data; evaluate a run's student.safetensors or a run's number")
-    channels, height, width = about["input"]
-    spec = DataSpec("", 0, about["classes"], channels, height, width)
-    net = models.build(about["model"], spec)
+    try:
+        about = parse_as(About, told)
+        models.canonical(about.model)
+    except UserError as error:
+        raise UserError(f"weights file {path}: {error}") from None
+    spec = DataSpec("", 0, about.classes, *about.input)
+    with torch.device("meta"):  # a file that claims a trillion classes is refused before they have a place in memory
+        refuse_misfit(models.build(about.model, spec), weights, str(path))
+    net = models.build(about.model, spec)
     fill(net, weights, str(path))
-    net.about = about
+    net.about = told
     return net.eval(), about
 
 
@@ -66,25 +98,25 @@ def evaluate(path: Path, device: torch.device, *, dataset: str | None = None, pr
         UserError: the file or the data can't be read, or the data has other sizes or classes.
     """
     net, about = load_network(path)
-    data = load(parse_as(DataConfig, about["data"] | ({"name": dataset} if dataset else {})))
+    data = load(about.data.model_copy(update={"name": dataset or about.data.name}))
     shape = (data.spec.channels, data.spec.height, data.spec.width)
-    if (*shape, data.classes) != (*about["input"], about["classes"]):
+    if (*shape, data.classes) != (*about.input, about.classes):
         raise UserError(
-            f"{path} was trained on {'x'.join(map(str, about['input']))} images of {about['classes']} classes; {data.name} has "
+            f"{path} was trained on {'x'.join(map(str, about.input))} images of {about.classes} classes; {data.name} has "
             f"{'x'.join(map(str, shape))} of {data.classes}; choose a data set of that shape"
         )
     net = net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     test = Labelled(torch.from_numpy(data.x_test).to(device), torch.from_numpy(data.y_test).to(device))
-    normalise = Normalisation(tuple(about["mean"]), tuple(about["std"])).on(device)
-    correct = int(measure(net, test, normalise, resolve_precision(precision or about["precision"], device)).correct)
+    normalise = Normalisation(about.mean, about.std).on(device)
+    correct = int(measure(net, test, normalise, resolve_precision(precision or about.precision, device)).correct)
     images = len(test.labels)
-    same = data.hash() == about["data_hash"]
+    same = data.hash() == about.data_hash
     return Measured(
-        model=about["model"],
+        model=about.model,
         dataset=data.name,
         images=images,
         correct=correct,
         accuracy=100 * correct / images,
-        recorded=100 * about["correct"] / about["images"] if same else None,
+        recorded=100 * about.correct / about.images if same else None,
         data="as trained" if same else "other than trained on",
     )

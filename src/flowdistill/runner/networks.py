@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,14 +55,19 @@ class NetworkRef:
         return net
 
 
+def run_number(reference: str) -> int | None:
+    """A run's number, if that is what a reference is."""
+    return int(reference) if re.fullmatch(r"\d{1,30}", reference, re.ASCII) else None
+
+
 def resolve(reference: str, ledger: Ledger) -> NetworkRef:
     """What a reference means.
 
     Raises:
         UserError: no such model, run or file, an unfinished run, or a file that does not say its model.
     """
-    if reference.isdecimal():
-        run = ledger.run(int(reference))
+    if (number := run_number(reference)) is not None:
+        run = ledger.run(number)
         return _of_run(run, ledger, f"{run.fingerprint}/{run.seed}")
     model, at, path = reference.partition("@")
     if at:
@@ -72,9 +78,9 @@ def resolve(reference: str, ledger: Ledger) -> NetworkRef:
 
 
 def _from_file(path: Path, model: str | None) -> NetworkRef:
-    weights, about = load_weights(path.expanduser())
+    weights, about = load_weights(path)
     named = model or about.get("model")
-    if not named:
+    if not isinstance(named, str) or not named:
         raise UserError(f"weights file {path} does not say its model; write MODEL@{path} with one of: {', '.join(models.MODELS)}")
     return NetworkRef(
         model=models.canonical(named),
@@ -161,7 +167,7 @@ def recorded_teacher(run: Run, ledger: Ledger) -> NetworkRef | None:
 
 
 def _by_name(reference: str) -> bool:
-    return not (reference.isdecimal() or "@" in reference or "/" in reference or "." in reference)
+    return not (run_number(reference) is not None or "@" in reference or "/" in reference or "." in reference)
 
 
 def _named_teacher(reference: str, wanted: Wanted, ledger: Ledger) -> NetworkRef:

@@ -83,6 +83,11 @@ def plan(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device, *, 
     Raises:
         UserError: the first config that can't be run.
     """
+    configs = list(configs)
+    for config in configs:  # what is cheap to refuse comes before the data, which may have to be downloaded
+        methods.settle(config.method, config.options, config.weights)
+    for student in {config.student for config in configs}:
+        resolve(student, ledger)
     load_once = _Loader()
     return [_planned(config, *load_once(config.data), ledger, device, stand_in) for config in configs]
 

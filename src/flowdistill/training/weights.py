@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..checks import UserError
+from ..checks import UserError, regular_file
 from ..models import Network
 
 Weights = Mapping[str, Tensor]
@@ -61,31 +63,47 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UserError: missing, damaged, or a pickle with anything but tensors in it (it is not executed).
     """
-    if not path.is_file():
-        raise UserError(f"weights file {path}: no such file")
+    path = regular_file(path, f"weights file {path}")
     try:
         if path.suffix in (".pt", ".pth"):
-            return _only_tensors(torch.load(path, map_location="cpu", weights_only=True)), {}
+            _refuse_inflating(path)
+            with warnings.catch_warnings(action="ignore"):  # they tell of what is refused below
+                return _only_tensors(torch.load(path, map_location="cpu", weights_only=True)), {}
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("flowdistill", "{}"))
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
             return weights, about if isinstance(about, dict) else {}
-    except SafetensorError as error:
-        raise UserError(f"weights file {path}: not a valid safetensors file ({error})") from None
+    except SafetensorError:
+        raise UserError(f"weights file {path}: not a valid safetensors file (damaged, truncated, or something else)") from None
     except Exception:  # torch.load raises anything on junk, and its words advise to load pickles
         cause = "damaged, or with something else in it, which is never executed"
         raise UserError(f"weights file {path}: cannot be read as a dictionary of named tensors ({cause})") from None
 
 
+def _refuse_inflating(path: Path) -> None:
+    """PyTorch never compresses: a zip whose members are larger than itself is a bomb."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(info.file_size for info in archive.infolist()) > path.stat().st_size:
+                raise ValueError("members larger than the file")
+
+
 def _only_tensors(loaded: Any) -> dict[str, Tensor]:
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
+    if not isinstance(state, dict) or not all(isinstance(name, str) and _plain(value) for name, value in state.items()):
         raise TypeError("something else than named tensors")
     return state
 
 
-def fill(net: Network, weights: Weights, origin: str) -> None:
-    """Put weights into a network.
+def _plain(value: Any) -> bool:
+    """A dense tensor of real numbers with a place in memory for each: a repeated (stride 0) one would grow when it is copied."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu" or value.is_complex():
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
+def refuse_misfit(net: Network, weights: Weights, origin: str) -> None:
+    """Compare names and shapes of weights with a network's.
 
     Raises:
         UserError: names or shapes do not fit; the first of them.
@@ -101,6 +119,15 @@ def fill(net: Network, weights: Weights, origin: str) -> None:
                 f"{origin} does not fit {net.spec.name} with {net.spec.classes} classes: {name} is {tuple(weights[name].shape)}, "
                 f"needs {tuple(value.shape)}; use weights trained on the same data"
             )
+
+
+def fill(net: Network, weights: Weights, origin: str) -> None:
+    """Put weights into a network.
+
+    Raises:
+        UserError: names or shapes do not fit; the first of them.
+    """
+    refuse_misfit(net, weights, origin)
     net.load_state_dict(dict(weights))
 
 

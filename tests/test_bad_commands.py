@@ -1,0 +1,349 @@
+"""Wrong commands: one line that says what was given, what is allowed and what to do; exit 2; nothing recorded."""
+
+from __future__ import annotations
+
+import gc
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+from command import assert_refused, command
+
+from flowdistill.cli import app
+
+LACKING = "mps" if torch.cuda.is_available() else "cuda"  # a device that this machine has not
+WRONG = [
+    # no such word
+    ("trian", "No such command 'trian'. Did you mean 'train'? (flowdistill --help)"),
+    ("--version=3", "Option '--version' does not take a value (flowdistill --help)"),
+    ("--verbose", "No such option: --verbose (Possible options: --version) (flowdistill --help)"),
+    ("train everything", "Got unexpected extra argument(s) (everything) (flowdistill --help)"),
+    ("train --speed 9", "No such option: --speed (Possible options: --seeds, --set) (flowdistill --help)"),
+    ("train --epoch 3", "No such option: --epoch (Possible options: --epochs) (flowdistill --help)"),
+    # train: each option; the mistake stands last
+    ("train --dataset digits --model resnt20", "unknown model 'resnt20': did you mean 'resnet20'?"),
+    (
+        "train --dataset digits --model alexnet",
+        "unknown model 'alexnet': choose from: resnet8, resnet14, resnet20, resnet26, resnet32, resnet44, resnet56, resnet110",
+    ),
+    ("train --dataset digits --model 1", "no run 1 in runs/ledger.db: it has no runs yet; flowdistill runs lists them"),
+    ("train --model", "Option '--model' requires an argument (flowdistill --help)"),
+    ("train --dataset digts", "unknown data set 'digts': did you mean 'digits'?"),
+    ("train --dataset=", "--dataset is followed by nothing; give a value, or leave it out"),
+    ("train --dataset npz:none.npz", "npz:none.npz: no such file"),
+    (
+        "train --dataset npz:~nobody-of-that-name/x.npz",
+        "npz:~nobody-of-that-name/x.npz: no such file (Could not determine home directory.)",
+    ),
+    ("train --dataset digits --seeds 2-0", "--seeds '2-0': the range 2-0 runs backwards; write 0-2"),
+    ("train --dataset digits --seeds a", "--seeds 'a': 'a' is no seed; write numbers and ranges such as 0-2,5"),
+    ("train --dataset digits --seeds -1", "--seeds '-1': '-1' is no seed; write numbers and ranges such as 0-2,5"),
+    ("train --dataset digits --seeds ''", "--seeds is followed by nothing; give a value, or leave it out"),
+    ("train --dataset digits --seeds \u0661", "--seeds '\u0661': '\u0661' is no seed; write numbers and ranges such as 0-2,5"),
+    (
+        "train --dataset digits --seeds 1,0-2",
+        "--seeds '1,0-2' names a seed twice; a seed is trained once (use --again to repeat a finished run)",
+    ),
+    ("train --dataset digits --seeds 0-99999999999", "--seeds '0-99999999999': 100,000,000,000 seeds; one command takes at most 10,000"),
+    ("train --dataset digits --seeds 0-9999,10000", "--seeds '0-9999,10000': 10,001 seeds; one command takes at most 10,000"),
+    ("train --dataset digits --seeds 99999999999999999999", "seed=99999999999999999999: input should be less than 9223372036854775808"),
+    ("train --dataset digits --epochs 0", "train.epochs=0: input should be greater than or equal to 1"),
+    ("train --dataset digits --epochs -3", "train.epochs=-3: input should be greater than or equal to 1"),
+    ("train --dataset digits --epochs 1.5", "--epochs='1.5': input should be a valid integer, unable to parse string as an integer"),
+    ("train --dataset digits --epochs many", "--epochs='many': input should be a valid integer, unable to parse string as an integer"),
+    (
+        "train --dataset digits --epochs 99999999999999999999",
+        "train.epochs=99999999999999999999: input should be less than or equal to 1000000",
+    ),
+    ("train --dataset digits --lr 0", "train.lr=0.0: input should be greater than 0"),
+    ("train --dataset digits --lr -0.1", "train.lr=-0.1: input should be greater than 0"),
+    ("train --dataset digits --lr nan", "train.lr=nan: input should be a finite number"),
+    ("train --dataset digits --lr 1e400", "train.lr=inf: input should be a finite number"),
+    ("train --dataset digits --lr fast", "--lr='fast': input should be a valid number, unable to parse string as a number"),
+    ("train --dataset digits --batch-size 0", "train.batch_size=0: input should be greater than or equal to 1"),
+    ("train --dataset digits --batch-size 899", "train.batch_size=899 is more than the 898 training images; set --batch-size lower"),
+    (
+        "train --dataset digits --batch-size 99999999999999999999",
+        "train.batch_size=99999999999999999999 is more than the 898 training images; set --batch-size lower",
+    ),
+    (
+        "train --dataset digits --batch-size half",
+        "--batch-size='half': input should be a valid integer, unable to parse string as an integer",
+    ),
+    ("train --dataset digits --precision fp16", "--precision='fp16': not one of 'auto', 'bf16', 'fp32'"),
+    ("train --dataset digits --device gpu", "--device 'gpu' is not available here; use auto, or what this machine has of cpu, cuda, mps"),
+    (
+        "train --dataset digits --device cuda:99",
+        "--device 'cuda:99' is not available here; use auto, or what this machine has of cpu, cuda, mps",
+    ),
+    (
+        f"train --dataset digits --device {LACKING}",
+        f"--device '{LACKING}' is not available here; use auto, or what this machine has of cpu, cuda, mps",
+    ),
+    ("train --dataset digits --device meta", "--device 'meta' is not available here; use auto, or what this machine has of cpu, cuda, mps"),
+    ("train --dataset digits --deterministic=yes", "Option '--deterministic' does not take a value (flowdistill --help)"),
+    (
+        "train --dataset npz:few.npz --set data.pad=0 --batch-size 8 --holdout",
+        "--holdout: a tenth of each class of few is no image; give it at least 5 images a class",
+    ),
+    ("train --dataset digits --holdout=0.1", "Option '--holdout' does not take a value (flowdistill --help)"),
+    ("train --dataset digits --again=3", "Option '--again' does not take a value (flowdistill --help)"),
+    ("train --dataset digits --dry-run=no", "Option '--dry-run' does not take a value (flowdistill --help)"),
+    ("train --dataset digits --config none.toml", "--config none.toml: no such file"),
+    (
+        "train --dataset digits --runs junk.txt",
+        "junk.txt/ledger.db cannot be used as a ledger (junk.txt is a file); name another folder with --runs",
+    ),
+    (
+        "train --dataset digits --runs junk.txt/below/it",
+        "junk.txt/below/it/ledger.db cannot be used as a ledger (junk.txt is a file); name another folder with --runs",
+    ),
+    ("train --dataset digits --runs ''", "--runs is followed by nothing; give a value, or leave it out"),
+    # train --set: any key
+    (
+        "train --dataset digits --set train.momentum",
+        "--set 'train.momentum': write key=value, such as train.lr=0.05 or options.fsp.pool=avg",
+    ),
+    ("train --dataset digits --set =3", "--set '=3': write key=value, such as train.lr=0.05 or options.fsp.pool=avg"),
+    ("train --dataset digits --set train.momentun=0.9", "unknown key 'train.momentun': did you mean 'momentum'?"),
+    ("train --dataset digits --set train.lr=true", "train.lr=True: input should be a valid number"),
+    ("train --dataset digits --set train.lr=[0.1]", "train.lr=[0.1]: input should be a valid number"),
+    ("train --dataset digits --set train.momentum=1", "train.momentum=1: input should be less than 1"),
+    (
+        "train --dataset digits --set train.nesterov=true --set train.momentum=0",
+        "train: nesterov=true needs a momentum above 0; set train.momentum or leave nesterov out",
+    ),
+    ("train --dataset digits --set train.epochs.x=3", "train.epochs: input should be a valid integer"),
+    (
+        "train --dataset digits --epochs 3 --set train=3",
+        "train.epochs=3: 'train' is a single value here and has no keys below it; write a table of keys",
+    ),
+    (
+        "train --dataset digits --set train.epochs=3 --set train.epochs.x=3",
+        "train.epochs.x=3: 'epochs' is a single value here and has no keys below it; write a table of keys",
+    ),
+    ("train --dataset digits --set data.pad=16", "data.pad=16: reflection needs less than the image's 16 pixels; set data.pad lower"),
+    ("train --dataset digits --set data.pad=-1", "data.pad=-1: input should be greater than or equal to 0"),
+    ("train --dataset digits --set seed=-1", "seed=-1: input should be greater than or equal to 0"),
+    ("train --dataset digits --set split=test", "split='test': input should be 'full' or 'holdout'"),
+    (
+        "train --dataset digits --set teacher=4",
+        "teacher=4: training on the labels alone has none; use flowdistill distill, or leave it out",
+    ),
+    ("train --dataset digits --set options.fsp.pool=avg", "options.fsp: method 'base' has no such part; choose from: base"),
+    ("train --dataset digits --set weights.kd=1", "weights.kd: method 'base' has no such term; choose from: task"),
+    ("train --dataset digits --set weights.task=-1", "weights.task=-1.0: a weight is 0 or more"),
+    (
+        "train --dataset digits --set weights.task=0",
+        "method 'base': every weight of its phase 'joint' is 0, so nothing would be trained; raise one",
+    ),
+    # distill: each option
+    ("distill --dataset digits --teacher resnet20 --method fps", "unknown method 'fps': did you mean 'fsp'?"),
+    ("distill --dataset digits --teacher resnet20 --method ''", "--method is followed by nothing; give a value, or leave it out"),
+    ("distill --dataset digits --teacher resnet20 --method fsp,", "unknown method '': choose from: at, fsp, kd, logits, base"),
+    ("distill --dataset digits --teacher resnet20 --method fsp,fsp", "--method fsp,fsp names a method twice; each is trained once a seed"),
+    ("distill --dataset digits --teacher resnet20 --method kd+kd", "method 'kd+kd' names a part twice; give each once"),
+    (
+        "distill --dataset digits --teacher resnet20 --method base+kd",
+        "method 'base+kd': 'base' is training on labels alone, which every method includes; leave it out",
+    ),
+    ("distill --dataset digits --method fsp", "method 'fsp' needs a teacher: --teacher MODEL, RUN or FILE"),
+    ("distill --dataset digits --teacher resnet20 --student resnt8", "unknown model 'resnt8': did you mean 'resnet8'?"),
+    (
+        "distill --dataset digits --teacher resnet20 --student 7",
+        "no run 7 in runs/ledger.db: it has no runs yet; flowdistill runs lists them",
+    ),
+    (
+        "distill --dataset digits --student resnet8 --teacher resnet20",
+        "no resnet20 was trained on digits (full split) yet; train one: flowdistill train --model resnet20 --dataset digits --seeds 100",
+    ),
+    ("distill --dataset digits --teacher resnt20", "unknown model 'resnt20': did you mean 'resnet20'?"),
+    ("distill --dataset digits --teacher 7", "no run 7 in runs/ledger.db: it has no runs yet; flowdistill runs lists them"),
+    (
+        "distill --dataset digits --teacher 999999999999999999999999999999",
+        "no run 999999999999999999999999999999 in runs/ledger.db: it has no runs yet; flowdistill runs lists them",
+    ),
+    ("distill --dataset digits --teacher none.safetensors", "weights file none.safetensors: no such file"),
+    ("distill --dataset digits --teacher resnet20@", "weights file .: a folder, not a file; name a regular file"),
+    (
+        "distill --runs taught --dataset npz:small.npz --teacher 2",
+        "run 2 is failed, not finished; choose a finished one (flowdistill runs)",
+    ),
+    (
+        "distill --runs taught --dataset npz:small.npz --student resnet14 --seeds 5 --teacher 1",
+        "teacher 1 began from the initial weights of the student of seed 5, which flatters it; use another --seeds or another teacher",
+    ),
+    (
+        "distill --runs taught --dataset npz:small.npz --teacher 1 --holdout",
+        "run 1 was trained on all of train, the held-out images among them; a holdout run takes networks of holdout "
+        "runs (train one with --holdout)",
+    ),
+    (
+        "distill --runs taught --dataset npz:small.npz --teacher resnet14 --holdout",
+        "no resnet14 was trained on npz:small.npz (holdout split) yet; train one: flowdistill train --model resnet14 "
+        "--dataset npz:small.npz --seeds 100 --holdout --runs taught",
+    ),
+    ("distill --teacher resnet20 --dataset cifar", "unknown data set 'cifar': did you mean 'cifar10'?"),
+    ("distill --teacher resnet20 --dataset digits --seeds 1-", "--seeds '1-': '1-' is no seed; write numbers and ranges such as 0-2,5"),
+    ("distill --teacher resnet20 --dataset digits --epochs 0", "train.epochs=0: input should be greater than or equal to 1"),
+    ("distill --teacher resnet20 --dataset digits --lr inf", "train.lr=inf: input should be a finite number"),
+    ("distill --teacher resnet20 --dataset digits --batch-size -1", "train.batch_size=-1: input should be greater than or equal to 1"),
+    ("distill --teacher resnet20 --dataset digits --precision bf8", "--precision='bf8': not one of 'auto', 'bf16', 'fp32'"),
+    (
+        "distill --teacher resnet20 --dataset digits --device tpu",
+        "--device 'tpu' is not available here; use auto, or what this machine has of cpu, cuda, mps",
+    ),
+    (
+        "distill --teacher resnet20 --dataset digits --deterministic=1",
+        "Option '--deterministic' does not take a value (flowdistill --help)",
+    ),
+    ("distill --teacher resnet20 --dataset digits --again=all", "Option '--again' does not take a value (flowdistill --help)"),
+    ("distill --teacher resnet20 --dataset digits --dry-run=1", "Option '--dry-run' does not take a value (flowdistill --help)"),
+    (
+        "distill --teacher resnet20 --dataset digits --config junk.txt",
+        "--config junk.txt: neither TOML nor a JSON object (Expected '=' after a key in a key/value pair (at end of document))",
+    ),
+    ("distill --teacher resnet20 --dataset digits --runs", "Option '--runs' requires an argument (flowdistill --help)"),
+    # distill --set: what only a method has
+    (
+        "distill --teacher resnet20 --dataset digits --method fsp --set options.fsp.pool=min",
+        "options.fsp.pool='min': input should be 'max' or 'avg'",
+    ),
+    (
+        "distill --teacher resnet20 --dataset digits --method fsp --set options.fsp.pol=avg",
+        "unknown key 'options.fsp.pol': did you mean 'pool'?",
+    ),
+    (
+        "distill --teacher resnet20 --dataset digits --method fsp --set options.fsp.stage_epochs=3",
+        "options.fsp: stage_epochs belongs to schedule=two-stage; set that too, or leave it out",
+    ),
+    ("distill --teacher resnet20 --dataset digits --method kd --set options.kd.T=0", "options.kd.T=0: input should be greater than 0"),
+    (
+        "distill --teacher resnet20 --dataset digits --method at+fsp --set options.kd.T=2",
+        "options.kd: method 'at+fsp' has no such part; choose from: at, fsp",
+    ),
+    (
+        "distill --teacher resnet20 --dataset digits --method base,fsp --set options.fps.pool=avg",
+        "options.fps: none of base, fsp has it; did you mean 'fsp'?",
+    ),
+    ("distill --teacher resnet20 --dataset digits --method base,fsp --set options=3", "options=3: must be a table of keys"),
+    (
+        "distill --teacher resnet20 --dataset digits --method fsp --set weights.at=1",
+        "weights.at: method 'fsp' has no such term; choose from: task, fsp",
+    ),
+    # listings
+    ("demo --runs junk.txt", "junk.txt/ledger.db cannot be used as a ledger (junk.txt is a file); name another folder with --runs"),
+    ("demo --format html", "--format='html': not one of 'table', 'md', 'csv', 'json'"),
+    ("demo fast", "Got unexpected extra argument(s) (fast) (flowdistill --help)"),
+    ("table", "no ledger in runs: train something first (flowdistill demo), or name its folder with --runs"),
+    ("table --runs none", "no ledger in none: train something first (flowdistill demo), or name its folder with --runs"),
+    ("table --summary=yes", "Option '--summary' does not take a value (flowdistill --help)"),
+    ("table --protocol median", "--protocol='median': not one of 'last', 'best', 'holdout'"),
+    ("table --format xls", "--format='xls': not one of 'table', 'md', 'csv', 'json'"),
+    ("table --runs taught --method fps", "unknown method 'fps': did you mean 'fsp'?"),
+    ("table --runs taught --dataset smal", "--dataset 'smal': no run here has it; did you mean 'small'?"),
+    ("table --runs taught --student resnet9", "unknown model 'resnet9': did you mean 'resnet8'?"),
+    (
+        "table --runs taught --teacher nobody",
+        "unknown model 'nobody': choose from: resnet8, resnet14, resnet20, resnet26, resnet32, resnet44, resnet56, resnet110",
+    ),
+    ("runs --format TABLE", "--format='TABLE': not one of 'table', 'md', 'csv', 'json'"),
+    ("runs --runs junk.txt", "no ledger in junk.txt: train something first (flowdistill demo), or name its folder with --runs"),
+    ("methods fspp", "unknown method 'fspp': did you mean 'fsp'?"),
+    ("methods fsp+kd", "unknown method 'fsp+kd': did you mean 'fsp'?"),
+    ("methods --format pdf", "--format='pdf': not one of 'table', 'md', 'csv', 'json'"),
+    ("models resnet20", "Got unexpected extra argument(s) (resnet20) (flowdistill --help)"),
+    ("models --format pdf", "--format='pdf': not one of 'table', 'md', 'csv', 'json'"),
+    ("datasets --format pdf", "--format='pdf': not one of 'table', 'md', 'csv', 'json'"),
+    # one run
+    ("show", "Missing argument 'run' (flowdistill --help)"),
+    ("show one", "run='one': input should be a valid integer, unable to parse string as an integer"),
+    ("show 1.5", "run='1.5': input should be a valid integer, unable to parse string as an integer"),
+    ("show -1", "No such option: -1 (flowdistill --help)"),
+    ("show --runs taught 0", "no run 0 in taught/ledger.db: the last is 2; flowdistill runs lists them"),
+    ("show --runs taught 7", "no run 7 in taught/ledger.db: the last is 2; flowdistill runs lists them"),
+    (
+        "show --runs taught 99999999999999999999",
+        "no run 99999999999999999999 in taught/ledger.db: the last is 2; flowdistill runs lists them",
+    ),
+    ("show 1 2", "Got unexpected extra argument(s) (2) (flowdistill --help)"),
+    ("show 1 --format yaml", "--format='yaml': not one of 'table', 'md', 'csv', 'json'"),
+    ("show 1 --runs none", "no ledger in none: train something first (flowdistill demo), or name its folder with --runs"),
+    ("resume one", "run='one': input should be a valid integer, unable to parse string as an integer"),
+    ("resume 1 2", "Got unexpected extra argument(s) (2) (flowdistill --help)"),
+    ("resume --runs taught 7", "no run 7 in taught/ledger.db: the last is 2; flowdistill runs lists them"),
+    ("resume --runs taught 1", "run 1 is finished; only what was cut off can be resumed, to repeat it use --again"),
+    (
+        "resume --runs taught 2 --device cuda:99",
+        "--device 'cuda:99' is not available here; use auto, or what this machine has of cpu, cuda, mps",
+    ),
+    ("resume --runs none", "no ledger in none: train something first (flowdistill demo), or name its folder with --runs"),
+    ("evaluate", "Missing argument 'RUN|FILE' (flowdistill --help)"),
+    ("evaluate ''", "evaluate is followed by nothing; give a value, or leave it out"),
+    ("evaluate none.safetensors", "weights file none.safetensors: no such file"),
+    ("evaluate 7", "no ledger in runs: train something first (flowdistill demo), or name its folder with --runs"),
+    ("evaluate --runs taught 7", "no run 7 in taught/ledger.db: the last is 2; flowdistill runs lists them"),
+    ("evaluate --runs taught 2", "weights file taught/2/student.safetensors: no such file"),
+    (
+        "evaluate --runs taught 1 --dataset digits",
+        "taught/1/student.safetensors was trained on 1x8x8 images of 10 classes; digits has 1x16x16 of 10; choose a data set of that shape",
+    ),
+    (
+        "evaluate --runs taught 1 --dataset mnist",
+        "unknown data set 'mnist': choose from: digits, cifar10, cifar100, fashion_mnist, npz:PATH",
+    ),
+    ("evaluate --runs taught 1 --precision fp64", "--precision='fp64': not one of 'auto', 'bf16', 'fp32'"),
+    (
+        "evaluate --runs taught 1 --device cuda:99",
+        "--device 'cuda:99' is not available here; use auto, or what this machine has of cpu, cuda, mps",
+    ),
+    ("evaluate --runs taught 1 --format txt", "--format='txt': not one of 'table', 'md', 'csv', 'json'"),
+    ("evaluate 1 --runs junk.txt", "no ledger in junk.txt: train something first (flowdistill demo), or name its folder with --runs"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(small_npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text that is nothing else, two small data sets, and a ledger of two runs: a finished teacher and one that diverged."""
+    path = tmp_path_factory.mktemp("bad")
+    (path / "junk.txt").write_text("junk")
+    (path / "small.npz").write_bytes(small_npz.read_bytes())
+    images = np.zeros((20, 8, 8), np.uint8)
+    np.savez(path / "few.npz", x_train=images, y_train=np.arange(20) % 5, x_test=images, y_test=np.arange(20) % 5)
+    for words in ("--model resnet14 --seeds 5", "--model resnet8 --lr 1e30"):
+        command(path, *shlex.split(f"train {words} --dataset npz:small.npz --epochs 1 --batch-size 64 --set data.pad=1 --runs taught"))
+    gc.collect()  # closes the ledger
+    return path
+
+
+@pytest.mark.parametrize(("words", "line"), WRONG, ids=[words for words, _ in WRONG])
+def test_a_wrong_command_is_told_in_one_line(folder: Path, words: str, line: str) -> None:
+    assert_refused(folder, shlex.split(words), line)
+
+
+def test_every_option_and_argument_of_every_command_was_got_wrong() -> None:
+    """The mistake stands last in a wrong command."""
+    wrong = set()
+    for words, _ in WRONG:
+        name, *given = shlex.split(words)
+        option = next((word for word in reversed(given[-2:]) if word.startswith("--")), "argument")
+        wrong.add((name, option.partition("=")[0]))
+    group = typer.main.get_command(app)
+    there = {
+        (name, parameter.opts[0] if parameter.opts[0].startswith("--") else "argument")
+        for name, found in group.commands.items()
+        for parameter in found.params
+    }
+    assert len(there) > 50
+    assert there - wrong == set()
+
+
+def test_a_line_stays_one_line_without_control_characters_and_not_long(folder: Path) -> None:
+    hostile = "x\n\x1b[2J\u202e" + "y" * 100_000
+    said = command(folder, "train", "--dataset", hostile)
+    assert said.err.startswith(r"flowdistill: unknown data set 'x\n\x1b[2J\u202eyyy")
+    assert said.err.endswith("': choose from: digits, cifar10, cifar100, fashion_mnist, npz:PATH\n")
+    assert len(said.err) < 700

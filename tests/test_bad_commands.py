@@ -234,6 +234,38 @@ WRONG = [
         "distill --teacher resnet20 --dataset digits --method fsp --set weights.at=1",
         "weights.at: method 'fsp' has no such term; choose from: task, fsp",
     ),
+    # reproduce
+    ("reproduce", "Missing argument 'study' (flowdistill --help)"),
+    ("reproduce fsp-lgo", "unknown study 'fsp-lgo': did you mean 'fsp-log'?"),
+    ("reproduce x", "unknown study 'x': choose from: fsp-log"),
+    ("reproduce fsp-log --only resnet20-cifar", "--only 'resnet20-cifar' is no setting of fsp-log: did you mean 'resnet20-cifar10'?"),
+    (
+        "reproduce fsp-log --only vgg",
+        "--only 'vgg' is no setting of fsp-log: choose from: resnet20-cifar10, resnet20-cifar100, resnet110-cifar10, resnet110-cifar100",
+    ),
+    ("reproduce fsp-log --only ''", "--only is followed by nothing; give a value, or leave it out"),
+    ("reproduce fsp-log --cifar10 npz:none.npz", "npz:none.npz: no such file"),
+    ("reproduce fsp-log --only resnet20-cifar100 --cifar100 npz:none.npz", "npz:none.npz: no such file"),
+    ("reproduce fsp-log --epochs 0", "train.epochs=0: input should be greater than or equal to 1"),
+    ("reproduce fsp-log --limit-train 0", "data.limit_train=0: input should be greater than or equal to 1"),
+    (
+        "reproduce fsp-log --limit-train some",
+        "--limit-train='some': input should be a valid integer, unable to parse string as an integer",
+    ),
+    ("reproduce fsp-log --precision fp8", "--precision='fp8': not one of 'auto', 'bf16', 'fp32'"),
+    (
+        "reproduce fsp-log --device cuda:99",
+        "--device 'cuda:99' is not available here; use auto, or what this machine has of cpu, cuda, mps",
+    ),
+    ("reproduce fsp-log --dry-run=yes", "Option '--dry-run' does not take a value (flowdistill --help)"),
+    (
+        "reproduce fsp-log --out junk.txt",
+        "junk.txt: the document cannot be written there (junk.txt is a file); name another folder with --out",
+    ),
+    (
+        "reproduce fsp-log --runs junk.txt",
+        "junk.txt/ledger.db cannot be used as a ledger (junk.txt is a file); name another folder with --runs",
+    ),
     # listings
     ("demo --runs junk.txt", "junk.txt/ledger.db cannot be used as a ledger (junk.txt is a file); name another folder with --runs"),
     ("demo --format html", "--format='html': not one of 'table', 'md', 'csv', 'json'"),

@@ -118,7 +118,7 @@ def test_a_folder_below_a_file_is_refused_before_anything_is_trained(folder: Pat
 
 
 def failure(folder: Path) -> str:
-    """The last line of a training that the machine did not allow."""
+    """The last line of a training that the machine did not allow; what it had begun goes on later."""
     said = command(folder, *shlex.split(f"train {SMALL}"))
     assert (said.code, said.out) == (1, "")
     assert "Traceback" not in said.err
@@ -136,7 +136,7 @@ def test_a_full_disk_while_a_student_is_saved(folder: Path, monkeypatch: pytest.
     monkeypatch.setattr(*{"fsync": (os, "fsync"), "replace": (Path, "replace")}[call], full)
     expected = f"flowdistill: runs/1/student.safetensors: No space left on device; make room there and {CURE}"
     assert failure(folder) == expected
-    assert Ledger(folder / "runs").run(1).status == "failed"
+    assert Ledger(folder / "runs").run(1).status == "interrupted"
 
 
 def test_a_full_disk_while_the_ledger_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def test_a_full_disk_while_the_ledger_is_written(folder: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Ledger, "add_epochs", full)
     assert failure(folder) == f"flowdistill: the ledger: database or disk is full; make room there and {CURE}"
-    assert Ledger(folder / "runs").run(1).status == "failed"
+    assert Ledger(folder / "runs").run(1).status == "interrupted"
 
 
 @pytest.fixture

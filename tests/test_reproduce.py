@@ -188,30 +188,6 @@ def test_the_settings_stand_in_the_logs_order_whatever_only_says() -> None:
     assert [one.name for one in choose("fsp-log", "resnet110-cifar10, resnet20-cifar100")] == ["resnet20-cifar100", "resnet110-cifar10"]
 
 
-@pytest.mark.parametrize(
-    ("given", "line"),
-    [
-        (("reproduce", "fsp-lgo"), "flowdistill: unknown study 'fsp-lgo': did you mean 'fsp-log'?"),
-        (("reproduce", "x"), "flowdistill: unknown study 'x': choose from: fsp-log"),
-        (
-            ("reproduce", "fsp-log", "--only", "resnet20-cifar"),
-            "flowdistill: --only 'resnet20-cifar' is no setting of fsp-log: did you mean",
-        ),
-        (("reproduce", "fsp-log", "--only", ""), "flowdistill: --only '' is no setting of fsp-log: choose from: resnet20-cifar10, "),
-        (("reproduce", "fsp-log", "--cifar10", "npz:none.npz"), "flowdistill: npz:none.npz: no such file"),
-        (("reproduce", "fsp-log", "--limit-train", "0"), "flowdistill: data.limit_train=0: input should be greater than or equal to 1"),
-        (("reproduce", "fsp-log", "--epochs", "0"), "flowdistill: train.epochs=0: input should be greater than or equal to 1"),
-        (("reproduce",), "flowdistill: Missing argument 'study'"),
-    ],
-    ids=lambda given: " ".join(given) if isinstance(given, tuple) else "",
-)
-def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path: Path, given: tuple[str, ...], line: str) -> None:
-    said = command(tmp_path, *given)
-    assert (said.code, said.out, len(said.err.splitlines())) == (2, "", 1)
-    assert said.err.startswith(line)
-    assert list(tmp_path.iterdir()) == []
-
-
 # The document
 
 

@@ -50,6 +50,19 @@ def regular_file(path: Path, what: str) -> Path:
     return found
 
 
+def obstacle(path: Path) -> str | None:
+    """Why a file could not be made, known before anything is trained; None where nothing is in the way."""
+    try:
+        nearest = next(there for there in (path, *path.parents) if there.exists())
+    except OSError as error:  # a name too long
+        return error.strerror
+    if nearest == path:
+        return None if path.is_file() else "it is not a file"  # another process may just have made it
+    if not nearest.is_dir():
+        return f"{nearest} is a file"
+    return None if os.access(nearest, os.W_OK | os.X_OK) else f"you may not write in {nearest}"
+
+
 def parse_seeds(text: str) -> list[int]:
     """``'0-2,5'`` -> ``[0, 1, 2, 5]``; ranges include both ends.
 

@@ -323,18 +323,19 @@ def reproduce(
 ) -> int:
     """A published log, trained again: baselines, students, and one document beside its figures. What is trained already is skipped."""
     from .device import resolve_device
-    from .reproduce import Order, choose, plan_table, tell_time
+    from .reproduce import Order, choose, plan_table, refuse_folder, tell_time
     from .reproduce import reproduce as train_all
 
     given = {"epochs": epochs, "precision": precision.value if precision else None}
     train = {key: value for key, value in given.items() if value is not None}
     order = Order(choose(study, only), {"cifar10": cifar10, "cifar100": cifar100}, limit_train, train)
-    where, ledger = resolve_device(device), Ledger(runs, create=True)
+    where, ledger, folder = resolve_device(device), Ledger(runs, create=True), out or runs / study
+    refuse_folder(folder)
     tell_time(order, ledger, where)
     if dry_run:
         print(plan_table(order))
         return 0
-    document, sound = train_all(order, ledger, where, out or runs / study)
+    document, sound = train_all(order, ledger, where, folder)
     print(document)
     return 0 if sound else 1
 

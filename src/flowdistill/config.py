@@ -38,9 +38,7 @@ class DataConfig(Frozen):
 class TrainConfig(Frozen):
     """The recipe. Defaults: the reference log's, which are He et al. 2016's up to weight decay on all parameters."""
 
-    epochs: int = Field(
-        200, ge=1, le=MOST_EPOCHS, strict=True
-    )  # reference log; He et al. 2016, section 4.2: 64k iterations, about 164 epochs
+    epochs: int = Field(200, ge=1, le=MOST_EPOCHS, strict=True)  # reference log; He et al. 2016, section 4.2: about 164
     batch_size: int = Field(128, ge=1, strict=True)  # He et al. 2016, section 4.2
     lr: float = Field(0.1, gt=0, strict=True)  # He et al. 2016, section 4.2
     momentum: float = Field(0.9, ge=0, lt=1, strict=True)  # He et al. 2016, section 4.2

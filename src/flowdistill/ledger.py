@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .checks import UserError
+from .checks import UserError, obstacle
 from .lock import Lock, held
 
 BUSY_SECONDS = 30
@@ -185,8 +184,8 @@ class Ledger:
             self._open()
         elif not create:
             raise UserError(f"no ledger in {folder}: train something first (flowdistill demo), or name its folder with --runs")
-        elif obstacle := _obstacle(self.path):
-            raise UserError(f"{self.path} cannot be used as a ledger ({obstacle}); name another folder with --runs")
+        elif hindrance := obstacle(self.path):
+            raise UserError(f"{self.path} cannot be used as a ledger ({hindrance}); name another folder with --runs")
         else:
             self._db = _connect(":memory:")
             self._migrate()
@@ -344,19 +343,6 @@ def newest(runs: Iterable[Run]) -> list[Run]:
     """Of runs that repeat one fingerprint and seed, only the last."""
     by_key = {(run.fingerprint, run.seed): run for run in sorted(runs, key=lambda run: run.no)}
     return sorted(by_key.values(), key=lambda run: run.no)
-
-
-def _obstacle(path: Path) -> str | None:
-    """Why a file could not be made, known before anything is trained; None where nothing is in the way."""
-    try:
-        nearest = next(there for there in (path, *path.parents) if there.exists())
-    except OSError as error:  # a name too long
-        return error.strerror
-    if nearest == path:
-        return None if path.is_file() else "it is not a file"  # another process may just have made it
-    if not nearest.is_dir():
-        return f"{nearest} is a file"
-    return None if os.access(nearest, os.W_OK | os.X_OK) else f"you may not write in {nearest}"
 
 
 def _connect(path: Path | str) -> sqlite3.Connection:

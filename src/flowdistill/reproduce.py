@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .checks import UserError, did_you_mean
+from .checks import UserError, did_you_mean, obstacle
 from .config import RunConfig, validate
 from .device import describe
 from .ledger import Ledger, Run
@@ -71,6 +71,16 @@ def choose(study: str, only: str | None) -> tuple[Setting, ...]:
         if name not in names:
             raise UserError(f"--only {name!r} is no setting of {study}: {did_you_mean(name, names)}")
     return tuple(setting for setting in SETTINGS if setting.name in wanted)
+
+
+def refuse_folder(folder: Path) -> None:
+    """Refuse a folder for the document that can't be one, before days of training and not after.
+
+    Raises:
+        UserError: something is in the way.
+    """
+    if hindrance := obstacle(folder / fsp_log.DOCUMENT):
+        raise UserError(f"{folder}: the document cannot be written there ({hindrance}); name another folder with --out")
 
 
 def plan_table(order: Order) -> str:

@@ -74,14 +74,14 @@ DEPARTURES = """\
 
 REFERENCE = """\
 J. Yim, D. Joo, J. Bae, J. Kim: *A Gift from Knowledge Distillation: Fast Optimization, Network Minimization and Transfer Learning*. IEEE
-Conference on Computer Vision and Pattern Recognition (CVPR), 2017, pages 4133-4141.
+Conference on Computer Vision and Pattern Recognition (CVPR), 2017.
+https://openaccess.thecvf.com/content_cvpr_2017/html/Yim_A_Gift_From_CVPR_2017_paper.html
 
 ```bibtex
 @inproceedings{yim2017gift,
   author    = {Yim, Junho and Joo, Donggyu and Bae, Jihoon and Kim, Junmo},
   title     = {A Gift from Knowledge Distillation: Fast Optimization, Network Minimization and Transfer Learning},
   booktitle = {IEEE Conference on Computer Vision and Pattern Recognition (CVPR)},
-  pages     = {4133--4141},
   year      = {2017}
 }
 ```

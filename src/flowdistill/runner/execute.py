@@ -194,7 +194,7 @@ def _save(cohort: Cohort, members: Sequence[Member], folder: Path, watcher: Watc
 
 def _stop(error: BaseException, members: Sequence[Member], ledger: Ledger, watcher: Watcher) -> None:
     """What was stopped from outside is recorded as interrupted; where even that can't be written, the free lock tells."""
-    with contextlib.suppress(sqlite3.Error):
+    with contextlib.suppress(sqlite3.Error, UserError):
         for member in members:
             if ledger.run(member.no).status == "running":
                 ledger.update(member.no, status="interrupted", error=str(error) or type(error).__name__, finished=now())

@@ -174,7 +174,7 @@ WRONG = [
     ),
     (
         "distill --runs taught --dataset npz:small.npz --student resnet14 --seeds 5 --teacher 1",
-        "teacher 1 began from the initial weights of the student of seed 5, which flatters it; use another --seeds or another teacher",
+        "teacher 1 began from the initial weights of the student of seed 5, which may flatter it; use another --seeds or another teacher",
     ),
     (
         "distill --runs taught --dataset npz:small.npz --teacher 1 --holdout",

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from flowdistill.ledger import Ledger, Run
@@ -66,3 +69,34 @@ def test_killed_at_twenty_random_moments_of_its_life(small_npz: Path, tmp_path: 
     assert codes == {"straight": 0, "killed": 0}
     assert sum(run.resumed for run in runs_of(tmp_path / "killed")) >= RANDOM_KILLS
     assert_as_if_never_killed(tmp_path / "killed", tmp_path / "straight")
+
+
+def test_from_the_shell_as_a_user_does(small_npz: Path, tmp_path: Path) -> None:
+    """Fresh processes, the checkpoint's own pace: killed, shown as dead, resumed by its number."""
+    words = ("train", "--model", "resnet8", "--dataset", f"npz:{small_npz}", "--batch-size", "64", "--epochs", "150", "--deterministic")
+
+    def flowdistill(folder: str, *given: str) -> subprocess.Popen[str]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "flowdistill", *given]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, cwd=tmp_path / folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    straight = flowdistill("straight", *words)
+    with flowdistill("killed", *words) as doomed:
+        until = time.monotonic() + 60
+        while not (tmp_path / "killed" / "runs" / "1" / "checkpoint.safetensors").exists():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        doomed.kill()
+    assert doomed.returncode == -signal.SIGKILL
+    assert flowdistill("killed", "runs").communicate()[0].splitlines()[1].startswith("1   dead")
+    out, err = flowdistill("killed", "resume", "1").communicate()
+    assert "run 1: resumed after epoch" in err
+    assert out.splitlines()[1].startswith("1   finished")
+    assert straight.communicate()[0].splitlines()[1].startswith("1   finished")
+    outcomes = []
+    for folder in ("straight", "killed"):
+        ledger = Ledger(tmp_path / folder / "runs")
+        outcomes.append(outcome(tmp_path / folder, ledger.run(1)))
+        ledger.close()
+    assert outcomes[0] == outcomes[1]

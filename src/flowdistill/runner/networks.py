@@ -152,7 +152,7 @@ def choose_teacher(reference: str, wanted: Wanted, ledger: Ledger, *, stand_in: 
         raise UserError(f"no {model} was trained on {wanted.dataset} ({wanted.split} split) yet; train one: {cure}")
     raise UserError(
         f"the only {model} to choose (run {found[0].no}) began from the initial weights of the student of seed {wanted.seed}, which "
-        f"flatters it; train another teacher: {_train_command(model, wanted)}"
+        f"may flatter it; train another teacher: {_train_command(model, wanted)}"
     )
 
 
@@ -174,7 +174,7 @@ def _named_teacher(reference: str, wanted: Wanted, ledger: Ledger) -> NetworkRef
     teacher = resolve(reference, ledger)
     if teacher.init_hash and teacher.init_hash == wanted.student_init:
         raise UserError(
-            f"teacher {reference} began from the initial weights of the student of seed {wanted.seed}, which flatters it; use another "
+            f"teacher {reference} began from the initial weights of the student of seed {wanted.seed}, which may flatter it; use another "
             f"--seeds or another teacher"
         )
     refuse_contaminated(teacher, wanted.split, wanted.data_hash)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import inspect
-import re
 import signal
 import sqlite3
 import sys
 from datetime import timedelta
 from enum import StrEnum
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from .checks import UserError, did_you_mean, parse_seeds
+from .complaints import complain, failure, refuse_empty, usage
 from .config import RunConfig, assign, model_name, one_line, put, read_file, validate
 from .env import version
 from .ledger import Ledger
@@ -38,7 +36,6 @@ app = typer.Typer(
 
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
-LONGEST_LINE = 600  # of a mistake, in characters
 
 
 class TableFormat(StrEnum):
@@ -87,58 +84,24 @@ def main() -> None:
     """Run the command line: 0 done, 1 a run failed, 2 a user's mistake in one line, 130 interrupted."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is recorded as Ctrl-C is
     try:
-        _refuse_empty(sys.argv)
+        refuse_empty(sys.argv)
         code = app(standalone_mode=False)
     except UserError as error:
-        sys.exit(_complain(str(error), 2))
+        sys.exit(complain(str(error), 2))
     except ValidationError as error:
-        sys.exit(_complain(one_line(error, RunConfig), 2))
+        sys.exit(complain(one_line(error, RunConfig), 2))
     except (OSError, sqlite3.Error) as error:
-        sys.exit(_complain(_failure(error), 1))
+        sys.exit(complain(failure(error), 1))
     except Exception as error:
         if not hasattr(error, "format_message"):  # not a usage error of the parser: a bug, shown whole
             raise
         if len(sys.argv) == 1:
             print(error.format_message(), file=sys.stderr)  # the help
             sys.exit(2)
-        sys.exit(_complain(_usage(error), 2))
+        sys.exit(complain(usage(error), 2))
     if code == INTERRUPTED:
         print("interrupted; what is finished is kept, what is not goes on with: flowdistill resume", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _complain(line: str, code: int) -> int:
-    """One line on stderr, whatever was given: no control character reaches the terminal, and of a long line both ends are shown."""
-    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
-    if len(line) > LONGEST_LINE:
-        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
-    print(f"flowdistill: {line}", file=sys.stderr)
-    return code
-
-
-def _refuse_empty(words: Sequence[str]) -> None:
-    """An empty value is a shell variable that was not set; as a path it would mean this folder."""
-    for before, word in pairwise(words):
-        if not word or re.fullmatch("--[a-z-]+=", word):
-            raise UserError(f"{word.rstrip('=') or before} is followed by nothing; give a value, or leave it out")
-
-
-def _usage(error: Any) -> str:
-    """What the parser complains of; where it is a value: the option, what came, what is allowed."""
-    if isinstance(error.__cause__, ValidationError):
-        return one_line(error.__cause__, BaseModel, error.param.opts[-1])
-    return f"{error.format_message().rstrip('.')} (flowdistill --help)"
-
-
-def _failure(error: OSError | sqlite3.Error) -> str:
-    """What the machine refused, and what to do."""
-    if isinstance(error, OSError):
-        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-    else:
-        what = f"the ledger: {error}"
-    full = "disk is full" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
-    cure = "make room there and give the command again" if full else "mend that and give the command again"
-    return f"{what}; {cure} (finished runs are kept)"
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,52 @@
+"""What the command line says when it can't do what was asked: one printable line, whatever came in."""
+
+from __future__ import annotations
+
+import errno
+import re
+import sqlite3
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from .checks import UserError
+from .config import one_line
+
+LONGEST_LINE = 600  # in characters
+
+
+def complain(line: str, code: int) -> int:
+    """One line on stderr, whatever was given: no control character reaches the terminal, and of a long line both ends are shown."""
+    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+    if len(line) > LONGEST_LINE:
+        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
+    print(f"flowdistill: {line}", file=sys.stderr)
+    return code
+
+
+def refuse_empty(words: Sequence[str]) -> None:
+    """An empty value is a shell variable that was not set; as a path it would mean this folder."""
+    for before, word in pairwise(words):
+        if not word or re.fullmatch("--[a-z-]+=", word):
+            raise UserError(f"{word.rstrip('=') or before} is followed by nothing; give a value, or leave it out")
+
+
+def usage(error: Any) -> str:
+    """What the parser complains of; where it is a value: the option, what came, what is allowed."""
+    if isinstance(error.__cause__, ValidationError):
+        return one_line(error.__cause__, BaseModel, error.param.opts[-1])
+    return f"{error.format_message().rstrip('.')} (flowdistill --help)"
+
+
+def failure(error: OSError | sqlite3.Error) -> str:
+    """What the machine refused, and what to do."""
+    if isinstance(error, OSError):
+        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    else:
+        what = f"the ledger: {error}"
+    full = "disk is full" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
+    cure = "make room there and give the command again" if full else "mend that and give the command again"
+    return f"{what}; {cure} (finished runs are kept)"

@@ -68,7 +68,8 @@ def distill(
     progress: bool = True,
     **config: Any,
 ) -> Result:
-    """Train a student with a teacher, record the run, and return it. A finished run of the same config is returned at once.
+    """Train a student with a teacher, record the run, and return it. A finished run of the same config is returned at once,
+    and one that was cut off goes on from its checkpoint.
 
     Args:
         teacher: a model name (a trained one is then chosen from ``runs``), a run's number, a Result, a weights file, or a network

@@ -6,6 +6,7 @@ A new method needs a file ``tests/reference/<name>.py``, its option sets in ``CA
 from __future__ import annotations
 
 import importlib
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -401,6 +402,23 @@ def test_compiled_equals_eager(name: str, options: dict[str, Any]) -> None:
     compiled = torch.compile(method, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*given), method(*given), rtol=1e-6, atol=0)
     torch.testing.assert_close(gradients(method, given, compiled), gradients(method, given), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler on this machine")
+@pytest.mark.parametrize("name", ["kd", "at", "fsp"])
+def test_generated_code_equals_eager(name: str) -> None:
+    """Inductor's kernels, which take seconds to generate, so for three.
+
+    They sum in another order, and the rounding of a sum is that of its largest terms: each gradient is held to 8 float32 steps of its
+    largest entry.
+    """
+    torch._dynamo.reset()
+    method, given = make(name, {}, widest(name, {})), both(scene(widest(name, {})), Tensor.float)
+    compiled = torch.compile(method, backend="inductor", fullgraph=True)
+    torch.testing.assert_close(compiled(*given), method(*given), rtol=1e-6, atol=0)
+    ours, theirs = gradients(method, given, compiled), gradients(method, given)
+    for leaf, gradient in theirs.items():
+        assert (ours[leaf] - gradient).abs().max() <= 8 * torch.finfo(torch.float32).eps * gradient.abs().max(), leaf
 
 
 FIVE, SEVEN = network("small"), network("big", classes=7)

@@ -9,6 +9,7 @@ The last line is JSON: folder -> how it went.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -95,8 +96,13 @@ def half_a_file(path: Path) -> None:
     path.write_bytes(b"half")
 
 
-def child(folder: Path, words: list[str], plant: Callable[[], None] = lambda: None, seconds: float | None = None) -> int:
-    """``flowdistill WORDS`` in a forked process, killed so many seconds after it took a lock; its exit code, -9 for killed."""
+def child(folder: Path, words: list[str], plant: Callable[[], None] = lambda: None) -> int:
+    """``flowdistill WORDS`` in a forked process; its exit code, -9 for killed."""
+    return os.waitstatus_to_exitcode(os.waitpid(start(folder, words, plant), 0)[1])
+
+
+def start(folder: Path, words: list[str], plant: Callable[[], None] = lambda: None) -> int:
+    """The number of a process that runs ``flowdistill WORDS``."""
     folder.mkdir(exist_ok=True)
     sys.stdout.flush()
     process = os.fork()
@@ -114,14 +120,33 @@ def child(folder: Path, words: list[str], plant: Callable[[], None] = lambda: No
         finally:
             sys.stdout.flush()
             os._exit(code)
-    if seconds is not None:
-        while not any(held(lock) for lock in folder.glob("runs/*/.lock")):
-            if (ended := os.waitpid(process, os.WNOHANG))[0]:
-                return os.waitstatus_to_exitcode(ended[1])
-            time.sleep(0.002)
-        time.sleep(seconds)
-        os.kill(process, signal.SIGKILL)
+    return process
+
+
+def killed(folder: Path, words: list[str], ready: Callable[[], bool], seconds: float) -> int:
+    """Kill a process so many seconds after it was ready; its exit code, 0 where it was done before."""
+    process = start(folder, words)
+    while not ready():
+        if (ended := os.waitpid(process, os.WNOHANG))[0]:
+            return os.waitstatus_to_exitcode(ended[1])
+        time.sleep(0.002)
+    time.sleep(seconds)
+    os.kill(process, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def locked(folder: Path) -> bool:
+    """Whether a process holds a cohort of this ledger."""
+    return any(held(lock) for lock in folder.glob("runs/*/.lock"))
+
+
+def checkpoints(folder: Path) -> set[tuple[str, int]]:
+    """Which there are, and of when."""
+    found = set()
+    for path in folder.glob("runs/*/checkpoint.safetensors"):
+        with contextlib.suppress(FileNotFoundError):  # it has just been put aside
+            found.add((str(path), path.stat().st_mtime_ns))
+    return found
 
 
 def prepared(root: Path, data: str, epochs: int, *folders: str) -> list[str]:
@@ -160,29 +185,34 @@ def at_moments(data: str, root: Path) -> dict[str, int]:
     words = prepared(root, data, 3, "straight", *MOMENTS)
     codes = {"straight": child(root / "straight", words)}
     for number, (moment, plant) in enumerate(MOMENTS.items(), 1):
-        killed = child(root / moment, words, plant)
+        code = child(root / moment, words, plant)
         seen = stands(root / moment)
-        codes[moment] = child(root / moment, ["resume"]) if killed == -signal.SIGKILL else ALIVE
+        codes[moment] = child(root / moment, ["resume"]) if code == -signal.SIGKILL else ALIVE
         print(f"{number:2d}. killed {moment}: {seen}; resumed: exit {codes[moment]}", flush=True)
     return codes
 
 
 def at_random(data: str, root: Path, kills: int) -> dict[str, int]:
-    """Runs on end in one ledger, killed again and again; one that finishes between two kills is followed by the next."""
-    words, chance, started = prepared(root, data, 40, "straight", "killed"), random.Random(0), time.monotonic()
+    """Runs on end in one ledger, killed again and again; one that finishes between two kills is followed by the next.
+
+    Every fourth process is killed some time after it took the lock, so while it loads; the others after they wrote a checkpoint.
+    """
+    words, chance, began = prepared(root, data, 40, "straight", "killed"), random.Random(0), time.monotonic()
     codes = {"straight": child(root / "straight", words)}
-    whole = time.monotonic() - started
+    whole, folder, number = time.monotonic() - began, root / "killed", 0
     print(f"straight through: 42 epochs of 2 students in {whole:.2f} s", flush=True)
-    number = 0
     while number < kills:
-        go_on = any(run.cut_off for run in students(root / "killed"))
-        seconds = chance.uniform(0, whole / 12)
-        code = child(root / "killed", ["resume"] if go_on else [*words, "--again"], seconds=seconds)
+        go_on = ["resume"] if any(run.cut_off for run in students(folder)) else [*words, "--again"]
+        before, loading, seconds = checkpoints(folder), number % 4 == 0, chance.uniform(0, whole / 14)
+        code = killed(
+            folder, go_on, lambda early=loading, old=before: locked(folder) if early else bool(checkpoints(folder) - old), seconds
+        )
         assert code in (0, -signal.SIGKILL), code
         if code:
             number += 1
-            print(f"{number:2d}. killed {seconds:.3f} s after its start: {stands(root / 'killed')}", flush=True)
-    codes["killed"] = child(root / "killed", ["resume"])
+            since = "the lock" if loading else "a checkpoint"
+            print(f"{number:2d}. killed {seconds:.3f} s after {since}: {stands(folder)}", flush=True)
+    codes["killed"] = child(folder, ["resume"])
     print(f"resumed to the end: exit {codes['killed']}", flush=True)
     return codes
 

@@ -56,7 +56,7 @@ def test_a_new_run_is_running_unless_told(ledger: Ledger) -> None:
     given = row()
     del given["status"]
     with contextlib.ExitStack() as stack:
-        ledger.register([given], lambda home: stack.enter_context(ledger.lock(home)))
+        ledger.register([given], lambda numbers: stack.enter_context(ledger.lock(numbers[0])))
         assert ledger.run(1).status == "running"
 
 
@@ -89,7 +89,7 @@ def test_update_changes_just_that_run(ledger: Ledger) -> None:
 
 def test_a_running_run_without_its_lock_is_dead_and_its_cohort_with_it(ledger: Ledger) -> None:
     with contextlib.ExitStack() as stack:
-        ledger.register([row(seed=0, status="running"), row(seed=1)], lambda home: stack.enter_context(ledger.lock(home)))
+        ledger.register([row(seed=0, status="running"), row(seed=1)], lambda numbers: stack.enter_context(ledger.lock(numbers[0])))
         ledger.register([row(seed=2, status="running")])
         assert [(run.home, run.status) for run in ledger.runs()] == [(1, "running"), (1, "finished"), (3, "dead")]
     assert [(run.status, run.cut_off) for run in ledger.runs()] == [("dead", True), ("finished", False), ("dead", True)]
@@ -99,7 +99,7 @@ def test_runs_cannot_be_seen_before_they_are_claimed(ledger: Ledger) -> None:
     ledger.register([row()])
     other = Ledger(ledger.folder)
     seen: list[int] = []
-    ledger.register([row(seed=1)], lambda home: seen.extend([home, len(other.runs())]))
+    ledger.register([row(seed=1)], lambda numbers: seen.extend([*numbers, len(other.runs())]))
     assert seen == [2, 1]
     assert len(other.runs()) == 2
     other.close()
@@ -107,7 +107,7 @@ def test_runs_cannot_be_seen_before_they_are_claimed(ledger: Ledger) -> None:
 
 def test_a_claim_that_fails_takes_the_register_back(ledger: Ledger) -> None:
     with ledger.lock(1), pytest.raises(UserError, match=f"is being trained by process {os.getpid()}; wait for it, or stop it"):
-        ledger.register([row()], lambda home: ledger.lock(home).__enter__())
+        ledger.register([row()], lambda numbers: ledger.lock(numbers[0]).__enter__())
     assert ledger.runs() == []
 
 

@@ -253,6 +253,18 @@ def test_threads_and_determinism_are_those_it_began_with(taught: Ledger, small_n
     assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == (1, False)
 
 
+def test_what_is_cut_off_before_its_first_step_is_interrupted_too(taught: Ledger, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(folder: Path) -> None:
+        raise Cut("cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "clear", cut)
+        with pytest.raises(Cut):
+            run([config(small_npz)], taught, CPU)
+    assert (taught.run(2).status, taught.run(2).error) == ("interrupted", "cut")
+    assert resume(taught, CPU)[0].status == "finished"
+
+
 # Faults
 
 
@@ -283,6 +295,30 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(taught: Ledger,
     assert "run 2: resumed after epoch 2 of 5" in ear.lines
     (straight,) = run(configs, taught, CPU, again=True)
     assert outcome(resumed, taught) == outcome(straight, taught)
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(
+    taught: Ledger, small_npz: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damaged, resumed, and cut off again while the next checkpoint is being renamed: there is still one that is whole."""
+    (interrupted,) = cut_off([config(small_npz, train={"epochs": 5})], taught, 3 * STEPS + 1)
+    folder = taught.run_folder(interrupted.no)
+    os.truncate(folder / checkpoint.FILE, 100)
+    rename = Path.replace
+
+    def cut(path: Path, target: Path) -> Path:
+        if target.name == checkpoint.FILE:
+            raise Cut("cut")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", cut)
+        with pytest.raises(Cut):
+            resume(taught, CPU)
+    saved = checkpoint.load(folder)
+    assert saved is not None
+    assert saved.done == 2
+    assert resume(taught, CPU)[0].status == "finished"
 
 
 def test_with_both_damaged_it_starts_again_and_says_so(taught: Ledger, small_npz: Path) -> None:

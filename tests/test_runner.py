@@ -154,6 +154,22 @@ def test_a_holdout_student_refuses_a_teacher_that_saw_the_held_out_images(ledger
     assert student.teacher_run == held.no
 
 
+def test_a_holdout_run_on_a_part_refuses_networks_of_another_part(ledger: Ledger, small_npz: Path) -> None:
+    whole = [*teachers(ledger, small_npz, range(3, 4)), *teachers(ledger, small_npz, range(4, 5), split="holdout")]
+    files = [str(ledger.run_folder(one.no) / "student.safetensors") for one in whole]
+    for teacher in (*(str(one.no) for one in whole), *files):
+        with pytest.raises(UserError, match=r"was trained on other images of npz:\S+, the held-out ones may be among them"):
+            run([config(small_npz, method="kd", teacher=teacher, split="holdout", train=ONE, limit_train=200)], ledger, CPU)
+    (held,) = run([config(small_npz, seed=5, split="holdout", train=ONE, limit_train=200)], ledger, CPU)
+    (student,) = run([config(small_npz, method="kd", teacher=str(held.no), split="holdout", train=ONE, limit_train=200)], ledger, CPU)
+    assert student.status == "finished"
+
+
+def test_the_command_that_trains_a_teacher_names_the_part_of_the_data(ledger: Ledger, small_npz: Path) -> None:
+    with pytest.raises(UserError, match=r"train one: flowdistill train .* --set data\.limit_train=200"):
+        run([config(small_npz, method="kd", teacher="resnet8", train=ONE, limit_train=200)], ledger, CPU)
+
+
 def test_a_holdout_run_refuses_first_weights_and_files_that_saw_the_held_out_images(ledger: Ledger, small_npz: Path) -> None:
     (full,) = teachers(ledger, small_npz, range(3, 4))
     file = str(ledger.run_folder(full.no) / "student.safetensors")

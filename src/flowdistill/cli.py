@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import signal
 import sqlite3
 import sys
@@ -100,7 +101,8 @@ def main() -> None:
             sys.exit(2)
         sys.exit(complain(usage(error), 2))
     if code == INTERRUPTED:
-        print("interrupted; what is finished is kept, what is not goes on with: flowdistill resume", file=sys.stderr)
+        print("interrupted; what is finished is kept, what is not goes on with: flowdistill resume", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)  # Python itself would end by the signal where it fell into code that was executed from a string
     sys.exit(code if isinstance(code, int) else 0)
 
 

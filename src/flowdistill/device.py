@@ -16,6 +16,7 @@ import torch
 from .checks import UserError
 
 Precision = Literal["bf16", "fp32"]
+KINDS = ("cpu", "cuda", "mps")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -30,11 +31,12 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise NotImplementedError
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
-        raise UserError(f"--device {name!r} is not available here; use auto, or what this machine has of cpu, cuda, mps") from None
+        known = device.type in KINDS
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError):  # what torch raises for names and for devices it lacks
+        known = False
+    if not known:
+        raise UserError(f"--device {name!r} is not available here; use auto, or what this machine has of {', '.join(KINDS)}")
     return device
 
 

@@ -248,10 +248,10 @@ class Ledger:
         """What the process that trains a cohort holds."""
         return Lock(self.run_folder(home) / LOCK_FILE)
 
-    def register(self, rows: Iterable[Mapping[str, Any]], claim: Callable[[int], object] = lambda _: None) -> list[int]:
+    def register(self, rows: Iterable[Mapping[str, Any]], claim: Callable[[Sequence[int]], object] = lambda _: None) -> list[int]:
         """Enter the runs of a new cohort as running, all or none; their numbers, in order.
 
-        ``claim`` gets the first number before anybody can see the runs: whoever trains them takes the lock there.
+        ``claim`` gets the numbers before anybody can see the runs: whoever trains them takes the lock there.
         """
         if not self._on_disk:
             self.close()
@@ -264,7 +264,7 @@ class Ledger:
                 numbers.append(cursor.lastrowid)
                 self._db.execute("UPDATE runs SET cohort = ? WHERE no = ?", (numbers[0], numbers[-1]))
             if numbers:
-                claim(numbers[0])
+                claim(numbers)
         return numbers
 
     def reopen(self, numbers: Sequence[int], epochs: int) -> None:

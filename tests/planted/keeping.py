@@ -7,6 +7,7 @@ import test_resume as suite
 import test_weights
 import torch
 
+from flowdistill.config import validate
 from flowdistill.data.loader import Stream
 from flowdistill.ledger import Ledger
 from flowdistill.runner import execute, networks, plan
@@ -115,7 +116,7 @@ def full_disk_passed_over(cohort, members, folder, watcher):
 @bug(plan, "recorded_teacher", suite.test_it_keeps_the_teacher_it_began_with)
 def teacher_chosen_anew(run, ledger):
     """Resolved by name as for a new run: others have been trained since."""
-    wanted = networks.Wanted(run.dataset, run.data_hash, run.split, run.seed, run.init_hash, run.config["train"], "")
+    wanted = networks.Wanted(validate(run.config).data, run.data_hash, run.split, run.seed, run.init_hash, run.config["train"], "")
     return networks.choose_teacher(run.config["teacher"], wanted, ledger)
 
 

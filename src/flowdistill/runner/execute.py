@@ -6,7 +6,7 @@ import contextlib
 import math
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -113,11 +113,16 @@ def _begin_cohort(
 ) -> None:
     common = {"cohort_size": len(members), "device": describe(device), "threads": torch.get_num_threads(), "setup_seconds": setup_seconds}
     with contextlib.ExitStack() as stack:
-        numbers = ledger.register([row(member) | common for member in members], lambda home: stack.enter_context(ledger.lock(home)))
-        for member, no in zip(members, numbers, strict=True):
-            member.no = no
-        checkpoint.clear(ledger.run_folder(numbers[0]))  # of a ledger that was deleted
-        _train(cohort, members, ledger, device, watcher, numbers[0])
+
+        def claim(numbers: Sequence[int]) -> None:
+            stack.enter_context(ledger.lock(numbers[0]))
+            stack.enter_context(_stops_on_record(members, ledger, watcher))
+            for member, no in zip(members, numbers, strict=True):
+                member.no = no
+
+        home, *_ = ledger.register([row(member) | common for member in members], claim)
+        checkpoint.clear(ledger.run_folder(home))  # of a ledger that was deleted
+        _train(cohort, members, ledger, device, watcher, home)
 
 
 def _resume_cohort(home: int, ledger: Ledger, device: torch.device, watcher: Watcher) -> None:
@@ -132,15 +137,17 @@ def _resume_cohort(home: int, ledger: Ledger, device: torch.device, watcher: Wat
             for member, one in zip(members, runs, strict=True):
                 member.no = one.no
             _restore(cohort, members, ledger.run_folder(home), watcher)
-            ledger.reopen([member.no for member in members], cohort.done)
-            _tell_what_changed(runs, ledger, device, watcher)
-            _train(cohort, members, ledger, device, watcher, home)
+            with _stops_on_record(members, ledger, watcher):
+                ledger.reopen([member.no for member in members], cohort.done)
+                _tell_what_changed(runs, ledger, device, watcher)
+                _train(cohort, members, ledger, device, watcher, home)
 
 
 def _restore(cohort: Cohort, members: Sequence[Member], folder: Path, watcher: Watcher) -> None:
     saved = checkpoint.load(folder)
     if saved is not None and saved.damage:
         watcher.say(f"{saved.damage}; {'the one before it is used' if saved.done else 'there is no other, so it starts again'}")
+        (folder / checkpoint.FILE).unlink(missing_ok=True)  # else the next one would put it in the place of the one before
     if saved is not None and saved.done:
         for member in members:
             if saved.about.get(str(member.no), {}).get("key") != list(member.job.key):
@@ -176,9 +183,6 @@ def _train(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: to
                 finish(member, cohort, ledger, device)
                 watcher.say(told(ledger.run(member.no)))
         checkpoint.clear(folder)
-    except BaseException as error:
-        _stop(error, members, ledger, watcher)
-        raise
     finally:
         watcher.end()
 
@@ -192,14 +196,19 @@ def _save(cohort: Cohort, members: Sequence[Member], folder: Path, watcher: Watc
         watcher.say(f"{_numbers(members)}: no checkpoint of epoch {cohort.done} ({error.strerror}); training goes on with the one before")
 
 
-def _stop(error: BaseException, members: Sequence[Member], ledger: Ledger, watcher: Watcher) -> None:
-    """What was stopped from outside is recorded as interrupted; where even that can't be written, the free lock tells."""
-    with contextlib.suppress(sqlite3.Error, UserError):
-        for member in members:
-            if ledger.run(member.no).status == "running":
-                ledger.update(member.no, status="interrupted", error=str(error) or type(error).__name__, finished=now())
-    where = f" --runs {ledger.folder}" if str(ledger.folder) != "runs" else ""
-    watcher.say(f"{_numbers(members)}: stopped; go on with: flowdistill resume {members[0].no}{where}")
+@contextlib.contextmanager
+def _stops_on_record(members: Sequence[Member], ledger: Ledger, watcher: Watcher) -> Iterator[None]:
+    """What is stopped from outside is recorded as interrupted; where even that can't be written, the free lock tells."""
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(sqlite3.Error, UserError):
+            for member in members:
+                if ledger.run(member.no).status == "running":
+                    ledger.update(member.no, status="interrupted", error=str(error) or type(error).__name__, finished=now())
+        where = f" --runs {ledger.folder}" if str(ledger.folder) != "runs" else ""
+        watcher.say(f"{_numbers(members)}: stopped; go on with: flowdistill resume {members[0].no}{where}")
+        raise
 
 
 def _keys(members: Sequence[Member]) -> dict[Student, str]:

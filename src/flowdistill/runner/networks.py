@@ -6,18 +6,27 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from .. import models
 from ..checks import UserError
+from ..config import DataConfig
 from ..ledger import Ledger, Run, newest
 from ..models import Network
 from ..taps import DataSpec
 from ..training.weights import fill, hash_weights, load_weights
 
 STUDENT_FILE = "student.safetensors"
+
+
+class Saw(NamedTuple):
+    """The images that a network was trained on: of which data set, under which split, and the hash of all."""
+
+    dataset: str
+    split: str
+    data_hash: str
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class NetworkRef:
         fingerprint: what its numbers depend on. Of a file the hash of its weights; of a run that was named that run's, with its seed; of
             a teacher that was chosen by model name that of all it was chosen from; empty for fresh weights.
         init_hash: of the weights it began with, where known.
-        saw: ``split data_hash`` of what it was trained on, where known.
+        saw: what it was trained on, where known.
         origin: as messages name it.
     """
 
@@ -40,7 +49,7 @@ class NetworkRef:
     run: int | None = None
     fingerprint: str = ""
     init_hash: str = ""
-    saw: str = ""
+    saw: Saw | None = None
     origin: str = ""
 
     def build(self, data: DataSpec, *, taps: tuple[str, ...] = (), seed: int = 0) -> Network:
@@ -87,42 +96,55 @@ def _from_file(path: Path, model: str | None) -> NetworkRef:
         weights=weights,
         fingerprint=f"file:{hash_weights(weights)}",
         init_hash=str(about.get("init_hash", "")),
-        saw=f"{about.get('split', '')} {about.get('data_hash', '')}",
+        saw=_saw(about),
         origin=str(path),
     )
+
+
+def _saw(about: Mapping[str, Any]) -> Saw | None:
+    """What a file says of the images that its network was trained on; a foreign file says nothing."""
+    data = about.get("data")
+    name = data.get("name") if isinstance(data, dict) else None
+    return Saw(str(name), str(about.get("split")), str(about["data_hash"])) if name and "data_hash" in about else None
 
 
 def _of_run(run: Run, ledger: Ledger, fingerprint: str) -> NetworkRef:
     if run.status != "finished":
         raise UserError(f"run {run.no} is {run.status}, not finished; choose a finished one (flowdistill runs)")
     weights, _ = load_weights(ledger.run_folder(run.no) / STUDENT_FILE)
-    return NetworkRef(run.student, weights, run.no, fingerprint, run.init_hash, f"{run.split} {run.data_hash}", f"run {run.no}")
-
-
-def refuse_contaminated(network: NetworkRef, split: str, data_hash: str) -> None:
-    """A holdout run must not know the held-out images through its teacher or its first weights.
-
-    Raises:
-        UserError: the network was trained on all of train.
-    """
-    if split == "holdout" and network.saw == f"full {data_hash}":
-        raise UserError(
-            f"{network.origin} was trained on all of train, the held-out images among them; a holdout run takes networks of holdout runs "
-            f"(train one with --holdout)"
-        )
+    saw = Saw(run.config["data"]["name"], run.split, run.data_hash)
+    return NetworkRef(run.student, weights, run.no, fingerprint, run.init_hash, saw, f"run {run.no}")
 
 
 @dataclass(frozen=True)
 class Wanted:
     """What the choice of a teacher looks at; test accuracy is not among it."""
 
-    dataset: str
+    data: DataConfig
     data_hash: str
     split: str
     seed: int
     student_init: str
     recipe: Mapping[str, Any]
     runs: str
+
+
+def refuse_contaminated(network: NetworkRef, wanted: Wanted) -> None:
+    """A holdout run must not know the held-out images through its teacher or its first weights.
+
+    Raises:
+        UserError: the network was trained on all of train, or on another choice of the same data set's images.
+    """
+    if wanted.split != "holdout" or network.saw is None:
+        return
+    same = network.saw.data_hash == wanted.data_hash
+    if same and network.saw.split == "full":
+        what = "all of train, the held-out images among them"
+    elif not same and network.saw.dataset == wanted.data.name:
+        what = f"other images of {wanted.data.name}, the held-out ones may be among them"
+    else:
+        return
+    raise UserError(f"{network.origin} was trained on {what}; a holdout run takes networks of holdout runs (train one with --holdout)")
 
 
 def choose_teacher(reference: str, wanted: Wanted, ledger: Ledger, *, stand_in: bool = False) -> NetworkRef:
@@ -149,7 +171,7 @@ def choose_teacher(reference: str, wanted: Wanted, ledger: Ledger, *, stand_in: 
         return NetworkRef(model, fingerprint="untrained", origin=f"an untrained {model}")
     if not found:
         cure = _train_command(model, wanted)
-        raise UserError(f"no {model} was trained on {wanted.dataset} ({wanted.split} split) yet; train one: {cure}")
+        raise UserError(f"no {model} was trained on {wanted.data.name} ({wanted.split} split) yet; train one: {cure}")
     raise UserError(
         f"the only {model} to choose (run {found[0].no}) began from the initial weights of the student of seed {wanted.seed}, which "
         f"may flatter it; train another teacher: {_train_command(model, wanted)}"
@@ -177,7 +199,7 @@ def _named_teacher(reference: str, wanted: Wanted, ledger: Ledger) -> NetworkRef
             f"teacher {reference} began from the initial weights of the student of seed {wanted.seed}, which may flatter it; use another "
             f"--seeds or another teacher"
         )
-    refuse_contaminated(teacher, wanted.split, wanted.data_hash)
+    refuse_contaminated(teacher, wanted)
     return teacher
 
 
@@ -203,5 +225,6 @@ def _recipe(train: Mapping[str, Any]) -> dict[str, Any]:
 def _train_command(model: str, wanted: Wanted) -> str:
     seed = 100 if wanted.seed != 100 else 101  # any that no student has
     holdout = " --holdout" if wanted.split == "holdout" else ""
+    limit = f" --set data.limit_train={wanted.data.limit_train}" if wanted.data.limit_train else ""
     runs = f" --runs {wanted.runs}" if wanted.runs != "runs" else ""
-    return f"flowdistill train --model {model} --dataset {wanted.dataset} --seeds {seed}{holdout}{runs}"
+    return f"flowdistill train --model {model} --dataset {wanted.data.name} --seeds {seed}{holdout}{limit}{runs}"

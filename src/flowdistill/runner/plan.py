@@ -83,13 +83,12 @@ def plan(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device, *, 
     Raises:
         UserError: the first config that can't be run.
     """
-    configs = list(configs)
-    for config in configs:  # what is cheap to refuse comes before the data, which may have to be downloaded
-        methods.settle(config.method, config.options, config.weights)
-    for student in {config.student for config in configs}:
-        resolve(student, ledger)
+    cheap = [(config, _settled(config)) for config in configs]  # refused before the data, which may have to be downloaded
+    students = {name: resolve(name, ledger) for name in dict.fromkeys(config.student for config, _ in cheap)}
     load_once = _Loader()
-    return [_planned(config, *load_once(config.data), ledger, device, stand_in) for config in configs]
+    return [
+        _planned(config, settled, students[config.student], *load_once(config.data), ledger, device, stand_in) for config, settled in cheap
+    ]
 
 
 def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[Job]:
@@ -109,7 +108,7 @@ def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[
                 f"{run.data_hash[:8]}); put the old data back, or train anew"
             )
         student, teacher = resolve(config.student, ledger), recorded_teacher(run, ledger)
-        job = _job(config, data, data_hash, student, teacher, _initial(student, data, config.seed), device)
+        job = _job(config, _settled(config), student, teacher, data, data_hash, _initial(student, data, config.seed), device)
         if job.fingerprint != run.fingerprint:
             raise UserError(
                 f"run {run.no} can't be resumed: its teacher, its first weights or the version of its method is not what it began with; "
@@ -136,31 +135,48 @@ def _initial(student: NetworkRef, data: ImageData, seed: int) -> str:
     return hash_weights(student.build(data.spec, seed=seed).state_dict())
 
 
-def _planned(config: RunConfig, data: ImageData, data_hash: str, ledger: Ledger, device: torch.device, stand_in: bool) -> Job:
+def _settled(config: RunConfig) -> Settled:
+    """The method with every default filled in.
+
+    Raises:
+        UserError: no such method, option or weight, or a teacher is needed and none named.
+    """
     settled = methods.settle(config.method, config.options, config.weights)
     if settled.uses_teacher and config.teacher is None:
         raise UserError(f"method {settled.name!r} needs a teacher: --teacher MODEL, RUN or FILE")
-    student = resolve(config.student, ledger)
-    refuse_contaminated(student, config.split, data_hash)
+    return settled
+
+
+def _planned(
+    config: RunConfig,
+    settled: Settled,
+    student: NetworkRef,
+    data: ImageData,
+    data_hash: str,
+    ledger: Ledger,
+    device: torch.device,
+    stand_in: bool,
+) -> Job:
     init_hash = _initial(student, data, config.seed)
+    recipe = config.train.model_dump(mode="json") | {"precision": resolve_precision(config.train.precision, device)}
+    wanted = Wanted(config.data, data_hash, config.split, config.seed, init_hash, recipe, str(ledger.folder))
+    refuse_contaminated(student, wanted)
     teacher = None
     if settled.uses_teacher and config.teacher is not None:
-        recipe = config.train.model_dump(mode="json") | {"precision": resolve_precision(config.train.precision, device)}
-        wanted = Wanted(config.data.name, data_hash, config.split, config.seed, init_hash, recipe, str(ledger.folder))
         teacher = choose_teacher(config.teacher, wanted, ledger, stand_in=stand_in)
-    return _job(config, data, data_hash, student, teacher, init_hash, device)
+    return _job(config, settled, student, teacher, data, data_hash, init_hash, device)
 
 
 def _job(
     config: RunConfig,
-    data: ImageData,
-    data_hash: str,
+    settled: Settled,
     student: NetworkRef,
     teacher: NetworkRef | None,
+    data: ImageData,
+    data_hash: str,
     init_hash: str,
     device: torch.device,
 ) -> Job:
-    settled = methods.settle(config.method, config.options, config.weights)
     precision = resolve_precision(config.train.precision, device)
     resolved = config.model_copy(
         update={

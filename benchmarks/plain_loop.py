@@ -26,8 +26,8 @@ from flowdistill import fsp_loss, methods, models
 from flowdistill.config import validate
 from flowdistill.data.loader import DeviceData, Stream
 from flowdistill.data.sources import ImageData, read_npz
-from flowdistill.training.cohort import Teacher
-from flowdistill.training.step import Student, teach, train_step
+from flowdistill.training.step import Student, train_step
+from flowdistill.training.teacher import Teacher
 
 BATCH, WARM = 128, 2
 TAPS = ("stem", "stage1", "stage2", "stage3")
@@ -88,11 +88,11 @@ def ours(data: ImageData, on_device: DeviceData, precision: str) -> Iterator[Non
     settled = methods.settle("fsp", {}, {})
     method = methods.build(settled, student=models.spec("resnet8", data.spec), teacher=models.spec("resnet20", data.spec), data=data.spec)
     nets = [models.build(name, data.spec, taps=TAPS).to(memory_format=torch.channels_last) for name in ("resnet8", "resnet20")]
-    student, teacher = Student(nets[0], method, settled, config.train), Teacher(nets[1])
+    student, teacher = Student(nets[0], method, settled, config.train), Teacher(nets[1], method.needs, precision)
     student.begin_phase(0)
     student.begin_epoch()
     for images, batch in Stream(on_device, 0, BATCH).epoch(0):
-        train_step(student, images, teach(teacher.net, images, precision), batch, lr=0.1, precision=precision)
+        train_step(student, images, teacher.teach(images), batch, lr=torch.tensor(0.1), precision=precision)
         yield
 
 

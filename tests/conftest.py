@@ -34,6 +34,14 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     ledger.close()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _any_processor() -> Iterator[None]:
+    """Precision auto is fp32 in the tests, whatever the processor computes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flowdistill.device._cpu_computes_bf16", lambda: False)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _leave_torch_as_found() -> Iterator[None]:
     yield

@@ -27,7 +27,7 @@ from flowdistill import cli
 from flowdistill.ledger import Ledger, Run
 from flowdistill.lock import held
 from flowdistill.runner import execute, record
-from flowdistill.training import checkpoint, cohort, weights
+from flowdistill.training import checkpoint, engine, weights
 from flowdistill.training.step import Student
 
 execute.CHECKPOINT_SECONDS = 0.0
@@ -66,9 +66,9 @@ def halve(descriptor: int) -> None:
 
 
 MOMENTS: dict[str, Callable[[], None]] = {
-    "before the first checkpoint": lambda: die_at(cohort, "train_step", 3),
-    "in a step": lambda: die_at(cohort, "train_step", 4 * 4 * 2 + 3),
-    "in evaluation": lambda: die_at(cohort, "evaluate", 6),
+    "before the first checkpoint": lambda: die_at(engine, "train_step", 3),
+    "in a step": lambda: die_at(engine, "train_step", 4 * 4 * 2 + 3),
+    "in evaluation": lambda: die_at(engine, "evaluate", 6),
     "between an epoch and the ledger": lambda: die_at(execute, "record_epoch", 3),
     "in the ledger's transaction": lambda: die_at(Ledger, "add_epochs", 3, first=lambda ledger, rows: half_a_transaction(ledger)),
     "between ledger and checkpoint": lambda: die_at(checkpoint, "save", 3),

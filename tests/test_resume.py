@@ -22,7 +22,7 @@ from small import config
 from flowdistill import UserError
 from flowdistill.config import RunConfig
 from flowdistill.ledger import Ledger, Run
-from flowdistill.methods import METHODS, Method
+from flowdistill.methods import METHODS, Method, Needs
 from flowdistill.methods.base import Paper
 from flowdistill.runner import Watcher, execute, resume, run
 from flowdistill.taps import Batch, NetSpec, Outputs
@@ -63,14 +63,15 @@ class Learned(Method):
         super().__init__(options)
         self.adapter = torch.nn.Linear(student.embedding, teacher.embedding)
         self.register_buffer("memory", torch.zeros(teacher.embedding))
+        self.needs = Needs(embedding=True)
 
     @classmethod
     def default_weights(cls, options: Any) -> dict[str, float]:
         return {"learned": 1.0}
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, torch.Tensor]:
-        self.memory = 0.9 * self.memory + 0.1 * teacher.embedding.mean(0)
-        return {"learned": (self.adapter(student.embedding) - teacher.embedding - self.memory).square().mean()}
+        self.memory.mul_(0.9).add_(0.1 * teacher.embedding.mean(0))
+        return {"learned": (self.adapter(student.embedding) - teacher.embedding - self.memory.clone()).square().mean()}
 
 
 @pytest.fixture(autouse=True)

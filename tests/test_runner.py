@@ -16,7 +16,7 @@ from flowdistill.data.sources import read_npz
 from flowdistill.ledger import Ledger, Run
 from flowdistill.runner import Watcher, evaluate, load_network, run
 from flowdistill.taps import DataSpec
-from flowdistill.training import cohort as engine
+from flowdistill.training import engine
 from flowdistill.training.weights import hash_weights, load_weights, save_weights
 
 CPU = torch.device("cpu")

@@ -16,10 +16,14 @@ from flowdistill import methods, models
 from flowdistill.config import RunConfig, TrainConfig
 from flowdistill.data.loader import DeviceData, Stream
 from flowdistill.data.sources import ImageData, read_npz
+from flowdistill.methods import Needs
 from flowdistill.models import Network
 from flowdistill.training import cohort as engine
-from flowdistill.training.cohort import Cohort, Lane, Teacher, train
+from flowdistill.training import teacher as teaching
+from flowdistill.training.cohort import Cohort, train
+from flowdistill.training.engine import Eager, Lane
 from flowdistill.training.step import Student, gradient_ratios, teach
+from flowdistill.training.teacher import Teacher
 from flowdistill.training.weights import hash_weights
 
 CPU = torch.device("cpu")
@@ -30,14 +34,14 @@ def data(small_npz: Path) -> ImageData:
     return read_npz(small_npz)
 
 
-def a_teacher(data: DeviceData) -> Teacher:
+def a_teacher(data: DeviceData, precision: str = "fp32") -> Teacher:
     net = models.build(
         "resnet14", data.spec, taps=("stem", "stage1", "stage2", "stage3", "stage1.first", "stage2.first", "stage3.first"), seed=9
     )
     with torch.no_grad():  # batch statistics as of a trained network
         for _ in range(3):
             net(data.normalise(data.test.images))
-    return Teacher(net)
+    return Teacher(net, Needs(teacher=frozenset(net.taps), logits=True, embedding=True), precision)
 
 
 def a_student(run: RunConfig, data: DeviceData, wider: int = 0) -> Student:
@@ -54,11 +58,11 @@ def a_cohort(data: ImageData, runs: list[RunConfig], precision: str = "fp32", sp
     lanes: dict[int, Lane] = {}
     students = []
     for run in runs:
-        lane = lanes.setdefault(run.seed, Lane(Stream(on_device, run.seed, run.train.batch_size), a_teacher(on_device), []))
+        lane = lanes.setdefault(run.seed, Lane(Stream(on_device, run.seed, run.train.batch_size), a_teacher(on_device, precision), []))
         lane.students.append(a_student(run, on_device))
         students.append(lane.students[-1])
     phases = [phase.epochs or runs[0].train.epochs for phase in students[0].settled.phases]
-    return Cohort(on_device, list(lanes.values()), runs[0].train, phases, precision, split == "holdout"), students  # type: ignore[arg-type]
+    return Cohort(on_device, list(lanes.values()), runs[0].train, phases, Eager(precision, ""), split == "holdout"), students  # type: ignore[arg-type]
 
 
 def weights_of(student: Student) -> str:
@@ -216,7 +220,7 @@ def test_two_stages_train_fsp_alone_without_the_head_then_the_task_alone(data: I
 
 def test_stage_two_runs_no_teacher(data: ImageData, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(engine, "teach", lambda *args: calls.append(1) or teach(*args))
+    monkeypatch.setattr(teaching, "teach", lambda *args: calls.append(1) or teach(*args))
     options = {"fsp": {"schedule": "two-stage", "stage_epochs": 1}}
     cohort, _ = a_cohort(data, [config(small_npz, method="fsp", teacher="-", options=options, train={"epochs": 3})])
     for _ in train(cohort):
@@ -228,7 +232,7 @@ def test_the_teacher_runs_once_a_batch_for_all_students_of_a_seed(
     data: ImageData, small_npz: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    monkeypatch.setattr(engine, "teach", lambda *args: calls.append(1) or teach(*args))
+    monkeypatch.setattr(teaching, "teach", lambda *args: calls.append(1) or teach(*args))
     cohort, _ = a_cohort(data, [config(small_npz, method=method, teacher="-", train={"epochs": 1}) for method in ("at", "fsp", "kd")])
     for _ in train(cohort):
         pass
@@ -259,10 +263,14 @@ def test_a_cohort_whose_students_all_diverged_stops(data: ImageData, small_npz: 
     [
         ("train mode", "the teacher left eval mode"),
         ("gradient", "the teacher is no longer frozen"),
-        ("buffer", "a buffer of the teacher changed"),
+        ("buffer", "a weight or a buffer of the teacher changed"),
+        ("weight", "a weight or a buffer of the teacher changed"),
     ],
 )
-def test_a_teacher_that_changes_is_noticed(data: ImageData, small_npz: Path, harm: str, words: str) -> None:
+def test_a_teacher_that_changes_is_noticed(
+    data: ImageData, small_npz: Path, harm: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teaching, "fold", lambda net: net)
     cohort, _ = a_cohort(data, [config(small_npz, method="fsp", teacher="-")])
     teacher = cohort.lanes[0].teacher
     assert teacher is not None
@@ -271,12 +279,15 @@ def test_a_teacher_that_changes_is_noticed(data: ImageData, small_npz: Path, har
     elif harm == "gradient":
         teacher.net.fc.requires_grad_(True)
     else:
-        teacher.net.bn1.running_mean += 1e-6
+        (teacher.net.bn1.running_mean if harm == "buffer" else teacher.net.fc.weight).add_(1e-6)
     with pytest.raises(RuntimeError, match=words):
         next(train(cohort))
 
 
-def test_the_teacher_stays_as_it_was_and_students_train_in_train_mode(data: ImageData, small_npz: Path) -> None:
+def test_the_teacher_stays_as_it_was_and_students_train_in_train_mode(
+    data: ImageData, small_npz: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teaching, "fold", lambda net: net)  # one with statistics that could move
     cohort, (student,) = a_cohort(data, [config(small_npz, method="fsp", teacher="-")])
     teacher = cohort.lanes[0].teacher
     assert teacher is not None
@@ -303,7 +314,7 @@ def test_gradient_ratios_are_those_of_autograd_and_change_nothing(data: ImageDat
     lane = cohort.lanes[0]
     assert lane.teacher is not None
     images, batch = next(lane.stream.epoch(0))
-    taught = teach(lane.teacher.net, images, "fp32")
+    taught = lane.teacher.teach(images)
     before = weights_of(student)
     found = gradient_ratios(student, images, taught, batch, "fp32")
     assert weights_of(student) == before

@@ -49,11 +49,12 @@ def train(
     seed: int = 0,
     runs: str | os.PathLike[str] = "runs",
     device: str = "auto",
+    engine: str = "auto",
     progress: bool = True,
     **config: Any,
 ) -> Result:
     """Train a network on the labels alone; takes what ``distill`` takes."""
-    return distill(None, student, data, method="base", seed=seed, runs=runs, device=device, progress=progress, **config)
+    return distill(None, student, data, method="base", seed=seed, runs=runs, device=device, engine=engine, progress=progress, **config)
 
 
 def distill(
@@ -65,6 +66,7 @@ def distill(
     seed: int = 0,
     runs: str | os.PathLike[str] = "runs",
     device: str = "auto",
+    engine: str = "auto",
     progress: bool = True,
     **config: Any,
 ) -> Result:
@@ -81,6 +83,7 @@ def distill(
         seed: decides initial weights, order and augmentation.
         runs: folder of the ledger.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        engine: ``auto``, ``eager``, ``compiled`` or ``graph``; what can't be had here falls back, and says so.
         progress: bars on stderr.
         config: further keys of RunConfig as nested mappings (``train={"epochs": 30}, weights={"fsp": 10.0}, split="holdout"``).
 
@@ -99,7 +102,7 @@ def distill(
             "seed": seed,
         }
     )
-    run = run_configs([parsed], ledger, resolve_device(device), watcher=Bars() if progress else Watcher())[0]
+    run = run_configs([parsed], ledger, resolve_device(device), engine=engine, watcher=Bars() if progress else Watcher())[0]
     if run.status != "finished":
         raise RuntimeError(f"run {run.no} {run.status}: {run.error}")
     return Result(run, ledger.run_folder(run.no))

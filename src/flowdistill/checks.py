@@ -30,6 +30,12 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def summary(error: BaseException) -> str:
+    """An exception's type and the first line that it says."""
+    said, name = first_line(error), type(error).__name__
+    return name if said == name else f"{name}: {said}"
+
+
 def regular_file(path: Path, what: str) -> Path:
     """The path, ``~`` expanded, of a file to be read. A folder, a device or a pipe is refused unopened: it may never end.
 

@@ -64,6 +64,15 @@ class PrecisionName(StrEnum):
     fp32 = "fp32"
 
 
+class EngineName(StrEnum):
+    """How steps are computed."""
+
+    auto = "auto"
+    eager = "eager"
+    compiled = "compiled"
+    graph = "graph"
+
+
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the ledger and of every run's files.")]
 FormatOption = Annotated[TableFormat, typer.Option("--format", help="How to print.")]
 DatasetOption = Annotated[str | None, typer.Option(help="digits, cifar10, cifar100, fashion_mnist or npz:PATH.")]
@@ -72,7 +81,8 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 EpochsOption = Annotated[int | None, typer.Option(help="Epochs (of the task phase, where a method trains in stages).")]
 LrOption = Annotated[float | None, typer.Option(help="Base learning rate.")]
 BatchSizeOption = Annotated[int | None, typer.Option(help="Images a step.")]
-PrecisionOption = Annotated[PrecisionName | None, typer.Option(help="auto: bf16 where the GPU has it, else fp32.")]
+PrecisionOption = Annotated[PrecisionName | None, typer.Option(help="auto: bf16 where the GPU or CPU computes it, else fp32.")]
+EngineOption = Annotated[EngineName, typer.Option(help="How steps are computed; auto: the best for this device and length of run.")]
 HoldoutOption = Annotated[bool, typer.Option("--holdout", help="Keep a tenth of train out; it chooses the epoch, test is read once.")]
 DeterministicOption = Annotated[bool, typer.Option("--deterministic", help="Only operations that repeat bit for bit.")]
 AgainOption = Annotated[bool, typer.Option("--again", help="Train even what the ledger has already.")]
@@ -129,6 +139,7 @@ def _launch(
     batch_size: BatchSizeOption = None,
     precision: PrecisionOption = None,
     device: DeviceOption = "auto",
+    engine: EngineOption = EngineName.auto,
     deterministic: DeterministicOption = False,
     holdout: HoldoutOption = False,
     again: AgainOption = False,
@@ -153,13 +164,13 @@ def _launch(
     configs = [parsed for share in _for_methods(values, names) for parsed in _seeded(share, seeds)]
     where, ledger = resolve_device(device), Ledger(runs, create=True)
     if dry_run:
-        found = preview(configs, ledger, where)
+        found = preview(configs, ledger, where, engine.value)
         print(tables.render(found, "json", ()))
         todo = [one for one in found if again or not one["finished_run"]]
         seconds = sum(one["cohort_seconds"] / one["cohort_size"] for one in todo)
         print(f"{len(todo)} runs to do, about {timedelta(seconds=round(seconds))} (h:mm:ss) on {found[0]['device']}", file=sys.stderr)
         return 0
-    done = run(configs, ledger, where, deterministic=deterministic, again=again, watcher=Bars())
+    done = run(configs, ledger, where, deterministic=deterministic, again=again, engine=engine.value, watcher=Bars())
     return _print_done(done)
 
 

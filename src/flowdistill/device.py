@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -41,10 +43,41 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:
-    """``auto`` is bf16 on a GPU that computes it, float32 elsewhere."""
+    """``auto`` is bf16 on a GPU or a CPU that computes it, float32 elsewhere."""
     if name == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        if device.type == "cuda":
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        return "bf16" if device.type == "cpu" and _cpu_computes_bf16() else "fp32"
     return "bf16" if name == "bf16" else "fp32"
+
+
+def _cpu_computes_bf16() -> bool:
+    """AVX512-BF16 or AMX, as Linux tells it; others are taken to have neither."""
+    try:
+        return not {"avx512_bf16", "amx_bf16"}.isdisjoint(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that a GPU has left, as its driver says; without end elsewhere, where images are in memory anyway."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: what the scheduler and the container's quota leave it."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        granted = math.inf if quota == "max" else max(1, int(quota) // int(period))
+    except (OSError, ValueError):
+        granted = math.inf
+    scheduled = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(min(scheduled, granted))
+
+
+def sensible_threads() -> int:
+    """PyTorch's own number (OMP_NUM_THREADS, else a thread a core), never more than there are cores to use: in a container it sees all."""
+    return torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else min(torch.get_num_threads(), usable_cores())
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -54,9 +87,9 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that PyTorch held on a GPU, or the largest resident size of this process elsewhere."""
+    """Bytes: the most that PyTorch held on a GPU, CUDA graphs included, or the largest resident size of this process elsewhere."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)  # what is allocated inside a replayed graph counts as reserved alone
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Outputs(NamedTuple):
-    """What a network gives for a batch, and all that a method sees of it.
+    """What a network gives for a batch, and all that a method sees of it. Of a teacher only what the method's ``needs`` name is there.
 
     Attributes:
         logits: [N, K] unnormalised class scores.
@@ -111,9 +111,9 @@ class Batch:
     Attributes:
         labels: [N] class numbers.
         indices: [N] positions in the training set; None outside of training.
-        epoch: 0-based epoch of the whole run.
+        epoch: scalar, 0-based epoch of the whole run, on the device; None outside of training.
     """
 
     labels: Tensor
     indices: Tensor | None = None
-    epoch: int = 0
+    epoch: Tensor | None = None

@@ -16,10 +16,10 @@ import torch
 from flowdistill import models, randomness
 from flowdistill.data import augment, loader
 from flowdistill.training import cohort, optim, schedule, step
-from flowdistill.training.cohort import Teacher
 from flowdistill.training.optim import build_optimizer
 from flowdistill.training.schedule import lr_factor
-from flowdistill.training.step import Student, losses, teach
+from flowdistill.training.step import Student, teach
+from flowdistill.training.teacher import Teacher
 
 from .bug import bug
 
@@ -30,20 +30,20 @@ STAYS = suite.test_the_teacher_stays_as_it_was_and_students_train_in_train_mode
 
 
 @bug(Teacher, "__init__", STAYS, refusal="the teacher left eval mode")
-def teacher_left_in_train_mode(self, net):
+def teacher_left_in_train_mode(self, net, needs, precision):
     """The teacher normalises by the batch, and every batch moves its statistics."""
-    teacher_init(self, net)
-    net.train()
+    teacher_init(self, net, needs, precision)
+    self.net.train()
 
 
 @bug(Teacher, "__init__", STAYS, refusal="the teacher is no longer frozen")
-def teacher_not_frozen(self, net):
+def teacher_not_frozen(self, net, needs, precision):
     """requires_grad left on: an optimiser over both networks moves the teacher."""
-    teacher_init(self, net)
-    net.requires_grad_(True)
+    teacher_init(self, net, needs, precision)
+    self.net.requires_grad_(True)
 
 
-@bug(step, "teach", STAYS, refusal="a buffer of the teacher changed")
+@bug(step, "teach", STAYS, refusal="a weight or a buffer of the teacher changed")
 def teacher_statistics_drift(teacher, images, precision):
     """.train() on a list of modules that holds the teacher, eval put back after: only its statistics tell."""
     teacher.train()
@@ -68,11 +68,16 @@ def guard_that_forgets_the_gradient(self):
         raise RuntimeError("the teacher left eval mode during training")
 
 
-@bug(Teacher, "__init__", suite.test_a_teacher_that_changes_is_noticed, {"harm": "buffer", "words": "a buffer of the teacher changed"})
-def guard_that_compares_a_buffer_with_itself(self, net):
+@bug(
+    Teacher,
+    "__init__",
+    suite.test_a_teacher_that_changes_is_noticed,
+    {"harm": "buffer", "words": "a weight or a buffer of the teacher changed"},
+)
+def guard_that_compares_a_buffer_with_itself(self, net, needs, precision):
     """No clone(): the copy drifts along, so no drift is ever seen."""
-    teacher_init(self, net)
-    self._buffers = dict(net.named_buffers())
+    teacher_init(self, net, needs, precision)
+    self._kept = self.net.state_dict()
 
 
 # The optimiser and the step
@@ -132,13 +137,13 @@ def rate_of_the_epoch_before(self, epoch, epochs, step, steps):
 
 
 @bug(step, "train_step", PLAIN)
-def gradients_of_earlier_steps_kept(student, images, taught, batch, *, lr, precision):
+def gradients_of_earlier_steps_kept(student, images, taught, batch, *, lr, precision, losses):
     """No zero_grad."""
     terms = losses(student, images, taught if student.taught else None, batch, precision)
     sum(weight * terms[term] for term, weight in student.weights.items()).backward()
     student.optimizer.param_groups[0]["lr"] = lr
     student.optimizer.step()
-    student.sums = {term: student.sums.get(term, 0) + value.detach() for term, value in terms.items()}
+    student.sums = {term: student.sums[term] + value.detach() for term, value in terms.items()}
 
 
 @bug(Student, "begin_phase", PLAIN)
@@ -169,16 +174,17 @@ def momentum_carried_into_stage_two(self, number):
 @bug(Student, "begin_epoch", STAYS)
 def student_trained_in_eval_mode(self):
     """eval() of the last evaluation never taken back: batch statistics stand still."""
-    self.net.eval()
     self.method.train()
-    self.sums = {}
+    for value in self.sums.values():
+        value.zero_()
+    self.net.eval()
 
 
 # What is reported
 
 
 @bug(step, "train_step", suite.test_reported_terms_are_unweighted_means_over_the_steps_of_their_epoch)
-def weighted_terms_reported(student, images, taught, batch, *, lr, precision):
+def weighted_terms_reported(student, images, taught, batch, *, lr, precision, losses):
     """Curves of two weights can't be compared: most loops print the product."""
     terms = losses(student, images, taught if student.taught else None, batch, precision)
     terms |= {term: weight * terms[term] for term, weight in student.weights.items()}
@@ -186,7 +192,7 @@ def weighted_terms_reported(student, images, taught, batch, *, lr, precision):
     sum(terms[term] for term in student.weights).backward()
     student.optimizer.param_groups[0]["lr"] = lr
     student.optimizer.step()
-    student.sums = {term: student.sums.get(term, 0) + value.detach() for term, value in terms.items()}
+    student.sums = {term: student.sums[term] + value.detach() for term, value in terms.items()}
 
 
 @bug(Student, "begin_epoch", suite.test_reported_terms_are_unweighted_means_over_the_steps_of_their_epoch)
@@ -281,11 +287,10 @@ def one_crop_for_the_whole_batch(padded, indices, rows, columns, flips, size):
 
 
 @bug(loader.Stream, "batch", test_loader.test_batches_cover_distinct_images_and_agree_with_their_labels, {"split": "full"})
-def labels_in_another_order_than_images(self, draws, step, epoch):
+def labels_in_another_order_than_images(self, draws, shown, epoch, padded=None):
     """Images shuffled, labels not: training runs, and learns nothing."""
-    images, batch = stream_batch(self, draws, step, epoch)
-    first = step * self.batch_size
-    return images, loader.Batch(self.data.labels[first : first + self.batch_size], batch.indices, epoch)
+    images, batch = stream_batch(self, draws, shown, epoch, padded)
+    return images, loader.Batch(self.data.labels[shown], batch.indices, epoch)
 
 
 stream_batch = loader.Stream.batch

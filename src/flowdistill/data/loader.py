@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from ..checks import UserError
+from ..device import free_memory
 from ..taps import Batch
 from .augment import Draws, crop_and_flip, draw_epoch, reflect_pad
 from .sources import ImageData, Labels, stratified
 
 HOLDOUT_PART = 10  # a tenth of each class is held out
+RESIDENT_SHARE = 0.4  # of the device's free memory that the training images may take; the copy that pads them takes as much again
 
 
 def holdout_positions(labels: Labels) -> Labels:
@@ -58,7 +60,8 @@ class DeviceData:
     """One data set under one split, on the device: shared by all streams of a cohort.
 
     Attributes:
-        padded: uint8 [n, H+2p, W+2p, C] training images.
+        padded: uint8 [n, H+2p, W+2p, C] training images; in the host's memory where they are too many for the device.
+        resident: whether the device holds them.
         labels: [n] their labels.
         test: the test images.
         curve: what every epoch is measured on: ``test`` of a full run, the held-out tenth of a holdout run.
@@ -72,7 +75,9 @@ class DeviceData:
         images, labels = torch.from_numpy(data.x_train), torch.from_numpy(data.y_train)
         self.normalisation = Normalisation.of(images[trained])
         self.normalise = self.normalisation.on(device)
-        self.padded = reflect_pad(images[trained].to(device), data.pad)
+        sides = (data.spec.height + 2 * data.pad) * (data.spec.width + 2 * data.pad)
+        self.resident = len(trained) * sides * data.spec.channels <= RESIDENT_SHARE * free_memory(device)
+        self.padded = reflect_pad(images[trained].to(device if self.resident else "cpu"), data.pad)
         self.labels = labels[trained].to(device)
         self.test = Labelled(torch.from_numpy(data.x_test).to(device), torch.from_numpy(data.y_test).to(device))
         self.curve = Labelled(images[held_out].to(device), labels[held_out].to(device)) if split == "holdout" else self.test
@@ -89,18 +94,52 @@ class Stream:
         if self.steps == 0:
             raise UserError(f"train.batch_size={batch_size} is more than the {len(data.labels)} training images; set --batch-size lower")
 
+    def draws(self, epoch: int) -> Draws:
+        """All that is random in an epoch, on the device."""
+        data = self.data
+        return draw_epoch(len(data.labels), pad=data.pad, flip=data.flip, seed=self.seed, epoch=epoch, device=data.device)
+
+    def shown(self, step: int) -> slice:
+        """The places of a step's images in the epoch's order."""
+        return slice(step * self.batch_size, (step + 1) * self.batch_size)
+
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Batch]]:
         """The epoch's batches: images float32 [B, C, H, W] and what the step knows beside them."""
-        draws = draw_epoch(
-            len(self.data.labels), pad=self.data.pad, flip=self.data.flip, seed=self.seed, epoch=epoch, device=self.data.device
-        )
-        for step in range(self.steps):
-            yield self.batch(draws, step, epoch)
+        draws, number = self.draws(epoch), torch.tensor(epoch, device=self.data.device)
+        if self.data.resident:
+            for step in range(self.steps):
+                yield self.batch(draws, self.shown(step), number)
+            return
+        for step, padded in enumerate(self._fetched(draws)):
+            yield self.batch(draws, self.shown(step), number, padded)
 
-    def batch(self, draws: Draws, step: int, epoch: int) -> tuple[Tensor, Batch]:
-        """One batch of an epoch that was drawn."""
-        shown = slice(step * self.batch_size, (step + 1) * self.batch_size)
+    def batch(self, draws: Draws, shown: slice | Tensor, epoch: Tensor, padded: Tensor | None = None) -> tuple[Tensor, Batch]:
+        """The batch at the places ``shown`` of an epoch that was drawn; ``padded`` holds its images where the device does not hold all."""
         indices = draws.order[shown]
         size = (self.data.spec.height, self.data.spec.width)
-        images = crop_and_flip(self.data.padded, indices, draws.rows[shown], draws.columns[shown], draws.flips[shown], size)
+        places = indices if padded is None else torch.arange(len(indices), device=indices.device)
+        source = self.data.padded if padded is None else padded
+        images = crop_and_flip(source, places, draws.rows[shown], draws.columns[shown], draws.flips[shown], size)
         return self.data.normalise(images), Batch(self.data.labels[indices], indices, epoch)
+
+    def _fetched(self, draws: Draws) -> Iterator[Tensor]:
+        """Each step's padded images from the host, copied to the device while the step before is computed."""
+        order, device = draws.order.cpu(), self.data.device
+        copying = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+        def fetch(step: int) -> Tensor:
+            part = self.data.padded[order[self.shown(step)]]
+            if copying is None:
+                return part.to(device)
+            with torch.cuda.stream(copying):
+                return part.pin_memory().to(device, non_blocking=True)
+
+        ahead = fetch(0)
+        for step in range(self.steps):
+            if copying is not None:
+                torch.cuda.current_stream(device).wait_stream(copying)
+                ahead.record_stream(torch.cuda.current_stream(device))
+            ready = ahead
+            if step + 1 < self.steps:
+                ahead = fetch(step + 1)
+            yield ready

@@ -8,10 +8,10 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from .base import METHODS, Method, MethodOptions, Phase, get
+from .base import METHODS, Method, MethodOptions, Needs, Phase, get
 from .compose import Composed, Settled, build, parts, settle
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["METHODS", "Composed", "Method", "MethodOptions", "Phase", "Settled", "build", "get", "parts", "settle"]
+__all__ = ["METHODS", "Composed", "Method", "MethodOptions", "Needs", "Phase", "Settled", "build", "get", "parts", "settle"]

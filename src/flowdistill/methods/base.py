@@ -61,14 +61,30 @@ class Phase:
 
 
 class Needs(NamedTuple):
-    """The taps that a method wants of each network."""
+    """What a method wants of each network beside the student's logits and embedding, which it always has.
+
+    Attributes:
+        student, teacher: taps.
+        logits, embedding: the teacher's.
+    """
 
     student: frozenset[str] = frozenset()
     teacher: frozenset[str] = frozenset()
+    logits: bool = False
+    embedding: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        """What either wants."""
+        return Needs(
+            self.student | other.student, self.teacher | other.teacher, self.logits or other.logits, self.embedding or other.embedding
+        )
 
 
 class Method(nn.Module):
     """One paper, one file, one registered name.
+
+    Of the teacher's outputs a method sees just what its ``needs`` name. What it remembers stands in registered buffers and is updated in
+    place, so that every engine and a checkpoint see it.
 
     Class facts:
         paper: where the formula comes from.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from ..checks import UserError, did_you_mean
 from ..config import parse_as
 from ..taps import Batch, DataSpec, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Phase, get
+from .base import Method, MethodOptions, Phase, get
 
 
 def parts(name: str) -> list[type[Method]]:
@@ -106,10 +108,7 @@ class Composed(Method):
         self.terms = tuple(term for method in methods for term in method.terms)
         self.vanishes_at_match = all(method.vanishes_at_match for method in methods)
         self.per_sample = all(method.per_sample for method in methods)
-        self.needs = Needs(
-            frozenset().union(*(method.needs.student for method in methods)),
-            frozenset().union(*(method.needs.teacher for method in methods)),
-        )
+        self.needs = functools.reduce(operator.or_, (method.needs for method in methods))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """The terms of every part."""

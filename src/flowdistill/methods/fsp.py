@@ -26,7 +26,7 @@ Pair = tuple[Tensor, Tensor]
 def fsp_matrix(first: Tensor, second: Tensor) -> Tensor:
     """The FSP matrix of two maps of equal size: G[n, i, j] = 1/(H W) sum_{y,x} first[n, i, y, x] second[n, j, y, x].
 
-    Yim et al. 2017, eq. 1. One batched matrix product in at least float32, divided before it is summed.
+    Yim et al. 2017, eq. 1. One batched matrix product in at least float32.
 
     Args:
         first: [N, C, H, W].
@@ -43,7 +43,7 @@ def fsp_matrix(first: Tensor, second: Tensor) -> Tensor:
         raise ValueError(f"fsp_matrix wants [N, C, H, W] and [N, D, H, W], got {shapes}; match_sizes brings sizes together")
     first, second = full(first).flatten(2), full(second).flatten(2)
     with torch.autocast(first.device.type, enabled=False):  # the product would go back to half precision
-        return (first / first.shape[2]) @ second.transpose(1, 2)
+        return first @ second.transpose(1, 2) / first.shape[2]
 
 
 def match_sizes(first: Tensor, second: Tensor, pool: Pool = "max") -> Pair:

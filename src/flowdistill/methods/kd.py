@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..taps import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Paper, full, register, same_classes, same_shape
+from .base import Method, MethodOptions, Needs, Paper, full, register, same_classes, same_shape
 
 
 def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
@@ -59,6 +59,7 @@ class KD(Method):
     def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
         super().__init__(options)
         same_classes(student, teacher, self.name)
+        self.needs = Needs(logits=True)
 
     @classmethod
     def default_weights(cls, options: Any) -> dict[str, float]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..taps import Batch, NetSpec, Outputs
-from .base import Method, Paper, full, register, same_classes, same_shape
+from .base import Method, Needs, Paper, full, register, same_classes, same_shape
 
 
 def logits_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -40,6 +40,7 @@ class Logits(Method):
     def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
         super().__init__(options)
         same_classes(student, teacher, self.name)
+        self.needs = Needs(logits=True)
 
     @classmethod
     def default_weights(cls, options: Any) -> dict[str, float]:

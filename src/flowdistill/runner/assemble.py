@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,9 +14,12 @@ from ..checks import UserError
 from ..data.loader import DeviceData, Stream
 from ..device import Precision
 from ..models import Network
-from ..training.cohort import Cohort, Lane, Progress, Teacher, first_gradients
+from ..training.choice import choose
+from ..training.cohort import Cohort, Progress, first_gradients
+from ..training.engine import Lane
 from ..training.evaluate import evaluate
 from ..training.step import Student
+from ..training.teacher import Teacher
 from .plan import Job, cohorts
 from .watcher import Watcher
 
@@ -30,11 +35,12 @@ class Member:
     teacher_accuracy: float | None = None
     no: int = 0
     last: Progress | None = None
+    setup_seconds: float = 0.0
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
 
 
-def prepare(jobs: Sequence[Job], device: torch.device) -> list[tuple[Cohort, list[Member]]]:
+def prepare(jobs: Sequence[Job], device: torch.device, engine: str = "auto") -> list[tuple[Cohort, list[Member]]]:
     """Every cohort on the device; those of equal data and split share the images."""
     on_device: dict[object, DeviceData] = {}
     prepared = []
@@ -43,15 +49,15 @@ def prepare(jobs: Sequence[Job], device: torch.device) -> list[tuple[Cohort, lis
         key = (first.config.data, first.config.split)
         if key not in on_device:
             on_device[key] = DeviceData(first.data, first.config.split, device)
-        prepared.append(assemble(group, on_device[key], device))
+        prepared.append(assemble(group, on_device[key], device, engine))
     return prepared
 
 
-def assemble(jobs: Sequence[Job], data: DeviceData, device: torch.device) -> tuple[Cohort, list[Member]]:
+def assemble(jobs: Sequence[Job], data: DeviceData, device: torch.device, engine: str = "auto") -> tuple[Cohort, list[Member]]:
     """Put teachers and students of one cohort on the device; measure the teachers."""
     first = jobs[0]
     methods = [job.method() for job in jobs]
-    taught_taps = tuple(sorted({tap for method in methods for tap in method.needs.teacher}))
+    needs = functools.reduce(operator.or_, (method.needs for method in methods))
     taught = {job.config.seed: job.teacher.origin for job in jobs if job.teacher}
     teachers: dict[str, tuple[Teacher, float]] = {}
     lanes: dict[tuple[int, str], Lane] = {}
@@ -64,13 +70,17 @@ def assemble(jobs: Sequence[Job], data: DeviceData, device: torch.device) -> tup
         lane = lanes.setdefault((job.config.seed, origin), Lane(Stream(data, job.config.seed, job.config.train.batch_size), None, []))
         if job.teacher:
             if origin not in teachers:
-                teacher = Teacher(_placed(job.teacher.build(data.spec, taps=taught_taps), device))
-                teachers[origin] = teacher, _accuracy(teacher.net, data, job.precision)
+                teacher = _placed(job.teacher.build(data.spec, taps=tuple(sorted(needs.teacher))), device)
+                accuracy = _accuracy(teacher.eval(), data, job.precision)
+                teachers[origin] = Teacher(teacher, needs, job.precision), accuracy
             lane.teacher, member.teacher_accuracy = teachers[origin]
         lane.students.append(student)
         members.append(member)
     select = first.config.split == "holdout"
-    return Cohort(data, list(lanes.values()), first.config.train, first.phase_epochs, first.precision, select), members
+    found = list(lanes.values())
+    pixels = sum(first.phase_epochs) * found[0].stream.steps * found[0].stream.batch_size * data.spec.height * data.spec.width
+    chosen = choose(engine, device, first.precision, pixels=pixels, resident=data.resident)
+    return Cohort(data, found, first.config.train, first.phase_epochs, chosen, select), members
 
 
 def _placed(net: Network, device: torch.device) -> Network:

@@ -13,7 +13,7 @@ import torch
 
 from ..checks import UserError
 from ..config import RunConfig
-from ..device import describe, determinism, reset_peak_memory, threads
+from ..device import describe, determinism, reset_peak_memory, sensible_threads, threads
 from ..env import versions
 from ..ledger import Ledger, Run
 from ..training import checkpoint
@@ -34,6 +34,7 @@ def run(
     *,
     deterministic: bool = False,
     again: bool = False,
+    engine: str = "auto",
     watcher: Watcher | None = None,
 ) -> list[Run]:
     """Train what the ledger has not, go on with what was cut off, and return the run of every config, in order.
@@ -55,13 +56,13 @@ def run(
     homes = dict.fromkeys(found.home for found in known.values() if found.cut_off)
     for home in homes:
         recorded(_unfinished(home, ledger), ledger, device)  # refuses before anything is trained
-    with determinism(deterministic):
-        prepared = prepare([job for key, job in todo.items() if key not in known], device)
+    with determinism(deterministic), threads(sensible_threads()):
+        prepared = prepare([job for key, job in todo.items() if key not in known], device, engine)
         for cohort, members in prepared:
             check_start(cohort, members, watcher)
     for home in homes:
         _resume_cohort(home, ledger, device, watcher)
-    with determinism(deterministic):
+    with determinism(deterministic), threads(sensible_threads()):
         for cohort, members in prepared:
             _begin_cohort(cohort, members, ledger, device, watcher, time.perf_counter() - started)
             started = time.perf_counter()
@@ -112,6 +113,7 @@ def _begin_cohort(
     cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: torch.device, watcher: Watcher, setup_seconds: float
 ) -> None:
     common = {"cohort_size": len(members), "device": describe(device), "threads": torch.get_num_threads(), "setup_seconds": setup_seconds}
+    common["engine"] = cohort.engine.name
     with contextlib.ExitStack() as stack:
 
         def claim(numbers: Sequence[int]) -> None:
@@ -132,7 +134,7 @@ def _resume_cohort(home: int, ledger: Ledger, device: torch.device, watcher: Wat
         if not runs:
             return  # another process was faster
         with threads(runs[0].threads or torch.get_num_threads()), determinism(bool(runs[0].deterministic)):
-            (cohort, members), *others = prepare(recorded(runs, ledger, device), device)
+            (cohort, members), *others = prepare(recorded(runs, ledger, device), device, runs[0].engine)
             assert not others, "runs of one cohort stay together"
             for member, one in zip(members, runs, strict=True):
                 member.no = one.no
@@ -171,9 +173,14 @@ def _train(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: to
     """Epoch by epoch: into the ledger, then into the checkpoint, so that the ledger is never behind it."""
     reset_peak_memory(device)
     folder, last = ledger.run_folder(home), -math.inf
+    engine = cohort.engine
+    watcher.say(f"{_numbers(members)}: {engine.name} engine, {cohort.precision}: {engine.why}")
     watcher.begin(_title(members), cohort.steps)
     try:
         for report in train(cohort, watcher.step):
+            if cohort.engine is not engine:
+                engine = cohort.engine
+                watcher.say(f"{_numbers(members)}: {engine.name} engine instead: {engine.why}")
             record_epoch(report, cohort, members, ledger, watcher)
             if time.monotonic() - last >= CHECKPOINT_SECONDS:
                 _save(cohort, members, folder, watcher)

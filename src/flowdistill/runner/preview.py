@@ -7,18 +7,19 @@ from typing import Any
 
 import torch
 
+from .. import models
 from ..config import RunConfig
 from ..device import describe
 from ..ledger import Ledger
-from ..models import Network
-from ..training.cohort import Cohort, seconds_per_epoch
+from ..taps import DataSpec, NetSpec
+from ..training.cohort import seconds_per_epoch
 from .assemble import Member, check_start, prepare
 from .execute import before
 from .plan import plan
 from .watcher import Watcher
 
 
-def dry_run(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device) -> list[dict[str, Any]]:
+def dry_run(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device, engine: str = "auto") -> list[dict[str, Any]]:
     """For each config what ``run`` would do: resolved, with taps, gradient ratios and an estimate of its time. Writes nothing.
 
     ``finished_run`` is the run that has it already, which ``run`` would skip.
@@ -27,13 +28,13 @@ def dry_run(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device) 
         UserError: as ``run``.
     """
     found = []
-    for cohort, members in prepare(plan(configs, ledger, device), device):
+    for cohort, members in prepare(plan(configs, ledger, device), device, engine):
+        chosen = cohort.engine
         ratios = check_start(cohort, members, Watcher())
         seconds = seconds_per_epoch(cohort)
         for member in members:
             job = member.job
             done = before(job, ledger)
-            needs = member.student.method.needs
             found.append(
                 {
                     "config": job.config.model_dump(mode="json"),
@@ -42,10 +43,11 @@ def dry_run(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device) 
                     if job.teacher
                     else None,
                     "taps": {
-                        who: {name: net.spec.tap(name).shape for name in sorted(taps)} for who, net, taps in _tapped(member, cohort, needs)
+                        who: {name: spec.tap(name).shape for name in sorted(taps)} for who, spec, taps in _tapped(member, cohort.data.spec)
                     },
                     "gradient_relative_to_task": ratios[member.student],
                     "device": describe(device),
+                    "engine": {"name": chosen.name, "why": chosen.why},
                     "cohort_size": len(members),
                     "cohort_seconds": seconds * sum(job.phase_epochs),
                 }
@@ -53,7 +55,7 @@ def dry_run(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device) 
     return found
 
 
-def _tapped(member: Member, cohort: Cohort, needs: Any) -> list[tuple[str, Network, frozenset[str]]]:
-    lane = next(lane for lane in cohort.lanes if member.student in lane.students)
-    taught = [("teacher", lane.teacher.net, needs.teacher)] if lane.teacher and needs.teacher else []
-    return [("student", member.student.net, needs.student), *taught]
+def _tapped(member: Member, data: DataSpec) -> list[tuple[str, NetSpec, frozenset[str]]]:
+    needs, teacher = member.student.method.needs, member.job.teacher
+    taught = [("teacher", models.spec(teacher.model, data), needs.teacher)] if teacher and needs.teacher else []
+    return [("student", member.student.net.spec, needs.student), *taught]

@@ -47,7 +47,6 @@ def row(member: Member) -> dict[str, Any]:
         "lr": job.config.train.lr,
         "batch_size": job.config.train.batch_size,
         "precision": job.precision,
-        "engine": "eager",
         "deterministic": int(torch.are_deterministic_algorithms_enabled()),
         "init_hash": job.init_hash,
         "parameters": sum(p.numel() for p in member.student.net.parameters()),
@@ -69,6 +68,7 @@ def record_epoch(report: EpochReport, cohort: Cohort, members: Sequence[Member],
     for member in present:
         progress = report.progress[member.student]
         member.last = progress
+        member.setup_seconds += report.setup_seconds / len(present)
         member.train_seconds += report.train_seconds / len(present)
         member.eval_seconds += report.eval_seconds / len(present)
         phase = member.job.settled.phases[report.phase].name
@@ -103,6 +103,8 @@ def finish(member: Member, cohort: Cohort, ledger: Ledger, device: torch.device)
         "train_seconds": member.train_seconds,
         "eval_seconds": member.eval_seconds,
         "images_per_second": images / member.train_seconds,
+        "engine": cohort.engine.name,
+        "setup_seconds": (ledger.run(member.no).setup_seconds or 0.0) + member.setup_seconds,
         "peak_memory": peak_memory(device),
         "weights_hash": hash_weights(weights),
         "finished": now(),

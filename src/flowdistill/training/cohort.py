@@ -14,43 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from ..config import TrainConfig
-from ..data.loader import DeviceData, Labelled, Stream
+from ..data.loader import DeviceData, Labelled
 from ..device import Precision, Stopwatch, synchronize
-from ..models import Network
+from .choice import choose
+from .engine import Eager, Lane
 from .evaluate import BATCH, Evaluation, evaluate
-from .step import Student, gradient_ratios, teach, train_step
-
-
-class Teacher:
-    """A frozen network in eval mode whose buffers are known, so that a drift can't pass unseen."""
-
-    def __init__(self, net: Network) -> None:
-        self.net = net.eval().requires_grad_(False)
-        self._buffers = {name: value.clone() for name, value in net.named_buffers()}
-
-    def check_mode(self) -> None:
-        """Raise RuntimeError if the teacher left eval mode or is no longer frozen."""
-        if any(module.training for module in self.net.modules()):
-            raise RuntimeError("the teacher left eval mode during training")
-        if any(parameter.requires_grad for parameter in self.net.parameters()):
-            raise RuntimeError("the teacher is no longer frozen")
-
-    def drift(self) -> Tensor:
-        """How many buffers changed; a scalar that stays on the device."""
-        changed = [(value != self._buffers[name]).any() for name, value in self.net.named_buffers()]
-        return torch.stack(changed).sum() if changed else torch.zeros((), device=next(self.net.parameters()).device)
-
-
-@dataclass
-class Lane:
-    """One seed: its stream of batches, its teacher, and the students that share both."""
-
-    stream: Stream
-    teacher: Teacher | None
-    students: list[Student]
+from .step import Student, gradient_ratios
 
 
 @dataclass
@@ -58,6 +29,7 @@ class Cohort:
     """Students that are trained together.
 
     Attributes:
+        engine: how its steps are computed.
         select: a holdout run keeps the weights of its best epoch; else the last epoch's stand.
         phase_epochs: epochs of each phase, equal for all students.
         done: epochs that are behind it.
@@ -67,9 +39,14 @@ class Cohort:
     lanes: list[Lane]
     train: TrainConfig
     phase_epochs: Sequence[int]
-    precision: Precision
+    engine: Eager
     select: bool = False
     done: int = 0
+
+    @property
+    def precision(self) -> Precision:
+        """Arithmetic of its networks."""
+        return self.engine.precision
 
     @property
     def students(self) -> list[Student]:
@@ -116,10 +93,11 @@ class Progress:
 
 @dataclass
 class EpochReport:
-    """One epoch of a cohort; ``epoch`` is 1-based over all phases."""
+    """One epoch of a cohort; ``epoch`` is 1-based over all phases. ``setup_seconds``: captured or compiled before it."""
 
     epoch: int
     phase: int
+    setup_seconds: float
     train_seconds: float
     eval_seconds: float
     progress: dict[Student, Progress] = field(default_factory=dict)
@@ -135,10 +113,11 @@ def train(cohort: Cohort, on_step: Callable[[], None] = lambda: None) -> Iterato
         if epoch == 0:
             for student in cohort.students:
                 student.begin_phase(phase)
+        setup_seconds = ready(cohort)
         watch = Stopwatch(cohort.data.device)
         _train_epoch(cohort, epoch, cohort.phase_epochs[phase], on_step)
         watch.lap()
-        report = EpochReport(cohort.done + 1, phase, 0.0, 0.0)
+        report = EpochReport(cohort.done + 1, phase, setup_seconds, 0.0, 0.0)
         report.progress = _measure(cohort, epoch, cohort.phase_epochs[phase])
         report.train_seconds, report.eval_seconds = watch.stop()
         _dismiss_diverged(cohort, report)
@@ -147,25 +126,34 @@ def train(cohort: Cohort, on_step: Callable[[], None] = lambda: None) -> Iterato
         yield report
 
 
+def ready(cohort: Cohort) -> float:
+    """Let the engine set up what is new in this phase, or fall back; the seconds that took."""
+    started = time.perf_counter()
+    for student in cohort.students:
+        student.begin_epoch()
+    cohort.engine = cohort.engine.ready(cohort.lanes)
+    return time.perf_counter() - started
+
+
 def _train_epoch(cohort: Cohort, epoch: int, epochs: int, on_step: Callable[[], None]) -> None:
     """``epoch`` epochs of this phase of ``epochs`` are done."""
     for student in cohort.students:
         student.begin_epoch()
     steps = cohort.lanes[0].stream.steps
-    for step, batches in enumerate(zip(*(lane.stream.epoch(cohort.done) for lane in cohort.lanes), strict=True)):
-        for lane, (images, batch) in zip(cohort.lanes, batches, strict=True):
-            needed = lane.teacher is not None and any(student.taught for student in lane.students)
-            taught = teach(lane.teacher.net, images, cohort.precision) if lane.teacher is not None and needed else None
-            for student in lane.students:
-                lr = student.learning_rate(epoch, epochs, step, steps)
-                train_step(student, images, taught, batch, lr=lr, precision=cohort.precision)
+    rates = {student: student.rates(epoch, epochs, steps) for student in cohort.students}
+    for _ in cohort.engine.epoch(cohort.lanes, cohort.done, rates):
         on_step()
 
 
 def seconds_per_epoch(cohort: Cohort, steps: int = 3) -> float:
-    """An epoch's time, from the median of a few steps and one evaluation batch a student. The students' weights move."""
+    """An epoch's time, from the median of a few steps and one evaluation batch a student. The students' weights move.
+
+    Nothing is compiled for it: a long run is somewhat faster.
+    """
+    cohort.engine = choose("auto", cohort.data.device, cohort.precision, pixels=0, resident=cohort.data.resident)
     for student in cohort.students:
         student.begin_phase(0)
+    ready(cohort)
     times: list[float] = []
     last = time.perf_counter()
 
@@ -199,7 +187,7 @@ def _measure(cohort: Cohort, epoch: int, epochs: int) -> dict[Student, Progress]
     """Evaluate every student, check the teachers, and read all figures in one transfer from the device."""
     students, steps = cohort.students, cohort.lanes[0].stream.steps
     teachers = [lane.teacher for lane in cohort.lanes if lane.teacher is not None]
-    found = [evaluate(student.net, cohort.data.curve, cohort.data.normalise, cohort.precision) for student in students]
+    found = [cohort.engine.evaluate(student, cohort.data) for student in students]
     figures = [teacher.drift() for teacher in teachers]
     for student, evaluation in zip(students, found, strict=True):
         figures += [evaluation.correct, evaluation.probabilities.isfinite().all(), *student.sums.values()]
@@ -207,7 +195,7 @@ def _measure(cohort: Cohort, epoch: int, epochs: int) -> dict[Student, Progress]
     for teacher in teachers:
         teacher.check_mode()
         if next(values):
-            raise RuntimeError("a buffer of the teacher changed during training")
+            raise RuntimeError("a weight or a buffer of the teacher changed during training")
     progress = {}
     for student, evaluation in zip(students, found, strict=True):
         correct, sound = int(next(values)), bool(next(values))
@@ -242,7 +230,7 @@ def first_gradients(cohort: Cohort) -> dict[Student, dict[str, float]]:
     found = {}
     for lane in cohort.lanes:
         images, batch = next(lane.stream.epoch(0))
-        taught = teach(lane.teacher.net, images, cohort.precision) if lane.teacher else None
+        taught = lane.teacher.teach(images) if lane.teacher else None
         for student in lane.students:
             found[student] = gradient_ratios(student, images, taught, batch, cohort.precision)
     return found

@@ -1,8 +1,8 @@
-"""One step of one student: forward, named losses, backward, optimiser. The plain, readable engine."""
+"""One step of one student: forward, named losses, backward, optimiser."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -48,13 +48,15 @@ class Student:
         self.optimizer = build_optimizer(self.net, self.method, self.phase, self.train)
         counted = {term: weight for term, weight in self.settled.weights.items() if self.phase.counts(term)}
         self.weights = {term: weight for term, weight in counted.items() if weight > 0}
+        terms = (TASK, *self.method.terms) if self.taught else (TASK,)
+        self.sums = {term: torch.zeros((), device=next(self.net.parameters()).device) for term in terms}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """All that the epochs to come depend on, between two epochs: tensors and counters. The tensors are not copies."""
         tensors = {f"net.{name}": value for name, value in self.net.state_dict().items()}
         tensors |= {f"method.{name}": value for name, value in self.method.state_dict().items()}
         tensors |= {f"chosen.{name}": value for name, value in (self._chosen or {}).items()}
-        for number, parameter in enumerate(self._trained()):
+        for number, parameter in enumerate(self.trained()):
             momentum = self.optimizer.state[parameter].get("momentum_buffer")
             if momentum is not None:
                 tensors[f"momentum.{number}"] = momentum
@@ -77,12 +79,13 @@ class Student:
         if phase is None:
             return
         self.begin_phase(phase)
-        for number, parameter in enumerate(self._trained()):
+        for number, parameter in enumerate(self.trained()):
             if f"momentum.{number}" in tensors:
                 momentum = torch.empty_like(parameter, requires_grad=False)
                 self.optimizer.state[parameter]["momentum_buffer"] = momentum.copy_(tensors[f"momentum.{number}"])
 
-    def _trained(self) -> list[nn.Parameter]:
+    def trained(self) -> list[nn.Parameter]:
+        """What the optimiser moves in this phase."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     @property
@@ -94,7 +97,8 @@ class Student:
         """Train mode, and sums at zero."""
         self.net.train()
         self.method.train()
-        self.sums = {}
+        for value in self.sums.values():
+            value.zero_()
 
     def learning_rate(self, epoch: int, epochs: int, step: int, steps: int) -> float:
         """The rate of a step; ``epoch`` and ``step`` are 0-based within the phase and the epoch."""
@@ -103,32 +107,71 @@ class Student:
         factor = lr_factor(kind, step=epoch * steps + step, steps=epochs * steps, epoch_share=epoch / epochs, milestones=milestones)
         return (self.phase.lr or self.train.lr) * factor
 
+    def rates(self, epoch: int, epochs: int, steps: int) -> Tensor:
+        """[steps] the rate of every step of an epoch, on the student's device."""
+        rates = [self.learning_rate(epoch, epochs, step, steps) for step in range(steps)]
+        return torch.tensor(rates, device=next(self.net.parameters()).device)
+
+
+class Objective(nn.Module):
+    """What a student minimises: its network and its method as one module."""
+
+    def __init__(self, net: Network, method: Method) -> None:
+        super().__init__()
+        self.net, self.method = net, method
+
+    def forward(self, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> dict[str, Tensor]:
+        """Every unweighted term, float32 scalars; the network runs under ``precision``, the losses never in half."""
+        with autocast(images.device, precision):
+            given: Outputs = self.net(images)
+        terms = {TASK: F.cross_entropy(full(given.logits), batch.labels)}
+        if taught is not None:
+            terms |= self.method(given, taught, batch)
+        return terms
+
 
 def losses(student: Student, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> dict[str, Tensor]:
-    """Every unweighted term of this phase, float32 scalars; the network runs under ``precision``, the losses never in half."""
-    with autocast(images.device, precision):
-        given: Outputs = student.net(images)
-    terms = {TASK: F.cross_entropy(full(given.logits), batch.labels)}
-    if taught is not None:
-        terms |= student.method(given, taught, batch)
+    """Every unweighted term of this phase."""
+    terms: dict[str, Tensor] = Objective(student.net, student.method)(images, taught, batch, precision)
     return terms
 
 
-def train_step(student: Student, images: Tensor, taught: Outputs | None, batch: Batch, *, lr: float, precision: Precision) -> None:
-    """Move the student by one step, and add its terms to its sums. Nothing here waits for the device."""
+Losses = Callable[["Student", Tensor, "Outputs | None", Batch, Precision], dict[str, Tensor]]
+
+
+def train_step(
+    student: Student,
+    images: Tensor,
+    taught: Outputs | None,
+    batch: Batch,
+    *,
+    lr: Tensor,
+    precision: Precision,
+    losses: Losses = losses,
+) -> None:
+    """Move the student by one step, and add its terms to its sums. Nothing here waits for the device.
+
+    ``lr`` is a scalar on the device. Gradients are asked for, not accumulated, so that a graph may hold this step on any stream.
+    """
     terms = losses(student, images, taught if student.taught else None, batch, precision)
     total = torch.stack([weight * terms[term] for term, weight in student.weights.items()]).sum()
-    student.optimizer.zero_grad(set_to_none=True)
-    total.backward()  # type: ignore[no-untyped-call]
+    trained = student.trained()
+    for parameter, gradient in zip(trained, torch.autograd.grad(total, trained, allow_unused=True), strict=True):
+        parameter.grad = None if gradient is None else _laid_out(gradient, parameter)
     for group in student.optimizer.param_groups:
         group["lr"] = lr
     student.optimizer.step()
     for term, value in terms.items():
-        student.sums[term] = student.sums.get(term, 0) + value.detach()
+        student.sums[term].add_(value.detach())
+
+
+def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient in its parameter's memory layout: SGD's fused form computes wrong updates from another, silently."""
+    return gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter, requires_grad=False).copy_(gradient)
 
 
 @torch.no_grad()
-def teach(teacher: Network, images: Tensor, precision: Precision) -> Outputs:
+def teach(teacher: nn.Module, images: Tensor, precision: Precision) -> Outputs:
     """The teacher's outputs: eval mode, no gradient."""
     with autocast(images.device, precision):
         outputs: Outputs = teacher(images)
@@ -157,5 +200,5 @@ def gradient_ratios(student: Student, images: Tensor, taught: Outputs | None, ba
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """bf16 autocast, or nothing."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """bf16 autocast, or nothing. No weight is cast ahead of its use: a CUDA graph would keep the cast of its first step."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)

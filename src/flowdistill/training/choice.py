@@ -1,0 +1,59 @@
+"""Which engine trains: the best that works on this device for this length of run, and why."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import torch
+
+from ..checks import UserError, did_you_mean
+from ..device import Precision
+from .engine import Compiled, Eager
+from .graph import Graph
+
+ENGINES = ("auto", "eager", "compiled", "graph")
+WORTH_COMPILING = {"cpu": 1e9, "cuda": 7e9}
+"""Pixels that a student must be shown before compiling pays (docs/PERFORMANCE.md). CPU: ten epochs of CIFAR save what compiling costs,
+and this is twenty. GPU: a prototype's 40 seconds for 0.3 a CIFAR epoch."""
+
+
+def choose(wanted: str, device: torch.device, precision: Precision, *, pixels: float, resident: bool = True) -> Eager:
+    """The engine that is wanted, or for ``auto`` the best one; what can't be had falls back, and its ``why`` says so.
+
+    Depends on the device, on what is installed and on the length of the run, never on a clock: a run that is repeated gets the same.
+
+    Args:
+        wanted: ``auto``, ``eager``, ``compiled``, ``graph``, or ``graph+compiled`` as a ledger has it.
+        pixels: height x width x images that each student will be shown.
+        resident: whether the device holds the training images.
+
+    Raises:
+        UserError: no such engine.
+    """
+    if wanted not in (*ENGINES, "graph+compiled"):
+        raise UserError(f"engine {wanted!r}: {did_you_mean(wanted, ENGINES)}")
+    if wanted == "eager":
+        return Eager(precision, "asked for")
+    lacks = _lacks_compiler(device)
+    if wanted == "compiled":
+        return Eager(precision, f"compiled was asked for, but {lacks}") if lacks else Compiled(precision, "asked for")
+    long = pixels >= WORTH_COMPILING.get(device.type, float("inf"))
+    compiling = not lacks and (long or wanted == "graph+compiled")
+    length = "compiled, for the run is long" if compiling else f"not compiled, for {lacks or 'the run is short'}"
+    cannot = "" if device.type == "cuda" else f"CUDA graphs need a CUDA GPU, not {device.type}"
+    cannot = cannot or ("" if resident else "the training images do not fit on the device")
+    if not cannot:
+        inner = Compiled(precision, length) if compiling else Eager(precision, length)
+        return Graph(inner, f"a step is bound by launches on a GPU; {length}")
+    why = length if wanted == "auto" and device.type != "cuda" else f"no graph: {cannot}; {length}"
+    return Compiled(precision, why) if compiling else Eager(precision, why)
+
+
+def _lacks_compiler(device: torch.device) -> str:
+    """Why torch.compile can't work here, or empty: on a CPU it needs a C++ compiler; on a GPU it has Triton, which comes with PyTorch."""
+    if device.type == "mps":
+        return "torch.compile is not used on mps"
+    if device.type == "cuda" or any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "cl")):
+        return ""
+    return "there is no C++ compiler (g++, clang++, or what CXX names)"

@@ -1,0 +1,175 @@
+"""How the steps of a cohort are computed: plainly, or with compiled losses. ``graph.py`` has the third way, ``choice.py`` chooses."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from ..checks import summary
+from ..data.loader import DeviceData, Stream
+from ..device import Precision
+from ..taps import Batch, Outputs
+from .evaluate import Evaluation, evaluate
+from .step import Objective, Student, losses, train_step
+from .teacher import Teacher
+
+
+@dataclass
+class Lane:
+    """One seed: its stream of batches, its teacher, and the students that share both."""
+
+    stream: Stream
+    teacher: Teacher | None
+    students: list[Student]
+
+    @property
+    def taught(self) -> bool:
+        """Whether a student needs the teacher in this phase."""
+        return self.teacher is not None and any(student.taught for student in self.students)
+
+
+class Eager:
+    """Operation by operation: the plain, readable engine that the others are held to.
+
+    Attributes:
+        why: as a user is told, why it is this one.
+    """
+
+    name = "eager"
+
+    def __init__(self, precision: Precision, why: str) -> None:
+        self.precision, self.why = precision, why
+
+    def ready(self, lanes: Sequence[Lane]) -> Eager:  # noqa: ARG002 (the others look)
+        """Before an epoch: set up what its phase and students need. The engine to use: itself, or what it falls back to, with ``why``."""
+        return self
+
+    def epoch(self, lanes: Sequence[Lane], number: int, rates: Mapping[Student, Tensor]) -> Iterator[None]:
+        """Train every student for one epoch (0-based ``number`` over all phases), a step at a time."""
+        for step, batches in enumerate(zip(*(lane.stream.epoch(number) for lane in lanes), strict=True)):
+            for lane, (images, batch) in zip(lanes, batches, strict=True):
+                taught = self.teach(lane, images)
+                for student in lane.students:
+                    train_step(student, images, taught, batch, lr=rates[student][step], precision=self.precision, losses=self.losses)
+            yield
+
+    def teach(self, lane: Lane, images: Tensor) -> Outputs | None:
+        """What the teacher says of a batch, once for all students of the lane."""
+        return lane.teacher.teach(images) if lane.teacher is not None and lane.taught else None
+
+    def losses(self, student: Student, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> dict[str, Tensor]:
+        """A student's terms on a batch."""
+        return losses(student, images, taught, batch, precision)
+
+    def evaluate(self, student: Student, data: DeviceData) -> Evaluation:
+        """Measure a student on the curve's images."""
+        return evaluate(student.net, data.curve, data.normalise, self.precision)
+
+
+class Compiled(Eager):
+    """Teacher, forward and losses by torch.compile, in static shapes: once for all students of one architecture and method."""
+
+    name = "compiled"
+
+    def __init__(self, precision: Precision, why: str) -> None:
+        super().__init__(precision, why)
+        self._losses: dict[Any, Callable[..., dict[str, Tensor]]] = {}
+        self._teachers: dict[Teacher, Callable[[Tensor], Outputs]] = {}
+        self._tried: set[Any] = set()
+
+    def ready(self, lanes: Sequence[Lane]) -> Eager:
+        """Compile what is new, by one step that is taken back."""
+        new = {_kind(student) for lane in lanes for student in lane.students} | {lane.teacher for lane in lanes if lane.taught}
+        if new <= self._tried:
+            return self
+        try:
+            with taken_back(lanes), quiet():
+                next(self.epoch(lanes, 0, standing_still(lanes)))
+        except Exception as error:  # a compiler that is missing, or one that can't
+            return Eager(self.precision, f"compiling failed ({summary(error)})")
+        self._tried |= new
+        return self
+
+    def teach(self, lane: Lane, images: Tensor) -> Outputs | None:
+        """Compiled once a teacher."""
+        if lane.teacher is None or not lane.taught:
+            return None
+        if lane.teacher not in self._teachers:
+            self._teachers[lane.teacher] = _compile(_teaching(lane.teacher))
+        return self._teachers[lane.teacher](images)
+
+    def losses(self, student: Student, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> dict[str, Tensor]:
+        """Compiled once a kind of student; weights and statistics are its inputs."""
+        kind = _kind(student)
+        if kind not in self._losses:
+            self._losses[kind] = _compile(_computing(student, precision))
+        objective = Objective(student.net, student.method)
+        tensors = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
+        return self._losses[kind](tensors, images, taught, batch)
+
+
+def _kind(student: Student) -> tuple[Any, ...]:
+    """Students of one kind have one compiled function."""
+    options = tuple((name, repr(option)) for name, option in student.settled.options.items())
+    return type(student.net), student.net.spec, student.net.taps, options, student.taught
+
+
+def _computing(student: Student, precision: Precision) -> Callable[..., dict[str, Tensor]]:
+    """``losses`` with the tensors of any student of this kind in the place of this one's."""
+    objective = Objective(student.net, student.method)
+
+    def compute(tensors: dict[str, Tensor], images: Tensor, taught: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        terms: dict[str, Tensor] = functional_call(objective, tensors, (images, taught, batch, precision))
+        return terms
+
+    return compute
+
+
+def _teaching(teacher: Teacher) -> Callable[[Tensor], Outputs]:
+    def teach(images: Tensor) -> Outputs:
+        return teacher.teach(images)
+
+    return teach
+
+
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile of a function with a code object of its own: the compiler counts its versions by that, and gives up after eight."""
+    own = types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    return torch.compile(own, fullgraph=True, dynamic=False)
+
+
+@contextlib.contextmanager
+def taken_back(lanes: Sequence[Lane]) -> Iterator[None]:
+    """What is trained inside leaves no trace: every tensor gets its value back in its place."""
+    students = [student for lane in lanes for student in lane.students]
+    tensors = [value for student in students for value in (*student.state()[0].values(), *student.sums.values())]
+    kept = [(value, value.detach().clone()) for value in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for value, before in kept:
+                value.copy_(before)
+
+
+def standing_still(lanes: Sequence[Lane]) -> dict[Student, Tensor]:
+    """Rates of 0 for a step or more that is taken back."""
+    return {student: torch.zeros(lane.stream.steps, device=lane.stream.data.device) for lane in lanes for student in lane.students}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """The compiler's remarks are not the user's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

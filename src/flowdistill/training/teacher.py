@@ -1,0 +1,97 @@
+"""The teacher: frozen, watched, and as cheap as its outputs allow."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ..checks import summary
+from ..device import Precision
+from ..methods import Needs
+from ..models import Network
+from ..taps import Outputs
+from .step import teach
+
+
+class Teacher:
+    """A frozen network in eval mode whose tensors are known, so that a drift can't pass unseen.
+
+    What runs is ``net``: the network that was given, less what no method needs, with every batch normalisation that follows a
+    convolution folded into it, and under bf16 with the weights of its convolutions and linear layers cast once.
+
+    Attributes:
+        whole: why it could not be made cheaper, or empty.
+    """
+
+    def __init__(self, net: Network, needs: Needs, precision: Precision) -> None:
+        self.precision, self.whole = precision, ""
+        net.eval().requires_grad_(False)
+        try:
+            self.net: nn.Module = fold(trim(net, needs))
+        except Exception as error:  # tracing runs the network's own code, which may do anything
+            self.net, self.whole = net, summary(error)
+        if precision == "bf16" and not self.whole:
+            for module in self.net.modules():
+                if isinstance(module, nn.Conv2d | nn.Linear):
+                    module.to(torch.bfloat16)
+        self._kept = {name: value.clone() for name, value in self.net.state_dict().items()}
+
+    def teach(self, images: Tensor) -> Outputs:
+        """Its outputs for images [N, C, H, W]; None for logits and embedding that no method needs."""
+        return teach(self.net, images, self.precision)
+
+    def check_mode(self) -> None:
+        """Raise RuntimeError if the teacher left eval mode or is no longer frozen."""
+        if any(module.training for module in self.net.modules()):
+            raise RuntimeError("the teacher left eval mode during training")
+        if any(parameter.requires_grad for parameter in self.net.parameters()):
+            raise RuntimeError("the teacher is no longer frozen")
+
+    def drift(self) -> Tensor:
+        """How many of its tensors changed; a scalar that stays on the device."""
+        return torch.stack([(value != self._kept[name]).any() for name, value in self.net.state_dict().items()]).sum()
+
+
+def trim(net: Network, needs: Needs) -> fx.GraphModule:
+    """The network without what leads to no output that is needed. Shares its modules with the network.
+
+    Raises:
+        Exception: of the tracer, where the network's own control flow depends on its input.
+    """
+    traced = fx.symbolic_trace(net)
+    (outputs,) = (node for node in traced.graph.nodes if node.op == "call_function" and node.target is Outputs)
+    logits, embedding, maps = outputs.args
+    maps = {name: value for name, value in maps.items() if name in needs.teacher}
+    outputs.args = (logits if needs.logits else None, embedding if needs.embedding else None, maps)
+    traced.graph.eliminate_dead_code()
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced.eval()
+
+
+def fold(net: fx.GraphModule) -> fx.GraphModule:
+    """Every batch normalisation in eval mode that alone follows a convolution becomes part of it.
+
+    (conv(x) - mean) / sqrt(var + eps) * weight + bias is a convolution; the numbers agree up to rounding. The convolutions are
+    copies; the modules of the network that was traced stay as they are.
+    """
+    calls = Counter(node.target for node in net.graph.nodes if node.op == "call_module")
+    for node in list(net.graph.nodes):
+        before = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
+            continue
+        name = str(before.target)
+        convolution, normalisation = net.get_submodule(name), net.get_submodule(str(node.target))
+        if not isinstance(convolution, nn.Conv2d) or not isinstance(normalisation, nn.BatchNorm2d):
+            continue
+        if calls[before.target] == calls[node.target] == 1:
+            folded = fuse_conv_bn_eval(convolution, normalisation).to(memory_format=torch.channels_last)
+            net.add_submodule(name, folded.requires_grad_(False))
+            node.replace_all_uses_with(before)
+            net.graph.erase_node(node)
+    net.delete_all_unused_submodules()
+    net.recompile()
+    return net

@@ -1,0 +1,338 @@
+"""Every engine computes what the plain one computes, what can't be had falls back with its reason, and nothing grows."""
+
+from __future__ import annotations
+
+import gc
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from small import config
+from test_training import a_cohort, weights_of
+
+from flowdistill import methods, models
+from flowdistill.checks import UserError
+from flowdistill.data.loader import DeviceData, Stream
+from flowdistill.data.sources import ImageData, read_npz
+from flowdistill.device import _cpu_computes_bf16 as of_this_processor
+from flowdistill.device import resolve_precision, sensible_threads
+from flowdistill.ledger import Ledger
+from flowdistill.methods import METHODS, Needs
+from flowdistill.runner import resume, run
+from flowdistill.taps import Batch, DataSpec
+from flowdistill.training import choice
+from flowdistill.training.choice import choose
+from flowdistill.training.cohort import Cohort, train
+from flowdistill.training.engine import Compiled, Eager
+from flowdistill.training.graph import Tape
+from flowdistill.training.step import Student, teach
+from flowdistill.training.teacher import Teacher, fold, trim
+
+CPU = torch.device("cpu")
+CIFAR = DataSpec("cifar", 50_000, 10, 3, 32, 32)
+TAPS = ("stem", "stage1", "stage2", "stage3")
+
+
+@pytest.fixture(scope="module")
+def data(small_npz: Path) -> ImageData:
+    return read_npz(small_npz)
+
+
+class Taped(Eager):
+    """What a CUDA graph would replay, run step by step."""
+
+    name = "taped"
+
+    def epoch(self, lanes, number, rates):
+        tape = Tape(self, lanes)
+        tape.fill(number, rates)
+        for _ in range(lanes[0].stream.steps):
+            tape.step()
+            yield
+
+
+def trained(cohort: Cohort, engine: Eager) -> list[dict[Student, dict[str, float]]]:
+    """The terms of every epoch."""
+    cohort.engine = engine
+    return [{student: progress.terms for student, progress in report.progress.items()} for report in train(cohort)]
+
+
+GRID = [("base", 0), ("fsp", 0), ("at+kd", 0), ("fsp", 1), ("base", 1)]
+
+
+def grid(small_npz: Path, grid: list[tuple[str, int]] = GRID) -> list:
+    calm = {"at+kd": {"at": 20.0}}  # what suits maps of 8x8
+    return [config(small_npz, method=method, teacher="-", seed=seed, weights=calm.get(method, {})) for method, seed in grid]
+
+
+def test_the_step_that_a_graph_holds_is_the_eager_one_bit_for_bit(data: ImageData, small_npz: Path) -> None:
+    for precision in ("fp32", "bf16"):
+        plain, ours = a_cohort(data, grid(small_npz), precision)
+        taped, theirs = a_cohort(data, grid(small_npz), precision)
+        expected, found = trained(plain, Eager(precision, "")), trained(taped, Taped(precision, ""))
+        for one, other in zip(ours, theirs, strict=True):
+            assert weights_of(one) == weights_of(other)
+            assert [epoch[one] for epoch in expected] == [epoch[other] for epoch in found]
+
+
+@pytest.fixture(scope="module")
+def compiled(data: ImageData, small_npz: Path) -> tuple[Cohort, list[Student], list, Compiled]:
+    cohort, students = a_cohort(data, grid(small_npz))
+    engine = Compiled("fp32", "")
+    terms = trained(cohort, engine)
+    assert cohort.engine is engine, cohort.engine.why
+    return cohort, students, terms, engine
+
+
+def test_each_compiled_step_is_the_eager_one_within_rounding(data: ImageData, small_npz: Path, compiled: tuple) -> None:
+    """From the same weights and momenta; over many steps a rounding that turns a ReLU grows, in eager with two threads as well."""
+    plain, ours = a_cohort(data, grid(small_npz))
+    other, theirs = a_cohort(data, grid(small_npz))
+    eager, engine, steps = Eager("fp32", ""), compiled[3], plain.lanes[0].stream.steps
+    for student in (*ours, *theirs):
+        student.begin_phase(0)
+        student.begin_epoch()
+    for epoch in range(2):
+        rates = [{student: student.rates(epoch, 2, steps) for student in students} for students in (ours, theirs)]
+        expected, found = eager.epoch(plain.lanes, epoch, rates[0]), engine.epoch(other.lanes, epoch, rates[1])
+        for _ in range(steps):
+            stood = {one: [value.clone() for value in _moving(one)] for one in ours}
+            for one, again in zip(ours, theirs, strict=True):
+                for value, copied in zip(_moving(one), _moving(again), strict=True):
+                    copied.copy_(value)
+            next(expected)
+            next(found)
+            for one, again in zip(ours, theirs, strict=True):
+                for term, value in one.sums.items():
+                    assert float(again.sums[term]) == pytest.approx(float(value), rel=1e-5, abs=1e-6), (epoch, term)
+                for before, value, computed in zip(stood[one], _moving(one), _moving(again), strict=True):
+                    off, moved = (computed - value).double().norm(), (value - before).double().norm()
+                    assert off <= 1e-2 * moved  # 0.6 % where a rounding turns a ReLU; eager with two threads: 0.9 %
+
+
+def _moving(student: Student) -> list[torch.Tensor]:
+    """All that a step changes."""
+    return [*(value.detach() for value in student.state()[0].values()), *student.sums.values()]
+
+
+def test_students_of_one_kind_share_one_compilation(compiled: tuple) -> None:
+    assert len(compiled[3]._losses) == 3  # base, fsp and at+kd; the second seed of fsp and of base added none
+
+
+def test_a_compiled_cohort_of_k_is_k_separate_runs_bit_for_bit(data: ImageData, small_npz: Path, compiled: tuple) -> None:
+    _, students, _, engine = compiled
+    for run_, student in list(zip(grid(small_npz), students, strict=True))[1:4:2]:
+        alone, (single,) = a_cohort(data, [run_])
+        trained(alone, engine)
+        assert weights_of(single) == weights_of(student)
+
+
+def test_a_step_that_is_taken_back_leaves_no_trace(data: ImageData, small_npz: Path, compiled: tuple) -> None:
+    cohort, (student,) = a_cohort(data, grid(small_npz)[1:2])
+    student.begin_phase(0)
+    student.begin_epoch()
+    before = {name: value.clone() for name, value in student.state()[0].items()}
+    engine = compiled[3]
+    engine._tried.clear()
+    assert engine.ready(cohort.lanes) is engine
+    assert all(torch.equal(value, before[name]) for name, value in student.state()[0].items())
+    assert all(float(value) == 0 for value in student.sums.values())
+
+
+def test_what_can_not_be_compiled_is_trained_eagerly_and_told(data: ImageData, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object) -> None:
+        raise RuntimeError("no such compiler\nand more")
+
+    plain, (one,) = a_cohort(data, grid(small_npz)[1:2])
+    trained(plain, Eager("fp32", ""))
+    cohort, (other,) = a_cohort(data, grid(small_npz)[1:2])
+    monkeypatch.setattr("flowdistill.training.engine._compile", lambda function: refuses)
+    trained(cohort, Compiled("fp32", ""))
+    assert (cohort.engine.name, cohort.engine.why) == ("eager", "compiling failed (RuntimeError: no such compiler)")
+    assert weights_of(one) == weights_of(other)
+
+
+LONG, SHORT = 200 * 50_000 * 1024, 3 * 50_000 * 1024
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "pixels", "resident", "compiler", "name", "why"),
+    [
+        ("auto", "cpu", LONG, True, True, "compiled", "compiled, for the run is long"),
+        ("auto", "cpu", SHORT, True, True, "eager", "not compiled, for the run is short"),
+        ("auto", "cpu", LONG, True, False, "eager", "not compiled, for there is no C++ compiler"),
+        ("auto", "cuda", LONG, True, False, "graph+compiled", "bound by launches"),
+        ("auto", "cuda", SHORT, True, True, "graph", "not compiled, for the run is short"),
+        ("auto", "cuda", LONG, False, True, "compiled", "no graph: the training images do not fit on the device"),
+        ("auto", "mps", LONG, True, True, "eager", "torch.compile is not used on mps"),
+        ("eager", "cuda", LONG, True, True, "eager", "asked for"),
+        ("compiled", "cpu", SHORT, True, True, "compiled", "asked for"),
+        ("compiled", "cpu", LONG, True, False, "eager", "compiled was asked for, but there is no C++ compiler"),
+        ("graph", "cpu", SHORT, True, True, "eager", "no graph: CUDA graphs need a CUDA GPU, not cpu"),
+        ("graph+compiled", "cuda", SHORT, True, True, "graph+compiled", "compiled"),
+    ],
+)
+def test_the_choice_and_its_reason(
+    wanted: str, device: str, pixels: int, resident: bool, compiler: bool, name: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice.shutil, "which", lambda _: "/usr/bin/g++" if compiler else None)
+    found = choose(wanted, torch.device(device), "fp32", pixels=pixels, resident=resident)
+    assert found.name == name
+    assert why in found.why
+
+
+def test_an_engine_that_there_is_not_is_refused() -> None:
+    with pytest.raises(UserError, match="engine 'compile': did you mean 'compiled'"):
+        choose("compile", CPU, "fp32", pixels=LONG)
+
+
+def test_a_compiled_run_is_recorded_as_such_and_resumes_bit_for_bit(small_npz: Path, tmp_path: Path) -> None:
+    found = []
+    for cut in (False, True):
+        ledger = Ledger(tmp_path / str(cut), create=True)
+        if cut:
+            from test_resume import Cut, Scissors
+
+            with pytest.raises(Cut):
+                run([config(small_npz)], ledger, CPU, engine="compiled", watcher=Scissors(6))
+            (done,) = resume(ledger, CPU)
+        else:
+            (done,) = run([config(small_npz)], ledger, CPU, engine="compiled")
+        found.append((done.engine, done.status, done.weights_hash))
+        ledger.close()
+    assert found[0] == found[1]
+    assert found[0][:2] == ("compiled", "finished")
+
+
+def a_network(name: str = "resnet14") -> models.Network:
+    net = models.build(name, CIFAR, taps=TAPS, seed=3)
+    with torch.no_grad():
+        for seed in range(3):
+            net(torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(seed)))
+    return net.eval()
+
+
+IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(9))
+EVERYTHING = Needs(teacher=frozenset(TAPS), logits=True, embedding=True)
+
+
+def test_a_folded_teacher_says_the_same_with_no_normalisation_left() -> None:
+    net = a_network()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with torch.no_grad():
+        expected = net(IMAGES)
+    teacher = Teacher(net, EVERYTHING, "fp32")
+    found = teacher.teach(IMAGES)
+    assert teacher.whole == ""
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in teacher.net.modules())
+    for name, value in expected.maps.items():
+        assert torch.allclose(found.maps[name], value, rtol=1e-4, atol=1e-5), name
+    assert torch.allclose(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(found.embedding, expected.embedding, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_a_folded_teacher_in_bf16_is_as_close_to_float32_as_the_whole_one() -> None:
+    net = a_network()
+    with torch.no_grad():
+        exact = net(IMAGES)
+    whole, folded = teach(net, IMAGES, "bf16"), Teacher(net, EVERYTHING, "bf16").teach(IMAGES)
+    for name, value in exact.maps.items():
+        off, reference = (float((maps[name].float() - value).norm() / value.norm()) for maps in (folded.maps, whole.maps))
+        assert off < max(1.5 * reference, 1e-2), name
+
+
+def test_a_convolution_that_is_used_otherwise_too_is_not_folded() -> None:
+    class Tapped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x)
+            return self.bn(y) + y
+
+    net = Tapped().eval()
+    net.bn.running_mean += 1
+    assert torch.equal(fold(torch.fx.symbolic_trace(net))(IMAGES), net(IMAGES))
+
+
+def test_a_teacher_runs_no_further_than_is_needed() -> None:
+    net = a_network()
+    names = {name for name, _ in trim(net, Needs(teacher=frozenset({"stage1"}))).named_modules()}
+    assert "layer1.0.conv1" in names
+    assert not any(name.startswith(("layer2", "layer3", "fc")) for name in names)
+    assert "fc" not in {name for name, _ in trim(net, Needs(embedding=True)).named_modules()}
+    found = Teacher(net, Needs(logits=True), "fp32").teach(IMAGES)
+    assert (dict(found.maps), found.embedding) == ({}, None)
+
+
+def test_a_network_that_can_not_be_traced_teaches_whole_and_says_why() -> None:
+    class Branching(type(a_network())):
+        def forward(self, images: torch.Tensor):
+            if images.sum() > 1e9:
+                images = images / 2
+            return super().forward(images)
+
+    net = a_network()
+    net.__class__ = Branching
+    with torch.no_grad():
+        expected = net(IMAGES)
+    teacher = Teacher(net, EVERYTHING, "fp32")
+    assert "TraceError" in teacher.whole
+    assert torch.equal(teacher.teach(IMAGES).logits, expected.logits)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "base"])
+def test_a_method_wants_of_the_teacher_what_it_names_and_nothing_else(name: str) -> None:
+    settled = methods.settle(name, {}, {})
+    spec = models.spec("resnet14", CIFAR)
+    method = methods.build(settled, student=spec, teacher=spec, data=CIFAR)
+    net, batch = a_network(), Batch(torch.arange(8), torch.arange(8), torch.tensor(0))
+    with torch.no_grad():
+        expected = method(net(IMAGES), net(IMAGES), batch)
+        found = method(net(IMAGES), Teacher(a_network(), method.needs, "fp32").teach(IMAGES), batch)
+    assert {term: float(value) for term, value in found.items()} == pytest.approx(
+        {term: float(value) for term, value in expected.items()}, abs=1e-4
+    )
+
+
+def test_images_kept_in_host_memory_give_the_same_batches(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    resident = DeviceData(data, "full", CPU)
+    monkeypatch.setattr("flowdistill.data.loader.free_memory", lambda device: 1000.0)
+    fetched = DeviceData(data, "full", CPU)
+    assert (resident.resident, fetched.resident) == (True, False)
+    for (ours, known), (theirs, told) in zip(Stream(resident, 3, 64).epoch(2), Stream(fetched, 3, 64).epoch(2), strict=True):
+        assert torch.equal(ours, theirs)
+        assert torch.equal(known.labels, told.labels)
+        assert torch.equal(known.indices, told.indices)
+        assert int(told.epoch) == 2
+
+
+def test_memory_does_not_grow_over_fifty_epochs(data: ImageData, small_npz: Path) -> None:
+    cohort, _ = a_cohort(data, [config(small_npz, method="fsp", teacher="-", train={"epochs": 50})])
+    sizes, tensors = [], []
+    for _ in train(cohort):
+        gc.collect()
+        sizes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        tensors.append(sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects()))
+    assert sizes[-1] - sizes[9] < 16 * 1024, "KiB"
+    assert tensors[-1] <= tensors[9]
+
+
+def test_precision_auto_is_bf16_where_the_processor_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowdistill.device._cpu_computes_bf16", of_this_processor)
+    for flags, expected in (("fpu avx512_bf16 sse", "bf16"), ("fpu amx_bf16", "bf16"), ("fpu avx512f avx512bw", "fp32")):
+        monkeypatch.setattr(Path, "read_text", lambda self, flags=flags: f"flags : {flags}\n")
+        assert resolve_precision("auto", CPU) == expected
+
+
+def test_threads_are_no_more_than_the_container_grants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr(Path, "read_text", lambda self: "400000 100000\n")
+    assert sensible_threads() == 4
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    assert sensible_threads() == 64

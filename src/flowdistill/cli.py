@@ -9,6 +9,7 @@ import sqlite3
 import sys
 from datetime import timedelta
 from enum import StrEnum
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -403,6 +404,56 @@ def evaluate(
     measured = measure(path, resolve_device(device), dataset=dataset, precision=precision.value if precision else None)
     print(tables.render([measured._asdict()], format_.value, measured._fields))
     return 0
+
+
+@app.command()
+def bench(
+    pairs: Annotated[str, typer.Option(help="STUDENT:TEACHER, with commas between pairs.")] = "resnet8:resnet20",
+    methods: Annotated[str, typer.Option(help="With commas; several are timed one by one and as one cohort. all: all there are.")] = "fsp",
+    engines: Annotated[str | None, typer.Option(help="Of eager, compiled, graph, graph+compiled; left out, all that work here.")] = None,
+    precisions: Annotated[str, typer.Option(help="Of fp32 and bf16.")] = "fp32,bf16",
+    cohorts: Annotated[str | None, typer.Option(help="Numbers of seeds to train together, such as 3,8.")] = None,
+    batch_size: Annotated[int, typer.Option(min=2, help="Images a step.")] = 128,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of a turn.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each loop; the table has their median.")] = 5,
+    workers: Annotated[int, typer.Option(min=0, help="Of the plain loop's DataLoader; 0 is timed as well.")] = 2,
+    device: DeviceOption = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> int:
+    """How fast training is on this machine: every engine beside the loop that a user would write."""
+    from .bench import bench as measure
+    from .bench import report
+    from .device import resolve_device
+    from .methods import METHODS
+
+    found = measure(
+        _listed("--pairs", pairs),
+        sorted(METHODS) if methods == "all" else _listed("--methods", methods),
+        resolve_device(device),
+        engines=_listed("--engines", engines) if engines is not None else (),
+        precisions=_listed("--precisions", precisions),  # type: ignore[arg-type]
+        cohorts=[_number("--cohorts", count) for count in _listed("--cohorts", cohorts)] if cohorts is not None else (),
+        batch_size=batch_size,
+        steps=steps,
+        rounds=rounds,
+        workers=workers,
+    )
+    print(dumps(found, indent=2) if json else report(found, lambda rows, columns: tables.render(rows, "md", columns)))
+    return 0
+
+
+def _listed(option: str, given: str) -> list[str]:
+    """Names with commas between them."""
+    names = [name.strip() for name in given.split(",")]
+    if "" in names:
+        raise UserError(f"{option} {given!r} names nothing between two commas; write a,b")
+    return names
+
+
+def _number(option: str, given: str) -> int:
+    if not given.isdecimal():
+        raise UserError(f"{option} {given!r}: write numbers with commas, such as 3,8")
+    return int(given)
 
 
 @app.command()

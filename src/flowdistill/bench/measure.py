@@ -1,0 +1,360 @@
+"""Loops that take turns on the same work in one process, and the table of what they took.
+
+Images are random (32x32, three channels, ten classes): what they show does not matter to speed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+from .. import methods, models
+from ..checks import UserError, did_you_mean
+from ..config import validate
+from ..data.loader import DeviceData, Stream
+from ..data.sources import ImageData
+from ..device import Precision, describe, sensible_threads, synchronize, threads
+from ..methods import Needs
+from ..training.choice import choose
+from ..training.engine import Eager, Lane, quiet
+from ..training.step import Student
+from ..training.teacher import Teacher
+from .plain import PlainLoop
+from .roofline import roofline
+
+ENGINES = ("eager", "compiled", "graph", "graph+compiled")
+PRECISIONS = get_args(Precision)
+EPOCH, TEST = 50_000, 10_000  # images
+WARM = 2  # steps of a loader that are not timed: its workers start
+COLUMNS = ("loop", "images/s", "min-max", "step ms", "s/epoch", "evaluation s", "set-up s", "memory MiB", "to plain", "to separate")
+
+
+class UnavailableError(Exception):
+    """An engine can't be had here; the message says why."""
+
+
+@dataclass
+class Contender:
+    """A loop that is timed.
+
+    Attributes:
+        start: an iterator that does one step a turn.
+        students: how many a step moves.
+        kept: whether its iterator lives on from round to round; else each round starts one, whose first steps are not timed.
+        evaluate: measures every student on the test images.
+        separate: the contenders that do the same work one after the other.
+        speeds: images/s of each round.
+        memory: bytes that its first turn held at most, less what was held before.
+    """
+
+    name: str
+    start: Callable[[], Iterator[None]]
+    students: int = 1
+    kept: bool = True
+    evaluate: Callable[[], object] | None = None
+    separate: Sequence[Contender] = ()
+    speeds: list[float] = field(default_factory=list)
+    running: Iterator[None] | None = None
+    setup: float = 0.0
+    memory: int = 0
+    evaluation: float | None = None
+
+    @property
+    def images_per_second(self) -> float:
+        """Median over the rounds, all students counted."""
+        return statistics.median(self.speeds)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every contender does."""
+
+    student: str
+    teacher: str
+    batch_size: int
+    images: ImageData
+    data: DeviceData
+
+    def member(self, method: str, seed: int) -> Student:
+        """A fresh student."""
+        config = validate({"student": self.student, "method": method, "seed": seed, "train": {"batch_size": self.batch_size}})
+        settled, spec = methods.settle(method, {}, {}), self.data.spec
+        try:
+            built = methods.build(settled, student=models.spec(self.student, spec), teacher=models.spec(self.teacher, spec), data=spec)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        net = models.build(self.student, spec, taps=tuple(sorted(built.needs.student)), seed=seed)
+        return Student(self._placed(net), built.to(self.data.device), settled, config.train)
+
+    def network(self, needs: Needs) -> models.Network:
+        """The teacher's network, untrained."""
+        return self._placed(models.build(self.teacher, self.data.spec, taps=tuple(sorted(needs.teacher)), seed=99))
+
+    def _placed(self, net: models.Network) -> models.Network:
+        return net.to(device=self.data.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+    def lanes(self, names: Sequence[str], seeds: int, precision: Precision) -> list[Lane]:
+        """A lane a seed with a student of each method, at the start of their first phase."""
+        lanes = [Lane(Stream(self.data, seed, self.batch_size), None, [self.member(name, seed) for name in names]) for seed in range(seeds)]
+        needs = Needs()
+        for student in lanes[0].students:
+            needs = needs | student.method.needs
+        teacher = Teacher(self.network(needs), needs, precision)
+        for lane in lanes:
+            lane.teacher = teacher
+            for student in lane.students:
+                student.begin_phase(0)
+                student.begin_epoch()
+        return lanes
+
+
+def bench(
+    pairs: Sequence[str],
+    names: Sequence[str],
+    device: torch.device,
+    *,
+    engines: Sequence[str] = (),
+    precisions: Sequence[Precision] = ("fp32", "bf16"),
+    cohorts: Sequence[int] = (),
+    batch_size: int = 128,
+    steps: int = 20,
+    rounds: int = 5,
+    workers: int = 2,
+    images: ImageData | None = None,
+) -> dict[str, Any]:
+    """Time every contender on every pair, in turns. The plain loops train the first method.
+
+    Args:
+        pairs: ``STUDENT:TEACHER`` each.
+        names: methods; several are timed one by one and together, as a cohort with one teacher.
+        engines: of ``ENGINES``; all that the device has where none is given.
+        cohorts: numbers of seeds of the first method that are trained together.
+        steps: of a contender's turn.
+        images: other than random ones.
+
+    Raises:
+        UserError: no such pair, method or engine, or too few images for so many steps.
+    """
+    for engine in engines:
+        if engine not in ENGINES:
+            raise UserError(f"--engines {engine!r}: {did_you_mean(engine, ENGINES)}")
+    for precision in precisions:
+        if precision not in PRECISIONS:
+            raise UserError(f"--precisions {precision!r}: {did_you_mean(precision, PRECISIONS)}")
+    if any(count < 2 for count in cohorts):
+        raise UserError(f"--cohorts {','.join(map(str, cohorts))}: seeds together are two or more; one alone is always timed")
+    named = [_pair(pair) for pair in pairs]
+    for name in names:
+        methods.parts(name)
+    images = images or random_images()
+    if (steps + WARM) * batch_size > len(images.x_train):
+        raise UserError(f"--steps {steps} of {batch_size} images: an epoch here has {len(images.x_train):,}; set --steps lower")
+    data = DeviceData(images, "full", device)
+    works = [Work(student, teacher, batch_size, images, data) for student, teacher in named]
+    for work in works:
+        for name in names:
+            work.member(name, 0)  # refuses before anything is timed
+    engines = engines or ENGINES if device.type == "cuda" else engines or ENGINES[:2]
+    found = []
+    with threads(sensible_threads()):
+        for work in works:
+            contenders = _plain_loops(work, names[0], workers)
+            contenders += [one for engine in engines for precision in precisions for one in _ours(work, names, engine, precision, cohorts)]
+            _take_turns(contenders, work, steps, rounds)
+            rows = [_row(one, contenders, batch_size) for one in contenders]
+            floor = roofline(work.lanes(names[:1], 1, precisions[-1]), precisions[-1])
+            found.append({"pair": f"{work.student} <- {work.teacher}", "rows": rows, "roofline": floor})
+        about = {"methods": list(names), "batch_size": batch_size, "steps": steps, "rounds": rounds, "hardware": hardware(device)}
+    return {**about, "pairs": found}
+
+
+def _pair(pair: str) -> tuple[str, str]:
+    student, colon, teacher = pair.partition(":")
+    if not colon:
+        raise UserError(f"--pairs {pair!r}: write STUDENT:TEACHER, such as resnet8:resnet20")
+    return models.canonical(student), models.canonical(teacher)
+
+
+def random_images() -> ImageData:
+    """As many as CIFAR-10 has."""
+    generator = np.random.default_rng(0)
+    x_train, x_test = (generator.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8) for n in (EPOCH, TEST))
+    y_train, y_test = (generator.integers(0, 10, n) for n in (EPOCH, TEST))
+    return ImageData("random", x_train, y_train, x_test, y_test, classes=10, pad=4, flip=True)
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What the figures belong to."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return {"cpu": name, "cores": os.cpu_count(), "device": describe(device), "torch": torch.__version__}
+
+
+# The contenders
+
+
+def _plain_loops(work: Work, method: str, workers: int) -> list[Contender]:
+    def loop(number: int, *, strong: bool) -> Contender:
+        member = work.member(method, 0)
+        plain = PlainLoop(member, work.network(member.method.needs), work.images, work.data, number, strong=strong)
+        return Contender(f"{'strong ' if strong else ''}plain loop, {number} workers: {method}", plain.steps, kept=False)
+
+    return [*(loop(number, strong=False) for number in sorted({0, workers})), loop(workers, strong=True)]
+
+
+def _ours(work: Work, names: Sequence[str], engine: str, precision: Precision, cohorts: Sequence[int]) -> list[Contender]:
+    """Each method alone; all methods together; the first method with several seeds."""
+    alone = {name: _contender(work, [name], 1, engine, precision, name) for name in names}
+    together = [_contender(work, names, 1, engine, precision, f"{len(names)} methods together")] if len(names) > 1 else []
+    for cohort in together:
+        cohort.separate = list(alone.values())
+    for count in cohorts:
+        together.append(_contender(work, names[:1], count, engine, precision, f"{names[0]}, {count} seeds together"))
+        together[-1].separate = [alone[names[0]]] * count
+    return [*alone.values(), *together]
+
+
+def _contender(work: Work, names: Sequence[str], seeds: int, engine: str, precision: Precision, what: str) -> Contender:
+    lanes: list[Lane] = []
+    ready: list[Eager] = []
+
+    def start() -> Iterator[None]:
+        chosen = choose(engine, work.data.device, precision, pixels=0, resident=work.data.resident)
+        lanes.extend(work.lanes(names, seeds, precision))
+        with quiet():
+            ready.append(chosen.ready(lanes))
+        if ready[0].name != engine:
+            raise UnavailableError(f"{engine} for {what}: {ready[0].why}")
+        students = [student for lane in lanes for student in lane.students]
+        steps = lanes[0].stream.steps
+        for number in range(sys.maxsize):
+            yield from ready[0].epoch(lanes, number, {student: student.rates(0, 1, steps) for student in students})
+
+    def evaluate() -> None:
+        for lane in lanes:
+            for student in lane.students:
+                ready[0].evaluate(student, work.data)
+
+    return Contender(f"{engine}, {precision}: {what}", start, len(names) * seeds, evaluate=evaluate)
+
+
+# The clock
+
+
+def _take_turns(contenders: list[Contender], work: Work, steps: int, rounds: int) -> None:
+    """All contenders in every round; one that can't be had is told and leaves."""
+    for number in range(rounds):
+        for one in list(contenders):
+            print(f"bench {work.student} <- {work.teacher}: round {number + 1} of {rounds}, {one.name}", file=sys.stderr)
+            try:
+                _turn(one, work, steps)
+            except UnavailableError as error:
+                print(f"bench: no {error}", file=sys.stderr)
+                contenders.remove(one)
+
+
+def _turn(one: Contender, work: Work, steps: int) -> None:
+    device, before = work.data.device, _Memory(work.data.device)
+    if one.running is None:
+        started = time.perf_counter()
+        one.running = one.start()
+        next(one.running)
+        synchronize(device)
+        one.setup = one.setup or time.perf_counter() - started
+        for _ in range(WARM - 1):
+            next(one.running)
+        synchronize(device)
+    started = time.perf_counter()
+    for _ in range(steps):
+        next(one.running)
+    synchronize(device)
+    one.speeds.append(steps * work.batch_size * one.students / (time.perf_counter() - started))
+    one.memory = one.memory or before.grown()
+    if not one.kept:
+        one.running = None  # its workers end
+    if one.evaluate and one.evaluation is None:
+        one.evaluate()  # warms up
+        one.evaluate()  # a graph is captured
+        started = time.perf_counter()
+        one.evaluate()
+        synchronize(device)
+        one.evaluation = time.perf_counter() - started
+
+
+class _Memory:
+    """What is held from here on: on a GPU by the driver's account, else by the process (Linux)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # what others held and freed would hide what this one needs
+            Path("/proc/self/clear_refs").write_text("5")  # forget the largest size so far
+        self.before = self._held()
+
+    def _held(self) -> int:
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            return total - free
+        with contextlib.suppress(OSError, StopIteration):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+        return 0
+
+    def grown(self) -> int:
+        return self._held() - self.before
+
+
+# The table
+
+
+def _row(one: Contender, contenders: Sequence[Contender], batch_size: int) -> dict[str, Any]:
+    speed = one.images_per_second
+    best = max(other.images_per_second for other in contenders if other.name.startswith("plain"))
+    seconds = one.students / speed  # of all its students for an image each
+    separate = sum(1 / other.images_per_second for other in one.separate)
+    return {
+        "loop": one.name,
+        "images/s": round(speed),
+        "min-max": f"{min(one.speeds):.0f}-{max(one.speeds):.0f}",
+        "step ms": round(1000 * batch_size * seconds, 2),
+        "s/epoch": round(EPOCH * seconds, 2),
+        "evaluation s": "-" if one.evaluation is None else round(one.evaluation, 3),
+        "set-up s": round(one.setup, 1),
+        "memory MiB": one.memory >> 20,
+        "to plain": f"{speed / best:.2f} x",
+        "to separate": f"{seconds / separate:.2f} x" if separate else "-",
+    }
+
+
+def report(found: Mapping[str, Any], table: Callable[[Sequence[Mapping[str, Any]], Sequence[str]], str]) -> str:
+    """A table for each pair with its hardware and the floor that it stands on; ``table`` draws rows and columns."""
+    where = "{cpu}, {cores} cores; {device}; torch {torch}".format(**found["hardware"])
+    how = (
+        f"batch {found['batch_size']}, random 32x32 images; {found['rounds']} rounds of {found['steps']} steps, alternating in one process"
+    )
+    parts = [f"{where}; {how}."]
+    for one in found["pairs"]:
+        floor = one["roofline"]
+        parts += [
+            one["pair"],
+            table(one["rows"], COLUMNS),
+            f"Roofline of a step of one {found['methods'][0]} student, {floor['precision']}: "
+            f"{floor['operations'] / 1e9:.2f} G operations at {floor['operations_per_second'] / 1e9:.0f} G/s, "
+            f"{floor['bytes'] / 1e6:.0f} MB at {floor['bytes_per_second'] / 1e9:.1f} GB/s (both rates measured here): "
+            f"{floor['floor_ms']:.2f} ms at least.",
+        ]
+    return "\n\n".join(parts)

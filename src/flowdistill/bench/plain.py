@@ -1,0 +1,82 @@
+"""The loop that a user would write, and the one that a user would write who knows PyTorch well.
+
+Plain: torchvision transforms on PIL images in a DataLoader, eager float32, ``loss.item()`` each step. Strong: the same data, with bf16
+autocast, channels_last and torch.compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data.loader import DeviceData
+from ..data.sources import ImageData
+from ..taps import Batch
+from ..training.step import Student, autocast
+
+
+class Images(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """A data set as most repositories have it."""
+
+    def __init__(self, data: ImageData, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        from torchvision import transforms
+
+        self.images, self.labels = data.x_train, data.y_train
+        crop = transforms.RandomCrop(data.x_train.shape[1:3], padding=data.pad, padding_mode="reflect")
+        flip = [transforms.RandomHorizontalFlip()] if data.flip else []
+        self.transform = transforms.Compose([crop, *flip, transforms.ToTensor(), transforms.Normalize(mean, std)])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
+
+
+class PlainLoop:
+    """A student that is taught by a plain loop.
+
+    Args:
+        member: gives network, method and weights; its optimiser is not used.
+        workers: of the DataLoader.
+        strong: bf16, channels_last, torch.compile.
+    """
+
+    def __init__(self, member: Student, teacher: nn.Module, images: ImageData, data: DeviceData, workers: int, *, strong: bool) -> None:
+        self.member, self.data, self.strong = member, data, strong
+        self.student: Any = member.net
+        self.teacher: Any = teacher.eval().requires_grad_(False)
+        if strong:
+            self.student, self.teacher = torch.compile(member.net), torch.compile(self.teacher)
+        self.optimizer = torch.optim.SGD(member.net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+        shown = Images(images, data.normalisation.mean, data.normalisation.std)
+        self.loader = torch.utils.data.DataLoader(
+            shown, member.train.batch_size, shuffle=True, drop_last=True, num_workers=workers, pin_memory=data.device.type == "cuda"
+        )
+
+    def steps(self) -> Iterator[None]:
+        """One epoch, a step a turn."""
+        device, method, weights = self.data.device, self.member.method, self.member.settled.weights
+        self.student.train()
+        for batch, known in self.loader:
+            images, labels = batch.to(device, non_blocking=True), known.to(device, non_blocking=True)
+            if self.strong:
+                images = images.to(memory_format=torch.channels_last)
+            with autocast(device, "bf16" if self.strong else "fp32"):
+                given = self.student(images)
+                with torch.no_grad():
+                    taught = self.teacher(images) if method.uses_teacher else None
+            loss = F.cross_entropy(given.logits.float(), labels)
+            if taught is not None:
+                loss = loss + sum(weights[term] * value for term, value in method(given, taught, Batch(labels)).items())
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            loss.item()
+            yield

@@ -1,0 +1,77 @@
+"""What a step of one student needs at least on this machine: its operations and bytes, and how many of each a second it does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..device import Precision, synchronize
+from ..training.engine import Eager, Lane
+
+CONTRACTIONS = ("convolution", "convolution_backward", "mm", "addmm", "bmm")
+
+
+class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes that convolutions and matrix products read and write, as if all else were fused into them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in CONTRACTIONS:
+            tensors = [one for one in (*args, *(out if isinstance(out, tuple | list) else (out,))) if isinstance(one, Tensor)]
+            self.bytes += sum(one.numel() * one.element_size() for one in tensors)
+        return out
+
+
+def roofline(lanes: Sequence[Lane], precision: Precision) -> dict[str, Any]:
+    """Operations and bytes of the next eager step of these lanes, the machine's measured rates, and the floor that both give in ms.
+
+    Lanes must stand at the start of an epoch; their students move by one step at rate 0.
+    """
+    device = lanes[0].stream.data.device
+    rates = {student: torch.zeros(lane.stream.steps, device=device) for lane in lanes for student in lane.students}
+    with Traffic() as traffic, FlopCounterMode(display=False) as counter:
+        next(Eager(precision, "").epoch(lanes, 0, rates))
+    operations, speed, bandwidth = counter.get_total_flops(), _arithmetic(device, precision), _bandwidth(device)
+    return {
+        "precision": precision,
+        "operations": operations,
+        "bytes": traffic.bytes,
+        "operations_per_second": speed,
+        "bytes_per_second": bandwidth,
+        "floor_ms": 1000 * max(operations / speed, traffic.bytes / bandwidth),
+    }
+
+
+def _fastest(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of ten."""
+    times = []
+    for _ in range(10):
+        started = time.perf_counter()
+        run()
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def _arithmetic(device: torch.device, precision: Precision) -> float:
+    """Operations a second of a large matrix product."""
+    size = 4096 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else None) for _ in range(2))
+    return float(2 * size**3 / _fastest(lambda: a @ b, device))
+
+
+def _bandwidth(device: torch.device) -> float:
+    """Bytes a second of a large copy, read and written."""
+    source = torch.ones(1 << 26, device=device)  # 256 MiB
+    target = torch.empty_like(source)
+    return 2 * source.numel() * source.element_size() / _fastest(lambda: target.copy_(source), device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import platform
 import resource
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from flowdistill.checks import UserError
 from flowdistill.data.loader import DeviceData, Stream
 from flowdistill.data.sources import ImageData, read_npz
 from flowdistill.device import _cpu_computes_bf16 as of_this_processor
-from flowdistill.device import resolve_precision, sensible_threads
+from flowdistill.device import keep_freed_memory, resolve_precision, sensible_threads
 from flowdistill.ledger import Ledger
 from flowdistill.methods import METHODS, Needs
 from flowdistill.runner import resume, run
@@ -319,6 +320,16 @@ def test_memory_does_not_grow_over_fifty_epochs(data: ImageData, small_npz: Path
         tensors.append(sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects()))
     assert sizes[-1] - sizes[9] < 16 * 1024, "KiB"
     assert tensors[-1] <= tensors[9]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_what_is_freed_is_not_taken_from_the_system_again() -> None:
+    keep_freed_memory()
+    for number in range(4):
+        if number == 1:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(12 << 20)  # 48 MiB, over glibc's own limit for what it keeps: 12,288 pages
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1000
 
 
 def test_precision_auto_is_bf16_where_the_processor_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""On a GPU: the same losses as on the CPU, one run from command to record. Skipped where there is none."""
+"""On a GPU: the same losses as on the CPU, the same weights from every engine, one run from command to record. Skipped where there is none."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import pytest
 import torch
 from small import config
 
+from test_resume import Cut, Scissors
+
 from flowdistill.device import resolve_precision
-from flowdistill.ledger import Ledger
-from flowdistill.runner import evaluate, run
+from flowdistill.ledger import Ledger, Run
+from flowdistill.methods.fsp import FSP
+from flowdistill.runner import Watcher, evaluate, resume, run
+from flowdistill.training import choice
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
 
@@ -36,3 +40,78 @@ def test_auto_is_bf16_and_a_student_is_measured_again(small_npz: Path, ledger: L
     (done,) = run([config(small_npz)], ledger, cuda)
     assert done.precision == "bf16"
     assert evaluate(ledger.run_folder(done.no) / "student.safetensors", cuda).correct == done.correct
+
+
+CUDA = torch.device("cuda")
+GRID = [("base", 0), ("fsp", 0), ("at+kd", 0), ("fsp", 1), ("base", 1)]
+
+
+def trained(small_npz: Path, folder: Path, engine: str, precision: str = "fp32", **keys: object) -> list[Run]:
+    """A teacher, then the grid as one cohort of three epochs, by operations that repeat bit for bit."""
+    ledger = Ledger(folder, create=True)
+    run([config(small_npz, student="resnet14", seed=9, train={"epochs": 1})], ledger, torch.device("cpu"))
+    recipe, calm = {"epochs": 3, "precision": precision}, {"at+kd": {"at": 20.0}}
+    grid = [config(small_npz, method=m, teacher="resnet14", seed=seed, train=recipe, weights=calm.get(m, {})) for m, seed in GRID]
+    done = run(grid, ledger, CUDA, engine=engine, deterministic=True, **keys)  # type: ignore[arg-type]
+    ledger.close()
+    return done
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_captured_cohort_is_the_eager_one_bit_for_bit(small_npz: Path, tmp_path: Path, precision: str) -> None:
+    """Epochs two and three are measured by a captured evaluation."""
+    plain, captured = (trained(small_npz, tmp_path / engine, engine, precision) for engine in ("eager", "graph"))
+    assert [done.engine for done in plain + captured] == ["eager"] * 5 + ["graph"] * 5
+    assert [done.weights_hash for done in captured] == [done.weights_hash for done in plain]
+    assert [done.correct for done in captured] == [done.correct for done in plain]
+
+
+def test_a_captured_and_compiled_cohort_trains_alike(small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = trained(small_npz, tmp_path / "eager", "eager")
+    monkeypatch.setitem(choice.WORTH_COMPILING, "cuda", 0.0)
+    both = trained(small_npz, tmp_path / "graph", "graph")
+    assert {done.engine for done in both} == {"graph+compiled"}
+    for one, other in zip(plain, both, strict=True):
+        terms = [Ledger(tmp_path / name).epochs(done.no)[0].terms for name, done in (("eager", one), ("graph", other))]
+        assert terms[1] == pytest.approx(terms[0], rel=1e-2)  # four steps: roundings that turn a ReLU
+
+
+def test_a_method_that_waits_for_the_device_falls_back_and_is_told(
+    small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = FSP.forward
+    monkeypatch.setattr(FSP, "forward", lambda *given: {"fsp": forward(*given)["fsp"] * (1.0 if float(given[1].logits.sum()) else 0.0)})
+    watcher = Scissors()
+    done = trained(small_npz, tmp_path, "graph", watcher=watcher)
+    assert {one.engine for one in done} == {"eager"}
+    assert {one.status for one in done} == {"finished"}
+    assert any("eager engine instead: it can't be captured (" in line for line in watcher.lines)
+
+
+def test_images_in_host_memory_give_the_same_weights(small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = trained(small_npz, tmp_path / "resident", "eager")
+    monkeypatch.setattr("flowdistill.data.loader.free_memory", lambda device: 1000.0)
+    fetched = trained(small_npz, tmp_path / "fetched", "auto")
+    assert [done.weights_hash for done in fetched] == [done.weights_hash for done in plain]
+
+
+def test_a_captured_run_resumes_bit_for_bit(small_npz: Path, tmp_path: Path) -> None:
+    whole = trained(small_npz, tmp_path / "whole", "graph")
+    with pytest.raises(Cut):
+        trained(small_npz, tmp_path / "cut", "graph", watcher=Scissors(6))
+    ledger = Ledger(tmp_path / "cut")
+    assert [done.weights_hash for done in resume(ledger, CUDA)] == [done.weights_hash for done in whole]
+    ledger.close()
+
+
+def test_memory_of_a_captured_cohort_does_not_grow(small_npz: Path, tmp_path: Path) -> None:
+    free: list[int] = []
+
+    class Weighing(Watcher):
+        def epoch(self, line: str) -> None:
+            free.append(torch.cuda.mem_get_info(CUDA)[0])
+
+    ledger = Ledger(tmp_path, create=True)
+    run([config(small_npz, train={"epochs": 20})], ledger, CUDA, engine="graph", watcher=Weighing())
+    ledger.close()
+    assert free[3] - free[-1] < 1 << 20

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -78,6 +79,18 @@ def usable_cores() -> int:
 def sensible_threads() -> int:
     """PyTorch's own number (OMP_NUM_THREADS, else a thread a core), never more than there are cores to use: in a container it sees all."""
     return torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else min(torch.get_num_threads(), usable_cores())
+
+
+def keep_freed_memory() -> None:
+    """What is freed stays with this process, where the C library is glibc.
+
+    Left alone, it gives the memory of every large map back to the system and takes it again a moment later, page by page: up to 30,000
+    faults in a step, which cost a fifth of it (docs/PERFORMANCE.md).
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: no mapping of its own for less than this
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -25,7 +25,7 @@ from ..checks import UserError, did_you_mean
 from ..config import validate
 from ..data.loader import DeviceData, Stream
 from ..data.sources import ImageData
-from ..device import Precision, describe, sensible_threads, synchronize, threads
+from ..device import Precision, describe, keep_freed_memory, sensible_threads, synchronize, threads
 from ..methods import Needs
 from ..training.choice import choose
 from ..training.engine import Eager, Lane, quiet
@@ -166,6 +166,7 @@ def bench(
     for work in works:
         for name in names:
             work.member(name, 0)  # refuses before anything is timed
+    keep_freed_memory()
     engines = engines or ENGINES if device.type == "cuda" else engines or ENGINES[:2]
     found = []
     with threads(sensible_threads()):

@@ -50,10 +50,9 @@ class PlainLoop:
 
     def __init__(self, member: Student, teacher: nn.Module, images: ImageData, data: DeviceData, workers: int, *, strong: bool) -> None:
         self.member, self.data, self.strong = member, data, strong
-        self.student: Any = member.net
-        self.teacher: Any = teacher.eval().requires_grad_(False)
-        if strong:
-            self.student, self.teacher = torch.compile(member.net), torch.compile(self.teacher)
+        self.layout = torch.channels_last if strong else torch.contiguous_format
+        nets = (net.to(memory_format=self.layout) for net in (member.net, teacher.eval().requires_grad_(False)))  # type: ignore[call-overload]
+        self.student, self.teacher = (torch.compile(net) if strong else net for net in nets)
         self.optimizer = torch.optim.SGD(member.net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
         shown = Images(images, data.normalisation.mean, data.normalisation.std)
         self.loader = torch.utils.data.DataLoader(
@@ -65,9 +64,8 @@ class PlainLoop:
         device, method, weights = self.data.device, self.member.method, self.member.settled.weights
         self.student.train()
         for batch, known in self.loader:
-            images, labels = batch.to(device, non_blocking=True), known.to(device, non_blocking=True)
-            if self.strong:
-                images = images.to(memory_format=torch.channels_last)
+            images = batch.to(device, non_blocking=True, memory_format=self.layout)
+            labels = known.to(device, non_blocking=True)
             with autocast(device, "bf16" if self.strong else "fp32"):
                 given = self.student(images)
                 with torch.no_grad():

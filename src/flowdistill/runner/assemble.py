@@ -12,7 +12,7 @@ import torch
 
 from ..checks import UserError
 from ..data.loader import DeviceData, Stream
-from ..device import Precision
+from ..device import Precision, keep_freed_memory
 from ..models import Network
 from ..training.choice import choose
 from ..training.cohort import Cohort, Progress, first_gradients
@@ -42,6 +42,7 @@ class Member:
 
 def prepare(jobs: Sequence[Job], device: torch.device, engine: str = "auto") -> list[tuple[Cohort, list[Member]]]:
     """Every cohort on the device; those of equal data and split share the images."""
+    keep_freed_memory()
     on_device: dict[object, DeviceData] = {}
     prepared = []
     for group in cohorts(jobs):

@@ -1,4 +1,4 @@
-"""On a GPU: the same losses as on the CPU, the same weights from every engine, one run from command to record. Skipped where there is none."""
+"""On a GPU: the losses of the CPU, the same weights from every engine, one run from command to record. Skipped where there is none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from small import config
-
 from test_resume import Cut, Scissors
 
 from flowdistill.device import resolve_precision

@@ -51,8 +51,10 @@ class PlainLoop:
     def __init__(self, member: Student, teacher: nn.Module, images: ImageData, data: DeviceData, workers: int, *, strong: bool) -> None:
         self.member, self.data, self.strong = member, data, strong
         self.layout = torch.channels_last if strong else torch.contiguous_format
-        nets = (net.to(memory_format=self.layout) for net in (member.net, teacher.eval().requires_grad_(False)))  # type: ignore[call-overload]
-        self.student, self.teacher = (torch.compile(net) if strong else net for net in nets)
+        self.student: Any = member.net.to(memory_format=self.layout)
+        self.teacher: Any = teacher.eval().requires_grad_(False).to(memory_format=self.layout)
+        if strong:
+            self.student, self.teacher = torch.compile(self.student), torch.compile(self.teacher)
         self.optimizer = torch.optim.SGD(member.net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
         shown = Images(images, data.normalisation.mean, data.normalisation.std)
         self.loader = torch.utils.data.DataLoader(
@@ -62,7 +64,7 @@ class PlainLoop:
     def steps(self) -> Iterator[None]:
         """One epoch, a step a turn."""
         device, method, weights = self.data.device, self.member.method, self.member.settled.weights
-        self.student.train()
+        self.member.net.train()
         for batch, known in self.loader:
             images = batch.to(device, non_blocking=True, memory_format=self.layout)
             labels = known.to(device, non_blocking=True)

@@ -79,7 +79,9 @@ def test_a_method_that_waits_for_the_device_falls_back_and_is_told(
     small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = FSP.forward
-    monkeypatch.setattr(FSP, "forward", lambda *given: {"fsp": forward(*given)["fsp"] * (1.0 if float(given[1].logits.sum()) else 0.0)})
+    monkeypatch.setattr(
+        FSP, "forward", lambda *given: {"fsp": forward(*given)["fsp"] * (1.0 if float(given[1].logits.detach().sum()) else 0.0)}
+    )
     watcher = Scissors()
     done = trained(small_npz, tmp_path, "graph", watcher=watcher)
     assert {one.engine for one in done} == {"eager"}

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from golden.golden_inputs import get
+from golden.inputs import INPUTS
+from test_methods import REFERENCES
 from torch import Tensor
 
 from flowdistill.methods.attention import attention_loss
@@ -17,12 +18,12 @@ from flowdistill.methods.fsp import fsp_loss
 from flowdistill.methods.kd import kd_loss
 from flowdistill.methods.logits import logits_loss
 
-ABOUT = ("kd", "logits", "at", "fsp", "at+kd")
+SHEETS = {name: module for name, module in REFERENCES.items() if hasattr(module, "GOLDEN")}
+ABOUT = ("kd", "logits", "at", "fsp", "at+kd", *SHEETS)
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "golden.json").read_text())
 CLAIMED = {key for key, entry in GOLDEN.items() if entry["method"] in ABOUT}
-INPUTS = {name: torch.from_numpy(value) for name, value in get().items()}
 
-OTHER_LOSSES = {
+OTHER_LOSSES = {key: why for module in SHEETS.values() for key, why in getattr(module, "OTHER_LOSSES", {}).items()} | {
     "at/code_p4": "attention with exponent 4; the package has F_sum^2 alone",
     "at/code_p1_preact": "attention with exponent 1 of the maps before ReLU",
     "fsp/section_l21": "torchdistill's sum of the columns' norms (L2,1) in place of squares",
@@ -60,7 +61,7 @@ def kd_gradient() -> Tensor:
     return torch.autograd.grad(kd_loss(student, INPUTS["logits_t"], 4.0), student)[0].norm()
 
 
-FORMULAS: dict[str, Callable[[], Tensor]] = {
+FORMULAS: dict[str, Callable[[], Tensor]] = {key: formula for module in SHEETS.values() for key, formula in module.GOLDEN.items()} | {
     "kd/T1": lambda: kd(1.0),
     "kd/T2": lambda: kd(2.0),
     "kd/T4": lambda: kd(4.0),
@@ -106,4 +107,4 @@ def test_entry_is_tested_or_listed(key: str) -> None:
 def test_the_lists_name_entries_that_exist() -> None:
     assert (set(FORMULAS) | set(OTHER_LOSSES) | set(CANCELS)) <= set(GOLDEN)
     assert set(OTHER_LOSSES) <= CLAIMED
-    assert {key.split("/")[0] for key in CLAIMED} == {*ABOUT, "identity"}
+    assert {GOLDEN[key]["method"] for key in CLAIMED} == set(ABOUT)

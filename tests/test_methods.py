@@ -1,6 +1,7 @@
 """The conformance suite: every registered method, and a composition, goes through every check.
 
-A new method needs a file ``tests/reference/<name>.py``, its option sets in ``CASES``, a bound in ``BF16`` and a pair in ``WRONG``.
+A new method needs a file ``tests/reference/<name>.py``: the formula as slow loops, and what the suite is to know of it
+(``reference/__init__.py`` says what).
 """
 
 from __future__ import annotations
@@ -8,51 +9,27 @@ from __future__ import annotations
 import importlib
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from pairs import FIVE, PAIRS, SEVEN, TINY_PAIRS, TWO_STAGES
 from torch import Tensor
 
 from flowdistill import models
 from flowdistill.methods import METHODS, Composed, Method, build, get, parts, settle
 from flowdistill.randomness import seeded
-from flowdistill.taps import Batch, DataSpec, NetSpec, Outputs, TapSpec
+from flowdistill.taps import Batch, DataSpec, NetSpec, Outputs
 from flowdistill.training.step import teach
 
-CASES: dict[str, list[dict[str, Any]]] = {
-    "kd": [{}, {"T": 1.0}, {"T": 2.5}],
-    "logits": [{}],
-    "at": [{}, {"mode": "paper"}],
-    "fsp": [
-        {},
-        {"preset": "log"},
-        {"preset": "paper"},
-        {"pairing": "section"},
-        {"reduction": "sum"},
-        {"pool": "avg", "reduction": "sum"},
-        {"adapter": "conv1x1"},
-        {"adapter": "conv1x1", "pairing": "section", "reduction": "sum"},
-    ],
-    "at+kd": [{}, {"at": {"mode": "paper"}, "kd": {"T": 2.0}}],
-}
-NAMES = [*(name for name in METHODS if name != "base"), "at+kd"]
-
-# How far the loss may move (relative) when its inputs are rounded to bfloat16, 2^-9 or 0.2 % a number, and summed in float32 after that.
-BF16 = {
-    "kd": 5e-3,  # log p_s - log p_t moves by the rounding of z/T, and is weighted with p_t: measured 1.8e-3
-    "logits": 5e-3,  # a square, so twice the error of z_s - z_t: measured 2.3e-3
-    "at": 5e-3,  # a square of the difference of two unit vectors, whose errors average over the channels: measured 0.9e-3
-    "fsp": 5e-3,  # a square of the difference of two averages over the image, where errors average out: measured 1.2e-3
-    "at+kd": 5e-3,  # its parts'
+COMPOSITION = "at+kd"
+NAMES = [*(name for name in METHODS if name != "base"), COMPOSITION]
+REFERENCES = {
+    path.stem: importlib.import_module(f"reference.{path.stem}") for path in sorted((Path(__file__).parent / "reference").glob("[!_]*.py"))
 }
 
-SIZES = ((8, 8), (8, 8), (4, 4), (2, 2))
-UNEVEN_SIZES = ((7, 5), (5, 6), (4, 3), (3, 2))  # between stages and between networks, nothing divides
-CHANNELS = (2, 2, 3, 4)
 DATA = DataSpec("tiny", n_train=20, classes=4, channels=3, height=8, width=8)
 
 
@@ -64,43 +41,31 @@ class Scene(NamedTuple):
     batch: Batch
 
 
-def network(name: str, channels: tuple[int, ...] = CHANNELS, sizes: tuple[tuple[int, int], ...] = SIZES, classes: int = 5) -> NetSpec:
-    taps = [TapSpec("stem", channels[0], *sizes[0], "stem")]
-    for number, (width, size) in enumerate(zip(channels[1:], sizes[1:], strict=True), 1):
-        for tap, module in ((f"stage{number}.first", f"layer{number}.0"), (f"stage{number}", f"layer{number}.1")):
-            taps.append(TapSpec(tap, width, *size, module))
-    return NetSpec(name, tuple(taps), channels[-1], classes, "fc")
-
-
-PAIRS = {
-    "even": (network("small"), network("big")),
-    "uneven": (network("small", sizes=UNEVEN_SIZES), network("big")),
-    "wide": (network("small"), network("big", channels=(3, 2, 5, 4))),
-}
-
-
-TINY_SIZES = ((4, 4), (4, 4), (2, 2), (1, 3))  # stage2 divides stage1, stage3 does not divide stage2
-TINY = network("small", (2, 2, 2, 2), TINY_SIZES)
-TINY_PAIRS = {
-    "uneven": (TINY, network("big", (2, 2, 2, 2), ((4, 4), (4, 4), (2, 2), (2, 2)))),
-    "wide": (TINY, network("big", (3, 2, 3, 2), ((4, 4), (4, 4), (2, 2), (2, 2)))),
-}
-
-
 def by_part(name: str, options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return options if "+" in name else {name: options}
 
 
 def pairs_for(name: str, options: dict[str, Any]) -> list[str]:
-    """fsp alone compares channel by channel, so a wider teacher is nothing for it without an adapter."""
-    return ["even", "uneven"] if name == "fsp" and "adapter" not in options else list(PAIRS)
+    """The pairs that a method can take with these options: all, unless its reference says otherwise."""
+    return next(
+        (REFERENCES[part].pairs(given) for part, given in by_part(name, options).items() if hasattr(REFERENCES[part], "pairs")), list(PAIRS)
+    )
+
+
+def cases(name: str) -> list[dict[str, Any]]:
+    return [{}, {"at": {"mode": "paper"}, "kd": {"T": 2.0}}] if name == COMPOSITION else REFERENCES[name].CASES
+
+
+def bf16_bound(name: str) -> float:
+    """How far the loss may move (relative) when its inputs are rounded to bfloat16 (0.2 % a number) and summed in float32 after that."""
+    return max(REFERENCES[cls.name].BF16 for cls in parts(name))
 
 
 def label(name: str, options: dict[str, Any]) -> str:
     return "-".join([name, *(f"{k}={v}" for part in by_part(name, options).values() for k, v in part.items())])
 
 
-ALL = [(name, options) for name in NAMES for options in CASES.get(name, [{}])]
+ALL = [(name, options) for name in NAMES for options in cases(name)]
 each_case = pytest.mark.parametrize(("name", "options"), [pytest.param(*case, id=label(*case)) for case in ALL])
 each_pair = pytest.mark.parametrize(
     ("name", "options", "pair"), [pytest.param(*case, pair, id=f"{label(*case)}-{pair}") for case in ALL for pair in pairs_for(*case)]
@@ -165,10 +130,10 @@ def total(terms: dict[str, Tensor]) -> Tensor:
 
 
 def wanted(method: Method) -> set[str]:
-    """What of the student a method pulls at: the taps that it requests, the logits where it requests none."""
+    """What of the student a method pulls at: the taps that it requests, and ``PULLS`` of its reference (logits, embedding)."""
     pulled: set[str] = set()
     for part in method.methods if isinstance(method, Composed) else [method]:
-        pulled |= part.needs.student or {"logits"}
+        pulled |= part.needs.student | getattr(REFERENCES[part.name], "PULLS", set())
     return pulled
 
 
@@ -187,22 +152,22 @@ def as_numpy(outputs: Outputs) -> SimpleNamespace:
 
 
 def expected(method: Method, options: dict[str, dict[str, Any]], given: Scene) -> dict[str, float]:
-    """By the references. A method's learned parts reach its reference as ``options["parameters"]``."""
+    """By the references. A method's learned parts reach its reference as ``options["parameters"]``, the labels as ``options["labels"]``."""
     found: dict[str, float] = {}
     for part in method.methods if isinstance(method, Composed) else [method]:
-        parameters = {name: p.detach().numpy() for name, p in part.named_parameters()}
-        reference = importlib.import_module(f"reference.{part.name}").reference
-        found |= reference(as_numpy(given.student), as_numpy(given.teacher), {**options.get(part.name, {}), "parameters": parameters})
+        known = {"parameters": {name: p.detach().numpy() for name, p in part.named_parameters()}, "labels": given.batch.labels.tolist()}
+        reference = REFERENCES[part.name].reference
+        found |= reference(as_numpy(given.student), as_numpy(given.teacher), {**options.get(part.name, {}), **known})
     return found
 
 
-def test_every_method_has_a_reference_and_cases() -> None:
+def test_every_method_has_a_reference_with_all_that_the_suite_asks() -> None:
     """A method without a reference fails the suite, and so does a reference without a method."""
-    names = {name for name in METHODS if name != "base"}
-    assert {path.stem for path in (Path(__file__).parent / "reference").glob("[!_]*.py")} == names
-    assert names <= CASES.keys()
-    assert names <= BF16.keys()
-    assert names <= {wrong[0] for wrong in WRONG}
+    assert REFERENCES.keys() == {name for name in METHODS if name != "base"}
+    for name, module in REFERENCES.items():
+        assert len(module.CASES) > 0, name
+        assert 0 < module.BF16 < 0.1, name
+        assert len(module.WRONG) > 0, name
 
 
 @pytest.mark.parametrize("name", list(METHODS))
@@ -339,7 +304,7 @@ def test_inputs_are_left_as_they_were(name: str, options: dict[str, Any]) -> Non
 def test_bf16_inputs_come_close_to_float32(name: str, options: dict[str, Any]) -> None:
     pair = widest(name, options)
     method, given = make(name, options, pair), both(scene(pair, n=8), Tensor.float)
-    torch.testing.assert_close(method(*both(given, Tensor.bfloat16)), method(*given), rtol=BF16[name], atol=0)
+    torch.testing.assert_close(method(*both(given, Tensor.bfloat16)), method(*given), rtol=bf16_bound(name), atol=0)
 
 
 @each_pair
@@ -421,38 +386,11 @@ def test_generated_code_equals_eager(name: str) -> None:
         assert (ours[leaf] - gradient).abs().max() <= 8 * torch.finfo(torch.float32).eps * gradient.abs().max(), leaf
 
 
-FIVE, SEVEN = network("small"), network("big", classes=7)
-TWO_STAGES = network("shallow", CHANNELS[:3], SIZES[:3])
-OTHER_STAGES = replace(FIVE, name="big", taps=tuple(replace(tap, name=tap.name.replace("stage3", "stage4")) for tap in FIVE.taps))
-WIDER_STAGE2 = network("big", channels=(2, 2, 5, 4))
-ONE_BLOCK = replace(FIVE, name="thin", taps=tuple(replace(tap, module=tap.name[:6]) for tap in FIVE.taps))
-WRONG: list[tuple[str, dict[str, Any], NetSpec, NetSpec, list[str]]] = [
-    ("kd", {}, FIVE, SEVEN, ["kd", "small has 5 classes", "big 7", "train both on the same classes"]),
-    ("logits", {}, FIVE, SEVEN, ["logits", "small has 5 classes", "big 7", "train both on the same classes"]),
-    (
-        "at",
-        {},
-        FIVE,
-        TWO_STAGES,
-        ["at", "small are 'stage1', 'stage2', 'stage3'", "shallow 'stage1', 'stage2'", "choose networks with the same stages"],
-    ),
-    ("at", {}, FIVE, OTHER_STAGES, ["'stage3'", "big", "stage4"]),
-    (
-        "fsp",
-        {},
-        FIVE,
-        TWO_STAGES,
-        ["fsp", "small are 'stage1', 'stage2', 'stage3'", "shallow 'stage1', 'stage2'", "choose networks with the same stages"],
-    ),
-    ("fsp", {}, FIVE, OTHER_STAGES, ["'stage3'", "big", "stage4"]),
-    ("fsp", {}, FIVE, WIDER_STAGE2, ["fsp", "'stage2'", "3x4x4 in small", "5x4x4 in big", "set options.fsp.adapter=conv1x1"]),
-    ("fsp", {"pairing": "section"}, ONE_BLOCK, FIVE, ["thin", "'stage1.first'", "'stage1'", "2x8x8", "set options.fsp.pairing=cross"]),
-    ("fsp", {"pairing": "section"}, FIVE, ONE_BLOCK, ["thin", "'stage1.first'", "'stage1'", "2x8x8", "set options.fsp.pairing=cross"]),
+WRONG = [
+    *((name, *wrong) for name, module in REFERENCES.items() for wrong in module.WRONG),
     ("at+kd", {}, FIVE, SEVEN, ["kd", "5 classes", "7"]),
     ("at+kd", {}, FIVE, TWO_STAGES, ["at", "'stage3'", "choose networks with the same stages"]),
 ]
-
-
 WRONG_NAMES = ("name", "options", "student", "teacher", "words")
 
 

@@ -22,6 +22,11 @@ KD = {"name": "kd", "options": {}}
 KD_FORMULA = {**KD, "pair": "even"}
 
 
+def wrong(name, number=0):
+    """A pair that a method must refuse."""
+    return dict(zip(suite.WRONG_NAMES, [case for case in suite.WRONG if case[0] == name][number], strict=True))
+
+
 @bug(kd, "kd_loss", suite.test_formula_equals_the_reference, KD_FORMULA)
 def kd_without_t_squared(student, teacher, temperature=4.0):
     """No factor T^2: torchdistill where targets are None, the keras.io example, distiller before issue 122."""
@@ -106,7 +111,7 @@ def kd_reads_its_loss_back(student, teacher, temperature=4.0):
     return loss if loss > 1e-8 else loss * 0
 
 
-@bug(base, "same_classes", suite.test_wrong_pair_is_refused_with_the_cure, dict(zip(suite.WRONG_NAMES, suite.WRONG[0], strict=True)))
+@bug(base, "same_classes", suite.test_wrong_pair_is_refused_with_the_cure, wrong("kd"))
 def kd_accepts_other_classes(student, teacher, method):
     """No look at the pair before training: a crash in the first step, or class k taught by another class k."""
 
@@ -203,7 +208,7 @@ def at_stuck_in_half(features):
     return F.normalize(features.square().mean(1).flatten(1), dim=1)
 
 
-@bug(base, "paired_stages", suite.test_wrong_pair_is_refused_with_the_cure, dict(zip(suite.WRONG_NAMES, suite.WRONG[2], strict=True)))
+@bug(base, "paired_stages", suite.test_wrong_pair_is_refused_with_the_cure, wrong("at"))
 def at_takes_the_stages_it_finds(student, teacher, method):
     """zip() of two lists of unequal length: the missing stage is dropped in silence."""
     return tuple(stage for stage, _ in zip(student.stages, teacher.stages, strict=False))
@@ -302,7 +307,7 @@ def fsp_one_matrix_transposed(student, teacher, *, pool="max", reduction="mean")
     return fsp_loss(student, swapped, pool=pool, reduction=reduction)
 
 
-@bug(fsp, "_same_tensor", suite.test_wrong_pair_is_refused_with_the_cure, dict(zip(suite.WRONG_NAMES, suite.WRONG[7], strict=True)))
+@bug(fsp, "_same_tensor", suite.test_wrong_pair_is_refused_with_the_cure, wrong("fsp", 3))
 def fsp_flow_of_a_layer_to_itself(a, b):
     """A stage of one block has one tensor for both ends; nothing says that its flow is none."""
     return False
@@ -337,7 +342,7 @@ def composition_drops_a_part(self, student, teacher, batch=None):
     return found
 
 
-@bug(METHODS._entries, "fitnets", suite.test_every_method_has_a_reference_and_cases)
+@bug(METHODS._entries, "fitnets", suite.test_every_method_has_a_reference_with_all_that_the_suite_asks)
 class method_without_a_reference(Method):  # noqa: N801 (the bug's name)
     """A new method that nobody wrote a formula for."""
 

@@ -5,6 +5,8 @@ code: 1/(N H W) sum (q_s - q_t)^2.  paper: 1/N sum_n ||q_s - q_t||.  The larger 
 
 import math
 
+from pairs import FIVE, OTHER_STAGES, TWO_STAGES
+
 from .fsp import pool
 
 
@@ -32,3 +34,16 @@ def reference(student, teacher, options):
             else:
                 total += math.sqrt(square) / len(ours)
     return {"at": total}
+
+
+CASES = [{}, {"mode": "paper"}]
+BF16 = 5e-3  # a square of the difference of two unit vectors, whose errors average over the channels: measured 0.9e-3
+WRONG = [
+    (
+        {},
+        FIVE,
+        TWO_STAGES,
+        ["at", "small are 'stage1', 'stage2', 'stage3'", "shallow 'stage1', 'stage2'", "choose networks with the same stages"],
+    ),
+    ({}, FIVE, OTHER_STAGES, ["'stage3'", "big", "stage4"]),
+]

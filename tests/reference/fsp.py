@@ -4,6 +4,7 @@ sum: 1/N sum over pairs, n, i, j of (G_t - G_s)^2.  mean: 1/P sum over pairs of 
 """
 
 import numpy as np
+from pairs import FIVE, ONE_BLOCK, OTHER_STAGES, TWO_STAGES, WIDER_STAGE2
 
 PAIRS = {
     "cross": [("stem", "stage1"), ("stage1", "stage2"), ("stage2", "stage3")],
@@ -70,3 +71,33 @@ def reference(student, teacher, options):
         batch, rows, columns = g_t.shape
         total += square / batch if reduction == "sum" else square / (batch * rows * columns * len(pairs))
     return {"fsp": total}
+
+
+CASES = [
+    {},
+    {"preset": "log"},
+    {"preset": "paper"},
+    {"pairing": "section"},
+    {"reduction": "sum"},
+    {"pool": "avg", "reduction": "sum"},
+    {"adapter": "conv1x1"},
+    {"adapter": "conv1x1", "pairing": "section", "reduction": "sum"},
+]
+BF16 = 5e-3  # a square of the difference of two averages over the image, where errors average out: measured 1.2e-3
+WRONG = [
+    (
+        {},
+        FIVE,
+        TWO_STAGES,
+        ["fsp", "small are 'stage1', 'stage2', 'stage3'", "shallow 'stage1', 'stage2'", "choose networks with the same stages"],
+    ),
+    ({}, FIVE, OTHER_STAGES, ["'stage3'", "big", "stage4"]),
+    ({}, FIVE, WIDER_STAGE2, ["fsp", "'stage2'", "3x4x4 in small", "5x4x4 in big", "set options.fsp.adapter=conv1x1"]),
+    ({"pairing": "section"}, ONE_BLOCK, FIVE, ["thin", "'stage1.first'", "'stage1'", "2x8x8", "set options.fsp.pairing=cross"]),
+    ({"pairing": "section"}, FIVE, ONE_BLOCK, ["thin", "'stage1.first'", "'stage1'", "2x8x8", "set options.fsp.pairing=cross"]),
+]
+
+
+def pairs(options):
+    """It compares channel by channel: a wider teacher is nothing for it without an adapter."""
+    return ["even", "uneven"] if "adapter" not in options else ["even", "uneven", "wide"]

@@ -27,7 +27,9 @@ WRONG = [
     ("train --dataset digits --model resnt20", "unknown model 'resnt20': did you mean 'resnet20'?"),
     (
         "train --dataset digits --model alexnet",
-        "unknown model 'alexnet': choose from: resnet8, resnet14, resnet20, resnet26, resnet32, resnet44, resnet56, resnet110",
+        "unknown model 'alexnet': choose from: resnet8, resnet14, resnet20, resnet26, resnet32, resnet44, resnet56, resnet110, "
+        "resnet8x4, resnet14x4, resnet32x4, resnet18, resnet34, resnet50, mobilenetv2, shufflenetv1, shufflenetv2, vgg8, vgg11, vgg13, "
+        "vgg16, vgg19, wrn-16-1, wrn-16-2, wrn-40-1, wrn-40-2, wrn-28-10",
     ),
     ("train --dataset digits --model 1", "no run 1 in runs/ledger.db: it has no runs yet; flowdistill runs lists them"),
     ("train --model", "Option '--model' requires an argument (flowdistill --help)"),
@@ -298,7 +300,9 @@ WRONG = [
     ("table --runs taught --student resnet9", "unknown model 'resnet9': did you mean 'resnet8'?"),
     (
         "table --runs taught --teacher nobody",
-        "unknown model 'nobody': choose from: resnet8, resnet14, resnet20, resnet26, resnet32, resnet44, resnet56, resnet110",
+        "unknown model 'nobody': choose from: resnet8, resnet14, resnet20, resnet26, resnet32, resnet44, resnet56, resnet110, "
+        "resnet8x4, resnet14x4, resnet32x4, resnet18, resnet34, resnet50, mobilenetv2, shufflenetv1, shufflenetv2, vgg8, vgg11, vgg13, "
+        "vgg16, vgg19, wrn-16-1, wrn-16-2, wrn-40-1, wrn-40-2, wrn-28-10",
     ),
     ("runs --format TABLE", "--format='TABLE': not one of 'table', 'md', 'csv', 'json'"),
     ("runs --runs junk.txt", "no ledger in junk.txt: train something first (flowdistill demo), or name its folder with --runs"),

@@ -14,7 +14,40 @@ CIFAR = DataSpec("cifar10", 50_000, 10, 3, 32, 32)
 DIGITS = DataSpec("digits", 898, 10, 1, 16, 16)
 GREY = DataSpec("grey", 60_000, 7, 1, 28, 28)
 ODD = DataSpec("odd", 100, 5, 3, 17, 23)
-ALL_TAPS = ("stem", "stage1.first", "stage1", "stage2.first", "stage2", "stage3.first", "stage3")
+ALL_TAPS = ("stem", *(f"stage{n}{part}" for n in (1, 2, 3) for part in (".first", ".pre", "")))
+COUNTS = {  # at 100 classes, as the CRD benchmark's networks have them
+    "resnet8": 83_892,
+    "resnet14": 181_108,
+    "resnet20": 278_324,
+    "resnet26": 375_540,
+    "resnet32": 472_756,
+    "resnet44": 667_188,
+    "resnet56": 861_620,
+    "resnet110": 1_736_564,
+    "resnet8x4": 1_233_540,
+    "resnet14x4": 2_783_620,
+    "resnet32x4": 7_433_860,
+    "resnet18": 11_220_132,
+    "resnet34": 21_328_292,
+    "resnet50": 23_705_252,
+    "wrn-16-1": 180_916,
+    "wrn-16-2": 703_284,
+    "wrn-40-1": 569_780,
+    "wrn-40-2": 2_255_156,
+    "wrn-28-10": 36_536_884,
+    "vgg8": 3_965_028,
+    "vgg11": 9_277_284,
+    "vgg13": 9_462_180,
+    "vgg16": 14_774_436,
+    "vgg19": 20_086_692,
+    "mobilenetv2": 812_836,
+    "shufflenetv1": 949_258,
+    "shufflenetv2": 1_355_528,
+}
+FAMILIES = ("resnet14", "resnet8x4", "resnet18", "resnet50", "wrn-16-2", "vgg8", "vgg13", "mobilenetv2", "shufflenetv1", "shufflenetv2")
+
+
+FOUR_STAGES = ("resnet18", "resnet34", "resnet50", "mobilenetv2")
 
 
 def images(data: DataSpec, n: int = 2) -> Tensor:
@@ -37,9 +70,10 @@ def equal_weights(one: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize(("name", "count"), [("resnet20", 272_474), ("resnet110", 1_730_714)])
-def test_parameter_counts(name, count):
-    assert sum(p.numel() for p in models.build(name, CIFAR).parameters()) == count
+@pytest.mark.parametrize("name", list(models.MODELS))
+def test_parameter_counts(name):
+    hundred = DataSpec("cifar100", 50_000, 100, 3, 32, 32)
+    assert sum(p.numel() for p in models.build(name, hundred).parameters()) == COUNTS[name]
 
 
 def test_parameter_count_follows_classes_and_channels():
@@ -59,7 +93,7 @@ def test_declared_sizes_are_the_real_ones(name, data):
     assert out.embedding.shape == (2, spec.embedding)
     assert out.logits.shape == (2, spec.classes) == (2, data.classes)
     assert (spec.name, net.spec) == (name, spec)
-    assert spec.stages == ("stage1", "stage2", "stage3")
+    assert spec.stages == tuple(f"stage{n}" for n in range(1, 5 if name.startswith("vgg") or name in FOUR_STAGES else 4))
     head = net.get_submodule(spec.head)
     torch.testing.assert_close(head(out.embedding), out.logits)
 
@@ -84,7 +118,7 @@ def test_only_the_taps_asked_for_are_given(taps):
 
 
 def test_unknown_tap_lists_those_there():
-    with pytest.raises(ValueError, match=r"resnet8 has no tap 'stage4'; it has: stem, stage1\.first, stage1, "):
+    with pytest.raises(ValueError, match=r"resnet8 has no tap 'stage4'; it has: stem, stage1\.first, stage1\.pre, stage1, "):
         models.build("resnet8", DIGITS, taps=("stage4",))
 
 
@@ -114,6 +148,30 @@ def test_first_of_a_stage_is_not_its_end(name, stage):
 def test_embedding_is_the_mean_of_the_last_stage():
     out = models.build("resnet14", ODD, taps=("stage3",))(images(ODD))
     torch.testing.assert_close(out.embedding, out.maps["stage3"].mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_stage_before_its_relu(name):
+    """Bottlenecks of MobileNetV2 are linear: they have no ReLU to be before."""
+    spec = models.spec(name, CIFAR)
+    net = lived(models.build(name, CIFAR, taps=tuple(tap.name for tap in spec.taps)))
+    maps = net(images(CIFAR)).maps
+    signed = [stage for stage in spec.stages if maps[stage].min() < 0]
+    assert signed == (list(spec.stages) if name == "mobilenetv2" else [])
+    pres = [tap for tap in maps if tap.endswith(".pre")]
+    assert len(pres) == (0 if name == "mobilenetv2" else len(spec.stages))
+    for tap in pres:
+        assert torch.equal(F.relu(maps[tap]), maps[tap.removesuffix(".pre")])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_stage_that_is_seen_is_the_stage_that_goes_on(name):
+    """Its gradient reaches the stem, and from it the logits come: the last stage decides them."""
+    spec = models.spec(name, DIGITS)
+    net = models.build(name, DIGITS, taps=spec.stages, seed=1)
+    out = net(images(DIGITS, 4))
+    found = torch.autograd.grad(out.logits.square().sum(), [out.maps[stage] for stage in spec.stages])
+    assert all(gradient.norm() > 0 for gradient in found)
 
 
 @pytest.mark.parametrize(("alias", "name"), [("resnet_32_20", "resnet20"), ("resnet_32_110", "resnet110"), ("resnet20", "resnet20")])
@@ -208,8 +266,9 @@ def he_resnet(weights: dict[str, Tensor], x: Tensor, depth: int, *, training: bo
             maps.setdefault(f"stage{stage}.first", inner)
             inner = norm(conv(inner, f"{own}.conv2"), f"{own}.bn2")
             shortcut = norm(conv(x, f"{own}.downsample.0", 2), f"{own}.downsample.1") if shrinks else x
-            x = (inner + shortcut).relu()
-        maps[f"stage{stage}"] = x
+            before = inner + shortcut
+            x = before.relu()
+        maps[f"stage{stage}.pre"], maps[f"stage{stage}"] = before, x
     return x.mean((2, 3)) @ weights["fc.weight"].T + weights["fc.bias"], maps
 
 
@@ -244,7 +303,7 @@ def test_batch_normalisation_in_train_mode_uses_the_batch_and_moves_its_statisti
     assert [name for name, value in net.named_buffers() if torch.equal(value, before[name])] == []
 
 
-@pytest.mark.parametrize("name", ["resnet8", "resnet20", "resnet110"])
+@pytest.mark.parametrize("name", ["resnet8", "resnet20", "resnet110", *FAMILIES])
 def test_gradients_reach_every_parameter(name):
     net = models.build(name, DIGITS)
     F.cross_entropy(net(images(DIGITS, 4)).logits, torch.arange(4)).backward()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..config import model_name
 from ..randomness import seeded
 from ..registry import Registry
-from ..taps import DataSpec, NetSpec
+from ..taps import DataSpec, NetSpec, Outputs, TapSpec
 
 
 class Network(nn.Module):
@@ -24,6 +25,40 @@ class Network(nn.Module):
     spec: NetSpec
     taps: tuple[str, ...]
     about: Mapping[str, Any] = {}
+
+
+class ImageNetwork(Network):
+    """Base of the networks here: ``features`` gives every tap, and an instance those that it was asked for.
+
+    Taps are after ReLU: ``stem``; ``stage1``, ..., the ends of the stages; ``stage1.first``, ..., the first convolution,
+    normalisation and ReLU inside each. ``stage1.pre``, ... are the ends before their ReLU. What differs stands with the network.
+    """
+
+    head: ClassVar[str] = "fc"
+    paths: Mapping[str, str] = {}
+    """Tap -> the last module on the way to it, a ReLU after it included."""
+
+    def features(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Images [N, C, H, W] -> every tap, and the embedding [N, D]."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Outputs:
+        """Images [N, C, H, W] -> Outputs."""
+        maps, embedding = self.features(images)
+        return Outputs(self.get_submodule(self.head)(embedding), embedding, {name: maps[name] for name in self.taps})
+
+    def fresh(self) -> None:
+        """Convolutions by He et al. 2015, normal with variance 2 / fan-out; all else as PyTorch has it."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+
+def by_stage(*stages: nn.Module) -> list[list[Any]]:
+    """Module lists as lists of blocks."""
+    return [list(stage) for stage in stages]  # type: ignore[call-overload]
 
 
 class Factory(Protocol):
@@ -40,7 +75,46 @@ class Factory(Protocol):
         ...
 
 
+class ImageFactory:
+    """One registered network; its sizes are found by running it on meta tensors, which hold no numbers.
+
+    Args:
+        make: (image channels, classes) -> the network.
+    """
+
+    def __init__(self, name: str, about: str, make: Callable[[int, int], ImageNetwork]) -> None:
+        self.name, self.about, self.make = name, about, make
+        self._specs: dict[tuple[int, ...], NetSpec] = {}
+
+    def spec(self, data: DataSpec) -> NetSpec:
+        """Taps and sizes for images of the data's size."""
+        key = (data.channels, data.height, data.width, data.classes)
+        if key not in self._specs:
+            with torch.device("meta"):
+                net = self.make(data.channels, data.classes).eval()
+                maps, embedding = net.features(torch.empty(1, data.channels, data.height, data.width))
+            taps = []
+            for tap, path in net.paths.items():
+                _, channels, height, width = maps[tap].shape
+                taps.append(TapSpec(tap, channels, height, width, path))
+            self._specs[key] = NetSpec(self.name, tuple(taps), embedding.shape[1], data.classes, net.head)
+        return self._specs[key]
+
+    def build(self, data: DataSpec, taps: tuple[str, ...]) -> ImageNetwork:
+        """The network with fresh weights."""
+        net = self.make(data.channels, data.classes)
+        net.spec = self.spec(data)
+        net.taps = tuple(net.spec.tap(name).name for name in taps)
+        net.fresh()
+        return net
+
+
 MODELS: Registry[Factory] = Registry("model")
+
+
+def register(name: str, about: str, make: Callable[[int, int], ImageNetwork]) -> None:
+    """File a network under its name."""
+    MODELS.register(name)(ImageFactory(name, about, make))
 
 
 def canonical(name: str) -> str:

@@ -90,7 +90,7 @@ def pair(run: Run) -> str:
     return f"{teacher}>>{split[1][2] if same_family and split[1] else student}"
 
 
-FAMILIES = {"resnet": "ResNet", "vgg": "VGG", "wrn": "WRN"}
+FAMILIES = {"resnet": "ResNet", "vgg": "VGG", "wrn": "WRN", "mobilenetv": "MobileNetV", "shufflenetv": "ShuffleNetV"}
 
 
 def _display(model: str) -> str:

@@ -1,0 +1,83 @@
+"""Wide ResNets of Zagoruyko and Komodakis 2016 (arXiv 1605.07146), without dropout: depth 6n+4, width k.
+
+Blocks begin with batch normalisation and ReLU. A stage therefore ends in a plain sum, and the normalisation and ReLU of the layer
+after it turn that into the map which ``stage1`` gives; ``stage1.pre`` is that map before the ReLU. (The CRD benchmark's code takes the
+plain sums.) ``stem`` is after the ReLU of the first block.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ImageNetwork, by_stage, register
+
+SIZES = ((16, 1), (16, 2), (40, 1), (40, 2), (28, 10))
+
+
+class PreActivationBlock(nn.Module):
+    """ReLU-conv-BN-ReLU-conv, plus the shortcut, of a map that is normalised already; ``bn1`` is applied by the network."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
+
+    def forward(self, x: Tensor, activated: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum, and the output of the first convolution after its normalisation and ReLU."""
+        first = F.relu(self.bn2(self.conv1(activated)))
+        return self.conv2(first) + (x if self.shortcut is None else self.shortcut(activated)), first
+
+
+class WideResNet(ImageNetwork):
+    """Three stages of 16k, 32k and 64k channels at full, half and quarter size."""
+
+    def __init__(self, depth: int, width: int, channels: int, classes: int) -> None:
+        super().__init__()
+        blocks, widths = (depth - 4) // 6, (16, 16 * width, 32 * width, 64 * width)
+        self.conv1 = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
+        self.layer1 = self._stage(widths[0], widths[1], blocks, stride=1)
+        self.layer2 = self._stage(widths[1], widths[2], blocks, stride=2)
+        self.layer3 = self._stage(widths[2], widths[3], blocks, stride=2)
+        self.bn1 = nn.BatchNorm2d(widths[3])
+        self.fc = nn.Linear(widths[3], classes)
+        self.paths = {"stem": "layer1.0.bn1"}
+        for stage in (1, 2, 3):
+            end = f"layer{stage + 1}.0.bn1" if stage < 3 else "bn1"
+            self.paths |= {f"stage{stage}.first": f"layer{stage}.0.bn2", f"stage{stage}.pre": end, f"stage{stage}": end}
+
+    @staticmethod
+    def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.ModuleList:
+        return nn.ModuleList(PreActivationBlock(inputs if i == 0 else outputs, outputs, stride if i == 0 else 1) for i in range(blocks))
+
+    def features(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Images [N, C, H, W] -> every tap, and the mean of the last."""
+        stages = by_stage(self.layer1, self.layer2, self.layer3)
+        x = self.conv1(images)
+        activated = F.relu(stages[0][0].bn1(x))
+        maps = {"stem": activated}
+        for number, stage in enumerate(stages, 1):
+            for position, block in enumerate(stage):
+                x, first = block(x, activated)
+                last = position + 1 == len(stage)
+                after = stage[position + 1].bn1 if not last else stages[number][0].bn1 if number < 3 else self.bn1
+                normalised = after(x)
+                activated = F.relu(normalised)
+                if position == 0:
+                    maps[f"stage{number}.first"] = first
+                if last:
+                    maps[f"stage{number}.pre"], maps[f"stage{number}"] = normalised, activated
+        return maps, activated.mean((2, 3))
+
+
+for _depth, _width in SIZES:
+    register(
+        f"wrn-{_depth}-{_width}",
+        f"Zagoruyko and Komodakis 2016, depth {_depth}, width {_width}",
+        partial(WideResNet, _depth, _width),
+    )

@@ -75,6 +75,9 @@ WRONG = [
         "train --dataset digits --batch-size half",
         "--batch-size='half': input should be a valid integer, unable to parse string as an integer",
     ),
+    ("train --dataset digits --recipe crdd", "unknown recipe 'crdd': did you mean 'crd'?"),
+    ("train --dataset digits --recipe best", "unknown recipe 'best': choose from: fsp-log, kd-zoo, crd, r110-warm, smoke"),
+    ("recipes --format TABLE", "--format='TABLE': not one of 'table', 'md', 'csv', 'json'"),
     ("train --dataset digits --engine fast", "--engine='fast': not one of 'auto', 'eager', 'compiled', 'graph'"),
     ("train --dataset digits --precision fp16", "--precision='fp16': not one of 'auto', 'bf16', 'fp32'"),
     ("train --dataset digits --device gpu", "--device 'gpu' is not available here; use auto, or what this machine has of cpu, cuda, mps"),
@@ -194,6 +197,7 @@ WRONG = [
     ("distill --teacher resnet20 --dataset digits --epochs 0", "train.epochs=0: input should be greater than or equal to 1"),
     ("distill --teacher resnet20 --dataset digits --lr inf", "train.lr=inf: input should be a finite number"),
     ("distill --teacher resnet20 --dataset digits --batch-size -1", "train.batch_size=-1: input should be greater than or equal to 1"),
+    ("distill --teacher resnet20 --dataset digits --recipe crdd", "unknown recipe 'crdd': did you mean 'crd'?"),
     ("distill --teacher resnet20 --dataset digits --engine fast", "--engine='fast': not one of 'auto', 'eager', 'compiled', 'graph'"),
     ("distill --teacher resnet20 --dataset digits --precision bf8", "--precision='bf8': not one of 'auto', 'bf16', 'fp32'"),
     (

@@ -44,7 +44,8 @@ WRONG: list[tuple[str | bytes, str]] = [
     ("[train]\nepoch = 3", "unknown key 'train.epoch': did you mean 'epochs'?"),
     (
         "[train.fsp]\npool = 'avg'",
-        "unknown key 'train.fsp': choose from: epochs, batch_size, lr, momentum, weight_decay, nesterov, schedule, precision",
+        "unknown key 'train.fsp': choose from: epochs, batch_size, lr, momentum, "
+        "weight_decay, nesterov, schedule, milestones, warmup_epochs, precision",
     ),
     ("[options.base]\npool = 'avg'", "unknown key 'options.base.pool': there is none to choose from"),
     ("[options.fsp]\npool = 'avg'", "options.fsp: method 'base' has no such part; choose from: base"),
@@ -77,6 +78,15 @@ WRONG: list[tuple[str | bytes, str]] = [
         "[train]\nnesterov = true\nmomentum = 0.0",
         "train: nesterov=true needs a momentum above 0; set train.momentum or leave nesterov out",
     ),
+    (
+        "[train]\nmilestones = [0.75, 0.5]",
+        "train: milestones are shares of the run between 0 and 1 that rise, such as [0.5, 0.75]",
+    ),
+    (
+        "[train]\nmilestones = [100, 150]",
+        "train: milestones are shares of the run between 0 and 1 that rise, such as [0.5, 0.75]",
+    ),
+    ("[train]\nwarmup_epochs = 200", "train: warmup_epochs=200 leaves nothing of epochs=200; set it lower"),
     ("teacher = 'resnet20'", "teacher='resnet20': training on the labels alone has none; use flowdistill distill, or leave it out"),
     # hostile: one line stays one line, without control characters, and short
     (r'"\u001b[2J\u0007" = 1', rf"unknown key '\x1b[2J\x07': choose from: {KEYS}"),

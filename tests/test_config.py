@@ -49,6 +49,8 @@ def test_defaults() -> None:
             "weight_decay": 1e-4,
             "nesterov": False,
             "schedule": "step",
+            "milestones": (0.5, 0.75),
+            "warmup_epochs": 0,
             "precision": "auto",
         },
         "method": "base",
@@ -71,7 +73,7 @@ def test_part_of_a_table_keeps_the_other_defaults() -> None:
         ("studnet", "unknown key 'studnet': did you mean 'student'?"),
         ("train.epoch", "unknown key 'train.epoch': did you mean 'epochs'?"),
         ("train.learning", "unknown key 'train.learning': choose from: epochs, batch_size, lr, momentum, weight_decay, "
-         "nesterov, schedule, precision"),
+         "nesterov, schedule, milestones, warmup_epochs, precision"),
         ("data.nam", "unknown key 'data.nam': did you mean 'name'?"),
         ("zzzz", "unknown key 'zzzz': choose from: student, teacher, seed, split, data, train, method, options, weights"),
     ],

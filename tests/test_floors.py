@@ -23,7 +23,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "ledger": (4, ("ledger",)),
     "stats": (4, ("stats",)),
     "runner": (5, ("runner",)),
-    "top": (6, ("api", "bench", "cli", "complaints", "demo", "report", "reproduce", "__main__", "")),
+    "top": (6, ("api", "bench", "cli", "complaints", "demo", "recipes", "report", "reproduce", "__main__", "")),
 }
 """Room: floor and modules or folders; the empty name is the package's own ``__init__``. Rooms of one floor do not know each other."""
 
@@ -31,7 +31,7 @@ STRANGERS = {("methods", "models"), ("methods", "data")}
 """Lower rooms that a room must not know all the same."""
 
 TORCH_FREE = (
-    *("", "__main__", "checks", "cli", "complaints", "config", "env", "ledger", "lock", "registry"),
+    *("", "__main__", "checks", "cli", "complaints", "config", "env", "ledger", "lock", "recipes", "registry"),
     *("report", "report.pages", "report.tables", "stats"),
 )
 """Modules that must not bring torch in when they are imported."""

@@ -15,12 +15,12 @@ from flowdistill.training.step import Student
 LR = 0.1
 
 
-def student(schedule: str, lr: float = LR, phase: Phase | None = None) -> Student:
+def student(schedule: str, lr: float = LR, phase: Phase | None = None, **train) -> Student:
     settled = methods.settle("base", {}, {})
     data = DataSpec("some", 64, 2, 1, 8, 8)
     spec = models.spec("resnet8", data)
     method = methods.build(settled, student=spec, teacher=spec, data=data)
-    made = Student(models.build("resnet8", data), method, settled, TrainConfig(schedule=schedule, lr=lr))
+    made = Student(models.build("resnet8", data), method, settled, TrainConfig(schedule=schedule, lr=lr, **train))
     made.begin_phase(0)
     made.phase = phase or made.phase
     return made
@@ -88,6 +88,18 @@ def test_milestones_of_a_phase_come_before_the_recipes_schedule(schedule):
 def test_cosine_equals_cosine_annealing_lr_at_every_step(epochs, steps):
     total = epochs * steps
     assert rates("cosine", epochs, steps) == pytest.approx(torchs(total, CosineAnnealingLR, T_max=total), abs=1e-9)
+
+
+def test_milestones_of_the_recipe():
+    found = rates("step", 8, 1, milestones=(0.25, 0.5, 0.75))
+    assert found == pytest.approx([LR] * 2 + [LR / 10] * 2 + [LR / 100] * 2 + [LR / 1000] * 2)
+
+
+@pytest.mark.parametrize("schedule", ["step", "cosine", "one-cycle"])
+def test_warm_up_epochs_are_at_a_tenth_and_change_no_later_one(schedule):
+    plain, warm = rates(schedule, 8, 3), rates(schedule, 8, 3, warmup_epochs=2)
+    assert warm[:6] == pytest.approx([LR / 10] * 6)
+    assert warm[6:] == plain[6:]
 
 
 def test_cosine_ends_at_zero():

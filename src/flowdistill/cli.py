@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from . import recipes
 from .checks import UserError, did_you_mean, parse_seeds
 from .complaints import complain, failure, refuse_empty, usage
 from .config import RunConfig, assign, model_name, one_line, put, read_file, validate
@@ -24,7 +25,7 @@ from .ledger import Ledger
 from .report import pages, tables
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from .ledger import Run
 
@@ -89,6 +90,7 @@ DeterministicOption = Annotated[bool, typer.Option("--deterministic", help="Only
 AgainOption = Annotated[bool, typer.Option("--again", help="Train even what the ledger has already.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config, the taps and a time estimate; train nothing.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML, or the run.json of a run; options given here win.")]
+RecipeOption = Annotated[str | None, typer.Option(help="A recipe's name; flowdistill recipes lists them. What is given beside it wins.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Any key, such as options.fsp.pool=avg or weights.at=20.")]
 
 
@@ -145,6 +147,7 @@ def _launch(
     holdout: HoldoutOption = False,
     again: AgainOption = False,
     dry_run: DryRunOption = False,
+    recipe: RecipeOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
     runs: RunsOption = Path("runs"),
@@ -158,6 +161,8 @@ def _launch(
     chosen |= {"data.name": dataset, "train.epochs": epochs, "train.lr": lr, "train.batch_size": batch_size}
     chosen |= {"train.precision": precision.value if precision else None, "split": "holdout" if holdout else None}
     values = _values(config, set_, chosen)
+    if recipe is not None:
+        values = _over(recipes.recipe(recipe).of(model_name(str(values.get("student", RunConfig().student)))), values)
     if methods == "base" and values.get("teacher"):
         raise UserError(f"teacher={values['teacher']!r}: training on the labels alone has none; use flowdistill distill, or leave it out")
     names = [name.strip() for name in (str(values.get("method", "fsp")) if methods is None else methods).split(",")]
@@ -234,6 +239,12 @@ def _values(config: Path | None, assignments: Sequence[str] | None, chosen: dict
         if value is not None:
             put(values, key, value)
     return values
+
+
+def _over(below: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values over those below them, key by key."""
+    tables = {key: {**below[key], **values[key]} for key in below if isinstance(values.get(key), dict)}
+    return {**below, **values, **tables}
 
 
 def _for_methods(values: dict[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -474,6 +485,17 @@ def models(format_: FormatOption = TableFormat.table) -> int:
     from .models import MODELS
 
     print(tables.render([{"name": name, "about": MODELS[name].about} for name in MODELS], format_.value, ("name", "about")))
+    return 0
+
+
+@app.command(name="recipes")
+def list_recipes(format_: FormatOption = TableFormat.table) -> int:
+    """The recipes there are."""
+    rows = [
+        {"name": name, "values": ", ".join(f"{k}={v}" for table in one.values.values() for k, v in table.items()), "source": one.source}
+        for name, one in recipes.RECIPES.items()
+    ]
+    print(tables.render(rows, format_.value, ("name", "values", "source")))
     return 0
 
 

@@ -44,8 +44,18 @@ class TrainConfig(Frozen):
     momentum: float = Field(0.9, ge=0, lt=1, strict=True)  # He et al. 2016, section 4.2
     weight_decay: float = Field(1e-4, ge=0, strict=True)  # He et al. 2016, section 4.2
     nesterov: bool = False  # reference log: off (KD-Zoo: on)
-    schedule: Literal["step", "cosine", "one-cycle"] = "step"  # step: x 0.1 at 50 % and 75 %, reference log
+    schedule: Literal["step", "cosine", "one-cycle"] = "step"
+    milestones: tuple[float, ...] = (0.5, 0.75)  # shares of the run after which step lowers the rate tenfold; reference log
+    warmup_epochs: int = Field(0, ge=0, strict=True)  # at a tenth of the rate first; He et al. 2016, section 4.2: ResNet-110 alone
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+
+    @model_validator(mode="after")
+    def _milestones_rise(self) -> TrainConfig:
+        if list(self.milestones) != sorted(set(self.milestones)) or not all(0 < share < 1 for share in self.milestones):
+            raise ValueError("milestones are shares of the run between 0 and 1 that rise, such as [0.5, 0.75]")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs={self.warmup_epochs} leaves nothing of epochs={self.epochs}; set it lower")
+        return self
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> TrainConfig:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-MILESTONES = (0.5, 0.75)  # reference log: x 0.1 at epochs 100 and 150 of 200
+WARMUP = 0.1  # the factor in warm-up epochs
 
 
-def lr_factor(kind: str, *, step: int, steps: int, epoch_share: float, milestones: Sequence[float] = MILESTONES) -> float:
+def lr_factor(kind: str, *, step: int, steps: int, epoch_share: float, milestones: Sequence[float] = (0.5, 0.75)) -> float:
     """The factor on the base learning rate.
 
     Args:

@@ -15,7 +15,7 @@ from ..methods.base import full
 from ..models import Network
 from ..taps import Batch, Outputs
 from .optim import build_optimizer
-from .schedule import MILESTONES, lr_factor
+from .schedule import WARMUP, lr_factor
 
 TASK = "task"  # the cross-entropy with the labels
 
@@ -102,8 +102,10 @@ class Student:
 
     def learning_rate(self, epoch: int, epochs: int, step: int, steps: int) -> float:
         """The rate of a step; ``epoch`` and ``step`` are 0-based within the phase and the epoch."""
+        if epoch < self.train.warmup_epochs and not self.phase.milestones:
+            return (self.phase.lr or self.train.lr) * WARMUP
         kind = "step" if self.phase.milestones else self.train.schedule
-        milestones = self.phase.milestones or MILESTONES
+        milestones = self.phase.milestones or self.train.milestones
         factor = lr_factor(kind, step=epoch * steps + step, steps=epochs * steps, epoch_share=epoch / epochs, milestones=milestones)
         return (self.phase.lr or self.train.lr) * factor
 

@@ -1,0 +1,62 @@
+"""Recipes by name: what the field trains with, and where that is written. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .checks import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Values of a RunConfig that belong together; what the user says comes before them.
+
+    Attributes:
+        source: who trains so.
+        values: keys of RunConfig.
+        of_student: the start of a student's name -> values for such students, which come before ``values``.
+    """
+
+    source: str
+    values: Mapping[str, Mapping[str, Any]]
+    of_student: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+
+    def of(self, student: str) -> dict[str, dict[str, Any]]:
+        """The values for a student."""
+        own = next((values for start, values in self.of_student.items() if student.startswith(start)), {})
+        return {key: {**self.values.get(key, {}), **own.get(key, {})} for key in {**self.values, **own}}
+
+
+CRD = {"epochs": 240, "batch_size": 64, "lr": 0.05, "weight_decay": 5e-4, "milestones": (0.625, 0.75, 0.875)}  # epochs 150, 180, 210
+LIGHT = {"train": {"lr": 0.01}}
+FSP_LOG = {"epochs": 200, "batch_size": 128, "lr": 0.1, "weight_decay": 1e-4, "milestones": (0.5, 0.75)}
+
+RECIPES: dict[str, Recipe] = {
+    "fsp-log": Recipe("the reference log: He et al. 2016 as the field uses it; the defaults", {"train": FSP_LOG}),
+    "kd-zoo": Recipe("KD-Zoo: fsp-log with Nesterov's momentum", {"train": {**FSP_LOG, "nesterov": True}}),
+    "crd": Recipe(
+        "Tian et al. 2020 (CRD), CIFAR-100, and the benchmarks after it; lr 0.01 for MobileNet and ShuffleNet students",
+        {"train": CRD},
+        {"mobilenet": LIGHT, "shufflenet": LIGHT},
+    ),
+    "r110-warm": Recipe(
+        "He et al. 2016, section 4.2: ResNet-110 with a first epoch at lr 0.01", {"train": {**FSP_LOG, "warmup_epochs": 1}}
+    ),
+    "smoke": Recipe(
+        "one epoch on 2,000 images, to see that everything runs; its figures mean nothing",
+        {"train": {"epochs": 1}, "data": {"limit_train": 2000}},
+    ),
+}
+
+
+def recipe(name: str) -> Recipe:
+    """A recipe by name.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in RECIPES:
+        raise UserError(f"unknown recipe {name!r}: {did_you_mean(name, RECIPES)}")
+    return RECIPES[name]

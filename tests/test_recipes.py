@@ -1,0 +1,64 @@
+"""Recipes: what they set, who comes before them, and the rates that they give."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import command
+
+from flowdistill.config import validate
+from flowdistill.recipes import RECIPES, recipe
+from flowdistill.training.schedule import lr_factor
+
+
+def resolved(folder: Path, *words: str) -> dict[str, Any]:
+    """What a dry run says of the config."""
+    said = command(folder, "train", "--dataset", "digits", "--device", "cpu", "--dry-run", *words)
+    assert said.code == 0, said.err
+    found: dict[str, Any] = json.loads(said.out)[0]["config"]
+    return found
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_a_valid_config_with_a_source(name: str) -> None:
+    for student in ("resnet20", "mobilenetv2", "shufflenetv1"):
+        validate({"student": student, **recipe(name).of(student)})
+    assert len(RECIPES[name].source) > 20
+
+
+def test_the_default_is_fsp_log() -> None:
+    assert validate(recipe("fsp-log").of("resnet20")) == validate({})
+
+
+@pytest.mark.parametrize(("student", "lr"), [("resnet20", 0.05), ("vgg8", 0.05), ("mobilenetv2", 0.01), ("shufflenetv2", 0.01)])
+def test_crd_falls_after_150_180_and_210_epochs_of_240(student: str, lr: float) -> None:
+    train = validate({"student": student, **recipe("crd").of(student)}).train
+    assert (train.epochs, train.batch_size, train.weight_decay, train.nesterov, train.momentum) == (240, 64, 5e-4, False, 0.9)
+    rates = [lr * lr_factor("step", step=0, steps=1, epoch_share=e / 240, milestones=train.milestones) for e in range(240)]
+    assert train.lr == lr
+    assert [e for e in range(1, 240) if rates[e] < rates[e - 1]] == [150, 180, 210]
+
+
+def test_what_is_given_beside_a_recipe_wins(tmp_path: Path) -> None:
+    train = resolved(tmp_path, "--model", "resnet8", "--recipe", "crd", "--epochs", "7", "--set", "train.nesterov=true")["train"]
+    assert (train["epochs"], train["lr"], train["nesterov"], train["milestones"]) == (7, 0.05, True, [0.625, 0.75, 0.875])
+
+
+def test_a_recipe_lies_under_a_config_file(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text("[train]\nlr = 0.02\nepochs = 3\n")
+    train = resolved(tmp_path, "--model", "resnet8", "--recipe", "r110-warm", "--config", "own.toml")["train"]
+    assert (train["lr"], train["epochs"], train["warmup_epochs"]) == (0.02, 3, 1)
+
+
+def test_smoke_is_one_epoch(tmp_path: Path) -> None:
+    found = resolved(tmp_path, "--model", "resnet8", "--recipe", "smoke", "--batch-size", "32")
+    assert (found["train"]["epochs"], found["data"]["limit_train"]) == (1, 2000)
+
+
+def test_they_are_listed(tmp_path: Path) -> None:
+    rows = json.loads(command(tmp_path, "recipes", "--format", "json").out)
+    assert [row["name"] for row in rows] == list(RECIPES)
+    assert "lr=0.05" in next(row["values"] for row in rows if row["name"] == "crd")

@@ -267,7 +267,7 @@ def test_gradcheck(name: str, options: dict[str, Any]) -> None:
     def value(*inputs: Tensor) -> Tensor:
         moved = dict(zip([*leaves, *learned], inputs, strict=True))
         maps = {tap: moved.get(tap, m) for tap, m in given.student.maps.items()}
-        student = given.student._replace(logits=moved.get("logits", given.student.logits), maps=maps)
+        student = Outputs(moved.get("logits", given.student.logits), moved.get("embedding", given.student.embedding), maps)
         return total(torch.func.functional_call(method, {p: moved[p] for p in learned}, (student, given.teacher, given.batch)))
 
     assert torch.autograd.gradcheck(value, [*leaves.values(), *learned.values()])

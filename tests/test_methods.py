@@ -99,7 +99,8 @@ def draw(spec: NetSpec, seed: int, n: int, *, relu: bool = True) -> Outputs:
 
 
 def scene(pair: tuple[NetSpec, NetSpec], n: int = 3, *, relu: bool = True) -> Scene:
-    return Scene(draw(pair[0], 1, n, relu=relu), draw(pair[1], 2, n, relu=relu), Batch(torch.arange(n) % 5, torch.arange(n) * 3))
+    batch = Batch(torch.arange(n) % 5, torch.arange(n) * 3, torch.tensor(4))
+    return Scene(draw(pair[0], 1, n, relu=relu), draw(pair[1], 2, n, relu=relu), batch)
 
 
 def each_tensor(outputs: Outputs, change: Callable[[Tensor], Tensor]) -> Outputs:
@@ -152,10 +153,11 @@ def as_numpy(outputs: Outputs) -> SimpleNamespace:
 
 
 def expected(method: Method, options: dict[str, dict[str, Any]], given: Scene) -> dict[str, float]:
-    """By the references. A method's learned parts reach its reference as ``options["parameters"]``, the labels as ``options["labels"]``."""
+    """By the references. ``options`` also brings them a method's learned ``parameters``, the ``labels`` and the ``epoch``."""
     found: dict[str, float] = {}
     for part in method.methods if isinstance(method, Composed) else [method]:
-        known = {"parameters": {name: p.detach().numpy() for name, p in part.named_parameters()}, "labels": given.batch.labels.tolist()}
+        known = {"parameters": {name: p.detach().numpy() for name, p in part.named_parameters()}}
+        known |= {"labels": given.batch.labels.tolist(), "epoch": given.batch.epoch.item()}
         reference = REFERENCES[part.name].reference
         found |= reference(as_numpy(given.student), as_numpy(given.teacher), {**options.get(part.name, {}), **known})
     return found

@@ -6,9 +6,11 @@ A new method needs a file ``tests/reference/<name>.py``: the formula as slow loo
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import itertools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -238,14 +240,34 @@ def test_gradcheck(name: str, options: dict[str, Any]) -> None:
     method, given = make(name, options, pair).double(), scene(pair, n=2, relu=False)
     leaves = {f: x for f, x in tensors(trainable(given).student).items() if f in wanted(method)}
     learned = dict(method.named_parameters())
+    constants: list[Tensor] = []
 
     def value(*inputs: Tensor) -> Tensor:
         moved = dict(zip([*leaves, *learned], inputs, strict=True))
         maps = {tap: moved.get(tap, m) for tap, m in given.student.maps.items()}
         student = given.student._replace(logits=moved.get("logits", given.student.logits), maps=maps)
-        return total(torch.func.functional_call(method, {p: moved[p] for p in learned}, (student, given.teacher, given.batch)))
+        with held(constants):
+            return total(torch.func.functional_call(method, {p: moved[p] for p in learned}, (student, given.teacher, given.batch)))
 
+    value(*leaves.values(), *learned.values())
+    assert len(constants) == sum(getattr(REFERENCES[cls.name], "DETACHED", 0) for cls in parts(name))
     assert torch.autograd.gradcheck(value, [*leaves.values(), *learned.values()])
+
+
+@contextlib.contextmanager
+def held(constants: list[Tensor]) -> Iterator[None]:
+    """What is detached within stays what it was the first time, as the analytic gradient has it."""
+    detach, number = Tensor.detach, itertools.count()
+
+    def first_value(x: Tensor) -> Tensor:
+        index = next(number)
+        if index == len(constants):
+            constants.append(detach(x))
+        return constants[index]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "detach", first_value)
+        yield
 
 
 @each_pair

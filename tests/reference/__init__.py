@@ -8,6 +8,7 @@ A file a method, with
 - ``BF16``: how far the loss may move (relative) when its inputs are rounded to bfloat16; what was measured stands beside it.
 - ``WRONG``: pairs that are refused: options, student, teacher, words of the refusal.
 - ``PULLS``: what of the student it pulls at beside the taps that it needs: ``{"logits"}``, ``{"embedding"}``.
+- ``DETACHED``, where the formula holds something constant: how many tensors the method detaches.
 - ``pairs(options)``, where some pairs of ``pairs.py`` are nothing for it: the names of those that are.
 - ``GOLDEN``, where the formula sheet has it: key of ``golden.json`` -> the package's value, float64. ``OTHER_LOSSES``: keys of losses that
   the package does not have, and why.

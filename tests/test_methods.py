@@ -6,9 +6,11 @@ A new method needs a file ``tests/reference/<name>.py``: the formula as slow loo
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import itertools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -126,7 +128,8 @@ def draw(spec: NetSpec, seed: int, n: int, *, relu: bool = True) -> Outputs:
 
 
 def scene(pair: tuple[NetSpec, NetSpec], n: int = 3, *, relu: bool = True) -> Scene:
-    return Scene(draw(pair[0], 1, n, relu=relu), draw(pair[1], 2, n, relu=relu), Batch(torch.arange(n) % 5, torch.arange(n) * 3))
+    batch = Batch(torch.arange(n) % 5, torch.arange(n) * 3, torch.tensor(4))
+    return Scene(draw(pair[0], 1, n, relu=relu), draw(pair[1], 2, n, relu=relu), batch)
 
 
 def each_tensor(outputs: Outputs, change: Callable[[Tensor], Tensor]) -> Outputs:
@@ -179,10 +182,11 @@ def as_numpy(outputs: Outputs) -> SimpleNamespace:
 
 
 def expected(method: Method, options: dict[str, dict[str, Any]], given: Scene) -> dict[str, float]:
-    """By the references. A method's learned parts reach its reference as ``options["parameters"]``, the labels as ``options["labels"]``."""
+    """By the references. ``options`` also brings them a method's learned ``parameters``, the ``labels`` and the ``epoch``."""
     found: dict[str, float] = {}
     for part in method.methods if isinstance(method, Composed) else [method]:
-        known = {"parameters": {name: p.detach().numpy() for name, p in part.named_parameters()}, "labels": given.batch.labels.tolist()}
+        known = {"parameters": {name: p.detach().numpy() for name, p in part.named_parameters()}}
+        known |= {"labels": given.batch.labels.tolist(), "epoch": given.batch.epoch.item()}
         reference = REFERENCES[part.name].reference
         found |= reference(as_numpy(given.student), as_numpy(given.teacher), {**options.get(part.name, {}), **known})
     return found
@@ -263,14 +267,34 @@ def test_gradcheck(name: str, options: dict[str, Any]) -> None:
     method, given = make(name, options, pair).double(), scene(pair, n=2, relu=False)
     leaves = {f: x for f, x in tensors(trainable(given).student).items() if f in wanted(method)}
     learned = dict(method.named_parameters())
+    constants: list[Tensor] = []
 
     def value(*inputs: Tensor) -> Tensor:
         moved = dict(zip([*leaves, *learned], inputs, strict=True))
         maps = {tap: moved.get(tap, m) for tap, m in given.student.maps.items()}
         student = Outputs(moved.get("logits", given.student.logits), moved.get("embedding", given.student.embedding), maps)
-        return total(torch.func.functional_call(method, {p: moved[p] for p in learned}, (student, given.teacher, given.batch)))
+        with held(constants):
+            return total(torch.func.functional_call(method, {p: moved[p] for p in learned}, (student, given.teacher, given.batch)))
 
+    value(*leaves.values(), *learned.values())
+    assert len(constants) == sum(getattr(REFERENCES[cls.name], "DETACHED", 0) for cls in parts(name))
     assert torch.autograd.gradcheck(value, [*leaves.values(), *learned.values()])
+
+
+@contextlib.contextmanager
+def held(constants: list[Tensor]) -> Iterator[None]:
+    """What is detached within stays what it was the first time, as the analytic gradient has it."""
+    detach, number = Tensor.detach, itertools.count()
+
+    def first_value(x: Tensor) -> Tensor:
+        index = next(number)
+        if index == len(constants):
+            constants.append(detach(x))
+        return constants[index]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "detach", first_value)
+        yield
 
 
 @each_pair

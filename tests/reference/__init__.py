@@ -3,11 +3,12 @@
 A file a method, with
 
 - ``reference(student, teacher, options)``: term -> value. ``student.logits``, ``.embedding``, ``.maps[tap]`` are arrays;
-  ``options`` holds the method's options that were given, ``labels`` and the method's learned ``parameters``.
+  ``options`` holds the method's options that were given, ``labels``, ``epoch`` and the method's learned ``parameters``.
 - ``CASES``: the option sets that every check is run with.
 - ``BF16``: how far the loss may move (relative) when its inputs are rounded to bfloat16; what was measured stands beside it.
 - ``WRONG``: pairs that are refused: options, student, teacher, words of the refusal.
 - ``PULLS``: what of the student it pulls at beside the taps that it needs: ``{"logits"}``, ``{"embedding"}``.
+- ``DETACHED``, where the formula holds something constant: how many tensors the method detaches.
 - ``pairs(options)``, where some pairs of ``pairs.py`` are nothing for it: the names of those that are.
 - ``GOLDEN``, where the formula sheet has it: key of ``golden.json`` -> the package's value, float64. ``OTHER_LOSSES``: keys of losses that
   the package does not have, and why.

@@ -1,0 +1,129 @@
+"""dkd: kd taken apart into the target class and the others, with a weight each.
+
+Other code hides the target by taking 1000 from its logit and the log of a softmax, which is NaN in float16 and in the teacher's gradient;
+here the target's column is taken out, and all is done in logarithms.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from ..taps import Batch, NetSpec, Outputs
+from .base import Method, MethodOptions, Needs, Paper, full, register, same_classes, same_shape
+
+
+def other_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """The logits without those of the labels: [N, K], [N] -> [N, K-1], in the order of the classes."""
+    places = torch.arange(logits.shape[1] - 1, device=logits.device)
+    return logits.gather(1, places + (places >= labels[:, None]))
+
+
+def given_labels(batch: Batch | None, method: str) -> Tensor:
+    """The batch's labels.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    if batch is None:
+        raise ValueError(f"{method} needs the labels; call it with Batch(labels) as third argument")
+    return batch.labels
+
+
+class Decoupled(NamedTuple):
+    """The two divergences of every sample, [N] each."""
+
+    target: Tensor
+    others: Tensor
+
+
+def decoupled(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 4.0) -> Decoupled:
+    """T^2 KL(b_t || b_s) and T^2 KL(q_t || q_s) of every sample.
+
+    With p = softmax(z / T): b = (p[y], 1 - p[y]), the target against all others, and q = softmax over the classes k != y of z / T. Zhao et
+    al. 2022, section 3.1: kd of a sample is the first plus (1 - p_t[y]) times the second. Computed in at least float32.
+
+    Args:
+        student, teacher: [N, K] logits.
+        labels: [N] class numbers.
+        temperature: T.
+
+    Returns:
+        ``target`` and ``others``, [N] each.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    same_shape(student, teacher)
+    log_b, log_q = [], []
+    for logits in (student, teacher):
+        scaled = full(logits) / temperature
+        others = other_logits(scaled, labels)
+        margin = scaled.gather(1, labels[:, None]).squeeze(1) - others.logsumexp(1)
+        log_b.append(torch.stack([F.logsigmoid(margin), F.logsigmoid(-margin)], dim=1))
+        log_q.append(F.log_softmax(others, dim=1))
+    target, rest = (F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1) * temperature**2 for ours, theirs in (log_b, log_q))
+    return Decoupled(target, rest)
+
+
+def dkd_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 4.0, alpha: float = 1.0, beta: float = 8.0) -> Tensor:
+    """alpha TCKD + beta NCKD: the two divergences of ``decoupled``, mean over the batch (Zhao et al. 2022, section 3.2).
+
+    Args:
+        student, teacher: [N, K] logits.
+        labels: [N] class numbers.
+        temperature: T.
+        alpha, beta: the weights of the target class and of the others.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    found = decoupled(student, teacher, labels, temperature)
+    return (alpha * found.target + beta * found.others).mean()
+
+
+class DKDOptions(MethodOptions):
+    """Options of dkd. ``warmup``: the loss grows over so many epochs, 1/warmup in the first; 1 for the whole of it at once."""
+
+    T: float = Field(4.0, gt=0, strict=True)  # the authors' code for CIFAR-100; 1 for ImageNet
+    alpha: float = Field(1.0, ge=0, strict=True)  # the authors' code
+    beta: float = Field(8.0, ge=0, strict=True)  # the authors' code for most pairs on CIFAR-100; 6 or 2 for similar ones, 0.5 for ImageNet
+    warmup: int = Field(20, ge=1, strict=True)  # the authors' code, of 240 epochs on CIFAR-100; 1 for ImageNet
+
+
+@register
+class DKD(Method):
+    """The student matches how sure the teacher is of the target, and, weighted by itself, what it thinks of the other classes."""
+
+    name = "dkd"
+    paper = Paper(
+        "B. Zhao, Q. Cui, R. Song, Y. Qiu, J. Liang", "Decoupled Knowledge Distillation", "CVPR", 2022, "https://arxiv.org/abs/2203.08679"
+    )
+    terms = ("dkd",)
+    Options = DKDOptions
+    options: DKDOptions
+
+    def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
+        super().__init__(options)
+        same_classes(student, teacher, self.name)
+        self.needs = Needs(logits=True)
+
+    @classmethod
+    def default_weights(cls, options: Any) -> dict[str, float]:
+        """1, beside a task weight of 1: the authors' code. What balances the parts are ``alpha`` and ``beta``."""
+        return {"dkd": 1.0}
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
+        """``dkd``, times min((epoch + 1) / warmup, 1) where the batch knows its epoch."""
+        labels, chosen = given_labels(batch, self.name), self.options
+        loss = dkd_loss(student.logits, teacher.logits, labels, chosen.T, chosen.alpha, chosen.beta)
+        if batch is not None and batch.epoch is not None:
+            loss = loss * ((batch.epoch + 1).to(loss.dtype) / chosen.warmup).clamp(max=1)
+        return {"dkd": loss}

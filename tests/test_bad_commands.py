@@ -13,6 +13,7 @@ import typer
 from command import assert_refused, command
 
 from flowdistill.cli import app
+from flowdistill.methods import METHODS
 
 LACKING = "mps" if torch.cuda.is_available() else "cuda"  # a device that this machine has not
 WRONG = [
@@ -149,7 +150,10 @@ WRONG = [
     # distill: each option
     ("distill --dataset digits --teacher resnet20 --method fps", "unknown method 'fps': did you mean 'fsp'?"),
     ("distill --dataset digits --teacher resnet20 --method ''", "--method is followed by nothing; give a value, or leave it out"),
-    ("distill --dataset digits --teacher resnet20 --method fsp,", "unknown method '': choose from: at, fsp, kd, logits, base"),
+    (
+        "distill --dataset digits --teacher resnet20 --method fsp,",
+        f"unknown method '': choose from: {', '.join(METHODS)}",
+    ),
     ("distill --dataset digits --teacher resnet20 --method fsp,fsp", "--method fsp,fsp names a method twice; each is trained once a seed"),
     ("distill --dataset digits --teacher resnet20 --method kd+kd", "method 'kd+kd' names a part twice; give each once"),
     (

@@ -84,7 +84,6 @@ FORMULAS: dict[str, Callable[[], Tensor]] = {key: formula for module in SHEETS.v
     "fsp/section_mean": lambda: 3 * fsp(SECTION, "max", "mean"),
     "fsp/section_in_max_sum": lambda: fsp(SECTION_IN, "max", "sum"),
     "fsp/section_in_avg_mean": lambda: 3 * fsp(SECTION_IN, "avg", "mean"),
-    "identity/kd_from_dkd": lambda: kd(4.0),
     "identity/kd_grad_l2": kd_gradient,
     "identity/kd_high_T": lambda: kd(1e4),
     "identity/fsp_sum_vs_mean": lambda: 16 * 16 * fsp(SECTION[1:2], "max", "mean"),

@@ -44,6 +44,11 @@ def test_what_the_suite_proves_is_what_its_own_lists_say(name: str) -> None:
     assert (ROOT / "results" / name).read_text() == page(), "python docs/verification.py && python docs/include.py"
 
 
+def test_the_page_of_methods_is_what_the_registry_says() -> None:
+    methods = runpy.run_path(str(ROOT / "docs" / "methods.py"))
+    assert methods["PAGE"].read_text() == methods["page"](), "python docs/methods.py"
+
+
 @pytest.mark.parametrize("page", sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=str)
 def test_links_lead_to_files_that_exist(page: Path) -> None:
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / page).read_text())

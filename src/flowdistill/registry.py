@@ -32,6 +32,10 @@ class Registry(Generic[T]):
 
         return file
 
+    def sort(self) -> None:
+        """Put the names in alphabetical order, whatever order their files were imported in."""
+        self._entries = dict(sorted(self._entries.items()))
+
     def __getitem__(self, name: str) -> T:
         if name not in self._entries:
             raise UserError(f"unknown {self.kind} {name!r}: {did_you_mean(name, self._entries)}")

@@ -76,6 +76,7 @@ def reference(student, teacher, options):
 
 
 CASES = [{}, {"k": 2}]
+DETACHED = 18  # of each of six maps: its Gram matrix before it is decomposed, and twice what turns its vectors or chooses among them
 BF16 = 1e-2  # a singular vector turns by the error over the gap of its values: measured 3.2e-3
 WRONG = [
     ({}, FIVE, TWO_STAGES, ["kdsvd", "small are 'stage1', 'stage2', 'stage3'", "shallow 'stage1', 'stage2'"]),

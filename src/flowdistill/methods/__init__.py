@@ -13,5 +13,6 @@ from .compose import Composed, Settled, build, parts, settle
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
+METHODS.sort()
 
 __all__ = ["METHODS", "Composed", "Method", "MethodOptions", "Needs", "Phase", "Settled", "build", "get", "parts", "settle"]

@@ -1,8 +1,8 @@
 """ab: activation boundaries. Which neurons of the teacher fire, not how strongly.
 
-The paper compares maps before ReLU. The taps are after it: a neuron of the teacher is above 0 there exactly where it is before. On the
-student's side a connector (convolution and batch normalisation), which RepDistiller leaves out where the shapes agree, stands at every stage
-and gives the response that is compared. torchdistill has no factor 3/1000; KD-Zoo averages over the elements and the stages.
+The paper compares maps before ReLU. The taps are after it: a neuron of the teacher is above 0 there exactly where it is before. On
+the student's side a connector (convolution and batch normalisation), which RepDistiller leaves out where the shapes agree, stands at
+every stage and gives the response that is compared. torchdistill has no factor 3/1000; KD-Zoo averages over the elements and the stages.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,7 @@ class Method(nn.Module):
     Class facts:
         paper: where the formula comes from.
         version: raised when the number it computes changes; part of every run's fingerprint.
+        kind: what it compares: ``logits``, ``features`` of an image, or ``relations`` between images.
         terms: the keys of what ``forward`` returns.
         vanishes_at_match: every term is 0, with gradient 0, where student equals teacher.
         per_sample: repeating the batch changes nothing.
@@ -98,6 +99,7 @@ class Method(nn.Module):
     name: ClassVar[str]
     paper: ClassVar[Paper]
     version: ClassVar[int] = 1
+    kind: ClassVar[Literal["logits", "features", "relations"]] = "features"
     terms: tuple[str, ...] = ()
     vanishes_at_match: bool = True
     per_sample: bool = True

@@ -75,6 +75,7 @@ class CC(Method):
         2019,
         "https://arxiv.org/abs/1904.01802",
     )
+    kind = "relations"
     terms = ("cc",)
     Options = CCOptions
     options: CCOptions

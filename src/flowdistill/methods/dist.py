@@ -94,6 +94,7 @@ class DIST(Method):
         2022,
         "https://arxiv.org/abs/2205.10536",
     )
+    kind = "logits"
     terms = ("dist",)
     vanishes_at_match = False
     per_sample = False

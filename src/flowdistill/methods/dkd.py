@@ -106,6 +106,7 @@ class DKD(Method):
     paper = Paper(
         "B. Zhao, Q. Cui, R. Song, Y. Qiu, J. Liang", "Decoupled Knowledge Distillation", "CVPR", 2022, "https://arxiv.org/abs/2203.08679"
     )
+    kind = "logits"
     terms = ("dkd",)
     Options = DKDOptions
     options: DKDOptions

@@ -126,6 +126,7 @@ class IRG(Method):
         2019,
         "https://openaccess.thecvf.com/content_CVPR_2019/html/Liu_Knowledge_Distillation_via_Instance_Relationship_Graph_CVPR_2019_paper.html",
     )
+    kind = "relations"
     terms = ("irg",)
     Options = IRGOptions
     options: IRGOptions

@@ -52,6 +52,7 @@ class KD(Method):
         2014,
         "https://arxiv.org/abs/1503.02531",
     )
+    kind = "logits"
     terms = ("kd",)
     Options = KDOptions
     options: KDOptions

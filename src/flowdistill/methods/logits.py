@@ -35,6 +35,7 @@ class Logits(Method):
 
     name = "logits"
     paper = Paper("J. Ba, R. Caruana", "Do Deep Nets Really Need to be Deep?", "NIPS", 2014, "https://arxiv.org/abs/1312.6184")
+    kind = "logits"
     terms = ("logits",)
 
     def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:

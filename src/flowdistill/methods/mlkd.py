@@ -77,6 +77,7 @@ class MLKD(Method):
         2023,
         "https://openaccess.thecvf.com/content/CVPR2023/html/Jin_Multi-Level_Logit_Distillation_CVPR_2023_paper.html",
     )
+    kind = "logits"
     terms = ("mlkd",)
     per_sample = False
     Options = MLKDOptions

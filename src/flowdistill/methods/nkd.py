@@ -61,6 +61,7 @@ class NKD(Method):
         2023,
         "https://arxiv.org/abs/2303.13005",
     )
+    kind = "logits"
     terms = ("nkd",)
     vanishes_at_match = False
     Options = NKDOptions

@@ -69,6 +69,7 @@ class PKT(Method):
         2018,
         "https://arxiv.org/abs/1803.10837",
     )
+    kind = "relations"
     terms = ("pkt",)
     vanishes_at_match = False  # the value is 0 there, but eps leaves a gradient of a millionth of the usual one
     per_sample = False

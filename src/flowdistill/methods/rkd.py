@@ -105,6 +105,7 @@ class RKD(Method):
 
     name = "rkd"
     paper = Paper("W. Park, D. Kim, Y. Lu, M. Cho", "Relational Knowledge Distillation", "CVPR", 2019, "https://arxiv.org/abs/1904.05068")
+    kind = "relations"
     terms = ("rkd",)
     Options = RKDOptions
     options: RKDOptions

@@ -65,6 +65,7 @@ class SP(Method):
         2019,
         "https://arxiv.org/abs/1907.09682",
     )
+    kind = "relations"
     terms = ("sp",)
     per_sample = False
     Options = SPOptions

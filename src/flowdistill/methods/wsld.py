@@ -60,6 +60,7 @@ class WSLD(Method):
         2021,
         "https://arxiv.org/abs/2102.00650",
     )
+    kind = "logits"
     terms = ("wsld",)
     vanishes_at_match = False
     Options = WSLDOptions

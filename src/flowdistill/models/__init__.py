@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..checks import UserError, first_line
 from ..config import model_name
 from ..randomness import seeded
 from ..registry import Registry
@@ -87,12 +88,19 @@ class ImageFactory:
         self._specs: dict[tuple[int, ...], NetSpec] = {}
 
     def spec(self, data: DataSpec) -> NetSpec:
-        """Taps and sizes for images of the data's size."""
+        """Taps and sizes for images of the data's size.
+
+        Raises:
+            UserError: the images are too small or too large for it.
+        """
         key = (data.channels, data.height, data.width, data.classes)
         if key not in self._specs:
-            with torch.device("meta"):
-                net = self.make(data.channels, data.classes).eval()
-                maps, embedding = net.features(torch.empty(1, data.channels, data.height, data.width))
+            try:
+                with torch.device("meta"):
+                    net = self.make(data.channels, data.classes).eval()
+                    maps, embedding = net.features(torch.empty(1, data.channels, data.height, data.width))
+            except RuntimeError as error:  # too small for its pooling, or larger than anything
+                raise UserError(f"{self.name} can't take images of {data.height}x{data.width}: {first_line(error)}") from None
             taps = []
             for tap, path in net.paths.items():
                 _, channels, height, width = maps[tap].shape

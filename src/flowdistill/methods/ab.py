@@ -1,0 +1,117 @@
+"""ab: activation boundaries. Which neurons of the teacher fire, not how strongly.
+
+The paper compares maps before ReLU. The taps are after it: a neuron of the teacher is above 0 there exactly where it is before. On the
+student's side a connector (convolution and batch normalisation) stands at every stage and gives the response that is compared;
+RepDistiller has none where the shapes agree. torchdistill has no factor 3/1000; KD-Zoo averages over the elements and the stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from ..config import MOST_EPOCHS
+from ..taps import Batch, NetSpec, Outputs
+from .base import Method, MethodOptions, Needs, Paper, Phase, full, paired_stages, register, same_shape
+from .fitnets import connector
+
+
+def boundary_loss(student: Tensor, teacher: Tensor, margin: float = 1.0) -> Tensor:
+    """How far the student's responses are from the teacher's side of 0, by a margin m: mean over the batch, sum over the rest.
+
+    l = (s + m)^2 where t <= 0 and s > -m, (s - m)^2 where t > 0 and s <= m, else 0. Heo et al. 2019. Computed in at least float32.
+
+    Args:
+        student: [N, C, H, W] before ReLU.
+        teacher: [N, C, H, W] before or after ReLU.
+        margin: m.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    same_shape(student, teacher)
+    s = full(student)
+    return F.relu(torch.where(teacher > 0, margin - s, s + margin)).square().flatten(1).sum(1).mean()
+
+
+def ab_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], margin: float = 1.0) -> Tensor:
+    """The boundaries of n stages, each with twice the weight of the one before: 3/1000 sum_i 2^(i-n) boundary_loss_i.
+
+    The authors' code.
+    """
+    losses = [boundary_loss(s, t, margin) for s, t in zip(student, teacher, strict=True)]
+    return torch.stack([loss * 2.0 ** (i - len(losses)) for i, loss in enumerate(losses, 1)]).sum() * 3e-3
+
+
+class ABOptions(MethodOptions):
+    """Options of ab; ``stage_epochs`` belongs to stage one of ``schedule=two-stage``."""
+
+    margin: float = Field(1.0, gt=0, strict=True)  # the authors' code and RepDistiller; KD-Zoo has 2
+    schedule: Literal["joint", "two-stage"] = "two-stage"  # the paper, and every source
+    stage_epochs: int = Field(30, ge=1, le=MOST_EPOCHS, strict=True)  # RepDistiller; KD-Zoo has 50
+
+    @model_validator(mode="after")
+    def _stage_one_exists(self) -> Self:
+        if self.schedule == "joint" and self.stage_epochs != type(self).model_fields["stage_epochs"].default:
+            raise ValueError("stage_epochs belongs to schedule=two-stage; set that too, or leave it out")
+        return self
+
+
+@register
+class AB(Method):
+    """The student's neurons, through a connector at every stage, fire where the teacher's do.
+
+    A student's map that is smaller than the teacher's is brought to its size by adaptive average pooling, which repeats.
+    """
+
+    name = "ab"
+    paper = Paper(
+        "B. Heo, M. Lee, S. Yun, J. Y. Choi",
+        "Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden Neurons",
+        "AAAI",
+        2019,
+        "https://arxiv.org/abs/1811.03233",
+    )
+    terms = ("ab",)
+    vanishes_at_match = False  # a response within the margin is wrong on either side
+    Options = ABOptions
+    options: ABOptions
+
+    def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
+        super().__init__(options)
+        self.stages = paired_stages(student, teacher, self.name)
+        self.needs = Needs(frozenset(self.stages), frozenset(self.stages))
+        self.connectors = nn.ModuleList(connector(student.tap(stage), teacher.tap(stage)) for stage in self.stages)
+
+    @classmethod
+    def default_weights(cls, options: Any) -> dict[str, float]:
+        """1, as the factor 3/1000 is part of the authors' loss."""
+        return {"ab": 1.0}
+
+    @classmethod
+    def phases(cls, options: Any) -> tuple[Phase, ...]:
+        """The boundaries alone without the head and then the task (the authors' second stage has soft targets, as ab+kd has), or joint."""
+        if options.schedule == "joint":
+            return (Phase("joint"),)
+        first = Phase("boundaries", options.stage_epochs, only=frozenset({"ab"}), head=False)
+        return (first, Phase("task", without=frozenset({"ab"})))
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
+        """``ab``."""
+        theirs = [teacher.maps[stage] for stage in self.stages]
+        ours = []
+        for stage, connect, wanted in zip(self.stages, self.connectors, theirs, strict=True):
+            features = full(student.maps[stage])
+            with torch.autocast(features.device.type, enabled=False):
+                response: Tensor = connect(features)
+            size = (wanted.shape[2], wanted.shape[3])
+            ours.append(response if response.shape[2:] == size else F.adaptive_avg_pool2d(response, size))
+        return {"ab": ab_loss(ours, theirs, self.options.margin)}

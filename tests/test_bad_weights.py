@@ -108,7 +108,8 @@ STUDENTS: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "a billion pixels": (
         lambda: student(input=[1, 10**9, 10**9]),
-        "resnet8 can't take images of 1000000000x1000000000: Storage size calculation overflowed with sizes=[1, 16, 1000000000, 1000000000]",
+        "resnet8 can't take images of 1000000000x1000000000: Storage size calculation overflowed with "
+        "sizes=[1, 16, 1000000000, 1000000000]",
     ),
     "three channels": (
         lambda: student(input=[3, 8, 8], mean=[0.5] * 3, std=[0.5] * 3),

@@ -264,21 +264,27 @@ def test_order_of_the_batch_changes_nothing(name: str, options: dict[str, Any]) 
 @each_case
 def test_gradcheck(name: str, options: dict[str, Any]) -> None:
     pair = TINY_PAIRS[pairs_for(name, options)[-1]]
-    method, given = make(name, options, pair).double(), scene(pair, n=2, relu=False)
-    leaves = {f: x for f, x in tensors(trainable(given).student).items() if f in wanted(method)}
-    learned = dict(method.named_parameters())
-    constants: list[Tensor] = []
+    method, given = make(name, options, pair).double(), trainable(scene(pair, n=2, relu=False))
+    leaves = {f: x for f, x in tensors(given.student).items() if f in wanted(method)} | dict(method.named_parameters())
+    detached = sum(getattr(REFERENCES[cls.name], "DETACHED", 0) for cls in parts(name))
+    for term, found in method(*given).items():  # each on the leaves below it: one may hold still what another trains
+        below = {id(leaf) for leaf in leaves_below(found)}
+        names = [f for f, leaf in leaves.items() if id(leaf) in below]
+        constants: list[Tensor] = []
 
-    def value(*inputs: Tensor) -> Tensor:
-        moved = dict(zip([*leaves, *learned], inputs, strict=True))
-        maps = {tap: moved.get(tap, m) for tap, m in given.student.maps.items()}
-        student = Outputs(moved.get("logits", given.student.logits), moved.get("embedding", given.student.embedding), maps)
-        with held(constants):
-            return total(torch.func.functional_call(method, {p: moved[p] for p in learned}, (student, given.teacher, given.batch)))
+        def value(*inputs: Tensor, term: str = term, names: list[str] = names, constants: list[Tensor] = constants) -> Tensor:
+            moved = dict(zip(names, inputs, strict=True))
+            ours = given.student
+            maps = {tap: moved.get(tap, m) for tap, m in ours.maps.items()}
+            student = Outputs(moved.get("logits", ours.logits), moved.get("embedding", ours.embedding), maps)
+            learned = {p: moved[p] for p, _ in method.named_parameters() if p in moved}
+            with held(constants):
+                terms: dict[str, Tensor] = torch.func.functional_call(method, learned, (student, given.teacher, given.batch))
+            return terms[term]
 
-    value(*leaves.values(), *learned.values())
-    assert len(constants) == sum(getattr(REFERENCES[cls.name], "DETACHED", 0) for cls in parts(name))
-    assert torch.autograd.gradcheck(value, [*leaves.values(), *learned.values()])
+        value(*(leaves[f] for f in names))
+        assert len(constants) == detached
+        assert torch.autograd.gradcheck(value, [leaves[f] for f in names])
 
 
 @contextlib.contextmanager

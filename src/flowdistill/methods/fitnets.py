@@ -21,7 +21,7 @@ from .fsp import match_sizes
 def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference over batch, channels and positions: L = 1/(N C H W) sum (r - t)^2.
 
-    Romero et al. 2015, eq. 3, write 1/2 ||r - t||^2, which for one sample is C H W / 2 times this. Computed in at least float32.
+    Romero et al. 2015 write 1/2 ||r - t||^2, which for one sample is C H W / 2 times this. Computed in at least float32.
 
     Args:
         student: [N, C, H, W], r, what the regressor makes of the student's map.

@@ -54,7 +54,7 @@ def kdsvd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], k: int = 1)
     The teacher's first k right vectors, signed so that each has a sum of 0 or more, times its singular values over their norm, are
     V_t [C, k]. For each of them, of the student's first k + 3 (fewer where it has fewer) the one with the largest |cosine| is taken, with
     the sign of that cosine and the teacher's factor: V_s. With R^i[p, q, c] = exp(-(V^i[p, c] - V^{i-1}[q, c])^2 / 8),
-    L = 1/N sum over consecutive stages, n, p, q, c of (R_s - R_t)^2. Lee et al. 2018, section 3. No gradient to the teacher. In at
+    L = 1/N sum over consecutive stages, n, p, q, c of (R_s - R_t)^2. Lee et al. 2018. No gradient to the teacher. In at
     least float32.
 
     Args:

@@ -192,7 +192,8 @@ def gradient_ratios(student: Student, images: Tensor, taught: Outputs | None, ba
 
     def norm(value: Tensor) -> float:
         gradients = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
-        return float(torch.stack([g.norm() for g in gradients if g is not None]).norm())
+        norms = [gradient.norm() for gradient in gradients if gradient is not None]
+        return float(torch.stack(norms).norm()) if norms else 0.0  # a term may train the method's own parts alone
 
     task = norm(terms[TASK])
     ratios = {term: norm(student.settled.weights[term] * value) / max(task, 1e-30) for term, value in terms.items() if term != TASK}

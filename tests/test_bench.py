@@ -92,6 +92,8 @@ def test_the_figures_follow_from_steps_and_seconds(images: ImageData, monkeypatc
     assert (row["s/epoch"], row["to plain"], row["to separate"]) == (round(50_000 / 128, 2), "0.25 x", "-")
     cohort = measure._row(both, [plain, alone, both], 64)
     assert (cohort["step ms"], cohort["s/epoch"]) == (125.0, round(2 * 50_000 / 1024, 2))
+    plain.base = alone
+    assert (measure._row(plain, [plain, alone, both], 64)["over base"], row["over base"]) == ("-375.0 ms", "-")
     assert cohort["to separate"] == "0.12 x"  # 2 students: 125 ms together, 2 x 500 ms apart
 
 

@@ -38,7 +38,19 @@ ENGINES = ("eager", "compiled", "graph", "graph+compiled")
 PRECISIONS = get_args(Precision)
 EPOCH, TEST = 50_000, 10_000  # images
 WARM = 2  # steps of a loader that are not timed: its workers start
-COLUMNS = ("loop", "images/s", "min-max", "step ms", "s/epoch", "evaluation s", "set-up s", "memory MiB", "to plain", "to separate")
+COLUMNS = (
+    "loop",
+    "images/s",
+    "min-max",
+    "step ms",
+    "s/epoch",
+    "evaluation s",
+    "set-up s",
+    "memory MiB",
+    "to plain",
+    "to separate",
+    "over base",
+)
 
 
 class UnavailableError(Exception):
@@ -55,6 +67,7 @@ class Contender:
         kept: whether its iterator lives on from round to round; else each round starts one, whose first steps are not timed.
         evaluate: measures every student on the test images.
         separate: the contenders that do the same work one after the other.
+        base: the same student on the labels alone.
         speeds: images/s of each round.
         memory: bytes that its first turn held at most, less what was held before.
     """
@@ -65,6 +78,7 @@ class Contender:
     kept: bool = True
     evaluate: Callable[[], object] | None = None
     separate: Sequence[Contender] = ()
+    base: Contender | None = None
     speeds: list[float] = field(default_factory=list)
     running: Iterator[None] | None = None
     setup: float = 0.0
@@ -220,6 +234,8 @@ def _plain_loops(work: Work, method: str, workers: int) -> list[Contender]:
 def _ours(work: Work, names: Sequence[str], engine: str, precision: Precision, cohorts: Sequence[int]) -> list[Contender]:
     """Each method alone; all methods together; the first method with several seeds."""
     alone = {name: _contender(work, [name], 1, engine, precision, name) for name in names}
+    for one in alone.values():
+        one.base = alone.get("base")
     together = [_contender(work, names, 1, engine, precision, f"{len(names)} methods together")] if len(names) > 1 else []
     for cohort in together:
         cohort.separate = list(alone.values())
@@ -338,6 +354,7 @@ def _row(one: Contender, contenders: Sequence[Contender], batch_size: int) -> di
         "memory MiB": one.memory >> 20,
         "to plain": f"{speed / best:.2f} x",
         "to separate": f"{seconds / separate:.2f} x" if separate else "-",
+        "over base": "-" if one.base is None else f"{1000 * batch_size * (seconds - 1 / one.base.images_per_second):+.1f} ms",
     }
 
 

@@ -137,6 +137,17 @@ class Method(nn.Module):
         raise NotImplementedError
 
 
+class LogitMethod(Method):
+    """Base of the methods that compare logits, class by class."""
+
+    kind = "logits"
+
+    def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
+        super().__init__(options)
+        same_classes(student, teacher, self.name)
+        self.needs = Needs(logits=True)
+
+
 METHODS: Registry[type[Method]] = Registry("method")
 
 

@@ -13,8 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..taps import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, register, same_classes, same_shape
+from ..taps import Batch, Outputs
+from .base import LogitMethod, MethodOptions, Paper, full, register, same_shape
 
 
 def correlation(first: Tensor, second: Tensor, dim: int) -> Tensor:
@@ -83,7 +83,7 @@ class DISTOptions(MethodOptions):
 
 
 @register
-class DIST(Method):
+class DIST(LogitMethod):
     """The student ranks the classes of a sample, and the samples of a class, as the teacher does."""
 
     name = "dist"
@@ -94,17 +94,11 @@ class DIST(Method):
         2022,
         "https://arxiv.org/abs/2205.10536",
     )
-    kind = "logits"
     terms = ("dist",)
     vanishes_at_match = False
     per_sample = False
     Options = DISTOptions
     options: DISTOptions
-
-    def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
-        super().__init__(options)
-        same_classes(student, teacher, self.name)
-        self.needs = Needs(logits=True)
 
     @classmethod
     def default_weights(cls, options: Any) -> dict[str, float]:

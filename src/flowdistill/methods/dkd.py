@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..taps import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, register, same_classes, same_shape
+from ..taps import Batch, Outputs
+from .base import LogitMethod, MethodOptions, Paper, full, register, same_shape
 
 
 def other_logits(logits: Tensor, labels: Tensor) -> Tensor:
@@ -99,22 +99,16 @@ class DKDOptions(MethodOptions):
 
 
 @register
-class DKD(Method):
+class DKD(LogitMethod):
     """The student matches how sure the teacher is of the target, and, weighted by itself, what it thinks of the other classes."""
 
     name = "dkd"
     paper = Paper(
         "B. Zhao, Q. Cui, R. Song, Y. Qiu, J. Liang", "Decoupled Knowledge Distillation", "CVPR", 2022, "https://arxiv.org/abs/2203.08679"
     )
-    kind = "logits"
     terms = ("dkd",)
     Options = DKDOptions
     options: DKDOptions
-
-    def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
-        super().__init__(options)
-        same_classes(student, teacher, self.name)
-        self.needs = Needs(logits=True)
 
     @classmethod
     def default_weights(cls, options: Any) -> dict[str, float]:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..taps import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, register, same_classes, same_shape
+from ..taps import Batch, Outputs
+from .base import LogitMethod, MethodOptions, Paper, full, register, same_shape
 
 
 def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
@@ -41,7 +41,7 @@ class KDOptions(MethodOptions):
 
 
 @register
-class KD(Method):
+class KD(LogitMethod):
     """The student matches the teacher's class probabilities, softened by a temperature."""
 
     name = "kd"
@@ -52,15 +52,9 @@ class KD(Method):
         2014,
         "https://arxiv.org/abs/1503.02531",
     )
-    kind = "logits"
     terms = ("kd",)
     Options = KDOptions
     options: KDOptions
-
-    def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
-        super().__init__(options)
-        same_classes(student, teacher, self.name)
-        self.needs = Needs(logits=True)
 
     @classmethod
     def default_weights(cls, options: Any) -> dict[str, float]:

@@ -7,8 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..taps import Batch, NetSpec, Outputs
-from .base import Method, Needs, Paper, full, register, same_classes, same_shape
+from ..taps import Batch, Outputs
+from .base import LogitMethod, Paper, full, register, same_shape
 
 
 def logits_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -30,18 +30,12 @@ def logits_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 @register
-class Logits(Method):
+class Logits(LogitMethod):
     """The student's logits are pulled to the teacher's."""
 
     name = "logits"
     paper = Paper("J. Ba, R. Caruana", "Do Deep Nets Really Need to be Deep?", "NIPS", 2014, "https://arxiv.org/abs/1312.6184")
-    kind = "logits"
     terms = ("logits",)
-
-    def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
-        super().__init__(options)
-        same_classes(student, teacher, self.name)
-        self.needs = Needs(logits=True)
 
     @classmethod
     def default_weights(cls, options: Any) -> dict[str, float]:

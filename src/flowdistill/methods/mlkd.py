@@ -14,8 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..taps import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, register, same_classes, same_shape
+from ..taps import Batch, Outputs
+from .base import LogitMethod, MethodOptions, Paper, full, register, same_shape
 from .kd import kd_loss
 
 
@@ -66,7 +66,7 @@ class MLKDOptions(MethodOptions):
 
 
 @register
-class MLKD(Method):
+class MLKD(LogitMethod):
     """The student matches the teacher's probabilities, how alike they make the classes, and how alike the samples."""
 
     name = "mlkd"
@@ -77,16 +77,10 @@ class MLKD(Method):
         2023,
         "https://openaccess.thecvf.com/content/CVPR2023/html/Jin_Multi-Level_Logit_Distillation_CVPR_2023_paper.html",
     )
-    kind = "logits"
     terms = ("mlkd",)
     per_sample = False
     Options = MLKDOptions
     options: MLKDOptions
-
-    def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
-        super().__init__(options)
-        same_classes(student, teacher, self.name)
-        self.needs = Needs(logits=True)
 
     @classmethod
     def default_weights(cls, options: Any) -> dict[str, float]:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..taps import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, register, same_classes, same_shape
+from ..taps import Batch, Outputs
+from .base import LogitMethod, MethodOptions, Paper, full, register, same_shape
 from .dkd import given_labels, other_logits
 
 
@@ -50,7 +50,7 @@ class NKDOptions(MethodOptions):
 
 
 @register
-class NKD(Method):
+class NKD(LogitMethod):
     """The student learns the target as surely as the teacher does, and what the teacher thinks of the other classes."""
 
     name = "nkd"
@@ -61,16 +61,10 @@ class NKD(Method):
         2023,
         "https://arxiv.org/abs/2303.13005",
     )
-    kind = "logits"
     terms = ("nkd",)
     vanishes_at_match = False
     Options = NKDOptions
     options: NKDOptions
-
-    def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
-        super().__init__(options)
-        same_classes(student, teacher, self.name)
-        self.needs = Needs(logits=True)
 
     @classmethod
     def default_weights(cls, options: Any) -> dict[str, float]:

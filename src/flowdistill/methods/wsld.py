@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..taps import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, register, same_classes, same_shape
+from ..taps import Batch, Outputs
+from .base import LogitMethod, MethodOptions, Paper, full, register, same_shape
 from .dkd import given_labels
 
 
@@ -49,7 +49,7 @@ class WSLDOptions(MethodOptions):
 
 
 @register
-class WSLD(Method):
+class WSLD(LogitMethod):
     """kd whose samples count the less, the better the student already knows their labels beside the teacher."""
 
     name = "wsld"
@@ -60,16 +60,10 @@ class WSLD(Method):
         2021,
         "https://arxiv.org/abs/2102.00650",
     )
-    kind = "logits"
     terms = ("wsld",)
     vanishes_at_match = False
     Options = WSLDOptions
     options: WSLDOptions
-
-    def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
-        super().__init__(options)
-        same_classes(student, teacher, self.name)
-        self.needs = Needs(logits=True)
 
     @classmethod
     def default_weights(cls, options: Any) -> dict[str, float]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import UserError, first_line
@@ -60,6 +61,19 @@ class ImageNetwork(Network):
 def by_stage(*stages: nn.Module) -> list[list[Any]]:
     """Module lists as lists of blocks."""
     return [list(stage) for stage in stages]  # type: ignore[call-overload]
+
+
+def stage_by_stage(x: Tensor, *stages: nn.Module) -> dict[str, Tensor]:
+    """The taps of stages whose blocks give their output before its ReLU, and the output of their first conv-BN-ReLU."""
+    maps = {}
+    for number, blocks in enumerate(by_stage(*stages), 1):
+        for position, block in enumerate(blocks):
+            before, first = block(x)
+            x = F.relu(before)
+            if position == 0:
+                maps[f"stage{number}.first"] = first
+        maps[f"stage{number}.pre"], maps[f"stage{number}"] = before, x
+    return maps
 
 
 class Factory(Protocol):

@@ -13,7 +13,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ImageNetwork, by_stage, register
+from . import ImageNetwork, register, stage_by_stage
 
 DEPTHS = (8, 14, 20, 26, 32, 44, 56, 110)
 WIDE_DEPTHS = (8, 14, 32)
@@ -64,15 +64,8 @@ class CifarResNet(ImageNetwork):
     def features(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Images [N, C, H, W] -> every tap, and the mean of the last."""
         x = F.relu(self.bn1(self.conv1(images)))
-        maps = {"stem": x}
-        for number, stage in enumerate(by_stage(self.layer1, self.layer2, self.layer3), 1):
-            for position, block in enumerate(stage):
-                maps[f"stage{number}.pre"], first = block(x)
-                x = F.relu(maps[f"stage{number}.pre"])
-                if position == 0:
-                    maps[f"stage{number}.first"] = first
-            maps[f"stage{number}"] = x
-        return maps, x.mean((2, 3))
+        maps = {"stem": x, **stage_by_stage(x, self.layer1, self.layer2, self.layer3)}
+        return maps, maps["stage3"].mean((2, 3))
 
 
 for _depth in DEPTHS:

@@ -7,7 +7,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ImageNetwork, by_stage, register
+from . import ImageNetwork, register, stage_by_stage
 from .cifar_resnet import BasicBlock
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
@@ -57,15 +57,8 @@ class ResNet(ImageNetwork):
     def features(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Images [N, C, H, W] -> every tap, and the mean of the last."""
         x = F.relu(self.bn1(self.conv1(images)))
-        maps = {"stem": x}
-        for number, layer in enumerate(by_stage(*self.layers), 1):
-            for position, block in enumerate(layer):
-                maps[f"stage{number}.pre"], first = block(x)
-                x = F.relu(maps[f"stage{number}.pre"])
-                if position == 0:
-                    maps[f"stage{number}.first"] = first
-            maps[f"stage{number}"] = x
-        return maps, x.mean((2, 3))
+        maps = {"stem": x, **stage_by_stage(x, *self.layers)}
+        return maps, maps["stage4"].mean((2, 3))
 
 
 for _depth in BLOCKS:

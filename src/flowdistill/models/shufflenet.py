@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ImageNetwork, by_stage, register
+from . import ImageNetwork, register, stage_by_stage
 
 STEM = 24
 
@@ -55,15 +55,8 @@ class ShuffleNetV1(ImageNetwork):
     def features(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Images [N, C, H, W] -> every tap, and the mean of the last."""
         x = F.relu(self.bn1(self.conv1(images)))
-        maps = {"stem": x}
-        for number, layer in enumerate(by_stage(*self.layers), 1):
-            for position, unit in enumerate(layer):
-                maps[f"stage{number}.pre"], first = unit(x)
-                x = F.relu(maps[f"stage{number}.pre"])
-                if position == 0:
-                    maps[f"stage{number}.first"] = first
-            maps[f"stage{number}"] = x
-        return maps, x.mean((2, 3))
+        maps = {"stem": x, **stage_by_stage(x, *self.layers)}
+        return maps, maps["stage3"].mean((2, 3))
 
 
 class Branch(nn.Module):
@@ -89,10 +82,10 @@ class Split(nn.Module):
         self.branch = Branch(channels // 2, channels // 2, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Before ReLU and shuffle, and the output of the first conv-BN-ReLU."""
+        """Before ReLU, shuffled, and the output of the first conv-BN-ReLU."""
         kept, sent = x.chunk(2, 1)
         y, first = self.branch(sent)
-        return torch.cat([kept, y], 1), first
+        return shuffle(torch.cat([kept, y], 1), 2), first
 
 
 class Down(nn.Module):
@@ -106,9 +99,9 @@ class Down(nn.Module):
         self.branch = Branch(inputs, half, 2)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Before ReLU and shuffle, and the output of the first conv-BN-ReLU."""
+        """Before ReLU, shuffled, and the output of the first conv-BN-ReLU."""
         y, first = self.branch(x)
-        return torch.cat([self.bn2(self.conv2(self.bn1(self.conv1(x)))), y], 1), first
+        return shuffle(torch.cat([self.bn2(self.conv2(self.bn1(self.conv1(x)))), y], 1), 2), first
 
 
 class ShuffleNetV2(ImageNetwork):
@@ -134,16 +127,8 @@ class ShuffleNetV2(ImageNetwork):
     def features(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Images [N, C, H, W] -> every tap, and the mean of the last convolution."""
         x = F.relu(self.bn1(self.conv1(images)))
-        maps = {"stem": x}
-        for number, layer in enumerate(by_stage(*self.layers), 1):
-            for position, unit in enumerate(layer):
-                before, first = unit(x)
-                maps[f"stage{number}.pre"] = shuffle(before, 2)
-                x = F.relu(maps[f"stage{number}.pre"])
-                if position == 0:
-                    maps[f"stage{number}.first"] = first
-            maps[f"stage{number}"] = x
-        return maps, F.relu(self.bn2(self.conv2(x))).mean((2, 3))
+        maps = {"stem": x, **stage_by_stage(x, *self.layers)}
+        return maps, F.relu(self.bn2(self.conv2(maps["stage3"]))).mean((2, 3))
 
 
 register("shufflenetv1", "Zhang et al. 2018, CRD's CIFAR form: 3 groups", ShuffleNetV1)

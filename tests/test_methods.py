@@ -11,13 +11,15 @@ import importlib
 import itertools
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import pairs
 import pytest
 import torch
-from pairs import FIVE, PAIRS, SEVEN, TINY_PAIRS, TWO_STAGES
+from pairs import FIVE, SEVEN, TWO_STAGES
 from torch import Tensor
 
 from flowdistill import models
@@ -51,6 +53,16 @@ CRD_PAIRS = [  # teacher, student: Tian et al. 2020, tables 1 and 2
     ("resnet32x4", "shufflenetv2"),
     ("wrn-40-2", "shufflenetv1"),
 ]
+
+
+def with_pre(spec: NetSpec) -> NetSpec:
+    """The network with the ends of its stages before ReLU as taps too."""
+    return replace(spec, taps=(*spec.taps, *(replace(spec.tap(stage), name=f"{stage}.pre") for stage in spec.stages)))
+
+
+PAIRS, TINY_PAIRS = (
+    {name: (with_pre(ours), with_pre(theirs)) for name, (ours, theirs) in given.items()} for given in (pairs.PAIRS, pairs.TINY_PAIRS)
+)
 
 
 class Scene(NamedTuple):
@@ -123,8 +135,9 @@ def draw(spec: NetSpec, seed: int, n: int, *, relu: bool = True) -> Outputs:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    maps = {tap.name: normal(n, tap.channels, tap.height, tap.width) + 0.3 for tap in spec.taps}
-    return Outputs(2 * normal(n, spec.classes), normal(n, spec.embedding), {k: m.clamp(min=0) for k, m in maps.items()} if relu else maps)
+    before = {tap.name: normal(n, tap.channels, tap.height, tap.width) + 0.3 for tap in spec.taps if not tap.name.endswith(".pre")}
+    maps = {tap: m.clamp(min=0) if relu else m for tap, m in before.items()} | {f"{stage}.pre": before[stage] for stage in spec.stages}
+    return Outputs(2 * normal(n, spec.classes), normal(n, spec.embedding), maps)
 
 
 def scene(pair: tuple[NetSpec, NetSpec], n: int = 3, *, relu: bool = True) -> Scene:

@@ -1,0 +1,151 @@
+"""reviewkd: knowledge review. Every level of the teacher is learned from the student's levels at and behind it, fused on the way back.
+
+The authors take the student's maps before ReLU on ImageNet; here, as on CIFAR-100, they are after it. Their loss also has an optional
+kd term, which here is the composition reviewkd+kd.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..taps import Batch, NetSpec, Outputs
+from .base import Method, MethodOptions, Needs, Paper, full, paired_stages, register, same_shape
+
+WIDEST = 512  # of the fused maps (the authors' code)
+
+
+def hierarchical_context_loss(fused: Tensor, teacher: Tensor) -> Tensor:
+    """Squared distance of two maps and of their averages on coarser and coarser grids, as a weighted mean.
+
+    L = [mse(o, t) + sum_l w_l mse(pool_l(o), pool_l(t))] / (1 + sum_l w_l), where pool_l averages to l x l, l runs over those of 4, 2, 1
+    below the height, and w is 1/2 for the first of them and halved for each that follows. mse is the mean over batch, channels and
+    positions. Chen et al. 2021, the authors' code. Computed in at least float32.
+
+    Args:
+        fused: [N, C, H, W], o.
+        teacher: [N, C, H, W].
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    same_shape(fused, teacher)
+    difference = full(fused) - full(teacher)  # averages are linear
+    height, width = difference.shape[2:]
+    losses, weights = [difference.square().mean()], [1.0]
+    for size in (4, 2, 1):
+        if size >= height:
+            continue
+        if height % size == 0 and width % size == 0:  # equal to adaptive pooling, and deterministic on a GPU
+            coarse = F.avg_pool2d(difference, (height // size, width // size))
+        else:
+            coarse = F.adaptive_avg_pool2d(difference, (size, size))
+        weights.append(weights[-1] / 2)
+        losses.append(coarse.square().mean() * weights[-1])
+    return torch.stack(losses).sum() / sum(weights)
+
+
+class Normalised(nn.Module):
+    """A convolution without bias that keeps the size, and batch normalisation, always by the batch.
+
+    ``nn.BatchNorm2d`` refuses one image of one pixel, which is what the embedding of a batch of one is.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+        nn.init.kaiming_uniform_(self.convolution.weight, a=1)
+        self.weight = nn.Parameter(torch.ones(outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C', H, W]."""
+        x = self.convolution(x)
+        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
+        return (x - mean) * (variance + 1e-5).rsqrt() * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+class Fusion(nn.Module):
+    """One level of the review: attention decides, position by position, between the level's own map and what comes from behind."""
+
+    def __init__(self, ours: int, middle: int, theirs: int, *, deepest: bool) -> None:
+        super().__init__()
+        self.squeeze = Normalised(ours, middle, 1)
+        self.attention = None if deepest else nn.Conv2d(2 * middle, 2, 1)
+        self.restore = Normalised(middle, theirs, 3)
+
+    def forward(self, x: Tensor, behind: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The student's map and what the level behind hands on -> the teacher's map as fused, and what is handed on, of ``size`` both."""
+        x = self.squeeze(x)
+        if self.attention is not None and behind is not None:
+            behind = _resized(behind, (x.shape[2], x.shape[3]))
+            share = self.attention(torch.cat([x, behind], 1)).sigmoid()
+            x = x * share[:, :1] + behind * share[:, 1:]
+        x = _resized(x, size)
+        return self.restore(x), x
+
+
+def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return x if x.shape[2:] == size else F.interpolate(x, size, mode="nearest")
+
+
+class ReviewKDOptions(MethodOptions):
+    """Options of reviewkd. ``warmup``: the loss grows over so many epochs, 1/warmup in the first; 1 for the whole of it at once."""
+
+    warmup: int = Field(20, ge=1, strict=True)  # the authors' code, of 240 epochs on CIFAR-100; 1 for ImageNet
+
+
+@register
+class ReviewKD(Method):
+    """The student's embedding and stages, fused from the deepest to the shallowest, match the teacher's, before ReLU, level by level."""
+
+    name = "reviewkd"
+    paper = Paper(
+        "P. Chen, S. Liu, H. Zhao, J. Jia", "Distilling Knowledge via Knowledge Review", "CVPR", 2021, "https://arxiv.org/abs/2104.09044"
+    )
+    terms = ("reviewkd",)
+    vanishes_at_match = False  # the fusions stand between the two
+    Options = ReviewKDOptions
+    options: ReviewKDOptions
+
+    def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
+        super().__init__(options)
+        self.stages = paired_stages(student, teacher, self.name)
+        before = [f"{stage}.pre" for stage in self.stages]
+        missing = set(before) - {tap.name for tap in teacher.taps}
+        if missing:
+            raise ValueError(
+                f"reviewkd: {teacher.name} has no tap {', '.join(repr(tap) for tap in sorted(missing))}, and the teacher's maps are taken "
+                f"before ReLU; choose a teacher whose stages end in one, or a method on maps after it such as at"
+            )
+        self.needs = Needs(frozenset(self.stages), frozenset(before), embedding=True)
+        ours = [*(student.tap(stage).channels for stage in self.stages), student.embedding]
+        theirs = [*(teacher.tap(tap).channels for tap in before), teacher.embedding]
+        middle, last = min(WIDEST, student.embedding), len(self.stages)
+        self.fusions = nn.ModuleList(Fusion(a, middle, b, deepest=i == last) for i, (a, b) in enumerate(zip(ours, theirs, strict=True)))
+
+    @classmethod
+    def default_weights(cls, options: Any) -> dict[str, float]:
+        """1: mdistiller. The authors' code on CIFAR-100 has a weight a pair, 0.6 (resnet56-resnet20) to 8 (resnet32x4-shufflenetv2)."""
+        return {"reviewkd": 1.0}
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
+        """``reviewkd``: the sum over the levels, times min((epoch + 1) / warmup, 1) where the batch knows its epoch."""
+        ours = [*(student.maps[stage] for stage in self.stages), student.embedding[:, :, None, None]]
+        theirs = [*(teacher.maps[f"{stage}.pre"] for stage in self.stages), teacher.embedding[:, :, None, None]]
+        losses, behind = [], None
+        with torch.autocast(student.embedding.device.type, enabled=False):
+            for fuse, x, wanted in zip(reversed(self.fusions), reversed(ours), reversed(theirs), strict=True):
+                fused, behind = fuse(full(x), behind, (wanted.shape[2], wanted.shape[3]))
+                losses.append(hierarchical_context_loss(fused, wanted))
+        loss = torch.stack(losses).sum()
+        if batch is not None and batch.epoch is not None:
+            loss = loss * ((batch.epoch + 1).to(loss.dtype) / self.options.warmup).clamp(max=1)
+        return {"reviewkd": loss}

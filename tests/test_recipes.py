@@ -10,6 +10,8 @@ import pytest
 from command import command
 
 from flowdistill.config import validate
+from flowdistill.methods import settle
+from flowdistill.models import canonical
 from flowdistill.recipes import RECIPES, recipe
 from flowdistill.training.schedule import lr_factor
 
@@ -56,6 +58,21 @@ def test_a_recipe_lies_under_a_config_file(tmp_path: Path) -> None:
 def test_smoke_is_one_epoch(tmp_path: Path) -> None:
     found = resolved(tmp_path, "--model", "resnet8", "--recipe", "smoke", "--batch-size", "32")
     assert (found["train"]["epochs"], found["data"]["limit_train"]) == (1, 2000)
+
+
+def test_crd_takes_what_a_methods_authors_set_for_a_pair(tmp_path: Path) -> None:
+    run = ("--epochs", "1", "--set", "train.milestones=[0.5]", "--dataset", "digits", "--device", "cpu", "--batch-size", "32")
+    assert command(tmp_path, "train", "--model", "resnet56", "--seeds", "9", *run).code == 0
+    pair = ("distill", "--method", "dkd", "--teacher", "resnet56", "--student", "resnet20", "--recipe", "crd", "--dry-run", *run)
+    beta = [json.loads(command(tmp_path, *pair, *own).out)[0]["config"]["options"] for own in ((), ("--set", "options.dkd.beta=3.0"))]
+    assert [found["dkd"]["beta"] for found in beta] == [2.0, 3.0]
+
+
+@pytest.mark.parametrize(("method", "teacher", "student"), RECIPES["crd"].of_pair)
+def test_what_is_set_for_a_pair_is_valid(method: str, teacher: str, student: str) -> None:
+    values = RECIPES["crd"].of_pair[method, teacher, student]
+    settle(method, values.get("options", {}), values.get("weights", {}))
+    assert {canonical(teacher), canonical(student)} == {teacher, student}
 
 
 def test_they_are_listed(tmp_path: Path) -> None:

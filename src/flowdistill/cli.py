@@ -161,13 +161,18 @@ def _launch(
     chosen |= {"data.name": dataset, "train.epochs": epochs, "train.lr": lr, "train.batch_size": batch_size}
     chosen |= {"train.precision": precision.value if precision else None, "split": "holdout" if holdout else None}
     values = _values(config, set_, chosen)
-    if recipe is not None:
-        values = _over(recipes.recipe(recipe).of(model_name(str(values.get("student", RunConfig().student)))), values)
+    chosen_recipe = recipes.recipe(recipe) if recipe is not None else None
+    student, teacher = (model_name(str(values.get(key) or "")) for key in ("student", "teacher"))
+    if chosen_recipe:
+        values = _over(chosen_recipe.of(student or RunConfig().student), values)
     if methods == "base" and values.get("teacher"):
         raise UserError(f"teacher={values['teacher']!r}: training on the labels alone has none; use flowdistill distill, or leave it out")
     names = [name.strip() for name in (str(values.get("method", "fsp")) if methods is None else methods).split(",")]
     validate(values | {"method": names[0]})
-    configs = [parsed for share in _for_methods(values, names) for parsed in _seeded(share, seeds)]
+    shares = _for_methods(values, names)
+    if chosen_recipe:
+        shares = [_over(chosen_recipe.of_pair.get((share["method"], teacher, student), {}), share) for share in shares]
+    configs = [parsed for share in shares for parsed in _seeded(share, seeds)]
     where, ledger = resolve_device(device), Ledger(runs, create=True)
     if dry_run:
         found = preview(configs, ledger, where, engine.value)
@@ -243,8 +248,8 @@ def _values(config: Path | None, assignments: Sequence[str] | None, chosen: dict
 
 def _over(below: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Values over those below them, key by key."""
-    tables = {key: {**below[key], **values[key]} for key in below if isinstance(values.get(key), dict)}
-    return {**below, **values, **tables}
+    tables = {key for key in below if isinstance(below[key], dict) and isinstance(values.get(key), dict)}
+    return {**below, **values, **{key: _over(below[key], values[key]) for key in tables}}
 
 
 def _for_methods(values: dict[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:

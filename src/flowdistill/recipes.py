@@ -17,11 +17,13 @@ class Recipe:
         source: who trains so.
         values: keys of RunConfig.
         of_student: the start of a student's name -> values for such students, which come before ``values``.
+        of_pair: (method, teacher, student) -> what the method's authors set for this pair.
     """
 
     source: str
     values: Mapping[str, Mapping[str, Any]]
     of_student: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    of_pair: Mapping[tuple[str, str, str], Mapping[str, Any]] = field(default_factory=dict)
 
     def of(self, student: str) -> dict[str, dict[str, Any]]:
         """The values for a student."""
@@ -30,6 +32,28 @@ class Recipe:
 
 
 CRD = {"epochs": 240, "batch_size": 64, "lr": 0.05, "weight_decay": 5e-4, "milestones": (0.625, 0.75, 0.875)}  # epochs 150, 180, 210
+DKD_BETA = {  # Zhao et al. 2022, the authors' code; 8 for all others
+    ("vgg13", "vgg8"): 6.0,
+    ("vgg13", "mobilenetv2"): 6.0,
+    ("wrn-40-2", "wrn-16-2"): 6.0,
+    ("wrn-40-2", "wrn-40-1"): 6.0,
+    ("resnet56", "resnet20"): 2.0,
+    ("resnet110", "resnet32"): 2.0,
+}
+REVIEWKD_WEIGHT = {  # Chen et al. 2021, the authors' code
+    ("wrn-40-2", "wrn-16-2"): 5.0,
+    ("wrn-40-2", "wrn-40-1"): 5.0,
+    ("wrn-40-2", "shufflenetv1"): 5.0,
+    ("resnet32x4", "resnet8x4"): 5.0,
+    ("resnet32x4", "shufflenetv1"): 5.0,
+    ("resnet32x4", "shufflenetv2"): 8.0,
+    ("resnet56", "resnet20"): 0.6,
+    ("resnet110", "resnet32"): 1.0,
+}
+OF_PAIR: dict[tuple[str, str, str], Mapping[str, Any]] = {
+    **{("dkd", *pair): {"options": {"dkd": {"beta": beta}}} for pair, beta in DKD_BETA.items()},
+    **{("reviewkd", *pair): {"weights": {"reviewkd": weight}} for pair, weight in REVIEWKD_WEIGHT.items()},
+}
 LIGHT = {"train": {"lr": 0.01}}
 FSP_LOG = {"epochs": 200, "batch_size": 128, "lr": 0.1, "weight_decay": 1e-4, "milestones": (0.5, 0.75)}
 
@@ -37,9 +61,11 @@ RECIPES: dict[str, Recipe] = {
     "fsp-log": Recipe("the reference log: He et al. 2016 as the field uses it; the defaults", {"train": FSP_LOG}),
     "kd-zoo": Recipe("KD-Zoo: fsp-log with Nesterov's momentum", {"train": {**FSP_LOG, "nesterov": True}}),
     "crd": Recipe(
-        "Tian et al. 2020 (CRD), CIFAR-100, and the benchmarks after it; lr 0.01 for MobileNet and ShuffleNet students",
+        "Tian et al. 2020 (CRD), CIFAR-100, and the benchmarks after it; lr 0.01 for MobileNet and ShuffleNet students; for dkd and "
+        "reviewkd what their authors set for a pair",
         {"train": CRD},
         {"mobilenet": LIGHT, "shufflenet": LIGHT},
+        OF_PAIR,
     ),
     "r110-warm": Recipe(
         "He et al. 2016, section 4.2: ResNet-110 with a first epoch at lr 0.01", {"train": {**FSP_LOG, "warmup_epochs": 1}}

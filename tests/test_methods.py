@@ -195,11 +195,11 @@ def as_numpy(outputs: Outputs) -> SimpleNamespace:
 
 
 def expected(method: Method, options: dict[str, dict[str, Any]], given: Scene) -> dict[str, float]:
-    """By the references. ``options`` also brings them a method's learned ``parameters``, the ``labels`` and the ``epoch``."""
+    """By the references. ``options`` also brings them a method's learned ``parameters``, the ``labels``, ``indices`` and ``epoch``."""
     found: dict[str, float] = {}
     for part in method.methods if isinstance(method, Composed) else [method]:
         known = {"parameters": {name: p.detach().numpy() for name, p in part.named_parameters()}}
-        known |= {"labels": given.batch.labels.tolist(), "epoch": given.batch.epoch.item()}
+        known |= {"labels": given.batch.labels.tolist(), "indices": given.batch.indices.tolist(), "epoch": given.batch.epoch.item()}
         reference = REFERENCES[part.name].reference
         found |= reference(as_numpy(given.student), as_numpy(given.teacher), {**options.get(part.name, {}), **known})
     return found

@@ -1,0 +1,114 @@
+"""mgd: masked generative distillation. Of a part of the student's channels the teacher's whole map is generated.
+
+The authors draw the masks from the global generator; here they are a hash of image, channel and epoch, so that a run repeats itself
+wherever it runs. The variant for detection, which masks positions in place of channels, is not here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..taps import Batch, NetSpec, Outputs
+from .base import Method, MethodOptions, Needs, Paper, full, paired_stages, register, same_shape
+from .fsp import match_sizes
+
+WORD = 0xFFFFFFFF
+
+
+def generation_loss(generated: Tensor, teacher: Tensor) -> Tensor:
+    """Squared difference, mean over the batch, sum over channels and positions: L = 1/N sum (g - t)^2.
+
+    Yang et al. 2022, without the factor alpha, which is the term's weight. Computed in at least float32.
+
+    Args:
+        generated: [N, C, H, W], g.
+        teacher: [N, C, H, W].
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    same_shape(generated, teacher)
+    return (full(generated) - full(teacher)).square().flatten(1).sum(1).mean()
+
+
+def scrambled(x: Tensor) -> Tensor:
+    """Integers below 2^32, bijectively and without a pattern: the finaliser of MurmurHash3 (A. Appleby)."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = ((x ^ (x >> shift)) * factor) & WORD
+    return x ^ (x >> 16)
+
+
+def channel_mask(indices: Tensor, epoch: Tensor | int, channels: int, ratio: float) -> Tensor:
+    """Which channels of which images stay: u >= ratio with u = h(h(h(epoch) + index) + channel) / 2^32 and h = ``scrambled``.
+
+    Args:
+        indices: [N] integers that tell the images apart.
+        epoch: integer scalar.
+        channels: C.
+        ratio: the share that goes.
+
+    Returns:
+        [N, C] booleans.
+    """
+    drawn = scrambled((indices + scrambled(torch.zeros_like(indices) + epoch)) & WORD)
+    drawn = scrambled((drawn[:, None] + torch.arange(channels, device=indices.device)) & WORD)
+    return drawn >= int(ratio * 2**32)
+
+
+class MGDOptions(MethodOptions):
+    """Options of mgd. ``ratio``: the share of channels that is hidden (lambda)."""
+
+    ratio: float = Field(0.15, ge=0, lt=1, strict=True)  # the authors' code for classification
+
+
+@register
+class MGD(Method):
+    """What is left of the student's last stage, through a 1x1 convolution where the widths differ, must do to generate the teacher's.
+
+    Where the two maps differ in size, the larger is average-pooled to the smaller.
+    """
+
+    name = "mgd"
+    paper = Paper(
+        "Z. Yang, Z. Li, M. Shao, D. Shi, Z. Yuan, C. Yuan",
+        "Masked Generative Distillation",
+        "ECCV",
+        2022,
+        "https://arxiv.org/abs/2205.01529",
+    )
+    terms = ("mgd",)
+    vanishes_at_match = False  # the generation stands between the two
+    Options = MGDOptions
+    options: MGDOptions
+
+    def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
+        super().__init__(options)
+        self.stage = paired_stages(student, teacher, self.name)[-1]
+        self.needs = Needs(frozenset({self.stage}), frozenset({self.stage}))
+        ours, theirs = student.tap(self.stage).channels, teacher.tap(self.stage).channels
+        self.align = nn.Sequential() if ours == theirs else nn.Conv2d(ours, theirs, 1)
+        self.generation = nn.Sequential(nn.Conv2d(theirs, theirs, 3, padding=1), nn.ReLU(), nn.Conv2d(theirs, theirs, 3, padding=1))
+
+    @classmethod
+    def default_weights(cls, options: Any) -> dict[str, float]:
+        """1.2e-3: the authors' code for CIFAR-100. (ImageNet: 7e-5.)"""
+        return {"mgd": 1.2e-3}
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
+        """``mgd``. Where the batch knows no indices, the places in it count; where it knows no epoch, the first."""
+        ours, theirs = match_sizes(full(student.maps[self.stage]), teacher.maps[self.stage], "avg")
+        indices = None if batch is None else batch.indices
+        epoch = None if batch is None else batch.epoch
+        if indices is None:
+            indices = torch.arange(len(ours), device=ours.device)
+        mask = channel_mask(indices, 0 if epoch is None else epoch, theirs.shape[1], self.options.ratio)
+        with torch.autocast(ours.device.type, enabled=False):
+            generated = self.generation(self.align(ours) * mask[:, :, None, None])
+        return {"mgd": generation_loss(generated, theirs)}

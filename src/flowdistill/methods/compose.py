@@ -20,14 +20,15 @@ def parts(name: str) -> list[type[Method]]:
     """``'kd+at'`` -> the classes of its parts, by name: the order does not matter.
 
     Raises:
-        UserError: a part is unknown or named twice, or ``base`` is composed.
+        UserError: a part is unknown or named twice, or one without terms of its own is composed.
     """
     names = sorted(part.strip() for part in name.split("+"))
     classes = [get(part) for part in names]
     if len(set(names)) < len(names):
         raise UserError(f"method {name!r} names a part twice; give each once")
-    if len(classes) > 1 and not all(cls.uses_teacher for cls in classes):
-        raise UserError(f"method {name!r}: 'base' is training on labels alone, which every method includes; leave it out")
+    bare = [cls.name for cls in classes if not cls.terms]
+    if len(classes) > 1 and bare:
+        raise UserError(f"method {name!r}: {bare[0]!r} is training on labels alone, which every method includes; leave it out")
     return classes
 
 
@@ -108,6 +109,7 @@ class Composed(Method):
         self.terms = tuple(term for method in methods for term in method.terms)
         self.vanishes_at_match = all(method.vanishes_at_match for method in methods)
         self.per_sample = all(method.per_sample for method in methods)
+        self.uses_teacher = any(method.uses_teacher for method in methods)
         self.needs = functools.reduce(operator.or_, (method.needs for method in methods))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:

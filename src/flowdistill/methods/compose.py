@@ -1,4 +1,7 @@
-"""A method's name in full: ``at+kd`` is the terms of both, with every option, weight and phase settled before training."""
+"""A method's name in full: ``at+kd`` is the terms of both, ``ls:kd`` is kd on standardised logits.
+
+Every option, weight and phase is settled before training.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,20 @@ from torch import Tensor, nn
 from ..checks import UserError, did_you_mean
 from ..config import parse_as
 from ..taps import Batch, DataSpec, NetSpec, Outputs
-from .base import Method, MethodOptions, Phase, get
+from . import base
+from .base import Method, MethodOptions, Phase
+from .standardise import PREFIX, standardised
+
+
+def get(name: str) -> type[Method]:
+    """A method's class; that of ``ls:kd`` is made from kd's.
+
+    Raises:
+        UserError: no such method, or one whose logits can't be standardised.
+    """
+    if not name.startswith(PREFIX):
+        return base.get(name)
+    return standardised(name.removeprefix(PREFIX))
 
 
 def parts(name: str) -> list[type[Method]]:

@@ -160,6 +160,11 @@ WRONG = [
         "distill --dataset digits --teacher resnet20 --method base+kd",
         "method 'base+kd': 'base' is training on labels alone, which every method includes; leave it out",
     ),
+    (
+        "distill --dataset digits --teacher resnet20 --method at+ls:fsp",
+        "method 'ls:fsp': fsp compares features, but ls: standardises the logits of both; put it before kd",
+    ),
+    ("distill --dataset digits --method ls:kd", "method 'ls:kd' needs a teacher: --teacher MODEL, RUN or FILE"),
     ("distill --dataset digits --method fsp", "method 'fsp' needs a teacher: --teacher MODEL, RUN or FILE"),
     ("distill --dataset digits --teacher resnet20 --student resnt8", "unknown model 'resnt8': did you mean 'resnet8'?"),
     (

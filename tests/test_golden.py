@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden.inputs import INPUTS
-from test_methods import REFERENCES
+from test_methods import SHEETS as FILES
 from torch import Tensor
 
 from flowdistill.methods.attention import attention_loss
@@ -18,7 +18,7 @@ from flowdistill.methods.fsp import fsp_loss
 from flowdistill.methods.kd import kd_loss
 from flowdistill.methods.logits import logits_loss
 
-SHEETS = {name: module for name, module in REFERENCES.items() if hasattr(module, "GOLDEN")}
+SHEETS = {name: module for name, module in FILES.items() if hasattr(module, "GOLDEN")}
 ABOUT = ("kd", "logits", "at", "fsp", "at+kd", *SHEETS)
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "golden.json").read_text())
 CLAIMED = {key for key, entry in GOLDEN.items() if entry["method"] in ABOUT}

@@ -23,17 +23,21 @@ from pairs import FIVE, SEVEN, TWO_STAGES
 from torch import Tensor
 
 from flowdistill import models
+from flowdistill.checks import UserError
 from flowdistill.methods import METHODS, Composed, Method, build, get, parts, settle
+from flowdistill.methods.standardise import standardise
 from flowdistill.randomness import seeded
 from flowdistill.taps import Batch, DataSpec, NetSpec, Outputs
 from flowdistill.training.step import teach
 
 COMPOSITION = "at+kd"
-NAMES = [*(name for name in METHODS if name != "base"), COMPOSITION]
-REFERENCES = {
+SHEETS = {
     path.stem: importlib.import_module(f"reference.{path.stem}") for path in sorted((Path(__file__).parent / "reference").glob("[!_]*.py"))
 }
+REFERENCES = {name: found for stem, module in SHEETS.items() for name, found in getattr(module, "WRAPPED", {stem: module}).items()}
+WRAPPED = sorted(name for module in SHEETS.values() for name in getattr(module, "WRAPPED", ()))
 
+NAMES = [*(name for name in METHODS if name != "base"), *WRAPPED, COMPOSITION]
 DATA = DataSpec("tiny", n_train=20, classes=4, channels=3, height=8, width=8)
 
 
@@ -207,14 +211,14 @@ def expected(method: Method, options: dict[str, dict[str, Any]], given: Scene) -
 
 def test_every_method_has_a_reference_with_all_that_the_suite_asks() -> None:
     """A method without a reference fails the suite, and so does a reference without a method."""
-    assert REFERENCES.keys() == {name for name in METHODS if name != "base"}
+    assert REFERENCES.keys() == {name for name in METHODS if name != "base"} | set(WRAPPED)
     for name, module in REFERENCES.items():
         assert len(module.CASES) > 0, name
         assert 0 < module.BF16 < 0.1, name
         assert len(module.WRONG) > 0, name
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", [*METHODS, *WRAPPED])
 def test_method_says_where_it_comes_from(name: str) -> None:
     cls = get(name)
     assert cls.name == name
@@ -491,6 +495,63 @@ def test_composition_is_its_parts() -> None:
     given = scene(PAIRS["even"])
     together = make("at+kd", {"at": {"mode": "paper"}, "kd": {"T": 2.0}}, PAIRS["even"])(*given)
     assert together == make("at", {"mode": "paper"}, PAIRS["even"])(*given) | make("kd", {"T": 2.0}, PAIRS["even"])(*given)
+
+
+def test_a_wrapped_method_is_composed_and_kept_apart_from_the_plain_one() -> None:
+    given = scene(PAIRS["even"])
+    options = {"at": {"mode": "paper"}, "ls:kd": {"T": 3.0}, "kd": {"T": 3.0}}
+    together = make("ls:kd+at+kd", options, PAIRS["even"])(*given)
+    assert together.keys() == {"at", "kd", "ls:kd"}
+    assert together == {
+        **make("at", options["at"], PAIRS["even"])(*given),
+        **make("kd", options["kd"], PAIRS["even"])(*given),
+        **make("ls:kd", options["ls:kd"], PAIRS["even"])(*given),
+    }
+    assert together["ls:kd"] != together["kd"]
+    settled = settle("ls:kd+at", {"ls:kd": {"T": 3}}, {"at": 2.0})
+    assert (settled.name, settled.variant) == ("at+ls:kd", "T=3, weights.at=2")
+    assert (settled.versions, settled.weights) == ({"at": 1, "ls:kd": 1}, {"task": 1.0, "at": 2.0, "ls:kd": 9.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "temperature"), [("ls:kd", 9, 2), ("ls:dkd", 9, 2), ("ls:mlkd", 9, 2), ("ls:logits", 1, None), ("ls:wsld", 2.5, 2)]
+)
+def test_wrapped_methods_have_the_defaults_of_the_authors_who_wrapped_them(name: str, weight: float, temperature: float | None) -> None:
+    settled = settle(name, {}, {})
+    assert settled.weights == {"task": 1, name: weight}
+    assert settled.variant == ""
+    assert getattr(settled.options[name], "T", None) == temperature
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("ls:at", "method 'ls:at': at compares features, but ls: standardises the logits of both; put it before kd"),
+        ("at+ls:rkd", "method 'ls:rkd': rkd compares relations, but ls: standardises the logits of both; put it before kd"),
+        (
+            "ls:tf_kd",
+            "method 'ls:tf_kd': tf_kd looks at no teacher, but ls: standardises the logits of both; put it before kd",
+        ),
+        ("ls:base", "method 'ls:base': base looks at no teacher, but ls: standardises the logits of both; put it before kd"),
+        ("ls:ls:kd", "method 'ls:ls:kd' standardises what is standardised already; write ls: once"),
+        ("ls:dk", "unknown method 'dk': "),
+    ],
+)
+def test_what_compares_no_logits_is_not_standardised(name: str, line: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        settle(name, {}, {})
+    assert str(refusal.value).startswith(line)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1000.0])
+def test_a_constant_row_is_standardised_to_zeros(value: float) -> None:
+    logits = torch.stack([torch.full((10,), value), torch.arange(10.0)]).requires_grad_()
+    found = standardise(logits)
+    (gradient,) = torch.autograd.grad(found[:, 0].sum(), logits)
+    assert found[0].softmax(0).tolist() == pytest.approx([0.1] * 10, abs=1e-6)
+    assert found[1].std().item() == pytest.approx(1, rel=1e-6)
+    assert gradient.abs().max() < 1e5
 
 
 @pytest.mark.parametrize(("options", "printed"), [({}, ""), ({"T": 4}, ""), ({"T": 2}, "T=2"), ({"T": 2.5}, "T=2.5")])

@@ -137,8 +137,16 @@ def test_the_images_are_covered_and_where_they_lie_is_not(planned: Planner, digi
     assert planned(**{"data.name": changed} | habits).fingerprint != planned().fingerprint
 
 
+def test_a_wrapped_method_is_planned_and_recorded_under_its_name(planned: Planner) -> None:
+    job = planned(method="ls:kd+at", **{"options.ls:kd.T": 3, "weights.ls:kd": 4})
+    assert job.config.method == "at+ls:kd"
+    assert job.config.options == {"at": {"mode": "code"}, "ls:kd": {"T": 3.0}}
+    assert job.config.weights == {"task": 1.0, "at": 1000.0, "ls:kd": 4.0}
+    assert planned(method="ls:kd", **{"options.ls:kd.T": 3}).fingerprint != planned(method="ls:kd").fingerprint
+
+
 def test_no_two_of_these_share_a_fingerprint(planned: Planner) -> None:
-    jobs = [planned(method=method) for method in ("base", "fsp", "at", "kd", "logits", "at+kd")]
+    jobs = [planned(method=method) for method in ("base", "fsp", "at", "kd", "logits", "at+kd", "tf_kd", "ls:kd", "at+ls:kd")]
     assert len({job.fingerprint for job in jobs}) == len(jobs)
 
 

@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from command import command
 from small import config
 from torch import Tensor
 
 from flowdistill import methods, models
+from flowdistill.checks import UserError
 from flowdistill.config import RunConfig, TrainConfig
 from flowdistill.data.loader import DeviceData, Stream
 from flowdistill.data.sources import ImageData, read_npz
+from flowdistill.ledger import Ledger
 from flowdistill.methods import Needs
 from flowdistill.models import Network
 from flowdistill.training import cohort as engine
@@ -216,6 +219,57 @@ def test_two_stages_train_fsp_alone_without_the_head_then_the_task_alone(data: I
     assert seen[0] == (1, 0, 0.03, {"task", "fsp"})
     assert [(phase, terms) for _, phase, _, terms in seen[2:]] == [(1, {"task"}), (1, {"task"})]
     assert seen[2][2] == 0.05
+
+
+def test_a_method_without_a_teacher_is_trained_and_reported(data: ImageData, small_npz: Path) -> None:
+    run = config(small_npz, method="tf_kd", weights={"task": 0.5, "tf_kd": 3.0}, train={"epochs": 4, **RECIPE})
+    cohort, (student,) = a_cohort(data, [run])
+    cohort.lanes[0].teacher = None
+    plain = models.build("resnet8", cohort.data.spec, seed=run.seed)
+    optimizer, stream = sgd(plain.parameters(), run.train), Stream(cohort.data, run.seed, run.train.batch_size)
+    assert engine.first_gradients(cohort)[student].keys() == {"tf_kd"}
+    for (epoch, rate), report in zip({0: 0.05, 1: 0.05, 2: 0.005, 3: 0.0005}.items(), train(cohort), strict=True):
+        optimizer.param_groups[0]["lr"] = rate
+        sums = torch.zeros(2)
+        plain.train()
+        for images, batch in stream.epoch(epoch):
+            logits = plain(images).logits
+            virtual = torch.full_like(logits, 0.01 / (logits.shape[1] - 1)).scatter(1, batch.labels[:, None], 0.99)
+            terms = torch.stack(
+                [F.cross_entropy(logits, batch.labels), F.kl_div(logits.log_softmax(1), (virtual / 20).softmax(1), reduction="none").mean()]
+            )
+            optimizer.zero_grad()
+            (0.5 * terms[0] + 3 * terms[1]).backward()
+            optimizer.step()
+            sums += terms.detach() / stream.steps
+        found = report.progress[student].terms
+        assert [found["task"], found["tf_kd"]] == pytest.approx(sums.tolist(), rel=1e-3)
+    same_weights(student.net, plain)
+
+
+def test_a_teacher_in_the_lane_changes_nothing_for_a_method_without_one(data: ImageData, small_npz: Path) -> None:
+    runs = [config(small_npz, method=method, teacher="-") for method in ("tf_kd", "kd")]
+    together, students = a_cohort(data, runs)
+    alone, (student,) = a_cohort(data, runs[:1])
+    alone.lanes[0].teacher = None
+    for cohort in (together, alone):
+        for _ in train(cohort):
+            pass
+    assert together.lanes[0].taught
+    assert not alone.lanes[0].taught
+    assert weights_of(students[0]) == weights_of(student)
+
+
+def test_a_method_without_a_teacher_trains_by_the_command_line_and_in_a_composition(small_npz: Path, tmp_path: Path) -> None:
+    words = ("--student", "resnet8", "--dataset", f"npz:{small_npz}", "--epochs", "1", "--batch-size", "64", "--set", "data.pad=1")
+    said = command(tmp_path, "distill", "--method", "tf_kd", *words)
+    assert said.code == 0, said.err
+    assert "gradient of tf_kd on the first batch" in said.err
+    (run,) = Ledger(tmp_path / "runs").runs()
+    assert (run.status, run.method, run.teacher, run.config["weights"]) == ("finished", "tf_kd", "-", {"task": 1.0, "tf_kd": 10.0})
+    assert methods.settle("kd+tf_kd", {}, {}).uses_teacher
+    with pytest.raises(UserError, match=r"'tf_kd\+base': 'base' is training on labels alone"):
+        methods.settle("tf_kd+base", {}, {})
 
 
 def test_stage_two_runs_no_teacher(data: ImageData, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,4 +12,6 @@ A file a method, with
 - ``pairs(options)``, where some pairs of ``pairs.py`` are nothing for it: the names of those that are.
 - ``GOLDEN``, where the formula sheet has it: key of ``golden.json`` -> the package's value, float64. ``OTHER_LOSSES``: keys of losses that
   the package does not have, and why.
+
+A wrapper such as ``ls:`` has in the place of all but the last two ``WRAPPED``: name in full -> a namespace with the rest.
 """

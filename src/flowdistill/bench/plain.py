@@ -73,7 +73,7 @@ class PlainLoop:
                 with torch.no_grad():
                     taught = self.teacher(images) if method.uses_teacher else None
             loss = F.cross_entropy(given.logits.float(), labels)
-            if taught is not None:
+            if method.terms:
                 loss = loss + sum(weights[term] * value for term, value in method(given, taught, Batch(labels)).items())
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

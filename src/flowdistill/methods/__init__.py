@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from .base import METHODS, Method, MethodOptions, Needs, Phase, get
-from .compose import Composed, Settled, build, parts, settle
+from .base import METHODS, Method, MethodOptions, Needs, Phase
+from .compose import Composed, Settled, build, get, parts, settle
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -93,7 +93,7 @@ class Method(nn.Module):
         terms: the keys of what ``forward`` returns.
         vanishes_at_match: every term is 0, with gradient 0, where student equals teacher.
         per_sample: repeating the batch changes nothing.
-        uses_teacher: False for training on labels alone.
+        uses_teacher: False for a method that learns from the labels alone; its ``forward`` may get None for the teacher.
     """
 
     name: ClassVar[str]
@@ -103,7 +103,7 @@ class Method(nn.Module):
     terms: tuple[str, ...] = ()
     vanishes_at_match: bool = True
     per_sample: bool = True
-    uses_teacher: ClassVar[bool] = True
+    uses_teacher: bool = True
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     needs: Needs = Needs()
 

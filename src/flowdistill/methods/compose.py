@@ -1,4 +1,7 @@
-"""A method's name in full: ``at+kd`` is the terms of both, with every option, weight and phase settled before training."""
+"""A method's name in full: ``at+kd`` is the terms of both, ``ls:kd`` is kd on standardised logits.
+
+Every option, weight and phase is settled before training.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +16,35 @@ from torch import Tensor, nn
 from ..checks import UserError, did_you_mean
 from ..config import parse_as
 from ..taps import Batch, DataSpec, NetSpec, Outputs
-from .base import Method, MethodOptions, Phase, get
+from . import base
+from .base import Method, MethodOptions, Phase
+from .standardise import PREFIX, standardised
+
+
+def get(name: str) -> type[Method]:
+    """A method's class; that of ``ls:kd`` is made from kd's.
+
+    Raises:
+        UserError: no such method, or one whose logits can't be standardised.
+    """
+    if not name.startswith(PREFIX):
+        return base.get(name)
+    return standardised(name.removeprefix(PREFIX))
 
 
 def parts(name: str) -> list[type[Method]]:
     """``'kd+at'`` -> the classes of its parts, by name: the order does not matter.
 
     Raises:
-        UserError: a part is unknown or named twice, or ``base`` is composed.
+        UserError: a part is unknown or named twice, or one without terms of its own is composed.
     """
     names = sorted(part.strip() for part in name.split("+"))
     classes = [get(part) for part in names]
     if len(set(names)) < len(names):
         raise UserError(f"method {name!r} names a part twice; give each once")
-    if len(classes) > 1 and not all(cls.uses_teacher for cls in classes):
-        raise UserError(f"method {name!r}: 'base' is training on labels alone, which every method includes; leave it out")
+    bare = [cls.name for cls in classes if not cls.terms]
+    if len(classes) > 1 and bare:
+        raise UserError(f"method {name!r}: {bare[0]!r} is training on labels alone, which every method includes; leave it out")
     return classes
 
 
@@ -108,6 +125,7 @@ class Composed(Method):
         self.terms = tuple(term for method in methods for term in method.terms)
         self.vanishes_at_match = all(method.vanishes_at_match for method in methods)
         self.per_sample = all(method.per_sample for method in methods)
+        self.uses_teacher = any(method.uses_teacher for method in methods)
         self.needs = functools.reduce(operator.or_, (method.needs for method in methods))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ class Student:
         self.optimizer = build_optimizer(self.net, self.method, self.phase, self.train)
         counted = {term: weight for term, weight in self.settled.weights.items() if self.phase.counts(term)}
         self.weights = {term: weight for term, weight in counted.items() if weight > 0}
-        terms = (TASK, *self.method.terms) if self.taught else (TASK,)
+        terms = (TASK, *self.method.terms) if self.taught or not self.method.uses_teacher else (TASK,)
         self.sums = {term: torch.zeros((), device=next(self.net.parameters()).device) for term in terms}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -91,7 +91,7 @@ class Student:
     @property
     def taught(self) -> bool:
         """Whether the teacher is needed in this phase."""
-        return any(term != TASK for term in self.weights)
+        return self.method.uses_teacher and any(term != TASK for term in self.weights)
 
     def begin_epoch(self) -> None:
         """Train mode, and sums at zero."""
@@ -127,7 +127,7 @@ class Objective(nn.Module):
         with autocast(images.device, precision):
             given: Outputs = self.net(images)
         terms = {TASK: F.cross_entropy(full(given.logits), batch.labels)}
-        if taught is not None:
+        if taught is not None or not self.method.uses_teacher:
             terms |= self.method(given, taught, batch)
         return terms
 

@@ -206,9 +206,9 @@ def test_a_compiled_run_is_recorded_as_such_and_resumes_bit_for_bit(small_npz: P
     assert found[0][:2] == ("compiled", "finished")
 
 
-def a_network(name: str = "resnet14") -> models.Network:
+def a_network(name: str = "resnet14", taps: tuple[str, ...] = TAPS) -> models.Network:
     """With batch statistics as of a trained one."""
-    net = models.build(name, CIFAR, taps=TAPS, seed=3)
+    net = models.build(name, CIFAR, taps=taps, seed=3)
     with torch.no_grad():
         for seed in range(3):
             net(torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(seed)))
@@ -293,10 +293,11 @@ def test_a_method_wants_of_the_teacher_what_it_names_and_nothing_else(name: str)
     settled = methods.settle(name, {}, {})
     spec = models.spec("resnet14", CIFAR)
     method = methods.build(settled, student=spec, teacher=spec, data=CIFAR)
-    net, batch = a_network(), Batch(torch.arange(8), torch.arange(8), torch.tensor(0))
+    taps = tuple(sorted({*TAPS, *method.needs.teacher}))
+    net, batch = a_network(taps=taps), Batch(torch.arange(8), torch.arange(8), torch.tensor(0))
     with torch.no_grad():
         expected = method(net(IMAGES), net(IMAGES), batch)
-        found = method(net(IMAGES), Teacher(a_network(), method.needs, "fp32").teach(IMAGES), batch)
+        found = method(net(IMAGES), Teacher(a_network(taps=taps), method.needs, "fp32").teach(IMAGES), batch)
     assert {term: float(value) for term, value in found.items()} == pytest.approx(
         {term: float(value) for term, value in expected.items()}, rel=1e-4, abs=1e-4
     )

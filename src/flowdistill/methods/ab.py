@@ -8,16 +8,16 @@ every stage and gives the response that is compared. torchdistill has no factor 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from ..config import MOST_EPOCHS
 from ..taps import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, Phase, full, paired_stages, register, same_shape
+from .base import Method, Needs, Paper, Phase, StagedOptions, full, paired_stages, register, same_shape, then_the_task
 from .fitnets import connector
 
 
@@ -51,18 +51,12 @@ def ab_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], margin: float 
     return torch.stack([loss * 2.0 ** (i - len(losses)) for i, loss in enumerate(losses, 1)]).sum() * 3e-3
 
 
-class ABOptions(MethodOptions):
-    """Options of ab; ``stage_epochs`` belongs to stage one of ``schedule=two-stage``."""
+class ABOptions(StagedOptions):
+    """Options of ab."""
 
     margin: float = Field(1.0, gt=0, strict=True)  # the authors' code and RepDistiller; KD-Zoo has 2
     schedule: Literal["joint", "two-stage"] = "two-stage"  # the paper, and every source
     stage_epochs: int = Field(30, ge=1, le=MOST_EPOCHS, strict=True)  # RepDistiller; KD-Zoo has 50
-
-    @model_validator(mode="after")
-    def _stage_one_exists(self) -> Self:
-        if self.schedule == "joint" and self.stage_epochs != type(self).model_fields["stage_epochs"].default:
-            raise ValueError("stage_epochs belongs to schedule=two-stage; set that too, or leave it out")
-        return self
 
 
 @register
@@ -102,7 +96,7 @@ class AB(Method):
         if options.schedule == "joint":
             return (Phase("joint"),)
         first = Phase("boundaries", options.stage_epochs, only=frozenset({"ab"}), head=False)
-        return (first, Phase("task", without=frozenset({"ab"})))
+        return then_the_task(first)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``ab``."""

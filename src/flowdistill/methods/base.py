@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ..config import Frozen, parse_as
+from ..config import MOST_EPOCHS, Frozen, parse_as
 from ..registry import Registry
 from ..taps import Batch, NetSpec, Outputs
 
@@ -58,6 +59,24 @@ class Phase:
     def counts(self, term: str) -> bool:
         """Whether a term has weight in this phase."""
         return term not in self.without and (self.only is None or term in self.only)
+
+
+def then_the_task(first: Phase) -> tuple[Phase, Phase]:
+    """A first phase, and the labels alone after it."""
+    return (first, Phase("task", without=first.only or frozenset()))
+
+
+class StagedOptions(MethodOptions):
+    """Options of a method that trains jointly or in two stages; ``stage_epochs`` belongs to stage one of ``schedule=two-stage``."""
+
+    schedule: Literal["joint", "two-stage"] = "joint"
+    stage_epochs: int = Field(30, ge=1, le=MOST_EPOCHS, strict=True)
+
+    @model_validator(mode="after")
+    def _stage_one_exists(self) -> Self:
+        if self.schedule == "joint" and self.stage_epochs != type(self).model_fields["stage_epochs"].default:
+            raise ValueError("stage_epochs belongs to schedule=two-stage; set that too, or leave it out")
+        return self
 
 
 class Needs(NamedTuple):

@@ -5,16 +5,16 @@ RepDistiller and mdistiller have a regressor even where the shapes agree, and tr
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from ..config import MOST_EPOCHS
 from ..taps import Batch, NetSpec, Outputs, TapSpec
-from .base import Method, MethodOptions, Needs, Paper, Phase, full, paired_stages, register, same_shape
+from .base import Method, Needs, Paper, Phase, StagedOptions, full, paired_stages, register, same_shape, then_the_task
 from .fsp import match_sizes
 
 
@@ -47,17 +47,11 @@ def connector(ours: TapSpec, theirs: TapSpec) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(ours.channels, theirs.channels, kernel, bias=False), nn.BatchNorm2d(theirs.channels))
 
 
-class FitNetsOptions(MethodOptions):
-    """Options of fitnets; ``stage_epochs`` belongs to stage one of ``schedule=two-stage``."""
+class FitNetsOptions(StagedOptions):
+    """Options of fitnets."""
 
     schedule: Literal["joint", "two-stage"] = "joint"  # RepDistiller, mdistiller and KD-Zoo; the paper has two stages
     stage_epochs: int = Field(30, ge=1, le=MOST_EPOCHS, strict=True)  # RepDistiller's first stage of other methods; no source has its own
-
-    @model_validator(mode="after")
-    def _stage_one_exists(self) -> Self:
-        if self.schedule == "joint" and self.stage_epochs != type(self).model_fields["stage_epochs"].default:
-            raise ValueError("stage_epochs belongs to schedule=two-stage; set that too, or leave it out")
-        return self
 
 
 @register
@@ -98,7 +92,7 @@ class FitNets(Method):
         if options.schedule == "joint":
             return (Phase("joint"),)
         first = Phase("hint", options.stage_epochs, only=frozenset({"fitnets"}), head=False)
-        return (first, Phase("task", without=frozenset({"fitnets"})))
+        return then_the_task(first)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``fitnets``."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..config import MOST_EPOCHS
 from ..taps import Batch, NetSpec, Outputs, TapSpec
-from .base import Method, MethodOptions, Needs, Paper, Phase, full, paired_stages, register, same_shape
+from .base import Method, MethodOptions, Needs, Paper, Phase, full, paired_stages, register, same_shape, then_the_task
 
 Pool = Literal["max", "avg"]
 Reduction = Literal["mean", "sum"]
@@ -206,7 +206,7 @@ class FSP(Method):
         if options.schedule == "joint":
             return (Phase("joint"),)
         first = Phase("fsp", options.stage_epochs, options.stage_lr, options.milestones(), only=frozenset({"fsp"}), head=False)
-        return (first, Phase("task", without=frozenset({"fsp"})))
+        return then_the_task(first)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``fsp``."""

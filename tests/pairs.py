@@ -19,19 +19,34 @@ def network(name: str, channels: tuple[int, ...] = CHANNELS, sizes: tuple[tuple[
     return NetSpec(name, tuple(taps), channels[-1], classes, "fc")
 
 
-PAIRS = {
-    "even": (network("small"), network("big")),
-    "uneven": (network("small", sizes=UNEVEN_SIZES), network("big")),
-    "wide": (network("small"), network("big", channels=(3, 2, 5, 4))),
-}
+def complete(spec: NetSpec) -> NetSpec:
+    """The network with the rarer taps too: the ends of its stages before ReLU, with the normalisation that gave them, and ``cam``."""
+    before = (replace(spec.tap(stage), name=f"{stage}.pre", norm=f"{spec.tap(stage).module}.norm") for stage in spec.stages)
+    last = spec.tap(spec.stages[-1])
+    return replace(spec, taps=(*spec.taps, *before, TapSpec("cam", spec.classes, last.height, last.width, "fc")))
+
+
+def completed(pairs: dict[str, tuple[NetSpec, NetSpec]]) -> dict[str, tuple[NetSpec, NetSpec]]:
+    return {name: (complete(ours), complete(theirs)) for name, (ours, theirs) in pairs.items()}
+
+
+PAIRS = completed(
+    {
+        "even": (network("small"), network("big")),
+        "uneven": (network("small", sizes=UNEVEN_SIZES), network("big")),
+        "wide": (network("small"), network("big", channels=(3, 2, 5, 4))),
+    }
+)
 
 
 TINY_SIZES = ((4, 4), (4, 4), (2, 2), (1, 3))  # stage2 divides stage1, stage3 does not divide stage2
 TINY = network("small", (2, 2, 2, 2), TINY_SIZES)
-TINY_PAIRS = {
-    "uneven": (TINY, network("big", (2, 2, 2, 2), ((4, 4), (4, 4), (2, 2), (2, 2)))),
-    "wide": (TINY, network("big", (3, 2, 3, 2), ((4, 4), (4, 4), (2, 2), (2, 2)))),
-}
+TINY_PAIRS = completed(
+    {
+        "uneven": (TINY, network("big", (2, 2, 2, 2), ((4, 4), (4, 4), (2, 2), (2, 2)))),
+        "wide": (TINY, network("big", (3, 2, 3, 2), ((4, 4), (4, 4), (2, 2), (2, 2)))),
+    }
+)
 
 
 FIVE, SEVEN = network("small"), network("big", classes=7)

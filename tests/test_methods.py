@@ -11,15 +11,13 @@ import importlib
 import itertools
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import pairs
 import pytest
 import torch
-from pairs import FIVE, SEVEN, TWO_STAGES
+from pairs import FIVE, PAIRS, SEVEN, TINY_PAIRS, TWO_STAGES
 from torch import Tensor
 
 from flowdistill import models
@@ -27,7 +25,7 @@ from flowdistill.checks import UserError
 from flowdistill.methods import METHODS, Composed, Method, build, get, parts, settle
 from flowdistill.methods.standardise import standardise
 from flowdistill.randomness import seeded
-from flowdistill.taps import Batch, DataSpec, NetSpec, Outputs
+from flowdistill.taps import Batch, DataSpec, Facts, NetSpec, Outputs
 from flowdistill.training.step import teach
 
 COMPOSITION = "at+kd"
@@ -38,7 +36,7 @@ REFERENCES = {name: found for stem, module in SHEETS.items() for name, found in 
 WRAPPED = sorted(name for module in SHEETS.values() for name in getattr(module, "WRAPPED", ()))
 
 NAMES = [*(name for name in METHODS if name != "base"), *WRAPPED, COMPOSITION]
-DATA = DataSpec("tiny", n_train=20, classes=4, channels=3, height=8, width=8)
+DATA = DataSpec("tiny", n_train=30, classes=4, channels=3, height=8, width=8)
 
 
 CIFAR100 = DataSpec("cifar100", n_train=50_000, classes=100, channels=3, height=32, width=32)
@@ -57,16 +55,6 @@ CRD_PAIRS = [  # teacher, student: Tian et al. 2020, tables 1 and 2
     ("resnet32x4", "shufflenetv2"),
     ("wrn-40-2", "shufflenetv1"),
 ]
-
-
-def with_pre(spec: NetSpec) -> NetSpec:
-    """The network with the ends of its stages before ReLU as taps too."""
-    return replace(spec, taps=(*spec.taps, *(replace(spec.tap(stage), name=f"{stage}.pre") for stage in spec.stages)))
-
-
-PAIRS, TINY_PAIRS = (
-    {name: (with_pre(ours), with_pre(theirs)) for name, (ours, theirs) in given.items()} for given in (pairs.PAIRS, pairs.TINY_PAIRS)
-)
 
 
 class Scene(NamedTuple):
@@ -116,7 +104,21 @@ def promising(promise: str) -> pytest.MarkDecorator:
 
 def make(name: str, options: dict[str, Any], pair: tuple[NetSpec, NetSpec]) -> Method:
     with seeded(0, "adapters"):
-        return build(settle(name, by_part(name, options), {}), student=pair[0], teacher=pair[1], data=DATA)
+        method = build(settle(name, by_part(name, options), {}), student=pair[0], teacher=pair[1], data=DATA)
+    method.know(facts(pair[1]))
+    return method
+
+
+def facts(teacher: NetSpec) -> Facts:
+    """Of a teacher known by its spec: drawn numbers."""
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    norms = {tap.name: (normal(tap.channels), normal(tap.channels)) for tap in teacher.taps if tap.norm}
+    head = normal(teacher.classes, teacher.embedding), normal(teacher.classes)
+    return Facts(head, norms, normal(teacher.classes, teacher.embedding), torch.arange(DATA.n_train) % teacher.classes)
 
 
 def refused(name: str, options: dict[str, Any], pair: tuple[NetSpec, NetSpec]) -> str:
@@ -139,9 +141,12 @@ def draw(spec: NetSpec, seed: int, n: int, *, relu: bool = True) -> Outputs:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    before = {tap.name: normal(n, tap.channels, tap.height, tap.width) + 0.3 for tap in spec.taps if not tap.name.endswith(".pre")}
+    after_relu = (tap for tap in spec.taps if tap.name != "cam" and not tap.name.endswith(".pre"))
+    before = {tap.name: normal(n, tap.channels, tap.height, tap.width) + 0.3 for tap in after_relu}
     maps = {tap: m.clamp(min=0) if relu else m for tap, m in before.items()} | {f"{stage}.pre": before[stage] for stage in spec.stages}
-    return Outputs(2 * normal(n, spec.classes), normal(n, spec.embedding), maps)
+    logits, embedding = 2 * normal(n, spec.classes), normal(n, spec.embedding)
+    cam = spec.tap("cam")
+    return Outputs(logits, embedding, {**maps, "cam": normal(n, cam.channels, cam.height, cam.width)})
 
 
 def scene(pair: tuple[NetSpec, NetSpec], n: int = 3, *, relu: bool = True) -> Scene:
@@ -202,7 +207,8 @@ def expected(method: Method, options: dict[str, dict[str, Any]], given: Scene) -
     """By the references. ``options`` also brings them a method's learned ``parameters``, the ``labels``, ``indices`` and ``epoch``."""
     found: dict[str, float] = {}
     for part in method.methods if isinstance(method, Composed) else [method]:
-        known = {"parameters": {name: p.detach().numpy() for name, p in part.named_parameters()}}
+        known: dict[str, Any] = {"parameters": {name: p.detach().numpy() for name, p in part.named_parameters()}}
+        known |= {"buffers": {name: b.numpy().copy() for name, b in part.named_buffers()}}
         known |= {"labels": given.batch.labels.tolist(), "indices": given.batch.indices.tolist(), "epoch": given.batch.epoch.item()}
         reference = REFERENCES[part.name].reference
         found |= reference(as_numpy(given.student), as_numpy(given.teacher), {**options.get(part.name, {}), **known})

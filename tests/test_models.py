@@ -315,3 +315,28 @@ def test_gradient_of_a_tap_reaches_the_stem(tap):
     net = models.build("resnet8", DIGITS, taps=(tap,))
     net(images(DIGITS)).maps[tap].square().mean().backward()
     assert net.conv1.weight.grad.any()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_class_activation_maps_average_to_the_logits_less_the_bias(name):
+    net = lived(models.build(name, CIFAR, taps=("cam",)))
+    out = net(images(CIFAR))
+    torch.testing.assert_close(out.maps["cam"].mean((2, 3)) + net.get_parameter(f"{net.spec.head}.bias"), out.logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", list(models.MODELS))
+def test_the_norm_of_a_map_before_its_relu_is_the_normalisation_that_gave_it(name):
+    """Where nothing is added to it, the map is the normalisation's output; where a shortcut is, they have equal channels."""
+    net = models.build(name, CIFAR, taps=tuple(tap.name for tap in models.spec(name, CIFAR).taps if tap.norm)).eval()
+    seen = {}
+    for tap in net.taps:
+        norm = net.get_submodule(net.spec.tap(tap).norm)
+        assert isinstance(norm, torch.nn.BatchNorm2d)
+        norm.register_forward_hook(lambda _module, _inputs, output, tap=tap: seen.__setitem__(tap, output))
+    maps = net(images(CIFAR)).maps
+    expected = 0 if name in ("mobilenetv2", "shufflenetv2") else len(net.spec.stages)  # linear ends; two branches
+    assert len(maps) == expected
+    for tap, value in maps.items():
+        assert value.shape == seen[tap].shape
+        if name.startswith(("wrn", "vgg")):
+            assert torch.equal(value, seen[tap])

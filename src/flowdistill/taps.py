@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class TapSpec:
         name: ``stem``, ``stage1``, ``stage1.first``, ...
         channels, height, width: its size for one image.
         module: the last module on the way to it, a ReLU after it included; two taps with one path are one tensor.
+        norm: of a map before its ReLU, the batch normalisation that gave it, a shortcut aside; empty where no single one did.
     """
 
     name: str
@@ -43,6 +44,7 @@ class TapSpec:
     height: int
     width: int
     module: str = ""
+    norm: str = ""
 
     @property
     def shape(self) -> str:
@@ -102,6 +104,23 @@ class DataSpec:
     channels: int
     height: int
     width: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What stands still while students train; a method is told once what its ``needs`` name of it.
+
+    Attributes:
+        head: the teacher's classifier: weight [K, D] and bias [K].
+        norms: tap before a ReLU -> weight [C] and bias [C] of the teacher's batch normalisation that gave it.
+        class_means: [K, D] the mean of the teacher's embeddings over the training images of each class, neither cropped nor mirrored.
+        labels: [n] class numbers of the training images, in the order of ``Batch.indices``.
+    """
+
+    head: tuple[Tensor, Tensor] | None = None
+    norms: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    class_means: Tensor | None = None
+    labels: Tensor | None = None
 
 
 @dataclass(frozen=True)

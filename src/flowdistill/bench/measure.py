@@ -29,6 +29,7 @@ from ..device import Precision, describe, keep_freed_memory, sensible_threads, s
 from ..methods import Needs
 from ..training.choice import choose
 from ..training.engine import Eager, Lane, quiet
+from ..training.facts import gather
 from ..training.step import Student
 from ..training.teacher import Teacher
 from .plain import PlainLoop
@@ -125,10 +126,13 @@ class Work:
         needs = Needs()
         for student in lanes[0].students:
             needs = needs | student.method.needs
-        teacher = Teacher(self.network(needs), needs, precision)
+        network = self.network(needs).eval()
+        facts = gather(needs, network, self.data, precision)
+        teacher = Teacher(network, needs, precision)
         for lane in lanes:
             lane.teacher = teacher
             for student in lane.students:
+                student.method.know(facts)
                 student.begin_phase(0)
                 student.begin_epoch()
         return lanes

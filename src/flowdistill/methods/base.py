@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import MOST_EPOCHS, Frozen, parse_as
 from ..registry import Registry
-from ..taps import Batch, NetSpec, Outputs
+from ..taps import Batch, Facts, NetSpec, Outputs
 
 
 class Paper(NamedTuple):
@@ -79,23 +79,32 @@ class StagedOptions(MethodOptions):
         return self
 
 
+Fact = Literal["head", "norms", "class_means", "labels"]
+
+
 class Needs(NamedTuple):
     """What a method wants of each network beside the student's logits and embedding, which it always has.
 
     Attributes:
         student, teacher: taps.
         logits, embedding: the teacher's.
+        facts: attributes of ``Facts``, of which it is told before training.
     """
 
     student: frozenset[str] = frozenset()
     teacher: frozenset[str] = frozenset()
     logits: bool = False
     embedding: bool = False
+    facts: frozenset[Fact] = frozenset()
 
     def __or__(self, other: Needs) -> Needs:
         """What either wants."""
         return Needs(
-            self.student | other.student, self.teacher | other.teacher, self.logits or other.logits, self.embedding or other.embedding
+            self.student | other.student,
+            self.teacher | other.teacher,
+            self.logits or other.logits,
+            self.embedding or other.embedding,
+            self.facts | other.facts,
         )
 
 
@@ -150,6 +159,24 @@ class Method(nn.Module):
     def phases(cls, options: Any) -> tuple[Phase, ...]:
         """The phases of training; one, unless the paper trains in stages."""
         return (Phase("joint"),)
+
+    def know(self, facts: Facts) -> None:
+        """Keep of the facts what it needs, on the device that they are on, by ``keep``. Called once, before training."""
+
+    def keep(self, **tensors: Tensor) -> None:
+        """Hold copies of tensors in buffers of these names."""
+        for name, value in tensors.items():
+            self.register_buffer(name, value.detach().clone())
+
+    def kept(self, name: str) -> Tensor:
+        """The buffer of that name.
+
+        Raises:
+            RuntimeError: the method was not told yet.
+        """
+        if name not in self._buffers:
+            raise RuntimeError(f"{self.name} was not told of the {', '.join(sorted(self.needs.facts))}: call know(Facts(...)) first")
+        return self.get_buffer(name)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """Unweighted float32 scalars by term, the cross-entropy not among them."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..checks import UserError, did_you_mean
 from ..config import parse_as
-from ..taps import Batch, DataSpec, NetSpec, Outputs
+from ..taps import Batch, DataSpec, Facts, NetSpec, Outputs
 from . import base
 from .base import Method, MethodOptions, Phase
 from .standardise import PREFIX, standardised
@@ -127,6 +127,12 @@ class Composed(Method):
         self.per_sample = all(method.per_sample for method in methods)
         self.uses_teacher = any(method.uses_teacher for method in methods)
         self.needs = functools.reduce(operator.or_, (method.needs for method in methods))
+
+    def know(self, facts: Facts) -> None:
+        """Tell every part."""
+        for method in self.methods.children():
+            assert isinstance(method, Method)
+            method.know(facts)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """The terms of every part."""

@@ -17,6 +17,8 @@ from ..randomness import seeded
 from ..registry import Registry
 from ..taps import DataSpec, NetSpec, Outputs, TapSpec
 
+CAM = "cam"
+
 
 class Network(nn.Module):
     """A network as training sees it: called on images [N, C, H, W] it gives Outputs with the taps it was built for.
@@ -33,21 +35,28 @@ class ImageNetwork(Network):
     """Base of the networks here: ``features`` gives every tap, and an instance those that it was asked for.
 
     Taps are after ReLU: ``stem``; ``stage1``, ..., the ends of the stages; ``stage1.first``, ..., the first convolution,
-    normalisation and ReLU inside each. ``stage1.pre``, ... are the ends before their ReLU. What differs stands with the network.
+    normalisation and ReLU inside each. ``stage1.pre``, ... are the ends before their ReLU. ``cam`` are the class activation maps: the
+    classifier, without its bias, at every position of the map whose mean is the embedding. What differs stands with the network.
     """
 
     head: ClassVar[str] = "fc"
     paths: Mapping[str, str] = {}
     """Tap -> the last module on the way to it, a ReLU after it included."""
+    norms: Mapping[str, str] = {}
+    """Tap before a ReLU -> the batch normalisation that gives it, where there is a single one."""
 
     def features(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Images [N, C, H, W] -> every tap, and the embedding [N, D]."""
+        """Images [N, C, H, W] -> every tap but ``cam``, and the map [N, D, H', W'] whose mean is the embedding."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> Outputs:
         """Images [N, C, H, W] -> Outputs."""
-        maps, embedding = self.features(images)
-        return Outputs(self.get_submodule(self.head)(embedding), embedding, {name: maps[name] for name in self.taps})
+        maps, last = self.features(images)
+        head: Any = self.get_submodule(self.head)
+        embedding = last.mean((2, 3))
+        if CAM in self.taps:
+            maps[CAM] = F.linear(last.permute(0, 2, 3, 1), head.weight).permute(0, 3, 1, 2)
+        return Outputs(head(embedding), embedding, {name: maps[name] for name in self.taps})
 
     def fresh(self) -> None:
         """Convolutions by He et al. 2015, normal with variance 2 / fan-out; all else as PyTorch has it."""
@@ -112,14 +121,16 @@ class ImageFactory:
             try:
                 with torch.device("meta"):
                     net = self.make(data.channels, data.classes).eval()
-                    maps, embedding = net.features(torch.empty(1, data.channels, data.height, data.width))
+                    maps, last = net.features(torch.empty(1, data.channels, data.height, data.width))
             except RuntimeError as error:  # too small for its pooling, or larger than anything
                 raise UserError(f"{self.name} can't take images of {data.height}x{data.width}: {first_line(error)}") from None
             taps = []
             for tap, path in net.paths.items():
                 _, channels, height, width = maps[tap].shape
-                taps.append(TapSpec(tap, channels, height, width, path))
-            self._specs[key] = NetSpec(self.name, tuple(taps), embedding.shape[1], data.classes, net.head)
+                taps.append(TapSpec(tap, channels, height, width, path, net.norms.get(tap, "")))
+            _, width_of_embedding, height, width = last.shape
+            taps.append(TapSpec(CAM, data.classes, height, width, net.head))
+            self._specs[key] = NetSpec(self.name, tuple(taps), width_of_embedding, data.classes, net.head)
         return self._specs[key]
 
     def build(self, data: DataSpec, taps: tuple[str, ...]) -> ImageNetwork:

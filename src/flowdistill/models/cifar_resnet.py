@@ -52,20 +52,21 @@ class CifarResNet(ImageNetwork):
         self.layer2 = self._stage(widths[0], widths[1], blocks, stride=2)
         self.layer3 = self._stage(widths[1], widths[2], blocks, stride=2)
         self.fc = nn.Linear(widths[2], classes)
-        self.paths = {"stem": "bn1"}
+        self.paths, self.norms = {"stem": "bn1"}, {}
         for stage in (1, 2, 3):
             end = f"layer{stage}.{blocks - 1}"
             self.paths |= {f"stage{stage}.first": f"layer{stage}.0.bn1", f"stage{stage}.pre": end, f"stage{stage}": end}
+            self.norms |= {f"stage{stage}.pre": f"{end}.bn2"}
 
     @staticmethod
     def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.ModuleList:
         return nn.ModuleList(BasicBlock(inputs if i == 0 else outputs, outputs, stride if i == 0 else 1) for i in range(blocks))
 
     def features(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Images [N, C, H, W] -> every tap, and the mean of the last."""
+        """Images [N, C, H, W] -> every tap, and the last map."""
         x = F.relu(self.bn1(self.conv1(images)))
         maps = {"stem": x, **stage_by_stage(x, self.layer1, self.layer2, self.layer3)}
-        return maps, maps["stage3"].mean((2, 3))
+        return maps, maps["stage3"]
 
 
 for _depth in DEPTHS:

@@ -43,7 +43,7 @@ class ResNet(ImageNetwork):
         block, factor = (Bottleneck, 4) if depth >= 50 else (BasicBlock, 1)
         self.conv1, self.bn1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)
         self.layers = nn.ModuleList()
-        self.paths = {"stem": "bn1"}
+        self.paths, self.norms = {"stem": "bn1"}, {}
         inputs = 64
         for number, (width, count) in enumerate(zip(WIDTHS, BLOCKS[depth], strict=True)):
             outputs = width * factor
@@ -52,13 +52,14 @@ class ResNet(ImageNetwork):
             inputs = outputs
             stage, end = f"stage{number + 1}", f"layers.{number}.{count - 1}"
             self.paths |= {f"{stage}.first": f"layers.{number}.0.bn1", f"{stage}.pre": end, stage: end}
+            self.norms |= {f"{stage}.pre": f"{end}.bn3" if block is Bottleneck else f"{end}.bn2"}
         self.fc = nn.Linear(inputs, classes)
 
     def features(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Images [N, C, H, W] -> every tap, and the mean of the last."""
+        """Images [N, C, H, W] -> every tap, and the last map."""
         x = F.relu(self.bn1(self.conv1(images)))
         maps = {"stem": x, **stage_by_stage(x, *self.layers)}
-        return maps, maps["stage4"].mean((2, 3))
+        return maps, maps["stage4"]
 
 
 for _depth in BLOCKS:

@@ -63,7 +63,7 @@ class MobileNetV2(ImageNetwork):
         self.fc = nn.Linear(LAST, classes)
 
     def features(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Images [N, C, H, W] -> every tap, and the mean of the last convolution."""
+        """Images [N, C, H, W] -> every tap, and the map of the last convolution."""
         x = F.relu(self.stem(images))
         maps = {"stem": x}
         first_of_stage: Tensor | None = None
@@ -77,7 +77,7 @@ class MobileNetV2(ImageNetwork):
                 assert first_of_stage is not None
                 maps[f"{ENDS[number]}.first"], maps[ENDS[number]] = first_of_stage, x
                 first_of_stage = None
-        return maps, F.relu(self.last(x)).mean((2, 3))
+        return maps, F.relu(self.last(x))
 
 
 register("mobilenetv2", "Sandler et al. 2018, CRD's CIFAR form: width 0.5", MobileNetV2)

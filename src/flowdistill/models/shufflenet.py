@@ -42,7 +42,7 @@ class ShuffleNetV1(ImageNetwork):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(channels, STEM, 1, bias=False), nn.BatchNorm2d(STEM)
         self.layers = nn.ModuleList()
-        self.paths = {"stem": "bn1"}
+        self.paths, self.norms = {"stem": "bn1"}, {}
         inputs = STEM
         for number, (outputs, count) in enumerate(((240, 4), (480, 8), (960, 4))):
             units = [Unit(inputs, outputs - inputs, 2, groups), *(Unit(outputs, outputs, 1, groups) for _ in range(count - 1))]
@@ -50,13 +50,14 @@ class ShuffleNetV1(ImageNetwork):
             inputs = outputs
             stage, end = f"stage{number + 1}", f"layers.{number}.{count - 1}"
             self.paths |= {f"{stage}.first": f"layers.{number}.0.bn1", f"{stage}.pre": end, stage: end}
+            self.norms |= {f"{stage}.pre": f"{end}.bn3"}
         self.fc = nn.Linear(inputs, classes)
 
     def features(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Images [N, C, H, W] -> every tap, and the mean of the last."""
+        """Images [N, C, H, W] -> every tap, and the last map."""
         x = F.relu(self.bn1(self.conv1(images)))
         maps = {"stem": x, **stage_by_stage(x, *self.layers)}
-        return maps, maps["stage3"].mean((2, 3))
+        return maps, maps["stage3"]
 
 
 class Branch(nn.Module):
@@ -125,10 +126,10 @@ class ShuffleNetV2(ImageNetwork):
         self.fc = nn.Linear(1024, classes)
 
     def features(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Images [N, C, H, W] -> every tap, and the mean of the last convolution."""
+        """Images [N, C, H, W] -> every tap, and the map of the last convolution."""
         x = F.relu(self.bn1(self.conv1(images)))
         maps = {"stem": x, **stage_by_stage(x, *self.layers)}
-        return maps, F.relu(self.bn2(self.conv2(maps["stage3"]))).mean((2, 3))
+        return maps, F.relu(self.bn2(self.conv2(maps["stage3"])))
 
 
 register("shufflenetv1", "Zhang et al. 2018, CRD's CIFAR form: 3 groups", ShuffleNetV1)

@@ -23,7 +23,7 @@ class VGG(ImageNetwork):
     def __init__(self, convolutions: tuple[int, ...], channels: int, classes: int) -> None:
         super().__init__()
         self.groups = nn.ModuleList()
-        self.paths = {}
+        self.paths, self.norms = {}, {}
         for number, (width, count) in enumerate(zip(WIDTHS, convolutions, strict=True)):
             inputs = channels if number == 0 else WIDTHS[number - 1]
             layers = [
@@ -33,10 +33,11 @@ class VGG(ImageNetwork):
             end = f"groups.{number}.{count - 1}"
             stage = f"stage{number}"
             self.paths |= {f"{stage}.first": f"groups.{number}.0", f"{stage}.pre": end, stage: end} if number else {"stem": end}
+            self.norms |= {f"{stage}.pre": f"{end}.1"} if number else {}
         self.fc = nn.Linear(WIDTHS[-1], classes)
 
     def features(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Images [N, C, H, W] -> every tap, and the mean of the last."""
+        """Images [N, C, H, W] -> every tap, and the last map."""
         maps: dict[str, Tensor] = {}
         x = images
         for number, group in enumerate(by_stage(*self.groups)):
@@ -48,7 +49,7 @@ class VGG(ImageNetwork):
                 if position == 0:
                     maps[f"stage{number}.first"] = x
             maps[f"stage{number}.pre"], maps[f"stage{number}" if number else "stem"] = before, x
-        return maps, x.mean((2, 3))
+        return maps, x
 
 
 for _depth, _convolutions in CONVOLUTIONS.items():

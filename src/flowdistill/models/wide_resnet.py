@@ -46,17 +46,18 @@ class WideResNet(ImageNetwork):
         self.layer3 = self._stage(widths[2], widths[3], blocks, stride=2)
         self.bn1 = nn.BatchNorm2d(widths[3])
         self.fc = nn.Linear(widths[3], classes)
-        self.paths = {"stem": "layer1.0.bn1"}
+        self.paths, self.norms = {"stem": "layer1.0.bn1"}, {}
         for stage in (1, 2, 3):
             end = f"layer{stage + 1}.0.bn1" if stage < 3 else "bn1"
             self.paths |= {f"stage{stage}.first": f"layer{stage}.0.bn2", f"stage{stage}.pre": end, f"stage{stage}": end}
+            self.norms |= {f"stage{stage}.pre": end}
 
     @staticmethod
     def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.ModuleList:
         return nn.ModuleList(PreActivationBlock(inputs if i == 0 else outputs, outputs, stride if i == 0 else 1) for i in range(blocks))
 
     def features(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Images [N, C, H, W] -> every tap, and the mean of the last."""
+        """Images [N, C, H, W] -> every tap, and the last map."""
         stages = by_stage(self.layer1, self.layer2, self.layer3)
         x = self.conv1(images)
         activated = F.relu(stages[0][0].bn1(x))
@@ -72,7 +73,7 @@ class WideResNet(ImageNetwork):
                     maps[f"stage{number}.first"] = first
                 if last:
                     maps[f"stage{number}.pre"], maps[f"stage{number}"] = normalised, activated
-        return maps, activated.mean((2, 3))
+        return maps, activated
 
 
 for _depth, _width in SIZES:

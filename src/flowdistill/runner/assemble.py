@@ -14,10 +14,12 @@ from ..checks import UserError
 from ..data.loader import DeviceData, Stream
 from ..device import Precision, keep_freed_memory
 from ..models import Network
+from ..taps import Facts
 from ..training.choice import choose
 from ..training.cohort import Cohort, Progress, first_gradients
 from ..training.engine import Lane
 from ..training.evaluate import evaluate
+from ..training.facts import gather
 from ..training.step import Student
 from ..training.teacher import Teacher
 from .plan import Job, cohorts
@@ -60,7 +62,7 @@ def assemble(jobs: Sequence[Job], data: DeviceData, device: torch.device, engine
     methods = [job.method() for job in jobs]
     needs = functools.reduce(operator.or_, (method.needs for method in methods))
     taught = {job.config.seed: job.teacher.origin for job in jobs if job.teacher}
-    teachers: dict[str, tuple[Teacher, float]] = {}
+    teachers: dict[str, tuple[Teacher, float, Facts]] = {}
     lanes: dict[tuple[int, str], Lane] = {}
     members = []
     for job, method in zip(jobs, methods, strict=True):
@@ -73,8 +75,10 @@ def assemble(jobs: Sequence[Job], data: DeviceData, device: torch.device, engine
             if origin not in teachers:
                 teacher = _placed(job.teacher.build(data.spec, taps=tuple(sorted(needs.teacher))), device)
                 accuracy = _accuracy(teacher.eval(), data, job.precision)
-                teachers[origin] = Teacher(teacher, needs, job.precision), accuracy
-            lane.teacher, member.teacher_accuracy = teachers[origin]
+                facts = gather(needs, teacher, data, job.precision)
+                teachers[origin] = Teacher(teacher, needs, job.precision), accuracy, facts
+            lane.teacher, member.teacher_accuracy, facts = teachers[origin]
+            student.method.know(facts)
         lane.students.append(student)
         members.append(member)
     select = first.config.split == "holdout"

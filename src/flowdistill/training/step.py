@@ -183,9 +183,10 @@ def teach(teacher: nn.Module, images: Tensor, precision: Precision) -> Outputs:
 def gradient_ratios(student: Student, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> dict[str, float]:
     """The norm of each weighted term's gradient on the network's weights, relative to that of the task at weight 1.
 
-    Leaves the student as it was, batch statistics included.
+    Leaves the student as it was, batch statistics and what its method remembers included.
     """
-    buffers = {name: value.clone() for name, value in student.net.named_buffers()}
+    objective = Objective(student.net, student.method)
+    buffers = {name: value.clone() for name, value in objective.named_buffers()}
     student.begin_epoch()
     terms = losses(student, images, taught, batch, precision)
     weights = list(student.net.parameters())
@@ -197,7 +198,7 @@ def gradient_ratios(student: Student, images: Tensor, taught: Outputs | None, ba
 
     task = norm(terms[TASK])
     ratios = {term: norm(student.settled.weights[term] * value) / max(task, 1e-30) for term, value in terms.items() if term != TASK}
-    for name, value in student.net.named_buffers():
+    for name, value in objective.named_buffers():
         value.copy_(buffers[name])
     return ratios
 

@@ -1,0 +1,61 @@
+"""What methods are told once before training: parts of the teacher, and of the training images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import UserError
+from ..data.loader import DeviceData
+from ..device import Precision
+from ..methods import Needs
+from ..models import Network
+from ..taps import Facts
+from .evaluate import BATCH
+from .step import teach
+
+
+def gather(needs: Needs, teacher: Network | None, data: DeviceData, precision: Precision) -> Facts:
+    """The facts that are needed; of a teacher only where there is one.
+
+    Raises:
+        UserError: the teacher's classifier is no linear layer.
+    """
+    labels = data.labels if "labels" in needs.facts else None
+    if teacher is None:
+        return Facts(labels=labels)
+    return Facts(
+        head=_head(teacher) if "head" in needs.facts else None,
+        norms=_norms(teacher, needs) if "norms" in needs.facts else {},
+        class_means=class_means(teacher, data, precision) if "class_means" in needs.facts else None,
+        labels=labels,
+    )
+
+
+def _head(teacher: Network) -> tuple[Tensor, Tensor]:
+    head = teacher.get_submodule(teacher.spec.head)
+    if not isinstance(head, nn.Linear):
+        raise UserError(f"the classifier of {teacher.spec.name} is a {type(head).__name__}, not one linear layer; choose another teacher")
+    return _affine(head)
+
+
+def _norms(teacher: Network, needs: Needs) -> dict[str, tuple[Tensor, Tensor]]:
+    paths = {tap: teacher.spec.tap(tap).norm for tap in needs.teacher}
+    return {tap: _affine(teacher.get_submodule(path)) for tap, path in paths.items() if path}
+
+
+def _affine(module: nn.Module) -> tuple[Tensor, Tensor]:
+    return module.get_parameter("weight"), module.get_parameter("bias")
+
+
+def class_means(teacher: Network, data: DeviceData, precision: Precision) -> Tensor:
+    """[K, D] the mean of the teacher's embeddings over each class's training images, in eval mode, neither cropped nor mirrored."""
+    assert not teacher.training
+    sums = torch.zeros(data.spec.classes, teacher.spec.embedding, device=data.device)
+    height, width = data.spec.height, data.spec.width
+    inner = data.padded[:, data.pad : data.pad + height, data.pad : data.pad + width]
+    for start in range(0, len(inner), BATCH):
+        images = data.normalise(inner[start : start + BATCH].to(data.device))
+        sums.index_add_(0, data.labels[start : start + BATCH], teach(teacher, images, precision).embedding.float())
+    counts = torch.bincount(data.labels, minlength=data.spec.classes).clamp(min=1)
+    return sums / counts[:, None]

@@ -1,0 +1,87 @@
+"""What methods are told before training is what the teacher and the data are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_training import CPU, data
+from torch import nn
+
+from flowdistill import models
+from flowdistill.checks import UserError
+from flowdistill.data.loader import DeviceData
+from flowdistill.data.sources import ImageData
+from flowdistill.methods import METHODS, Needs
+from flowdistill.taps import Facts, NetSpec
+from flowdistill.training.facts import gather
+
+__all__ = ["data"]  # a fixture
+SPEC = NetSpec("net", (), 4, 4)
+ALL = Needs(teacher=frozenset({"stage1.pre", "stage2"}), facts=frozenset({"head", "norms", "class_means", "labels"}))
+
+
+def a_teacher(on_device: DeviceData) -> models.Network:
+    net = models.build("resnet8", on_device.spec, seed=3)
+    with torch.no_grad():
+        for _ in range(3):
+            net(on_device.normalise(on_device.test.images))
+    return net.eval()
+
+
+@pytest.mark.parametrize("split", ["full", "holdout"])
+def test_class_means_are_those_of_the_images_as_they_are(data: ImageData, split: str) -> None:
+    on_device = DeviceData(data, split, CPU)
+    teacher = a_teacher(on_device)
+    found = gather(ALL, teacher, on_device, "fp32")
+    assert found.class_means is not None
+    assert found.labels is on_device.labels
+    plain = torch.from_numpy(data.x_train)
+    if split == "holdout":
+        held_out = {image.tobytes() for image in on_device.curve.images.numpy()}
+        plain = torch.stack([image for image in plain if image.numpy().tobytes() not in held_out])
+    for k in range(data.classes):
+        with torch.no_grad():
+            mean = teacher(on_device.normalise(plain[on_device.labels == k])).embedding.double().mean(0)
+        np.testing.assert_allclose(found.class_means[k].numpy(), mean.numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_head_and_norms_are_the_teachers_own(data: ImageData) -> None:
+    on_device = DeviceData(data, "full", CPU)
+    teacher = a_teacher(on_device)
+    found = gather(ALL, teacher, on_device, "fp32")
+    norm = teacher.get_submodule("layer1.0.bn2")
+    assert found.head is not None
+    assert [torch.equal(a, b) for a, b in zip(found.head, teacher.get_submodule("fc").parameters(), strict=True)] == [True, True]
+    assert found.norms.keys() == {"stage1.pre"}
+    assert [torch.equal(a, b) for a, b in zip(found.norms["stage1.pre"], norm.parameters(), strict=True)] == [True, True]
+
+
+def test_what_is_not_needed_is_not_gathered(data: ImageData) -> None:
+    on_device = DeviceData(data, "full", CPU)
+    found = gather(Needs(), a_teacher(on_device), on_device, "fp32")
+    assert (found.head, found.norms, found.class_means, found.labels) == (None, {}, None, None)
+    assert gather(ALL._replace(facts=frozenset({"head"})), a_teacher(on_device), on_device, "fp32").norms == {}
+    assert gather(ALL, None, on_device, "fp32") == Facts(labels=on_device.labels)
+
+
+def test_a_classifier_of_several_layers_is_refused(data: ImageData) -> None:
+    on_device = DeviceData(data, "full", CPU)
+    teacher = a_teacher(on_device)
+    teacher.add_module("fc", nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 4)))
+    with pytest.raises(UserError, match=r"^the classifier of resnet8 is a Sequential, not one linear layer; choose another teacher$"):
+        gather(ALL, teacher, on_device, "fp32")
+
+
+def test_a_method_that_was_not_told_says_so() -> None:
+    method = METHODS["kd"]({}, student=SPEC, teacher=SPEC)
+    method.needs = ALL
+    with pytest.raises(
+        RuntimeError, match=r"^kd was not told of the class_means, head, labels, norms: call know\(Facts\(\.\.\.\)\) first$"
+    ):
+        method.kept("head_weight")
+    weight = torch.ones(2, requires_grad=True)
+    method.keep(head_weight=weight)
+    assert torch.equal(method.kept("head_weight"), weight)
+    assert not method.kept("head_weight").requires_grad
+    assert [name for name, _ in method.named_buffers()] == ["head_weight"]

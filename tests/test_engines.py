@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from small import config
+from test_methods import facts, forgetful
 from test_training import a_cohort, weights_of
 
 from flowdistill import methods, models
@@ -59,12 +60,12 @@ def trained(cohort: Cohort, engine: Eager) -> list[dict[Student, dict[str, float
     return [{student: progress.terms for student, progress in report.progress.items()} for report in train(cohort)]
 
 
-GRID = [("base", 0), ("fsp", 0), ("at+kd", 0), ("fsp", 1), ("base", 1)]
+GRID = [("base", 0), ("fsp", 0), ("at+kd", 0), ("fsp", 1), ("base", 1), ("crd", 0)]
 
 
 def grid(small_npz: Path, grid: list[tuple[str, int]] = GRID) -> list:
-    calm = {"at+kd": {"at": 20.0}}  # what suits maps of 8x8
-    return [config(small_npz, method=method, teacher="-", seed=seed, weights=calm.get(method, {})) for method, seed in grid]
+    calm = {"at+kd": {"weights": {"at": 20.0}}, "crd": {"options": {"crd": {"negatives": 50, "dim": 8}}}}  # what suits maps of 8x8
+    return [config(small_npz, method=method, teacher="-", seed=seed, **calm.get(method, {})) for method, seed in grid]
 
 
 def test_the_step_that_a_graph_holds_is_the_eager_one_bit_for_bit(data: ImageData, small_npz: Path) -> None:
@@ -118,7 +119,7 @@ def _moving(student: Student) -> list[torch.Tensor]:
 
 
 def test_students_of_one_kind_share_one_compilation(compiled: tuple) -> None:
-    assert len(compiled[3]._losses) == 3  # base, fsp and at+kd; the second seed of fsp and of base added none
+    assert len(compiled[3]._losses) == 4  # base, fsp, at+kd and crd; the second seed of fsp and of base added none
 
 
 def test_a_compiled_cohort_of_k_is_k_separate_runs_bit_for_bit(data: ImageData, small_npz: Path, compiled: tuple) -> None:
@@ -293,6 +294,8 @@ def test_a_method_wants_of_the_teacher_what_it_names_and_nothing_else(name: str)
     settled = methods.settle(name, {}, {})
     spec = models.spec("resnet14", CIFAR)
     method = methods.build(settled, student=spec, teacher=spec, data=CIFAR)
+    method.know(facts(spec, CIFAR.n_train))
+    method = forgetful(method)
     taps = tuple(sorted({*TAPS, *method.needs.teacher}))
     net, batch = a_network(taps=taps), Batch(torch.arange(8), torch.arange(8), torch.tensor(0))
     with torch.no_grad():

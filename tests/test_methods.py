@@ -106,10 +106,27 @@ def make(name: str, options: dict[str, Any], pair: tuple[NetSpec, NetSpec]) -> M
     with seeded(0, "adapters"):
         method = build(settle(name, by_part(name, options), {}), student=pair[0], teacher=pair[1], data=DATA)
     method.know(facts(pair[1]))
+    return forgetful(method)
+
+
+def forgetful(method: Method) -> Method:
+    """Each call leaves its buffers as they were, so that what a method remembers does not come between two calls that are compared."""
+    forward = method.forward
+
+    def once(*given: Any) -> dict[str, Tensor]:
+        kept = [buffer.clone() for buffer in method.buffers()]
+        found = forward(*given)
+        with torch.no_grad():
+            for buffer, before in zip(method.buffers(), kept, strict=True):
+                buffer.copy_(before)
+        return found
+
+    if list(method.buffers()):
+        method.forward = once  # type: ignore[method-assign]
     return method
 
 
-def facts(teacher: NetSpec) -> Facts:
+def facts(teacher: NetSpec, images: int = DATA.n_train) -> Facts:
     """Of a teacher known by its spec: drawn numbers."""
     generator = torch.Generator().manual_seed(3)
 
@@ -118,7 +135,7 @@ def facts(teacher: NetSpec) -> Facts:
 
     norms = {tap.name: (normal(tap.channels), normal(tap.channels)) for tap in teacher.taps if tap.norm}
     head = normal(teacher.classes, teacher.embedding), normal(teacher.classes)
-    return Facts(head, norms, normal(teacher.classes, teacher.embedding), torch.arange(DATA.n_train) % teacher.classes)
+    return Facts(head, norms, normal(teacher.classes, teacher.embedding), torch.arange(images) % teacher.classes)
 
 
 def refused(name: str, options: dict[str, Any], pair: tuple[NetSpec, NetSpec]) -> str:
@@ -221,7 +238,7 @@ def test_every_method_has_a_reference_with_all_that_the_suite_asks() -> None:
     for name, module in REFERENCES.items():
         assert len(module.CASES) > 0, name
         assert 0 < module.BF16 < 0.1, name
-        assert len(module.WRONG) > 0, name
+        assert isinstance(module.WRONG, list), name  # empty where a method takes every pair
 
 
 @pytest.mark.parametrize("name", [*METHODS, *WRAPPED])
@@ -378,7 +395,7 @@ def test_real_networks_learn_and_the_teacher_stays(name: str, options: dict[str,
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     shown = student(images)
     below = set(leaves_below(total({name: x.sum() for name, x in tensors(shown).items() if name in wanted(method)})))
-    total(method(shown, teach(teacher, images, "fp32"), Batch(torch.arange(4)))).backward()
+    total(method(shown, teach(teacher, images, "fp32"), Batch(torch.arange(4), torch.arange(4)))).backward()
     assert all(p.grad is not None and p.grad.norm() > 0 for p in student.parameters() if p in below)
     assert all(p.grad is None for p in teacher.parameters())
 

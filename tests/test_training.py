@@ -21,10 +21,12 @@ from flowdistill.data.sources import ImageData, read_npz
 from flowdistill.ledger import Ledger
 from flowdistill.methods import Needs
 from flowdistill.models import Network
+from flowdistill.randomness import seeded
 from flowdistill.training import cohort as engine
 from flowdistill.training import teacher as teaching
 from flowdistill.training.cohort import Cohort, train
 from flowdistill.training.engine import Eager, Lane
+from flowdistill.training.facts import gather
 from flowdistill.training.step import Student, gradient_ratios, teach
 from flowdistill.training.teacher import Teacher
 from flowdistill.training.weights import hash_weights
@@ -52,7 +54,9 @@ def a_student(run: RunConfig, data: DeviceData, wider: int = 0) -> Student:
     settled = methods.settle(run.method, run.options, run.weights)
     ours, theirs = models.spec(run.student, data.spec), models.spec("resnet14", data.spec)
     theirs = replace(theirs, taps=tuple(replace(tap, channels=tap.channels + wider) for tap in theirs.taps))
-    method = methods.build(settled, student=ours, teacher=theirs, data=data.spec)
+    with seeded(run.seed, "adapters"):
+        method = methods.build(settled, student=ours, teacher=theirs, data=data.spec)
+    method.know(gather(method.needs, None, data, "fp32"))
     return Student(models.build(run.student, data.spec, taps=tuple(method.needs.student), seed=run.seed), method, settled, run.train)
 
 

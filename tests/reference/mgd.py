@@ -1,7 +1,7 @@
 """mgd: 1/N sum (g - t)^2 on the last stage, g = conv3x3(ReLU(conv3x3(M s))), the larger map average-pooled to the smaller.
 
 s: the student's map, where the widths differ through a 1x1 convolution. M is 0 for the channel c of the image i in the epoch e where
-h(h(h(e) + i) + c) / 2^32 < ratio, else 1, and h is the finaliser of MurmurHash3 on words of 32 bits.
+h(h(h(salt + e) + i) + c) / 2^32 < ratio, else 1, and h is the finaliser of MurmurHash3 on words of 32 bits.
 """
 
 import numpy as np
@@ -10,14 +10,9 @@ from pairs import FIVE, OTHER_STAGES, TWO_STAGES
 
 from flowdistill.methods.mgd import generation_loss
 
+from ._draws import drawn
 from .fitnets import convolved
 from .fsp import adapted, pool
-
-
-def finalised(word):
-    word = (word ^ word >> 16) * 0x85EBCA6B % 2**32
-    word = (word ^ word >> 13) * 0xC2B2AE35 % 2**32
-    return word ^ word >> 16
 
 
 def biased(features, bias):
@@ -36,7 +31,7 @@ def reference(student, teacher, options):
         ours = biased(adapted(ours, parameters["align.weight"]), parameters["align.bias"])
     for n, index in enumerate(options["indices"]):
         for c in range(ours.shape[1]):
-            word = finalised((finalised((finalised(options["epoch"]) + index) % 2**32) + c) % 2**32)
+            word = drawn(options["buffers"]["salt"], options["epoch"], index, c)
             if word / 2**32 < options.get("ratio", 0.15):
                 ours[n, c] = 0.0
     for layer in (0, 2):

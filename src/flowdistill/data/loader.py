@@ -24,6 +24,12 @@ def holdout_positions(labels: Labels) -> Labels:
     return stratified(labels, 1, HOLDOUT_PART)
 
 
+def trained_positions(labels: Labels, split: str) -> Labels:
+    """Positions of the images that a run of this split trains on."""
+    positions = np.arange(len(labels))
+    return np.setdiff1d(positions, holdout_positions(labels)) if split == "holdout" else positions
+
+
 @dataclass(frozen=True)
 class Normalisation:
     """(pixel/255 - mean) / std, a channel at a time; mean and std are those of the images trained on, in 0..1."""
@@ -70,8 +76,8 @@ class DeviceData:
 
     def __init__(self, data: ImageData, split: str, device: torch.device) -> None:
         self.spec, self.pad, self.flip, self.device = data.spec, data.pad, data.flip, device
-        held_out = holdout_positions(data.y_train) if split == "holdout" else np.empty(0, np.int64)
-        trained = np.setdiff1d(np.arange(len(data.y_train)), held_out)
+        trained = trained_positions(data.y_train, split)
+        held_out = np.setdiff1d(np.arange(len(data.y_train)), trained)
         images, labels = torch.from_numpy(data.x_train), torch.from_numpy(data.y_train)
         self.normalisation = Normalisation.of(images[trained])
         self.normalise = self.normalisation.on(device)

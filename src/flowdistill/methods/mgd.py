@@ -1,7 +1,7 @@
 """mgd: masked generative distillation. Of a part of the student's channels the teacher's whole map is generated.
 
-The authors draw the masks from the global generator; here they are a hash of image, channel and epoch, so that a run repeats itself
-wherever it runs. The variant for detection, which masks positions in place of channels, is not here.
+The authors draw the masks from the global generator; here they are a hash of seed, epoch, image and channel
+(``draws.py``). The variant for detection, which masks positions in place of channels, is not here.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from ..taps import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, full, paired_stages, register, same_shape
+from .draws import of_batch, salt, words
 from .fsp import match_sizes
-
-WORD = 0xFFFFFFFF
 
 
 def generation_loss(generated: Tensor, teacher: Tensor) -> Tensor:
@@ -38,27 +37,8 @@ def generation_loss(generated: Tensor, teacher: Tensor) -> Tensor:
     return (full(generated) - full(teacher)).square().flatten(1).sum(1).mean()
 
 
-def scrambled(x: Tensor) -> Tensor:
-    """Integers below 2^32, bijectively and without a pattern: the finaliser of MurmurHash3 (A. Appleby)."""
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        x = ((x ^ (x >> shift)) * factor) & WORD
-    return x ^ (x >> 16)
-
-
-def channel_mask(indices: Tensor, epoch: Tensor | int, channels: int, ratio: float) -> Tensor:
-    """Which channels of which images stay: u >= ratio with u = h(h(h(epoch) + index) + channel) / 2^32 and h = ``scrambled``.
-
-    Args:
-        indices: [N] integers that tell the images apart.
-        epoch: integer scalar.
-        channels: C.
-        ratio: the share that goes.
-
-    Returns:
-        [N, C] booleans.
-    """
-    drawn = scrambled((indices + scrambled(torch.zeros_like(indices) + epoch)) & WORD)
-    drawn = scrambled((drawn[:, None] + torch.arange(channels, device=indices.device)) & WORD)
+def channel_mask(drawn: Tensor, ratio: float) -> Tensor:
+    """Which channels stay, of words [N, C] of 32 bits: those with word / 2^32 >= ratio. [N, C] booleans."""
     return drawn >= int(ratio * 2**32)
 
 
@@ -83,6 +63,7 @@ class MGD(Method):
         2022,
         "https://arxiv.org/abs/2205.01529",
     )
+    version = 2  # 1 drew the same masks for every seed
     terms = ("mgd",)
     vanishes_at_match = False  # the generation stands between the two
     Options = MGDOptions
@@ -95,6 +76,7 @@ class MGD(Method):
         ours, theirs = student.tap(self.stage).channels, teacher.tap(self.stage).channels
         self.align = nn.Sequential() if ours == theirs else nn.Conv2d(ours, theirs, 1)
         self.generation = nn.Sequential(nn.Conv2d(theirs, theirs, 3, padding=1), nn.ReLU(), nn.Conv2d(theirs, theirs, 3, padding=1))
+        self.keep(salt=salt())
 
     @classmethod
     def default_weights(cls, options: Any) -> dict[str, float]:
@@ -102,13 +84,10 @@ class MGD(Method):
         return {"mgd": 1.2e-3}
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
-        """``mgd``. Where the batch knows no indices, the places in it count; where it knows no epoch, the first."""
+        """``mgd``."""
         ours, theirs = match_sizes(full(student.maps[self.stage]), teacher.maps[self.stage], "avg")
-        indices = None if batch is None else batch.indices
-        epoch = None if batch is None else batch.epoch
-        if indices is None:
-            indices = torch.arange(len(ours), device=ours.device)
-        mask = channel_mask(indices, 0 if epoch is None else epoch, theirs.shape[1], self.options.ratio)
+        indices, epoch = of_batch(batch, ours)
+        mask = channel_mask(words(self.get_buffer("salt"), epoch, indices, theirs.shape[1]), self.options.ratio)
         with torch.autocast(ours.device.type, enabled=False):
             generated = self.generation(self.align(ours) * mask[:, :, None, None])
         return {"mgd": generation_loss(generated, theirs)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from .. import methods, models
 from ..checks import UserError
 from ..config import DataConfig, RunConfig, validate
+from ..data.loader import trained_positions
 from ..data.sources import ImageData, load
 from ..device import Precision, resolve_precision
 from ..ledger import Ledger, Run
@@ -64,7 +65,7 @@ class Job:
         Raises:
             UserError: student and teacher can't be paired.
         """
-        spec = self.data.spec
+        spec = replace(self.data.spec, n_train=len(trained_positions(self.data.y_train, self.config.split)))
         try:
             with seeded(self.config.seed, "adapters"):
                 return methods.build(

@@ -1,0 +1,46 @@
+"""Random numbers of single images: a hash of seed, epoch and image, so that a run repeats itself whatever computes it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..taps import Batch
+
+WORD = 0xFFFFFFFF
+
+
+def scrambled(x: Tensor) -> Tensor:
+    """Integers below 2^32, bijectively and without a pattern: the finaliser of MurmurHash3 (A. Appleby)."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = ((x ^ (x >> shift)) * factor) & WORD
+    return x ^ (x >> 16)
+
+
+def salt() -> Tensor:
+    """An integer below 2^32 that tells seeds apart: drawn while a method's adapters are, to be a buffer of it."""
+    return torch.randint(0, WORD + 1, ())
+
+
+def words(salt: Tensor | int, epoch: Tensor | int, indices: Tensor, count: int) -> Tensor:
+    """h(h(h(salt + epoch) + index) + j) with h = ``scrambled``, all modulo 2^32.
+
+    Args:
+        salt: integer scalar.
+        epoch: integer scalar.
+        indices: [N] integers that tell the images apart.
+        count: how many of each image, j = 0, 1, ...
+
+    Returns:
+        [N, count] integers from 0 to 2^32 - 1.
+    """
+    drawn = scrambled((torch.zeros_like(indices) + salt + epoch) & WORD)
+    drawn = scrambled((drawn + indices) & WORD)
+    return scrambled((drawn[:, None] + torch.arange(count, device=indices.device)) & WORD)
+
+
+def of_batch(batch: Batch | None, images: Tensor) -> tuple[Tensor, Tensor | int]:
+    """Indices and epoch of a batch. Where it knows no indices, the places in it count; where it knows no epoch, the first."""
+    indices = None if batch is None else batch.indices
+    epoch = None if batch is None else batch.epoch
+    return torch.arange(len(images), device=images.device) if indices is None else indices, 0 if epoch is None else epoch

@@ -7,11 +7,13 @@ import test_methods as suite
 import torch
 import torch.nn.functional as F
 
-from flowdistill.methods import METHODS, Method, attention, base, compose, fsp, kd, logits
+from flowdistill.methods import METHODS, Method, attention, base, compose, fsp, kd, logits, ttm, wttm
 from flowdistill.methods.attention import AT, attention_loss
 from flowdistill.methods.base import full
 from flowdistill.methods.fsp import FSP, fsp_loss, fsp_matrix, match_sizes
+from flowdistill.methods.kd import kd_loss
 from flowdistill.methods.logits import logits_loss
+from flowdistill.methods.ttm import ttm_loss
 from flowdistill.training import step
 
 from .bug import bug
@@ -328,6 +330,38 @@ def adapter_in_a_plain_dict(self, *args, **networks):
     hidden = dict(self.adapters.items())
     del self.adapters
     self.adapters = hidden
+
+
+# ttm, wttm
+
+
+def formula(name, **options):
+    """A method, with these options of its cases, on networks of one shape."""
+    return {"name": name, "options": options, "pair": "even"}
+
+
+@bug(ttm, "ttm_loss", suite.test_formula_equals_the_reference, formula("ttm"))
+def ttm_temperature_on_both_sides(student, teacher, temperature=10.0):
+    """The student softened too: kd, at ttm's weight."""
+    return kd_loss(student, teacher, temperature)
+
+
+@bug(ttm, "ttm_loss", suite.test_formula_equals_the_reference, formula("ttm"))
+def ttm_with_t_squared(student, teacher, temperature=10.0):
+    """kd's factor T^2, though no gradient shrank: a hundred times the loss at T = 10."""
+    return ttm_loss(student, teacher, temperature) * temperature**2
+
+
+@bug(wttm, "power_sum", suite.test_formula_equals_the_reference, formula("wttm"))
+def wttm_power_sum_after_the_normalisation(teacher, temperature):
+    """The weights are summed from p_T, which sums to 1: ttm under wttm's name."""
+    return (full(teacher) / temperature).softmax(1).sum(1)
+
+
+@bug(wttm, "power_sum", suite.test_extremes_stay_finite, {"name": "wttm", "options": {}, "extreme": "logits x 1e3"})
+def wttm_power_sum_of_the_logits(teacher, temperature):
+    """exp(z / T) summed without the softmax before it: the weight is inf for large logits."""
+    return (full(teacher) / temperature).exp().sum(1)
 
 
 # composition and registry

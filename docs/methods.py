@@ -36,7 +36,6 @@ LEFT_OUT = """## Left out
 |---|---|
 | `fcfd` | partly unverified: the weights of the paper's equation are not known here, and there is no expected value |
 | `ofd`, `srrl`, `simkd`, `cat_kd`, `nd` | want the teacher's head, its normalisation or its class means, which a method does not see yet |
-| `srd`, `itrd` | not written yet |
 | `wkd` | its distances between classes come from the teacher's head or its features of the training set, which a method does not see yet |
 | `crd`, `dml` | not written yet: a memory bank, and students that teach each other |
 | Sobolev, BSS, LwM, AFD | in older collections; they need gradients by the image, adversarial images or a second network |

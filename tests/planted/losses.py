@@ -7,12 +7,14 @@ import test_methods as suite
 import torch
 import torch.nn.functional as F
 
-from flowdistill.methods import METHODS, Method, attention, base, compose, fsp, kd, logits, ttm, wttm
+from flowdistill.methods import METHODS, Method, attention, base, compose, fsp, itrd, kd, logits, srd, ttm, wttm
 from flowdistill.methods.attention import AT, attention_loss
 from flowdistill.methods.base import full
 from flowdistill.methods.fsp import FSP, fsp_loss, fsp_matrix, match_sizes
+from flowdistill.methods.itrd import mutual_loss
 from flowdistill.methods.kd import kd_loss
 from flowdistill.methods.logits import logits_loss
+from flowdistill.methods.srd import log_sum_loss, normalised
 from flowdistill.methods.ttm import ttm_loss
 from flowdistill.training import step
 
@@ -362,6 +364,47 @@ def wttm_power_sum_after_the_normalisation(teacher, temperature):
 def wttm_power_sum_of_the_logits(teacher, temperature):
     """exp(z / T) summed without the softmax before it: the weight is inf for large logits."""
     return (full(teacher) / temperature).exp().sum(1)
+
+
+# srd, itrd
+
+
+@bug(srd, "log_sum_loss", suite.test_formula_equals_the_reference, formula("srd"))
+def srd_without_the_logarithm(projected, teacher, alpha=4.0):
+    """The sum of fourth powers itself, thousands at the logarithm's weight."""
+    return (normalised(projected) - normalised(teacher)).abs().pow(alpha).sum()
+
+
+@bug(srd, "log_sum_loss", suite.test_formula_equals_the_reference, formula("srd"))
+def srd_exponent_one(projected, teacher, alpha=4.0):
+    """The exponent left at a default of 1: torchdistill's class."""
+    return log_sum_loss(projected, teacher, 1.0)
+
+
+@bug(srd, "log_sum_loss", suite.test_extremes_stay_finite, {"name": "srd", "options": {}, "extreme": "a batch of one"})
+def srd_logarithm_of_zero(projected, teacher, alpha=4.0):
+    """Nothing that keeps the sum from 0, so -inf where both sides are normalised to zeros: the authors' code for ResNets."""
+    return (normalised(projected) - normalised(teacher)).abs().pow(alpha).sum().log()
+
+
+@bug(itrd, "mutual_loss", suite.test_formula_equals_the_reference, formula("itrd", correlation=0.5, mutual=20.0))
+def itrd_gram_not_divided_by_its_trace(student, teacher):
+    """Gram matrices as they are: N^2 times the loss."""
+    ours = itrd.cosines(student)
+    return (ours.square() - (ours * itrd.cosines(teacher)).square()).sum()
+
+
+@bug(itrd, "mutual_loss", suite.test_formula_equals_the_reference, formula("itrd"))
+def itrd_mutual_information_minimised(student, teacher):
+    """The sign reversed, so that training unlearns what the two share: a port for medical images."""
+    return -mutual_loss(student, teacher)
+
+
+@bug(itrd, "correlation_loss", suite.test_extremes_stay_finite, {"name": "itrd", "options": {}, "extreme": "a batch of one"})
+def itrd_divides_by_a_deviation_of_zero(projected, teacher, alpha=1.01):
+    """(x - mean) / std with nothing that keeps std from 0: NaN for a constant dimension or a batch of one: the authors' code."""
+    ours, theirs = ((full(x) - full(x).mean(0)) / full(x).std(0, correction=0) for x in (projected, teacher))
+    return (1 - (1 - 1 / len(projected)) * (ours * theirs).mean(0)).pow(2 * alpha).sum().log2()
 
 
 # composition and registry

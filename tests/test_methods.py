@@ -265,6 +265,20 @@ def test_formula_equals_the_reference(name: str, options: dict[str, Any], pair: 
     assert found == pytest.approx(expected(method, by_part(name, options), given), rel=1e-9, abs=0)
 
 
+EMBEDDED = [case for case in ALL if "embedding" in getattr(REFERENCES.get(case[0]), "PULLS", ())]
+
+
+@pytest.mark.parametrize(("name", "options"), EMBEDDED, ids=[label(*case) for case in EMBEDDED])
+def test_formula_holds_where_the_teachers_embedding_is_wider(name: str, options: dict[str, Any]) -> None:
+    """Projectors from one width to another, which the pairs do not want: their embeddings are equally wide."""
+    student, teacher = PAIRS["even"]
+    pair = (student, replace(teacher, embedding=student.embedding + 3))
+    method, given = make(name, options, pair).double(), scene(pair)
+    found = {term: value.item() for term, value in method(*given).items()}
+    assert found == pytest.approx(expected(method, by_part(name, options), given), rel=1e-9, abs=0)
+    assert all(gradient.norm() > 0 for gradient in gradients(method, given).values())
+
+
 @each_case
 def test_terms_are_float32_scalars_with_a_weight_each(name: str, options: dict[str, Any]) -> None:
     pair = widest(name, options)

@@ -2,19 +2,83 @@
 
 from __future__ import annotations
 
+import math
+
 import test_fsp
+import test_golden
 import test_methods as suite
 import torch
 import torch.nn.functional as F
 
-from flowdistill.methods import METHODS, Method, attention, base, compose, fsp, kd, logits
+from flowdistill.methods import (
+    METHODS,
+    Method,
+    ab,
+    attention,
+    base,
+    cc,
+    compose,
+    ctkd,
+    cwd,
+    dist,
+    dkd,
+    fitnets,
+    fsp,
+    ft,
+    ickd,
+    irg,
+    itrd,
+    kd,
+    kdsvd,
+    logits,
+    mgd,
+    mlkd,
+    nkd,
+    nst,
+    pkt,
+    reviewkd,
+    rkd,
+    sp,
+    srd,
+    standardise,
+    tf_kd,
+    ttm,
+    vid,
+    wsld,
+    wttm,
+)
+from flowdistill.methods.ab import boundary_loss
 from flowdistill.methods.attention import AT, attention_loss
 from flowdistill.methods.base import full
+from flowdistill.methods.dist import relations
+from flowdistill.methods.dkd import other_logits
 from flowdistill.methods.fsp import FSP, fsp_loss, fsp_matrix, match_sizes
+from flowdistill.methods.ft import ft_loss
+from flowdistill.methods.ickd import ickd_loss
+from flowdistill.methods.itrd import mutual_loss
+from flowdistill.methods.kd import kd_loss
 from flowdistill.methods.logits import logits_loss
+from flowdistill.methods.nst import nst_loss
+from flowdistill.methods.pefd import PEFD
+from flowdistill.methods.reviewkd import hierarchical_context_loss
+from flowdistill.methods.srd import log_sum_loss, normalised
+from flowdistill.methods.tf_kd import tf_kd_loss
+from flowdistill.methods.ttm import ttm_loss
+from flowdistill.methods.vid import vid_loss
 from flowdistill.training import step
 
 from .bug import bug
+
+
+def formula(name, **options):
+    """A method, with these options of its cases, on networks of one shape."""
+    return {"name": name, "options": options, "pair": "even"}
+
+
+def option_set(name, **options):
+    """The same, for a check that tries one pair."""
+    return {"name": name, "options": options}
+
 
 # kd
 
@@ -328,6 +392,261 @@ def adapter_in_a_plain_dict(self, *args, **networks):
     hidden = dict(self.adapters.items())
     del self.adapters
     self.adapters = hidden
+
+
+# dkd, dist, nkd, mlkd, wsld, tf_kd, ctkd, ls
+
+
+@bug(dkd, "decoupled", suite.test_extremes_stay_finite, {**option_set("dkd"), "extreme": "logits x 1e3"})
+def dkd_logarithms_of_probabilities(student, teacher, labels, temperature=4.0):
+    """log of the probabilities of the target and of all others: NaN as soon as one of them is 0: mdistiller."""
+    scaled = [full(z) / temperature for z in (student, teacher)]
+    target_s, target_t = (z.softmax(1).gather(1, labels[:, None]) for z in scaled)
+    b_s, b_t = (torch.cat([p, 1 - p], 1) for p in (target_s, target_t))
+    log_q_s, log_q_t = (other_logits(z, labels).log_softmax(1) for z in scaled)
+    target, others = b_t * (b_t.log() - b_s.log()), log_q_t.exp() * (log_q_t - log_q_s)
+    return dkd.Decoupled(target.sum(1) * temperature**2, others.sum(1) * temperature**2)
+
+
+@bug(dist, "dist_loss", suite.test_formula_equals_the_reference, formula("dist"))
+def dist_without_t_squared(student, teacher, temperature=4.0, beta=1.0, gamma=1.0):
+    """The appendix of the paper under the name of the authors' code: 16 times smaller at T = 4."""
+    found = relations(student, teacher, temperature)
+    return beta * found.inter + gamma * found.intra
+
+
+@bug(nkd, "nkd_loss", suite.test_formula_equals_the_reference, formula("nkd"))
+def nkd_others_not_normalised(student, teacher, labels, temperature=3.0, gamma=3.5):
+    """The other classes with the probabilities that the whole softmax gives them: the N of nkd left out."""
+    ours, theirs = full(student), full(teacher)
+    target = theirs.softmax(1).gather(1, labels[:, None]) * ours.log_softmax(1).gather(1, labels[:, None])
+    soft = (theirs / temperature).softmax(1) * (ours / temperature).log_softmax(1)
+    others = soft.sum(1) - soft.gather(1, labels[:, None]).squeeze(1)
+    return -(target.squeeze(1) + gamma * temperature**2 * others).mean()
+
+
+@bug(mlkd, "_similarity_loss", suite.test_autocast_does_not_bring_half_back, option_set("mlkd"))
+def mlkd_similarities_in_half(student, teacher):
+    """Products of probabilities that autocast takes back to bf16."""
+    return (teacher @ teacher.T - student @ student.T).square().sum() / len(student)
+
+
+@bug(wsld, "wsld_loss", suite.test_gradcheck, option_set("wsld"))
+def wsld_learns_its_own_weight(student, teacher, labels, temperature=2.0):
+    """No detach: the student lowers the loss by lowering what it counts for."""
+    ours, theirs = full(student), full(teacher)
+    error_s, error_t = (F.cross_entropy(z, labels, reduction="none") for z in (ours, theirs))
+    soft = F.cross_entropy(ours / temperature, (theirs / temperature).softmax(1), reduction="none")
+    return ((1 - (-error_s / (error_t + 1e-7)).exp()) * soft).mean() * temperature**2
+
+
+@bug(tf_kd, "tf_kd_loss", suite.test_formula_equals_the_reference, formula("tf_kd"))
+def tf_kd_summed_over_the_classes(student, labels, temperature=20.0, sure=0.99, mode="code"):
+    """batchmean at the weight of the authors' mean over batch and classes: K times the loss."""
+    return tf_kd_loss(student, labels, temperature, sure, mode) * (student.shape[1] if mode == "code" else 1)
+
+
+@bug(ctkd, "scaled_gradient", test_golden.test_value_is_met, {"key": "ctkd/theta_grad_epoch5"})
+def ctkd_temperature_learns_with_the_student(x, factor):
+    """No reversal of the gradient: the temperature makes the loss small, not hard."""
+    return x
+
+
+@bug(standardise, "standardise", suite.test_formula_equals_the_reference, formula("ls:kd"))
+def ls_divided_by_all_classes(logits):
+    """The standard deviation divided by K, as numpy and layer normalisation have it, not by K - 1."""
+    values = full(logits)
+    return (values - values.mean(1, keepdim=True)) / (values.std(1, correction=0, keepdim=True) + 1e-7)
+
+
+# fitnets, cwd, mgd, ickd, ft, nst, vid, reviewkd, pefd, kdsvd, ab
+
+
+@bug(fitnets, "hint_loss", suite.test_formula_equals_the_reference, formula("fitnets"))
+def fitnets_half_the_squared_norm(student, teacher):
+    """The paper's 1/2 ||r - t||^2, C H W / 2 times larger, at the weight of the mean."""
+    return (full(student) - full(teacher)).square().flatten(1).sum(1).mean() / 2
+
+
+@bug(cwd, "cwd_loss", suite.test_formula_equals_the_reference, formula("cwd"))
+def cwd_softmax_over_the_channels(student, teacher, tau=4.0):
+    """dim=1 of a map: which channel is active at a place, not at which place a channel is."""
+    log_s, log_t = ((full(x) / tau).log_softmax(1) for x in (student, teacher))
+    return F.kl_div(log_s, log_t, reduction="sum", log_target=True) * tau**2 / log_s[:, :, 0, 0].numel()
+
+
+@bug(mgd, "generation_loss", suite.test_formula_equals_the_reference, formula("mgd"))
+def mgd_mean_over_the_map(generated, teacher):
+    """nn.MSELoss() at its default, C H W times smaller, at the weight of the sum."""
+    return F.mse_loss(full(generated), full(teacher))
+
+
+@bug(ickd, "ickd_loss", suite.test_promise_per_sample, option_set("ickd"))
+def ickd_divided_by_the_batch_once_more(student, teacher):
+    """The loss falls with the batch: the authors' code for ImageNet, torchdistill."""
+    return ickd_loss(student, teacher) / len(student)
+
+
+@bug(ft, "ft_loss", suite.test_formula_equals_the_reference, formula("ft", p=2))
+def ft_norm_not_squared(student, teacher, p=1):
+    """p = 2 taken for the norm of the difference, not its mean square: torchdistill."""
+    if p == 1:
+        return ft_loss(student, teacher, p)
+    ours, theirs = (F.normalize(full(x).flatten(1), dim=1) for x in (student, teacher))
+    return torch.linalg.vector_norm(ours - theirs, dim=1).mean()
+
+
+@bug(nst, "nst_loss", suite.test_promise_vanishes_at_match, option_set("nst"))
+def nst_without_the_teachers_term(student, teacher):
+    """The constant left out, so that the value is negative and 0 is no match: the authors' code."""
+    theirs = F.normalize(full(teacher).flatten(2), dim=2)
+    return nst_loss(student, teacher) - (theirs @ theirs.transpose(1, 2)).square().mean()
+
+
+@bug(vid, "vid_loss", suite.test_gradient_reaches_what_is_requested_and_the_adapters_alone, formula("vid"))
+def vid_variance_stays_at_its_start(mean, teacher, variance):
+    """A variance that nothing trains: mdistiller, whose optimiser does not get it."""
+    return vid_loss(mean, teacher, variance.detach())
+
+
+@bug(reviewkd, "hierarchical_context_loss", suite.test_formula_equals_the_reference, formula("reviewkd"))
+def reviewkd_weights_not_divided_by_their_sum(fused, teacher):
+    """The grids added to the map: up to 1.9 times the loss."""
+    grids = sum(0.5**i for i, size in enumerate((4, 2, 1), 1) if size < fused.shape[2])
+    return hierarchical_context_loss(fused, teacher) * (1 + grids)
+
+
+original_pefd = PEFD.__init__
+
+
+@bug(PEFD, "__init__", suite.test_gradient_reaches_what_is_requested_and_the_adapters_alone, formula("pefd"))
+def pefd_with_a_projector_that_nobody_uses(self, *args, **networks):
+    """One projector more than the loss takes, which weight decay alone moves: the authors' code."""
+    original_pefd(self, *args, **networks)
+    self.spare = torch.nn.Linear(2, 2)
+
+
+@bug(kdsvd, "_aligned", suite.test_formula_equals_the_reference, formula("kdsvd"))
+def kdsvd_signs_left_to_lapack(vectors, wanted):
+    """The nearest singular vector, whichever way it points: a decomposition's whim moves the loss."""
+    nearest = (wanted.transpose(1, 2) @ vectors).abs().argmax(2, keepdim=True)
+    return vectors.gather(2, nearest.transpose(1, 2).expand_as(wanted))
+
+
+@bug(ab, "ab_loss", suite.test_formula_equals_the_reference, formula("ab"))
+def ab_without_its_thousandths(student, teacher, margin=1.0):
+    """No factor 3/1000: torchdistill."""
+    losses = [boundary_loss(s, t, margin) for s, t in zip(student, teacher, strict=True)]
+    return sum(loss * 2.0 ** (i - len(losses)) for i, loss in enumerate(losses, 1))
+
+
+# sp, pkt, rkd, cc, irg
+
+
+@bug(sp, "similarity", suite.test_formula_equals_the_reference, formula("sp"))
+def sp_rows_divided_by_their_sum(features):
+    """normalize(G, 1): the 1 lands in p, not in dim: torchdistill."""
+    flat = full(features).flatten(1)
+    return F.normalize(flat @ flat.T, 1)
+
+
+@bug(pkt, "pkt_loss", suite.test_formula_equals_the_reference, formula("pkt"))
+def pkt_divided_by_the_batch_once(student, teacher, eps=1e-7):
+    """batchmean, as the divergence of rows asks, where every published code has the mean over N^2."""
+    ours, theirs = pkt.neighbours(student, eps), pkt.neighbours(teacher, eps)
+    return (theirs * ((theirs + eps) / (ours + eps)).log()).sum(1).mean()
+
+
+@bug(rkd, "distances", suite.test_promise_per_sample, option_set("rkd"))
+def rkd_distances_from_a_gram_matrix(embedding):
+    """Kept from 0 by 1e-12 before the root, so that equal samples are apart and count in the mean: the authors' code."""
+    gram = full(embedding) @ full(embedding).T
+    square = gram.diagonal()
+    apart = (square[:, None] + square - 2 * gram).clamp(min=1e-12).sqrt()
+    return apart * (1 - torch.eye(len(apart), dtype=apart.dtype))
+
+
+@bug(cc, "correlation", suite.test_formula_equals_the_reference, formula("cc"))
+def cc_without_the_normalisation(embedding, gamma=0.4, order=2):
+    """The Taylor series of a Gaussian kernel, which holds for unit vectors, on embeddings as they are: torchdistill."""
+    inner = full(embedding) @ full(embedding).T
+    factors = [math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p) for p in range(order + 1)]
+    return sum(factor * inner**p for p, factor in enumerate(factors))
+
+
+@bug(irg, "_by_largest", suite.test_gradcheck, option_set("irg"))
+def irg_largest_held_constant(values):
+    """The maximum detached: the right value, the wrong gradient: the authors' Caffe code."""
+    largest = values.amax().detach()
+    return values / largest.where(largest > 0, 1)
+
+
+# ttm, wttm
+
+
+@bug(ttm, "ttm_loss", suite.test_formula_equals_the_reference, formula("ttm"))
+def ttm_temperature_on_both_sides(student, teacher, temperature=5.0):
+    """The student softened too: kd, at ttm's weight."""
+    return kd_loss(student, teacher, temperature)
+
+
+@bug(ttm, "ttm_loss", suite.test_formula_equals_the_reference, formula("ttm"))
+def ttm_with_t_squared(student, teacher, temperature=5.0):
+    """kd's factor T^2, though no gradient shrank: 25 times the loss at T = 5."""
+    return ttm_loss(student, teacher, temperature) * temperature**2
+
+
+@bug(wttm, "power_sum", suite.test_formula_equals_the_reference, formula("wttm"))
+def wttm_power_sum_after_the_normalisation(teacher, temperature):
+    """The weights are summed from p_T, which sums to 1: ttm under wttm's name."""
+    return (full(teacher) / temperature).softmax(1).sum(1)
+
+
+@bug(wttm, "power_sum", suite.test_extremes_stay_finite, {**option_set("wttm"), "extreme": "logits x 1e3"})
+def wttm_power_sum_of_the_logits(teacher, temperature):
+    """exp(z / T) summed without the softmax before it: the weight is inf for large logits."""
+    return (full(teacher) / temperature).exp().sum(1)
+
+
+# srd, itrd
+
+
+@bug(srd, "log_sum_loss", suite.test_formula_equals_the_reference, formula("srd"))
+def srd_without_the_logarithm(projected, teacher, alpha=4.0):
+    """The sum of fourth powers itself, thousands at the logarithm's weight."""
+    return (normalised(projected) - normalised(teacher)).abs().pow(alpha).sum()
+
+
+@bug(srd, "log_sum_loss", suite.test_formula_equals_the_reference, formula("srd"))
+def srd_exponent_one(projected, teacher, alpha=4.0):
+    """The exponent left at a default of 1: torchdistill's class."""
+    return log_sum_loss(projected, teacher, 1.0)
+
+
+@bug(srd, "log_sum_loss", suite.test_extremes_stay_finite, {**option_set("srd"), "extreme": "a batch of one"})
+def srd_logarithm_of_zero(projected, teacher, alpha=4.0):
+    """Nothing that keeps the sum from 0, so -inf where both sides are normalised to zeros: the authors' code for ResNets."""
+    return (normalised(projected) - normalised(teacher)).abs().pow(alpha).sum().log()
+
+
+@bug(itrd, "mutual_loss", suite.test_formula_equals_the_reference, formula("itrd", correlation=0.5, mutual=20.0))
+def itrd_gram_not_divided_by_its_trace(student, teacher):
+    """Gram matrices as they are: N^2 times the loss."""
+    ours = itrd.cosines(student)
+    return (ours.square() - (ours * itrd.cosines(teacher)).square()).sum()
+
+
+@bug(itrd, "mutual_loss", suite.test_formula_equals_the_reference, formula("itrd"))
+def itrd_mutual_information_minimised(student, teacher):
+    """The sign reversed, so that training unlearns what the two share: a port for medical images."""
+    return -mutual_loss(student, teacher)
+
+
+@bug(itrd, "correlation_loss", suite.test_extremes_stay_finite, {**option_set("itrd"), "extreme": "a batch of one"})
+def itrd_divides_by_a_deviation_of_zero(projected, teacher, alpha=1.01):
+    """(x - mean) / std with nothing that keeps std from 0: NaN for a constant dimension or a batch of one: the authors' code."""
+    ours, theirs = ((full(x) - full(x).mean(0)) / full(x).std(0, correction=0) for x in (projected, teacher))
+    return (1 - (1 - 1 / len(projected)) * (ours * theirs).mean(0)).pow(2 * alpha).sum().log2()
 
 
 # composition and registry

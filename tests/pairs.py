@@ -19,15 +19,17 @@ def network(name: str, channels: tuple[int, ...] = CHANNELS, sizes: tuple[tuple[
     return NetSpec(name, tuple(taps), channels[-1], classes, "fc")
 
 
-def complete(spec: NetSpec) -> NetSpec:
-    """The network with the rarer taps too: the ends of its stages before ReLU, with the normalisation that gave them, and ``cam``."""
+def complete(spec: NetSpec, teacher: NetSpec) -> NetSpec:
+    """The network with the rarer taps: the stages' ends before ReLU, with the normalisation that gave them; ``cam``; ``projected``."""
     before = (replace(spec.tap(stage), name=f"{stage}.pre", norm=f"{spec.tap(stage).module}.norm") for stage in spec.stages)
     last = spec.tap(spec.stages[-1])
-    return replace(spec, taps=(*spec.taps, *before, TapSpec("cam", spec.classes, last.height, last.width, "fc")))
+    goal = teacher.tap(teacher.stages[-1])
+    projected = TapSpec("projected", goal.channels, min(last.height, goal.height), min(last.width, goal.width), "projector")
+    return replace(spec, taps=(*spec.taps, *before, TapSpec("cam", spec.classes, last.height, last.width, "fc"), projected))
 
 
 def completed(pairs: dict[str, tuple[NetSpec, NetSpec]]) -> dict[str, tuple[NetSpec, NetSpec]]:
-    return {name: (complete(ours), complete(theirs)) for name, (ours, theirs) in pairs.items()}
+    return {name: (complete(ours, theirs), complete(theirs, theirs)) for name, (ours, theirs) in pairs.items()}
 
 
 PAIRS = completed(

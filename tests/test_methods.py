@@ -148,6 +148,12 @@ def refused(name: str, options: dict[str, Any], pair: tuple[NetSpec, NetSpec]) -
     return ""
 
 
+def real(name: str, options: dict[str, Any], student: str, teacher: str, data: DataSpec) -> tuple[NetSpec, NetSpec]:
+    """What is trained by the method, and the teacher, as specs."""
+    trained = settle(name, by_part(name, options), {}).trained_model(student, teacher)
+    return models.spec(trained, data), models.spec(teacher, data)
+
+
 def widest(name: str, options: dict[str, Any]) -> tuple[NetSpec, NetSpec]:
     """The pair with the most in it: adapters, where the case has any."""
     return PAIRS[pairs_for(name, options)[-1]]
@@ -159,12 +165,15 @@ def draw(spec: NetSpec, seed: int, n: int, *, relu: bool = True) -> Outputs:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    after_relu = (tap for tap in spec.taps if tap.name != "cam" and not tap.name.endswith(".pre"))
+    after_relu = (tap for tap in spec.taps if tap.name not in ("cam", "projected") and not tap.name.endswith(".pre"))
     before = {tap.name: normal(n, tap.channels, tap.height, tap.width) + 0.3 for tap in after_relu}
     maps = {tap: m.clamp(min=0) if relu else m for tap, m in before.items()} | {f"{stage}.pre": before[stage] for stage in spec.stages}
     logits, embedding = 2 * normal(n, spec.classes), normal(n, spec.embedding)
-    cam = spec.tap("cam")
-    return Outputs(logits, embedding, {**maps, "cam": normal(n, cam.channels, cam.height, cam.width)})
+    cam, projected, last = spec.tap("cam"), spec.tap("projected"), spec.stages[-1]
+    maps["cam"] = normal(n, cam.channels, cam.height, cam.width)
+    own = projected.shape == spec.tap(last).shape  # as a teacher's is
+    maps["projected"] = maps[last] if own else normal(n, projected.channels, projected.height, projected.width).clamp(min=0)
+    return Outputs(logits, embedding, maps)
 
 
 def scene(pair: tuple[NetSpec, NetSpec], n: int = 3, *, relu: bool = True) -> Scene:
@@ -384,11 +393,13 @@ def leaves_below(loss: Tensor) -> list[Tensor]:
 
 @each_case
 def test_needs_are_taps_that_every_model_has(name: str, options: dict[str, Any]) -> None:
-    for spec in (models.spec(model, DATA) for model in models.MODELS):
-        if refused(name, options, (spec, spec)):
+    for model in models.MODELS:
+        pair = real(name, options, model, model, DATA)
+        if refused(name, options, pair):
             continue  # as two taps of a VGG are one tensor
-        needs = make(name, options, (spec, spec)).needs
-        assert needs.student | needs.teacher <= {tap.name for tap in spec.taps}, spec.name
+        needs = make(name, options, pair).needs
+        assert needs.student <= {tap.name for tap in pair[0].taps}, model
+        assert needs.teacher <= {tap.name for tap in pair[1].taps}, model
 
 
 @each_case
@@ -396,7 +407,7 @@ def test_needs_are_taps_that_every_model_has(name: str, options: dict[str, Any])
 def test_the_pairs_of_the_crd_benchmark_are_built_or_refused_with_the_cure(
     name: str, options: dict[str, Any], teacher: str, student: str
 ) -> None:
-    refusal = refused(name, options, (models.spec(student, CIFAR100), models.spec(teacher, CIFAR100)))
+    refusal = refused(name, options, real(name, options, student, teacher, CIFAR100))
     if refusal:
         assert any(refusal.startswith(f"{part}: ") for part in by_part(name, options))
         assert "set options." in refusal or "choose " in refusal, refusal
@@ -404,8 +415,9 @@ def test_the_pairs_of_the_crd_benchmark_are_built_or_refused_with_the_cure(
 
 @each_case
 def test_real_networks_learn_and_the_teacher_stays(name: str, options: dict[str, Any]) -> None:
-    method = make(name, options, (models.spec("resnet8", DATA), models.spec("resnet14", DATA)))
-    student = models.build("resnet8", DATA, taps=tuple(method.needs.student), seed=0)
+    pair = real(name, options, "resnet8", "resnet14", DATA)
+    method = make(name, options, pair)
+    student = models.build(pair[0].name, DATA, taps=tuple(method.needs.student), seed=0)
     teacher = models.build("resnet14", DATA, taps=tuple(method.needs.teacher), seed=1).eval()
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     shown = student(images)

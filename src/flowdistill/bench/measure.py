@@ -107,10 +107,11 @@ class Work:
         config = validate({"student": self.student, "method": method, "seed": seed, "train": {"batch_size": self.batch_size}})
         settled, spec = methods.settle(method, {}, {}), self.data.spec
         try:
-            built = methods.build(settled, student=models.spec(self.student, spec), teacher=models.spec(self.teacher, spec), data=spec)
+            trained = settled.trained_model(self.student, self.teacher)
+            built = methods.build(settled, student=models.spec(trained, spec), teacher=models.spec(self.teacher, spec), data=spec)
         except ValueError as error:
             raise UserError(str(error)) from None
-        net = models.build(self.student, spec, taps=tuple(sorted(built.needs.student)), seed=seed)
+        net = models.build(trained, spec, taps=tuple(sorted(built.needs.student)), seed=seed)
         return Student(self._placed(net), built.to(self.data.device), settled, config.train)
 
     def network(self, needs: Needs) -> models.Network:

@@ -160,6 +160,11 @@ class Method(nn.Module):
         """The phases of training; one, unless the paper trains in stages."""
         return (Phase("joint"),)
 
+    @classmethod
+    def trained_model(cls, options: Any, student: str, teacher: str) -> str:
+        """The model that is trained and ships: the student, unless the paper builds another on it."""
+        return student
+
     def know(self, facts: Facts) -> None:
         """Keep of the facts what it needs, on the device that they are on, by ``keep``. Called once, before training."""
 

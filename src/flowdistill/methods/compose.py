@@ -60,6 +60,11 @@ class Settled:
     uses_teacher: bool
     variant: str
 
+    def trained_model(self, student: str, teacher: str) -> str:
+        """The model that is trained and ships, by the part that builds another than the student; names of models."""
+        built = (get(name).trained_model(options, student, teacher) for name, options in self.options.items())
+        return next((model for model in built if model != student), student)
+
 
 def settle(name: str, options: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float]) -> Settled:
     """Fill in the defaults of a method or composition.

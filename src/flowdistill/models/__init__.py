@@ -120,7 +120,7 @@ class ImageFactory:
         if key not in self._specs:
             try:
                 with torch.device("meta"):
-                    net = self.make(data.channels, data.classes).eval()
+                    net = self.network(data).eval()
                     maps, last = net.features(torch.empty(1, data.channels, data.height, data.width))
             except RuntimeError as error:  # too small for its pooling, or larger than anything
                 raise UserError(f"{self.name} can't take images of {data.height}x{data.width}: {first_line(error)}") from None
@@ -133,9 +133,13 @@ class ImageFactory:
             self._specs[key] = NetSpec(self.name, tuple(taps), width_of_embedding, data.classes, net.head)
         return self._specs[key]
 
+    def network(self, data: DataSpec) -> ImageNetwork:
+        """The network for such data, which does not know its taps yet."""
+        return self.make(data.channels, data.classes)
+
     def build(self, data: DataSpec, taps: tuple[str, ...]) -> ImageNetwork:
         """The network with fresh weights."""
-        net = self.make(data.channels, data.classes)
+        net = self.network(data)
         net.spec = self.spec(data)
         net.taps = tuple(net.spec.tap(name).name for name in taps)
         net.fresh()
@@ -143,6 +147,8 @@ class ImageFactory:
 
 
 MODELS: Registry[Factory] = Registry("model")
+FORMS: dict[str, Callable[[str], Factory]] = {}
+"""How a network that is made of others is written, ``form(...)`` -> its factory from the whole name."""
 
 
 def register(name: str, about: str, make: Callable[[int, int], ImageNetwork]) -> None:
@@ -150,25 +156,35 @@ def register(name: str, about: str, make: Callable[[int, int], ImageNetwork]) ->
     MODELS.register(name)(ImageFactory(name, about, make))
 
 
-def canonical(name: str) -> str:
-    """The registered name of a model: ``resnet_32_20`` (the reference log's spelling) is ``resnet20``.
+def factory(name: str) -> Factory:
+    """How a network is built: a registered one, or one that is made of others.
 
     Raises:
         UserError: no such model.
     """
-    MODELS[model_name(name)]
+    form, bracket, _ = name.partition("(")
+    return FORMS[form](name) if bracket and form in FORMS else MODELS[model_name(name)]
+
+
+def canonical(name: str) -> str:
+    """A model's own name: ``resnet_32_20`` (the reference log's spelling) is ``resnet20``.
+
+    Raises:
+        UserError: no such model.
+    """
+    factory(name)
     return model_name(name)
 
 
 def spec(name: str, data: DataSpec) -> NetSpec:
     """What the network of that name would offer for such data; builds nothing."""
-    return MODELS[canonical(name)].spec(data)
+    return factory(name).spec(data)
 
 
 def build(name: str, data: DataSpec, *, taps: tuple[str, ...] = (), seed: int = 0) -> Network:
     """A network with fresh weights, a function of (name, seed) and the data's sizes alone."""
     with seeded(seed, "weights"):
-        return MODELS[canonical(name)].build(data, taps)
+        return factory(name).build(data, taps)
 
 
 for _module in pkgutil.iter_modules(__path__):

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import models
 from ..checks import UserError
 from ..data.loader import DeviceData, Stream
 from ..device import Precision, keep_freed_memory
 from ..models import Network
+from ..models.reused import Reused
 from ..taps import Facts
 from ..training.choice import choose
 from ..training.cohort import Cohort, Progress, first_gradients
@@ -66,8 +68,8 @@ def assemble(jobs: Sequence[Job], data: DeviceData, device: torch.device, engine
     lanes: dict[tuple[int, str], Lane] = {}
     members = []
     for job, method in zip(jobs, methods, strict=True):
-        net = job.student.build(data.spec, taps=tuple(sorted(method.needs.student)), seed=job.config.seed)
-        student = Student(_placed(net, device), method.to(device), job.settled, job.config.train)
+        net = _placed(_network(job, tuple(sorted(method.needs.student))), device)
+        student = Student(net, method.to(device), job.settled, job.config.train)
         member = Member(job, student)
         origin = job.teacher.origin if job.teacher else taught.get(job.config.seed, "")
         lane = lanes.setdefault((job.config.seed, origin), Lane(Stream(data, job.config.seed, job.config.train.batch_size), None, []))
@@ -86,6 +88,18 @@ def assemble(jobs: Sequence[Job], data: DeviceData, device: torch.device, engine
     pixels = sum(first.phase_epochs) * found[0].stream.steps * found[0].stream.batch_size * data.spec.height * data.spec.width
     chosen = choose(engine, device, first.precision, pixels=pixels, resident=data.resident)
     return Cohort(data, found, first.config.train, first.phase_epochs, chosen, select), members
+
+
+def _network(job: Job, taps: tuple[str, ...]) -> Network:
+    """What a job trains: its student, or what is built on that and the teacher."""
+    spec, seed = job.data.spec, job.config.seed
+    if job.trained == job.student.model:
+        return job.student.build(spec, taps=taps, seed=seed)
+    net = models.build(job.trained, spec, taps=taps, seed=seed)
+    assert isinstance(net, Reused)
+    assert job.teacher is not None
+    net.take_over(job.student.build(spec, seed=seed), job.teacher.build(spec))
+    return net
 
 
 def _placed(net: Network, device: torch.device) -> Network:

@@ -111,9 +111,9 @@ def _saw(about: Mapping[str, Any]) -> Saw | None:
 def _of_run(run: Run, ledger: Ledger, fingerprint: str) -> NetworkRef:
     if run.status != "finished":
         raise UserError(f"run {run.no} is {run.status}, not finished; choose a finished one (flowdistill runs)")
-    weights, _ = load_weights(ledger.run_folder(run.no) / STUDENT_FILE)
+    weights, about = load_weights(ledger.run_folder(run.no) / STUDENT_FILE)
     saw = Saw(run.config["data"]["name"], run.split, run.data_hash)
-    return NetworkRef(run.student, weights, run.no, fingerprint, run.init_hash, saw, f"run {run.no}")
+    return NetworkRef(about["model"], weights, run.no, fingerprint, run.init_hash, saw, f"run {run.no}")
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,11 @@ class Job:
         return self.fingerprint, self.config.seed
 
     @property
+    def trained(self) -> str:
+        """The model that is trained and ships: the student, unless its method builds another on it."""
+        return self.settled.trained_model(self.student.model, self.teacher.model if self.teacher else "")
+
+    @property
     def label(self) -> str:
         """As messages name it."""
         pair = f"{self.student.model} <- {self.teacher.model}" if self.teacher else self.student.model
@@ -70,7 +75,7 @@ class Job:
             with seeded(self.config.seed, "adapters"):
                 return methods.build(
                     self.settled,
-                    student=models.spec(self.student.model, spec),
+                    student=models.spec(self.trained, spec),
                     teacher=models.spec(self.teacher.model, spec) if self.teacher else None,
                     data=spec,
                 )

@@ -129,7 +129,7 @@ def told(run: Run) -> str:
 def _about(job: Job, data: DeviceData, correct: int) -> dict[str, Any]:
     """What travels in the student's file: enough to build it, feed it and measure it again."""
     return {
-        "model": job.student.model,
+        "model": job.trained,
         "classes": data.spec.classes,
         "input": [data.spec.channels, data.spec.height, data.spec.width],
         "mean": data.normalisation.mean,

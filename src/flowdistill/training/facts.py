@@ -45,7 +45,8 @@ def _norms(teacher: Network, needs: Needs) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _affine(module: nn.Module) -> tuple[Tensor, Tensor]:
-    return module.get_parameter("weight"), module.get_parameter("bias")
+    """Copies: a teacher in bf16 casts its own."""
+    return module.get_parameter("weight").detach().clone(), module.get_parameter("bias").detach().clone()
 
 
 def class_means(teacher: Network, data: DeviceData, precision: Precision) -> Tensor:

@@ -189,7 +189,7 @@ def gradient_ratios(student: Student, images: Tensor, taught: Outputs | None, ba
     buffers = {name: value.clone() for name, value in objective.named_buffers()}
     student.begin_epoch()
     terms = losses(student, images, taught, batch, precision)
-    weights = list(student.net.parameters())
+    weights = [parameter for parameter in student.net.parameters() if parameter.requires_grad]
 
     def norm(value: Tensor) -> float:
         gradients = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)

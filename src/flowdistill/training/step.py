@@ -123,10 +123,13 @@ class Objective(nn.Module):
         self.net, self.method = net, method
 
     def forward(self, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> dict[str, Tensor]:
-        """Every unweighted term, float32 scalars; the network runs under ``precision``, the losses never in half."""
+        """Every unweighted term, float32 scalars; the network runs under ``precision``, the losses never in half.
+
+        Without labels there is no task.
+        """
         with autocast(images.device, precision):
             given: Outputs = self.net(images)
-        terms = {TASK: F.cross_entropy(full(given.logits), batch.labels)}
+        terms = {} if batch.labels is None else {TASK: F.cross_entropy(full(given.logits), batch.labels)}
         if taught is not None or not self.method.uses_teacher:
             terms |= self.method(given, taught, batch)
         return terms

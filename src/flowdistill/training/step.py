@@ -48,7 +48,8 @@ class Student:
         self.optimizer = build_optimizer(self.net, self.method, self.phase, self.train)
         counted = {term: weight for term, weight in self.settled.weights.items() if self.phase.counts(term)}
         self.weights = {term: weight for term, weight in counted.items() if weight > 0}
-        terms = (TASK, *self.method.terms) if self.taught or not self.method.uses_teacher else (TASK,)
+        task = () if self.train.mixup else (TASK,)
+        terms = (*task, *self.method.terms) if self.taught or not self.method.uses_teacher else task
         self.sums = {term: torch.zeros((), device=next(self.net.parameters()).device) for term in terms}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:

@@ -44,8 +44,9 @@ LEFT_OUT = """## Left out
 
 def built(name: str) -> Method:
     """With its defaults, for a pair that every method takes."""
-    spec = models.spec("resnet20", CIFAR100)
-    return methods.build(methods.settle(name, {}, {}), student=spec, teacher=spec, data=CIFAR100)
+    settled = methods.settle(name, {}, {})
+    student = models.spec(settled.trained_model("resnet20", "resnet20"), CIFAR100)
+    return methods.build(settled, student=student, teacher=models.spec("resnet20", CIFAR100), data=CIFAR100)
 
 
 def wants(method: Method) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 from flowdistill.config import RunConfig, validate
 
 
-def config(data: Path, *, limit_train: int | None = None, **keys: Any) -> RunConfig:
+def config(data: Path, *, limit_train: int | None = None, crop: str = "shift", **keys: Any) -> RunConfig:
     """ResNet-8 on the small data, two epochs of 16 images a step; ``train`` keys are merged."""
     train = {"epochs": 2, "batch_size": 64, "lr": 0.05, "precision": "fp32", **keys.pop("train", {})}
-    images = {"name": f"npz:{data}", "pad": 1, "flip": False, "limit_train": limit_train}
+    images = {"name": f"npz:{data}", "crop": crop, "pad": 1 if crop == "shift" else 0, "flip": False, "limit_train": limit_train}
     return validate({"student": "resnet8", "data": images, "train": train, **keys})

@@ -17,6 +17,7 @@ PAGE = (Path(__file__).parent.parent / "docs" / "ADDING_A_METHOD.md").read_text(
 SOURCE, REFERENCE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 CHECKS = [
     suite.test_terms_are_float32_scalars_with_a_weight_each,
+    suite.test_labels_count_just_where_the_method_says_so,
     suite.test_promise_vanishes_at_match,
     suite.test_promise_per_sample,
     suite.test_order_of_the_batch_changes_nothing,

@@ -1,4 +1,4 @@
-"""Pad, crop and flip: torchvision's pixels, torchvision's distribution, and draws that depend on (seed, epoch) alone."""
+"""Crops, flips and mixtures: torchvision's pixels, torchvision's distribution, and draws that depend on (seed, epoch) alone."""
 
 import itertools
 
@@ -6,11 +6,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.stats import chi2_contingency, chisquare
-from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip
+from scipy.stats import chi2_contingency, chisquare, kstest
+from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
-from flowdistill.data.augment import Draws, crop_and_flip, draw_epoch, reflect_pad
+from flowdistill.data.augment import (
+    AREA,
+    ASPECT,
+    Draws,
+    crop_and_flip,
+    draw_boxes,
+    draw_epoch,
+    draw_shares,
+    mix,
+    reflect_pad,
+    resize_and_flip,
+)
 
 CPU = torch.device("cpu")
 ALPHA = 1e-3  # a chi-square test fails below this p; all draws have fixed seeds, so each p is one fixed number
@@ -195,3 +206,92 @@ def test_global_generator_is_neither_read_nor_moved():
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1)
     assert torch.equal(draw().order, first.order)
+
+
+# Inception crops
+
+
+def boxes(n: int = 100, size: tuple[int, int] = (32, 32), seed: int = 0, epoch: int = 0) -> torch.Tensor:
+    return draw_boxes(n, size, seed=seed, epoch=epoch, device=CPU)
+
+
+@pytest.mark.parametrize(("height", "width", "channels"), [(32, 32, 3), (10, 14, 1), (7, 5, 2)])
+def test_a_box_is_enlarged_as_torchvision_does(height, width, channels):
+    """Each image alone by resized_crop, on float64; ours in float32 may be off by a few steps of its 24 bits in 255."""
+    plain, drawn = images(400, height, width, channels), boxes(400, (height, width), seed=1)
+    flips = torch.arange(400) % 2 == 0
+    got = resize_and_flip(plain, drawn, flips)
+    assert (got.dtype, got.shape, got.is_contiguous()) == (torch.float32, plain.shape, True)
+    for image, box, flip, ours in zip(plain, drawn.tolist(), flips, got, strict=True):
+        want = tv.resized_crop(image.permute(2, 0, 1).double(), *box, [height, width], antialias=False)
+        want = tv.horizontal_flip(want) if flip else want
+        torch.testing.assert_close(ours.permute(2, 0, 1).double(), want, rtol=0, atol=1e-3)
+
+
+def test_the_whole_image_as_a_box_is_the_image_and_a_pixel_fills_it():
+    plain = images(3, 6, 8, 3)
+    whole, pixel = torch.tensor([0, 0, 6, 8]).expand(3, 4), torch.tensor([5, 0, 1, 1]).expand(3, 4)
+    still = torch.zeros(3, dtype=torch.bool)
+    assert torch.equal(resize_and_flip(plain, whole, still), plain.float())
+    assert torch.equal(resize_and_flip(plain, whole, ~still), plain.flip(2).float())
+    assert torch.equal(resize_and_flip(plain, pixel, still), plain[:, 5:, :1].float().expand(3, 6, 8, 3))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+def test_boxes_have_torchvisions_distribution(size):
+    """Two-sample chi-square of each part and of height with width, against RandomResizedCrop's own draws; rare values are put together."""
+    number = 20_000
+    ours = boxes(number, size, seed=5).numpy()
+    image = torch.empty(1, *size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(6)
+        theirs = np.array([RandomResizedCrop.get_params(image, AREA, ASPECT) for _ in range(number)])
+    for part in (*(lambda b, i=i: b[:, i] for i in range(4)), lambda b: b[:, 2] // 4 * 64 + b[:, 3] // 4):
+        counts = np.stack([np.bincount(part(drawn), minlength=2000) for drawn in (ours, theirs)])
+        common = counts.sum(0) >= 50
+        table = np.column_stack([counts[:, common], counts[:, ~common].sum(1)])
+        table = table[:, table.sum(0) > 0]
+        assert table.shape[1] > 8
+        assert chi2_contingency(table, correction=False).pvalue > ALPHA
+
+
+@pytest.mark.parametrize("size", [(32, 32), (1, 1), (2, 2), (4, 60), (96, 8)])
+def test_boxes_lie_in_the_image(size):
+    """Also where next to none has the area and the aspect ratio: then it is the whole image."""
+    top, left, height, width = boxes(3000, size).unbind(1)
+    assert (int(min(height.min(), width.min())), int(min(top.min(), left.min()))) >= (1, 0)
+    assert int((top + height).max()) <= size[0]
+    assert int((left + width).max()) <= size[1]
+    whole = float(((height == size[0]) & (width == size[1])).float().mean())
+    assert whole < 0.02 if size == (32, 32) else whole > 0
+
+
+@pytest.mark.parametrize(("seed", "epoch"), [(1, 0), (0, 1), (1, 2), (2, 1)])
+def test_boxes_and_shares_depend_on_seed_and_epoch_alone(seed, epoch):
+    torch.manual_seed(seed)
+    before = torch.get_rng_state()
+    assert torch.equal(boxes(seed=seed, epoch=epoch), boxes(seed=seed, epoch=epoch))
+    assert not torch.equal(boxes(seed=seed, epoch=epoch), boxes())
+    shares = [draw_shares(50, seed=s, epoch=e, device=CPU) for s, e in ((seed, epoch), (seed, epoch), (0, 0))]
+    assert torch.equal(shares[0], shares[1])
+    assert not torch.equal(shares[0], shares[2])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# Mixup
+
+
+def test_shares_are_uniform():
+    drawn = draw_shares(20_000, seed=3, epoch=0, device=CPU)
+    assert drawn.dtype == torch.float32
+    assert kstest(drawn.double().numpy(), "uniform").pvalue > ALPHA
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.9, 1.0])
+def test_each_image_is_mixed_with_the_one_before_it(share):
+    plain = images(5, 3, 4, 2)
+    got = mix(plain, torch.tensor([share]))
+    want = [share * plain[i].double() + (1 - share) * plain[i - 1].double() for i in range(5)]
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), torch.stack(want), rtol=0, atol=1e-4)
+    assert torch.equal(mix(plain, torch.ones(1)), plain.float())

@@ -77,7 +77,10 @@ WRONG = [
         "--batch-size='half': input should be a valid integer, unable to parse string as an integer",
     ),
     ("train --dataset digits --recipe crdd", "unknown recipe 'crdd': did you mean 'crd'?"),
-    ("train --dataset digits --recipe best", "unknown recipe 'best': choose from: fsp-log, kd-zoo, crd, r110-warm, smoke"),
+    (
+        "train --dataset digits --recipe best",
+        "unknown recipe 'best': choose from: fsp-log, kd-zoo, crd, r110-warm, function-matching, smoke",
+    ),
     ("recipes --format TABLE", "--format='TABLE': not one of 'table', 'md', 'csv', 'json'"),
     ("train --dataset digits --engine fast", "--engine='fast': not one of 'auto', 'eager', 'compiled', 'graph'"),
     ("train --dataset digits --precision fp16", "--precision='fp16': not one of 'auto', 'bf16', 'fp32'"),
@@ -207,6 +210,28 @@ WRONG = [
     ("distill --teacher resnet20 --dataset digits --lr inf", "train.lr=inf: input should be a finite number"),
     ("distill --teacher resnet20 --dataset digits --batch-size -1", "train.batch_size=-1: input should be greater than or equal to 1"),
     ("distill --teacher resnet20 --dataset digits --recipe crdd", "unknown recipe 'crdd': did you mean 'crd'?"),
+    *(
+        (
+            f"{words} --dataset npz:none.npz --recipe function-matching",
+            f"train.mixup=true: mixed images have no labels, but method {method!r} learns from labels; choose one that does not, "
+            f"such as kd, or set train.mixup=false",
+        )
+        for words, method in (
+            ("train", "base"),
+            ("distill --method base", "base"),
+            ("distill --teacher resnet20 --method base,kd", "base"),
+            ("distill --teacher resnet20 --method kd+dkd", "dkd"),
+            ("distill --teacher resnet20 --method ls:wsld", "ls:wsld"),
+        )
+    ),
+    (
+        "distill --teacher resnet20 --method kd --dataset npz:none.npz --set train.mixup=true",
+        "train.mixup=true: mixed images have no labels, but weights.task=1; set weights.task=0, or set train.mixup=false",
+    ),
+    (
+        "distill --teacher resnet20 --method kd --dataset npz:none.npz --recipe function-matching --set data.pad=2",
+        "data: pad=2 belongs to crop=shift; leave one of them out",
+    ),
     ("distill --teacher resnet20 --dataset digits --engine fast", "--engine='fast': not one of 'auto', 'eager', 'compiled', 'graph'"),
     ("distill --teacher resnet20 --dataset digits --precision bf8", "--precision='bf8': not one of 'auto', 'bf16', 'fp32'"),
     (

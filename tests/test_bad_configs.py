@@ -45,7 +45,7 @@ WRONG: list[tuple[str | bytes, str]] = [
     (
         "[train.fsp]\npool = 'avg'",
         "unknown key 'train.fsp': choose from: epochs, batch_size, lr, momentum, "
-        "weight_decay, nesterov, schedule, milestones, warmup_epochs, precision",
+        "weight_decay, nesterov, schedule, milestones, warmup_epochs, precision, mixup",
     ),
     ("[options.base]\npool = 'avg'", "unknown key 'options.base.pool': there is none to choose from"),
     ("[options.fsp]\npool = 'avg'", "options.fsp: method 'base' has no such part; choose from: base"),
@@ -85,6 +85,13 @@ WRONG: list[tuple[str | bytes, str]] = [
     (
         "[train]\nmilestones = [100, 150]",
         "train: milestones are shares of the run between 0 and 1 that rise, such as [0.5, 0.75]",
+    ),
+    ("[data]\ncrop = 'centre'", "data.crop='centre': input should be 'shift' or 'resized'"),
+    ("[data]\ncrop = 'resized'\npad = 4", "data: pad=4 belongs to crop=shift; leave one of them out"),
+    (
+        "[data]\nname = 'npz:none.npz'\n[train]\nmixup = true\n[weights]\ntask = 0",
+        "train.mixup=true: mixed images have no labels, but method 'base' learns from labels; choose one that does not, such as kd, or set "
+        "train.mixup=false",
     ),
     ("[train]\nwarmup_epochs = 200", "train: warmup_epochs=200 leaves nothing of epochs=200; set it lower"),
     ("teacher = 'resnet20'", "teacher='resnet20': training on the labels alone has none; use flowdistill distill, or leave it out"),

@@ -73,7 +73,7 @@ def test_part_of_a_table_keeps_the_other_defaults() -> None:
         ("studnet", "unknown key 'studnet': did you mean 'student'?"),
         ("train.epoch", "unknown key 'train.epoch': did you mean 'epochs'?"),
         ("train.learning", "unknown key 'train.learning': choose from: epochs, batch_size, lr, momentum, weight_decay, "
-         "nesterov, schedule, milestones, warmup_epochs, precision"),
+         "nesterov, schedule, milestones, warmup_epochs, precision, mixup"),
         ("data.nam", "unknown key 'data.nam': did you mean 'name'?"),
         ("zzzz", "unknown key 'zzzz': choose from: student, teacher, seed, split, data, train, method, options, weights"),
     ],
@@ -102,6 +102,10 @@ def test_unknown_key(key: str, answer: str) -> None:
         ("train.nesterov", "perhaps"),
         ("train.schedule", "linear"),
         ("train.precision", "fp16"),
+        ("train.mixup", "perhaps"),
+        ("train.mixup", 0.5),
+        ("data.crop", "centre"),
+        ("data.crop", None),
         ("train", 5),
         ("data.pad", -1),
         ("data.limit_train", 0),
@@ -262,6 +266,18 @@ def test_what_a_run_saved_reads_back_equal(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     file.write_text(json.dumps({"no": 1, "config": config.model_dump(mode="json")}), encoding="utf-8")
     assert validate(read_file(file)) == config
+
+
+def test_keys_that_came_later_are_dumped_where_they_are_not_the_default() -> None:
+    plain, mixed = validate({}), validate({"data": {"crop": "resized"}, "train": {"mixup": True}})
+    assert ("crop" in plain.model_dump()["data"], "mixup" in plain.model_dump()["train"]) == (False, False)
+    assert (mixed.model_dump()["data"]["crop"], mixed.model_dump()["train"]["mixup"]) == ("resized", True)
+    assert [validate(config.model_dump(mode="json")) for config in (plain, mixed)] == [plain, mixed]
+
+
+def test_a_resized_crop_has_no_border() -> None:
+    assert validate({"data": {"crop": "resized", "pad": 0}}).data.pad == 0
+    assert complaint(validate, {"data": {"crop": "resized", "pad": 4}}) == "data: pad=4 belongs to crop=shift; leave one of them out"
 
 
 def test_read_missing_file(tmp_path: Path) -> None:

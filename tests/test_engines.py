@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import platform
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,21 @@ def test_the_step_that_a_graph_holds_is_the_eager_one_bit_for_bit(data: ImageDat
         for one, other in zip(ours, theirs, strict=True):
             assert weights_of(one) == weights_of(other)
             assert [epoch[one] for epoch in expected] == [epoch[other] for epoch in found]
+
+
+MIXED = {"teacher": "-", "weights": {"task": 0.0}, "train": {"mixup": True}}
+
+
+def test_so_it_is_with_resized_and_mixed_images(data: ImageData, small_npz: Path) -> None:
+    cropped = replace(data, crop="resized", pad=0)
+    runs = [config(small_npz, method=method, seed=seed, crop="resized", **MIXED) for method, seed in (("kd", 0), ("sp", 0), ("kd", 1))]
+    plain, ours = a_cohort(cropped, runs)
+    taped, theirs = a_cohort(cropped, runs)
+    expected, found = trained(plain, Eager("fp32", "")), trained(taped, Taped("fp32", ""))
+    for one, other in zip(ours, theirs, strict=True):
+        assert weights_of(one) == weights_of(other)
+        assert [epoch[one] for epoch in expected] == [epoch[other] for epoch in found]
+    assert [list(terms) for terms in expected[0].values()] == [["kd"], ["sp"], ["kd"]]
 
 
 @pytest.fixture(scope="module")
@@ -306,14 +322,18 @@ def test_a_method_wants_of_the_teacher_what_it_names_and_nothing_else(name: str)
     )
 
 
-def test_images_kept_in_host_memory_give_the_same_batches(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_images_kept_in_host_memory_give_the_same_batches(data: ImageData, monkeypatch: pytest.MonkeyPatch, mixed: bool) -> None:
+    data = replace(data, crop="resized", pad=0) if mixed else data
     resident = DeviceData(data, "full", CPU)
     monkeypatch.setattr("flowdistill.data.loader.free_memory", lambda device: 1000.0)
     fetched = DeviceData(data, "full", CPU)
     assert (resident.resident, fetched.resident) == (True, False)
-    for (ours, known), (theirs, told) in zip(Stream(resident, 3, 64).epoch(2), Stream(fetched, 3, 64).epoch(2), strict=True):
+    streams = [Stream(images, 3, 64, mixup=mixed) for images in (resident, fetched)]
+    for (ours, known), (theirs, told) in zip(*(stream.epoch(2) for stream in streams), strict=True):
         assert torch.equal(ours, theirs)
-        assert torch.equal(known.labels, told.labels)
+        assert (known.labels is None, told.labels is None) == (mixed, mixed)
+        assert mixed or torch.equal(known.labels, told.labels)
         assert torch.equal(known.indices, told.indices)
         assert int(told.epoch) == 2
 

@@ -1,10 +1,12 @@
 """The split, the statistics, and one stream of batches a seed."""
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms.v2 import functional as tv
 
 from flowdistill.checks import UserError
 from flowdistill.data.loader import DeviceData, Normalisation, Stream, holdout_positions
@@ -233,6 +235,42 @@ def test_epochs_differ_and_one_can_be_drawn_alone():
     whole = [torch.cat([batch.indices for _, batch in stream.epoch(epoch)]).tolist() for epoch in range(3)]
     assert whole[0] != whole[1] != whole[2] != whole[0]
     assert first_order(0, epoch=2) == whole[2]
+
+
+@pytest.mark.parametrize("crop", ["shift", "resized"])
+def test_a_mixed_batch_is_its_plain_one_mixed_by_one_share_and_has_no_labels(crop):
+    device_data = DeviceData(replace(data(pad=0), crop=crop), "full", CPU)
+    plain, mixed, shares = Stream(device_data, 0, 25), Stream(device_data, 0, 25, mixup=True), []
+    for (images, known), (mixture, batch) in zip(plain.epoch(3), mixed.epoch(3), strict=True):
+        before = images.roll(1, 0)
+        apart = images - before
+        share = float(((mixture - before) * apart).sum() / apart.square().sum())
+        torch.testing.assert_close(mixture, share * images + (1 - share) * before, rtol=0, atol=1e-5)
+        assert mixture.is_contiguous(memory_format=torch.channels_last)
+        assert batch.labels is None
+        assert torch.equal(batch.indices, known.indices)
+        shares.append(share)
+    assert len({round(share, 3) for share in shares}) == len(shares) == 4
+    assert all(0 <= share <= 1 for share in shares)
+
+
+def test_resized_crops_are_cut_from_images_without_a_border():
+    """Each image of a later batch against torchvision, on its own box and flip."""
+    own = replace(data(pad=0), crop="resized")
+    device_data = DeviceData(own, "full", CPU)
+    assert device_data.padded.shape == own.x_train.shape
+    stream = Stream(device_data, 0, 25)
+    draws, (images, batch) = stream.draws(1), list(stream.epoch(1))[2]
+    for place, (image, index) in enumerate(zip(images, batch.indices, strict=True), 50):
+        shown = tv.resized_crop(
+            torch.from_numpy(own.x_train[index]).permute(2, 0, 1).double(), *draws.boxes[place].tolist(), [6, 8], antialias=False
+        )
+        shown = shown.flip(2) if draws.flips[place] else shown
+        pixels = shown.permute(1, 2, 0).numpy() / 255
+        want = (pixels - device_data.normalisation.mean) / device_data.normalisation.std
+        np.testing.assert_allclose(image.permute(1, 2, 0).numpy(), want, atol=1e-5)
+    assert 5 < int(draws.flips[50:75].sum()) < 20
+    assert not torch.equal(draws.boxes, stream.draws(0).boxes)
 
 
 @pytest.mark.parametrize(("split", "there"), [("full", 100), ("holdout", 90)])

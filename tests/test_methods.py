@@ -264,7 +264,7 @@ def test_base_adds_nothing_to_the_cross_entropy() -> None:
     method = make("base", {}, PAIRS["even"])
     assert method(*scene(PAIRS["even"])) == {}
     assert settle("base", {}, {}).weights == {"task": 1.0}
-    assert method.uses_teacher is False
+    assert (method.uses_teacher, method.uses_labels) == (False, True)
 
 
 @each_pair
@@ -298,6 +298,24 @@ def test_terms_are_float32_scalars_with_a_weight_each(name: str, options: dict[s
         found = method(*both(scene(pair), lambda x, dtype=dtype: x.to(dtype)))
         assert tuple(found) == method.terms
         assert {(value.dtype, value.shape) for value in found.values()} == {(torch.float32, torch.Size([]))}
+
+
+@each_case
+def test_labels_count_just_where_the_method_says_so(name: str, options: dict[str, Any]) -> None:
+    """A method that uses labels gives another loss for others and is refused without; any other gives the same, and needs none."""
+    pair = widest(name, options)
+    given = scene(pair)
+    known = make(name, options, pair).double()(*given)
+    other = replace(given.batch, labels=(given.batch.labels + 1) % 5)
+    without = replace(given.batch, labels=None)
+    uses_labels = any(cls.uses_labels for cls in parts(name))
+    assert make(name, options, pair).uses_labels == uses_labels
+    if uses_labels:
+        assert total(make(name, options, pair).double()(*given._replace(batch=other))) != total(known)
+        with pytest.raises(ValueError, match="needs the labels"):
+            make(name, options, pair)(*given._replace(batch=without))
+    else:
+        assert all(make(name, options, pair).double()(*given._replace(batch=batch)) == known for batch in (other, without))
 
 
 @promising("vanishes_at_match")

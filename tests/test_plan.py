@@ -17,7 +17,8 @@ from flowdistill.config import DataConfig, validate
 from flowdistill.data.sources import ImageData, load
 from flowdistill.ledger import Ledger
 from flowdistill.methods import Phase
-from flowdistill.runner.plan import Job, cohorts, plan
+from flowdistill.runner.networks import NetworkRef
+from flowdistill.runner.plan import Job, _fingerprint, cohorts, plan
 from flowdistill.taps import DataSpec, NetSpec
 from flowdistill.training.weights import save_weights
 
@@ -86,6 +87,7 @@ def test_seed_does_not_change_the_fingerprint(planned: Planner, method: str) -> 
         ("train.weight_decay", 0.0),
         ("train.nesterov", True),
         ("train.schedule", "cosine"),
+        ("data.crop", "resized"),
         ("train.precision", "bf16"),
         ("weights.fsp", 10.0),
         ("weights.task", 0.5),
@@ -113,6 +115,47 @@ def test_a_student_with_weights_of_its_own_changes_the_fingerprint(planned: Plan
     fresh, started = planned(), planned(student=teachers["other"])
     assert started.fingerprint != fresh.fingerprint
     assert (started.student.model, started.init_hash) == ("resnet8", planned(student=teachers["other"], seed=5).init_hash)
+
+
+def test_mixing_changes_the_fingerprint(planned: Planner) -> None:
+    kept, mixed = (planned(method="kd", **{"weights.task": 0, "train.mixup": mixup}) for mixup in (False, True))
+    assert mixed.fingerprint != kept.fingerprint
+    assert len(together(kept, mixed)) == 2
+
+
+def test_a_crop_without_a_border_is_not_the_resized_one(planned: Planner) -> None:
+    still, resized = planned(**{"data.pad": 0}), planned(**{"data.crop": "resized"})
+    assert (still.config.data.pad, resized.config.data.pad) == (0, 0)
+    assert still.fingerprint != resized.fingerprint
+    assert len(together(still, resized)) == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "fingerprint"),
+    [
+        ({"student": "resnet20"}, "86d16f8abe5270336c796ec9a411bbfaf71dcfae2cd925a745713dc884a5ed5f"),
+        (
+            {
+                "student": "resnet8",
+                "teacher": "3",
+                "method": "at+kd",
+                "weights": {"task": 0.5},
+                "split": "holdout",
+                "train": {"epochs": 3, "schedule": "cosine"},
+                "data": {"pad": 2, "flip": False},
+            },
+            "58ee301d21cf0a027b5b59342bb24f85e06c2b80c65b2a75b671158de9586b5a",
+        ),
+    ],
+)
+def test_recorded_runs_keep_their_fingerprint(values: dict[str, Any], fingerprint: str) -> None:
+    """As they were before data.crop and train.mixup: what a ledger has is neither trained again nor refused."""
+    config = validate(values)
+    settled = methods.settle(config.method, config.options, config.weights)
+    options = {name: option.model_dump() for name, option in settled.options.items()}
+    resolved = config.model_copy(update={"options": options, "weights": settled.weights})
+    teacher = NetworkRef("resnet20", fingerprint="of the teacher") if config.teacher else None
+    assert _fingerprint(resolved, settled, NetworkRef(config.student), teacher, "of the data") == fingerprint
 
 
 def test_a_new_version_of_the_method_changes_the_fingerprint(planned: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +198,7 @@ def test_no_two_of_these_share_a_fingerprint(planned: Planner) -> None:
     [
         {"train.lr": 0.1, "train.epochs": 200},
         {"train.precision": "fp32"},
+        {"train.mixup": False, "data.crop": "shift"},
         {"data.pad": 2, "data.flip": False},
         {"data.root": "elsewhere"},
         {"weights.fsp": 1.0},

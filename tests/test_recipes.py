@@ -68,6 +68,21 @@ def test_crd_takes_what_a_methods_authors_set_for_a_pair(tmp_path: Path) -> None
     assert [found["dkd"]["beta"] for found in beta] == [2.0, 3.0]
 
 
+def test_function_matching_is_patient_mixed_and_without_labels(tmp_path: Path) -> None:
+    run = ("--dataset", "digits", "--device", "cpu", "--batch-size", "32")
+    assert command(tmp_path, "train", "--model", "resnet8", "--seeds", "9", "--epochs", "1", *run).code == 0
+    pair = ("distill", "--teacher", "resnet8", "--student", "resnet8", "--recipe", "function-matching", "--dry-run", *run)
+    own = ("--set", "options.kd.T=2.0", "--set", "weights.kd=3.0", "--epochs", "5")
+    found = [command(tmp_path, *pair, "--method", method, *more).out for method, more in (("kd", ()), ("kd", own), ("at+kd,sp", ()))]
+    (whole,), (changed,), several = ([one["config"] for one in json.loads(out)] for out in found)
+    assert whole["train"] | {"mixup": True, "schedule": "cosine", "epochs": 1000} == whole["train"]
+    assert whole["data"] | {"crop": "resized", "pad": 0} == whole["data"]
+    assert (whole["options"], whole["weights"]) == ({"kd": {"T": 10.0}}, {"task": 0.0, "kd": 1.0})
+    assert (changed["train"]["epochs"], changed["options"], changed["weights"]) == (5, {"kd": {"T": 2.0}}, {"task": 0.0, "kd": 3.0})
+    assert [one["options"].get("kd") for one in several] == [{"T": 10.0}, None]
+    assert [one["weights"]["task"] for one in several] == [0.0, 0.0]
+
+
 @pytest.mark.parametrize(("method", "teacher", "student"), RECIPES["crd"].of_pair)
 def test_what_is_set_for_a_pair_is_valid(method: str, teacher: str, student: str) -> None:
     values = RECIPES["crd"].of_pair[method, teacher, student]

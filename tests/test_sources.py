@@ -101,6 +101,11 @@ def test_config_overrides_pad_and_flip():
     assert (data.pad, data.flip) == (0, True)
 
 
+def test_a_resized_crop_needs_no_border():
+    data = load(DataConfig(name="digits", crop="resized"))
+    assert (data.crop, data.pad, data.flip) == ("resized", 0, False)
+
+
 def unbalanced(folder: Path) -> dict[str, np.ndarray]:
     """Training image i is all pixels i mod 256; 200, 100, 9 and 1 of four classes, in a random order."""
     labels = np.random.default_rng(3).permutation(np.repeat(np.arange(4), [200, 100, 9, 1]))

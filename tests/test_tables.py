@@ -347,6 +347,7 @@ def test_no_difference_below_three_a_side(base: int, fsp: int) -> None:
         {"config": {"train": {"weight_decay": 0.0}}},
         {"config": {"data": {"pad": 2}}},
         {"config": {"data": {"flip": False}}},
+        {"config": {"data": {"crop": "resized", "pad": 0}}},
         {"config": {"student": "resnet20@trained.safetensors"}, "student_fingerprint": "file:1"},
     ],
     ids=lambda changes: str(changes).replace(" ", ""),

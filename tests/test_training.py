@@ -65,7 +65,8 @@ def a_cohort(data: ImageData, runs: list[RunConfig], precision: str = "fp32", sp
     lanes: dict[int, Lane] = {}
     students = []
     for run in runs:
-        lane = lanes.setdefault(run.seed, Lane(Stream(on_device, run.seed, run.train.batch_size), a_teacher(on_device, precision), []))
+        stream = Stream(on_device, run.seed, run.train.batch_size, mixup=run.train.mixup)
+        lane = lanes.setdefault(run.seed, Lane(stream, a_teacher(on_device, precision), []))
         lane.students.append(a_student(run, on_device))
         students.append(lane.students[-1])
     phases = [phase.epochs or runs[0].train.epochs for phase in students[0].settled.phases]
@@ -208,6 +209,52 @@ def test_reported_terms_are_unweighted_means_over_the_steps_of_their_epoch(data:
             logits.append((given - taught).square().mean().item())
         expected = {"task": sum(task) / len(task), "logits": sum(logits) / len(logits)}
         assert report.progress[student].terms == pytest.approx(expected, rel=1e-5)
+
+
+def test_teacher_and_student_match_on_one_and_the_same_mixed_view(data: ImageData, small_npz: Path) -> None:
+    """Function matching: both see the identical tensor, another one each step; kd on it is all that counts, and no task is recorded."""
+    weights = {"task": 0.0, "kd": 2.0}
+    run = config(small_npz, method="kd", teacher="-", crop="resized", weights=weights, options={"kd": {"T": 10.0}}, train={"mixup": True})
+    cohort, (student,) = a_cohort(replace(data, crop="resized", pad=0), [run])
+    teacher = cohort.lanes[0].teacher
+    assert teacher is not None
+    plain, seen = models.build("resnet8", cohort.data.spec, seed=run.seed), {student.net: [], teacher.net: []}
+    optimizer, stream = sgd(plain.parameters(), run.train), Stream(cohort.data, run.seed, run.train.batch_size, mixup=True)
+    hooks = [net.register_forward_pre_hook(lambda net, given: seen[net].append(given[0])) for net in seen]
+    reports = []
+    for report in train(cohort):
+        shown = list(seen[teacher.net])
+        assert all(ours is theirs for ours, theirs in zip(seen[student.net], shown, strict=False))
+        assert len({float(images.sum()) for images in shown}) == len(shown) == 300 // 64
+        reports.append(report)
+        for inputs in seen.values():
+            inputs.clear()
+    for hook in hooks:
+        hook.remove()
+    for epoch, (rate, report) in enumerate(zip((0.05, 0.005), reports, strict=True)):
+        optimizer.param_groups[0]["lr"], losses = rate, []
+        plain.train()
+        for images, batch in stream.epoch(epoch):
+            assert batch.labels is None
+            ours, theirs = plain(images).logits / 10, teacher.teach(images).logits / 10
+            loss = 100 * (theirs.softmax(1) * (theirs.log_softmax(1) - ours.log_softmax(1))).sum(1).mean()
+            optimizer.zero_grad()
+            (2 * loss).backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert report.progress[student].terms == {"kd": pytest.approx(sum(losses) / len(losses), rel=1e-3)}
+    same_weights(student.net, plain)
+
+
+def test_the_first_gradients_of_a_mixed_run_are_those_of_plain_images(data: ImageData, small_npz: Path) -> None:
+    ratios = []
+    for mixup in (False, True):
+        run = config(small_npz, method="kd", teacher="-", weights={"task": 0.0}, train={"mixup": mixup})
+        cohort, (student,) = a_cohort(data, [run])
+        student.begin_phase(0)
+        ratios.append(engine.first_gradients(cohort)[student])
+    assert ratios[0] == ratios[1]
+    assert ratios[0].keys() == {"kd"}
 
 
 def test_two_stages_train_fsp_alone_without_the_head_then_the_task_alone(data: ImageData, small_npz: Path) -> None:

@@ -171,7 +171,9 @@ def _launch(
     validate(values | {"method": names[0]})
     shares = _for_methods(values, names)
     if chosen_recipe:
-        shares = [_over(chosen_recipe.of_pair.get((share["method"], teacher, student), {}), share) for share in shares]
+        for place, share in enumerate(shares):
+            for below in chosen_recipe.of_run(share["method"], teacher, student):
+                shares[place] = _over(below, shares[place])
     configs = [parsed for share in shares for parsed in _seeded(share, seeds)]
     where, ledger = resolve_device(device), Ledger(runs, create=True)
     if dry_run:

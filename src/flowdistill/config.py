@@ -18,6 +18,8 @@ M = TypeVar("M", bound=BaseModel)
 LARGEST_FILE = 1_000_000  # bytes of a config
 MOST_EPOCHS = 1_000_000
 
+Crop = Literal["shift", "resized"]
+
 
 class Frozen(BaseModel):
     """Base of every config: immutable, unknown keys refused, infinities refused."""
@@ -26,13 +28,24 @@ class Frozen(BaseModel):
 
 
 class DataConfig(Frozen):
-    """Which images. ``pad`` and ``flip`` left out take the data set's own habit (``flowdistill datasets`` shows it)."""
+    """Which images. ``pad`` and ``flip`` left out take the data set's own habit (``flowdistill datasets`` shows it).
+
+    ``crop=shift`` moves the image in a reflected border, ``crop=resized`` enlarges a random box of it (Inception crop). It is dumped only
+    where it is not the default, as ``train.mixup`` is: runs that were recorded before these keys came stay comparable.
+    """
 
     name: str = "cifar10"
     root: Path = Path("data")  # where torchvision keeps its downloads
-    pad: int | None = Field(None, ge=0, strict=True)  # pixels of reflected border for the random crop
+    crop: Crop = Field("shift", exclude_if=lambda crop: crop == "shift")
+    pad: int | None = Field(None, ge=0, strict=True)  # pixels of reflected border that crop=shift moves in
     flip: bool | None = None  # random horizontal flip
     limit_train: int | None = Field(None, ge=1, strict=True)  # train on a fixed stratified choice of about so many images
+
+    @model_validator(mode="after")
+    def _pad_belongs_to_shift(self) -> DataConfig:
+        if self.crop == "resized" and self.pad:
+            raise ValueError(f"pad={self.pad} belongs to crop=shift; leave one of them out")
+        return self
 
 
 class TrainConfig(Frozen):
@@ -48,6 +61,7 @@ class TrainConfig(Frozen):
     milestones: tuple[float, ...] = (0.5, 0.75)  # shares of the run after which step lowers the rate tenfold; reference log
     warmup_epochs: int = Field(0, ge=0, strict=True)  # at a tenth of the rate first; He et al. 2016, section 4.2: ResNet-110 alone
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    mixup: bool = Field(False, exclude_if=lambda mixup: not mixup)  # images mixed in pairs, without labels; Beyer et al. 2022
 
     @model_validator(mode="after")
     def _milestones_rise(self) -> TrainConfig:

@@ -128,11 +128,11 @@ class Batch:
     """What a step knows beside the images.
 
     Attributes:
-        labels: [N] class numbers.
-        indices: [N] positions in the training set; None outside of training.
+        labels: [N] class numbers; None where the images are mixed, which have none.
+        indices: [N] positions in the training set, of a mixed image that of its first; None outside of training.
         epoch: scalar, 0-based epoch of the whole run, on the device; None outside of training.
     """
 
-    labels: Tensor
+    labels: Tensor | None
     indices: Tensor | None = None
     epoch: Tensor | None = None

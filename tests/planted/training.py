@@ -16,6 +16,7 @@ import torch
 from flowdistill import models, randomness
 from flowdistill.data import augment, loader
 from flowdistill.training import cohort, optim, schedule, step
+from flowdistill.training.engine import Eager
 from flowdistill.training.optim import build_optimizer
 from flowdistill.training.schedule import lr_factor
 from flowdistill.training.step import Student, teach
@@ -284,6 +285,36 @@ def order_and_crops_from_one_generator(n, *, pad, flip, seed, epoch, device):
 def one_crop_for_the_whole_batch(padded, indices, rows, columns, flips, size):
     """A transform applied to the batch in place of the image."""
     return crop_and_flip(padded, indices, rows[:1].expand_as(rows), columns[:1].expand_as(columns), flips[:1].expand_as(flips), size)
+
+
+RESIZED = {"height": 32, "width": 32, "channels": 3}
+resize_and_flip, mix, eager_teach = augment.resize_and_flip, augment.mix, Eager.teach
+
+
+@bug(augment, "resize_and_flip", test_augment.test_a_box_is_enlarged_as_torchvision_does, RESIZED)
+def one_box_for_the_whole_batch(images, boxes, flips):
+    """RandomResizedCrop given a batch: it draws once."""
+    return resize_and_flip(images, boxes[:1].expand_as(boxes), flips)
+
+
+@bug(augment, "_interpolation", test_augment.test_a_box_is_enlarged_as_torchvision_does, RESIZED)
+def corners_aligned(first, length, size):
+    """align_corners=True: the corners of both grids meet, as TensorFlow 1 could resize."""
+    pixels = torch.arange(size)
+    position = first[:, None] + pixels * ((length[:, None] - 1) / (size - 1))
+    return (1 - (position[:, :, None] - pixels).abs()).clamp(min=0)
+
+
+@bug(augment, "mix", test_loader.test_a_mixed_batch_is_its_plain_one_mixed_by_one_share_and_has_no_labels, {"crop": "shift"})
+def a_share_for_each_image(images, share):
+    """Mixup per image, which the authors of function matching call a bad idea."""
+    return mix(images, ((share + torch.arange(len(images)) / len(images)) % 1)[:, None, None, None])
+
+
+@bug(Eager, "teach", suite.test_teacher_and_student_match_on_one_and_the_same_mixed_view)
+def teacher_with_a_view_of_its_own(self, lane, images):
+    """Teacher and student each augment for themselves: the inconsistent teaching that function matching warns of."""
+    return eager_teach(self, lane, images.flip(3))
 
 
 @bug(loader.Stream, "batch", test_loader.test_batches_cover_distinct_images_and_agree_with_their_labels, {"split": "full"})

@@ -2,7 +2,7 @@
 
 nce(o) = -1/N sum_i [log(o_+ / (o_+ + K/M + 1e-7)) + sum_j log((K/M) / (o_j + K/M + 1e-7))]. a: an embedding through a linear layer, to
 norm 1; m: the row of the other network's bank. The jth negative of the image i is the image of place floor(w (M - n) / 2^32) among those of
-other classes, sorted by class; w is the jth word of ``_draws`` and n the number of images of its own class.
+other classes, sorted by class; w is the jth word of ``_hashed`` and n the number of images of its own class.
 """
 
 import math
@@ -13,7 +13,7 @@ from golden.inputs import INPUTS
 
 from flowdistill.methods.crd import moved, nce_loss, similarities
 
-from ._draws import drawn
+from ._hashed import drawn
 
 
 def projected(embedding, weight, bias):

@@ -10,7 +10,7 @@ from pairs import FIVE, OTHER_STAGES, TWO_STAGES
 
 from flowdistill.methods.mgd import generation_loss
 
-from ._draws import drawn
+from ._hashed import drawn
 from .fitnets import convolved
 from .fsp import adapted, pool
 

@@ -1,13 +1,18 @@
-"""Reflect-pad, random crop, random flip for a whole batch: one gather from a padded tensor that stays on the device."""
+"""Random crop, flip and mixup of a whole batch at once, from images that stay on the device; an epoch's draws are made before it."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..randomness import generator
+
+AREA = (0.05, 1.0)  # of the image, Beyer et al. 2022, the authors' code; Szegedy et al. 2015, section 6: from 0.08
+ASPECT = (3 / 4, 4 / 3)  # width to height; Szegedy et al. 2015, section 6
+TRIES = 10  # torchvision's RandomResizedCrop
 
 
 def reflect_pad(images: Tensor, pad: int) -> Tensor:
@@ -28,12 +33,16 @@ class Draws:
         order: [n] the images' positions in the order in which they are shown.
         rows, columns: [n] crop offsets in 0..2*pad, for the image shown at that place.
         flips: [n] bool, mirrored or not.
+        boxes: [n, 4] top, left, height and width of the box that is enlarged; None where the crop is shifted.
+        shares: [n] of a batch that begins at that place: the share of each image in its mixture; None where nothing is mixed.
     """
 
     order: Tensor
     rows: Tensor
     columns: Tensor
     flips: Tensor
+    boxes: Tensor | None = None
+    shares: Tensor | None = None
 
 
 def draw_epoch(n: int, *, pad: int, flip: bool, seed: int, epoch: int, device: torch.device) -> Draws:
@@ -43,6 +52,34 @@ def draw_epoch(n: int, *, pad: int, flip: bool, seed: int, epoch: int, device: t
     offsets = torch.randint(0, 2 * pad + 1, (2, n), generator=chance)
     flips = torch.rand(n, generator=chance) < 0.5 if flip else torch.zeros(n, dtype=torch.bool)
     return Draws(order.to(device), offsets[0].to(device), offsets[1].to(device), flips.to(device))
+
+
+def draw_boxes(n: int, size: tuple[int, int], *, seed: int, epoch: int, device: torch.device) -> Tensor:
+    """The Inception crops of one epoch: int64 [n, 4] top, left, height and width of boxes in images of ``size`` (H, W).
+
+    Area uniform in ``AREA`` (Szegedy et al. 2015), aspect ratio in ``ASPECT`` (uniform in its logarithm), place uniform: the distribution
+    of torchvision's RandomResizedCrop, which takes the first of ten tries that fits. Where none does, the box is the whole image. (In the
+    code of Beyer et al. 2022 TensorFlow draws the height evenly, not the area: their boxes are smaller on average.)
+    """
+    chance = generator(seed, "boxes", epoch)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(shape, generator=chance, dtype=torch.float64)
+
+    area = math.prod(size) * uniform(*AREA, TRIES, n)
+    aspect = uniform(math.log(ASPECT[0]), math.log(ASPECT[1]), TRIES, n).exp()
+    sides = torch.stack([(area / aspect).sqrt(), (area * aspect).sqrt()], -1).round()
+    whole = torch.tensor(size, dtype=torch.float64)
+    fits = ((sides >= 1) & (sides <= whole)).all(-1)
+    first = sides[fits.int().argmax(0), torch.arange(n)]
+    sides = first.where(fits.any(0)[:, None], whole)
+    corners = (uniform(0, 1, n, 2) * (whole - sides + 1)).floor()
+    return torch.cat([corners, sides], 1).long().to(device)
+
+
+def draw_shares(n: int, *, seed: int, epoch: int, device: torch.device) -> Tensor:
+    """The shares of mixup of one epoch, float32 [n] uniform in [0, 1): one for every place where a batch may begin."""
+    return torch.rand(n, generator=generator(seed, "mixup", epoch)).to(device)
 
 
 def crop_and_flip(padded: Tensor, indices: Tensor, rows: Tensor, columns: Tensor, flips: Tensor, size: tuple[int, int]) -> Tensor:
@@ -62,3 +99,47 @@ def crop_and_flip(padded: Tensor, indices: Tensor, rows: Tensor, columns: Tensor
     y = rows[:, None] + down
     x = columns[:, None] + torch.where(flips[:, None], width - 1 - across, across)
     return padded[indices[:, None, None], y[:, :, None], x[:, None, :]]
+
+
+def resize_and_flip(images: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
+    """The box of each image, enlarged to the whole by bilinear interpolation, mirrored where ``flips``.
+
+    Pixels are points in the middle of their squares and the box ends at its own edge, as in ``interpolate`` without ``align_corners``.
+
+    Args:
+        images: uint8 [B, H, W, C].
+        boxes: [B, 4] top, left, height, width.
+        flips: [B].
+
+    Returns:
+        float32 [B, H, W, C], 0 to 255, not rounded.
+    """
+    top, left, height, width = boxes.unbind(1)
+    down, across = _interpolation(top, height, images.shape[1]), _interpolation(left, width, images.shape[2])
+    across = torch.where(flips[:, None, None], across.flip(1), across)
+    rows = torch.einsum("nhy,nyxc->nhxc", down, images.float())
+    return torch.einsum("nwx,nhxc->nhwc", across, rows).contiguous()
+
+
+def _interpolation(first: Tensor, length: Tensor, size: int) -> Tensor:
+    """[B, size, size] what each pixel of a side (last axis) gives to each pixel of the enlarged stretch: 1 at no distance, 0 from 1 on."""
+    pixels = torch.arange(size, device=first.device)
+    position = ((pixels + 0.5) * (length[:, None] / size) - 0.5).clamp(min=0).minimum(length[:, None] - 1)
+    return (1 - (first[:, None, None] + position[:, :, None] - pixels).abs()).clamp(min=0)
+
+
+def mix(images: Tensor, share: Tensor) -> Tensor:
+    """Mixup: share x_i + (1 - share) x_(i-1), where the image before the first of a batch is its last. Zhang et al., ICLR 2018.
+
+    One share for the whole batch, uniform in [0, 1], and this partner: Beyer et al. 2022, the authors' code. There the larger part goes to
+    the image itself, which is the same where there are no labels.
+
+    Args:
+        images: uint8 or float32 [B, H, W, C].
+        share: float32 [1], 0 to 1.
+
+    Returns:
+        float32 [B, H, W, C].
+    """
+    own = images.float()
+    return own.roll(1, 0).lerp(own, share)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checks import UserError
 from ..device import free_memory
 from ..taps import Batch
-from .augment import Draws, crop_and_flip, draw_epoch, reflect_pad
+from .augment import Draws, crop_and_flip, draw_boxes, draw_epoch, draw_shares, mix, reflect_pad, resize_and_flip
 from .sources import ImageData, Labels, stratified
 
 HOLDOUT_PART = 10  # a tenth of each class is held out
@@ -48,10 +48,10 @@ class Normalisation:
         return cls(tuple(mean.tolist()), tuple(std.tolist()))
 
     def on(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """The function uint8 [N, H, W, C] -> float32 [N, C, H, W] in channels_last memory, its constants on the device."""
+        """The function uint8 or float32 [N, H, W, C] -> float32 [N, C, H, W] in channels_last memory, its constants on the device."""
         scale = torch.tensor([1 / (255 * s) for s in self.std], device=device)
         shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)], device=device)
-        return lambda images: images.to(torch.float32).mul_(scale).add_(shift).permute(0, 3, 1, 2)
+        return lambda images: images.to(torch.float32, copy=True).mul_(scale).add_(shift).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class DeviceData:
     """
 
     def __init__(self, data: ImageData, split: str, device: torch.device) -> None:
-        self.spec, self.pad, self.flip, self.device = data.spec, data.pad, data.flip, device
+        self.spec, self.crop, self.pad, self.flip, self.device = data.spec, data.crop, data.pad, data.flip, device
         trained = trained_positions(data.y_train, split)
         held_out = np.setdiff1d(np.arange(len(data.y_train)), trained)
         images, labels = torch.from_numpy(data.x_train), torch.from_numpy(data.y_train)
@@ -92,18 +92,24 @@ class DeviceData:
 
 
 class Stream:
-    """The batches of one seed: every student of that seed sees the same images in the same order, cropped alike."""
+    """The batches of one seed: every student of that seed sees the same images in the same order, cropped and mixed alike."""
 
-    def __init__(self, data: DeviceData, seed: int, batch_size: int) -> None:
-        self.data, self.seed, self.batch_size = data, seed, batch_size
+    def __init__(self, data: DeviceData, seed: int, batch_size: int, *, mixup: bool = False) -> None:
+        self.data, self.seed, self.batch_size, self.mixup = data, seed, batch_size, mixup
         self.steps = len(data.labels) // batch_size  # the last partial batch is dropped
         if self.steps == 0:
             raise UserError(f"train.batch_size={batch_size} is more than the {len(data.labels)} training images; set --batch-size lower")
 
     def draws(self, epoch: int) -> Draws:
         """All that is random in an epoch, on the device."""
-        data = self.data
-        return draw_epoch(len(data.labels), pad=data.pad, flip=data.flip, seed=self.seed, epoch=epoch, device=data.device)
+        data, n = self.data, len(self.data.labels)
+        draws = draw_epoch(n, pad=data.pad, flip=data.flip, seed=self.seed, epoch=epoch, device=data.device)
+        if data.crop == "resized":
+            size = (data.spec.height, data.spec.width)
+            draws = replace(draws, boxes=draw_boxes(n, size, seed=self.seed, epoch=epoch, device=data.device))
+        if self.mixup:
+            draws = replace(draws, shares=draw_shares(n, seed=self.seed, epoch=epoch, device=data.device))
+        return draws
 
     def shown(self, step: int) -> slice:
         """The places of a step's images in the epoch's order."""
@@ -122,11 +128,16 @@ class Stream:
     def batch(self, draws: Draws, shown: slice | Tensor, epoch: Tensor, padded: Tensor | None = None) -> tuple[Tensor, Batch]:
         """The batch at the places ``shown`` of an epoch that was drawn; ``padded`` holds its images where the device does not hold all."""
         indices = draws.order[shown]
-        size = (self.data.spec.height, self.data.spec.width)
         places = indices if padded is None else torch.arange(len(indices), device=indices.device)
         source = self.data.padded if padded is None else padded
-        images = crop_and_flip(source, places, draws.rows[shown], draws.columns[shown], draws.flips[shown], size)
-        return self.data.normalise(images), Batch(self.data.labels[indices], indices, epoch)
+        if draws.boxes is None:
+            size = (self.data.spec.height, self.data.spec.width)
+            images = crop_and_flip(source, places, draws.rows[shown], draws.columns[shown], draws.flips[shown], size)
+        else:
+            images = resize_and_flip(source[places], draws.boxes[shown], draws.flips[shown])
+        if draws.shares is None:
+            return self.data.normalise(images), Batch(self.data.labels[indices], indices, epoch)
+        return self.data.normalise(mix(images, draws.shares[shown][:1])), Batch(None, indices, epoch)
 
     def _fetched(self, draws: Draws) -> Iterator[Tensor]:
         """Each step's padded images from the host, copied to the device while the step before is computed."""

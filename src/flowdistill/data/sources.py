@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..checks import UserError, did_you_mean, first_line, regular_file
-from ..config import DataConfig
+from ..config import Crop, DataConfig
 from ..env import memory
 from ..registry import Registry
 from ..taps import DataSpec
@@ -37,6 +37,7 @@ class ImageData:
         classes: K.
         pad: pixels of reflected border that the random crop moves in.
         flip: whether training images are mirrored at random.
+        crop: how they are cropped: moved in the border, or a box of them enlarged.
     """
 
     name: str
@@ -47,6 +48,7 @@ class ImageData:
     classes: int
     pad: int = 4
     flip: bool = True
+    crop: Crop = "shift"
 
     @property
     def spec(self) -> DataSpec:
@@ -86,7 +88,7 @@ def stratified(labels: Labels, part: int, whole: int, *, least: int = 0) -> Labe
 
 
 def load(config: DataConfig) -> ImageData:
-    """The data that a config names, with its own crop padding, flip and number of training images where the config says so.
+    """The data that a config names, with its own crop, padding, flip and number of training images where the config says so.
 
     Raises:
         UserError: unknown name, file missing or not valid, no network; in one line.
@@ -97,11 +99,11 @@ def load(config: DataConfig) -> ImageData:
         data = SOURCES[config.name].read(config.root.expanduser())
     else:
         raise UserError(f"unknown data set {config.name!r}: {did_you_mean(config.name, [*SOURCES, 'npz:PATH'])}")
-    pad = data.pad if config.pad is None else config.pad
+    pad = 0 if config.crop == "resized" else data.pad if config.pad is None else config.pad
     smallest = min(data.spec.height, data.spec.width)
     if pad >= smallest:
         raise UserError(f"data.pad={pad}: reflection needs less than the image's {smallest} pixels; set data.pad lower")
-    data = replace(data, pad=pad, flip=data.flip if config.flip is None else config.flip)
+    data = replace(data, pad=pad, flip=data.flip if config.flip is None else config.flip, crop=config.crop)
     return data if config.limit_train is None else _limited(data, config.limit_train)
 
 

@@ -130,6 +130,7 @@ class Composed(Method):
         self.terms = tuple(term for method in methods for term in method.terms)
         self.vanishes_at_match = all(method.vanishes_at_match for method in methods)
         self.per_sample = all(method.per_sample for method in methods)
+        self.uses_labels = any(method.uses_labels for method in methods)
         self.uses_teacher = any(method.uses_teacher for method in methods)
         self.needs = functools.reduce(operator.or_, (method.needs for method in methods))
 

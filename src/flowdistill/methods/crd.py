@@ -2,7 +2,7 @@
 
 Two memory banks hold, for every training image, the last embedding of either network. The authors draw the negatives of an image
 without replacement, on the host; here they are drawn with it, as the noise of the estimate that the loss is, by a hash of seed, epoch and
-image (``draws.py``). The authors' second form of positives (another image of the class) is not here.
+image (``hashed.py``). The authors' second form of positives (another image of the class) is not here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..taps import Batch, DataSpec, Facts, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, full, register
-from .draws import of_batch, salt, words
+from .dkd import given_labels
+from .hashed import of_batch, salt, words
 
 EPS = 1e-7  # the authors' code
 
@@ -87,6 +88,7 @@ class CRD(Method):
     terms = ("crd",)
     vanishes_at_match = False
     per_sample = False
+    uses_labels = True
     Options = CRDOptions
     options: CRDOptions
 
@@ -119,12 +121,12 @@ class CRD(Method):
             raise ValueError("crd: all training images are of one class, so there are no negatives; choose other data or another method")
         self.keep(order=order, counts=counts, starts=counts.cumsum(0) - counts)
 
-    def negatives(self, batch: Batch, indices: Tensor, epoch: Tensor | int) -> Tensor:
+    def negatives(self, labels: Tensor, indices: Tensor, epoch: Tensor | int) -> Tensor:
         """[N, K] images of other classes, each as likely as the other."""
-        own = self.kept("counts")[batch.labels][:, None]
+        own = self.kept("counts")[labels][:, None]
         drawn = words(self.kept("salt"), epoch, indices, self.options.negatives)
         rank = (drawn * (self.images - own)) >> 32
-        return self.kept("order")[torch.where(rank < self.kept("starts")[batch.labels][:, None], rank, rank + own)]
+        return self.kept("order")[torch.where(rank < self.kept("starts")[labels][:, None], rank, rank + own)]
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``crd``: the sum over both networks; the banks then move towards this batch.
@@ -132,10 +134,11 @@ class CRD(Method):
         Raises:
             ValueError: the batch does not know which images it holds.
         """
+        labels = given_labels(batch, self.name)
         if batch is None or batch.indices is None:
             raise ValueError("crd: give Batch(labels, indices): positions of the images in the training set, which its banks are sorted by")
         indices, epoch = of_batch(batch, student.embedding)
-        places = torch.cat([indices[:, None], self.negatives(batch, indices, epoch)], 1)
+        places = torch.cat([indices[:, None], self.negatives(labels, indices, epoch)], 1)
         with torch.autocast(student.embedding.device.type, enabled=False):
             ours = F.normalize(self.embed_student(full(student.embedding)), dim=1, eps=1e-6)
             theirs = F.normalize(self.embed_teacher(full(teacher.embedding)), dim=1, eps=1e-6)

@@ -27,9 +27,9 @@ def given_labels(batch: Batch | None, method: str) -> Tensor:
     """The batch's labels.
 
     Raises:
-        ValueError: there is no batch.
+        ValueError: there is no batch, or its images are mixed.
     """
-    if batch is None:
+    if batch is None or batch.labels is None:
         raise ValueError(f"{method} needs the labels; call it with Batch(labels) as third argument")
     return batch.labels
 
@@ -107,6 +107,7 @@ class DKD(LogitMethod):
         "B. Zhao, Q. Cui, R. Song, Y. Qiu, J. Liang", "Decoupled Knowledge Distillation", "CVPR", 2022, "https://arxiv.org/abs/2203.08679"
     )
     terms = ("dkd",)
+    uses_labels = True
     Options = DKDOptions
     options: DKDOptions
 

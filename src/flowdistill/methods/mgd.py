@@ -1,7 +1,7 @@
 """mgd: masked generative distillation. Of a part of the student's channels the teacher's whole map is generated.
 
 The authors draw the masks from the global generator; here they are a hash of seed, epoch, image and channel
-(``draws.py``). The variant for detection, which masks positions in place of channels, is not here.
+(``hashed.py``). The variant for detection, which masks positions in place of channels, is not here.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..taps import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, full, paired_stages, register, same_shape
-from .draws import of_batch, salt, words
 from .fsp import match_sizes
+from .hashed import of_batch, salt, words
 
 
 def generation_loss(generated: Tensor, teacher: Tensor) -> Tensor:

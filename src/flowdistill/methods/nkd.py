@@ -63,6 +63,7 @@ class NKD(LogitMethod):
     )
     terms = ("nkd",)
     vanishes_at_match = False
+    uses_labels = True
     Options = NKDOptions
     options: NKDOptions
 

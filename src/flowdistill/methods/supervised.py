@@ -19,6 +19,7 @@ class Supervised(Method):
         "K. He, X. Zhang, S. Ren, J. Sun", "Deep Residual Learning for Image Recognition", "CVPR", 2016, "https://arxiv.org/abs/1512.03385"
     )
     terms = ()
+    uses_labels = True
     uses_teacher = False
 
     @classmethod

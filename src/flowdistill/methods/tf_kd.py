@@ -73,6 +73,7 @@ class TFKD(Method):
     kind = "logits"
     terms = ("tf_kd",)
     vanishes_at_match = False
+    uses_labels = True
     uses_teacher = False
     Options = TFKDOptions
     options: TFKDOptions

@@ -62,6 +62,7 @@ class WSLD(LogitMethod):
     )
     terms = ("wsld",)
     vanishes_at_match = False
+    uses_labels = True
     Options = WSLDOptions
     options: WSLDOptions
 

@@ -234,7 +234,7 @@ def _row_key(run: Run) -> tuple[str, str, str]:
 
 
 def _base_key(run: Run) -> object:
-    data = json.dumps([run.config["data"]["pad"], run.config["data"]["flip"]])
+    data = json.dumps([run.config["data"].get(key) for key in ("crop", "pad", "flip")])
     return run.student, run.student_fingerprint, run.data_hash, data, json.dumps(run.config["train"], sort_keys=True), run.split
 
 

@@ -72,7 +72,8 @@ def assemble(jobs: Sequence[Job], data: DeviceData, device: torch.device, engine
         student = Student(net, method.to(device), job.settled, job.config.train)
         member = Member(job, student)
         origin = job.teacher.origin if job.teacher else taught.get(job.config.seed, "")
-        lane = lanes.setdefault((job.config.seed, origin), Lane(Stream(data, job.config.seed, job.config.train.batch_size), None, []))
+        stream = Stream(data, job.config.seed, job.config.train.batch_size, mixup=job.config.train.mixup)
+        lane = lanes.setdefault((job.config.seed, origin), Lane(stream, None, []))
         if job.teacher:
             if origin not in teachers:
                 teacher = _placed(job.teacher.build(data.spec, taps=tuple(sorted(needs.teacher))), device)

@@ -145,12 +145,26 @@ def _settled(config: RunConfig) -> Settled:
     """The method with every default filled in.
 
     Raises:
-        UserError: no such method, option or weight, or a teacher is needed and none named.
+        UserError: no such method, option or weight, a teacher is needed and none named, or labels are and the images are mixed.
     """
+    if config.train.mixup:
+        _refuse_labels(config)
     settled = methods.settle(config.method, config.options, config.weights)
     if settled.uses_teacher and config.teacher is None:
         raise UserError(f"method {settled.name!r} needs a teacher: --teacher MODEL, RUN or FILE")
     return settled
+
+
+def _refuse_labels(config: RunConfig) -> None:
+    """Mixed images have none."""
+    labelled = [cls.name for cls in methods.parts(config.method) if cls.uses_labels]
+    if labelled:
+        what, cure = f"method {labelled[0]!r} learns from labels", "choose one that does not, such as kd"
+    elif task := config.weights.get("task", 1.0):
+        what, cure = f"weights.task={task:g}", "set weights.task=0"
+    else:
+        return
+    raise UserError(f"train.mixup=true: mixed images have no labels, but {what}; {cure}, or set train.mixup=false")
 
 
 def _planned(
@@ -204,7 +218,7 @@ def _fingerprint(config: RunConfig, settled: Settled, student: NetworkRef, teach
     covered: dict[str, Any] = {
         "student": [student.model, student.fingerprint],
         "teacher": [teacher.model, teacher.fingerprint] if teacher else None,
-        "data": [data_hash, config.data.pad, config.data.flip],
+        "data": [data_hash, config.data.pad, config.data.flip, *config.data.model_dump(include={"crop"}).values()],
         "method": settled.versions,
         "options": config.options,
         "weights": config.weights,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..config import TrainConfig
-from ..data.loader import DeviceData, Labelled
+from ..data.loader import DeviceData, Labelled, Stream
 from ..device import Precision, Stopwatch, synchronize
 from .choice import choose
 from .engine import Eager, Lane
@@ -226,10 +226,10 @@ def _choose(cohort: Cohort, report: EpochReport) -> None:
 
 
 def first_gradients(cohort: Cohort) -> dict[Student, dict[str, float]]:
-    """Each student's gradient norms relative to the task's, on its first batch; changes nothing."""
+    """Each student's gradient norms relative to the task's, on its first batch, not mixed, for the task needs labels; changes nothing."""
     found = {}
     for lane in cohort.lanes:
-        images, batch = next(lane.stream.epoch(0))
+        images, batch = next(Stream(lane.stream.data, lane.stream.seed, lane.stream.batch_size).epoch(0))
         taught = lane.teacher.teach(images) if lane.teacher else None
         for student in lane.students:
             found[student] = gradient_ratios(student, images, taught, batch, cohort.precision)

@@ -44,7 +44,8 @@ class Tape:
         for lane, draws in zip(self.lanes, self.draws, strict=True):
             drawn = lane.stream.draws(number)
             for field in fields(Draws):
-                getattr(draws, field.name).copy_(getattr(drawn, field.name))
+                if (place := getattr(draws, field.name)) is not None:
+                    place.copy_(getattr(drawn, field.name))
         for student, rate in rates.items():
             self.rates[student].copy_(rate)
         self.number.fill_(number)

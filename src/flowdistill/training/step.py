@@ -48,7 +48,8 @@ class Student:
         self.optimizer = build_optimizer(self.net, self.method, self.phase, self.train)
         counted = {term: weight for term, weight in self.settled.weights.items() if self.phase.counts(term)}
         self.weights = {term: weight for term, weight in counted.items() if weight > 0}
-        terms = (TASK, *self.method.terms) if self.taught or not self.method.uses_teacher else (TASK,)
+        task = () if self.train.mixup else (TASK,)
+        terms = (*task, *self.method.terms) if self.taught or not self.method.uses_teacher else task
         self.sums = {term: torch.zeros((), device=next(self.net.parameters()).device) for term in terms}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -123,10 +124,13 @@ class Objective(nn.Module):
         self.net, self.method = net, method
 
     def forward(self, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> dict[str, Tensor]:
-        """Every unweighted term, float32 scalars; the network runs under ``precision``, the losses never in half."""
+        """Every unweighted term, float32 scalars; the network runs under ``precision``, the losses never in half.
+
+        Without labels there is no task.
+        """
         with autocast(images.device, precision):
             given: Outputs = self.net(images)
-        terms = {TASK: F.cross_entropy(full(given.logits), batch.labels)}
+        terms = {} if batch.labels is None else {TASK: F.cross_entropy(full(given.logits), batch.labels)}
         if taught is not None or not self.method.uses_teacher:
             terms |= self.method(given, taught, batch)
         return terms

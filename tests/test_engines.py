@@ -309,14 +309,17 @@ def test_a_network_that_can_not_be_traced_teaches_whole_and_says_why() -> None:
 def test_a_method_wants_of_the_teacher_what_it_names_and_nothing_else(name: str) -> None:
     settled = methods.settle(name, {}, {})
     spec = models.spec("resnet14", CIFAR)
-    method = methods.build(settled, student=spec, teacher=spec, data=CIFAR)
+    trained = models.spec(settled.trained_model("resnet14", "resnet14"), CIFAR)
+    method = methods.build(settled, student=trained, teacher=spec, data=CIFAR)
     method.know(facts(spec, CIFAR.n_train))
     method = forgetful(method)
     taps = tuple(sorted({*TAPS, *method.needs.teacher}))
-    net, batch = a_network(taps=taps), Batch(torch.arange(8), torch.arange(8), torch.tensor(0))
+    net = a_network(taps=taps)
+    student = a_network(trained.name, tuple(sorted(method.needs.student)))
     with torch.no_grad():
-        expected = method(net(IMAGES), net(IMAGES), batch)
-        found = method(net(IMAGES), Teacher(a_network(taps=taps), method.needs, "fp32").teach(IMAGES), batch)
+        batch = Batch(torch.arange(8), torch.arange(8), torch.tensor(0), peers=(net(IMAGES),))
+        expected = method(student(IMAGES), net(IMAGES), batch)
+        found = method(student(IMAGES), Teacher(a_network(taps=taps), method.needs, "fp32").teach(IMAGES), batch)
     assert {term: float(value) for term, value in found.items()} == pytest.approx(
         {term: float(value) for term, value in expected.items()}, rel=1e-4, abs=1e-4
     )

@@ -177,8 +177,8 @@ def draw(spec: NetSpec, seed: int, n: int, *, relu: bool = True) -> Outputs:
 
 
 def scene(pair: tuple[NetSpec, NetSpec], n: int = 3, *, relu: bool = True) -> Scene:
-    batch = Batch(torch.arange(n) % 5, torch.arange(n) * 3, torch.tensor(4))
-    return Scene(draw(pair[0], 1, n, relu=relu), draw(pair[1], 2, n, relu=relu), batch)
+    teacher = draw(pair[1], 2, n, relu=relu)
+    return Scene(draw(pair[0], 1, n, relu=relu), teacher, Batch(torch.arange(n) % 5, torch.arange(n) * 3, torch.tensor(4), (teacher,)))
 
 
 def each_tensor(outputs: Outputs, change: Callable[[Tensor], Tensor]) -> Outputs:
@@ -186,12 +186,13 @@ def each_tensor(outputs: Outputs, change: Callable[[Tensor], Tensor]) -> Outputs
 
 
 def both(given: Scene, change: Callable[[Tensor], Tensor]) -> Scene:
-    return Scene(each_tensor(given.student, change), each_tensor(given.teacher, change), given.batch)
+    peers = tuple(each_tensor(peer, change) for peer in given.batch.peers)
+    return Scene(each_tensor(given.student, change), each_tensor(given.teacher, change), replace(given.batch, peers=peers))
 
 
 def rows(given: Scene, index: list[int]) -> Scene:
-    batch = Batch(given.batch.labels[index], given.batch.indices[index], given.batch.epoch)
-    return both(given, lambda x: x[index])._replace(batch=batch)
+    picked = both(given, lambda x: x[index])
+    return picked._replace(batch=replace(picked.batch, labels=given.batch.labels[index], indices=given.batch.indices[index]))
 
 
 def tensors(outputs: Outputs) -> dict[str, Tensor]:
@@ -199,9 +200,13 @@ def tensors(outputs: Outputs) -> dict[str, Tensor]:
 
 
 def trainable(given: Scene) -> Scene:
-    """The student's outputs as leaves that take gradients, the teacher's detached from leaves of their own, as in training."""
-    teacher = each_tensor(given.teacher, lambda x: x.clone().requires_grad_().detach())
-    return given._replace(student=each_tensor(given.student, lambda x: x.clone().requires_grad_()), teacher=teacher)
+    """Leaves that take gradients for the student and its peers; the teacher detached from leaves of its own, as in training."""
+
+    def leaves(outputs: Outputs) -> Outputs:
+        return each_tensor(outputs, lambda x: x.clone().requires_grad_())
+
+    teacher = each_tensor(leaves(given.teacher), Tensor.detach)
+    return Scene(leaves(given.student), teacher, replace(given.batch, peers=tuple(map(leaves, given.batch.peers))))
 
 
 def total(terms: dict[str, Tensor]) -> Tensor:
@@ -236,6 +241,7 @@ def expected(method: Method, options: dict[str, dict[str, Any]], given: Scene) -
     for part in method.methods if isinstance(method, Composed) else [method]:
         known: dict[str, Any] = {"parameters": {name: p.detach().numpy() for name, p in part.named_parameters()}}
         known |= {"buffers": {name: b.numpy().copy() for name, b in part.named_buffers()}}
+        known["peers"] = [as_numpy(peer) for peer in given.batch.peers]
         known |= {"labels": given.batch.labels.tolist(), "indices": given.batch.indices.tolist(), "epoch": given.batch.epoch.item()}
         reference = REFERENCES[part.name].reference
         found |= reference(as_numpy(given.student), as_numpy(given.teacher), {**options.get(part.name, {}), **known})
@@ -440,7 +446,8 @@ def test_real_networks_learn_and_the_teacher_stays(name: str, options: dict[str,
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     shown = student(images)
     below = set(leaves_below(total({name: x.sum() for name, x in tensors(shown).items() if name in wanted(method)})))
-    total(method(shown, teach(teacher, images, "fp32"), Batch(torch.arange(4), torch.arange(4)))).backward()
+    taught = teach(teacher, images, "fp32")
+    total(method(shown, taught, Batch(torch.arange(4), torch.arange(4), peers=(taught,)))).backward()
     assert all(p.grad is not None and p.grad.norm() > 0 for p in student.parameters() if p in below)
     assert all(p.grad is None for p in teacher.parameters())
 

@@ -214,8 +214,9 @@ def test_a_diverged_run_is_recorded_and_others_finish(ledger: Ledger, small_npz:
 
     original = engine.train_step
 
-    def harmed(student: engine.Student, *args: object, **keys: object) -> None:
-        original(student, *args, **keys)  # type: ignore[arg-type]
+    def harmed(group: tuple[engine.Student], *args: object, **keys: object) -> None:
+        original(group, *args, **keys)  # type: ignore[arg-type]
+        (student,) = group
         if hash_of_first[0] is None:
             hash_of_first[0] = student
         if student is not hash_of_first[0]:

@@ -421,7 +421,7 @@ def test_gradient_ratios_are_those_of_autograd_and_change_nothing(data: ImageDat
     images, batch = next(lane.stream.epoch(0))
     taught = lane.teacher.teach(images)
     before = weights_of(student)
-    found = gradient_ratios(student, images, taught, batch, "fp32")
+    found = gradient_ratios((student,), images, taught, batch, "fp32")[student]
     assert weights_of(student) == before
     assert all(p.grad is None for p in student.net.parameters())
     norms = []

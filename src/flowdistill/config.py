@@ -82,12 +82,15 @@ class RunConfig(Frozen):
     """One run: one student trained once.
 
     ``student`` and ``teacher`` are a model name (``resnet20``), a run's number (``12``), a weights file (``FILE``, if its
-    metadata name the model) or ``resnet20@FILE``. ``weights`` holds the factor of each loss term; terms left out take the
-    method's default.
+    metadata name the model) or ``resnet20@FILE``. ``peer`` is the other student where two teach each other, named likewise; left out
+    it is another of the student's kind. Each of the two is a run, of ``side`` 1 and 2. ``weights`` holds the factor of each loss
+    term; terms left out take the method's default.
     """
 
     student: str = Field("resnet20", coerce_numbers_to_str=True)
     teacher: str | None = Field(None, coerce_numbers_to_str=True)
+    peer: str | None = Field(None, coerce_numbers_to_str=True, exclude_if=lambda peer: peer is None)
+    side: Literal[1, 2] = Field(1, exclude_if=lambda side: side == 1)
     seed: int = Field(0, ge=0, lt=2**63, strict=True)
     split: Literal["full", "holdout"] = "full"
     data: DataConfig = DataConfig()

@@ -131,8 +131,10 @@ class Batch:
         labels: [N] class numbers; None where the images are mixed, which have none.
         indices: [N] positions in the training set, of a mixed image that of its first; None outside of training.
         epoch: scalar, 0-based epoch of the whole run, on the device; None outside of training.
+        peers: outputs of the students that teach this one and are taught by it, in train mode and with their gradients.
     """
 
     labels: Tensor | None
     indices: Tensor | None = None
     epoch: Tensor | None = None
+    peers: tuple[Outputs, ...] = ()

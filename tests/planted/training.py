@@ -138,9 +138,10 @@ def rate_of_the_epoch_before(self, epoch, epochs, step, steps):
 
 
 @bug(step, "train_step", PLAIN)
-def gradients_of_earlier_steps_kept(student, images, taught, batch, *, lr, precision, losses):
+def gradients_of_earlier_steps_kept(group, images, taught, batch, *, lr, precision, losses):
     """No zero_grad."""
-    terms = losses(student, images, taught if student.taught else None, batch, precision)
+    (student,) = group
+    (terms,) = losses(group, images, taught if student.taught else None, batch, precision)
     sum(weight * terms[term] for term, weight in student.weights.items()).backward()
     student.optimizer.param_groups[0]["lr"] = lr
     student.optimizer.step()
@@ -185,9 +186,10 @@ def student_trained_in_eval_mode(self):
 
 
 @bug(step, "train_step", suite.test_reported_terms_are_unweighted_means_over_the_steps_of_their_epoch)
-def weighted_terms_reported(student, images, taught, batch, *, lr, precision, losses):
+def weighted_terms_reported(group, images, taught, batch, *, lr, precision, losses):
     """Curves of two weights can't be compared: most loops print the product."""
-    terms = losses(student, images, taught if student.taught else None, batch, precision)
+    (student,) = group
+    (terms,) = losses(group, images, taught if student.taught else None, batch, precision)
     terms |= {term: weight * terms[term] for term, weight in student.weights.items()}
     student.optimizer.zero_grad()
     sum(terms[term] for term in student.weights).backward()

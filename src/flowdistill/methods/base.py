@@ -121,6 +121,7 @@ class Method(nn.Module):
         terms: the keys of what ``forward`` returns.
         vanishes_at_match: every term is 0, with gradient 0, where student equals teacher.
         per_sample: repeating the batch changes nothing.
+        mutual: True where the students of two runs teach each other: each finds the other's outputs among ``Batch.peers``.
         uses_labels: True for a method that looks at the batch's labels: mixed images, which have none, are nothing for it.
         uses_teacher: False for a method that learns from the labels alone; its ``forward`` may get None for the teacher.
     """
@@ -132,6 +133,7 @@ class Method(nn.Module):
     terms: tuple[str, ...] = ()
     vanishes_at_match: bool = True
     per_sample: bool = True
+    mutual: bool = False
     uses_labels: bool = False
     uses_teacher: bool = True
     Options: ClassVar[type[MethodOptions]] = MethodOptions

@@ -58,6 +58,7 @@ class Settled:
     phases: tuple[Phase, ...]
     versions: dict[str, int]
     uses_teacher: bool
+    mutual: bool
     variant: str
 
     def trained_model(self, student: str, teacher: str) -> str:
@@ -104,6 +105,7 @@ def settle(name: str, options: Mapping[str, Mapping[str, Any]], weights: Mapping
         phases=phases,
         versions={cls.name: cls.version for cls in classes},
         uses_teacher=any(cls.uses_teacher for cls in classes),
+        mutual=any(cls.mutual for cls in classes),
         variant=", ".join(note for note in notes if note),
     )
 
@@ -132,6 +134,7 @@ class Composed(Method):
         self.per_sample = all(method.per_sample for method in methods)
         self.uses_labels = any(method.uses_labels for method in methods)
         self.uses_teacher = any(method.uses_teacher for method in methods)
+        self.mutual = any(method.mutual for method in methods)
         self.needs = functools.reduce(operator.or_, (method.needs for method in methods))
 
     def know(self, facts: Facts) -> None:

@@ -24,7 +24,7 @@ from ..training.evaluate import evaluate
 from ..training.facts import gather
 from ..training.step import Student
 from ..training.teacher import Teacher
-from .plan import Job, cohorts
+from .plan import Job, cohorts, other_side, weights_seed
 from .watcher import Watcher
 
 GRADIENT_LIMIT = 1000.0  # a term whose gradient is larger than this, relative to the task's, diverges
@@ -84,6 +84,10 @@ def assemble(jobs: Sequence[Job], data: DeviceData, device: torch.device, engine
             student.method.know(facts)
         lane.students.append(student)
         members.append(member)
+    for member in members:
+        if member.job.settled.mutual:
+            other = other_side(member.job.config)
+            member.student.peers = tuple(peer.student for peer in members if peer.job.config == other)
     select = first.config.split == "holdout"
     found = list(lanes.values())
     pixels = sum(first.phase_epochs) * found[0].stream.steps * found[0].stream.batch_size * data.spec.height * data.spec.width
@@ -93,7 +97,7 @@ def assemble(jobs: Sequence[Job], data: DeviceData, device: torch.device, engine
 
 def _network(job: Job, taps: tuple[str, ...]) -> Network:
     """What a job trains: its student, or what is built on that and the teacher."""
-    spec, seed = job.data.spec, job.config.seed
+    spec, seed = job.data.spec, weights_seed(job.config)
     if job.trained == job.student.model:
         return job.student.build(spec, taps=taps, seed=seed)
     net = models.build(job.trained, spec, taps=taps, seed=seed)

@@ -20,7 +20,7 @@ from ..training import checkpoint
 from ..training.cohort import Cohort, train
 from ..training.step import Student
 from .assemble import Member, check_start, prepare
-from .plan import Job, plan, recorded
+from .plan import Job, other_side, plan, recorded
 from .record import finish, now, record_epoch, row, told
 from .watcher import Watcher
 
@@ -47,7 +47,7 @@ def run(
     watcher, started = watcher or Watcher(), time.perf_counter()
     jobs = plan(configs, ledger, device)
     todo = {job.key: job for job in jobs}
-    known = {} if again else {key: found for key, job in todo.items() if (found := before(job, ledger))}
+    known = {} if again else _known(jobs, ledger)
     for key, found in known.items():
         if found.status == "running":
             raise UserError(f"{todo[key].label}: another process trains it as run {found.no}; wait for that, or repeat it with --again")
@@ -102,6 +102,17 @@ def before(job: Job, ledger: Ledger) -> Run | None:
     found = ledger.runs(fingerprint=job.fingerprint, seed=job.config.seed)
     ranked = [one for one in found if one.status == "finished"] or [one for one in found if one.status != "failed"]
     return ranked[-1] if ranked else None
+
+
+def _known(jobs: Sequence[Job], ledger: Ledger) -> dict[tuple[str, int], Run]:
+    """The runs that are skipped or gone on with, by key; of two students that teach each other both or none."""
+    found = {job.key: one for job in jobs if (one := before(job, ledger))}
+    for job in jobs:
+        if job.settled.mutual:
+            pair = [other.key for other in jobs if other.config in (job.config, other_side(job.config))]
+            if not found.keys() >= set(pair):
+                found = {key: one for key, one in found.items() if key not in pair}
+    return found
 
 
 def _unfinished(home: int, ledger: Ledger) -> list[Run]:

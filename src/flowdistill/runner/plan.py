@@ -18,7 +18,7 @@ from ..data.sources import ImageData, load
 from ..device import Precision, resolve_precision
 from ..ledger import Ledger, Run
 from ..methods import Method, Settled
-from ..randomness import seeded
+from ..randomness import derive, seeded
 from ..training.weights import hash_weights
 from .networks import NetworkRef, Wanted, choose_teacher, recorded_teacher, refuse_contaminated, resolve
 
@@ -59,6 +59,14 @@ class Job:
         return self.settled.trained_model(self.student.model, self.teacher.model if self.teacher else "")
 
     @property
+    def variant(self) -> str:
+        """What differs from the method's defaults, as tables print it; of two that teach each other, which one this is."""
+        side = (
+            "" if self.config.peer is None else f"peer={self.config.peer}" if self.config.side == 1 else f"second, peer={self.config.peer}"
+        )
+        return ", ".join(note for note in (side, self.settled.variant) if note)
+
+    @property
     def label(self) -> str:
         """As messages name it."""
         pair = f"{self.student.model} <- {self.teacher.model}" if self.teacher else self.student.model
@@ -89,12 +97,34 @@ def plan(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device, *, 
     Raises:
         UserError: the first config that can't be run.
     """
-    cheap = [(config, _settled(config)) for config in configs]  # refused before the data, which may have to be downloaded
+    cheap = _with_peers([(config, _settled(config)) for config in configs])  # refused before the data, which may have to be downloaded
     students = {name: resolve(name, ledger) for name in dict.fromkeys(config.student for config, _ in cheap)}
     load_once = _Loader()
     return [
         _planned(config, settled, students[config.student], *load_once(config.data), ledger, device, stand_in) for config, settled in cheap
     ]
+
+
+def _with_peers(given: Sequence[tuple[RunConfig, Settled]]) -> list[tuple[RunConfig, Settled]]:
+    """Each config of a mutual method is followed by that of the other student, unless that is given too.
+
+    Raises:
+        UserError: a peer for a method that has none.
+    """
+    found: list[tuple[RunConfig, Settled]] = []
+    for config, settled in given:
+        if not settled.mutual and (config.peer is not None or config.side != 1):
+            raise UserError(f"peer={config.peer}: the students of {settled.name!r} do not teach each other; use dml, or leave peer out")
+        own = config.model_copy(update={"peer": config.peer or config.student}) if settled.mutual else config
+        found += [
+            (one, settled) for one in ([own, other_side(own)] if settled.mutual else [own]) if one not in [known for known, _ in found]
+        ]
+    return found
+
+
+def other_side(config: RunConfig) -> RunConfig:
+    """The config of the student that this one teaches and is taught by."""
+    return config.model_copy(update={"student": config.peer, "peer": config.student, "side": 3 - config.side})
 
 
 def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[Job]:
@@ -114,7 +144,7 @@ def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[
                 f"{run.data_hash[:8]}); put the old data back, or train anew"
             )
         student, teacher = resolve(config.student, ledger), recorded_teacher(run, ledger)
-        job = _job(config, _settled(config), student, teacher, data, data_hash, _initial(student, data, config.seed), device)
+        job = _job(config, _settled(config), student, teacher, data, data_hash, _initial(student, data, config), ledger, device)
         if job.fingerprint != run.fingerprint:
             raise UserError(
                 f"run {run.no} can't be resumed: its teacher, its first weights or the version of its method is not what it began with; "
@@ -137,8 +167,13 @@ class _Loader:
         return self._loaded[config]
 
 
-def _initial(student: NetworkRef, data: ImageData, seed: int) -> str:
-    return hash_weights(student.build(data.spec, seed=seed).state_dict())
+def weights_seed(config: RunConfig) -> int:
+    """What fresh weights are drawn from: the run's seed, and for the second of two students one that follows from it."""
+    return config.seed if config.side == 1 else derive(config.seed, "second side")
+
+
+def _initial(student: NetworkRef, data: ImageData, config: RunConfig) -> str:
+    return hash_weights(student.build(data.spec, seed=weights_seed(config)).state_dict())
 
 
 def _settled(config: RunConfig) -> Settled:
@@ -147,20 +182,20 @@ def _settled(config: RunConfig) -> Settled:
     Raises:
         UserError: no such method, option or weight, a teacher is needed and none named, or labels are and the images are mixed.
     """
-    if config.train.mixup:
-        _refuse_labels(config)
     settled = methods.settle(config.method, config.options, config.weights)
+    if config.train.mixup:
+        _refuse_labels(settled)
     if settled.uses_teacher and config.teacher is None:
         raise UserError(f"method {settled.name!r} needs a teacher: --teacher MODEL, RUN or FILE")
     return settled
 
 
-def _refuse_labels(config: RunConfig) -> None:
+def _refuse_labels(settled: Settled) -> None:
     """Mixed images have none."""
-    labelled = [cls.name for cls in methods.parts(config.method) if cls.uses_labels]
+    labelled = [cls.name for cls in methods.parts(settled.name) if cls.uses_labels]
     if labelled:
         what, cure = f"method {labelled[0]!r} learns from labels", "choose one that does not, such as kd"
-    elif task := config.weights.get("task", 1.0):
+    elif task := settled.weights["task"]:
         what, cure = f"weights.task={task:g}", "set weights.task=0"
     else:
         return
@@ -177,14 +212,14 @@ def _planned(
     device: torch.device,
     stand_in: bool,
 ) -> Job:
-    init_hash = _initial(student, data, config.seed)
+    init_hash = _initial(student, data, config)
     recipe = config.train.model_dump(mode="json") | {"precision": resolve_precision(config.train.precision, device)}
     wanted = Wanted(config.data, data_hash, config.split, config.seed, init_hash, recipe, str(ledger.folder))
     refuse_contaminated(student, wanted)
     teacher = None
     if settled.uses_teacher and config.teacher is not None:
         teacher = choose_teacher(config.teacher, wanted, ledger, stand_in=stand_in)
-    return _job(config, settled, student, teacher, data, data_hash, init_hash, device)
+    return _job(config, settled, student, teacher, data, data_hash, init_hash, ledger, device)
 
 
 def _job(
@@ -195,6 +230,7 @@ def _job(
     data: ImageData,
     data_hash: str,
     init_hash: str,
+    ledger: Ledger,
     device: torch.device,
 ) -> Job:
     precision = resolve_precision(config.train.precision, device)
@@ -208,13 +244,16 @@ def _job(
             "weights": settled.weights,
         }
     )
-    fingerprint = _fingerprint(resolved, settled, student, teacher, data_hash)
+    peer = resolve(config.peer, ledger) if config.peer is not None else None
+    fingerprint = _fingerprint(resolved, settled, student, teacher, data_hash, peer)
     job = Job(resolved, data, data_hash, settled, student, teacher, precision, init_hash, fingerprint)
     job.method()  # refuses a pair that can't work
     return job
 
 
-def _fingerprint(config: RunConfig, settled: Settled, student: NetworkRef, teacher: NetworkRef | None, data_hash: str) -> str:
+def _fingerprint(
+    config: RunConfig, settled: Settled, student: NetworkRef, teacher: NetworkRef | None, data_hash: str, peer: NetworkRef | None = None
+) -> str:
     covered: dict[str, Any] = {
         "student": [student.model, student.fingerprint],
         "teacher": [teacher.model, teacher.fingerprint] if teacher else None,
@@ -225,6 +264,8 @@ def _fingerprint(config: RunConfig, settled: Settled, student: NetworkRef, teach
         "train": config.train.model_dump(),
         "split": config.split,
     }
+    if peer is not None:
+        covered["peer"] = [peer.model, peer.fingerprint, config.side]
     return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
 
 

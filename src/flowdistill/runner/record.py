@@ -30,7 +30,7 @@ def row(member: Member) -> dict[str, Any]:
     job = member.job
     return {
         "method": job.settled.name,
-        "variant": job.settled.variant,
+        "variant": job.variant,
         "dataset": job.data.name,
         "data_hash": job.data_hash,
         "student": job.student.model,

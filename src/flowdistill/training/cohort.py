@@ -207,14 +207,19 @@ def _measure(cohort: Cohort, epoch: int, epochs: int) -> dict[Student, Progress]
 
 def _dismiss_diverged(cohort: Cohort, report: EpochReport) -> None:
     for lane in cohort.lanes:
-        for student in list(lane.students):
+        for student in lane.students:
             progress = report.progress[student]
             broken = [term for term, value in progress.terms.items() if not math.isfinite(value)]
             if broken or progress.error:
                 what = f"{', '.join(broken)} is not finite" if broken else progress.error
                 progress.error = f"diverged in epoch {report.epoch}: {what}; lower train.lr or weights.{[*progress.terms][-1]}"
-                progress.evaluation = None
-                lane.students.remove(student)
+        for group in lane.groups:
+            if any(report.progress[student].error for student in group):
+                for student in group:
+                    progress = report.progress[student]
+                    progress.error = progress.error or f"its peer diverged in epoch {report.epoch}"
+                    progress.evaluation = None
+                    lane.students.remove(student)
 
 
 def _choose(cohort: Cohort, report: EpochReport) -> None:
@@ -227,10 +232,10 @@ def _choose(cohort: Cohort, report: EpochReport) -> None:
 
 def first_gradients(cohort: Cohort) -> dict[Student, dict[str, float]]:
     """Each student's gradient norms relative to the task's, on its first batch, not mixed, for the task needs labels; changes nothing."""
-    found = {}
+    found: dict[Student, dict[str, float]] = {}
     for lane in cohort.lanes:
         images, batch = next(Stream(lane.stream.data, lane.stream.seed, lane.stream.batch_size).epoch(0))
         taught = lane.teacher.teach(images) if lane.teacher else None
-        for student in lane.students:
-            found[student] = gradient_ratios(student, images, taught, batch, cohort.precision)
+        for group in lane.groups:
+            found |= gradient_ratios(group, images, taught, batch, cohort.precision)
     return found

@@ -18,7 +18,7 @@ from ..data.loader import DeviceData, Stream
 from ..device import Precision
 from ..taps import Batch, Outputs
 from .evaluate import Evaluation, evaluate
-from .step import Objective, Student, losses, train_step
+from .step import Group, Objective, Student, losses, train_step
 from .teacher import Teacher
 
 
@@ -29,6 +29,16 @@ class Lane:
     stream: Stream
     teacher: Teacher | None
     students: list[Student]
+
+    @property
+    def groups(self) -> list[Group]:
+        """The students, those that teach each other together."""
+        found: dict[Student, Group] = {}
+        for student in self.students:
+            if student not in found:
+                group = (student, *student.peers)
+                found |= dict.fromkeys(group, group)
+        return list(dict.fromkeys(found.values()))
 
     @property
     def taught(self) -> bool:
@@ -57,17 +67,17 @@ class Eager:
         for step, batches in enumerate(zip(*(lane.stream.epoch(number) for lane in lanes), strict=True)):
             for lane, (images, batch) in zip(lanes, batches, strict=True):
                 taught = self.teach(lane, images)
-                for student in lane.students:
-                    train_step(student, images, taught, batch, lr=rates[student][step], precision=self.precision, losses=self.losses)
+                for group in lane.groups:
+                    train_step(group, images, taught, batch, lr=rates[group[0]][step], precision=self.precision, losses=self.losses)
             yield
 
     def teach(self, lane: Lane, images: Tensor) -> Outputs | None:
         """What the teacher says of a batch, once for all students of the lane."""
         return lane.teacher.teach(images) if lane.teacher is not None and lane.taught else None
 
-    def losses(self, student: Student, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> dict[str, Tensor]:
-        """A student's terms on a batch."""
-        return losses(student, images, taught, batch, precision)
+    def losses(self, group: Group, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> list[dict[str, Tensor]]:
+        """Each student's terms on a batch."""
+        return losses(group, images, taught, batch, precision)
 
     def evaluate(self, student: Student, data: DeviceData) -> Evaluation:
         """Measure a student on the curve's images."""
@@ -81,13 +91,13 @@ class Compiled(Eager):
 
     def __init__(self, precision: Precision, why: str) -> None:
         super().__init__(precision, why)
-        self._losses: dict[Any, Callable[..., dict[str, Tensor]]] = {}
+        self._losses: dict[Any, Callable[..., list[dict[str, Tensor]]]] = {}
         self._teachers: dict[Teacher, Callable[[Tensor], Outputs]] = {}
         self._tried: set[Any] = set()
 
     def ready(self, lanes: Sequence[Lane]) -> Eager:
         """Compile what is new, by one step that is taken back."""
-        new = {_kind(student) for lane in lanes for student in lane.students} | {lane.teacher for lane in lanes if lane.taught}
+        new = {_kind(group) for lane in lanes for group in lane.groups} | {lane.teacher for lane in lanes if lane.taught}
         if new <= self._tried:
             return self
         try:
@@ -106,29 +116,30 @@ class Compiled(Eager):
             self._teachers[lane.teacher] = _compile(_teaching(lane.teacher))
         return self._teachers[lane.teacher](images)
 
-    def losses(self, student: Student, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> dict[str, Tensor]:
+    def losses(self, group: Group, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> list[dict[str, Tensor]]:
         """Compiled once a kind of student; weights and statistics are its inputs."""
-        kind = _kind(student)
+        kind = _kind(group)
         if kind not in self._losses:
-            self._losses[kind] = _compile(_computing(student, precision))
-        objective = Objective(student.net, student.method)
+            self._losses[kind] = _compile(_computing(group, precision))
+        objective = Objective(group)
         tensors = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
         return self._losses[kind](tensors, images, taught, batch)
 
 
-def _kind(student: Student) -> tuple[Any, ...]:
+def _kind(group: Group) -> tuple[Any, ...]:
     """Students of one kind have one compiled function."""
-    options = tuple((name, repr(option)) for name, option in student.settled.options.items())
-    return type(student.net), student.net.spec, student.net.taps, options, student.taught
+    options = tuple((name, repr(option)) for name, option in group[0].settled.options.items())
+    networks = tuple((type(student.net), student.net.spec, student.net.taps) for student in group)
+    return networks, options, group[0].taught
 
 
-def _computing(student: Student, precision: Precision) -> Callable[..., dict[str, Tensor]]:
-    """``losses`` with the tensors of any student of this kind in the place of this one's."""
-    objective = Objective(student.net, student.method)
+def _computing(group: Group, precision: Precision) -> Callable[..., list[dict[str, Tensor]]]:
+    """``losses`` with the tensors of any students of this kind in the place of these."""
+    objective = Objective(group)
 
-    def compute(tensors: dict[str, Tensor], images: Tensor, taught: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        terms: dict[str, Tensor] = functional_call(objective, tensors, (images, taught, batch, precision))
-        return terms
+    def compute(tensors: dict[str, Tensor], images: Tensor, taught: Outputs | None, batch: Batch) -> list[dict[str, Tensor]]:
+        found: list[dict[str, Tensor]] = functional_call(objective, tensors, (images, taught, batch, precision))
+        return found
 
     return compute
 

@@ -59,10 +59,10 @@ class Tape:
             images, batch = lane.stream.batch(draws, shown, self.number)
             taught = self.inner.teach(lane, images)
             alive.append((images, batch, taught))
-            for student in lane.students:
+            for group in lane.groups:
                 with self._beside(turn):
-                    lr = self.rates[student].index_select(0, self.counter).view(())
-                    train_step(student, images, taught, batch, lr=lr, precision=self.inner.precision, losses=self.inner.losses)
+                    lr = self.rates[group[0]].index_select(0, self.counter).view(())
+                    train_step(group, images, taught, batch, lr=lr, precision=self.inner.precision, losses=self.inner.losses)
                 turn += 1
         for stream in self.streams:
             torch.cuda.current_stream().wait_stream(stream)

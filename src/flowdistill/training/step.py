@@ -21,13 +21,18 @@ TASK = "task"  # the cross-entropy with the labels
 
 
 class Student:
-    """A network in training: its weights, its method, its optimiser, and the sums of its losses over the epoch."""
+    """A network in training: its weights, its method, its optimiser, and the sums of its losses over the epoch.
+
+    Attributes:
+        peers: the students that it teaches and is taught by, where its method is mutual.
+    """
 
     def __init__(self, net: Network, method: Method, settled: Settled, train: TrainConfig) -> None:
         self.net, self.method, self.settled, self.train = net, method, settled, train
         self.optimizer: torch.optim.SGD
         self.weights: dict[str, float] = {}
         self.sums: dict[str, Tensor] = {}
+        self.peers: tuple[Student, ...] = ()
         self.chosen_epoch = 0
         self.chosen_correct = -1
         self._chosen: dict[str, Tensor] | None = None
@@ -116,37 +121,46 @@ class Student:
         return torch.tensor(rates, device=next(self.net.parameters()).device)
 
 
+Group = tuple[Student, ...]
+"""Students that one step moves: a single one, or those that teach each other."""
+
+
 class Objective(nn.Module):
-    """What a student minimises: its network and its method as one module."""
+    """What the students of a group minimise: their networks and methods as one module."""
 
-    def __init__(self, net: Network, method: Method) -> None:
+    def __init__(self, group: Group) -> None:
         super().__init__()
-        self.net, self.method = net, method
+        self.nets = nn.ModuleList(student.net for student in group)
+        self.methods = nn.ModuleList(student.method for student in group)
 
-    def forward(self, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> dict[str, Tensor]:
-        """Every unweighted term, float32 scalars; the network runs under ``precision``, the losses never in half.
+    def forward(self, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> list[dict[str, Tensor]]:
+        """Every unweighted term of each student, float32 scalars; the networks run under ``precision``, the losses never in half.
 
         Without labels there is no task.
         """
         with autocast(images.device, precision):
-            given: Outputs = self.net(images)
-        terms = {} if batch.labels is None else {TASK: F.cross_entropy(full(given.logits), batch.labels)}
-        if taught is not None or not self.method.uses_teacher:
-            terms |= self.method(given, taught, batch)
-        return terms
+            given: list[Outputs] = [net(images) for net in self.nets]
+        found = []
+        for number, (own, method) in enumerate(zip(given, self.methods, strict=True)):
+            terms = {} if batch.labels is None else {TASK: F.cross_entropy(full(own.logits), batch.labels)}
+            if taught is not None or not method.uses_teacher:
+                peers = (*given[:number], *given[number + 1 :])
+                terms |= method(own, taught, Batch(batch.labels, batch.indices, batch.epoch, peers))
+            found.append(terms)
+        return found
 
 
-def losses(student: Student, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> dict[str, Tensor]:
-    """Every unweighted term of this phase."""
-    terms: dict[str, Tensor] = Objective(student.net, student.method)(images, taught, batch, precision)
-    return terms
+def losses(group: Group, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> list[dict[str, Tensor]]:
+    """Every unweighted term of this phase, of each student."""
+    found: list[dict[str, Tensor]] = Objective(group)(images, taught, batch, precision)
+    return found
 
 
-Losses = Callable[["Student", Tensor, "Outputs | None", Batch, Precision], dict[str, Tensor]]
+Losses = Callable[[Group, Tensor, "Outputs | None", Batch, Precision], list[dict[str, Tensor]]]
 
 
 def train_step(
-    student: Student,
+    group: Group,
     images: Tensor,
     taught: Outputs | None,
     batch: Batch,
@@ -155,20 +169,23 @@ def train_step(
     precision: Precision,
     losses: Losses = losses,
 ) -> None:
-    """Move the student by one step, and add its terms to its sums. Nothing here waits for the device.
+    """Move the students of a group by one step, and add their terms to their sums. Nothing here waits for the device.
 
-    ``lr`` is a scalar on the device. Gradients are asked for, not accumulated, so that a graph may hold this step on any stream.
+    ``lr`` is a scalar on the device. Gradients are asked for, not accumulated, so that a graph may hold this step on any stream. No term
+    has a gradient for another student's weights, so that one backward pass of the sum serves all.
     """
-    terms = losses(student, images, taught if student.taught else None, batch, precision)
-    total = torch.stack([weight * terms[term] for term, weight in student.weights.items()]).sum()
-    trained = student.trained()
+    found = losses(group, images, taught if group[0].taught else None, batch, precision)
+    weighted = [weight * terms[term] for student, terms in zip(group, found, strict=True) for term, weight in student.weights.items()]
+    total = torch.stack(weighted).sum()
+    trained = [parameter for student in group for parameter in student.trained()]
     for parameter, gradient in zip(trained, torch.autograd.grad(total, trained, allow_unused=True), strict=True):
         parameter.grad = None if gradient is None else _laid_out(gradient, parameter)
-    for group in student.optimizer.param_groups:
-        group["lr"] = lr
-    student.optimizer.step()
-    for term, value in terms.items():
-        student.sums[term].add_(value.detach())
+    for student, terms in zip(group, found, strict=True):
+        for parameters in student.optimizer.param_groups:
+            parameters["lr"] = lr
+        student.optimizer.step()
+        for term, value in terms.items():
+            student.sums[term].add_(value.detach())
 
 
 def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
@@ -184,24 +201,29 @@ def teach(teacher: nn.Module, images: Tensor, precision: Precision) -> Outputs:
     return outputs
 
 
-def gradient_ratios(student: Student, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> dict[str, float]:
-    """The norm of each weighted term's gradient on the network's weights, relative to that of the task at weight 1.
+def gradient_ratios(
+    group: Group, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision
+) -> dict[Student, dict[str, float]]:
+    """The norm of each weighted term's gradient on its network's weights, relative to that of the task at weight 1.
 
-    Leaves the student as it was, batch statistics and what its method remembers included.
+    Leaves the students as they were, batch statistics and what their methods remember included.
     """
-    objective = Objective(student.net, student.method)
+    objective = Objective(group)
     buffers = {name: value.clone() for name, value in objective.named_buffers()}
-    student.begin_epoch()
-    terms = losses(student, images, taught, batch, precision)
-    weights = [parameter for parameter in student.net.parameters() if parameter.requires_grad]
+    for student in group:
+        student.begin_epoch()
+    found = losses(group, images, taught, batch, precision)
 
-    def norm(value: Tensor) -> float:
+    def norm(value: Tensor, weights: list[nn.Parameter]) -> float:
         gradients = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
         norms = [gradient.norm() for gradient in gradients if gradient is not None]
         return float(torch.stack(norms).norm()) if norms else 0.0  # a term may train the method's own parts alone
 
-    task = norm(terms[TASK])
-    ratios = {term: norm(student.settled.weights[term] * value) / max(task, 1e-30) for term, value in terms.items() if term != TASK}
+    ratios = {}
+    for student, terms in zip(group, found, strict=True):
+        weights = [parameter for parameter in student.net.parameters() if parameter.requires_grad]
+        task = max(norm(terms.pop(TASK), weights), 1e-30)
+        ratios[student] = {term: norm(student.settled.weights[term] * value, weights) / task for term, value in terms.items()}
     for name, value in objective.named_buffers():
         value.copy_(buffers[name])
     return ratios

@@ -51,6 +51,7 @@ def built(name: str) -> Method:
 def wants(method: Method) -> str:
     """Of the teacher."""
     parts = [*sorted(method.needs.teacher)] + ["embedding"] * method.needs.embedding + ["logits"] * method.needs.logits
+    parts += [fact.replace("_", " ") for fact in sorted(method.needs.facts)]
     return ", ".join(parts) or "nothing"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from small import config
+from test_methods import facts
 from test_training import a_cohort, weights_of
 
 from flowdistill import methods, models
@@ -293,6 +294,7 @@ def test_a_method_wants_of_the_teacher_what_it_names_and_nothing_else(name: str)
     settled = methods.settle(name, {}, {})
     spec = models.spec("resnet14", CIFAR)
     method = methods.build(settled, student=spec, teacher=spec, data=CIFAR)
+    method.know(facts(spec))
     taps = tuple(sorted({*TAPS, *method.needs.teacher}))
     net, batch = a_network(taps=taps), Batch(torch.arange(8), torch.arange(8), torch.tensor(0))
     with torch.no_grad():

@@ -62,6 +62,18 @@ def channel_mask(indices: Tensor, epoch: Tensor | int, channels: int, ratio: flo
     return drawn >= int(ratio * 2**32)
 
 
+def mask_of(batch: Batch | None, features: Tensor, ratio: float) -> Tensor:
+    """``channel_mask`` for a batch's features [N, C, ...]: [N, C].
+
+    Where the batch knows no indices, the places in it count; where it knows no epoch, the first.
+    """
+    indices = None if batch is None else batch.indices
+    epoch = None if batch is None else batch.epoch
+    if indices is None:
+        indices = torch.arange(len(features), device=features.device)
+    return channel_mask(indices, 0 if epoch is None else epoch, features.shape[1], ratio)
+
+
 class MGDOptions(MethodOptions):
     """Options of mgd. ``ratio``: the share of channels that is hidden (lambda)."""
 
@@ -102,13 +114,9 @@ class MGD(Method):
         return {"mgd": 1.2e-3}
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
-        """``mgd``. Where the batch knows no indices, the places in it count; where it knows no epoch, the first."""
+        """``mgd``, its masks drawn by ``mask_of``."""
         ours, theirs = match_sizes(full(student.maps[self.stage]), teacher.maps[self.stage], "avg")
-        indices = None if batch is None else batch.indices
-        epoch = None if batch is None else batch.epoch
-        if indices is None:
-            indices = torch.arange(len(ours), device=ours.device)
-        mask = channel_mask(indices, 0 if epoch is None else epoch, theirs.shape[1], self.options.ratio)
+        mask = mask_of(batch, theirs, self.options.ratio)
         with torch.autocast(ours.device.type, enabled=False):
             generated = self.generation(self.align(ours) * mask[:, :, None, None])
         return {"mgd": generation_loss(generated, theirs)}

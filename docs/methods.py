@@ -36,7 +36,7 @@ LEFT_OUT = """## Left out
 |---|---|
 | `ttm`, `wttm`, `wkd`, `srd`, `itrd` | their formulas could not be established here from the paper or its authors' own description |
 | `fcfd` | partly unverified: the weights of the paper's equation are not known here, and there is no expected value |
-| `simkd`, `nd` | want the teacher's head, its normalisation or its class means, which a method does not see yet |
+| `simkd` | not written yet: the student's own head is the teacher's |
 | `crd`, `dml` | not written yet: a memory bank, and students that teach each other |
 | Sobolev, BSS, LwM, AFD | in older collections; they need gradients by the image, adversarial images or a second network |
 """

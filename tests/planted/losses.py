@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import test_facts
 import test_fsp
 import test_methods as suite
 import torch
 import torch.nn.functional as F
 
-from flowdistill.methods import METHODS, Method, attention, base, compose, fsp, kd, logits
+from flowdistill.methods import METHODS, Method, attention, base, cat_kd, compose, fsp, kd, logits, nd, ofd
 from flowdistill.methods.attention import AT, attention_loss
 from flowdistill.methods.base import full
 from flowdistill.methods.fsp import FSP, fsp_loss, fsp_matrix, match_sizes
 from flowdistill.methods.logits import logits_loss
+from flowdistill.methods.srrl import SRRL
 from flowdistill.training import step
 
 from .bug import bug
@@ -328,6 +330,37 @@ def adapter_in_a_plain_dict(self, *args, **networks):
     hidden = dict(self.adapters.items())
     del self.adapters
     self.adapters = hidden
+
+
+# what is told of the teacher
+
+HEAD_BIAS = dict(zip(("name", "kept", "told"), test_facts.TOLD[1], strict=True))
+
+
+@bug(ofd, "partial_distance", suite.test_formula_equals_the_reference, {"name": "ofd", "options": {}, "pair": "even"})
+def ofd_pulled_up_to_the_margin(student, teacher, margin):
+    """The distance counts everywhere: a silent neuron is pulled up to the margin, which it may stay below."""
+    target = torch.maximum(full(teacher), margin[:, None, None])
+    return (full(student) - target).square().flatten(1).sum(1).mean()
+
+
+@bug(SRRL, "know", test_facts.test_what_is_told_is_kept_and_not_trained, HEAD_BIAS)
+def srrl_without_the_bias_of_the_head(self, facts):
+    """features @ head.weight.T: the teacher's classifier without its bias."""
+    self.keep(head_weight=facts.head[0], head_bias=torch.zeros_like(facts.head[1]))
+
+
+@bug(cat_kd, "class_attention", suite.test_formula_equals_the_reference, {"name": "cat_kd", "options": {}, "pair": "even"})
+def cat_kd_normalised_over_the_classes(cam, r=2, *, normalise=True):
+    """normalize() at its default, dim=1: at every position the classes share a norm, in place of each class's positions."""
+    attention = fsp.pooled(full(cam), (r, r), "avg").flatten(2)
+    return F.normalize(attention, eps=1e-6) if normalise else attention
+
+
+@bug(nd, "nd_loss", suite.test_formula_equals_the_reference, {"name": "nd", "options": {}, "pair": "even"})
+def nd_blind_to_the_norm(student, teacher, means):
+    """Divided by ||e_s|| alone, a cosine: nothing makes the student's embedding as long as the teacher's."""
+    return 1 - F.cosine_similarity(full(student), full(means), dim=1).mean()
 
 
 # composition and registry

@@ -171,7 +171,7 @@ def _launch(
     validate(values | {"method": names[0]})
     shares = _for_methods(values, names)
     if chosen_recipe:
-        shares = [_over(chosen_recipe.of_pair.get((share["method"], teacher, student), {}), share) for share in shares]
+        shares = [_over(chosen_recipe.of_pair.get((_in_full(share["method"]), teacher, student), {}), share) for share in shares]
     configs = [parsed for share in shares for parsed in _seeded(share, seeds)]
     where, ledger = resolve_device(device), Ledger(runs, create=True)
     if dry_run:
@@ -250,6 +250,11 @@ def _over(below: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]
     """Values over those below them, key by key."""
     tables = {key for key in below if isinstance(below[key], dict) and isinstance(values.get(key), dict)}
     return {**below, **values, **{key: _over(below[key], values[key]) for key in tables}}
+
+
+def _in_full(method: str) -> str:
+    """A method's name as runs record it: its parts in order."""
+    return "+".join(sorted(part.strip() for part in method.split("+")))
 
 
 def _for_methods(values: dict[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -347,7 +352,7 @@ def table(
     runs: RunsOption = Path("runs"),
 ) -> int:
     """The log of finished runs, or their summary."""
-    wanted = {"method": method and "+".join(sorted(method.split("+"))), "dataset": dataset, "student": student, "teacher": teacher}
+    wanted = {"method": method and _in_full(method), "dataset": dataset, "student": student, "teacher": teacher}
     only = {key: model_name(value) for key, value in wanted.items() if value is not None}
     ledger = Ledger(runs)
     for key, value in only.items():

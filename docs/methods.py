@@ -35,9 +35,7 @@ LEFT_OUT = """## Left out
 | method | why |
 |---|---|
 | `fcfd` | partly unverified: the weights of the paper's equation are not known here, and there is no expected value |
-| `ofd`, `srrl`, `simkd`, `cat_kd`, `nd` | want the teacher's head, its normalisation or its class means, which a method does not see yet |
-| `wkd` | its distances between classes come from the teacher's head or its features of the training set, which a method does not see yet |
-| `crd`, `dml` | not written yet: a memory bank, and students that teach each other |
+| `wkd` | its costs between classes come from a file of training features or the teacher's head, and there is no expected value |
 | Sobolev, BSS, LwM, AFD | in older collections; they need gradients by the image, adversarial images or a second network |
 """
 
@@ -52,6 +50,7 @@ def built(name: str) -> Method:
 def wants(method: Method) -> str:
     """Of the teacher."""
     parts = [*sorted(method.needs.teacher)] + ["embedding"] * method.needs.embedding + ["logits"] * method.needs.logits
+    parts += [fact.replace("_", " ") for fact in sorted(method.needs.facts)]
     return ", ".join(parts) or "nothing"
 
 

@@ -37,8 +37,10 @@ PAIRS = completed(
         "even": (network("small"), network("big")),
         "uneven": (network("small", sizes=UNEVEN_SIZES), network("big")),
         "wide": (network("small"), network("big", channels=(3, 2, 5, 4))),
+        "wide embedding": (network("small"), network("big", channels=(3, 2, 5, 6))),
     }
 )
+USUAL = ("even", "uneven", "wide")
 
 
 TINY_SIZES = ((4, 4), (4, 4), (2, 2), (1, 3))  # stage2 divides stage1, stage3 does not divide stage2
@@ -47,6 +49,7 @@ TINY_PAIRS = completed(
     {
         "uneven": (TINY, network("big", (2, 2, 2, 2), ((4, 4), (4, 4), (2, 2), (2, 2)))),
         "wide": (TINY, network("big", (3, 2, 3, 2), ((4, 4), (4, 4), (2, 2), (2, 2)))),
+        "wide embedding": (TINY, network("big", (3, 2, 3, 3), ((4, 4), (4, 4), (2, 2), (2, 2)))),
     }
 )
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
+from test_methods import PAIRS, facts, make
 from test_training import CPU, data
-from torch import nn
+from torch import Tensor, nn
 
 from flowdistill import models
 from flowdistill.checks import UserError
 from flowdistill.data.loader import DeviceData
 from flowdistill.data.sources import ImageData
 from flowdistill.methods import METHODS, Needs
+from flowdistill.methods.nd import nd_loss
+from flowdistill.methods.ofd import margins
 from flowdistill.taps import Facts, NetSpec
 from flowdistill.training.facts import gather
 
@@ -85,3 +91,57 @@ def test_a_method_that_was_not_told_says_so() -> None:
     assert torch.equal(method.kept("head_weight"), weight)
     assert not method.kept("head_weight").requires_grad
     assert [name for name, _ in method.named_buffers()] == ["head_weight"]
+
+
+TOLD: list[tuple[str, str, Callable[[Facts], Tensor]]] = [
+    ("srrl", "head_weight", lambda facts: facts.head[0]),
+    ("srrl", "head_bias", lambda facts: facts.head[1]),
+    ("nd", "class_means", lambda facts: facts.class_means),
+]
+
+
+@pytest.mark.parametrize(("name", "kept", "told"), TOLD)
+def test_what_is_told_is_kept_and_not_trained(name: str, kept: str, told: Callable[[Facts], Tensor]) -> None:
+    pair = PAIRS["wide embedding"]
+    method = make(name, {}, pair)
+    assert torch.equal(method.kept(kept), told(facts(pair[1])))
+    assert kept not in dict(method.named_parameters())
+    assert kept in method.state_dict()
+
+
+def mean_of_negatives(weight: float, bias: float) -> float:
+    """The mean of x below 0, x normal with mean bias and deviation |weight|, as a sum over a fine grid."""
+    deviation = abs(weight)
+    top = min(0.0, bias + 10 * deviation)
+    points = np.linspace(top - 12 * deviation, top, 400_001)
+    density = np.exp(-(((points - bias) / deviation) ** 2) / 2)
+    return float((points * density).sum() / density.sum())
+
+
+def test_ofd_keeps_the_mean_negative_response_of_every_stage() -> None:
+    pair = PAIRS["wide"]
+    method, told = make("ofd", {}, pair), facts(pair[1]).norms
+    for stage in ("stage1", "stage2", "stage3"):
+        found = method.kept(f"margin_{stage}")
+        for margin, weight, bias in zip(found.tolist(), *(x.tolist() for x in told[f"{stage}.pre"]), strict=True):
+            rare = math.erfc(bias / abs(weight) / math.sqrt(2)) / 2 <= 1e-3
+            assert margin == pytest.approx(-3 * abs(weight) if rare else mean_of_negatives(weight, bias), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("weight", "bias", "margin"),
+    [(0, -2, -2), (0, 0, 0), (0, 2, 0), (1, 0, -math.sqrt(2 / math.pi)), (0.5, 40, -1.5), (-0.5, 40, -1.5), (1e-30, -40, -40)],
+)
+def test_a_margin_exists_for_every_normalisation(weight: float, bias: float, margin: float, dtype: torch.dtype) -> None:
+    found = margins(torch.tensor([weight], dtype=dtype), torch.tensor([bias], dtype=dtype))
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert found.item() == pytest.approx(margin, rel=1e-6, abs=1e-12)
+
+
+def test_a_class_without_images_pulls_nowhere() -> None:
+    """Its mean is 0, which has no direction: the loss is 1, and its gradient 0."""
+    embedding = torch.ones(1, 4, requires_grad=True)
+    loss = nd_loss(embedding, torch.ones(1, 4), torch.zeros(1, 4))
+    assert loss.item() == 1
+    assert torch.autograd.grad(loss, embedding)[0].abs().max() == 0

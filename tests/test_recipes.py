@@ -60,12 +60,26 @@ def test_smoke_is_one_epoch(tmp_path: Path) -> None:
     assert (found["train"]["epochs"], found["data"]["limit_train"]) == (1, 2000)
 
 
-def test_crd_takes_what_a_methods_authors_set_for_a_pair(tmp_path: Path) -> None:
+def chosen(folder: Path, teacher: str, student: str, *words: str) -> dict[str, Any]:
+    """What crd resolves to for this pair; a teacher is trained where the folder has none."""
     run = ("--epochs", "1", "--set", "train.milestones=[0.5]", "--dataset", "digits", "--device", "cpu", "--batch-size", "32")
-    assert command(tmp_path, "train", "--model", "resnet56", "--seeds", "9", *run).code == 0
-    pair = ("distill", "--method", "dkd", "--teacher", "resnet56", "--student", "resnet20", "--recipe", "crd", "--dry-run", *run)
-    beta = [json.loads(command(tmp_path, *pair, *own).out)[0]["config"]["options"] for own in ((), ("--set", "options.dkd.beta=3.0"))]
-    assert [found["dkd"]["beta"] for found in beta] == [2.0, 3.0]
+    if not (folder / "runs").exists():
+        assert command(folder, "train", "--model", teacher, "--seeds", "9", *run).code == 0
+    said = command(folder, "distill", "--teacher", teacher, "--student", student, "--recipe", "crd", "--dry-run", *run, *words)
+    assert said.code == 0, said.err
+    found: dict[str, Any] = json.loads(said.out)[0]["config"]
+    return found
+
+
+def test_crd_takes_what_a_methods_authors_set_for_a_pair(tmp_path: Path) -> None:
+    pair = ("resnet56", "resnet20", "--method", "dkd")
+    beta = [chosen(tmp_path, *pair, *own)["options"]["dkd"]["beta"] for own in ((), ("--set", "options.dkd.beta=3.0"))]
+    assert beta == [2.0, 3.0]
+
+
+def test_what_is_set_for_a_composition_comes_with_its_parts_in_any_order(tmp_path: Path) -> None:
+    found = [chosen(tmp_path, "wrn-40-2", "wrn-40-1", "--method", method)["weights"] for method in ("kd+nd", "nd + kd", "nd")]
+    assert found == [{"task": 1.0, "kd": 1.0, "nd": 1.5}, {"task": 1.0, "kd": 1.0, "nd": 1.5}, {"task": 1.0, "nd": 1.5}]
 
 
 def test_function_matching_is_patient_mixed_and_without_labels(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def _launch(
     shares = _for_methods(values, names)
     if chosen_recipe:
         for place, share in enumerate(shares):
-            for below in chosen_recipe.of_run(share["method"], teacher, student):
+            for below in chosen_recipe.of_run(_in_full(share["method"]), teacher, student):
                 shares[place] = _over(below, shares[place])
     configs = [parsed for share in shares for parsed in _seeded(share, seeds)]
     where, ledger = resolve_device(device), Ledger(runs, create=True)
@@ -252,6 +252,11 @@ def _over(below: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]
     """Values over those below them, key by key."""
     tables = {key for key in below if isinstance(below[key], dict) and isinstance(values.get(key), dict)}
     return {**below, **values, **{key: _over(below[key], values[key]) for key in tables}}
+
+
+def _in_full(method: str) -> str:
+    """A method's name as runs record it: its parts in order."""
+    return "+".join(sorted(part.strip() for part in method.split("+")))
 
 
 def _for_methods(values: dict[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -349,7 +354,7 @@ def table(
     runs: RunsOption = Path("runs"),
 ) -> int:
     """The log of finished runs, or their summary."""
-    wanted = {"method": method and "+".join(sorted(method.split("+"))), "dataset": dataset, "student": student, "teacher": teacher}
+    wanted = {"method": method and _in_full(method), "dataset": dataset, "student": student, "teacher": teacher}
     only = {key: model_name(value) for key, value in wanted.items() if value is not None}
     ledger = Ledger(runs)
     for key, value in only.items():

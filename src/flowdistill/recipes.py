@@ -18,7 +18,7 @@ class Recipe:
         values: keys of RunConfig.
         of_student: the start of a student's name -> values for such students, which come before ``values``.
         of_method: method, alone or part of a composition -> its options and weights.
-        of_pair: (method, teacher, student) -> what the method's authors set for this pair.
+        of_pair: (method in full, teacher, student) -> what the method's authors set for this pair.
     """
 
     source: str
@@ -56,9 +56,31 @@ REVIEWKD_WEIGHT = {  # Chen et al. 2021, the authors' code
     ("resnet56", "resnet20"): 0.6,
     ("resnet110", "resnet32"): 1.0,
 }
+CAT_KD = {  # Guo et al. 2023, the authors' code: weight, options
+    ("resnet32x4", "resnet8x4"): (15.0, {"normalise": False}),
+    ("resnet56", "resnet20"): (0.7, {"normalise": False}),
+    ("resnet110", "resnet32"): (1.8, {"normalise": False}),
+    ("vgg13", "vgg8"): (4.5, {"normalise": False}),
+    ("resnet32x4", "shufflenetv1"): (600.0, {"r": 4}),
+    ("resnet32x4", "shufflenetv2"): (600.0, {"r": 4}),
+    ("wrn-40-2", "shufflenetv1"): (80.0, {"r": 4}),
+    ("resnet50", "mobilenetv2"): (40.0, {}),
+    ("vgg13", "mobilenetv2"): (15.0, {}),
+}
+KD_ND_WEIGHTS = {  # Wang et al. 2023, the authors' code for kd++
+    ("resnet56", "resnet20"): (1.0, 2.0),
+    ("resnet32x4", "resnet8x4"): (3.5, 2.0),
+    ("wrn-40-2", "wrn-40-1"): (1.0, 1.5),
+    ("resnet50", "mobilenetv2"): (3.0, 0.5),
+    ("resnet32x4", "shufflenetv1"): (2.5, 1.5),
+    ("resnet32x4", "shufflenetv2"): (4.0, 0.5),
+}
 OF_PAIR: dict[tuple[str, str, str], Mapping[str, Any]] = {
     **{("dkd", *pair): {"options": {"dkd": {"beta": beta}}} for pair, beta in DKD_BETA.items()},
     **{("reviewkd", *pair): {"weights": {"reviewkd": weight}} for pair, weight in REVIEWKD_WEIGHT.items()},
+    **{("cat_kd", *pair): {"weights": {"cat_kd": weight}, "options": {"cat_kd": chosen}} for pair, (weight, chosen) in CAT_KD.items()},
+    **{("kd+nd", *pair): {"weights": {"kd": kd, "nd": nd}} for pair, (kd, nd) in KD_ND_WEIGHTS.items()},
+    **{("nd", *pair): {"weights": {"nd": nd}} for pair, (_, nd) in KD_ND_WEIGHTS.items()},
 }
 LIGHT = {"train": {"lr": 0.01}}
 FSP_LOG = {"epochs": 200, "batch_size": 128, "lr": 0.1, "weight_decay": 1e-4, "milestones": (0.5, 0.75)}
@@ -68,8 +90,8 @@ RECIPES: dict[str, Recipe] = {
     "fsp-log": Recipe("the reference log: He et al. 2016 as the field uses it; the defaults", {"train": FSP_LOG}),
     "kd-zoo": Recipe("KD-Zoo: fsp-log with Nesterov's momentum", {"train": {**FSP_LOG, "nesterov": True}}),
     "crd": Recipe(
-        "Tian et al. 2020 (CRD), CIFAR-100, and the benchmarks after it; lr 0.01 for MobileNet and ShuffleNet students; for dkd and "
-        "reviewkd what their authors set for a pair",
+        "Tian et al. 2020 (CRD), CIFAR-100, and the benchmarks after it; lr 0.01 for MobileNet and ShuffleNet students; for dkd, "
+        "reviewkd, cat_kd, nd and kd+nd what their authors set for a pair",
         {"train": CRD},
         {"mobilenet": LIGHT, "shufflenet": LIGHT},
         of_pair=OF_PAIR,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import test_facts
 import test_fsp
 import test_golden
 import test_methods as suite
@@ -16,6 +17,7 @@ from flowdistill.methods import (
     ab,
     attention,
     base,
+    cat_kd,
     cc,
     compose,
     ctkd,
@@ -33,8 +35,10 @@ from flowdistill.methods import (
     logits,
     mgd,
     mlkd,
+    nd,
     nkd,
     nst,
+    ofd,
     pkt,
     reviewkd,
     rkd,
@@ -62,6 +66,7 @@ from flowdistill.methods.nst import nst_loss
 from flowdistill.methods.pefd import PEFD
 from flowdistill.methods.reviewkd import hierarchical_context_loss
 from flowdistill.methods.srd import log_sum_loss, normalised
+from flowdistill.methods.srrl import SRRL
 from flowdistill.methods.tf_kd import tf_kd_loss
 from flowdistill.methods.ttm import ttm_loss
 from flowdistill.methods.vid import vid_loss
@@ -647,6 +652,37 @@ def itrd_divides_by_a_deviation_of_zero(projected, teacher, alpha=1.01):
     """(x - mean) / std with nothing that keeps std from 0: NaN for a constant dimension or a batch of one: the authors' code."""
     ours, theirs = ((full(x) - full(x).mean(0)) / full(x).std(0, correction=0) for x in (projected, teacher))
     return (1 - (1 - 1 / len(projected)) * (ours * theirs).mean(0)).pow(2 * alpha).sum().log2()
+
+
+# what is told of the teacher
+
+HEAD_BIAS = dict(zip(("name", "kept", "told"), test_facts.TOLD[1], strict=True))
+
+
+@bug(ofd, "partial_distance", suite.test_formula_equals_the_reference, {"name": "ofd", "options": {}, "pair": "even"})
+def ofd_pulled_up_to_the_margin(student, teacher, margin):
+    """The distance counts everywhere: a silent neuron is pulled up to the margin, which it may stay below."""
+    target = torch.maximum(full(teacher), margin[:, None, None])
+    return (full(student) - target).square().flatten(1).sum(1).mean()
+
+
+@bug(SRRL, "know", test_facts.test_what_is_told_is_kept_and_not_trained, HEAD_BIAS)
+def srrl_without_the_bias_of_the_head(self, facts):
+    """features @ head.weight.T: the teacher's classifier without its bias."""
+    self.keep(head_weight=facts.head[0], head_bias=torch.zeros_like(facts.head[1]))
+
+
+@bug(cat_kd, "class_attention", suite.test_formula_equals_the_reference, {"name": "cat_kd", "options": {}, "pair": "even"})
+def cat_kd_normalised_over_the_classes(cam, r=2, *, normalise=True):
+    """normalize() at its default, dim=1: at every position the classes share a norm, in place of each class's positions."""
+    attention = fsp.pooled(full(cam), (r, r), "avg").flatten(2)
+    return F.normalize(attention, eps=1e-6) if normalise else attention
+
+
+@bug(nd, "nd_loss", suite.test_formula_equals_the_reference, {"name": "nd", "options": {}, "pair": "even"})
+def nd_blind_to_the_norm(student, teacher, means):
+    """Divided by ||e_s|| alone, a cosine: nothing makes the student's embedding as long as the teacher's."""
+    return 1 - F.cosine_similarity(full(student), full(means), dim=1).mean()
 
 
 # composition and registry

@@ -9,7 +9,7 @@ A file a method, with
 - ``WRONG``: pairs that are refused: options, student, teacher, words of the refusal.
 - ``PULLS``: what of the student it pulls at beside the taps that it needs: ``{"logits"}``, ``{"embedding"}``.
 - ``DETACHED``, where the formula holds something constant: how many tensors the method detaches.
-- ``pairs(options)``, where some pairs of ``pairs.py`` are nothing for it: the names of those that are.
+- ``pairs(options)``: the names of the pairs of ``pairs.py`` that it is tried on, where those are not the usual ones.
 - ``GOLDEN``, where the formula sheet has it: key of ``golden.json`` -> the package's value, float64. ``OTHER_LOSSES``: keys of losses that
   the package does not have, and why.
 

@@ -49,10 +49,11 @@ def fsp_matrix(first: Tensor, second: Tensor) -> Tensor:
 def match_sizes(first: Tensor, second: Tensor, pool: Pool = "max") -> Pair:
     """Pool the larger of two maps to the height and width of the smaller."""
     size = (min(first.shape[2], second.shape[2]), min(first.shape[3], second.shape[3]))
-    return _pool(first, size, pool), _pool(second, size, pool)
+    return pooled(first, size, pool), pooled(second, size, pool)
 
 
-def _pool(x: Tensor, size: tuple[int, int], pool: Pool) -> Tensor:
+def pooled(x: Tensor, size: tuple[int, int], pool: Pool) -> Tensor:
+    """[N, C, H, W] -> [N, C, H', W'] by adaptive pooling, which repeats where the map is the smaller."""
     height, width = x.shape[2:]
     if (height, width) == size:
         return x

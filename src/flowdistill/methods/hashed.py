@@ -44,3 +44,17 @@ def of_batch(batch: Batch | None, images: Tensor) -> tuple[Tensor, Tensor | int]
     indices = None if batch is None else batch.indices
     epoch = None if batch is None else batch.epoch
     return torch.arange(len(images), device=images.device) if indices is None else indices, 0 if epoch is None else epoch
+
+
+def channel_mask(salt: Tensor | int, batch: Batch | None, features: Tensor, ratio: float) -> Tensor:
+    """Which channels of which images stay: those with word / 2^32 >= ratio.
+
+    Args:
+        features: [N, C, ...].
+        ratio: the share that goes.
+
+    Returns:
+        [N, C] booleans.
+    """
+    indices, epoch = of_batch(batch, features)
+    return words(salt, epoch, indices, features.shape[1]) >= int(ratio * 2**32)

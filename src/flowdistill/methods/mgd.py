@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..taps import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, full, paired_stages, register, same_shape
 from .fsp import match_sizes
-from .hashed import of_batch, salt, words
+from .hashed import channel_mask, salt
 
 
 def generation_loss(generated: Tensor, teacher: Tensor) -> Tensor:
@@ -35,11 +35,6 @@ def generation_loss(generated: Tensor, teacher: Tensor) -> Tensor:
     """
     same_shape(generated, teacher)
     return (full(generated) - full(teacher)).square().flatten(1).sum(1).mean()
-
-
-def channel_mask(drawn: Tensor, ratio: float) -> Tensor:
-    """Which channels stay, of words [N, C] of 32 bits: those with word / 2^32 >= ratio. [N, C] booleans."""
-    return drawn >= int(ratio * 2**32)
 
 
 class MGDOptions(MethodOptions):
@@ -86,8 +81,7 @@ class MGD(Method):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``mgd``."""
         ours, theirs = match_sizes(full(student.maps[self.stage]), teacher.maps[self.stage], "avg")
-        indices, epoch = of_batch(batch, ours)
-        mask = channel_mask(words(self.get_buffer("salt"), epoch, indices, theirs.shape[1]), self.options.ratio)
+        mask = channel_mask(self.get_buffer("salt"), batch, theirs, self.options.ratio)
         with torch.autocast(ours.device.type, enabled=False):
             generated = self.generation(self.align(ours) * mask[:, :, None, None])
         return {"mgd": generation_loss(generated, theirs)}

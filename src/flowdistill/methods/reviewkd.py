@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..taps import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, full, paired_stages, register, same_shape
+from .fsp import pooled
 
 WIDEST = 512  # of the fused maps (the authors' code)
 
@@ -38,25 +39,28 @@ def hierarchical_context_loss(fused: Tensor, teacher: Tensor) -> Tensor:
     """
     same_shape(fused, teacher)
     difference = full(fused) - full(teacher)  # averages are linear
-    height, width = difference.shape[2:]
     losses, weights = [difference.square().mean()], [1.0]
     for size in (4, 2, 1):
-        if size >= height:
+        if size >= difference.shape[2]:
             continue
-        if height % size == 0 and width % size == 0:  # equal to adaptive pooling, and deterministic on a GPU
-            coarse = F.avg_pool2d(difference, (height // size, width // size))
-        else:
-            coarse = F.adaptive_avg_pool2d(difference, (size, size))
         weights.append(weights[-1] / 2)
-        losses.append(coarse.square().mean() * weights[-1])
+        losses.append(pooled(difference, (size, size), "avg").square().mean() * weights[-1])
     return torch.stack(losses).sum() / sum(weights)
 
 
-class Normalised(nn.Module):
-    """A convolution without bias that keeps the size, and batch normalisation, always by the batch.
+def batch_normalised(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """[N, C, ...] by the mean and the biased variance of the batch, each channel then scaled and shifted.
 
-    ``nn.BatchNorm2d`` refuses one image of one pixel, which is what the embedding of a batch of one is.
+    PyTorch's own refuses one value a channel, which is what the embedding of a batch of one is.
     """
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+    weight, bias = (y.view(-1, *(1 for _ in axes[1:])) for y in (weight, bias))
+    return (x - mean) * (variance + 1e-5).rsqrt() * weight + bias
+
+
+class Normalised(nn.Module):
+    """A convolution without bias that keeps the size, and batch normalisation, always by the batch."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
         super().__init__()
@@ -67,9 +71,7 @@ class Normalised(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C', H, W]."""
-        x = self.convolution(x)
-        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
-        return (x - mean) * (variance + 1e-5).rsqrt() * self.weight[:, None, None] + self.bias[:, None, None]
+        return batch_normalised(self.convolution(x), self.weight, self.bias)
 
 
 class Fusion(nn.Module):

@@ -1,0 +1,107 @@
+"""nd: norm and direction. The student's embedding grows to the teacher's norm and turns to the teacher's mean for the image's class.
+
+The authors' kd++ is the composition kd+nd; their kd grows over 20 epochs, which here it does not. They draw the dropout of the embedder
+from the global generator; here it is a hash of seed, epoch, image and channel (``hashed.py``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..taps import Batch, Facts, NetSpec, Outputs
+from .base import Method, Needs, Paper, full, register, same_shape
+from .dkd import given_labels
+from .hashed import channel_mask, salt
+from .reviewkd import batch_normalised
+
+DROPOUT = 0.5  # the authors' code
+
+
+def nd_loss(student: Tensor, teacher: Tensor, means: Tensor) -> Tensor:
+    """How far the student falls short, in the class's direction, of the longer of the two norms.
+
+    L = 1/N sum_n (1 - <e_s, c> / (||c|| max(||e_s||, ||e_t||))). Wang et al. 2023. Norms below 1e-6 count as 1e-6. Not 0
+    where the student equals the teacher. Computed in at least float32.
+
+    Args:
+        student: [N, D], e_s.
+        teacher: [N, D], e_t.
+        means: [N, D], c, the teacher's mean embedding of each image's class.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    same_shape(student, teacher)
+    same_shape(student, means)
+    ours, theirs = full(student), full(teacher)
+    longer = torch.maximum(torch.linalg.vector_norm(ours, dim=1), torch.linalg.vector_norm(theirs, dim=1)).clamp(min=1e-6)
+    along = (ours * F.normalize(full(means), dim=1, eps=1e-6)).sum(1)
+    return 1 - (along / longer).mean()
+
+
+class Embedder(nn.Module):
+    """From the student's width to the teacher's: batch normalisation, always by the batch, dropout and a linear layer."""
+
+    def __init__(self, ours: int, theirs: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(ours)), nn.Parameter(torch.zeros(ours))
+        self.linear = nn.Linear(ours, theirs)
+        self.register_buffer("salt", salt())
+
+    def forward(self, embedding: Tensor, batch: Batch | None) -> Tensor:
+        """[N, D] -> [N, D']."""
+        embedding = batch_normalised(full(embedding), self.weight, self.bias)
+        kept = embedding * channel_mask(self.get_buffer("salt"), batch, embedding, DROPOUT) / (1 - DROPOUT)
+        with torch.autocast(embedding.device.type, enabled=False):
+            embedded: Tensor = self.linear(kept)
+        return embedded
+
+
+@register
+class ND(Method):
+    """The student's embedding, through an embedder where the widths differ, has the norm of the teacher's and its class's direction."""
+
+    name = "nd"
+    paper = Paper(
+        "Y. Wang, L. Cheng, M. Duan, Y. Wang, Z. Feng, S. Kong",
+        "Improving Knowledge Distillation via Regularizing Feature Norm and Direction",
+        "arXiv",
+        2023,
+        "https://arxiv.org/abs/2305.17007",
+    )
+    terms = ("nd",)
+    vanishes_at_match = False  # the class's mean is not the image's embedding
+    uses_labels = True
+
+    def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
+        super().__init__(options)
+        if teacher.embedding < 2:
+            raise ValueError(
+                f"nd: the embedding of {teacher.name} has width {teacher.embedding}, which leaves no direction to learn; choose a teacher "
+                f"with a wider embedding"
+            )
+        self.needs = Needs(embedding=True, facts=frozenset({"class_means"}))
+        self.embedder = None if student.embedding == teacher.embedding else Embedder(student.embedding, teacher.embedding)
+
+    @classmethod
+    def default_weights(cls, options: Any) -> dict[str, float]:
+        """2: the authors' code for resnet56-resnet20 (0.5 to 2 by pair), with kd beside it."""
+        return {"nd": 2.0}
+
+    def know(self, facts: Facts) -> None:
+        """Keep the class means."""
+        if facts.class_means is not None:
+            self.keep(class_means=facts.class_means)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
+        """``nd``."""
+        labels = given_labels(batch, self.name)
+        embedding = student.embedding if self.embedder is None else self.embedder(student.embedding, batch)
+        return {"nd": nd_loss(embedding, teacher.embedding, self.kept("class_means")[labels])}

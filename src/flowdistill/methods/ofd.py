@@ -1,0 +1,143 @@
+"""ofd: the overhaul of feature distillation. Stages before ReLU, compared only where the teacher fires or the student is above its margin.
+
+The authors keep the teacher in train mode, so that the batch normalises its maps and moves its running statistics; here it is in eval
+mode, as for every method. KD-Zoo's margin is the mean of the batch's own negative responses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..taps import Batch, Facts, NetSpec, Outputs
+from .base import Method, Needs, Paper, full, paired_stages, register, same_shape
+from .fsp import match_sizes
+
+RARE = 1e-3  # probability of a negative response up to which the margin is -3 s (the authors' code)
+
+
+def margins(weight: Tensor, bias: Tensor) -> Tensor:
+    """The mean negative response of every channel, as the batch normalisation before the ReLU tells it: M = E[x | x < 0].
+
+    x is normal with mean m = bias and deviation s = |weight|: M = m - s phi(m/s) / Phi(-m/s), where phi and Phi are the standard normal
+    density and distribution, and -3 s where Phi(-m/s) <= 0.001. min(m, 0) where s is 0. Heo et al. 2019, the authors' code. Computed in
+    at least float32.
+
+    Args:
+        weight, bias: [C] of the batch normalisation.
+
+    Returns:
+        [C].
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    same_shape(weight, bias)
+    mean, deviation = full(bias), full(weight).abs()
+    z = mean / deviation.clamp(min=torch.finfo(deviation.dtype).tiny)
+    negative = torch.special.ndtr(-z)
+    density = (-z.square() / 2).exp() / math.sqrt(2 * math.pi)
+    return torch.where(negative > RARE, mean - deviation * density / negative.clamp(min=RARE), -3 * deviation)
+
+
+def partial_distance(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
+    """Squared distance from the teacher's responses, none below the margin: mean over the batch, sum over the rest.
+
+    l = (r - t^)^2 where r > t^ or t^ > 0, else 0, with t^ = max(t, M). Heo et al. 2019. Computed in at least float32.
+
+    Args:
+        student: [N, C, H, W] before ReLU, r.
+        teacher: [N, C, H, W] before ReLU, t.
+        margin: [C], M.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    same_shape(student, teacher)
+    response, target = full(student), torch.maximum(full(teacher), margin[:, None, None])
+    counts = (response > target) | (target > 0)
+    return torch.where(counts, response - target, 0.0).square().flatten(1).sum(1).mean()
+
+
+def ofd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], margin: Sequence[Tensor]) -> Tensor:
+    """n stages, each with twice the weight of the one before: sum_i 2^(i-n) partial_distance_i.
+
+    The authors' code, whose factor 1/1000 is the term's weight.
+    """
+    losses = [partial_distance(r, t, m) for r, t, m in zip(student, teacher, margin, strict=True)]
+    return torch.stack([loss * 2.0 ** (i - len(losses)) for i, loss in enumerate(losses, 1)]).sum()
+
+
+def connector(ours: int, theirs: int) -> nn.Sequential:
+    """From the student's channels to the teacher's: batch normalisation after a 1x1 convolution, normal with variance 2 / C_t, no bias."""
+    convolution = nn.Conv2d(ours, theirs, 1, bias=False)
+    nn.init.normal_(convolution.weight, std=math.sqrt(2 / theirs))
+    return nn.Sequential(convolution, nn.BatchNorm2d(theirs))
+
+
+@register
+class OFD(Method):
+    """The student's responses, through a connector at every stage, follow the teacher's where that fires, and else stay below its margin.
+
+    Where two maps differ in size, the larger is average-pooled to the smaller.
+    """
+
+    name = "ofd"
+    paper = Paper(
+        "B. Heo, J. Kim, S. Yun, H. Park, N. Kwak, J. Y. Choi",
+        "A Comprehensive Overhaul of Feature Distillation",
+        "ICCV",
+        2019,
+        "https://arxiv.org/abs/1904.01866",
+    )
+    terms = ("ofd",)
+    vanishes_at_match = False  # the connectors stand between the two
+
+    def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
+        super().__init__(options)
+        self.taps = tuple(f"{stage}.pre" for stage in paired_stages(student, teacher, self.name))
+        for spec in (student, teacher):
+            missing = [repr(tap) for tap in self.taps if tap not in {tap.name for tap in spec.taps}]
+            if missing:
+                raise ValueError(
+                    f"ofd: {spec.name} has no tap {', '.join(missing)}, and the maps of both are taken before ReLU; choose a network whose "
+                    f"stages end in one, or a method on maps after it such as at"
+                )
+        unknown = [repr(tap) for tap in self.taps if not teacher.tap(tap).norm]
+        if unknown:
+            raise ValueError(
+                f"ofd: in {teacher.name} no single batch normalisation gives the tap {', '.join(unknown)}, and the margins are made of its "
+                f"weight and bias; choose a teacher where one does, such as a ResNet, or a method without margins such as ab"
+            )
+        self.needs = Needs(frozenset(self.taps), frozenset(self.taps), facts=frozenset({"norms"}))
+        self.connectors = nn.ModuleList(connector(student.tap(tap).channels, teacher.tap(tap).channels) for tap in self.taps)
+
+    @classmethod
+    def default_weights(cls, options: Any) -> dict[str, float]:
+        """1e-3: the authors' code for CIFAR-100, mdistiller. (The authors for ImageNet: 1e-4, for segmentation: 1e-5.)"""
+        return {"ofd": 1e-3}
+
+    def know(self, facts: Facts) -> None:
+        """Keep the margins of every stage."""
+        self.keep(**{_margin(tap): margins(*facts.norms[tap]) for tap in self.taps if tap in facts.norms})
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
+        """``ofd``."""
+        responses, targets = [], []
+        for tap, connect in zip(self.taps, self.connectors, strict=True):
+            ours, theirs = match_sizes(full(student.maps[tap]), teacher.maps[tap], "avg")
+            with torch.autocast(ours.device.type, enabled=False):
+                responses.append(connect(ours))
+            targets.append(theirs)
+        return {"ofd": ofd_loss(responses, targets, [self.kept(_margin(tap)) for tap in self.taps])}
+
+
+def _margin(tap: str) -> str:
+    return f"margin_{tap.removesuffix('.pre')}"  # a buffer's name holds no dot

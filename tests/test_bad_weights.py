@@ -121,7 +121,7 @@ STUDENTS: dict[str, tuple[Callable[[], bytes], str]] = {
     "data of another kind": (lambda: student(data="it.npz"), f"{IT}: data='it.npz': must be a table of keys"),
     "data with more to it": (
         lambda: student(data={"name": "npz:it.npz", "size": 3}),
-        f"{IT}: unknown key 'data.size': choose from: name, root, pad, flip, limit_train",
+        f"{IT}: unknown key 'data.size': choose from: name, root, crop, pad, flip, limit_train",
     ),
     "other data": (
         lambda: student(data={"name": "digits"}),

@@ -75,7 +75,7 @@ def test_part_of_a_table_keeps_the_other_defaults() -> None:
         ("train.learning", "unknown key 'train.learning': choose from: epochs, batch_size, lr, momentum, weight_decay, "
          "nesterov, schedule, milestones, warmup_epochs, precision, mixup"),
         ("data.nam", "unknown key 'data.nam': did you mean 'name'?"),
-        ("zzzz", "unknown key 'zzzz': choose from: student, teacher, seed, split, data, train, method, options, weights"),
+        ("zzzz", "unknown key 'zzzz': choose from: student, teacher, peer, side, seed, split, data, train, method, options, weights"),
     ],
 )  # fmt: skip
 def test_unknown_key(key: str, answer: str) -> None:

@@ -112,11 +112,14 @@ def make(name: str, options: dict[str, Any], pair: tuple[NetSpec, NetSpec]) -> M
 
 def forgetful(method: Method) -> Method:
     """Each call begins with the buffers as they are now: what a method remembers does not come between two calls that are compared."""
-    forward, kept = method.forward, [buffer.clone() for buffer in method.buffers()]
+    forward = method.forward
+    statistics = ("running_mean", "running_var", "num_batches_tracked")  # of batch normalisation, which a training forward does not read
+    kept = {name: buffer.clone() for name, buffer in method.named_buffers() if not name.endswith(statistics)}
 
     def recall() -> None:
         with torch.no_grad():
-            for buffer, before in zip(method.buffers(), kept, strict=True):
+            for name, before in kept.items():
+                buffer = method.get_buffer(name)
                 if torch.compiler.is_compiling() or not torch.equal(buffer, before.to(buffer.dtype)):
                     buffer.copy_(before)
 

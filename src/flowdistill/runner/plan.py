@@ -182,20 +182,20 @@ def _settled(config: RunConfig) -> Settled:
     Raises:
         UserError: no such method, option or weight, a teacher is needed and none named, or labels are and the images are mixed.
     """
-    settled = methods.settle(config.method, config.options, config.weights)
     if config.train.mixup:
-        _refuse_labels(settled)
+        _refuse_labels(config)
+    settled = methods.settle(config.method, config.options, config.weights)
     if settled.uses_teacher and config.teacher is None:
         raise UserError(f"method {settled.name!r} needs a teacher: --teacher MODEL, RUN or FILE")
     return settled
 
 
-def _refuse_labels(settled: Settled) -> None:
+def _refuse_labels(config: RunConfig) -> None:
     """Mixed images have none."""
-    labelled = [cls.name for cls in methods.parts(settled.name) if cls.uses_labels]
+    labelled = [cls.name for cls in methods.parts(config.method) if cls.uses_labels]
     if labelled:
         what, cure = f"method {labelled[0]!r} learns from labels", "choose one that does not, such as kd"
-    elif task := settled.weights["task"]:
+    elif task := methods.settle(config.method, config.options, config.weights).weights["task"]:
         what, cure = f"weights.task={task:g}", "set weights.task=0"
     else:
         return

@@ -432,7 +432,9 @@ def evaluate(
 @app.command()
 def bench(
     pairs: Annotated[str, typer.Option(help="STUDENT:TEACHER, with commas between pairs.")] = "resnet8:resnet20",
-    methods: Annotated[str, typer.Option(help="With commas; several are timed one by one and as one cohort. all: all there are.")] = "fsp",
+    methods: Annotated[
+        str, typer.Option(help="With commas; several are timed one by one and as one cohort. all: all there are, one by one.")
+    ] = "fsp",
     engines: Annotated[str | None, typer.Option(help="Of eager, compiled, graph, graph+compiled; left out, all that work here.")] = None,
     precisions: Annotated[str, typer.Option(help="Of fp32 and bf16.")] = "fp32,bf16",
     cohorts: Annotated[str | None, typer.Option(help="Numbers of seeds to train together, such as 3,8.")] = None,
@@ -451,7 +453,7 @@ def bench(
 
     found = measure(
         _listed("--pairs", pairs),
-        sorted(METHODS) if methods == "all" else _listed("--methods", methods),
+        ["base", *(name for name in METHODS if name != "base")] if methods == "all" else _listed("--methods", methods),
         resolve_device(device),
         engines=_listed("--engines", engines) if engines is not None else (),
         precisions=_listed("--precisions", precisions),  # type: ignore[arg-type]
@@ -460,6 +462,7 @@ def bench(
         steps=steps,
         rounds=rounds,
         workers=workers,
+        together=methods != "all",
     )
     print(dumps(found, indent=2) if json else report(found, lambda rows, columns: tables.render(rows, "md", columns)))
     return 0

@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -51,6 +51,7 @@ COLUMNS = (
     "to plain",
     "to separate",
     "over base",
+    "memory over base",
 )
 
 
@@ -114,6 +115,15 @@ class Work:
         net = models.build(trained, spec, taps=tuple(sorted(built.needs.student)), seed=seed)
         return Student(self._placed(net), built.to(self.data.device), settled, config.train)
 
+    def members(self, method: str, seed: int) -> list[Student]:
+        """A fresh student, and the one that it teaches and is taught by, where the method has such."""
+        student = self.member(method, seed)
+        if not student.settled.mutual:
+            return [student]
+        peer = self.member(method, seed + 1)
+        student.peers, peer.peers = (peer,), (student,)
+        return [student, peer]
+
     def network(self, needs: Needs) -> models.Network:
         """The teacher's network, untrained."""
         return self._placed(models.build(self.teacher, self.data.spec, taps=tuple(sorted(needs.teacher)), seed=99))
@@ -123,12 +133,17 @@ class Work:
 
     def lanes(self, names: Sequence[str], seeds: int, precision: Precision) -> list[Lane]:
         """A lane a seed with a student of each method, at the start of their first phase."""
-        lanes = [Lane(Stream(self.data, seed, self.batch_size), None, [self.member(name, seed) for name in names]) for seed in range(seeds)]
+        lanes = [
+            Lane(Stream(self.data, seed, self.batch_size), None, [one for name in names for one in self.members(name, seed)])
+            for seed in range(seeds)
+        ]
         needs = Needs()
         for student in lanes[0].students:
             needs = needs | student.method.needs
         network = self.network(needs).eval()
-        facts = gather(needs, network, self.data, precision)
+        facts = gather(needs._replace(facts=needs.facts - {"class_means"}), network, self.data, precision)
+        means = torch.ones(network.spec.classes, network.spec.embedding, device=self.data.device)
+        facts = replace(facts, class_means=means)  # a pass over all images is no part of a step
         teacher = Teacher(network, needs, precision)
         for lane in lanes:
             lane.teacher = teacher
@@ -151,16 +166,18 @@ def bench(
     steps: int = 20,
     rounds: int = 5,
     workers: int = 2,
+    together: bool = True,
     images: ImageData | None = None,
 ) -> dict[str, Any]:
     """Time every contender on every pair, in turns. The plain loops train the first method.
 
     Args:
         pairs: ``STUDENT:TEACHER`` each.
-        names: methods; several are timed one by one and together, as a cohort with one teacher.
+        names: methods; several are timed one by one, the students of a mutual one both.
         engines: of ``ENGINES``; all that the device has where none is given.
         cohorts: numbers of seeds of the first method that are trained together.
         steps: of a contender's turn.
+        together: also time several methods as a cohort with one teacher.
         images: other than random ones.
 
     Raises:
@@ -191,7 +208,9 @@ def bench(
     with threads(sensible_threads()):
         for work in works:
             contenders = _plain_loops(work, names[0], workers)
-            contenders += [one for engine in engines for precision in precisions for one in _ours(work, names, engine, precision, cohorts)]
+            contenders += [
+                one for engine in engines for precision in precisions for one in _ours(work, names, engine, precision, cohorts, together)
+            ]
             _take_turns(contenders, work, steps, rounds)
             rows = [_row(one, contenders, batch_size) for one in contenders]
             floor = roofline(work.lanes(names[:1], 1, precisions[-1]), precisions[-1])
@@ -236,18 +255,20 @@ def _plain_loops(work: Work, method: str, workers: int) -> list[Contender]:
     return [*(loop(number, strong=False) for number in sorted({0, workers})), loop(workers, strong=True)]
 
 
-def _ours(work: Work, names: Sequence[str], engine: str, precision: Precision, cohorts: Sequence[int]) -> list[Contender]:
-    """Each method alone; all methods together; the first method with several seeds."""
+def _ours(work: Work, names: Sequence[str], engine: str, precision: Precision, cohorts: Sequence[int], together: bool) -> list[Contender]:
+    """Each method alone; all together; the first with several seeds. Methods evaluate alike, so the first does it for all."""
     alone = {name: _contender(work, [name], 1, engine, precision, name) for name in names}
     for one in alone.values():
         one.base = alone.get("base")
-    together = [_contender(work, names, 1, engine, precision, f"{len(names)} methods together")] if len(names) > 1 else []
-    for cohort in together:
+    for name in names[1:]:
+        alone[name].evaluate = None
+    grouped = [_contender(work, names, 1, engine, precision, f"{len(names)} methods together")] if together and len(names) > 1 else []
+    for cohort in grouped:
         cohort.separate = list(alone.values())
     for count in cohorts:
-        together.append(_contender(work, names[:1], count, engine, precision, f"{names[0]}, {count} seeds together"))
-        together[-1].separate = [alone[names[0]]] * count
-    return [*alone.values(), *together]
+        grouped.append(_contender(work, names[:1], count, engine, precision, f"{names[0]}, {count} seeds together"))
+        grouped[-1].separate = [alone[names[0]]] * count
+    return [*alone.values(), *grouped]
 
 
 def _contender(work: Work, names: Sequence[str], seeds: int, engine: str, precision: Precision, what: str) -> Contender:
@@ -360,6 +381,7 @@ def _row(one: Contender, contenders: Sequence[Contender], batch_size: int) -> di
         "to plain": f"{speed / best:.2f} x",
         "to separate": f"{seconds / separate:.2f} x" if separate else "-",
         "over base": "-" if one.base is None else f"{1000 * batch_size * (seconds - 1 / one.base.images_per_second):+.1f} ms",
+        "memory over base": "-" if one.base is None else f"{(one.memory - one.base.memory) / 2**20:+.0f} MiB",
     }
 
 

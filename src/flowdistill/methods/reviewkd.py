@@ -51,12 +51,11 @@ def hierarchical_context_loss(fused: Tensor, teacher: Tensor) -> Tensor:
 def batch_normalised(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """[N, C, ...] by the mean and the biased variance of the batch, each channel then scaled and shifted.
 
-    PyTorch's own refuses one value a channel, which is what the embedding of a batch of one is.
+    One value a channel, which PyTorch refuses, is its own mean: that is the embedding of a batch of one.
     """
-    axes = [axis for axis in range(x.dim()) if axis != 1]
-    variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
-    weight, bias = (y.view(-1, *(1 for _ in axes[1:])) for y in (weight, bias))
-    return (x - mean) * (variance + 1e-5).rsqrt() * weight + bias
+    if x.numel() == x.shape[1]:
+        return (x - x.detach()) * weight.view(-1, *(1 for _ in x.shape[2:])) + bias.view(-1, *(1 for _ in x.shape[2:]))
+    return F.batch_norm(x, None, None, weight, bias, training=True, eps=1e-5)
 
 
 class Normalised(nn.Module):
@@ -88,7 +87,8 @@ class Fusion(nn.Module):
         x = self.squeeze(x)
         if self.attention is not None and behind is not None:
             behind = _resized(behind, (x.shape[2], x.shape[3]))
-            share = self.attention(torch.cat([x, behind], 1)).sigmoid()
+            own, other = self.attention.weight.chunk(2, 1)  # one convolution of both, without putting them side by side first
+            share = (F.conv2d(x, own, self.attention.bias) + F.conv2d(behind, other)).sigmoid()
             x = x * share[:, :1] + behind * share[:, 1:]
         x = _resized(x, size)
         return self.restore(x), x

@@ -29,16 +29,16 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     flowdistill(folder, "train", "--model", "resnet20", "--seeds", "100", "--epochs", "10", *COMMON)
     student = ("distill", "--student", "resnet8", "--teacher", "resnet20", "--epochs", "1", *COMMON)
-    plain = ",".join(name for name in METHODS if name not in STAGED)
+    plain = ",".join([*(name for name in METHODS if name not in STAGED), "ls:kd", "at+kd"])
     stages = [word for name in STAGED for word in ("--set", f"options.{name}.stage_epochs=1")]
     told = flowdistill(folder, *student, "--method", plain).stderr
     told += flowdistill(folder, *student, "--method", ",".join(STAGED), *stages).stderr
     gradients = re.findall(r"^(\S+) resnet8 .*gradient of (\S+) on the first batch (\S+) x the task's \(weight (\S+)\)", told, re.MULTILINE)
     rows = json.loads(flowdistill(folder, "table", "--summary", "--student", "resnet8", "--format", "json").stdout)
-    print("| method | accuracy, % | first gradient, x the task's, at its default weight |\n|---|---|---|")
-    for row in sorted(rows, key=lambda row: row["method"]):
+    print("| method | variant | accuracy, % | first gradient, x the task's, at its default weight |\n|---|---|---|---|")
+    for row in sorted(rows, key=lambda row: (row["method"], row["variant"])):
         own = [f"{ratio} ({weight})" for method, term, ratio, weight in gradients if (method, term) == (row["method"], row["method"])]
-        print(f"| {row['method']} | {row['mean']:.2f} | {', '.join(own) or '-'} |")
+        print(f"| {row['method']} | {row['variant']} | {row['mean']:.2f} | {', '.join(own) or '-'} |")
 
 
 main()

@@ -1,6 +1,9 @@
 """What each loss takes by itself, forward and backward, on the outputs of a pair: the part of a step that belongs to the method.
 
-python benchmarks/losses.py resnet20:resnet20 [METHOD ...]
+Memory is what it adds to that of a student on labels alone, counted: the teacher's outputs that it looks at, what it keeps for the
+backward pass beside the student's outputs, and its parameters (with gradient and momentum) and buffers.
+
+python benchmarks/losses.py resnet20:resnet20,wrn-16-2:wrn-40-2 [METHOD ...]
 """
 
 from __future__ import annotations
@@ -8,11 +11,12 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 
 import torch
 
 from flowdistill import methods, models
-from flowdistill.methods import METHODS
+from flowdistill.methods import METHODS, Needs
 from flowdistill.taps import Batch, DataSpec, Facts, Outputs
 
 BATCH, ROUNDS = 128, 7
@@ -33,7 +37,18 @@ def outputs(model: str, taps: frozenset[str], *, trained: bool) -> Outputs:
         return leaves(net.to(memory_format=torch.channels_last)(images), trained=trained)
 
 
-def milliseconds(name: str, student: str, teacher: str) -> float:
+def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+
+
+def everything(outputs: Outputs, needs: Needs | None = None) -> list[torch.Tensor]:
+    """All of a student's outputs, or what is needed of a teacher's."""
+    maps = list(outputs.maps.values())
+    return [*maps, *([outputs.logits] * (needs is None or needs.logits)), *([outputs.embedding] * (needs is None or needs.embedding))]
+
+
+def cost(name: str, student: str, teacher: str) -> tuple[float, float]:
+    """Milliseconds, and MiB."""
     settled = methods.settle(name, {}, {})
     trained = settled.trained_model(student, teacher)
     spec = models.spec(teacher, DATA)
@@ -49,14 +64,22 @@ def milliseconds(name: str, student: str, teacher: str) -> float:
         started = time.perf_counter()
         sum(method(ours, theirs, batch).values()).backward()
         times.append(1000 * (time.perf_counter() - started))
-    return statistics.median(times[1:])
+    saved: dict[int, torch.Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.setdefault(x.untyped_storage().data_ptr(), x), lambda x: x):
+        loss = sum(method(ours, theirs, batch).values())
+    learned = storages(method.parameters())
+    held = storages([*saved.values(), *everything(theirs, method.needs), *method.buffers()])
+    own = {place: size for place, size in held.items() if place not in storages(everything(ours)) and place not in learned}
+    del loss
+    return statistics.median(times[1:]), (sum(own.values()) + 3 * sum(learned.values())) / 2**20
 
 
 def main() -> None:
-    student, _, teacher = sys.argv[1].partition(":")
-    names = sys.argv[2:] or [name for name in METHODS if name != "base"]
-    for took, name in sorted(((milliseconds(name, student, teacher), name) for name in names), reverse=True):
-        print(f"| {name} | {took:.1f} |", flush=True)
+    pairs = sys.argv[1].split(",")
+    print("| method |" + "".join(f" {pair.replace(':', ' <- ')}: ms | MiB |" for pair in pairs) + "\n|---|" + "---|---|" * len(pairs))
+    for name in sys.argv[2:] or [name for name in METHODS if name != "base"]:
+        costs = [cost(name, *pair.split(":")) for pair in pairs]
+        print(f"| {name} |" + "".join(f" {took:.1f} | {memory:.1f} |" for took, memory in costs), flush=True)
 
 
 main()

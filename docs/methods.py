@@ -47,9 +47,13 @@ def built(name: str) -> Method:
     return methods.build(settled, student=student, teacher=models.spec("resnet20", CIFAR100), data=CIFAR100)
 
 
+TOLD = {"head": "classifier", "norms": "normalisations", "class_means": "class means"}
+
+
 def wants(method: Method) -> str:
     """Of the teacher."""
     parts = [*sorted(method.needs.teacher)] + ["embedding"] * method.needs.embedding + ["logits"] * method.needs.logits
+    parts += [TOLD[fact] for fact in sorted(method.needs.facts) if fact in TOLD]
     parts += [fact.replace("_", " ") for fact in sorted(method.needs.facts)]
     return ", ".join(parts) or "nothing"
 
@@ -82,7 +86,8 @@ def card(name: str, method: Method) -> str:
     paper = cls.paper
     defaults = " ".join((inspect.getdoc(cls.default_weights) or "").split())
     options = ", ".join(f"{key}={value!r}" for key, value in cls.Options().model_dump().items()) or "none"
-    promises = [word for word, kept in (("0 at a match", cls.vanishes_at_match), ("a sample at a time", cls.per_sample)) if kept]
+    kept = (("0 at a match", cls.vanishes_at_match), ("a sample at a time", cls.per_sample), ("no labels", not cls.uses_labels))
+    promises = [word for word, is_kept in kept if is_kept]
     return "\n".join(
         [
             f"## {name}",
@@ -91,7 +96,7 @@ def card(name: str, method: Method) -> str:
             "",
             f"- {paper.authors}: [{paper.title}]({paper.url}). {paper.venue} {paper.year}.",
             f"- Options: {options}. Weight: {defaults}",
-            f"- Promises: {', '.join(promises) or 'none of the two'}. Version {cls.version}.",
+            f"- Promises: {', '.join(promises) or 'none'}. Version {cls.version}.",
             "",
         ]
     )

@@ -264,6 +264,22 @@ WRONG = [
     ),
     ("distill --teacher resnet20 --dataset digits --method kd --set options.kd.T=0", "options.kd.T=0: input should be greater than 0"),
     (
+        "distill --teacher resnet20 --dataset digits --method crd --set options.crd.negatives=0",
+        "options.crd.negatives=0: input should be greater than or equal to 1",
+    ),
+    ("distill --dataset digits --method dml --set options.dml.T=2", "unknown key 'options.dml.T': there is none to choose from"),
+    ("distill --dataset digits --method dml --set side=3", "side=3: input should be 1 or 2"),
+    ("distill --dataset digits --method dml --set peer=resnet21", "unknown model 'resnet21': did you mean 'resnet32'?"),
+    (
+        "distill --teacher resnet20 --dataset digits --method kd --set peer=resnet8",
+        "peer=resnet8: the students of 'kd' do not teach each other; use dml, or leave peer out",
+    ),
+    ("distill --dataset digits --method simkd", "method 'simkd' needs a teacher: --teacher MODEL, RUN or FILE"),
+    (
+        "distill --teacher 'reused(resnet8)' --dataset digits --method kd",
+        "model 'reused(resnet8)': write reused(STUDENT,TEACHER,FACTOR) with registered models, such as reused(resnet8,resnet20,2)",
+    ),
+    (
         "distill --teacher resnet20 --dataset digits --method at+fsp --set options.kd.T=2",
         "options.kd: method 'at+fsp' has no such part; choose from: at, fsp",
     ),

@@ -147,6 +147,8 @@ def test_a_dry_run_tells_taps_and_time_and_writes_nothing(work: Path, small_npz:
 
 def test_version_and_the_card_of_a_method(tmp_path: Path) -> None:
     assert command(tmp_path, "--version").out.strip() == version()
+    listed = {row["name"] for row in json.loads(command(tmp_path, "methods", "--format", "json").out)}
+    assert {"base", "crd", "dml", "fsp", "simkd", "ls:dkd"} <= listed
     card = command(tmp_path, "methods", "fsp").out
     assert "CVPR 2017" in card
     assert "options.fsp.pairing" in card

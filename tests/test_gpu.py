@@ -45,13 +45,19 @@ CUDA = torch.device("cuda")
 GRID = [("base", 0), ("fsp", 0), ("at+kd", 0), ("fsp", 1), ("base", 1)]
 
 
-def trained(small_npz: Path, folder: Path, engine: str, precision: str = "fp32", **keys: object) -> list[Run]:
+REMEMBERING = [("crd", 0), ("dml", 0), ("nd+ofd+srrl", 0), ("mgd", 1), ("simkd", 1)]
+
+
+def trained(
+    small_npz: Path, folder: Path, engine: str, precision: str = "fp32", grid: list[tuple[str, int]] = GRID, **keys: object
+) -> list[Run]:
     """A teacher, then the grid as one cohort of three epochs, by operations that repeat bit for bit."""
     ledger = Ledger(folder, create=True)
     run([config(small_npz, student="resnet14", seed=9, train={"epochs": 1})], ledger, torch.device("cpu"))
-    recipe, calm = {"epochs": 3, "precision": precision}, {"at+kd": {"at": 20.0}}
-    grid = [config(small_npz, method=m, teacher="resnet14", seed=seed, train=recipe, weights=calm.get(m, {})) for m, seed in GRID]
-    done = run(grid, ledger, CUDA, engine=engine, deterministic=True, **keys)  # type: ignore[arg-type]
+    recipe = {"epochs": 3, "precision": precision}
+    calm = {"at+kd": {"weights": {"at": 20.0}}, "crd": {"options": {"crd": {"negatives": 50, "dim": 8}}}}
+    configs = [config(small_npz, method=m, teacher="resnet14", seed=seed, train=recipe, **calm.get(m, {})) for m, seed in grid]
+    done = run(configs, ledger, CUDA, engine=engine, deterministic=True, **keys)  # type: ignore[arg-type]
     ledger.close()
     return done
 
@@ -63,6 +69,13 @@ def test_a_captured_cohort_is_the_eager_one_bit_for_bit(small_npz: Path, tmp_pat
     assert [done.engine for done in plain + captured] == ["eager"] * 5 + ["graph"] * 5
     assert [done.weights_hash for done in captured] == [done.weights_hash for done in plain]
     assert [done.correct for done in captured] == [done.correct for done in plain]
+
+
+def test_what_methods_remember_is_captured_bit_for_bit(small_npz: Path, tmp_path: Path) -> None:
+    """crd's banks, dml's two networks, tensors of the teacher, masks by image and epoch, a network with the teacher's classifier."""
+    plain, captured = (trained(small_npz, tmp_path / engine, engine, grid=REMEMBERING) for engine in ("eager", "graph"))
+    assert {done.engine for done in captured} == {"graph"}
+    assert [done.weights_hash for done in captured] == [done.weights_hash for done in plain]
 
 
 def test_a_captured_and_compiled_cohort_trains_alike(small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,7 +241,7 @@ def as_numpy(outputs: Outputs) -> SimpleNamespace:
 
 
 def expected(method: Method, options: dict[str, dict[str, Any]], given: Scene) -> dict[str, float]:
-    """By the references. ``options`` also brings them a method's learned ``parameters``, the ``labels``, ``indices`` and ``epoch``."""
+    """By the references; what else than options they are given stands in ``reference/__init__.py``."""
     found: dict[str, float] = {}
     getattr(method, "recall", bool)()
     for part in method.methods if isinstance(method, Composed) else [method]:
@@ -638,3 +638,18 @@ def test_a_constant_row_is_standardised_to_zeros(value: float) -> None:
 @pytest.mark.parametrize(("options", "printed"), [({}, ""), ({"T": 4}, ""), ({"T": 2}, "T=2"), ({"T": 2.5}, "T=2.5")])
 def test_variant_prints_what_differs(options: dict[str, Any], printed: str) -> None:
     assert settle("kd", {"kd": options}, {}).variant == printed
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "base"])
+def test_nonsense_for_an_option_or_a_weight_is_told_in_one_line(name: str) -> None:
+    for field in get(name).Options.model_fields:
+        with pytest.raises(UserError) as refusal:
+            settle(name, {name: {field: "nonsense"}}, {})
+        assert str(refusal.value).startswith((f"options.{name}.{field}='nonsense': ", f"options.{name}: {field} "))
+        assert "\n" not in str(refusal.value)
+    with pytest.raises(UserError, match=rf"^unknown key 'options\.{name}\.nonsense': (choose from|there is none|did you mean)"):
+        settle(name, {name: {"nonsense": 1}}, {})
+    with pytest.raises(UserError, match=rf"^weights\.nonsense: method '{name}' has no such term; "):
+        settle(name, {}, {"nonsense": 1.0})
+    with pytest.raises(UserError, match=r"a weight is 0 or more$"):
+        settle(name, {}, {get(name).terms[0]: -1.0})

@@ -489,8 +489,10 @@ def methods(
 ) -> int:
     """The distillation methods there are."""
     from .methods import METHODS, get
+    from .methods.standardise import BY_AUTHORS, PREFIX
 
-    print(pages.method_card(get(name), format_.value) if name else pages.methods_list([METHODS[key] for key in METHODS], format_.value))
+    listed = [*METHODS, *(PREFIX + wrapped for wrapped in BY_AUTHORS)]
+    print(pages.method_card(get(name), format_.value) if name else pages.methods_list([get(key) for key in listed], format_.value))
     return 0
 
 

@@ -1,12 +1,17 @@
-"""Mistakes in what a method remembers from step to step."""
+"""Mistakes in what a method remembers, in what two students tell each other, and in what ships."""
 
 from __future__ import annotations
 
 import test_crd
 import test_methods as suite
+import test_mutual
+import test_reused
 
-from flowdistill.methods import crd
+from flowdistill.methods import crd, dml
 from flowdistill.methods.crd import CRD
+from flowdistill.methods.kd import kd_loss
+from flowdistill.models.reused import Reused
+from flowdistill.runner import plan
 
 from .bug import bug
 
@@ -38,3 +43,36 @@ def crd_exponentials_in_half(anchors, turned, places, temperature):
     """exp(1 / 0.07) under autocast: three digits, and an overflow in float16."""
     half = (anchors.bfloat16() @ turned.bfloat16()).gather(1, places)
     return (half.to(anchors.dtype) / temperature).exp()
+
+
+DML = {"name": "dml", "options": {}, "pair": "even"}
+
+
+@bug(dml, "mutual_loss", suite.test_gradient_reaches_what_is_requested_and_the_adapters_alone, DML)
+def dml_without_detach(student, peer):
+    """Each loss also moves the other network."""
+    return kd_loss(student, peer, 1.0)
+
+
+@bug(dml, "mutual_loss", suite.test_formula_equals_the_reference, DML)
+def dml_direction_reversed(student, peer):
+    """KL(q || p): the two arguments of kl_div changed over."""
+    log_q, log_p = student.log_softmax(1), peer.detach().log_softmax(1)
+    return (log_q.exp() * (log_q - log_p)).sum(1).mean()
+
+
+@bug(plan, "weights_seed", test_mutual.test_two_of_one_model_begin_from_different_weights_and_the_first_where_a_plain_run_does)
+def dml_twins(config):
+    """Both networks from one seed: they agree from the first step to the last and teach each other nothing."""
+    return config.seed
+
+
+original_take_over = Reused.take_over
+
+
+@bug(Reused, "take_over", test_reused.test_simkd_trains_body_and_projector_and_leaves_the_teachers_classifier)
+def simkd_with_a_classifier_of_its_own(self, student, teacher):
+    """A frozen classifier that is not the teacher's: nothing trains it, and the accuracy is chance."""
+    own = {name: value.clone() for name, value in self.classifier.state_dict().items()}
+    original_take_over(self, student, teacher)
+    self.classifier.load_state_dict(own)

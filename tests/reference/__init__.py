@@ -3,7 +3,8 @@
 A file a method, with
 
 - ``reference(student, teacher, options)``: term -> value. ``student.logits``, ``.embedding``, ``.maps[tap]`` are arrays;
-  ``options`` holds the method's options that were given, ``labels``, ``epoch`` and the method's learned ``parameters``.
+  ``options`` holds the method's options that were given; of the batch ``labels``, ``indices``, ``epoch`` and ``peers`` (as ``student``);
+  and the method's learned ``parameters`` and its ``buffers``.
 - ``CASES``: the option sets that every check is run with.
 - ``BF16``: how far the loss may move (relative) when its inputs are rounded to bfloat16; what was measured stands beside it.
 - ``WRONG``: pairs that are refused: options, student, teacher, words of the refusal.

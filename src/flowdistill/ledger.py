@@ -345,6 +345,12 @@ def newest(runs: Iterable[Run]) -> list[Run]:
     return sorted(by_key.values(), key=lambda run: run.no)
 
 
+def baseline_key(run: Run) -> object:
+    """What a run has in common with the ``base`` runs that it is compared with: student, data, split and recipe, the seed aside."""
+    data = json.dumps([run.config["data"].get(key) for key in ("crop", "pad", "flip")])
+    return run.student, run.student_fingerprint, run.data_hash, data, json.dumps(run.config["train"], sort_keys=True), run.split
+
+
 def _connect(path: Path | str) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
     db.row_factory = sqlite3.Row

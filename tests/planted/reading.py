@@ -110,7 +110,7 @@ def recipes_in_one_mean(runs, protocol):
     return [Group(tuple(members), tuple(tables.read(run, protocol) for run in members)) for members in found.values()]
 
 
-@bug(tables, "_base_key", suite.test_no_difference_to_a_base_of_something_else, {"other": {"lr": 0.05}})
+@bug(tables, "baseline_key", suite.test_no_difference_to_a_base_of_something_else, {"other": {"lr": 0.05}})
 def baseline_of_another_recipe(run):
     """The difference is to the first base run of that model and data."""
     return run.student, run.data_hash, run.split

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import platform
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ from ..config import validate
 from ..data.loader import DeviceData, Stream
 from ..data.sources import ImageData
 from ..device import Precision, describe, keep_freed_memory, sensible_threads, synchronize, threads
+from ..env import processor
 from ..methods import Needs
 from ..training.choice import choose
 from ..training.engine import Eager, Lane, quiet
@@ -236,11 +236,7 @@ def random_images() -> ImageData:
 
 def hardware(device: torch.device) -> dict[str, Any]:
     """What the figures belong to."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return {"cpu": name, "cores": os.cpu_count(), "device": describe(device), "torch": torch.__version__}
+    return {"cpu": processor(), "cores": os.cpu_count(), "device": describe(device), "torch": torch.__version__}
 
 
 # The contenders

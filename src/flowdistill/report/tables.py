@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..checks import UserError
-from ..ledger import Run, newest
+from ..ledger import Run, baseline_key, newest
 from ..stats import CONFIDENCE, LEAST_N, Difference, sample_std, welch
 
 Row = Mapping[str, Any]
@@ -195,12 +195,12 @@ def summary_rows(runs: Sequence[Run], protocol: str, only: Mapping[str, str] | N
     ``only`` (column -> value) chooses rows; the baselines they are compared with may be others.
     """
     groups = group(runs, protocol)
-    bases = {_base_key(g.first): g for g in reversed(groups) if g.first.method == "base" and not g.first.variant}
+    bases = {baseline_key(g.first): g for g in reversed(groups) if g.first.method == "base" and not g.first.variant}
     shown = [g for g in groups if all(getattr(g.first, column) == value for column, value in (only or {}).items())]
     rows = []
     for group_ in shown:
         alike = [g.first for g in shown if (g.first.method, g.first.variant, pair(g.first)) == _row_key(group_.first)]
-        base = bases.get(_base_key(group_.first)) if group_.first.method != "base" else None
+        base = bases.get(baseline_key(group_.first)) if group_.first.method != "base" else None
         reference = base.accuracies if base else []
         rows.append(
             {
@@ -231,11 +231,6 @@ def summary_rows(runs: Sequence[Run], protocol: str, only: Mapping[str, str] | N
 
 def _row_key(run: Run) -> tuple[str, str, str]:
     return run.method, run.variant, pair(run)
-
-
-def _base_key(run: Run) -> object:
-    data = json.dumps([run.config["data"].get(key) for key in ("crop", "pad", "flip")])
-    return run.student, run.student_fingerprint, run.data_hash, data, json.dumps(run.config["train"], sort_keys=True), run.split
 
 
 SUMMARY_COLUMNS = ("method", "variant", "pair", "dataset", "nepoch", "acc (n)", "to base", "95 % interval", "detectable", "teacher")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -31,26 +31,30 @@ class Evaluation(NamedTuple):
     probabilities: Tensor
 
 
-@torch.no_grad()
 def evaluate(net: Network, on: Labelled, normalise: Callable[[Tensor], Tensor], precision: Precision) -> Evaluation:
     """Measure a network in eval mode on all images, the last partial batch included; its mode is put back after.
 
     Raises:
         RuntimeError: not as many answers as images.
     """
-    training = net.training
-    net.eval()
-    found = []
-    try:
-        for start in range(0, len(on.images), BATCH):
-            images = normalise(on.images[start : start + BATCH])
-            with autocast(images.device, precision):
-                outputs: Outputs = net(images)
-            found.append(outputs.logits.float().softmax(1).max(1))
-    finally:
-        net.train(training)
+    found = [logits.softmax(1).max(1) for logits in predict(net, on.images, normalise, precision)]
     probabilities = torch.cat([top.values for top in found])
     classes = torch.cat([top.indices for top in found])
     if len(classes) != len(on.labels):
         raise RuntimeError(f"evaluation gave {len(classes)} answers for {len(on.labels)} images")
     return Evaluation((classes == on.labels).sum(), classes, probabilities)
+
+
+@torch.no_grad()
+def predict(net: Network, images: Tensor, normalise: Callable[[Tensor], Tensor], precision: Precision) -> Iterator[Tensor]:
+    """Logits float32 [B, K] of images uint8 [N, H, W, C] in eval mode, a batch after the other; the network's mode is put back after."""
+    training = net.training
+    net.eval()
+    try:
+        for start in range(0, len(images), BATCH):
+            batch = normalise(images[start : start + BATCH])
+            with autocast(batch.device, precision):
+                outputs: Outputs = net(batch)
+            yield outputs.logits.float()
+    finally:
+        net.train(training)

@@ -410,6 +410,23 @@ WRONG = [
     ),
     ("evaluate --runs taught 1 --format txt", "--format='txt': not one of 'table', 'md', 'csv', 'json'"),
     ("evaluate 1 --runs junk.txt", "no ledger in junk.txt: train something first (flowdistill demo), or name its folder with --runs"),
+    ("card", "Missing argument 'run' (flowdistill --help)"),
+    ("card one", "run='one': input should be a valid integer, unable to parse string as an integer"),
+    ("card --runs taught 7", "no run 7 in taught/ledger.db: the last is 2; flowdistill runs lists them"),
+    ("card --runs taught 2", "run 2 is failed, not finished; choose a finished one (flowdistill runs)"),
+    ("card 1 --runs none", "no ledger in none: train something first (flowdistill demo), or name its folder with --runs"),
+    ("card --runs taught 1 --format pdf", "--format='pdf': not one of 'md', 'html'"),
+    ("card --runs taught 1 --batch-size 0", "--batch-size='0': input should be greater than or equal to 1"),
+    ("card --runs taught 1 --batch-size 5000", "--batch-size='5000': input should be less than or equal to 4096"),
+    (
+        "card --runs taught 1 --device cuda:99",
+        "--device 'cuda:99' is not available here; use auto, or what this machine has of cpu, cuda, mps",
+    ),
+    ("card --runs taught 1 --out taught", "taught: the card cannot be written there (it is not a file); name another file with --out"),
+    (
+        "card --runs taught 1 --out junk.txt/card.md",
+        "junk.txt/card.md: the card cannot be written there (junk.txt is a file); name another file with --out",
+    ),
 ]
 
 

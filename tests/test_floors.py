@@ -32,7 +32,7 @@ STRANGERS = {("methods", "models"), ("methods", "data")}
 
 TORCH_FREE = (
     *("", "__main__", "checks", "cli", "complaints", "config", "env", "ledger", "lock", "recipes", "registry"),
-    *("report", "report.pages", "report.tables", "stats"),
+    *("report", "report.card", "report.pages", "report.tables", "stats"),
 )
 """Modules that must not bring torch in when they are imported."""
 

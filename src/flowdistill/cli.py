@@ -17,7 +17,7 @@ import typer
 from pydantic import ValidationError
 
 from . import recipes
-from .checks import UserError, did_you_mean, parse_seeds
+from .checks import UserError, did_you_mean, obstacle, parse_seeds
 from .complaints import complain, failure, refuse_empty, usage
 from .config import RunConfig, assign, model_name, one_line, put, read_file, validate
 from .env import version
@@ -73,6 +73,13 @@ class EngineName(StrEnum):
     eager = "eager"
     compiled = "compiled"
     graph = "graph"
+
+
+class PageFormat(StrEnum):
+    """How a page is written."""
+
+    md = "md"
+    html = "html"
 
 
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the ledger and of every run's files.")]
@@ -426,6 +433,31 @@ def evaluate(
     path = weights_path(target, runs)
     measured = measure(path, resolve_device(device), dataset=dataset, precision=precision.value if precision else None)
     print(tables.render([measured._asdict()], format_.value, measured._fields))
+    return 0
+
+
+@app.command()
+def card(
+    run: Annotated[int, typer.Argument(help="A run's number.")],
+    format_: Annotated[PageFormat, typer.Option("--format", help="How to write it.")] = PageFormat.md,
+    out: Annotated[Path | None, typer.Option(help="Write it to this file; else it is printed.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Images of the second latency; the first is of one image.")] = 64,
+    device: DeviceOption = "auto",
+    runs: RunsOption = Path("runs"),
+) -> int:
+    """The compression card of a finished run: cost, accuracy, agreement and calibration beside its teacher and a student alone."""
+    from .device import resolve_device
+    from .report.card import page
+    from .runner.card import measure
+    from .training.weights import write_whole
+
+    if out and (hindrance := obstacle(out)):
+        raise UserError(f"{out}: the card cannot be written there ({hindrance}); name another file with --out")
+    text = page(measure(run, Ledger(runs), resolve_device(device), batch_size=batch_size), format_.value)
+    if out:
+        write_whole(out, f"{text}\n".encode())
+    else:
+        print(text)
     return 0
 
 

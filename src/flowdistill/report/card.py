@@ -1,0 +1,198 @@
+"""The compression card as one page: Markdown, or HTML that needs nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+from ..env import version
+from .tables import Row, pair, render
+
+if TYPE_CHECKING:
+    from ..runner.card import Card, Column, Latency
+    from ..stats import Agreement
+
+MEASURE, CLASS, IMAGES = "measure", "class", "images"
+TEACHER, ALONE = "to teacher", "to alone"
+STYLE = """\
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; --gain: #1a7f37; --loss: #b3261e; }
+@media (prefers-color-scheme: dark) { :root { --gain: #57d37b; --loss: #ff8a80; } }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; background: Canvas; color: CanvasText; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.summary { padding: .75rem 1rem; background: var(--soft); border-left: 4px solid var(--line); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .9rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+.gain { color: var(--gain); } .loss { color: var(--loss); }
+li { overflow-wrap: anywhere; }"""
+
+
+def page(card: Card, format_: str) -> str:
+    """The card as ``md`` or ``html``."""
+    return _html(card) if format_ == "html" else _markdown(card)
+
+
+def _markdown(card: Card) -> str:
+    columns = (MEASURE, *(column.role for column in card.columns))
+    classes = _class_rows(card)
+    parts = [
+        f"# {_title(card)}",
+        _summary(card),
+        render(_rows(card), "md", columns),
+        "\n".join(f"- {note}" for note in _notes(card)),
+        f"## Accuracy by class\n\n{_about_classes(card)}",
+        render(classes, "md", tuple(classes[0])),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _html(card: Card) -> str:
+    columns = (MEASURE, *(column.role for column in card.columns))
+    classes = _class_rows(card)
+    title = escape(_title(card))
+    summary = f'<p class="summary">{escape(_summary(card))}</p>\n' if _summary(card) else ""
+    notes = "\n".join(f"<li>{escape(note)}</li>" for note in _notes(card))
+    return f"""\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+{STYLE}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+{summary}{_html_table(_rows(card), columns)}
+<ul>
+{notes}
+</ul>
+<h2>Accuracy by class</h2>
+<p>{escape(_about_classes(card))}</p>
+{_html_table(classes, tuple(classes[0]))}
+</body>
+</html>"""
+
+
+def _html_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    body = "\n".join(f"<tr>{''.join(_cell(column, str(row[column])) for column in columns)}</tr>" for row in rows)
+    return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+
+
+def _cell(column: str, text: str) -> str:
+    """A cell; what is above zero is shown as a gain, what is below as a loss."""
+    if column in (MEASURE, CLASS):
+        return f'<th scope="row">{escape(text)}</th>'
+    sign = {"+": "gain", "-": "loss"}.get(text[:1]) if column in (TEACHER, ALONE) and text.strip("+-.0") else None
+    return f'<td class="{sign}">{escape(text)}</td>' if sign else f"<td>{escape(text)}</td>"
+
+
+def _title(card: Card) -> str:
+    run = card.run
+    return f"Compression card: run {run.no}, {run.method} {pair(run)} on {run.dataset}"
+
+
+def _summary(card: Card) -> str:
+    """The student in shares of the teacher's cost, and what it gains and loses; empty where there is nothing to compare with."""
+    student, teacher, alone = card.student, card.column("teacher"), card.column("student alone")
+    parts = []
+    if teacher:
+        shares = [
+            f"{_share(student.parameters, teacher.parameters)} of the parameters",
+            f"{_share(student.macs, teacher.macs)} of the MACs",
+            f"{_share(student.file_bytes, teacher.file_bytes)} of the file",
+            *(
+                f"{_share(ours.median, theirs.median)} of the latency at batch {ours.batch_size}"
+                for ours, theirs in zip(student.latencies, teacher.latencies, strict=True)
+            ),
+        ]
+        parts.append(f"Of its teacher the student has {', '.join(shares)}.")
+    others = {"teacher": teacher, "student alone": alone}
+    gains = [f"{_points(student, other, card)} points to the {role}" for role, other in others.items() if other]
+    return " ".join([*parts, *([f"Accuracy: {', '.join(gains)}."] if gains else [])])
+
+
+def _share(ours: float, theirs: float) -> str:
+    return f"{100 * ours / theirs:.1f} %"
+
+
+def _points(ours: Column, theirs: Column, card: Card) -> str:
+    return f"{100 * (ours.correct - theirs.correct) / card.images:+.2f}"
+
+
+def _rows(card: Card) -> list[Row]:
+    """A row a measure, a column a network."""
+    made: dict[str, list[str]] = {
+        "network": [column.model for column in card.columns],
+        "from": [column.origin for column in card.columns],
+        "parameters": [f"{column.parameters:,}" for column in card.columns],
+        "MACs an image": [f"{column.macs:,}" for column in card.columns],
+        "file, bytes": [f"{column.file_bytes:,}" for column in card.columns],
+    }
+    for place, first in enumerate(card.columns[0].latencies):
+        made[f"latency at batch {first.batch_size}, ms"] = [_latency(column.latencies[place]) for column in card.columns]
+    made["accuracy"] = [_counted(column.correct, card.images) for column in card.columns]
+    if card.column("teacher"):
+        made["same answer as the teacher"] = [_agreement(column.agreement) for column in card.columns]
+        made["... where both are wrong"] = [_agreement(column.agreement, wrong=True) for column in card.columns]
+    made["ECE"] = [f"{100 * column.calibration_error:.2f} %" for column in card.columns]
+    made["NLL"] = [f"{column.negative_log_likelihood:.4f}" for column in card.columns]
+    roles = [column.role for column in card.columns]
+    return [{MEASURE: name, **dict(zip(roles, cells, strict=True))} for name, cells in made.items()]
+
+
+def _latency(latency: Latency) -> str:
+    return f"{latency.median:.2f} ({latency.p90:.2f})"
+
+
+def _counted(count: int, images: int) -> str:
+    return f"{100 * count / images:.2f} % ({count:,} of {images:,})" if images else "none"
+
+
+def _agreement(found: Agreement | None, *, wrong: bool = False) -> str:
+    if found is None:
+        return "-"
+    return _counted(found.equal_wrong, found.both_wrong) if wrong else _counted(found.equal, found.images)
+
+
+def _notes(card: Card) -> list[str]:
+    run = card.run
+    passes = ", ".join(f"{latency.passes} at batch {latency.batch_size}" for latency in card.student.latencies)
+    notes = [
+        f"Accuracy, calibration: all {card.images:,} test images in {run.precision}, the run's precision, normalised as in the run "
+        f"({run.split} split).",
+        f"Latency: a forward pass, eager fp32, channels_last, median (90th percentile) of the passes after warm-up ({passes}), networks "
+        f"taking turns; {card.processor}, {card.device}, torch {card.torch}.",
+        "MACs: multiply-accumulates of convolutions and matrix products, half of what torch.utils.flop_counter counts.",
+        "ECE: expected calibration error, 15 bins of equal width. NLL: mean of -log p(label), in nats.",
+    ]
+    if run.correct is not None and card.student.correct != run.correct:
+        notes.append(f"The record of run {run.no} says {run.correct:,} right: on {run.device}, torch {run.versions.get('torch')}.")
+    notes += [card.advice] if card.advice else []
+    return [*notes, f"One run a column, no spread: compare methods by flowdistill table --summary. flowdistill {version()}."]
+
+
+def _about_classes(card: Card) -> str:
+    compared = [f"{TEACHER}: student less teacher"] if card.column("teacher") else []
+    compared += [f"{ALONE}: student less student alone"] if card.column("student alone") else []
+    return "Percent of the class's test images" + (f"; {', '.join(compared)}, in points." if compared else ".")
+
+
+def _class_rows(card: Card) -> list[Row]:
+    """A row a class: every network's accuracy, then what the student gains and loses."""
+    student = card.student
+    others = {name: other for name, role in ((TEACHER, "teacher"), (ALONE, "student alone")) if (other := card.column(role))}
+    rows: list[Row] = []
+    for label, images in enumerate(card.class_images):
+        row: dict[str, object] = {CLASS: label, IMAGES: f"{images:,}"}
+        row |= {column.role: f"{100 * column.class_correct[label] / images:.2f}" if images else "-" for column in card.columns}
+        for name, other in others.items():
+            gain = student.class_correct[label] - other.class_correct[label]
+            row[name] = f"{100 * gain / images:+.2f}" if images else "-"
+        rows.append(row)
+    return rows

@@ -1,0 +1,246 @@
+"""What a finished run's student costs and what it says, measured beside its teacher and a student that was trained alone."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..checks import UserError
+from ..config import RunConfig, validate
+from ..data.loader import Normalisation, trained_positions
+from ..data.sources import ImageData, load
+from ..device import describe, resolve_precision, sensible_threads, synchronize, threads
+from ..env import processor
+from ..ledger import Ledger, Run, baseline_key
+from ..models import Network
+from ..stats import Agreement, agreement, calibration_error, negative_log_likelihood
+from ..training.evaluate import predict
+from .networks import STUDENT_FILE, NetworkRef, recorded_teacher, resolve
+
+TEACHER, STUDENT, ALONE = "teacher", "student", "student alone"
+WARM_UP = 10  # forward passes that are not timed
+PASSES, LEAST_PASSES = 100, 10  # forward passes that are: a hundred, or as many of them as fit
+SECONDS = 20.0  # into this time, for one batch size and all networks
+
+
+class Latency(NamedTuple):
+    """Milliseconds of a forward pass on a batch of so many images, over so many timed passes."""
+
+    batch_size: int
+    median: float
+    p90: float
+    passes: int
+
+
+@dataclass(frozen=True)
+class Column:
+    """One network on the card.
+
+    Attributes:
+        role: teacher, student or student alone.
+        model: its registered name.
+        origin: the run that it came from, with its seed, or its file.
+        parameters: all of them, trained or frozen.
+        macs: multiply-accumulates for one image.
+        file_bytes: of its weights file.
+        latencies: one for each batch size.
+        correct: test images it gets right.
+        class_correct: the same for each class.
+        calibration_error: a share from 0 to 1.
+        negative_log_likelihood: in nats.
+        agreement: with the teacher; None for the teacher itself and where there is none.
+    """
+
+    role: str
+    model: str
+    origin: str
+    parameters: int
+    macs: int
+    file_bytes: int
+    latencies: tuple[Latency, ...]
+    correct: int
+    class_correct: tuple[int, ...]
+    calibration_error: float
+    negative_log_likelihood: float
+    agreement: Agreement | None
+
+
+@dataclass(frozen=True)
+class Card:
+    """The compression card of a run.
+
+    Attributes:
+        run: whose student it is about.
+        columns: teacher, student, student alone, those that there are.
+        class_images: test images of each class.
+        device, processor, torch: what the latencies belong to.
+        advice: how to get the column that is missing; empty where none is.
+    """
+
+    run: Run
+    columns: tuple[Column, ...]
+    class_images: tuple[int, ...]
+    device: str
+    processor: str
+    torch: str
+    advice: str
+
+    @property
+    def images(self) -> int:
+        """Test images."""
+        return sum(self.class_images)
+
+    @property
+    def student(self) -> Column:
+        """The run's student."""
+        return next(column for column in self.columns if column.role == STUDENT)
+
+    def column(self, role: str) -> Column | None:
+        """The network of that role, if it is on the card."""
+        return next((column for column in self.columns if column.role == role), None)
+
+
+class _Answers(NamedTuple):
+    """What a network says of the test images: log-probabilities [N, K], top-1 classes [N] and their probabilities [N]."""
+
+    log_probabilities: np.ndarray
+    classes: np.ndarray
+    confidences: np.ndarray
+
+
+def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 64) -> Card:
+    """Measure a run's student, its teacher and the newest ``base`` run of the same student, data, split and recipe.
+
+    All answer the same test images, normalised as in the run, in the run's precision. Latency is that of eager float32 at batch 1 and
+    ``batch_size``, the networks taking turns.
+
+    Raises:
+        UserError: no such run, an unfinished one, or its student, data or teacher is gone or changed.
+    """
+    run = ledger.run(no)
+    config = validate(run.config)
+    alone = baseline(run, ledger)
+    student, data = resolve(str(no), ledger), _data(run, config)
+    found = {TEACHER: _teacher(run, ledger), STUDENT: student, ALONE: resolve(str(alone.no), ledger) if alone else None}
+    networks = {role: network for role, network in found.items() if network}
+    nets: dict[str, Network] = {}
+    for role, network in networks.items():
+        nets[role] = network.build(data.spec).eval().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    test, labels = torch.from_numpy(data.x_test).to(device), data.y_test
+    normalise = Normalisation.of(torch.from_numpy(data.x_train[trained_positions(data.y_train, run.split)])).on(device)
+    precision = resolve_precision(run.precision, device)
+    with threads(sensible_threads()):
+        answers = {role: _answers(torch.cat(list(predict(net, test, normalise, precision)))) for role, net in nets.items()}
+        latencies: dict[str, list[Latency]] = {role: [] for role in nets}
+        for size in dict.fromkeys((1, batch_size)):
+            batch = normalise(test[torch.arange(size, device=device) % len(test)])
+            for role, latency in time_in_turns(nets, batch).items():
+                latencies[role].append(latency)
+        named = describe(device)
+    columns = []
+    for role, network in networks.items():
+        said, taught = answers[role], role != TEACHER and TEACHER in answers
+        correct = said.classes == labels
+        columns.append(
+            Column(
+                role=role,
+                model=network.model,
+                origin=f"run {network.run}, seed {ledger.run(network.run).seed}" if network.run else network.origin,
+                parameters=sum(p.numel() for p in nets[role].parameters()),
+                macs=count_macs(nets[role], normalise(test[:1])),
+                file_bytes=_file(network, ledger).stat().st_size,
+                latencies=tuple(latencies[role]),
+                correct=int(correct.sum()),
+                class_correct=tuple(np.bincount(labels[correct], minlength=data.classes).tolist()),
+                calibration_error=calibration_error(said.confidences, correct),
+                negative_log_likelihood=negative_log_likelihood(said.log_probabilities, labels),
+                agreement=agreement(said.classes, answers[TEACHER].classes, labels) if taught else None,
+            )
+        )
+    advice = "" if alone or run.method == "base" else _advice(config, ledger)
+    class_images = tuple(np.bincount(labels, minlength=data.classes).tolist())
+    return Card(run, tuple(columns), class_images, named, processor(), torch.__version__, advice)
+
+
+def baseline(run: Run, ledger: Ledger) -> Run | None:
+    """The newest finished ``base`` run of the run's student, data, split and recipe whose file is there; None for a ``base`` run itself."""
+    if run.method == "base":
+        return None
+    found = [one for one in ledger.runs(status="finished", method="base", variant="") if baseline_key(one) == baseline_key(run)]
+    return next((one for one in reversed(found) if (ledger.run_folder(one.no) / STUDENT_FILE).is_file()), None)
+
+
+def count_macs(net: Network, image: Tensor) -> int:
+    """Multiply-accumulates of convolutions and matrix products for images [N, C, H, W]: half of what torch.utils.flop_counter counts."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net(image)
+    return int(counter.get_total_flops()) // 2
+
+
+@torch.inference_mode()
+def time_in_turns(nets: Mapping[str, Network], images: Tensor) -> dict[str, Latency]:
+    """Latency of networks on images [N, C, H, W]; they take turns, so that what else the machine does falls on all alike."""
+    taken: dict[str, list[float]] = {role: [] for role in nets}
+    for turn in range(WARM_UP + PASSES):
+        if turn == WARM_UP:
+            begun = time.perf_counter()
+        for role, net in nets.items():
+            started = time.perf_counter()
+            net(images)
+            synchronize(images.device)
+            if turn >= WARM_UP:
+                taken[role].append(1000 * (time.perf_counter() - started))
+        if turn >= WARM_UP + LEAST_PASSES - 1 and time.perf_counter() - begun > SECONDS:
+            break
+    return {role: Latency(len(images), float(np.median(ms)), float(np.quantile(ms, 0.9)), len(ms)) for role, ms in taken.items()}
+
+
+def _answers(logits: Tensor) -> _Answers:
+    top = logits.softmax(1).max(1)
+    found = (logits.double().log_softmax(1), top.indices, top.values.double())
+    return _Answers(*(tensor.cpu().numpy() for tensor in found))
+
+
+def _data(run: Run, config: RunConfig) -> ImageData:
+    data = load(config.data)
+    if (data_hash := data.hash()) != run.data_hash:
+        raise UserError(
+            f"run {run.no}: {config.data.name} is not the data that it was trained on (hash {data_hash[:8]}, was {run.data_hash[:8]}); "
+            f"put the old data back"
+        )
+    return data
+
+
+def _teacher(run: Run, ledger: Ledger) -> NetworkRef | None:
+    teacher = recorded_teacher(run, ledger)
+    if teacher and teacher.fingerprint != run.teacher_fingerprint:
+        raise UserError(f"run {run.no}: its teacher {run.config['teacher']} is not the one that it learned from; put the old one back")
+    return teacher
+
+
+def _file(network: NetworkRef, ledger: Ledger) -> Path:
+    return ledger.run_folder(network.run) / STUDENT_FILE if network.run else Path(network.origin).expanduser()
+
+
+def _advice(config: RunConfig, ledger: Ledger) -> str:
+    """How the student is trained alone by the recipe of a run."""
+    if config.train.mixup:
+        return "No student alone: train.mixup leaves no labels to train it on."
+    words = ["flowdistill", "train", "--model", config.student, "--dataset", config.data.name, "--seeds", str(config.seed)]
+    words += ["--holdout"] if config.split == "holdout" else []
+    given = {"data": config.data.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)}
+    given["train"] = config.train.model_dump(mode="json", exclude_defaults=True)
+    for table, values in given.items():
+        for key, value in values.items():
+            words += ["--set", f"{table}.{key}={str(value).lower() if isinstance(value, bool) else value}"]
+    words += ["--runs", str(ledger.folder)] if str(ledger.folder) != "runs" else []
+    return f"The student was not trained alone by this recipe yet: {shlex.join(words)}"

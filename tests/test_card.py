@@ -160,6 +160,17 @@ def test_the_students_accuracy_is_the_records(no: int, runs: Ledger) -> None:
     assert found.student.parameters == runs.run(no).parameters
 
 
+@pytest.mark.parametrize("split", ["full", "holdout"])
+def test_a_student_with_its_teachers_classifier_is_measured_whole(split: str, ledger: Ledger, small_npz: Path) -> None:
+    """Under either split, whose images decide the normalisation."""
+    run([config(small_npz, student="resnet14", seed=9, split=split), config(small_npz, split=split)], ledger, CPU)
+    run([config(small_npz, method="simkd", teacher="resnet14", split=split)], ledger, CPU)
+    found = measure(3, ledger, CPU, batch_size=2)
+    assert found.student.model == "reused(resnet8,resnet14,2)"
+    assert [column.correct for column in found.columns] == [ledger.run(no).correct for no in (1, 3, 2)]
+    assert found.student.parameters > found.columns[2].parameters
+
+
 def test_the_others_accuracy_is_their_own_records(fsp_card: Card, runs: Ledger) -> None:
     assert [column.correct for column in fsp_card.columns] == [runs.run(no).correct for no in (1, 4, 3)]
     assert 100 * fsp_card.columns[0].correct / 150 == pytest.approx(fsp_card.run.teacher_accuracy)
@@ -351,6 +362,13 @@ def test_the_page_says_what_it_measured_with(fsp_card: Card) -> None:
     text = page(fsp_card, "md")
     for words in ("eager fp32", "cpu (1 threads)", "5 at batch 1, 5 at batch 8", "flop_counter", "15 bins", "all 150 test images"):
         assert words in text
+
+
+@pytest.mark.parametrize(("p90", "unsteady"), [(2.0, False), (2.01, True)])
+def test_unsteady_latency_is_said(fsp_card: Card, p90: float, unsteady: bool) -> None:
+    columns = [dataclasses.replace(column, latencies=(runner_card.Latency(1, 1.0, 1.5, 5),)) for column in fsp_card.columns]
+    columns[1] = dataclasses.replace(columns[1], latencies=(runner_card.Latency(1, 1.0, p90, 5),))
+    assert ("Unsteady latency" in page(dataclasses.replace(fsp_card, columns=tuple(columns)), "md")) == unsteady
 
 
 def test_a_class_without_test_images_has_no_share(fsp_card: Card) -> None:

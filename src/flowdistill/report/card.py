@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 MEASURE, CLASS, IMAGES = "measure", "class", "images"
 TEACHER, ALONE = "to teacher", "to alone"
+UNSTEADY = 2  # times the median
 STYLE = """\
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --gain: #1a7f37; --loss: #b3261e; }
 @media (prefers-color-scheme: dark) { :root { --gain: #57d37b; --loss: #ff8a80; } }
@@ -171,6 +172,11 @@ def _notes(card: Card) -> list[str]:
         "MACs: multiply-accumulates of convolutions and matrix products, half of what torch.utils.flop_counter counts.",
         "ECE: expected calibration error, 15 bins of equal width. NLL: mean of -log p(label), in nats.",
     ]
+    if any(latency.p90 > UNSTEADY * latency.median for column in card.columns for latency in column.latencies):
+        notes.append(
+            f"Unsteady latency (a 90th percentile over {UNSTEADY} times its median): time it again on a quiet machine; on a shared one "
+            f"OMP_NUM_THREADS=1 steadies it."
+        )
     if run.correct is not None and card.student.correct != run.correct:
         notes.append(f"The record of run {run.no} says {run.correct:,} right: on {run.device}, torch {run.versions.get('torch')}.")
     notes += [card.advice] if card.advice else []

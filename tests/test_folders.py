@@ -406,6 +406,14 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "it has train/ but neither test/ nor val/; add one, or take a fifth of train with folder:it/train",
     ),
     "test alone": (lambda it: shutil.rmtree(it / "train"), "it has test/ but no train/; add that, or rename test/ if it is a class"),
+    "another case": (
+        lambda it: (it / "train").rename(it / "Train"),
+        "Train/ looks like a split; rename it to train/, or use csv:FILE if it is a class",
+    ),
+    "another word": (
+        lambda it: (it / "test").rename(it / "validation"),
+        "validation/ looks like a split; rename it to val/, or use csv:FILE if it is a class",
+    ),
     "an empty test": (
         lambda it: (shutil.rmtree(it / "test"), (it / "test").mkdir()),
         "every image is train; there must be train and test (or val), or no split at all",
@@ -513,7 +521,7 @@ CSVS: dict[str, tuple[str | bytes, str]] = {
     ),
     "a class only in val": (
         f"path,label,split\n{ROW},ant,train\ntest/ant/0000.png,ant,val\ntest/bee/0015.png,bee,val\n",
-        "class 'bee' has no train image; every class needs images of val and train",
+        "class 'bee' has no train image; every class needs images of train and val",
     ),
     "no text": (b"\xff\xfe\x00path", "not UTF-8 text; write path,label[,split] as CSV"),
     "a quote left open": ('path,label\n"a,ant\n', "no CSV (unexpected end of data); write path,label[,split]"),

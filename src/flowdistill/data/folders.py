@@ -34,6 +34,7 @@ TEST_PART = 5  # where no split is given, a fifth of each class is test
 LARGEST_IMAGE = 1 << 27  # pixels
 COLUMNS = ("path", "label", "split")
 SPLITS = ("train", "val", "test")
+OTHER_WORDS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 NAMED = 3  # of many files, so many are named
 BATCH = 64  # files that a thread takes at once
 PROGRESS_SECONDS = 5.0
@@ -77,7 +78,8 @@ def read_folder(config: DataConfig) -> ImageData:
     belong to it. Hidden files are ignored; files without an image's extension or outside of a class are left out, which is said on stderr.
 
     Images are turned as their EXIF orientation says, made grey or RGB (transparency is dropped), and, with ``data.size``, resized to
-    that short side (bilinear) and cut to a square in the middle.
+    that short side (bilinear) and cut to a square in the middle. Without ``data.channels`` they are grey where every file is. Of an
+    animation the first image is read.
 
     Raises:
         UserError: no such folder, no class, an empty one or one that lacks a split, a link that leads outside or in a circle, images of
@@ -87,6 +89,10 @@ def read_folder(config: DataConfig) -> ImageData:
     root = _folder(what)
     tree = _Tree(what, root)
     inner = tree.folders(root, (str(root),))
+    for name in inner:
+        meant = OTHER_WORDS.get(name.lower(), name.lower())
+        if meant in SPLITS and name != meant:
+            raise UserError(f"{what}: {name}/ looks like a split; rename it to {meant}/, or use csv:FILE if it is a class")
     splits = [split for split in SPLITS if split in inner]
     if splits == ["train"]:
         raise UserError(
@@ -285,7 +291,7 @@ def _refuse_gaps(what: str, items: Sequence[Item]) -> None:
     if len(names) < 2:
         raise UserError(f"{what}: {f'a single class, {names[0]!r}' if names else 'no image is left'}; a classifier needs two")
     counts = Counter((item.label, item.split) for item in items)
-    splits = sorted({item.split for item in items}, reverse=True)
+    splits = sorted({item.split for item in items}, key=("", *SPLITS).index)
     if splits == [""]:
         single = [name for name in names if counts[name, ""] < 2]
         if single:

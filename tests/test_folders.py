@@ -212,7 +212,7 @@ def test_images_are_turned_as_exif_says(tmp_path: Path, orientation: int, kind: 
 def test_images_of_several_sizes_are_resized_as_torchvision_does(tmp_path: Path, size: int) -> None:
     """The very pixels of Resize and CenterCrop."""
     chance = np.random.default_rng(1)
-    sides = [(8, 8), (7, 30), (31, 6), (16, 17), (40, 33), (5, 5), (16, 16), (9, 8)]
+    sides = [(8, 8), (7, 30), (31, 6), (16, 17), (40, 33), (5, 5), (16, 16), (9, 8), (8, 11), (11, 8)]
     images = {
         (split, label): [chance.integers(0, 256, (*side, 3), dtype=np.uint8) for side in sides]
         for split, label in itertools.product(("train", "test"), range(3))

@@ -401,7 +401,7 @@ WRONG = [
     ),
     (
         "evaluate --runs taught 1 --dataset mnist",
-        "unknown data set 'mnist': choose from: digits, cifar10, cifar100, fashion_mnist, npz:PATH",
+        "unknown data set 'mnist': choose from: digits, cifar10, cifar100, fashion_mnist, npz:PATH, folder:PATH, csv:FILE",
     ),
     ("evaluate --runs taught 1 --precision fp64", "--precision='fp64': not one of 'auto', 'bf16', 'fp32'"),
     (
@@ -470,5 +470,5 @@ def test_a_line_stays_one_line_without_control_characters_and_not_long(folder: P
     hostile = "x\n\x1b[2J\u202e" + "y" * 100_000
     said = command(folder, "train", "--dataset", hostile)
     assert said.err.startswith(r"flowdistill: unknown data set 'x\n\x1b[2J\u202eyyy")
-    assert said.err.endswith("': choose from: digits, cifar10, cifar100, fashion_mnist, npz:PATH\n")
+    assert said.err.endswith("': choose from: digits, cifar10, cifar100, fashion_mnist, npz:PATH, folder:PATH, csv:FILE\n")
     assert len(said.err) < 700

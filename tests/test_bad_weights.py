@@ -120,8 +120,16 @@ STUDENTS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a mean that is none": (lambda: student(mean=[float("nan")]), f"{IT}: mean.0=nan: input should be a finite number"),
     "data of another kind": (lambda: student(data="it.npz"), f"{IT}: data='it.npz': must be a table of keys"),
     "data with more to it": (
+        lambda: student(data={"name": "npz:it.npz", "bytes": 3}),
+        f"{IT}: unknown key 'data.bytes': choose from: name, root, crop, pad, flip, limit_train, size, channels, skip_broken",
+    ),
+    "a size that npz data has not": (
         lambda: student(data={"name": "npz:it.npz", "size": 3}),
-        f"{IT}: unknown key 'data.size': choose from: name, root, crop, pad, flip, limit_train",
+        f"{IT}: data: size=3 belongs to folder:PATH and csv:FILE, not to npz:it.npz; leave it out",
+    ),
+    "a name too few": (
+        lambda: student(labels=["cat", "dog"]),
+        f"{IT}: labels must have 3 names, one a class",
     ),
     "other data": (
         lambda: student(data={"name": "digits"}),

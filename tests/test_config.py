@@ -111,6 +111,10 @@ def test_unknown_key(key: str, answer: str) -> None:
         ("data.limit_train", 0),
         ("data.limit_train", 150.0),
         ("data.limit_train", True),
+        ("data.size", 0),
+        ("data.size", 64.0),
+        ("data.channels", 2),
+        ("data.skip_broken", "perhaps"),
         ("data.name", 3),
         ("seed", -1),
         ("seed", "first"),
@@ -273,6 +277,24 @@ def test_keys_that_came_later_are_dumped_where_they_are_not_the_default() -> Non
     assert ("crop" in plain.model_dump()["data"], "mixup" in plain.model_dump()["train"]) == (False, False)
     assert (mixed.model_dump()["data"]["crop"], mixed.model_dump()["train"]["mixup"]) == ("resized", True)
     assert [validate(config.model_dump(mode="json")) for config in (plain, mixed)] == [plain, mixed]
+
+
+def test_keys_of_image_files_are_dumped_where_they_are_not_the_default() -> None:
+    plain = validate({"data": {"name": "folder:a"}})
+    read = validate({"data": {"name": "csv:a.csv", "size": 64, "channels": 1, "skip_broken": True}})
+    assert plain.data.model_dump() == validate({}).data.model_dump() | {"name": "folder:a"}
+    assert {key: read.model_dump()["data"][key] for key in ("size", "channels", "skip_broken")} == {
+        "size": 64,
+        "channels": 1,
+        "skip_broken": True,
+    }
+    assert validate(read.model_dump(mode="json")) == read
+
+
+@pytest.mark.parametrize(("key", "value"), [("size", 64), ("channels", 3), ("skip_broken", True)])
+def test_keys_of_image_files_belong_to_these(key: str, value: Any) -> None:
+    line = f"data: {key}={value} belongs to folder:PATH and csv:FILE, not to digits; leave it out"
+    assert complaint(validate, {"data": {"name": "digits", key: value}}) == line
 
 
 def test_a_resized_crop_has_no_border() -> None:

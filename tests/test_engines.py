@@ -16,8 +16,9 @@ from test_training import a_cohort, weights_of
 
 from flowdistill import methods, models
 from flowdistill.checks import UserError
+from flowdistill.data.images import ImageData
 from flowdistill.data.loader import DeviceData, Stream
-from flowdistill.data.sources import ImageData, read_npz
+from flowdistill.data.sources import read_npz
 from flowdistill.device import _cpu_computes_bf16 as of_this_processor
 from flowdistill.device import keep_freed_memory, resolve_precision, sensible_threads
 from flowdistill.ledger import Ledger

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from flowdistill import models
 from flowdistill.checks import UserError
+from flowdistill.data.images import ImageData
 from flowdistill.data.loader import DeviceData
-from flowdistill.data.sources import ImageData
 from flowdistill.methods import METHODS, Needs
 from flowdistill.methods.nd import nd_loss
 from flowdistill.methods.ofd import margins

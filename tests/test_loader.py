@@ -9,8 +9,8 @@ import torch
 from torchvision.transforms.v2 import functional as tv
 
 from flowdistill.checks import UserError
+from flowdistill.data.images import ImageData
 from flowdistill.data.loader import DeviceData, Normalisation, Stream, holdout_positions
-from flowdistill.data.sources import ImageData
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,8 @@ import torch
 from flowdistill import methods, models
 from flowdistill.checks import UserError
 from flowdistill.config import DataConfig, validate
-from flowdistill.data.sources import ImageData, load
+from flowdistill.data.images import ImageData
+from flowdistill.data.sources import load
 from flowdistill.ledger import Ledger
 from flowdistill.methods import Phase
 from flowdistill.runner.networks import NetworkRef

@@ -19,7 +19,8 @@ from sklearn.datasets import load_digits
 
 from flowdistill.checks import UserError
 from flowdistill.config import DataConfig
-from flowdistill.data.sources import SOURCES, ImageData, load
+from flowdistill.data.images import ImageData
+from flowdistill.data.sources import SOURCES, load
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +330,7 @@ def test_npz_that_is_a_pickle_is_refused_and_not_executed(tmp_path):
     [
         ("cifar01", "did you mean 'cifar10'?"),
         ("fashion-mnist", "did you mean 'fashion_mnist'?"),
-        ("", "choose from: digits, cifar10, cifar100, fashion_mnist, npz:PATH"),
+        ("", "choose from: digits, cifar10, cifar100, fashion_mnist, npz:PATH, folder:PATH, csv:FILE"),
     ],
 )
 def test_unknown_data_set(name, words):

@@ -16,8 +16,9 @@ from torch import Tensor
 from flowdistill import methods, models
 from flowdistill.checks import UserError
 from flowdistill.config import RunConfig, TrainConfig
+from flowdistill.data.images import ImageData
 from flowdistill.data.loader import DeviceData, Stream
-from flowdistill.data.sources import ImageData, read_npz
+from flowdistill.data.sources import read_npz
 from flowdistill.ledger import Ledger
 from flowdistill.methods import Needs
 from flowdistill.models import Network

@@ -77,8 +77,8 @@ def distill(
         teacher: a model name (a trained one is then chosen from ``runs``), a run's number, a Result, a weights file, or a network
             of this package.
         student: likewise; a name starts from fresh weights, anything else from the weights it has.
-        data: ``digits``, ``cifar10``, ``cifar100``, ``fashion_mnist`` or ``npz:PATH``; or a mapping such as
-            ``{"name": "npz:PATH", "pad": 2, "flip": False}``.
+        data: ``digits``, ``cifar10``, ``cifar100``, ``fashion_mnist``, ``npz:PATH``, ``folder:PATH`` or ``csv:FILE``; or a mapping
+            such as ``{"name": "npz:PATH", "pad": 2, "flip": False}``.
         method: a method or a composition such as ``at+kd``.
         seed: decides initial weights, order and augmentation.
         runs: folder of the ledger.

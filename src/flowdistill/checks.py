@@ -30,6 +30,11 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def printable(line: str) -> str:
+    """A line for the terminal: what a file's name or content put into it is shown, not obeyed."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+
+
 def summary(error: BaseException) -> str:
     """An exception's type and the first line that it says."""
     said, name = first_line(error), type(error).__name__

@@ -84,7 +84,7 @@ class PageFormat(StrEnum):
 
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the ledger and of every run's files.")]
 FormatOption = Annotated[TableFormat, typer.Option("--format", help="How to print.")]
-DatasetOption = Annotated[str | None, typer.Option(help="digits, cifar10, cifar100, fashion_mnist or npz:PATH.")]
+DatasetOption = Annotated[str | None, typer.Option(help="digits, cifar10, cifar100, fashion_mnist, npz:PATH, folder:PATH or csv:FILE.")]
 SeedsOption = Annotated[str | None, typer.Option(help="Such as 0-2,5; both ends included.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 EpochsOption = Annotated[int | None, typer.Option(help="Epochs (of the task phase, where a method trains in stages).")]
@@ -551,9 +551,9 @@ def list_recipes(format_: FormatOption = TableFormat.table) -> int:
 @app.command()
 def datasets(format_: FormatOption = TableFormat.table) -> int:
     """The data sets there are."""
-    from .data.sources import SOURCES
+    from .data.sources import OWN, SOURCES
 
     rows = [{"name": name, "about": SOURCES[name].about} for name in SOURCES]
-    rows.append({"name": "npz:PATH", "about": "your images: x_train, y_train, x_test, y_test; uint8 NHWC or NHW, labels from 0"})
+    rows += [{"name": name, "about": about} for name, about in OWN.items()]
     print(tables.render(rows, format_.value, ("name", "about")))
     return 0

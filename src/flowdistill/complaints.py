@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from .checks import UserError
+from .checks import UserError, printable
 from .config import one_line
 
 LONGEST_LINE = 600  # in characters
@@ -20,7 +20,7 @@ LONGEST_LINE = 600  # in characters
 
 def complain(line: str, code: int) -> int:
     """One line on stderr, whatever was given: no control character reaches the terminal, and of a long line both ends are shown."""
-    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+    line = printable(line)
     if len(line) > LONGEST_LINE:
         line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
     print(f"flowdistill: {line}", file=sys.stderr)

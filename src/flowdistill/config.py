@@ -30,8 +30,9 @@ class Frozen(BaseModel):
 class DataConfig(Frozen):
     """Which images. ``pad`` and ``flip`` left out take the data set's own habit (``flowdistill datasets`` shows it).
 
-    ``crop=shift`` moves the image in a reflected border, ``crop=resized`` enlarges a random box of it (Inception crop). It is dumped only
-    where it is not the default, as ``train.mixup`` is: runs that were recorded before these keys came stay comparable.
+    ``crop=shift`` moves the image in a reflected border, ``crop=resized`` enlarges a random box of it (Inception crop). ``size``,
+    ``channels`` and ``skip_broken`` say how image files are read. These four are dumped only where they are not the default, as
+    ``train.mixup`` is: runs that were recorded before these keys came stay comparable.
     """
 
     name: str = "cifar10"
@@ -40,11 +41,22 @@ class DataConfig(Frozen):
     pad: int | None = Field(None, ge=0, strict=True)  # pixels of reflected border that crop=shift moves in
     flip: bool | None = None  # random horizontal flip
     limit_train: int | None = Field(None, ge=1, strict=True)  # train on a fixed stratified choice of about so many images
+    size: int | None = Field(None, ge=1, strict=True, exclude_if=lambda size: size is None)  # short side, then the middle square
+    channels: Literal[1, 3] | None = Field(None, exclude_if=lambda channels: channels is None)  # left out: 1 where all files are grey
+    skip_broken: bool = Field(False, exclude_if=lambda skip: not skip)  # leave out the files that can't be read
 
     @model_validator(mode="after")
     def _pad_belongs_to_shift(self) -> DataConfig:
         if self.crop == "resized" and self.pad:
             raise ValueError(f"pad={self.pad} belongs to crop=shift; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _files_have_a_size(self) -> DataConfig:
+        given = self.model_dump(include={"size", "channels", "skip_broken"})
+        if given and not self.name.startswith(("folder:", "csv:")):
+            key, value = next(iter(given.items()))
+            raise ValueError(f"{key}={value} belongs to folder:PATH and csv:FILE, not to {self.name}; leave it out")
         return self
 
 

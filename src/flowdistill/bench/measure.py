@@ -22,8 +22,8 @@ import torch
 from .. import methods, models
 from ..checks import UserError, did_you_mean
 from ..config import validate
+from ..data.images import ImageData
 from ..data.loader import DeviceData, Stream
-from ..data.sources import ImageData
 from ..device import Precision, describe, keep_freed_memory, sensible_threads, synchronize, threads
 from ..env import processor
 from ..methods import Needs

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.images import ImageData
 from ..data.loader import DeviceData
-from ..data.sources import ImageData
 from ..taps import Batch
 from ..training.step import Student, autocast
 

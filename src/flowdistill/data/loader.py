@@ -13,7 +13,8 @@ from ..checks import UserError
 from ..device import free_memory
 from ..taps import Batch
 from .augment import Draws, crop_and_flip, draw_boxes, draw_epoch, draw_shares, mix, reflect_pad, resize_and_flip
-from .sources import ImageData, Labels, stratified
+from .images import ImageData, Labels
+from .sources import stratified
 
 HOLDOUT_PART = 10  # a tenth of each class is held out
 RESIDENT_SHARE = 0.4  # of the device's free memory that the training images may take; the copy that pads them takes as much again

@@ -1,8 +1,7 @@
-"""Data sets by name: ``digits``, ``cifar10``, ``cifar100``, ``fashion_mnist`` and ``npz:PATH``."""
+"""Data sets by name: ``digits``, ``cifar10``, ``cifar100``, ``fashion_mnist``; your own: ``npz:PATH``, ``folder:PATH``, ``csv:FILE``."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import zipfile
@@ -15,54 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ..checks import UserError, did_you_mean, first_line, regular_file
-from ..config import Crop, DataConfig
+from ..config import DataConfig
 from ..env import memory
 from ..registry import Registry
-from ..taps import DataSpec
+from .folders import read_csv, read_folder
+from .images import ImageData, Images, Labels
 
-Images = npt.NDArray[np.uint8]
-Labels = npt.NDArray[np.int64]
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 LARGEST_HEADER = 1 << 14  # bytes; numpy itself refuses one over 10,000
-
-
-@dataclass(frozen=True)
-class ImageData:
-    """A classification data set in memory.
-
-    Attributes:
-        name: as tables print it.
-        x_train, x_test: uint8 [N, H, W, C].
-        y_train, y_test: int64 [N], classes 0 to K-1.
-        classes: K.
-        pad: pixels of reflected border that the random crop moves in.
-        flip: whether training images are mirrored at random.
-        crop: how they are cropped: moved in the border, or a box of them enlarged.
-    """
-
-    name: str
-    x_train: Images
-    y_train: Labels
-    x_test: Images
-    y_test: Labels
-    classes: int
-    pad: int = 4
-    flip: bool = True
-    crop: Crop = "shift"
-
-    @property
-    def spec(self) -> DataSpec:
-        """The sizes, without the images."""
-        n, height, width, channels = self.x_train.shape
-        return DataSpec(self.name, n, self.classes, channels, height, width)
-
-    def hash(self) -> str:
-        """SHA-256 over every image and label: two runs with one hash saw the same data."""
-        digest = hashlib.sha256()
-        for array in (self.x_train, self.y_train, self.x_test, self.y_test):
-            digest.update(f"{array.dtype}{array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).data)
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -74,6 +33,12 @@ class Source:
 
 
 SOURCES: Registry[Source] = Registry("data set")
+OWN = {
+    "npz:PATH": "your images: x_train, y_train, x_test, y_test; uint8 NHWC or NHW, labels from 0",
+    "folder:PATH": "your image files: train/CLASS/* and test/CLASS/* (or val), or CLASS/* alone, a fifth of which is test; "
+    "classes numbered by sorted name, names kept in the student's file",
+    "csv:FILE": "your image files by a list: path,label[,split], paths relative to it; otherwise as folder:PATH",
+}
 CHOICE_SEED = 0  # fixed: every run of a data set gets the same images
 
 
@@ -95,10 +60,12 @@ def load(config: DataConfig) -> ImageData:
     """
     if config.name.startswith("npz:"):
         data = read_npz(Path(config.name.removeprefix("npz:")))
+    elif config.name.startswith(("folder:", "csv:")):
+        data = (read_folder if config.name.startswith("folder:") else read_csv)(config)
     elif config.name in SOURCES:
         data = SOURCES[config.name].read(config.root.expanduser())
     else:
-        raise UserError(f"unknown data set {config.name!r}: {did_you_mean(config.name, [*SOURCES, 'npz:PATH'])}")
+        raise UserError(f"unknown data set {config.name!r}: {did_you_mean(config.name, [*SOURCES, *OWN])}")
     pad = 0 if config.crop == "resized" else data.pad if config.pad is None else config.pad
     smallest = min(data.spec.height, data.spec.width)
     if pad >= smallest:

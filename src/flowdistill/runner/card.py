@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..checks import UserError
 from ..config import RunConfig, validate
+from ..data.images import ImageData
 from ..data.loader import Normalisation, trained_positions
-from ..data.sources import ImageData, load
+from ..data.sources import load
 from ..device import describe, resolve_precision, sensible_threads, synchronize, threads
 from ..env import processor
 from ..ledger import Ledger, Run, baseline_key

@@ -31,6 +31,7 @@ class About(BaseModel):
 
     model: str
     classes: Count
+    labels: tuple[str, ...] = ()  # the classes' names in the order of the logits; data without names has none
     input: tuple[Count, Count, Count]  # channels, height, width
     mean: tuple[float, ...]
     std: tuple[Annotated[float, Field(gt=0)], ...]
@@ -44,6 +45,8 @@ class About(BaseModel):
     def _a_value_a_channel(self) -> About:
         if not len(self.mean) == len(self.std) == self.input[0]:
             raise ValueError(f"mean and std must have {self.input[0]} values, one a channel")
+        if self.labels and len(self.labels) != self.classes:
+            raise ValueError(f"labels must have {self.classes} names, one a class")
         return self
 
 
@@ -75,7 +78,7 @@ def load_network(path: Path) -> tuple[Network, About]:
         UserError: not a file that this package wrote, or damaged.
     """
     weights, told = load_weights(path)
-    if not About.model_fields.keys() <= told.keys():
+    if not {name for name, field in About.model_fields.items() if field.is_required()} <= told.keys():
         raise UserError(f"weights file {path} does not say its model and data; evaluate a run's student.safetensors or a run's number")
     try:
         about = parse_as(About, told)
@@ -95,7 +98,7 @@ def evaluate(path: Path, device: torch.device, *, dataset: str | None = None, pr
     """Accuracy on all test images, with the normalisation and, unless told otherwise, the data and precision of training.
 
     Raises:
-        UserError: the file or the data can't be read, or the data has other sizes or classes.
+        UserError: the file or the data can't be read, or the data has other sizes, classes or names of classes.
     """
     net, about = load_network(path)
     data = load(about.data.model_copy(update={"name": dataset or about.data.name}))
@@ -105,6 +108,9 @@ def evaluate(path: Path, device: torch.device, *, dataset: str | None = None, pr
             f"{path} was trained on {'x'.join(map(str, about.input))} images of {about.classes} classes; {data.name} has "
             f"{'x'.join(map(str, shape))} of {data.classes}; choose a data set of that shape"
         )
+    if about.labels and data.class_names and about.labels != data.class_names:
+        trained, other = next((own, theirs) for own, theirs in zip(about.labels, data.class_names, strict=True) if own != theirs)
+        raise UserError(f"{path} was trained on other classes than {data.name} has ({trained!r} where that has {other!r}); name them alike")
     net = net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     test = Labelled(torch.from_numpy(data.x_test).to(device), torch.from_numpy(data.y_test).to(device))
     normalise = Normalisation(about.mean, about.std).on(device)

@@ -13,8 +13,9 @@ import torch
 from .. import methods, models
 from ..checks import UserError
 from ..config import DataConfig, RunConfig, validate
+from ..data.images import ImageData
 from ..data.loader import trained_positions
-from ..data.sources import ImageData, load
+from ..data.sources import load
 from ..device import Precision, resolve_precision
 from ..ledger import Ledger, Run
 from ..methods import Method, Settled

@@ -131,6 +131,7 @@ def _about(job: Job, data: DeviceData, correct: int) -> dict[str, Any]:
     return {
         "model": job.trained,
         "classes": data.spec.classes,
+        "labels": job.data.class_names,
         "input": [data.spec.channels, data.spec.height, data.spec.width],
         "mean": data.normalisation.mean,
         "std": data.normalisation.std,

@@ -75,6 +75,14 @@ class EngineName(StrEnum):
     graph = "graph"
 
 
+class ExportFormat(StrEnum):
+    """What a student is exported to."""
+
+    safetensors = "safetensors"
+    torch_export = "torch-export"
+    onnx = "onnx"
+
+
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the ledger and of every run's files.")]
 FormatOption = Annotated[TableFormat, typer.Option("--format", help="How to print.")]
 DatasetOption = Annotated[str | None, typer.Option(help="digits, cifar10, cifar100, fashion_mnist or npz:PATH.")]
@@ -426,6 +434,28 @@ def evaluate(
     path = weights_path(target, runs)
     measured = measure(path, resolve_device(device), dataset=dataset, precision=precision.value if precision else None)
     print(tables.render([measured._asdict()], format_.value, measured._fields))
+    return 0
+
+
+@app.command()
+def export(
+    target: Annotated[str, typer.Argument(metavar="RUN|FILE", help="A run's number or a student's file.")],
+    to: Annotated[ExportFormat, typer.Option(help="safetensors: weights; torch-export, onnx: a program with the normalisation in it.")],
+    out: Annotated[Path | None, typer.Option(help="The file to write; else beside the student's.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Test images of other data than it was trained on, to compare it on.")] = None,
+    format_: FormatOption = TableFormat.table,
+    runs: RunsOption = Path("runs"),
+) -> int:
+    """Write a student in a format for use elsewhere, once it answers test images as the network does."""
+    from .runner import export as write
+    from .runner.evaluate import weights_path
+    from .runner.export import DeviationError
+
+    try:
+        written = write(weights_path(target, runs), to.value, out=out, dataset=dataset)
+    except DeviationError as error:
+        return complain(str(error), 1)
+    print(tables.render([written._asdict()], format_.value, written._fields))
     return 0
 
 

@@ -12,7 +12,7 @@ from .. import models
 from ..checks import UserError
 from ..config import DataConfig, parse_as
 from ..data.loader import Labelled, Normalisation
-from ..data.sources import load
+from ..data.sources import ImageData, load
 from ..device import resolve_precision
 from ..ledger import Ledger
 from ..models import Network
@@ -91,13 +91,12 @@ def load_network(path: Path) -> tuple[Network, About]:
     return net.eval(), about
 
 
-def evaluate(path: Path, device: torch.device, *, dataset: str | None = None, precision: str | None = None) -> Measured:
-    """Accuracy on all test images, with the normalisation and, unless told otherwise, the data and precision of training.
+def load_fitting(path: Path, about: About, dataset: str | None) -> ImageData:
+    """The data that a student was trained on, or others of that shape.
 
     Raises:
-        UserError: the file or the data can't be read, or the data has other sizes or classes.
+        UserError: the data can't be read, or have other sizes or classes.
     """
-    net, about = load_network(path)
     data = load(about.data.model_copy(update={"name": dataset or about.data.name}))
     shape = (data.spec.channels, data.spec.height, data.spec.width)
     if (*shape, data.classes) != (*about.input, about.classes):
@@ -105,6 +104,17 @@ def evaluate(path: Path, device: torch.device, *, dataset: str | None = None, pr
             f"{path} was trained on {'x'.join(map(str, about.input))} images of {about.classes} classes; {data.name} has "
             f"{'x'.join(map(str, shape))} of {data.classes}; choose a data set of that shape"
         )
+    return data
+
+
+def evaluate(path: Path, device: torch.device, *, dataset: str | None = None, precision: str | None = None) -> Measured:
+    """Accuracy on all test images, with the normalisation and, unless told otherwise, the data and precision of training.
+
+    Raises:
+        UserError: the file or the data can't be read, or the data has other sizes or classes.
+    """
+    net, about = load_network(path)
+    data = load_fitting(path, about, dataset)
     net = net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     test = Labelled(torch.from_numpy(data.x_test).to(device), torch.from_numpy(data.y_test).to(device))
     normalise = Normalisation(about.mean, about.std).on(device)

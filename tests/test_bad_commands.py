@@ -424,6 +424,10 @@ WRONG = [
         "export --runs taught 1 --to onnx --dataset digits",
         "taught/1/student.safetensors was trained on 1x8x8 images of 10 classes; digits has 1x16x16 of 10; choose a data set of that shape",
     ),
+    (
+        "export --runs taught 1 --to torch-export --int8",
+        "--int8 with --to torch-export: only ONNX files are quantised; use --to onnx, or leave --int8 out",
+    ),
     ("export --runs taught 1 --to onnx --format txt", "--format='txt': not one of 'table', 'md', 'csv', 'json'"),
     (
         "export 1 --to onnx --runs junk.txt",

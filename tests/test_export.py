@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,6 +167,75 @@ def test_each_family_of_networks_becomes_a_program(name: str, to: str) -> None:
     program = Program(net, Normalisation((0.5,), (0.25,)))
     difference, allowed = compare(program, FORMATS[to].read(FORMATS[to].write(program, images[:1], {}), program), images, to)
     assert difference <= allowed
+
+
+# int8
+
+
+@pytest.mark.parametrize("no", [1, 2])
+def test_int8_is_smaller_and_both_accuracies_are_those_of_the_files(work: Path, small_npz: Path, no: int) -> None:
+    import onnx
+    import onnxruntime
+
+    exact = command(work, "export", str(no), "--to", "onnx")
+    said = command(work, "export", str(no), "--to", "onnx", "--int8", "--format", "json")
+    assert (exact.code, said.code, said.err) == (0, 0, "")
+    (told,) = json.loads(said.out)
+    assert told["file"] == f"runs/{no}/student.int8.onnx"
+    assert told["bytes"] < (work / f"runs/{no}/student.onnx").stat().st_size / 2
+    accuracies, logits = {}, {}
+    with np.load(small_npz) as data:
+        for name in ("student", "student.int8"):
+            session = onnxruntime.InferenceSession(work / f"runs/{no}/{name}.onnx")
+            (logits[name],) = session.run(["logits"], {"images": data["x_test"][..., None]})
+            accuracies[name] = 100 * float((logits[name].argmax(1) == data["y_test"]).mean())
+            kept = session.get_modelmeta().custom_metadata_map
+            assert json.loads(kept["accuracy"]) == pytest.approx(accuracies[name])
+    assert (told["accuracy_fp32"], told["accuracy_int8"]) == (
+        pytest.approx(accuracies["student"]),
+        pytest.approx(accuracies["student.int8"]),
+    )
+    assert json.loads(kept["quantisation"]) == "int8"
+    assert {key: json.loads(value) for key, value in kept.items()}.keys() == {*expected(work, no)[1], "quantisation"}
+    assert 0 < np.abs(logits["student.int8"] - logits["student"]).max() < 0.2 * np.abs(logits["student"]).max()
+    model = onnx.load(work / f"runs/{no}/student.int8.onnx")
+    weights = [value for value in model.graph.initializer if value.data_type == onnx.TensorProto.INT8 and len(value.dims) > 1]
+    assert len(weights) == sum(node.op_type in ("Conv", "Gemm") for node in model.graph.node)
+
+
+def test_int8_is_calibrated_on_training_images(work: Path, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime.quantization as onnx_quantization
+
+    shown, real = [], onnx_quantization.quantize_static
+
+    def spy(exact: Path, quantised: Path, reader: Any, **options: Any) -> None:
+        class Spy:
+            def get_next(self) -> Any:
+                found = reader.get_next()
+                shown.extend(found["images"] if found else [])
+                return found
+
+        real(exact, quantised, Spy(), **options)
+
+    monkeypatch.setattr(onnx_quantization, "quantize_static", spy)
+    before = files(work)
+    assert command(work, "export", "1", "--to", "onnx", "--int8", "--out", "seen.onnx").code == 0
+    with np.load(small_npz) as data:
+        train = {image.tobytes() for image in data["x_train"]}
+    assert len(shown) == 300
+    assert {image.tobytes() for image in shown} == train
+    assert files(work) == before | {"seen.onnx"}
+
+
+def test_an_int8_export_that_fails_leaves_nothing(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("onnxruntime.quantization.quantize_static", full)
+    before = files(work)
+    said = command(work, "export", "1", "--to", "onnx", "--int8", "--out", "never.onnx")
+    assert (said.code, said.out) == (1, "")
+    assert files(work) == before
 
 
 # What does not answer as the network does is not written

@@ -442,7 +442,8 @@ def export(
     target: Annotated[str, typer.Argument(metavar="RUN|FILE", help="A run's number or a student's file.")],
     to: Annotated[ExportFormat, typer.Option(help="safetensors: weights; torch-export, onnx: a program with the normalisation in it.")],
     out: Annotated[Path | None, typer.Option(help="The file to write; else beside the student's.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Test images of other data than it was trained on, to compare it on.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Images of other data than it was trained on, to compare it on.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantise ONNX after training, calibrated on training images.")] = False,
     format_: FormatOption = TableFormat.table,
     runs: RunsOption = Path("runs"),
 ) -> int:
@@ -452,10 +453,11 @@ def export(
     from .runner.export import DeviationError
 
     try:
-        written = write(weights_path(target, runs), to.value, out=out, dataset=dataset)
+        written = write(weights_path(target, runs), to.value, out=out, dataset=dataset, int8=int8)
     except DeviationError as error:
         return complain(str(error), 1)
-    print(tables.render([written._asdict()], format_.value, written._fields))
+    told = {key: value for key, value in written._asdict().items() if value is not None}
+    print(tables.render([told], format_.value, tuple(told)))
     return 0
 
 

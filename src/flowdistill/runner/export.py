@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import safetensors.torch
@@ -16,14 +18,17 @@ from torch import Tensor, nn
 
 from ..checks import UserError, obstacle
 from ..data.loader import Normalisation
+from ..data.sources import ImageData, Images, stratified
 from ..models import Network
+from ..training.evaluate import BATCH
 from ..training.weights import serialised, write_whole
 from .evaluate import About, load_fitting, load_network
 
 IMAGES = 64  # test images that a file is compared on, all at once and one by one
 TOLERANCE = 1e-4  # of the largest logit's size
+CALIBRATION = 512  # training images, the same share of each class, that int8 ranges are read from
 OPSET = 18  # of ONNX: its first with all that the networks need, read by onnxruntime since 1.14
-BATCH, INPUT, OUTPUT = "batch", "images", "logits"
+AXIS, INPUT, OUTPUT = "batch", "images", "logits"
 METADATA = "flowdistill.json"
 
 Answer = Callable[[Tensor], Tensor]
@@ -64,7 +69,13 @@ class Format(NamedTuple):
 
 
 class Exported(NamedTuple):
-    """A file that was written: where, its size, and the largest absolute difference of a logit to the network's on so many test images."""
+    """A file that was written.
+
+    Attributes:
+        file, to, model, bytes: where it is, its format, of which network, its size.
+        images, difference, allowed: on so many test images a logit differed by so much at most, of what is allowed (before int8).
+        accuracy_fp32, accuracy_int8: on all test images, in percent, of the program and of its int8 form; None where there is none.
+    """
 
     file: str
     to: str
@@ -73,32 +84,45 @@ class Exported(NamedTuple):
     images: int
     difference: float
     allowed: float
+    accuracy_fp32: float | None = None
+    accuracy_int8: float | None = None
 
 
-def export(path: Path, to: str, *, out: Path | None = None, dataset: str | None = None) -> Exported:
+def export(path: Path, to: str, *, out: Path | None = None, dataset: str | None = None, int8: bool = False) -> Exported:
     """Write a student's file in another format; its answers to test images are compared with the network's first.
 
     Args:
         path: a student's file.
         to: a name in ``FORMATS``.
         out: the file to write; left out, beside the student's.
-        dataset: where the test images come from; left out, the data that it was trained on.
+        dataset: where the images come from; left out, the data that it was trained on.
+        int8: of ONNX, quantise what was found to agree; its accuracy is measured, not judged.
 
     Raises:
         UserError: the student or its data can't be read, the file can't be written there, or a package is missing.
         DeviationError: a logit differs by more than ``TOLERANCE`` times the largest, or a most probable class does; nothing was written.
     """
     form = FORMATS[to]
+    if int8 and to != "onnx":
+        raise UserError(f"--int8 with --to {to}: only ONNX files are quantised; use --to onnx, or leave --int8 out")
     _refuse_missing(to, form.needs)
     net, about = load_network(path)
-    out = path.with_suffix(form.suffix) if out is None else out.expanduser()
+    out = path.with_suffix(".int8.onnx" if int8 else form.suffix) if out is None else out.expanduser()
     _refuse_place(out, path)
-    images = torch.from_numpy(load_fitting(path, about, dataset).x_test[:IMAGES])
-    program = Program(net, Normalisation(about.mean, about.std))
-    content = form.write(program, images[:1], metadata(net, about))
-    difference, allowed = compare(program, form.read(content, program), images, to)
+    data = load_fitting(path, about, dataset)
+    images = torch.from_numpy(data.x_test[:IMAGES])
+    program, told = Program(net, Normalisation(about.mean, about.std)), metadata(net, about)
+    content = form.write(program, images[:1], told)
+    answer = form.read(content, program)
+    difference, allowed = compare(program, answer, images, to)
+    accuracies = []
+    if int8:
+        content = _quantised(content, data)
+        accuracies = [_accuracy(one, data) for one in (answer, form.read(content, program))]
+        measured = {"accuracy": accuracies[-1], "data": dataset or about.data.name, "quantisation": "int8"}
+        content = _with_metadata(content, told | {key: json.dumps(value) for key, value in measured.items()})
     write_whole(out, content)
-    return Exported(str(out), to, about.model, len(content), len(images), difference, allowed)
+    return Exported(str(out), to, about.model, len(content), len(images), difference, allowed, *accuracies)
 
 
 def metadata(net: Network, about: About) -> dict[str, str]:
@@ -164,7 +188,7 @@ def _read_safetensors(content: bytes, program: Program) -> Answer:
 
 def _traced(program: Program, image: Tensor) -> torch.export.ExportedProgram:
     """For any number of images: traced with two, since one would be taken for a constant. No path of this machine stays in it."""
-    traced = torch.export.export(program, (torch.cat([image, image]),), dynamic_shapes={INPUT: {0: torch.export.Dim(BATCH)}})
+    traced = torch.export.export(program, (torch.cat([image, image]),), dynamic_shapes={INPUT: {0: torch.export.Dim(AXIS)}})
     for node in traced.graph.nodes:
         node.meta.pop("stack_trace", None)
     return traced
@@ -182,18 +206,23 @@ def _read_torch_export(content: bytes, _: Program) -> Answer:
 
 
 def _write_onnx(program: Program, image: Tensor, told: Mapping[str, str]) -> bytes:
-    import onnx
-
     traced = _traced(program, image)
-    names: dict[str, Any] = {"input_names": [INPUT], "output_names": [OUTPUT], "dynamic_shapes": {INPUT: {0: BATCH}}}
+    names: dict[str, Any] = {"input_names": [INPUT], "output_names": [OUTPUT], "dynamic_shapes": {INPUT: {0: AXIS}}}
     exported = torch.onnx.export(traced, **names, opset_version=OPSET, dynamo=True, verbose=False)
     assert exported is not None
     model = exported.model_proto
     for node in model.graph.node:
         del node.metadata_props[:]  # names of this package's modules, at every operation
+    return _with_metadata(model.SerializeToString(), told)
+
+
+def _with_metadata(content: bytes, told: Mapping[str, str]) -> bytes:
+    import onnx
+
+    model = onnx.load_from_string(content)
     onnx.helper.set_model_props(model, dict(told))
-    content: bytes = model.SerializeToString()
-    return content
+    changed: bytes = model.SerializeToString()
+    return changed
 
 
 def _read_onnx(content: bytes, _: Program) -> Answer:
@@ -203,6 +232,43 @@ def _read_onnx(content: bytes, _: Program) -> Answer:
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+
+
+class _Calibration:
+    """Images in batches, as onnxruntime asks for them."""
+
+    def __init__(self, images: Images) -> None:
+        self.batches = (images[start : start + IMAGES] for start in range(0, len(images), IMAGES))
+
+    def get_next(self) -> dict[str, Images] | None:
+        images = next(self.batches, None)
+        return None if images is None else {INPUT: images}
+
+
+def _quantised(content: bytes, data: ImageData) -> bytes:
+    """Convolutions and classifier with int8 weights, a scale for each output channel, and int8 activations, a scale for each tensor,
+    between the least and the largest value that the calibration images gave.
+    """
+    from onnxruntime.quantization import quantize_static
+
+    images = data.x_train[stratified(data.y_train, min(CALIBRATION, len(data.y_train)), len(data.y_train), least=1)]
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it advises to fuse the batch normalisations, which was done
+    try:
+        with TemporaryDirectory() as folder:
+            exact, quantised = Path(folder) / "exact.onnx", Path(folder) / "int8.onnx"
+            exact.write_bytes(content)
+            quantize_static(exact, quantised, _Calibration(images), per_channel=True)
+            return quantised.read_bytes()
+    finally:
+        logging.disable(before)
+
+
+def _accuracy(answer: Answer, data: ImageData) -> float:
+    """On all test images, in percent."""
+    images, labels = torch.from_numpy(data.x_test), torch.from_numpy(data.y_test)
+    found = torch.cat([answer(images[start : start + BATCH]).argmax(1) for start in range(0, len(images), BATCH)])
+    return 100 * int((found == labels).sum()) / len(labels)
 
 
 FORMATS = {

@@ -409,6 +409,30 @@ WRONG = [
         "--device 'cuda:99' is not available here; use auto, or what this machine has of cpu, cuda, mps",
     ),
     ("evaluate --runs taught 1 --format txt", "--format='txt': not one of 'table', 'md', 'csv', 'json'"),
+    # export
+    ("export", "Missing argument 'RUN|FILE' (flowdistill --help)"),
+    ("export --to onnx none.safetensors", "weights file none.safetensors: no such file"),
+    ("export --runs taught 1", "Missing option '--to'. Choose from: safetensors, torch-export, onnx (flowdistill --help)"),
+    ("export --runs taught 1 --to tflite", "--to='tflite': not one of 'safetensors', 'torch-export', 'onnx'"),
+    ("export --runs taught --to onnx 7", "no run 7 in taught/ledger.db: the last is 2; flowdistill runs lists them"),
+    ("export --runs taught --to onnx 2", "weights file taught/2/student.safetensors: no such file"),
+    (
+        "export --runs taught 1 --to safetensors --out junk.txt/it",
+        "--out junk.txt/it: cannot be written there (junk.txt is a file); name another file",
+    ),
+    (
+        "export --runs taught 1 --to onnx --dataset digits",
+        "taught/1/student.safetensors was trained on 1x8x8 images of 10 classes; digits has 1x16x16 of 10; choose a data set of that shape",
+    ),
+    (
+        "export --runs taught 1 --to torch-export --int8",
+        "--int8 with --to torch-export: only ONNX files are quantised; use --to onnx, or leave --int8 out",
+    ),
+    ("export --runs taught 1 --to onnx --format txt", "--format='txt': not one of 'table', 'md', 'csv', 'json'"),
+    (
+        "export 1 --to onnx --runs junk.txt",
+        "no ledger in junk.txt: train something first (flowdistill demo), or name its folder with --runs",
+    ),
     ("evaluate 1 --runs junk.txt", "no ledger in junk.txt: train something first (flowdistill demo), or name its folder with --runs"),
     ("card", "Missing argument 'run' (flowdistill --help)"),
     ("card one", "run='one': input should be a valid integer, unable to parse string as an integer"),

@@ -82,6 +82,14 @@ class PageFormat(StrEnum):
     html = "html"
 
 
+class ExportFormat(StrEnum):
+    """What a student is exported to."""
+
+    safetensors = "safetensors"
+    torch_export = "torch-export"
+    onnx = "onnx"
+
+
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the ledger and of every run's files.")]
 FormatOption = Annotated[TableFormat, typer.Option("--format", help="How to print.")]
 DatasetOption = Annotated[str | None, typer.Option(help="digits, cifar10, cifar100, fashion_mnist, npz:PATH, folder:PATH or csv:FILE.")]
@@ -458,6 +466,30 @@ def card(
         write_whole(out, f"{text}\n".encode())
     else:
         print(text)
+    return 0
+
+
+@app.command()
+def export(
+    target: Annotated[str, typer.Argument(metavar="RUN|FILE", help="A run's number or a student's file.")],
+    to: Annotated[ExportFormat, typer.Option(help="safetensors: weights; torch-export, onnx: a program with the normalisation in it.")],
+    out: Annotated[Path | None, typer.Option(help="The file to write; else beside the student's.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Images of other data than it was trained on, to compare it on.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantise ONNX after training, calibrated on training images.")] = False,
+    format_: FormatOption = TableFormat.table,
+    runs: RunsOption = Path("runs"),
+) -> int:
+    """Write a student in a format for use elsewhere, once it answers test images as the network does."""
+    from .runner import export as write
+    from .runner.evaluate import weights_path
+    from .runner.export import DeviationError
+
+    try:
+        written = write(weights_path(target, runs), to.value, out=out, dataset=dataset, int8=int8)
+    except DeviationError as error:
+        return complain(str(error), 1)
+    told = {key: value for key, value in written._asdict().items() if value is not None}
+    print(tables.render([told], format_.value, tuple(told)))
     return 0
 
 

@@ -38,7 +38,8 @@ def usage(error: Any) -> str:
     """What the parser complains of; where it is a value: the option, what came, what is allowed."""
     if isinstance(error.__cause__, ValidationError):
         return one_line(error.__cause__, BaseModel, error.param.opts[-1])
-    return f"{error.format_message().rstrip('.')} (flowdistill --help)"
+    said = error.format_message().replace("\n\t", " ")  # before each choice of an option that is missing
+    return f"{said.rstrip('.')} (flowdistill --help)"
 
 
 def failure(error: OSError | sqlite3.Error) -> str:

@@ -3,7 +3,8 @@
 from .estimate import estimate
 from .evaluate import Measured, evaluate, load_network
 from .execute import resume, run
+from .export import export
 from .preview import dry_run
 from .watcher import Watcher
 
-__all__ = ["Measured", "Watcher", "dry_run", "estimate", "evaluate", "load_network", "resume", "run"]
+__all__ = ["Measured", "Watcher", "dry_run", "estimate", "evaluate", "export", "load_network", "resume", "run"]

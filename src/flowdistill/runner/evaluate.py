@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from .. import models
 from ..checks import UserError
 from ..config import DataConfig, parse_as
+from ..data.images import ImageData
 from ..data.loader import Labelled, Normalisation
 from ..data.sources import load
 from ..device import resolve_precision
@@ -94,13 +95,12 @@ def load_network(path: Path) -> tuple[Network, About]:
     return net.eval(), about
 
 
-def evaluate(path: Path, device: torch.device, *, dataset: str | None = None, precision: str | None = None) -> Measured:
-    """Accuracy on all test images, with the normalisation and, unless told otherwise, the data and precision of training.
+def load_fitting(path: Path, about: About, dataset: str | None) -> ImageData:
+    """The data that a student was trained on, or others of that shape.
 
     Raises:
-        UserError: the file or the data can't be read, or the data has other sizes, classes or names of classes.
+        UserError: the data can't be read, or have other sizes, classes or names of classes.
     """
-    net, about = load_network(path)
     data = load(about.data.model_copy(update={"name": dataset or about.data.name}))
     shape = (data.spec.channels, data.spec.height, data.spec.width)
     if (*shape, data.classes) != (*about.input, about.classes):
@@ -111,6 +111,17 @@ def evaluate(path: Path, device: torch.device, *, dataset: str | None = None, pr
     if about.labels and data.class_names and about.labels != data.class_names:
         trained, other = next((own, theirs) for own, theirs in zip(about.labels, data.class_names, strict=True) if own != theirs)
         raise UserError(f"{path} was trained on other classes than {data.name} has ({trained!r} where that has {other!r}); name them alike")
+    return data
+
+
+def evaluate(path: Path, device: torch.device, *, dataset: str | None = None, precision: str | None = None) -> Measured:
+    """Accuracy on all test images, with the normalisation and, unless told otherwise, the data and precision of training.
+
+    Raises:
+        UserError: the file or the data can't be read, or the data has other sizes, classes or names of classes.
+    """
+    net, about = load_network(path)
+    data = load_fitting(path, about, dataset)
     net = net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     test = Labelled(torch.from_numpy(data.x_test).to(device), torch.from_numpy(data.y_test).to(device))
     normalise = Normalisation(about.mean, about.std).on(device)

@@ -53,8 +53,13 @@ def _sync_folder(folder: Path) -> None:
 
 def save_weights(path: Path, weights: Weights, about: Mapping[str, Any], keep: Path | None = None) -> None:
     """A safetensors file whose metadata hold ``about`` as JSON under ``flowdistill``; ``keep`` as in ``write_whole``."""
+    write_whole(path, serialised(weights, about), keep)
+
+
+def serialised(weights: Weights, about: Mapping[str, Any], beside: Mapping[str, str] | None = None) -> bytes:
+    """The content of such a file; ``beside`` are further metadata, for readers other than this package."""
     tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in weights.items()}
-    write_whole(path, save(tensors, {"format": "pt", "flowdistill": json.dumps(about)}), keep)
+    return save(tensors, {"format": "pt", **(beside or {}), "flowdistill": json.dumps(about)})
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

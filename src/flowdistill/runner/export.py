@@ -1,0 +1,279 @@
+"""A student for use elsewhere: one file, compared with the network on real images before it is written."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ..checks import UserError, obstacle
+from ..data.images import ImageData, Images
+from ..data.loader import Normalisation
+from ..data.sources import stratified
+from ..models import Network
+from ..training.evaluate import BATCH
+from ..training.weights import serialised, write_whole
+from .evaluate import About, load_fitting, load_network
+
+IMAGES = 64  # test images that a file is compared on, all at once and one by one
+TOLERANCE = 1e-4  # of the largest logit's size
+CALIBRATION = 512  # training images, the same share of each class, that int8 ranges are read from
+OPSET = 18  # of ONNX: its first with all that the networks need, read by onnxruntime since 1.14
+AXIS, INPUT, OUTPUT = "batch", "images", "logits"
+METADATA = "flowdistill.json"
+
+Answer = Callable[[Tensor], Tensor]
+
+
+class DeviationError(Exception):
+    """An exported file does not answer as the network does."""
+
+
+class Program(nn.Module):
+    """Images uint8 [N, H, W, C] -> logits float32 [N, K]: the normalisation and the network in one, in eval mode and fp32."""
+
+    def __init__(self, net: Network, normalisation: Normalisation) -> None:
+        super().__init__()
+        self.net, self.normalise = net, normalisation.on(torch.device("cpu"))
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [N, H, W, C] -> logits [N, K]."""
+        logits: Tensor = self.net(self.normalise(images)).logits
+        return logits
+
+
+class Format(NamedTuple):
+    """A kind of file.
+
+    Attributes:
+        suffix: takes the place of ``.safetensors`` in the name of the student's file.
+        write: (program, one image, metadata) -> the file's content.
+        read: (content, program) -> what the file answers to images; of the program only the code is used.
+        needs: packages beyond those that are always installed.
+    """
+
+    suffix: str
+    write: Callable[[Program, Tensor, Mapping[str, str]], bytes]
+    read: Callable[[bytes, Program], Answer]
+    needs: tuple[str, ...] = ()
+
+
+class Exported(NamedTuple):
+    """A file that was written.
+
+    Attributes:
+        file, to, model, bytes: where it is, its format, of which network, its size.
+        images, difference, allowed: on so many test images a logit differed by so much at most, of what is allowed (before int8).
+        accuracy_fp32, accuracy_int8: on all test images, in percent, of the program and of its int8 form; None where there is none.
+    """
+
+    file: str
+    to: str
+    model: str
+    bytes: int
+    images: int
+    difference: float
+    allowed: float
+    accuracy_fp32: float | None = None
+    accuracy_int8: float | None = None
+
+
+def export(path: Path, to: str, *, out: Path | None = None, dataset: str | None = None, int8: bool = False) -> Exported:
+    """Write a student's file in another format; its answers to test images are compared with the network's first.
+
+    Args:
+        path: a student's file.
+        to: a name in ``FORMATS``.
+        out: the file to write; left out, beside the student's.
+        dataset: where the images come from; left out, the data that it was trained on.
+        int8: of ONNX, quantise what was found to agree; its accuracy is measured, not judged.
+
+    Raises:
+        UserError: the student or its data can't be read, the file can't be written there, or a package is missing.
+        DeviationError: a logit differs by more than ``TOLERANCE`` times the largest, or a most probable class does; nothing was written.
+    """
+    form = FORMATS[to]
+    if int8 and to != "onnx":
+        raise UserError(f"--int8 with --to {to}: only ONNX files are quantised; use --to onnx, or leave --int8 out")
+    _refuse_missing(to, form.needs)
+    net, about = load_network(path)
+    out = path.with_suffix(".int8.onnx" if int8 else form.suffix) if out is None else out.expanduser()
+    _refuse_place(out, path)
+    data = load_fitting(path, about, dataset)
+    images = torch.from_numpy(data.x_test[:IMAGES])
+    program, told = Program(net, Normalisation(about.mean, about.std)), metadata(net, about)
+    content = form.write(program, images[:1], told)
+    answer = form.read(content, program)
+    difference, allowed = compare(program, answer, images, to)
+    accuracies = []
+    if int8:
+        content = _quantised(content, data)
+        accuracies = [_accuracy(one, data) for one in (answer, form.read(content, program))]
+        measured = {"accuracy": accuracies[-1], "data": dataset or about.data.name, "quantisation": "int8"}
+        content = _with_metadata(content, told | {key: json.dumps(value) for key, value in measured.items()})
+    write_whole(out, content)
+    return Exported(str(out), to, about.model, len(content), len(images), difference, allowed, *accuracies)
+
+
+def metadata(net: Network, about: About) -> dict[str, str]:
+    """What every file says of itself, each value as JSON: model, classes, input (channels, height, width), mean and std of pixels in
+    0..1, the test accuracy of the run in percent, its data, and the classes' names where the student's file has them.
+    """
+    told: dict[str, Any] = {
+        "model": about.model,
+        "classes": about.classes,
+        "input": about.input,
+        "mean": about.mean,
+        "std": about.std,
+        "accuracy": 100 * about.correct / about.images,
+        "data": about.data.name,
+    }
+    if net.about.get("labels"):
+        told["labels"] = net.about["labels"]
+    return {key: json.dumps(value) for key, value in told.items()}
+
+
+@torch.no_grad()
+def compare(program: Program, answer: Answer, images: Tensor, to: str) -> tuple[float, float]:
+    """The largest absolute difference of a logit, in a batch of all images and in batches of one, and how much is allowed.
+
+    Raises:
+        DeviationError: more than is allowed, or another most probable class.
+    """
+    expected = program(images)
+    allowed = TOLERANCE * expected.abs().max().item()
+    answers = [answer(images), torch.cat([answer(image[None]) for image in images])]
+    difference = max((found - expected).abs().max().item() for found in answers)
+    changed = max(int((found.argmax(1) != expected.argmax(1)).sum()) for found in answers)
+    if changed or not difference <= allowed:  # NaN is no agreement
+        raise DeviationError(
+            f"the {to} file does not answer as the network does: on {len(images)} test images a logit differs by {difference:.2g} "
+            f"({allowed:.2g} is allowed), {changed} of the most probable classes differ; nothing was written"
+        )
+    return difference, allowed
+
+
+def _refuse_missing(to: str, packages: tuple[str, ...]) -> None:
+    for package in packages:
+        if find_spec(package) is None:
+            raise UserError(f"--to {to} needs {package}, which is not installed: pip install 'flowdistill[onnx]'")
+
+
+def _refuse_place(out: Path, source: Path) -> None:
+    if out.resolve() == source.expanduser().resolve():
+        raise UserError(f"--out {out}: that is the student's own file; name another")
+    if reason := obstacle(out):
+        raise UserError(f"--out {out}: cannot be written there ({reason}); name another file")
+
+
+def _write_safetensors(program: Program, _: Tensor, told: Mapping[str, str]) -> bytes:
+    return serialised(program.net.state_dict(), program.net.about, told)
+
+
+def _read_safetensors(content: bytes, program: Program) -> Answer:
+    copy = deepcopy(program)
+    copy.net.load_state_dict(safetensors.torch.load(content))
+    return copy
+
+
+def _traced(program: Program, image: Tensor) -> torch.export.ExportedProgram:
+    """For any number of images: traced with two, since one would be taken for a constant. No path of this machine stays in it."""
+    traced = torch.export.export(program, (torch.cat([image, image]),), dynamic_shapes={INPUT: {0: torch.export.Dim(AXIS)}})
+    for node in traced.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    return traced
+
+
+def _write_torch_export(program: Program, image: Tensor, told: Mapping[str, str]) -> bytes:
+    buffer = io.BytesIO()
+    values = {key: json.loads(value) for key, value in told.items()}
+    torch.export.save(_traced(program, image), buffer, extra_files={METADATA: json.dumps(values)})
+    return buffer.getvalue()
+
+
+def _read_torch_export(content: bytes, _: Program) -> Answer:
+    return torch.export.load(io.BytesIO(content)).module()
+
+
+def _write_onnx(program: Program, image: Tensor, told: Mapping[str, str]) -> bytes:
+    traced = _traced(program, image)
+    names: dict[str, Any] = {"input_names": [INPUT], "output_names": [OUTPUT], "dynamic_shapes": {INPUT: {0: AXIS}}}
+    exported = torch.onnx.export(traced, **names, opset_version=OPSET, dynamo=True, verbose=False)
+    assert exported is not None
+    model = exported.model_proto
+    for node in model.graph.node:
+        del node.metadata_props[:]  # names of this package's modules, at every operation
+    return _with_metadata(model.SerializeToString(), told)
+
+
+def _with_metadata(content: bytes, told: Mapping[str, str]) -> bytes:
+    import onnx
+
+    model = onnx.load_from_string(content)
+    onnx.helper.set_model_props(model, dict(told))
+    changed: bytes = model.SerializeToString()
+    return changed
+
+
+def _read_onnx(content: bytes, _: Program) -> Answer:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+
+
+class _Calibration:
+    """Images in batches, as onnxruntime asks for them."""
+
+    def __init__(self, images: Images) -> None:
+        self.batches = (images[start : start + IMAGES] for start in range(0, len(images), IMAGES))
+
+    def get_next(self) -> dict[str, Images] | None:
+        images = next(self.batches, None)
+        return None if images is None else {INPUT: images}
+
+
+def _quantised(content: bytes, data: ImageData) -> bytes:
+    """Convolutions and classifier with int8 weights, a scale for each output channel, and int8 activations, a scale for each tensor,
+    between the least and the largest value that the calibration images gave.
+    """
+    from onnxruntime.quantization import quantize_static
+
+    images = data.x_train[stratified(data.y_train, min(CALIBRATION, len(data.y_train)), len(data.y_train), least=1)]
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it advises to fuse the batch normalisations, which was done
+    try:
+        with TemporaryDirectory() as folder:
+            exact, quantised = Path(folder) / "exact.onnx", Path(folder) / "int8.onnx"
+            exact.write_bytes(content)
+            quantize_static(exact, quantised, _Calibration(images), per_channel=True)
+            return quantised.read_bytes()
+    finally:
+        logging.disable(before)
+
+
+def _accuracy(answer: Answer, data: ImageData) -> float:
+    """On all test images, in percent."""
+    images, labels = torch.from_numpy(data.x_test), torch.from_numpy(data.y_test)
+    found = torch.cat([answer(images[start : start + BATCH]).argmax(1) for start in range(0, len(images), BATCH)])
+    return 100 * int((found == labels).sum()) / len(labels)
+
+
+FORMATS = {
+    "safetensors": Format(".export.safetensors", _write_safetensors, _read_safetensors),
+    "torch-export": Format(".pt2", _write_torch_export, _read_torch_export),
+    "onnx": Format(".onnx", _write_onnx, _read_onnx, ("onnx", "onnxscript", "onnxruntime")),
+}

@@ -309,7 +309,7 @@ def test_without_onnx_one_line_says_what_to_install(work: Path, monkeypatch: pyt
     for package in ("onnx", "onnxscript", "onnxruntime"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
-            line = f"--to onnx needs {package}, which is not installed: pip install 'flowdistill[onnx]'"
+            line = f"--to onnx needs {package}, which is not installed: pip install onnx onnxscript onnxruntime"
             assert_refused(work, ["export", "1", "--to", "onnx"], line)
 
 

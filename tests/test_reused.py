@@ -65,6 +65,7 @@ def test_simkd_trains_body_and_projector_and_leaves_the_teachers_classifier(taug
     weights, about = load_weights(taught.run_folder(one.no) / "student.safetensors")
     teacher, _ = load_weights(taught.run_folder(1) / "student.safetensors")
     assert about["model"] == NAME
+    assert (one.student, one.variant) == ("resnet8", f"ships {NAME}")
     assert torch.equal(weights["classifier.weight"], teacher["fc.weight"])
     assert torch.equal(weights["classifier.bias"], teacher["fc.bias"])
     began = models.build("resnet8", DataSpec("small", 0, 4, 3, 8, 8))

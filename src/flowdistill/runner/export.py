@@ -167,7 +167,7 @@ def compare(program: Program, answer: Answer, images: Tensor, to: str) -> tuple[
 def _refuse_missing(to: str, packages: tuple[str, ...]) -> None:
     for package in packages:
         if find_spec(package) is None:
-            raise UserError(f"--to {to} needs {package}, which is not installed: pip install 'flowdistill[onnx]'")
+            raise UserError(f"--to {to} needs {package}, which is not installed: pip install onnx onnxscript onnxruntime")
 
 
 def _refuse_place(out: Path, source: Path) -> None:

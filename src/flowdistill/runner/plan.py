@@ -61,11 +61,15 @@ class Job:
 
     @property
     def variant(self) -> str:
-        """What differs from the method's defaults, as tables print it; of two that teach each other, which one this is."""
-        side = (
-            "" if self.config.peer is None else f"peer={self.config.peer}" if self.config.side == 1 else f"second, peer={self.config.peer}"
-        )
-        return ", ".join(note for note in (side, self.settled.variant) if note)
+        """What differs from the method's defaults, as tables print it; of two that teach each other which one this is, and what ships
+        where that is not the student.
+        """
+        notes = [self.settled.variant]
+        if self.config.peer is not None:
+            notes = ["second"] * (self.config.side == 2) + [f"peer={self.config.peer}", *notes]
+        if self.trained != self.student.model:
+            notes = [f"ships {self.trained}", *notes]
+        return ", ".join(note for note in notes if note)
 
     @property
     def label(self) -> str:

@@ -82,7 +82,7 @@ PULLS = {"embedding"}
 WRONG = [
     ({}, FIVE, TWO_STAGES, ["reviewkd", "small are 'stage1', 'stage2', 'stage3'", "shallow 'stage1', 'stage2'"]),
     ({}, FIVE, OTHER_STAGES, ["reviewkd", "'stage3'", "big", "stage4"]),
-    ({}, FIVE, FIVE, ["reviewkd", "small has no tap 'stage1.pre', 'stage2.pre', 'stage3.pre'", "choose a teacher whose stages end in one"]),
+    ({}, FIVE, FIVE, ["reviewkd", "small has no tap 'stage1.pre', 'stage2.pre', 'stage3.pre'", "choose a network whose stages end in one"]),
 ]
 
 

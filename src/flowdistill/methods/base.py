@@ -261,3 +261,19 @@ def paired_stages(student: NetSpec, teacher: NetSpec, method: str) -> tuple[str,
             f"stages, or a method on logits such as kd"
         )
     return student.stages
+
+
+def before_relu(spec: NetSpec, stages: tuple[str, ...], method: str) -> tuple[str, ...]:
+    """The taps of stage ends before their ReLU.
+
+    Raises:
+        ValueError: the network has not all of them.
+    """
+    taps = tuple(f"{stage}.pre" for stage in stages)
+    missing = [repr(tap) for tap in taps if tap not in {tap.name for tap in spec.taps}]
+    if missing:
+        raise ValueError(
+            f"{method}: {spec.name} has no tap {', '.join(missing)}, and its maps are taken before ReLU; choose a network whose stages end "
+            f"in one, or a method on maps after it such as at"
+        )
+    return taps

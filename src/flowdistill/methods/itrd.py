@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..taps import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, full, register, same_shape
+from .cc import cosines
 
 
 def correlation_loss(projected: Tensor, teacher: Tensor, alpha: float = 1.01) -> Tensor:
@@ -64,13 +65,6 @@ def mutual_loss(student: Tensor, teacher: Tensor) -> Tensor:
     same_shape(ours, theirs)
     alone, joint = (gram / gram.trace().clamp(min=1) for gram in (ours, ours * theirs))
     return (alone.square() - joint.square()).sum()
-
-
-def cosines(embedding: Tensor) -> Tensor:
-    """Between the samples: [N, D] -> [N, N]."""
-    unit = F.normalize(full(embedding), dim=1, eps=1e-6)
-    with torch.autocast(unit.device.type, enabled=False):
-        return unit @ unit.T
 
 
 class ITRDOptions(MethodOptions):

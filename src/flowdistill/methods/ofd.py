@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..taps import Batch, Facts, NetSpec, Outputs
-from .base import Method, Needs, Paper, full, paired_stages, register, same_shape
+from .base import Method, Needs, Paper, before_relu, full, paired_stages, register, same_shape
 from .fsp import match_sizes
 
 RARE = 1e-3  # probability of a negative response up to which the margin is -3 s (the authors' code)
@@ -102,14 +102,9 @@ class OFD(Method):
 
     def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
         super().__init__(options)
-        self.taps = tuple(f"{stage}.pre" for stage in paired_stages(student, teacher, self.name))
-        for spec in (student, teacher):
-            missing = [repr(tap) for tap in self.taps if tap not in {tap.name for tap in spec.taps}]
-            if missing:
-                raise ValueError(
-                    f"ofd: {spec.name} has no tap {', '.join(missing)}, and the maps of both are taken before ReLU; choose a network whose "
-                    f"stages end in one, or a method on maps after it such as at"
-                )
+        stages = paired_stages(student, teacher, self.name)
+        self.taps = before_relu(student, stages, self.name)
+        before_relu(teacher, stages, self.name)
         unknown = [repr(tap) for tap in self.taps if not teacher.tap(tap).norm]
         if unknown:
             raise ValueError(

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..taps import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, paired_stages, register, same_shape
+from .base import Method, MethodOptions, Needs, Paper, before_relu, full, paired_stages, register, same_shape
 from .fsp import pooled
 
 WIDEST = 512  # of the fused maps (the authors' code)
@@ -120,13 +120,7 @@ class ReviewKD(Method):
     def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
         super().__init__(options)
         self.stages = paired_stages(student, teacher, self.name)
-        before = [f"{stage}.pre" for stage in self.stages]
-        missing = set(before) - {tap.name for tap in teacher.taps}
-        if missing:
-            raise ValueError(
-                f"reviewkd: {teacher.name} has no tap {', '.join(repr(tap) for tap in sorted(missing))}, and the teacher's maps are taken "
-                f"before ReLU; choose a teacher whose stages end in one, or a method on maps after it such as at"
-            )
+        before = before_relu(teacher, self.stages, self.name)
         self.needs = Needs(frozenset(self.stages), frozenset(before), embedding=True)
         ours = [*(student.tap(stage).channels for stage in self.stages), student.embedding]
         theirs = [*(teacher.tap(tap).channels for tap in before), teacher.embedding]

@@ -120,10 +120,13 @@ def _with_peers(given: Sequence[tuple[RunConfig, Settled]]) -> list[tuple[RunCon
     for config, settled in given:
         if not settled.mutual and (config.peer is not None or config.side != 1):
             raise UserError(f"peer={config.peer}: the students of {settled.name!r} do not teach each other; use dml, or leave peer out")
-        own = config.model_copy(update={"peer": config.peer or config.student}) if settled.mutual else config
-        found += [
-            (one, settled) for one in ([own, other_side(own)] if settled.mutual else [own]) if one not in [known for known, _ in found]
-        ]
+        sides = [config]
+        if settled.mutual:
+            own = config.model_copy(update={"peer": config.peer or config.student})
+            sides = [own, other_side(own)]
+        for side in sides:
+            if (side, settled) not in found:
+                found.append((side, settled))
     return found
 
 

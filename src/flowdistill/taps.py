@@ -37,6 +37,7 @@ class TapSpec:
         channels, height, width: its size for one image.
         module: the last module on the way to it, a ReLU after it included; two taps with one path are one tensor.
         norm: of a map before its ReLU, the batch normalisation that gave it, a shortcut aside; empty where no single one did.
+        source: what the network itself calls it, where pairing or the user gave it another name.
     """
 
     name: str
@@ -45,6 +46,12 @@ class TapSpec:
     width: int
     module: str = ""
     norm: str = ""
+    source: str = ""
+
+    @property
+    def own(self) -> str:
+        """What the network itself calls it."""
+        return self.source or self.name
 
     @property
     def shape(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -23,12 +24,31 @@ CAM = "cam"
 class Network(nn.Module):
     """A network as training sees it: called on images [N, C, H, W] it gives Outputs with the taps it was built for.
 
-    ``about`` holds what the file that it was loaded from says of it.
+    Attributes:
+        front: turns images as the data gives them into those that the network was made for; None where they are that already.
+        about: what the file that it was loaded from says of it.
     """
 
     spec: NetSpec
     taps: tuple[str, ...]
     about: Mapping[str, Any] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front: nn.Module | None = None
+
+    def forward(self, images: Tensor) -> Outputs:
+        """Images [N, C, H, W] -> Outputs."""
+        return self.answer(images if self.front is None else self.front(images))
+
+    def answer(self, images: Tensor) -> Outputs:
+        """Images as the network was made for -> Outputs."""
+        raise NotImplementedError
+
+    @property
+    def body(self) -> nn.Module:
+        """The module whose parameters and modules have the names that the spec and a weights file give them."""
+        return self
 
 
 class ImageNetwork(Network):
@@ -49,14 +69,14 @@ class ImageNetwork(Network):
         """Images [N, C, H, W] -> every tap but ``cam``, and the map [N, D, H', W'] whose mean is the embedding."""
         raise NotImplementedError
 
-    def forward(self, images: Tensor) -> Outputs:
+    def answer(self, images: Tensor) -> Outputs:
         """Images [N, C, H, W] -> Outputs."""
         maps, last = self.features(images)
         head: Any = self.get_submodule(self.head)
         embedding = last.mean((2, 3))
         if CAM in self.taps:
             maps[CAM] = F.linear(last.permute(0, 2, 3, 1), head.weight).permute(0, 3, 1, 2)
-        return Outputs(head(embedding), embedding, {name: maps[name] for name in self.taps})
+        return Outputs(head(embedding), embedding, {name: maps[self.spec.tap(name).own] for name in self.taps})
 
     def fresh(self) -> None:
         """Convolutions by He et al. 2015, normal with variance 2 / fan-out; all else as PyTorch has it."""
@@ -94,8 +114,12 @@ class Factory(Protocol):
         """What the network would offer for images of this size; builds nothing."""
         ...
 
-    def build(self, data: DataSpec, taps: tuple[str, ...]) -> Network:
-        """The network, giving just these taps."""
+    def tapped(self, data: DataSpec, table: Mapping[str, str]) -> NetSpec:
+        """The same with the taps of a table, name -> where it is found."""
+        ...
+
+    def build(self, data: DataSpec, spec: NetSpec, taps: tuple[str, ...]) -> Network:
+        """The network, giving just these of the spec's taps."""
         ...
 
 
@@ -133,15 +157,27 @@ class ImageFactory:
             self._specs[key] = NetSpec(self.name, tuple(taps), width_of_embedding, data.classes, net.head)
         return self._specs[key]
 
+    def tapped(self, data: DataSpec, table: Mapping[str, str]) -> NetSpec:
+        """Its own taps under the table's names.
+
+        Raises:
+            UserError: it has no such tap.
+        """
+        whole = self.spec(data)
+        try:
+            return replace(whole, taps=tuple(replace(whole.tap(source), name=name, source=source) for name, source in table.items()))
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
     def network(self, data: DataSpec) -> ImageNetwork:
         """The network for such data, which does not know its taps yet."""
         return self.make(data.channels, data.classes)
 
-    def build(self, data: DataSpec, taps: tuple[str, ...]) -> ImageNetwork:
+    def build(self, data: DataSpec, spec: NetSpec, taps: tuple[str, ...]) -> ImageNetwork:
         """The network with fresh weights."""
         net = self.network(data)
-        net.spec = self.spec(data)
-        net.taps = tuple(net.spec.tap(name).name for name in taps)
+        net.spec = spec
+        net.taps = tuple(spec.tap(name).name for name in taps)
         net.fresh()
         return net
 
@@ -163,7 +199,9 @@ def factory(name: str) -> Factory:
         UserError: no such model.
     """
     form, bracket, _ = name.partition("(")
-    return FORMS[form](name) if bracket and form in FORMS else MODELS[model_name(name)]
+    if bracket and form in FORMS:
+        return FORMS[form](name)
+    return foreign.foreign(name) if foreign.is_foreign(name) else MODELS[model_name(name)]
 
 
 def canonical(name: str) -> str:
@@ -176,16 +214,26 @@ def canonical(name: str) -> str:
     return model_name(name)
 
 
-def spec(name: str, data: DataSpec) -> NetSpec:
-    """What the network of that name would offer for such data; builds nothing."""
-    return factory(name).spec(data)
+def code(name: str) -> str:
+    """The hash of the user's file that makes the network, which its numbers depend on; empty for any other."""
+    made = factory(name)
+    return made.code if isinstance(made, foreign.ForeignFactory) else ""
 
 
-def build(name: str, data: DataSpec, *, taps: tuple[str, ...] = (), seed: int = 0) -> Network:
-    """A network with fresh weights, a function of (name, seed) and the data's sizes alone."""
+def spec(name: str, data: DataSpec, table: Mapping[str, str] | None = None) -> NetSpec:
+    """What the network of that name would offer for such data, with a table the taps of that alone; builds nothing."""
+    return factory(name).tapped(data, table) if table else factory(name).spec(data)
+
+
+def build(name: str, data: DataSpec, *, taps: tuple[str, ...] = (), seed: int = 0, spec: NetSpec | None = None) -> Network:
+    """A network with fresh weights, a function of (name, seed) and the data's sizes alone; ``spec`` if its taps have other names."""
+    made = factory(name)
+    offered = made.spec(data) if spec is None else spec
     with seeded(seed, "weights"):
-        return factory(name).build(data, taps)
+        return made.build(data, offered, taps)
 
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
+
+from . import foreign  # noqa: E402 (it needs Network)

@@ -16,6 +16,7 @@ from ..checks import UserError
 from ..config import DataConfig
 from ..ledger import Ledger, Run, newest
 from ..models import Network
+from ..models.foreign import is_foreign
 from ..taps import DataSpec
 from ..training.weights import fill, hash_weights, load_weights
 
@@ -82,6 +83,8 @@ def resolve(reference: str, ledger: Ledger) -> NetworkRef:
     model, at, path = reference.partition("@")
     if at:
         return _from_file(Path(path), models.canonical(model))
+    if is_foreign(reference):
+        return NetworkRef(models.canonical(reference))
     if "/" in reference or Path(reference).suffix in (".safetensors", ".pt", ".pth"):
         return _from_file(Path(reference), None)
     return NetworkRef(models.canonical(reference))
@@ -190,7 +193,7 @@ def recorded_teacher(run: Run, ledger: Ledger) -> NetworkRef | None:
 
 
 def _by_name(reference: str) -> bool:
-    return not (run_number(reference) is not None or "@" in reference or "/" in reference or "." in reference)
+    return is_foreign(reference) or not (run_number(reference) is not None or "@" in reference or "/" in reference or "." in reference)
 
 
 def _named_teacher(reference: str, wanted: Wanted, ledger: Ledger) -> NetworkRef:

@@ -263,8 +263,8 @@ def _fingerprint(
     config: RunConfig, settled: Settled, student: NetworkRef, teacher: NetworkRef | None, data_hash: str, peer: NetworkRef | None = None
 ) -> str:
     covered: dict[str, Any] = {
-        "student": [student.model, student.fingerprint],
-        "teacher": [teacher.model, teacher.fingerprint] if teacher else None,
+        "student": _covered(student),
+        "teacher": _covered(teacher) if teacher else None,
         "data": [data_hash, config.data.pad, config.data.flip, *config.data.model_dump(include={"crop"}).values()],
         "method": settled.versions,
         "options": config.options,
@@ -273,8 +273,13 @@ def _fingerprint(
         "split": config.split,
     }
     if peer is not None:
-        covered["peer"] = [peer.model, peer.fingerprint, config.side]
+        covered["peer"] = [*_covered(peer), config.side]
     return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
+
+
+def _covered(network: NetworkRef) -> list[str]:
+    code = models.code(network.model)
+    return [network.model, network.fingerprint, *([code] if code else [])]
 
 
 def cohorts(jobs: Sequence[Job]) -> list[list[Job]]:

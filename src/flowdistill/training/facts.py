@@ -33,7 +33,7 @@ def gather(needs: Needs, teacher: Network | None, data: DeviceData, precision: P
 
 
 def _head(teacher: Network) -> tuple[Tensor, Tensor]:
-    head = teacher.get_submodule(teacher.spec.head)
+    head = teacher.body.get_submodule(teacher.spec.head)
     if not isinstance(head, nn.Linear):
         raise UserError(f"the classifier of {teacher.spec.name} is a {type(head).__name__}, not one linear layer; choose another teacher")
     return _affine(head)
@@ -41,7 +41,7 @@ def _head(teacher: Network) -> tuple[Tensor, Tensor]:
 
 def _norms(teacher: Network, needs: Needs) -> dict[str, tuple[Tensor, Tensor]]:
     paths = {tap: teacher.spec.tap(tap).norm for tap in needs.teacher}
-    return {tap: _affine(teacher.get_submodule(path)) for tap, path in paths.items() if path}
+    return {tap: _affine(teacher.body.get_submodule(path)) for tap, path in paths.items() if path}
 
 
 def _affine(module: nn.Module) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ def trained_parameters(net: Network, method: Method, phase: Phase) -> list[nn.Pa
     What is left out gets no step and no weight decay.
     """
     head = f"{net.spec.head}."
-    parameters = [p for name, p in net.named_parameters() if p.requires_grad and (phase.head or not name.startswith(head))]
+    parameters = [p for name, p in net.body.named_parameters() if p.requires_grad and (phase.head or not name.startswith(head))]
     if any(phase.counts(term) for term in method.terms):
         parameters += method.parameters()
     return parameters

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
+from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -55,13 +57,24 @@ class Teacher:
         return torch.stack([(value != self._kept[name]).any() for name, value in self.net.state_dict().items()]).sum()
 
 
+class _Tracer(fx.Tracer):
+    """Forward hooks of layers are called as well, which the plain one leaves out: the taps of a foreign network are such."""
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        output = super().call_module(m, forward, args, kwargs)
+        if self.is_leaf_module(m, self.path_of_module(m)):
+            for hook in m._forward_hooks.values():
+                hook(m, args, output)
+        return output
+
+
 def trim(net: Network, needs: Needs) -> fx.GraphModule:
     """The network without what leads to no output that is needed. Shares its modules with the network.
 
     Raises:
         Exception: of the tracer, where the network's own control flow depends on its input.
     """
-    traced = fx.symbolic_trace(net)
+    traced = fx.GraphModule(net, _Tracer().trace(net))
     (outputs,) = (node for node in traced.graph.nodes if node.op == "call_function" and node.target is Outputs)
     logits, embedding, maps = outputs.args
     maps = {name: value for name, value in maps.items() if name in needs.teacher}
@@ -69,6 +82,11 @@ def trim(net: Network, needs: Needs) -> fx.GraphModule:
     traced.graph.eliminate_dead_code()
     traced.delete_all_unused_submodules()
     traced.recompile()
+    for name, module in list(traced.named_modules()):
+        if module._forward_hooks:  # they have done their work
+            bare = copy(module)
+            bare._forward_hooks = OrderedDict()
+            traced.add_submodule(name, bare)
     return traced.eval()
 
 
@@ -85,7 +103,7 @@ def fold(net: fx.GraphModule) -> fx.GraphModule:
             continue
         name = str(before.target)
         convolution, normalisation = net.get_submodule(name), net.get_submodule(str(node.target))
-        if not isinstance(convolution, nn.Conv2d) or not isinstance(normalisation, nn.BatchNorm2d):
+        if type(convolution) is not nn.Conv2d or type(normalisation) is not nn.BatchNorm2d:  # a subclass may do more
             continue
         if calls[before.target] == calls[node.target] == 1:
             folded = fuse_conv_bn_eval(convolution, normalisation).to(memory_format=torch.channels_last)

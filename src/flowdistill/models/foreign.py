@@ -1,0 +1,294 @@
+"""Networks of others, as they are: ``timm:NAME``, ``torchvision:NAME``, ``FILE.py:FUNCTION``, ``PACKAGE.MODULE:FUNCTION``, or in memory.
+
+Their taps are read by forward hooks, so that no model is edited. A dry run finds them (``survey``); a table may name others.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import UserError, did_you_mean, first_line, regular_file, summary
+from ..randomness import seeded
+from ..taps import DataSpec, NetSpec, Outputs, TapSpec
+from . import Network
+from .survey import Survey, survey
+
+WRITTEN = re.compile(r"(?P<where>timm|torchvision|module|[^@]+\.py|[A-Za-z_][\w.]*):(?P<name>[^:@]+)")
+HEAD = "classifier"  # its row in a table of taps
+SIZES = {
+    "classes": ("classes", "num_classes"),
+    "channels": ("channels", "in_channels", "in_chans"),
+    "size": ("size", "image_size", "img_size"),
+}
+"""What a user's function is told, by the names of its parameters."""
+
+Make = Callable[[DataSpec], nn.Module]
+IN_MEMORY: dict[str, nn.Module] = {}
+
+
+class Keep:
+    """A forward hook that puts a module's output, or what it was given, into ``seen``. A copy of the network gets a copy of it."""
+
+    def __init__(self, seen: dict[str, Tensor], name: str, *, given: bool = False) -> None:
+        self.seen, self.name, self.given = seen, name, given
+
+    def __call__(self, _module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep it."""
+        self.seen[self.name] = inputs[0] if self.given else output
+
+
+class Foreign(Network):
+    """A module with hooks at its taps and at its classifier. Its weights keep the names that they have in the module alone."""
+
+    def __init__(self, inner: nn.Module, spec: NetSpec, taps: tuple[str, ...], found: Survey) -> None:
+        super().__init__()
+        self.inner, self.spec, self.named = inner, spec, found.named
+        self.taps = tuple(spec.tap(name).name for name in taps)
+        self.paths = {name: spec.tap(name).module for name in self.taps}
+        self.layouts = {path: found.layouts[path] for path in self.paths.values()}
+        self.seen: dict[str, Tensor] = {}
+        for path in self.layouts:
+            inner.get_submodule(path).register_forward_hook(Keep(self.seen, path))
+        inner.get_submodule(spec.head).register_forward_hook(Keep(self.seen, HEAD, given=True))
+        self.register_state_dict_post_hook(_without_prefix)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_with_prefix)  # type: ignore[no-untyped-call]
+
+    @property
+    def body(self) -> nn.Module:
+        """The module itself."""
+        return self.inner
+
+    def answer(self, images: Tensor) -> Outputs:
+        """Images [N, C, H, W] -> Outputs."""
+        output = self.inner(images)
+        seen = dict(self.seen)
+        self.seen.clear()
+        maps = {name: self.layouts[path].map(seen[path]) for name, path in self.paths.items()}
+        return Outputs(output.logits if self.named else output, seen[HEAD].flatten(1), maps)
+
+
+def _without_prefix(_net: nn.Module, weights: dict[str, Any], prefix: str, _: Any) -> None:
+    for name in [name for name in weights if name.startswith(f"{prefix}inner.")]:
+        weights[prefix + name.removeprefix(f"{prefix}inner.")] = weights.pop(name)
+
+
+def _with_prefix(_net: nn.Module, weights: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name in [name for name in weights if name.startswith(prefix)]:
+        weights[f"{prefix}inner.{name.removeprefix(prefix)}"] = weights.pop(name)
+
+
+class ForeignFactory:
+    """A network by the name of what makes it; its sizes and taps are found by running it.
+
+    Attributes:
+        code: the hash of the file that makes it, which its numbers depend on; empty for a library's.
+    """
+
+    def __init__(self, name: str) -> None:
+        written = WRITTEN.fullmatch(name)
+        assert written is not None
+        self.name = name
+        self.make, self.about, self.code = _maker(written["where"], written["name"])
+        self._surveys: dict[tuple[int, ...], Survey] = {}
+
+    def network(self, data: DataSpec) -> nn.Module:
+        """The module for such data.
+
+        Raises:
+            UserError: what makes it fails.
+        """
+        try:
+            with torch.device("cpu"):  # on meta tensors, which hold no numbers, some can't be made
+                net = self.make(data)
+        except UserError:
+            raise
+        except Exception as error:  # any code of anyone
+            size = f"{data.channels}x{data.height}x{data.width}"
+            raise UserError(f"{self.name}: can't be made for images of {size} and {data.classes} classes: {summary(error)}") from None
+        if not isinstance(net, nn.Module):
+            raise UserError(f"{self.name}: gives a {type(net).__name__}; it must give an nn.Module")
+        return net
+
+    def survey(self, data: DataSpec) -> Survey:
+        """What a dry run of it shows.
+
+        Raises:
+            UserError: it can't take such images, or is no classifier of so many classes.
+        """
+        key = (data.channels, data.height, data.width, data.classes)
+        if key not in self._surveys:
+            with seeded(0, "survey"), torch.device("cpu"):
+                net = self.network(data)
+                try:
+                    found = survey(net, data.channels, data.height, data.width)
+                except Exception as error:  # of the network's own code
+                    size = f"{data.channels}x{data.height}x{data.width}"
+                    raise UserError(f"{self.name}: no classifier of images of {size}: {first_line(error)}") from None
+            if found.classes != data.classes:
+                raise UserError(
+                    f"{self.name}: gives {found.classes} classes where {data.classes} are wanted; let it take their number as `classes`"
+                )
+            self._surveys[key] = found
+        return self._surveys[key]
+
+    def spec(self, data: DataSpec) -> NetSpec:
+        """Its taps as the dry run found them."""
+        found = self.survey(data)
+        return NetSpec(self.name, found.taps, found.embedding, found.classes, found.head)
+
+    def tapped(self, data: DataSpec, table: Mapping[str, str]) -> NetSpec:
+        """The taps of a table: a module's path, one with wildcards, whose matches are numbered, or a tap that the dry run found.
+
+        Raises:
+            UserError: no such module, or none whose output is a map.
+        """
+        found = self.survey(data)
+        taps = tuple(tap for name, pattern in table.items() for tap in self._matching(found, name, pattern))
+        return NetSpec(self.name, taps, found.embedding, found.classes, found.head)
+
+    def _matching(self, found: Survey, name: str, pattern: str) -> Iterator[TapSpec]:
+        if pattern in found.ends:
+            yield found.tap(name, found.ends[pattern])
+            return
+        paths = [path for path in found.layouts if fnmatchcase(path, pattern) and path.count(".") == pattern.count(".")]
+        if not paths:
+            raise UserError(
+                f"tap {name}={pattern}: {self.name} has no such module that gives a map; {did_you_mean(pattern, found.layouts)}"
+            )
+        if paths == [pattern]:
+            yield found.tap(name, pattern)
+            return
+        for number, path in enumerate(paths, 1):
+            yield found.tap(f"{name}{number}", path)
+
+    def build(self, data: DataSpec, spec: NetSpec, taps: tuple[str, ...]) -> Foreign:
+        """The network with the weights that it is made with."""
+        return Foreign(self.network(data), spec, taps, self.survey(data))
+
+
+def _maker(where: str, name: str) -> tuple[Make, str, str]:
+    """How a network is made, what it is, and the hash of its code.
+
+    Raises:
+        UserError: no such library, file, function or name.
+    """
+    if where == "timm":
+        return _timm(name), f"{name} of timm", ""
+    if where == "torchvision":
+        return _torchvision(name), f"{name} of torchvision", ""
+    if where == "module":
+        if name not in IN_MEMORY:
+            raise UserError(f"module:{name} was given from Python, and is in no file; give it from Python again")
+        return lambda _: deepcopy(IN_MEMORY[name]), f"{name}, a module given from Python", ""
+    module, code = _file(Path(where)) if where.endswith(".py") else _package(where)
+    function = getattr(module, name, None)
+    if not callable(function):
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UserError(f"{where}:{name}: {where} has no function of that name; {did_you_mean(name, names)}")
+    return _told(function), f"{name} of {where}", code
+
+
+def _timm(name: str) -> Make:
+    try:
+        import timm
+    except ImportError:
+        raise UserError(f"timm:{name}: timm is not installed; pip install timm") from None
+    if not timm.is_model(name):
+        raise UserError(f"unknown model 'timm:{name}': {did_you_mean(name, timm.list_models())}")
+
+    def make(data: DataSpec) -> nn.Module:
+        configured = timm.get_pretrained_cfg(name)
+        sized: dict[str, Any] = {"img_size": (data.height, data.width)} if configured and configured.fixed_input_size else {}
+        net: nn.Module = timm.create_model(name, num_classes=data.classes, in_chans=data.channels, **sized)
+        return net
+
+    return make
+
+
+def _torchvision(name: str) -> Make:
+    from torchvision import models as library
+
+    names = library.list_models(module=library)
+    if name not in names:
+        raise UserError(f"unknown model 'torchvision:{name}': {did_you_mean(name, names)}")
+
+    def make(data: DataSpec) -> nn.Module:
+        if data.channels != 3:
+            raise UserError(f"torchvision:{name} takes 3 channels, the images have {data.channels}; set data.channels=3, or use timm:")
+        quiet: dict[str, Any] = {"image_size": data.height} if name.startswith("vit_") else {}
+        if name in ("googlenet", "inception_v3"):
+            quiet = {"aux_logits": False, "init_weights": True}
+        net: nn.Module = library.get_model(name, weights=None, num_classes=data.classes, **quiet)
+        return net
+
+    return make
+
+
+def _file(path: Path) -> tuple[Any, str]:
+    found = regular_file(path, f"{path}")
+    code = hashlib.sha256(found.read_bytes()).hexdigest()
+    name = f"flowdistill_given_{code[:16]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, found)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # the user's own code
+            del sys.modules[name]
+            raise UserError(f"{path}: can't be run: {summary(error)}") from None
+    return sys.modules[name], code
+
+
+def _package(name: str) -> tuple[Any, str]:
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:  # missing, or its own code
+        raise UserError(f"{name}: can't be imported: {summary(error)}; write FILE.py:FUNCTION for a file") from None
+    file = getattr(module, "__file__", None)
+    return module, hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+
+
+def _told(function: Callable[..., Any]) -> Make:
+    """A user's function, told classes, channels and size where it has parameters for them."""
+    parameters = inspect.signature(function).parameters
+
+    def make(data: DataSpec) -> Any:
+        values = {"classes": data.classes, "channels": data.channels, "size": data.height}
+        return function(**{name: values[what] for what, names in SIZES.items() for name in names if name in parameters})
+
+    return make
+
+
+@functools.cache
+def foreign(name: str) -> ForeignFactory:
+    """The factory of a name that is written as one of these."""
+    return ForeignFactory(name)
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a name is written as one of these."""
+    return WRITTEN.fullmatch(name) is not None
+
+
+def adopt(module: nn.Module, key: str) -> str:
+    """A module in memory as a model's name; the key tells it from others."""
+    name = f"{type(module).__name__}-{key}"
+    IN_MEMORY[name] = module
+    return f"module:{name}"

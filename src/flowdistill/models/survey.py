@@ -1,0 +1,301 @@
+"""What a network that nobody prepared offers: one dry run finds its stages, stem, embedding and classifier."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..taps import TapSpec
+
+IMAGES = 2  # of the dry run: with one, a batch could be taken for something else
+LARGE = 224  # pixels: at the data's own size the last maps of a deep network may have shrunk to one position
+STRETCHES = 4  # where all maps are of one size, so many taps are spread over the depth
+PREFIXES = range(6)  # tokens before those of the positions: class, distillation, registers
+
+
+class Layout(NamedTuple):
+    """How a module's output is a map: [N, C, H, W], [N, H, W, C], or [N, prefix + H W, C] tokens."""
+
+    kind: Literal["nchw", "nhwc", "tokens"]
+    channels: int
+    height: int
+    width: int
+    prefix: int = 0
+
+    def map(self, output: Tensor) -> Tensor:
+        """The output as [N, C, H, W]."""
+        if self.kind == "nchw":
+            return output
+        if self.kind == "nhwc":
+            return output.permute(0, 3, 1, 2)
+        positions = output[:, self.prefix :].transpose(1, 2)
+        return positions.reshape(-1, self.channels, self.height, self.width)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.height, self.width
+
+
+@dataclass
+class Call:
+    """A module that was called in the dry run: when it began and ended among all, on what, and what it gave."""
+
+    path: str
+    module: nn.Module
+    began: int
+    inputs: tuple[Any, ...]
+    given: Layout | None
+    ended: int = 0
+    output: Any = None
+    layout: Layout | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the map that it gave."""
+        assert self.layout is not None
+        return self.layout.channels, *self.layout.size
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the map that it gave."""
+        return self.shape[1:]
+
+    @property
+    def pools(self) -> bool:
+        """Whether it is a pooling layer."""
+        return "Pool" in type(self.module).__name__
+
+
+@dataclass
+class Survey:
+    """What the dry run saw.
+
+    Attributes:
+        layouts: module path -> how its output is a map, for all whose output is one.
+        ends: tap name -> module path, as they were found.
+        head, embedding, classes: the classifier's path, its inputs and outputs.
+        named: whether the network gives an object that holds the logits, not these themselves.
+    """
+
+    layouts: dict[str, Layout]
+    ends: dict[str, str]
+    head: str
+    embedding: int
+    classes: int
+    named: bool
+    taps: tuple[TapSpec, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.taps = tuple(self.tap(name, path) for name, path in self.ends.items())
+
+    def tap(self, name: str, path: str) -> TapSpec:
+        """A tap at a module whose output is a map."""
+        layout = self.layouts[path]
+        return TapSpec(name, layout.channels, layout.height, layout.width, path)
+
+
+def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
+    """Run a network on random images of this size, and once more on larger ones where it takes them: there stages are told apart best.
+
+    Raises:
+        ValueError: it gives no logits [N, K], or they are not those of a linear layer on a vector.
+        Exception: of the network's own, where it can't take such images.
+    """
+    calls, output = watch(net, channels, height, width)
+    logits = logits_of(output)
+    head = _head(calls, logits)
+    larger = calls
+    factor = -(-LARGE // min(height, width))
+    if factor > 1:
+        try:
+            larger, _ = watch(net, channels, height * factor, width * factor)
+        except Exception:  # it takes one size alone
+            larger = calls
+    layouts = {call.path: call.layout for call in calls if call.layout is not None and call.path}
+    seen = {name: path for name, path in find_taps(net, larger).items() if path in layouts and layouts[path].size != (1, 1)}
+    stages = [path for name, path in seen.items() if name != "stem"]
+    ends = {name: path for name, path in seen.items() if name == "stem"}
+    ends |= {f"stage{number}": path for number, path in enumerate(stages, 1)}
+    return Survey(layouts, ends, head.path, head.inputs[0].shape[1], logits.shape[1], output is not logits)
+
+
+@torch.no_grad()
+def watch(net: nn.Module, channels: int, height: int, width: int) -> tuple[list[Call], Any]:
+    """Every call of a module on random images, in the order in which they ended, and the output of the whole."""
+    calls: list[Call] = []
+    open_: list[Call] = []
+    clock = iter(range(1 << 62))
+
+    def given(inputs: tuple[Any, ...]) -> Layout | None:
+        return layout_of(inputs[0], net, height, width) if inputs else None
+
+    def begin(path: str) -> Any:
+        return lambda module, inputs: open_.append(Call(path, module, next(clock), inputs, given(inputs)))
+
+    def end(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        call = open_.pop()
+        call.ended, call.output = next(clock), output
+        call.layout = layout_of(output, net, height, width)
+        calls.append(call)
+
+    handles = [handle for path, module in net.named_modules() for handle in _hooked(module, begin(path), end)]
+    images = torch.rand(IMAGES, channels, height, width, generator=torch.Generator().manual_seed(0))
+    training = {module: module.training for module in net.modules()}
+    try:
+        output = net.eval()(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in training.items():
+            module.training = mode
+    return calls, output
+
+
+def _hooked(module: nn.Module, begin: Any, end: Any) -> Iterator[Any]:
+    yield module.register_forward_pre_hook(begin)
+    yield module.register_forward_hook(end)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits of what a network gives: a tensor, or an object that holds one as ``logits``.
+
+    Raises:
+        ValueError: neither.
+    """
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        what = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(output).__name__}"
+        raise ValueError(f"it gives {what}, not logits [N, classes]")
+    return logits
+
+
+def layout_of(output: Any, net: nn.Module, height: int, width: int) -> Layout | None:
+    """How an output is a map of images of this size, or None."""
+    if not isinstance(output, Tensor) or output.dim() not in (3, 4) or output.shape[0] != IMAGES:
+        return None
+
+    def fits(h: int, w: int) -> bool:
+        """Whether both sides shrank alike, up to rounding."""
+        return 0 < h <= height and 0 < w <= width and abs(h * width - w * height) < max(height, width)
+
+    _, *sides = output.shape
+    if len(sides) == 3:
+        if fits(*sides[1:]):
+            return Layout("nchw", sides[0], *sides[1:])
+        return Layout("nhwc", sides[2], *sides[:2]) if fits(*sides[:2]) else None
+    declared = getattr(net, "num_prefix_tokens", None)
+    for prefix in [declared] if isinstance(declared, int) else PREFIXES:
+        positions = sides[0] - prefix
+        for w in range(1, width + 1):
+            if positions % w == 0 and fits(positions // w, w):
+                return Layout("tokens", sides[1], positions // w, w, prefix)
+    return None
+
+
+def _head(calls: Sequence[Call], logits: Tensor) -> Call:
+    """The layer that gave the logits of a vector: that whose output they are, or else the last with so many outputs."""
+
+    def fits(call: Call) -> bool:
+        given = call.inputs[0] if call.inputs else None
+        layer = isinstance(call.module, nn.Linear | nn.Conv2d) and isinstance(call.output, Tensor) and call.output.numel() == logits.numel()
+        return layer and isinstance(given, Tensor) and given.flatten(1).shape[1:] == given.shape[1:2]
+
+    fitting = [call for call in calls if fits(call)]
+    if not fitting:
+        raise ValueError(f"its {logits.shape[1]} logits are not those of a linear layer on a vector [N, D]")
+    return next((call for call in reversed(fitting) if call.output is logits), fitting[-1])
+
+
+def find_taps(net: nn.Module, calls: Sequence[Call]) -> dict[str, str]:
+    """``stem``, ``stage1``, ``stage2``, ... -> module path.
+
+    A stage ends with the last map of its size: before the outermost module that leaves for a smaller one without passing through a third,
+    so that a block that widens its input before it shrinks it does not count. The stem is the first convolution with the normalisation
+    and the activation that follow it, and no stage's end. Where all maps are of one size, as those of a plain transformer, four ends are
+    spread over its blocks.
+    """
+    once = {call.path: call for call in calls}  # a hook on a module that is used again sees its last output alone
+    maps = [call for call in calls if call.layout and call.size != (1, 1) and call.path and once[call.path] is call]
+    level = _levels(maps)
+    stem = _stem(net, maps)
+    leaving = _transitions(maps, level)
+    ends: list[Call] = []
+    for size in dict.fromkeys(level.values()):
+        left = max((call.began for call in leaving if call.given and level[call.given.size] == size), default=maps[-1].ended + 1)
+        before = [call for call in maps if level.get(call.size) == size and call.ended < left and not call.pools]
+        after = (ends or stem)[-1].ended if ends or stem else -1
+        if before and before[-1].ended > after:
+            ends.append(_outermost(before[-1], maps))
+    if len(ends) == 1:
+        ends = _spread(maps, ends[0])
+    named = {"stem": stem[-1].path} if stem else {}
+    return named | {f"stage{number}": end.path for number, end in enumerate(ends, 1)}
+
+
+def _levels(maps: Sequence[Call]) -> dict[tuple[int, int], tuple[int, int]]:
+    """Map size -> the largest of those that differ from it by a border alone; of sizes that a layer with weights gives, falling."""
+    level: dict[tuple[int, int], tuple[int, int]] = {}
+    for size in sorted({call.size for call in maps if next(call.module.parameters(), None) is not None}, reverse=True):
+        above = next(reversed(level.values()), size)
+        level[size] = above if 2 * math.prod(size) > math.prod(above) else size
+    return level
+
+
+def _stem(net: nn.Module, maps: Sequence[Call]) -> list[Call]:
+    """The last of the first convolution and the layers after it beside which it stands, until one with a convolution or a linear layer
+    in it. Empty where there is no convolution.
+    """
+    leaves = [call for call in maps if next(call.module.children(), None) is None]
+    first = next((place for place, call in enumerate(leaves) if isinstance(call.module, nn.Conv2d)), len(leaves))
+    found = leaves[first : first + 1]
+    for call in leaves[first + 1 :]:
+        beside = found[0].path.rpartition(".")[0]
+        if not call.path.startswith(beside) or call.pools or call.shape != found[0].shape:
+            break
+        sibling = call.path[: f"{call.path}.".index(".", len(beside) + 1 if beside else 0)]
+        if any(isinstance(inner, nn.Conv2d | nn.Linear) for inner in net.get_submodule(sibling).modules()):
+            break
+        found.append(call)
+    return [_outermost(call, maps) for call in found[-1:]]
+
+
+def _transitions(maps: Sequence[Call], level: Mapping[tuple[int, int], tuple[int, int]]) -> list[Call]:
+    """The outermost calls from a map of one size to one of another, with no third inside; gates, which are of one position, aside."""
+
+    def simple(call: Call) -> bool:
+        if call.given is None or not {call.given.size, call.size} <= level.keys() or level[call.given.size] == level[call.size]:
+            return False
+        inside = {level.get(inner.size) for inner in maps if call.began < inner.began and inner.ended < call.ended}
+        return inside <= {level[call.given.size], level[call.size], None}
+
+    found: list[Call] = []
+    for call in sorted(maps, key=lambda call: call.began):
+        if simple(call) and not any(outer.began < call.began and call.ended < outer.ended for outer in found):
+            found.append(call)
+    return found
+
+
+def _spread(maps: Sequence[Call], end: Call) -> list[Call]:
+    """Of the longest row of numbered modules that give maps of this size, those at the ends of equal stretches; else the end alone."""
+    rows: dict[str, list[Call]] = {}
+    for call in maps:
+        row, _, number = call.path.rpartition(".")
+        if call.size == end.size and re.search(r"\d$", number):
+            rows.setdefault(row, []).append(call)
+    blocks = max(rows.values(), key=len, default=[])
+    count = min(STRETCHES, len(blocks))
+    spread = [blocks[-(-len(blocks) * part // count) - 1] for part in range(1, count + 1)]
+    return [_outermost(block, maps) for block in spread] if count > 1 else [end]
+
+
+def _outermost(call: Call, maps: Sequence[Call]) -> Call:
+    """The last call to give this very tensor, those that pass it through aside."""
+    same = [other for other in maps if other.output is call.output and not isinstance(other.module, nn.Identity | nn.Dropout)]
+    return (same or [call])[-1]

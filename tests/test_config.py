@@ -73,9 +73,10 @@ def test_part_of_a_table_keeps_the_other_defaults() -> None:
         ("studnet", "unknown key 'studnet': did you mean 'student'?"),
         ("train.epoch", "unknown key 'train.epoch': did you mean 'epochs'?"),
         ("train.learning", "unknown key 'train.learning': choose from: epochs, batch_size, lr, momentum, weight_decay, "
-         "nesterov, schedule, milestones, warmup_epochs, precision, mixup"),
+         "nesterov, schedule, milestones, warmup_epochs, precision, mixup, freeze"),
         ("data.nam", "unknown key 'data.nam': did you mean 'name'?"),
-        ("zzzz", "unknown key 'zzzz': choose from: student, teacher, peer, side, seed, split, data, train, method, options, weights"),
+        ("zzzz", "unknown key 'zzzz': choose from: student, teacher, init_from, peer, side, seed, split, data, train, method, "
+         "options, weights"),
     ],
 )  # fmt: skip
 def test_unknown_key(key: str, answer: str) -> None:
@@ -104,6 +105,8 @@ def test_unknown_key(key: str, answer: str) -> None:
         ("train.precision", "fp16"),
         ("train.mixup", "perhaps"),
         ("train.mixup", 0.5),
+        ("train.freeze", 1),
+        ("train.freeze", ["conv1", 1]),
         ("data.crop", "centre"),
         ("data.crop", None),
         ("train", 5),

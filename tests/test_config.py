@@ -106,7 +106,6 @@ def test_unknown_key(key: str, answer: str) -> None:
         ("train.mixup", "perhaps"),
         ("train.mixup", 0.5),
         ("train.freeze", 1),
-        ("train.freeze", ["conv1", 1]),
         ("data.crop", "centre"),
         ("data.crop", None),
         ("train", 5),
@@ -280,6 +279,13 @@ def test_keys_that_came_later_are_dumped_where_they_are_not_the_default() -> Non
     assert ("crop" in plain.model_dump()["data"], "mixup" in plain.model_dump()["train"]) == (False, False)
     assert (mixed.model_dump()["data"]["crop"], mixed.model_dump()["train"]["mixup"]) == ("resized", True)
     assert [validate(config.model_dump(mode="json")) for config in (plain, mixed)] == [plain, mixed]
+
+
+def test_so_are_what_a_student_begins_from_and_what_of_it_is_frozen() -> None:
+    plain, begun = validate({}), validate({"init_from": 3, "train": {"freeze": "layer1, conv1,conv1"}})
+    assert ("init_from" in plain.model_dump(), "freeze" in plain.model_dump()["train"]) == (False, False)
+    assert (begun.model_dump()["init_from"], begun.model_dump(mode="json")["train"]["freeze"]) == ("3", ["conv1", "layer1"])
+    assert [validate(config.model_dump(mode="json")) for config in (plain, begun)] == [plain, begun]
 
 
 def test_keys_of_image_files_are_dumped_where_they_are_not_the_default() -> None:

@@ -159,7 +159,9 @@ def test_other_names_of_as_many_classes_are_told(taught: Ledger, few: Path, tmp_
         (("six", "seven", "eight", "nine"), ""),
         (("six", "seven", "9", "nine"), "class 'eight' where the data has '9'"),
     ]:
-        assert job.teacher.other_classes(replace(job.data, class_names=names)) == told
+        named = replace(job.data, class_names=names)
+        assert job.teacher.other_classes(named) == told
+        assert replace(job.teacher, init="so it begins").on(named).head == (not told)
 
 
 # First weights

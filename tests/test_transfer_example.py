@@ -20,7 +20,7 @@ def test_the_example_trains_every_way_and_prints_their_table(tmp_path: Path, cap
     assert found.loader is not None
     example = importlib.util.module_from_spec(found)
     found.loader.exec_module(example)
-    few = "--images 3 --batch-size 6 --seeds 0-1 --epochs 1 --teacher-epochs 1 --stage-epochs 1"
+    few = "--images 3 --batch-size 6 --seeds 0 --epochs 1 --teacher-epochs 1 --stage-epochs 1"
     example.main([str(tmp_path), *few.split()])
     many, small = (np.load(tmp_path / f"{name}.npz") for name in ("digits-0-5", "digits-6-9"))
     digits = load_digits().target
@@ -30,7 +30,7 @@ def test_the_example_trains_every_way_and_prints_their_table(tmp_path: Path, cap
     ledger = Ledger(tmp_path / "runs")
     runs = ledger.runs()
     ledger.close()
-    assert [one.status for one in runs] == ["finished"] * 11
+    assert [one.status for one in runs] == ["finished"] * 6
     assert {(one.method, one.variant, one.teacher_accuracy) for one in runs[1:]} == {
         ("base", "", None),
         ("fsp", "paper, stage_epochs=1", None),

@@ -3,7 +3,7 @@
 Trained are students from fresh weights, alone and with FSP in two stages by the teacher (Yim et al. 2017; at the paper's weight, and by the
 mean at weight 1), from the teacher's weights, and from these with the front frozen: so student and teacher are of one model.
 
-python benchmarks/transfer.py FOLDER [--images 10] [--batch-size 10] [--seeds 0-2] [--epochs 60] [--teacher-epochs 30] [--stage-epochs 54]
+python benchmarks/transfer.py FOLDER [--images 5] [--batch-size 20] [--seeds 0-2] [--epochs 60] [--teacher-epochs 30] [--stage-epochs 54]
     [--device cpu]
 """
 
@@ -66,8 +66,8 @@ def students(data: Path, given: argparse.Namespace, teacher: str) -> list[RunCon
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--images", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=10)
+    parser.add_argument("--images", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=20)
     parser.add_argument("--seeds", default="0-2")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--teacher-epochs", type=int, default=30)

@@ -82,7 +82,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"seed": 1.5}, "seed=1.5: input should be a valid integer"),
     ({"runs": __file__}, f"{__file__}/ledger.db cannot be used as a ledger ({__file__} is a file); name another folder with --runs"),
     ({"device": None}, "--device None is not available here; use auto, or what this machine has of cpu, cuda, mps"),
-    ({"epoch": 3}, "unknown key 'epoch': choose from: student, teacher, peer, side, seed, split, data, train, method, options, weights"),
+    (
+        {"epoch": 3},
+        "unknown key 'epoch': choose from: student, teacher, init_from, peer, side, seed, split, data, train, method, options, weights",
+    ),
     ({"train": {"epoch": 3}}, "unknown key 'train.epoch': did you mean 'epochs'?"),
     ({"train": {"epochs": "3"}}, "train.epochs='3': input should be a valid integer"),
     ({"train": [3]}, "train=[3]: must be a table of keys"),

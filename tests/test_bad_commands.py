@@ -76,6 +76,16 @@ WRONG = [
         "train --dataset digits --batch-size half",
         "--batch-size='half': input should be a valid integer, unable to parse string as an integer",
     ),
+    ("train --dataset digits --init-from resnet8", "init_from=resnet8: a model's name has no weights; name a run or a weights file"),
+    ("train --dataset digits --init-from 1", "no run 1 in runs/ledger.db: it has no runs yet; flowdistill runs lists them"),
+    (
+        "train --dataset digits --runs taught --init-from 1",
+        "init_from=1 is a resnet14, the student a resnet20; begin from a resnet20, or train a resnet14",
+    ),
+    (
+        "train --dataset digits --model resnet8 --freeze stage1",
+        "train.freeze=stage1: nothing in resnet8 is so named; it has: conv1, bn1, layer1, layer2, layer3, fc, and names below these",
+    ),
     ("train --dataset digits --recipe crdd", "unknown recipe 'crdd': did you mean 'crd'?"),
     (
         "train --dataset digits --recipe best",
@@ -151,6 +161,14 @@ WRONG = [
         "method 'base': every weight of its phase 'joint' is 0, so nothing would be trained; raise one",
     ),
     # distill: each option
+    (
+        "distill --dataset digits --runs taught --student 1 --teacher 1 --init-from 1",
+        "init_from=1: student=1 has weights of its own; name its model alone: --student resnet14",
+    ),
+    (
+        "distill --dataset digits --teacher resnet20 --freeze conv1,,bn1",
+        "train.freeze='conv1,,bn1': a name is empty; write names with commas between them, such as conv1,bn1,layer1",
+    ),
     ("distill --dataset digits --teacher resnet20 --method fps", "unknown method 'fps': did you mean 'fsp'?"),
     ("distill --dataset digits --teacher resnet20 --method ''", "--method is followed by nothing; give a value, or leave it out"),
     (

@@ -11,7 +11,7 @@ import pytest
 from command import assert_refused
 
 DEEP, LONG = 100_000, 500_000
-KEYS = "student, teacher, peer, side, seed, split, data, train, method, options, weights"
+KEYS = "student, teacher, init_from, peer, side, seed, split, data, train, method, options, weights"
 NO_KEYS = "--config it: has no keys; write a table of keys, such as student, data, train"
 NO_UTF8 = "--config it: not UTF-8 text; write TOML, or name a run.json"
 TOO_DEEP = "--config it: nested too deeply; a config has three levels"
@@ -45,7 +45,7 @@ WRONG: list[tuple[str | bytes, str]] = [
     (
         "[train.fsp]\npool = 'avg'",
         "unknown key 'train.fsp': choose from: epochs, batch_size, lr, momentum, "
-        "weight_decay, nesterov, schedule, milestones, warmup_epochs, precision, mixup",
+        "weight_decay, nesterov, schedule, milestones, warmup_epochs, precision, mixup, freeze",
     ),
     ("[options.base]\npool = 'avg'", "unknown key 'options.base.pool': there is none to choose from"),
     ("[options.fsp]\npool = 'avg'", "options.fsp: method 'base' has no such part; choose from: base"),

@@ -147,15 +147,15 @@ def test_every_test_image_is_counted_once(fsp_card: Card, work: Path) -> None:
     assert fsp_card.images == len(labels) == 150
     assert fsp_card.class_images == tuple((labels == label).sum() for label in range(10))
     for column in fsp_card.columns:
-        assert sum(column.class_correct) == column.correct
-        assert all(right <= images for right, images in zip(column.class_correct, fsp_card.class_images, strict=True))
-        assert column.agreement is None or column.agreement.images == 150
+        assert sum(column.score.class_correct) == column.score.correct
+        assert all(right <= images for right, images in zip(column.score.class_correct, fsp_card.class_images, strict=True))
+        assert column.score.agreement is None or column.score.agreement.images == 150
 
 
 @pytest.mark.parametrize("no", range(1, 9))
 def test_the_students_accuracy_is_the_records(no: int, runs: Ledger) -> None:
     found = measure(no, runs, CPU, batch_size=2)
-    assert found.student.correct == runs.run(no).correct
+    assert found.student.score.correct == runs.run(no).correct
     assert "record" not in page(found, "md")
     assert found.student.parameters == runs.run(no).parameters
 
@@ -167,30 +167,30 @@ def test_a_student_with_its_teachers_classifier_is_measured_whole(split: str, le
     run([config(small_npz, method="simkd", teacher="resnet14", split=split)], ledger, CPU)
     found = measure(3, ledger, CPU, batch_size=2)
     assert found.student.model == "reused(resnet8,resnet14,2)"
-    assert [column.correct for column in found.columns] == [ledger.run(no).correct for no in (1, 3, 2)]
+    assert [column.score.correct for column in found.columns] == [ledger.run(no).correct for no in (1, 3, 2)]
     assert found.student.parameters > found.columns[2].parameters
 
 
 def test_the_others_accuracy_is_their_own_records(fsp_card: Card, runs: Ledger) -> None:
-    assert [column.correct for column in fsp_card.columns] == [runs.run(no).correct for no in (1, 4, 3)]
-    assert 100 * fsp_card.columns[0].correct / 150 == pytest.approx(fsp_card.run.teacher_accuracy)
+    assert [column.score.correct for column in fsp_card.columns] == [runs.run(no).correct for no in (1, 4, 3)]
+    assert 100 * fsp_card.columns[0].score.correct / 150 == pytest.approx(fsp_card.run.teacher_accuracy)
 
 
 def test_agreement_and_classes_are_those_of_the_recorded_predictions(fsp_card: Card, runs: Ledger, work: Path) -> None:
     labels = np.load(work / "small.npz")["y_test"]
     teacher, student, alone = (np.load(runs.run_folder(no) / "predictions.npz")["classes"].astype(int) for no in (1, 4, 3))
-    assert fsp_card.columns[1].agreement == agreement(student, teacher, labels)
-    assert fsp_card.columns[2].agreement == agreement(alone, teacher, labels)
+    assert fsp_card.columns[1].score.agreement == agreement(student, teacher, labels)
+    assert fsp_card.columns[2].score.agreement == agreement(alone, teacher, labels)
     for column, classes in zip(fsp_card.columns, (teacher, student, alone), strict=True):
-        assert column.class_correct == tuple(((classes == labels) & (labels == label)).sum() for label in range(10))
+        assert column.score.class_correct == tuple(((classes == labels) & (labels == label)).sum() for label in range(10))
 
 
 def test_calibration_is_that_of_the_recorded_predictions(fsp_card: Card, runs: Ledger, work: Path) -> None:
     found = np.load(runs.run_folder(4) / "predictions.npz")
     correct = found["classes"] == np.load(work / "small.npz")["y_test"]
-    assert fsp_card.student.calibration_error == pytest.approx(calibration_error(found["probabilities"], correct), abs=1e-6)
+    assert fsp_card.student.score.calibration_error == pytest.approx(calibration_error(found["probabilities"], correct), abs=1e-6)
     sure = -np.log(found["probabilities"][correct].astype(float)).sum() / 150  # of the images that are right the class is the label
-    assert fsp_card.student.negative_log_likelihood > sure
+    assert fsp_card.student.score.negative_log_likelihood > sure
 
 
 def test_sizes_and_latencies(fsp_card: Card, runs: Ledger) -> None:
@@ -349,12 +349,14 @@ def test_the_page_shows_each_figure_in_its_place(fsp_card: Card) -> None:
     for place, column in enumerate(fsp_card.columns):
         assert rows["measure"][place] == column.role
         assert rows["parameters"][place] == f"{column.parameters:,}"
-        assert rows["accuracy"][place] == f"{100 * column.correct / 150:.2f} % ({column.correct} of 150)"
+        assert rows["accuracy"][place] == f"{100 * column.score.correct / 150:.2f} % ({column.score.correct} of 150)"
         for latency in column.latencies:
             assert rows[f"latency at batch {latency.batch_size}, ms"][place] == f"{latency.median:.2f} ({latency.p90:.2f})"
     teacher, student, alone = fsp_card.columns
     for label, images in enumerate(fsp_card.class_images):
-        to_teacher, to_alone = (100 * (student.class_correct[label] - other.class_correct[label]) / images for other in (teacher, alone))
+        to_teacher, to_alone = (
+            100 * (student.score.class_correct[label] - other.score.class_correct[label]) / images for other in (teacher, alone)
+        )
         assert rows[str(label)][-2:] == [f"{to_teacher:+.2f}", f"{to_alone:+.2f}"]
 
 

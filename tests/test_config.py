@@ -73,9 +73,10 @@ def test_part_of_a_table_keeps_the_other_defaults() -> None:
         ("studnet", "unknown key 'studnet': did you mean 'student'?"),
         ("train.epoch", "unknown key 'train.epoch': did you mean 'epochs'?"),
         ("train.learning", "unknown key 'train.learning': choose from: epochs, batch_size, lr, momentum, weight_decay, "
-         "nesterov, schedule, milestones, warmup_epochs, precision, mixup"),
+         "nesterov, schedule, milestones, warmup_epochs, precision, mixup, freeze"),
         ("data.nam", "unknown key 'data.nam': did you mean 'name'?"),
-        ("zzzz", "unknown key 'zzzz': choose from: student, teacher, peer, side, seed, split, data, train, method, options, weights"),
+        ("zzzz", "unknown key 'zzzz': choose from: student, teacher, init_from, peer, side, seed, split, data, train, method, "
+         "options, weights"),
     ],
 )  # fmt: skip
 def test_unknown_key(key: str, answer: str) -> None:
@@ -104,6 +105,7 @@ def test_unknown_key(key: str, answer: str) -> None:
         ("train.precision", "fp16"),
         ("train.mixup", "perhaps"),
         ("train.mixup", 0.5),
+        ("train.freeze", 1),
         ("data.crop", "centre"),
         ("data.crop", None),
         ("train", 5),
@@ -277,6 +279,13 @@ def test_keys_that_came_later_are_dumped_where_they_are_not_the_default() -> Non
     assert ("crop" in plain.model_dump()["data"], "mixup" in plain.model_dump()["train"]) == (False, False)
     assert (mixed.model_dump()["data"]["crop"], mixed.model_dump()["train"]["mixup"]) == ("resized", True)
     assert [validate(config.model_dump(mode="json")) for config in (plain, mixed)] == [plain, mixed]
+
+
+def test_so_are_what_a_student_begins_from_and_what_of_it_is_frozen() -> None:
+    plain, begun = validate({}), validate({"init_from": 3, "train": {"freeze": "layer1, conv1,conv1"}})
+    assert ("init_from" in plain.model_dump(), "freeze" in plain.model_dump()["train"]) == (False, False)
+    assert (begun.model_dump()["init_from"], begun.model_dump(mode="json")["train"]["freeze"]) == ("3", ["conv1", "layer1"])
+    assert [validate(config.model_dump(mode="json")) for config in (plain, begun)] == [plain, begun]
 
 
 def test_keys_of_image_files_are_dumped_where_they_are_not_the_default() -> None:

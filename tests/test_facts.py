@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,6 +51,16 @@ def test_class_means_are_those_of_the_images_as_they_are(data: ImageData, split:
         with torch.no_grad():
             mean = teacher(on_device.normalise(plain[on_device.labels == k])).embedding.double().mean(0)
         np.testing.assert_allclose(found.class_means[k].numpy(), mean.numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_teacher_of_other_classes_has_its_own_head_and_the_means_of_the_datas_classes(data: ImageData) -> None:
+    on_device = DeviceData(data, "full", CPU)
+    teacher = models.build("resnet8", replace(on_device.spec, classes=3), seed=3).eval()
+    found = gather(ALL, teacher, on_device, "fp32")
+    assert found.head is not None
+    assert found.class_means is not None
+    assert found.head[0].shape == (3, 64)
+    assert found.class_means.shape == (data.classes, 64) == (10, 64)
 
 
 def test_head_and_norms_are_the_teachers_own(data: ImageData) -> None:

@@ -38,6 +38,7 @@ WRAPPED = sorted(name for module in SHEETS.values() for name in getattr(module, 
 
 NAMES = [*(name for name in METHODS if name != "base"), *WRAPPED, COMPOSITION]
 DATA = DataSpec("tiny", n_train=30, classes=4, channels=3, height=8, width=8)
+TEN = replace(DATA, classes=10)
 
 
 CIFAR100 = DataSpec("cifar100", n_train=50_000, classes=100, channels=3, height=32, width=32)
@@ -103,10 +104,11 @@ def promising(promise: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("name", "options"), [pytest.param(*case, id=label(*case)) for case in kept])
 
 
-def make(name: str, options: dict[str, Any], pair: tuple[NetSpec, NetSpec]) -> Method:
+def make(name: str, options: dict[str, Any], pair: tuple[NetSpec, NetSpec], classes: int | None = None) -> Method:
+    """The method, told of a teacher with this number of classes in the data, or with as many as the teacher's own."""
     with seeded(0, "adapters"):
         method = build(settle(name, by_part(name, options), {}), student=pair[0], teacher=pair[1], data=DATA)
-    method.know(facts(pair[1]))
+    method.know(facts(pair[1], classes=classes))
     return forgetful(method)
 
 
@@ -132,8 +134,8 @@ def forgetful(method: Method) -> Method:
     return method
 
 
-def facts(teacher: NetSpec, images: int = DATA.n_train) -> Facts:
-    """Of a teacher known by its spec: drawn numbers."""
+def facts(teacher: NetSpec, images: int = DATA.n_train, classes: int | None = None) -> Facts:
+    """Of a teacher known by its spec: drawn numbers. ``classes``: of the data, where they are not the teacher's."""
     generator = torch.Generator().manual_seed(3)
 
     def normal(*shape: int) -> Tensor:
@@ -141,7 +143,8 @@ def facts(teacher: NetSpec, images: int = DATA.n_train) -> Facts:
 
     norms = {tap.name: (normal(tap.channels), normal(tap.channels)) for tap in teacher.taps if tap.norm}
     head = normal(teacher.classes, teacher.embedding), normal(teacher.classes)
-    return Facts(head, norms, normal(teacher.classes, teacher.embedding), torch.arange(images) % teacher.classes)
+    classes = classes or teacher.classes
+    return Facts(head, norms, normal(classes, teacher.embedding), torch.arange(images) % classes)
 
 
 def refused(name: str, options: dict[str, Any], pair: tuple[NetSpec, NetSpec]) -> str:
@@ -441,6 +444,31 @@ def test_the_pairs_of_the_crd_benchmark_are_built_or_refused_with_the_cure(
     if refusal:
         assert any(refusal.startswith(f"{part}: ") for part in by_part(name, options))
         assert "set options." in refusal or "choose " in refusal, refusal
+
+
+@each_case
+def test_a_teacher_of_other_classes_teaches_or_is_refused_by_both_numbers(name: str, options: dict[str, Any]) -> None:
+    """On the networks themselves; of a mutual method the other student is a peer, of the same classes."""
+    student, teacher = real(name, options, "resnet8", "resnet14", DATA)[0], models.spec("resnet14", TEN)
+    refusal = refused(name, options, (student, teacher))
+    if refusal:
+        assert "4 classes, resnet14 10;" in refusal
+        return
+    method = make(name, options, (student, teacher), classes=DATA.classes)
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    shown = models.build(student.name, DATA, taps=tuple(method.needs.student), seed=0)(images)
+    taught = teach(models.build("resnet14", TEN, taps=tuple(method.needs.teacher), seed=1).eval(), images, "fp32")
+    terms = method(shown, taught, Batch(torch.arange(4), torch.arange(4), peers=(shown,)))
+    assert terms
+    assert all(value.shape == () and value.isfinite() for value in terms.values())
+
+
+def test_who_takes_a_teacher_of_other_classes() -> None:
+    """Those that compare logits or class maps do not."""
+    pair = models.spec("resnet8", DATA), models.spec("resnet14", TEN)
+    takes = {name for name in METHODS if name not in ("base", "simkd") and not refused(name, {}, pair)}
+    logits = {name for name in METHODS if get(name).kind == "logits" and get(name).uses_teacher}
+    assert set(METHODS) - takes == logits | {"base", "simkd", "cat_kd", "irg"}
 
 
 @each_case

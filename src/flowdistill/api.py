@@ -85,16 +85,19 @@ def distill(
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         engine: ``auto``, ``eager``, ``compiled`` or ``graph``; what can't be had here falls back, and says so.
         progress: bars on stderr.
-        config: further keys of RunConfig as nested mappings (``train={"epochs": 30}, weights={"fsp": 10.0}, split="holdout"``).
+        config: further keys of RunConfig as nested mappings (``train={"epochs": 30}, weights={"fsp": 10.0}, split="holdout"``);
+            ``init_from`` is named as the student is.
 
     Raises:
         UserError: an argument that can't be used; one line that says what to do.
         RuntimeError: the student diverged; the run is recorded as failed.
     """
     ledger = Ledger(Path(runs), create=True)
+    begun = {"init_from": _reference(config["init_from"], ledger)} if config.get("init_from") is not None else {}
     parsed = validate(
         {
             **config,
+            **begun,
             "student": _reference(student, ledger),
             "teacher": None if teacher is None else _reference(teacher, ledger),
             "data": {"name": data} if isinstance(data, str) else data,

@@ -100,6 +100,8 @@ LrOption = Annotated[float | None, typer.Option(help="Base learning rate.")]
 BatchSizeOption = Annotated[int | None, typer.Option(help="Images a step.")]
 PrecisionOption = Annotated[PrecisionName | None, typer.Option(help="auto: bf16 where the GPU or CPU computes it, else fp32.")]
 EngineOption = Annotated[EngineName, typer.Option(help="How steps are computed; auto: the best for this device and length of run.")]
+InitFromOption = Annotated[str | None, typer.Option(help="Begin from the weights of a run or file; other classes get a fresh classifier.")]
+FreezeOption = Annotated[str | None, typer.Option(help="Modules or parameters that stay as they began, such as conv1,bn1,layer1.")]
 HoldoutOption = Annotated[bool, typer.Option("--holdout", help="Keep a tenth of train out; it chooses the epoch, test is read once.")]
 DeterministicOption = Annotated[bool, typer.Option("--deterministic", help="Only operations that repeat bit for bit.")]
 AgainOption = Annotated[bool, typer.Option("--again", help="Train even what the ledger has already.")]
@@ -155,6 +157,8 @@ def _launch(
     epochs: EpochsOption = None,
     lr: LrOption = None,
     batch_size: BatchSizeOption = None,
+    init_from: InitFromOption = None,
+    freeze: FreezeOption = None,
     precision: PrecisionOption = None,
     device: DeviceOption = "auto",
     engine: EngineOption = EngineName.auto,
@@ -175,6 +179,7 @@ def _launch(
 
     chosen |= {"data.name": dataset, "train.epochs": epochs, "train.lr": lr, "train.batch_size": batch_size}
     chosen |= {"train.precision": precision.value if precision else None, "split": "holdout" if holdout else None}
+    chosen |= {"init_from": init_from, "train.freeze": freeze}
     values = _values(config, set_, chosen)
     chosen_recipe = recipes.recipe(recipe) if recipe is not None else None
     student, teacher = (model_name(str(values.get(key) or "")) for key in ("student", "teacher"))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .checks import UserError, did_you_mean, regular_file
 
@@ -74,6 +74,18 @@ class TrainConfig(Frozen):
     warmup_epochs: int = Field(0, ge=0, strict=True)  # at a tenth of the rate first; He et al. 2016, section 4.2: ResNet-110 alone
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     mixup: bool = Field(False, exclude_if=lambda mixup: not mixup)  # images mixed in pairs, without labels; Beyer et al. 2022
+    freeze: tuple[str, ...] = Field((), exclude_if=lambda freeze: not freeze)  # modules or parameters, * and ? allowed; not trained
+
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def _freeze_lists_names(cls, freeze: Any) -> Any:
+        """Names with commas between them are a list; order and repetition mean nothing."""
+        names = [name.strip() for name in freeze.split(",")] if isinstance(freeze, str) else freeze
+        if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
+            if "" in names:
+                raise ValueError("a name is empty; write names with commas between them, such as conv1,bn1,layer1")
+            return tuple(sorted(set(names)))
+        return names
 
     @model_validator(mode="after")
     def _milestones_rise(self) -> TrainConfig:
@@ -94,13 +106,15 @@ class RunConfig(Frozen):
     """One run: one student trained once.
 
     ``student`` and ``teacher`` are a model name (``resnet20``), a run's number (``12``), a weights file (``FILE``, if its
-    metadata name the model) or ``resnet20@FILE``. ``peer`` is the other student where two teach each other, named likewise; left out
-    it is another of the student's kind. Each of the two is a run, of ``side`` 1 and 2. ``weights`` holds the factor of each loss
-    term; terms left out take the method's default.
+    metadata name the model) or ``resnet20@FILE``. With ``init_from``, a run or a file of the student's model, the student begins from
+    those weights, its classifier fresh where the classes differ. ``peer`` is the other student where two teach each other, named
+    likewise; left out it is another of the student's kind. Each of the two is a run, of ``side`` 1 and 2. ``weights`` holds the factor
+    of each loss term; terms left out take the method's default.
     """
 
     student: str = Field("resnet20", coerce_numbers_to_str=True)
     teacher: str | None = Field(None, coerce_numbers_to_str=True)
+    init_from: str | None = Field(None, coerce_numbers_to_str=True, exclude_if=lambda init_from: init_from is None)
     peer: str | None = Field(None, coerce_numbers_to_str=True, exclude_if=lambda peer: peer is None)
     side: Literal[1, 2] = Field(1, exclude_if=lambda side: side == 1)
     seed: int = Field(0, ge=0, lt=2**63, strict=True)

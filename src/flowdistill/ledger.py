@@ -346,9 +346,13 @@ def newest(runs: Iterable[Run]) -> list[Run]:
 
 
 def baseline_key(run: Run) -> object:
-    """What a run has in common with the ``base`` runs that it is compared with: student, data, split and recipe, the seed aside."""
+    """What a run has in common with the ``base`` runs that it is compared with: student, data, split and recipe, the seed aside.
+
+    What it began from by ``init_from`` and what of it is frozen are not among it: a base run has neither.
+    """
     data = json.dumps([run.config["data"].get(key) for key in ("crop", "pad", "flip")])
-    return run.student, run.student_fingerprint, run.data_hash, data, json.dumps(run.config["train"], sort_keys=True), run.split
+    train = json.dumps({key: value for key, value in run.config["train"].items() if key != "freeze"}, sort_keys=True)
+    return run.student, run.student_fingerprint, run.data_hash, data, train, run.split
 
 
 def _connect(path: Path | str) -> sqlite3.Connection:

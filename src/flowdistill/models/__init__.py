@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Protocol
@@ -106,9 +107,10 @@ def stage_by_stage(x: Tensor, *stages: nn.Module) -> dict[str, Tensor]:
 
 
 class Factory(Protocol):
-    """How a registered model is specified and built."""
+    """How a model is specified and built; ``code`` is the hash of a user's file that makes it, or empty."""
 
     about: str
+    code: str
 
     def spec(self, data: DataSpec) -> NetSpec:
         """What the network would offer for images of this size; builds nothing."""
@@ -129,6 +131,8 @@ class ImageFactory:
     Args:
         make: (image channels, classes) -> the network.
     """
+
+    code = ""
 
     def __init__(self, name: str, about: str, make: Callable[[int, int], ImageNetwork]) -> None:
         self.name, self.about, self.make = name, about, make
@@ -183,8 +187,8 @@ class ImageFactory:
 
 
 MODELS: Registry[Factory] = Registry("model")
-FORMS: dict[str, Callable[[str], Factory]] = {}
-"""How a network that is made of others is written, ``form(...)`` -> its factory from the whole name."""
+FORMS: dict[re.Pattern[str], Callable[[str], Factory]] = {}
+"""How the names of networks that are not registered are written -> their factory from the whole name."""
 
 
 def register(name: str, about: str, make: Callable[[int, int], ImageNetwork]) -> None:
@@ -193,15 +197,13 @@ def register(name: str, about: str, make: Callable[[int, int], ImageNetwork]) ->
 
 
 def factory(name: str) -> Factory:
-    """How a network is built: a registered one, or one that is made of others.
+    """How a network is built: a registered one, one that is made of others, or one of others.
 
     Raises:
         UserError: no such model.
     """
-    form, bracket, _ = name.partition("(")
-    if bracket and form in FORMS:
-        return FORMS[form](name)
-    return foreign.foreign(name) if foreign.is_foreign(name) else MODELS[model_name(name)]
+    form = next((form for form in FORMS if form.fullmatch(name)), None)
+    return FORMS[form](name) if form else MODELS[model_name(name)]
 
 
 def canonical(name: str) -> str:
@@ -216,8 +218,7 @@ def canonical(name: str) -> str:
 
 def code(name: str) -> str:
     """The hash of the user's file that makes the network, which its numbers depend on; empty for any other."""
-    made = factory(name)
-    return made.code if isinstance(made, foreign.ForeignFactory) else ""
+    return factory(name).code
 
 
 def spec(name: str, data: DataSpec, table: Mapping[str, str] | None = None) -> NetSpec:
@@ -235,5 +236,3 @@ def build(name: str, data: DataSpec, *, taps: tuple[str, ...] = (), seed: int = 
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
-
-from . import foreign  # noqa: E402 (it needs Network)

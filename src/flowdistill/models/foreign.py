@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..checks import UserError, did_you_mean, first_line, regular_file, summary
 from ..randomness import seeded
 from ..taps import DataSpec, NetSpec, Outputs, TapSpec
-from . import Network
+from . import FORMS, Network
 from .survey import Survey, survey
 
 WRITTEN = re.compile(r"(?P<where>timm|torchvision|module|[^@]+\.py|[A-Za-z_][\w.]*):(?P<name>[^:@]+)")
@@ -280,6 +280,9 @@ def _told(function: Callable[..., Any]) -> Make:
 def foreign(name: str) -> ForeignFactory:
     """The factory of a name that is written as one of these."""
     return ForeignFactory(name)
+
+
+FORMS[WRITTEN] = foreign
 
 
 def is_foreign(name: str) -> bool:

@@ -87,4 +87,4 @@ class ReusedFactory(ImageFactory):
         return Reused(inner.network(data), ours.embedding, (theirs.embedding, cam.height, cam.width), data.classes, self.factor)
 
 
-FORMS["reused"] = functools.lru_cache(ReusedFactory)
+FORMS[re.compile(r"reused\(.*")] = functools.lru_cache(ReusedFactory)

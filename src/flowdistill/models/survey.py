@@ -233,7 +233,7 @@ def find_taps(net: nn.Module, calls: Sequence[Call]) -> dict[str, str]:
         after = (ends or stem)[-1].ended if ends or stem else -1
         if before and before[-1].ended > after:
             ends.append(_outermost(before[-1], maps))
-    if len(ends) == 1:
+    if len(ends) == len(set(level.values())) == 1:
         ends = _spread(maps, ends[0])
     named = {"stem": stem[-1].path} if stem else {}
     return named | {f"stage{number}": end.path for number, end in enumerate(ends, 1)}
@@ -287,7 +287,7 @@ def _spread(maps: Sequence[Call], end: Call) -> list[Call]:
     rows: dict[str, list[Call]] = {}
     for call in maps:
         row, _, number = call.path.rpartition(".")
-        if call.size == end.size and re.search(r"\d$", number):
+        if call.size == end.size and re.fullmatch(r"(\w*_)?\d+", number):
             rows.setdefault(row, []).append(call)
     blocks = max(rows.values(), key=len, default=[])
     count = min(STRETCHES, len(blocks))

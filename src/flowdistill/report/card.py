@@ -10,11 +10,11 @@ from ..env import version
 from .tables import Row, pair, render
 
 if TYPE_CHECKING:
-    from ..runner.card import Card, Column, Latency
-    from ..stats import Agreement
+    from ..runner.card import Card, Latency, Score
 
 MEASURE, CLASS, IMAGES = "measure", "class", "images"
 TEACHER, ALONE = "to teacher", "to alone"
+OTHERS = {TEACHER: "teacher", ALONE: "student alone"}
 UNSTEADY = 2  # times the median
 STYLE = """\
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --gain: #1a7f37; --loss: #b3261e; }
@@ -113,17 +113,13 @@ def _summary(card: Card) -> str:
             ),
         ]
         parts.append(f"Of its teacher the student has {', '.join(shares)}.")
-    others = {"teacher": teacher, "student alone": alone}
-    gains = [f"{_points(student, other, card)} points to the {role}" for role, other in others.items() if other]
+    scores = {column.role: column.score for column in (teacher, alone) if column and column.score}
+    gains = [f"{100 * (card.score.correct - score.correct) / card.images:+.2f} points to the {role}" for role, score in scores.items()]
     return " ".join([*parts, *([f"Accuracy: {', '.join(gains)}."] if gains else [])])
 
 
 def _share(ours: float, theirs: float) -> str:
     return f"{100 * ours / theirs:.1f} %"
-
-
-def _points(ours: Column, theirs: Column, card: Card) -> str:
-    return f"{100 * (ours.correct - theirs.correct) / card.images:+.2f}"
 
 
 def _rows(card: Card) -> list[Row]:
@@ -137,12 +133,13 @@ def _rows(card: Card) -> list[Row]:
     }
     for place, first in enumerate(card.columns[0].latencies):
         made[f"latency at batch {first.batch_size}, ms"] = [_latency(column.latencies[place]) for column in card.columns]
-    made["accuracy"] = [_counted(column.correct, card.images) for column in card.columns]
-    if card.column("teacher"):
-        made["same answer as the teacher"] = [_agreement(column.agreement) for column in card.columns]
-        made["... where both are wrong"] = [_agreement(column.agreement, wrong=True) for column in card.columns]
-    made["ECE"] = [f"{100 * column.calibration_error:.2f} %" for column in card.columns]
-    made["NLL"] = [f"{column.negative_log_likelihood:.4f}" for column in card.columns]
+    scores = [column.score for column in card.columns]
+    made["accuracy"] = [_counted(score.correct, card.images) if score else "-" for score in scores]
+    if card.score.agreement:
+        made["same answer as the teacher"] = [_agreement(score) for score in scores]
+        made["... where both are wrong"] = [_agreement(score, wrong=True) for score in scores]
+    made["ECE"] = [f"{100 * score.calibration_error:.2f} %" if score else "-" for score in scores]
+    made["NLL"] = [f"{score.negative_log_likelihood:.4f}" if score else "-" for score in scores]
     roles = [column.role for column in card.columns]
     return [{MEASURE: name, **dict(zip(roles, cells, strict=True))} for name, cells in made.items()]
 
@@ -155,9 +152,10 @@ def _counted(count: int, images: int) -> str:
     return f"{100 * count / images:.2f} % ({count:,} of {images:,})" if images else "none"
 
 
-def _agreement(found: Agreement | None, *, wrong: bool = False) -> str:
-    if found is None:
+def _agreement(score: Score | None, *, wrong: bool = False) -> str:
+    if score is None or score.agreement is None:
         return "-"
+    found = score.agreement
     return _counted(found.equal_wrong, found.both_wrong) if wrong else _counted(found.equal, found.images)
 
 
@@ -177,28 +175,30 @@ def _notes(card: Card) -> list[str]:
             f"Unsteady latency (a 90th percentile over {UNSTEADY} times its median): time it again on a quiet machine; on a shared one "
             f"OMP_NUM_THREADS=1 steadies it."
         )
-    if run.correct is not None and card.student.correct != run.correct:
+    notes += [
+        f"{column.role} {column.model}: {column.other_classes}; its cost alone is compared." for column in card.columns if not column.score
+    ]
+    if run.correct is not None and card.score.correct != run.correct:
         notes.append(f"The record of run {run.no} says {run.correct:,} right: on {run.device}, torch {run.versions.get('torch')}.")
     notes += [card.advice] if card.advice else []
     return [*notes, f"One run a column, no spread: compare methods by flowdistill table --summary. flowdistill {version()}."]
 
 
 def _about_classes(card: Card) -> str:
-    compared = [f"{TEACHER}: student less teacher"] if card.column("teacher") else []
-    compared += [f"{ALONE}: student less student alone"] if card.column("student alone") else []
+    compared = [f"{name}: student less {role}" for name, role in OTHERS.items() if (other := card.column(role)) and other.score]
     return "Percent of the class's test images" + (f"; {', '.join(compared)}, in points." if compared else ".")
 
 
 def _class_rows(card: Card) -> list[Row]:
     """A row a class: every network's accuracy, then what the student gains and loses."""
-    student = card.student
-    others = {name: other for name, role in ((TEACHER, "teacher"), (ALONE, "student alone")) if (other := card.column(role))}
+    scores = {column.role: column.score.class_correct for column in card.columns if column.score}
+    others = {name: scores[role] for name, role in OTHERS.items() if role in scores}
     rows: list[Row] = []
     for label, images in enumerate(card.class_images):
         row: dict[str, object] = {CLASS: label, IMAGES: f"{images:,}"}
-        row |= {column.role: f"{100 * column.class_correct[label] / images:.2f}" if images else "-" for column in card.columns}
+        row |= {role: f"{100 * correct[label] / images:.2f}" if images else "-" for role, correct in scores.items()}
         for name, other in others.items():
-            gain = student.class_correct[label] - other.class_correct[label]
+            gain = card.score.class_correct[label] - other[label]
             row[name] = f"{100 * gain / images:+.2f}" if images else "-"
         rows.append(row)
     return rows

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import models
 from ..config import DataConfig, parse_as
 from ..data.loader import Normalisation
 from ..data.sources import load
@@ -37,7 +36,7 @@ def draw(path: Path, student: Run, alone: Run, ledger: Ledger) -> str:
     """
     teacher = ledger.run(student.teacher_run or 0)
     data = load(parse_as(DataConfig, student.config["data"]))
-    specs = {"student": models.spec(student.student, data.spec), "teacher": models.spec(teacher.student, data.spec)}
+    specs = {"student": resolve(str(student.no), ledger).spec(data.spec), "teacher": resolve(str(teacher.no), ledger).spec(data.spec)}
     fsp = FSP(student.config["options"]["fsp"], **specs)
     normalise = Normalisation.of(torch.from_numpy(data.x_train)).on(torch.device("cpu"))
     image = normalise(torch.from_numpy(data.x_test[IMAGE : IMAGE + 1]))

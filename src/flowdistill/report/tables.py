@@ -200,7 +200,8 @@ def summary_rows(runs: Sequence[Run], protocol: str, only: Mapping[str, str] | N
     rows = []
     for group_ in shown:
         alike = [g.first for g in shown if (g.first.method, g.first.variant, pair(g.first)) == _row_key(group_.first)]
-        base = bases.get(baseline_key(group_.first)) if group_.first.method != "base" else None
+        alone = group_.first.method == "base" and not group_.first.variant
+        base = None if alone else bases.get(baseline_key(group_.first))
         reference = base.accuracies if base else []
         rows.append(
             {

@@ -64,7 +64,7 @@ def assemble(jobs: Sequence[Job], data: DeviceData, device: torch.device, engine
     methods = [job.method() for job in jobs]
     needs = functools.reduce(operator.or_, (method.needs for method in methods))
     taught = {job.config.seed: job.teacher.origin for job in jobs if job.teacher}
-    teachers: dict[str, tuple[Teacher, float, Facts]] = {}
+    teachers: dict[str, tuple[Teacher, float | None, Facts]] = {}
     lanes: dict[tuple[int, str], Lane] = {}
     members = []
     for job, method in zip(jobs, methods, strict=True):
@@ -76,8 +76,8 @@ def assemble(jobs: Sequence[Job], data: DeviceData, device: torch.device, engine
         lane = lanes.setdefault((job.config.seed, origin), Lane(stream, None, []))
         if job.teacher:
             if origin not in teachers:
-                teacher = _placed(job.teacher.build(data.spec, taps=tuple(sorted(needs.teacher))), device)
-                accuracy = _accuracy(teacher.eval(), data, job.precision)
+                teacher = _placed(job.teacher.build(data.spec, taps=tuple(sorted(needs.teacher))), device).eval()
+                accuracy = None if job.teacher.other_classes(job.data) else _accuracy(teacher, data, job.precision)
                 facts = gather(needs, teacher, data, job.precision)
                 teachers[origin] = Teacher(teacher, needs, job.precision), accuracy, facts
             lane.teacher, member.teacher_accuracy, facts = teachers[origin]
@@ -117,8 +117,10 @@ def _accuracy(net: Network, data: DeviceData, precision: Precision) -> float:
 
 
 def check_start(cohort: Cohort, members: Sequence[Member], watcher: Watcher) -> dict[Student, dict[str, float]]:
-    """Tell how good the teachers are and how large each term's first gradient is; refuse what would diverge."""
-    for line in dict.fromkeys(_told_of_teacher(member) for member in members if member.job.teacher):
+    """Tell what students begin from, how good the teachers are and how large each term's first gradient is; refuse what would diverge."""
+    lines = [_told_of_first_weights(member.job) for member in members if member.job.student.init]
+    lines += [_told_of_teacher(member) for member in members if member.job.teacher]
+    for line in dict.fromkeys(lines):
         watcher.say(line)
     ratios = first_gradients(cohort)
     for member in members:
@@ -126,11 +128,20 @@ def check_start(cohort: Cohort, members: Sequence[Member], watcher: Watcher) -> 
     return ratios
 
 
+def _told_of_first_weights(job: Job) -> str:
+    student, data = job.student, job.data
+    head = "its classifier included" if student.head else f"its classifier fresh ({student.other_classes(data)})"
+    return f"student {student.model} begins from {student.origin}, {head}"
+
+
 def _told_of_teacher(member: Member) -> str:
     teacher, split = member.job.teacher, member.job.config.split
     assert teacher is not None
+    named = f"teacher {teacher.model} ({teacher.origin})"
+    if member.teacher_accuracy is None:
+        return f"{named}: {teacher.other_classes(member.job.data)}; its accuracy can't be measured here"
     on = "test" if split == "full" else "held-out"
-    return f"teacher {teacher.model} ({teacher.origin}): {member.teacher_accuracy:.2f} % of the {on} images"
+    return f"{named}: {member.teacher_accuracy:.2f} % of the {on} images"
 
 
 def _check_gradients(member: Member, ratios: Mapping[str, float], watcher: Watcher) -> None:

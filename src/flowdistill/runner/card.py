@@ -42,6 +42,24 @@ class Latency(NamedTuple):
     passes: int
 
 
+class Score(NamedTuple):
+    """What a network's answers to the test images are worth.
+
+    Attributes:
+        correct: images it gets right.
+        class_correct: the same for each class.
+        calibration_error: a share from 0 to 1.
+        negative_log_likelihood: in nats.
+        agreement: with the teacher; None for the teacher itself, and where there is none or it knows other classes.
+    """
+
+    correct: int
+    class_correct: tuple[int, ...]
+    calibration_error: float
+    negative_log_likelihood: float
+    agreement: Agreement | None
+
+
 @dataclass(frozen=True)
 class Column:
     """One network on the card.
@@ -54,11 +72,8 @@ class Column:
         macs: multiply-accumulates for one image.
         file_bytes: of its weights file.
         latencies: one for each batch size.
-        correct: test images it gets right.
-        class_correct: the same for each class.
-        calibration_error: a share from 0 to 1.
-        negative_log_likelihood: in nats.
-        agreement: with the teacher; None for the teacher itself and where there is none.
+        score: what its answers are worth; None for a teacher of other classes than the data's.
+        other_classes: how they differ; empty where they do not.
     """
 
     role: str
@@ -68,11 +83,8 @@ class Column:
     macs: int
     file_bytes: int
     latencies: tuple[Latency, ...]
-    correct: int
-    class_correct: tuple[int, ...]
-    calibration_error: float
-    negative_log_likelihood: float
-    agreement: Agreement | None
+    score: Score | None
+    other_classes: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,12 @@ class Card:
     def student(self) -> Column:
         """The run's student."""
         return next(column for column in self.columns if column.role == STUDENT)
+
+    @property
+    def score(self) -> Score:
+        """What the student's answers are worth."""
+        assert self.student.score is not None, "a student has the classes of its data"
+        return self.student.score
 
     def column(self, role: str) -> Column | None:
         """The network of that role, if it is on the card."""
@@ -139,8 +157,10 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
     test, labels = torch.from_numpy(data.x_test).to(device), data.y_test
     normalise = Normalisation.of(torch.from_numpy(data.x_train[trained_positions(data.y_train, run.split)])).on(device)
     precision = resolve_precision(run.precision, device)
+    other = {role: network.other_classes(data) for role, network in networks.items()}
     with threads(sensible_threads()):
-        answers = {role: _answers(torch.cat(list(predict(net, test, normalise, precision)))) for role, net in nets.items()}
+        judged = {role: net for role, net in nets.items() if not other[role]}
+        answers = {role: _answers(torch.cat(list(predict(net, test, normalise, precision)))) for role, net in judged.items()}
         latencies: dict[str, list[Latency]] = {role: [] for role in nets}
         for size in dict.fromkeys((1, batch_size)):
             batch = normalise(test[torch.arange(size, device=device) % len(test)])
@@ -149,8 +169,6 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
         named = describe(device)
     columns = []
     for role, network in networks.items():
-        said, taught = answers[role], role != TEACHER and TEACHER in answers
-        correct = said.classes == labels
         columns.append(
             Column(
                 role=role,
@@ -160,11 +178,8 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
                 macs=count_macs(nets[role], normalise(test[:1])),
                 file_bytes=_file(network, ledger).stat().st_size,
                 latencies=tuple(latencies[role]),
-                correct=int(correct.sum()),
-                class_correct=tuple(np.bincount(labels[correct], minlength=data.classes).tolist()),
-                calibration_error=calibration_error(said.confidences, correct),
-                negative_log_likelihood=negative_log_likelihood(said.log_probabilities, labels),
-                agreement=agreement(said.classes, answers[TEACHER].classes, labels) if taught else None,
+                score=_score(answers[role], answers.get(TEACHER) if role != TEACHER else None, data) if role in answers else None,
+                other_classes=other[role],
             )
         )
     advice = "" if alone or run.method == "base" else _advice(config, ledger)
@@ -211,6 +226,18 @@ def _answers(logits: Tensor) -> _Answers:
     return _Answers(*(tensor.cpu().numpy() for tensor in found))
 
 
+def _score(said: _Answers, teacher: _Answers | None, data: ImageData) -> Score:
+    labels = data.y_test
+    correct = said.classes == labels
+    return Score(
+        correct=int(correct.sum()),
+        class_correct=tuple(np.bincount(labels[correct], minlength=data.classes).tolist()),
+        calibration_error=calibration_error(said.confidences, correct),
+        negative_log_likelihood=negative_log_likelihood(said.log_probabilities, labels),
+        agreement=agreement(said.classes, teacher.classes, labels) if teacher else None,
+    )
+
+
 def _data(run: Run, config: RunConfig) -> ImageData:
     data = load(config.data)
     if (data_hash := data.hash()) != run.data_hash:
@@ -239,7 +266,7 @@ def _advice(config: RunConfig, ledger: Ledger) -> str:
     words = ["flowdistill", "train", "--model", config.student, "--dataset", config.data.name, "--seeds", str(config.seed)]
     words += ["--holdout"] if config.split == "holdout" else []
     given = {"data": config.data.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)}
-    given["train"] = config.train.model_dump(mode="json", exclude_defaults=True)
+    given["train"] = config.train.model_dump(mode="json", exclude={"freeze"}, exclude_defaults=True)
     for table, values in given.items():
         for key, value in values.items():
             words += ["--set", f"{table}.{key}={str(value).lower() if isinstance(value, bool) else value}"]

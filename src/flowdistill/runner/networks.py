@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from .. import models
 from ..checks import UserError
-from ..config import DataConfig
+from ..config import DataConfig, RunConfig
+from ..data.images import ImageData
 from ..ledger import Ledger, Run, newest
 from ..models import Network
 from ..models.foreign import is_foreign
-from ..taps import DataSpec
+from ..taps import DataSpec, NetSpec
 from ..training.weights import fill, hash_weights, load_weights
 
 STUDENT_FILE = "student.safetensors"
@@ -43,7 +44,10 @@ class NetworkRef:
             a teacher that was chosen by model name that of all it was chosen from; empty for fresh weights.
         init_hash: of the weights it began with, where known.
         saw: what it was trained on, where known.
+        labels: the names of its classes, where known.
         origin: as messages name it.
+        init: of a student that begins from the weights of another network, that network's fingerprint.
+        head: whether the weights of its classifier are taken, or fresh ones stand.
     """
 
     model: str
@@ -52,7 +56,42 @@ class NetworkRef:
     fingerprint: str = ""
     init_hash: str = ""
     saw: Saw | None = None
+    labels: tuple[str, ...] = ()
     origin: str = ""
+    init: str = ""
+    head: bool = True
+
+    def seen(self, data: DataSpec) -> DataSpec:
+        """The data as the network was made for: with as many classes as its classifier has rows."""
+        spec = models.spec(self.model, data)
+        weight = (self.weights or {}).get(f"{spec.head}.weight")
+        if not self.head or weight is None or weight.dim() != 2 or weight.shape[1] != spec.embedding or not len(weight):
+            return data
+        return replace(data, classes=len(weight))
+
+    def spec(self, data: DataSpec) -> NetSpec:
+        """What the network offers for such data."""
+        return models.spec(self.model, self.seen(data))
+
+    def other_classes(self, data: ImageData) -> str:
+        """How its classes differ from those of the data, by number or by name; empty where they do not, or nobody knows."""
+        if (own := replace(self, head=True).seen(data.spec).classes) != data.classes:
+            return f"{own} classes, the data has {data.classes}"
+        both = zip(self.labels, data.class_names, strict=False)
+        return next((f"class {ours!r} where the data has {theirs!r}" for ours, theirs in both if ours != theirs), "")
+
+    def on(self, data: ImageData) -> NetworkRef:
+        """The student of a run on these data: one that begins from another network gets a fresh classifier where the classes differ.
+
+        Raises:
+            UserError: a student that is to go on with its own classifier has another number of classes.
+        """
+        if self.init:
+            return replace(self, head=not self.other_classes(data))
+        if self.seen(data.spec).classes != data.classes:
+            cure = f"begin from its weights with a fresh classifier: --student {self.model} --init-from {self.run or self.origin}"
+            raise UserError(f"student {self.model} ({self.origin}): {self.other_classes(data)}; {cure}")
+        return self
 
     def build(self, data: DataSpec, *, taps: tuple[str, ...] = (), seed: int = 0) -> Network:
         """The network with its weights, or with fresh ones from the seed.
@@ -60,9 +99,10 @@ class NetworkRef:
         Raises:
             UserError: the weights do not fit the model on this data.
         """
-        net = models.build(self.model, data, taps=taps, seed=seed)
+        net = models.build(self.model, self.seen(data), taps=taps, seed=seed)
         if self.weights is not None:
-            fill(net, self.weights, self.origin)
+            fresh = {} if self.head else {name: value for name, value in net.state_dict().items() if name.startswith(f"{net.spec.head}.")}
+            fill(net, {**self.weights, **fresh}, self.origin)
         return net
 
 
@@ -101,6 +141,7 @@ def _from_file(path: Path, model: str | None) -> NetworkRef:
         fingerprint=f"file:{hash_weights(weights)}",
         init_hash=str(about.get("init_hash", "")),
         saw=_saw(about),
+        labels=_labels(about),
         origin=str(path),
     )
 
@@ -112,12 +153,38 @@ def _saw(about: Mapping[str, Any]) -> Saw | None:
     return Saw(str(name), str(about.get("split")), str(about["data_hash"])) if name and "data_hash" in about else None
 
 
+def _labels(about: Mapping[str, Any]) -> tuple[str, ...]:
+    labels = about.get("labels")
+    return tuple(map(str, labels)) if isinstance(labels, list) else ()
+
+
 def _of_run(run: Run, ledger: Ledger, fingerprint: str) -> NetworkRef:
     if run.status != "finished":
         raise UserError(f"run {run.no} is {run.status}, not finished; choose a finished one (flowdistill runs)")
     weights, about = load_weights(ledger.run_folder(run.no) / STUDENT_FILE)
     saw = Saw(run.config["data"]["name"], run.split, run.data_hash)
-    return NetworkRef(about["model"], weights, run.no, fingerprint, run.init_hash, saw, f"run {run.no}")
+    return NetworkRef(about["model"], weights, run.no, fingerprint, run.init_hash, saw, _labels(about), f"run {run.no}")
+
+
+def first_weights(config: RunConfig, ledger: Ledger) -> NetworkRef:
+    """The student as its run begins: what ``student`` names, with ``init_from`` by the weights of another network of that model.
+
+    Raises:
+        UserError: as ``resolve``; ``init_from`` has no weights or another model, or the student has weights of its own.
+    """
+    student = resolve(config.student, ledger)
+    if config.init_from is None:
+        return student
+    source, given = resolve(config.init_from, ledger), f"init_from={config.init_from}"
+    if source.weights is None:
+        raise UserError(f"{given}: a model's name has no weights; name a run or a weights file")
+    if student.weights is not None:
+        raise UserError(f"{given}: student={config.student} has weights of its own; name its model alone: --student {student.model}")
+    if source.model != student.model:
+        raise UserError(
+            f"{given} is a {source.model}, the student a {student.model}; begin from a {student.model}, or train a {source.model}"
+        )
+    return NetworkRef(source.model, source.weights, saw=source.saw, labels=source.labels, origin=source.origin, init=source.fingerprint)
 
 
 @dataclass(frozen=True)
@@ -223,7 +290,7 @@ def _trained(model: str, wanted: Wanted, ledger: Ledger) -> list[Run]:
 
 
 def _recipe(train: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in train.items() if key != "epochs"}
+    return {key: value for key, value in train.items() if key not in ("epochs", "freeze")}
 
 
 def _train_command(model: str, wanted: Wanted) -> str:

@@ -21,7 +21,7 @@ from ..ledger import Ledger, Run
 from ..methods import Method, Settled
 from ..randomness import derive, seeded
 from ..training.weights import hash_weights
-from .networks import NetworkRef, Wanted, choose_teacher, recorded_teacher, refuse_contaminated, resolve
+from .networks import NetworkRef, Wanted, choose_teacher, first_weights, recorded_teacher, refuse_contaminated, resolve
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,17 @@ class Job:
     @property
     def variant(self) -> str:
         """What differs from the method's defaults, as tables print it; of two that teach each other which one this is, and what ships
-        where that is not the student.
+        where that is not the student; and what it begins from, and what of it is frozen.
         """
         notes = [self.settled.variant]
         if self.config.peer is not None:
             notes = ["second"] * (self.config.side == 2) + [f"peer={self.config.peer}", *notes]
         if self.trained != self.student.model:
             notes = [f"ships {self.trained}", *notes]
+        if self.student.init:
+            notes.append(f"init={self.student.origin}")
+        if self.config.train.freeze:
+            notes.append(f"freeze={','.join(self.config.train.freeze)}")
         return ", ".join(note for note in notes if note)
 
     @property
@@ -88,8 +92,8 @@ class Job:
             with seeded(self.config.seed, "adapters"):
                 return methods.build(
                     self.settled,
-                    student=models.spec(self.trained, spec),
-                    teacher=models.spec(self.teacher.model, spec) if self.teacher else None,
+                    student=models.spec(self.trained, self.student.seen(spec)),
+                    teacher=self.teacher.spec(spec) if self.teacher else None,
                     data=spec,
                 )
         except ValueError as error:
@@ -103,10 +107,14 @@ def plan(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device, *, 
         UserError: the first config that can't be run.
     """
     cheap = _with_peers([(config, _settled(config)) for config in configs])  # refused before the data, which may have to be downloaded
-    students = {name: resolve(name, ledger) for name in dict.fromkeys(config.student for config, _ in cheap)}
+    students: dict[object, NetworkRef] = {}
+    for config, _ in cheap:
+        if (config.student, config.init_from) not in students:
+            students[config.student, config.init_from] = first_weights(config, ledger)
     load_once = _Loader()
     return [
-        _planned(config, settled, students[config.student], *load_once(config.data), ledger, device, stand_in) for config, settled in cheap
+        _planned(config, settled, students[config.student, config.init_from], *load_once(config.data), ledger, device, stand_in)
+        for config, settled in cheap
     ]
 
 
@@ -114,13 +122,15 @@ def _with_peers(given: Sequence[tuple[RunConfig, Settled]]) -> list[tuple[RunCon
     """Each config of a mutual method is followed by that of the other student, unless that is given too.
 
     Raises:
-        UserError: a peer for a method that has none.
+        UserError: a peer for a method that has none, or two students that would begin alike.
     """
     found: list[tuple[RunConfig, Settled]] = []
     for config, settled in given:
         if not settled.mutual and (config.peer is not None or config.side != 1):
             raise UserError(f"peer={config.peer}: the students of {settled.name!r} do not teach each other; use dml, or leave peer out")
         sides = [config]
+        if settled.mutual and config.init_from is not None:
+            raise UserError(f"init_from={config.init_from}: the students of {settled.name!r} would both begin from it, alike; leave it out")
         if settled.mutual:
             own = config.model_copy(update={"peer": config.peer or config.student})
             sides = [own, other_side(own)]
@@ -151,7 +161,7 @@ def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[
                 f"run {run.no} can't be resumed: {config.data.name} is not the data that it began with (hash {data_hash[:8]}, was "
                 f"{run.data_hash[:8]}); put the old data back, or train anew"
             )
-        student, teacher = resolve(config.student, ledger), recorded_teacher(run, ledger)
+        student, teacher = first_weights(config, ledger).on(data), recorded_teacher(run, ledger)
         job = _job(config, _settled(config), student, teacher, data, data_hash, _initial(student, data, config), ledger, device)
         if job.fingerprint != run.fingerprint:
             raise UserError(
@@ -220,6 +230,7 @@ def _planned(
     device: torch.device,
     stand_in: bool,
 ) -> Job:
+    student = student.on(data)
     init_hash = _initial(student, data, config)
     recipe = config.train.model_dump(mode="json") | {"precision": resolve_precision(config.train.precision, device)}
     wanted = Wanted(config.data, data_hash, config.split, config.seed, init_hash, recipe, str(ledger.folder))
@@ -272,6 +283,8 @@ def _fingerprint(
         "train": config.train.model_dump(),
         "split": config.split,
     }
+    if student.init:
+        covered["init_from"] = student.init
     if peer is not None:
         covered["peer"] = [*_covered(peer), config.side]
     return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from .. import models
 from ..config import RunConfig
 from ..device import describe
 from ..ledger import Ledger
@@ -57,5 +56,5 @@ def dry_run(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device, 
 
 def _tapped(member: Member, data: DataSpec) -> list[tuple[str, NetSpec, frozenset[str]]]:
     needs, teacher = member.student.method.needs, member.job.teacher
-    taught = [("teacher", models.spec(teacher.model, data), needs.teacher)] if teacher and needs.teacher else []
+    taught = [("teacher", teacher.spec(data), needs.teacher)] if teacher and needs.teacher else []
     return [("student", member.student.net.spec, needs.student), *taught]

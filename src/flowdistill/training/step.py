@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import UserError
 from ..config import TrainConfig
 from ..device import Precision
 from ..methods import Method, Phase, Settled
 from ..methods.base import full
 from ..models import Network
 from ..taps import Batch, Outputs
-from .optim import build_optimizer
+from .freeze import freeze
+from .optim import build_optimizer, trained_parameters
 from .schedule import WARMUP, lr_factor
 
 TASK = "task"  # the cross-entropy with the labels
@@ -29,6 +31,10 @@ class Student:
 
     def __init__(self, net: Network, method: Method, settled: Settled, train: TrainConfig) -> None:
         self.net, self.method, self.settled, self.train = net, method, settled, train
+        self._still = freeze(net, train.freeze)
+        for phase in settled.phases:
+            if not trained_parameters(net, method, phase):
+                raise UserError(f"train.freeze={','.join(train.freeze)} leaves nothing to train in phase {phase.name!r}; freeze less")
         self.optimizer: torch.optim.SGD
         self.weights: dict[str, float] = {}
         self.sums: dict[str, Tensor] = {}
@@ -100,8 +106,10 @@ class Student:
         return self.method.uses_teacher and any(term != TASK for term in self.weights)
 
     def begin_epoch(self) -> None:
-        """Train mode, and sums at zero."""
+        """Train mode, but for what is frozen, and sums at zero."""
         self.net.train()
+        for module in self._still:
+            module.eval()
         self.method.train()
         for value in self.sums.values():
             value.zero_()
@@ -215,6 +223,8 @@ def gradient_ratios(
     found = losses(group, images, taught, batch, precision)
 
     def norm(value: Tensor, weights: list[nn.Parameter]) -> float:
+        if not value.requires_grad:
+            return 0.0  # it looks at frozen parts alone
         gradients = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
         norms = [gradient.norm() for gradient in gradients if gradient is not None]
         return float(torch.stack(norms).norm()) if norms else 0.0  # a term may train the method's own parts alone

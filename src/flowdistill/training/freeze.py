@@ -1,0 +1,44 @@
+"""Parts of a student that are not trained: no step, no weight decay, and batch normalisations whose statistics stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from ..checks import UserError
+from ..models import Network
+
+
+def freeze(net: Network, names: Sequence[str]) -> list[nn.Module]:
+    """Freeze what is named, and return the modules that must stay in eval mode: those whose running statistics are among it.
+
+    A name is that of a module, with all that is in it, or of a parameter or buffer, as the state dict has them; ``*`` stands for any
+    letters, ``?`` for one. ``conv1,bn1,layer1`` is the front of a ResNet.
+
+    Raises:
+        UserError: a name that matches nothing, or nothing is left to train.
+    """
+    for name in names:
+        if not any(_named(entry, name) for entry in net.state_dict()):
+            there = ", ".join(path for path, _ in net.named_children())
+            raise UserError(f"train.freeze={name}: nothing in {net.spec.name} is so named; it has: {there}, and names below these")
+    for entry, parameter in net.named_parameters():
+        if any(_named(entry, name) for name in names):
+            parameter.requires_grad_(False)
+    if names and not any(parameter.requires_grad for parameter in net.parameters()):
+        raise UserError(
+            f"train.freeze={','.join(names)} is all of {net.spec.name}; leave a part to train, such as its classifier {net.spec.head}"
+        )
+    return [
+        module for path, module in net.named_modules() if any(_named(f"{path}.running_mean", name) for name in names) and _counts(module)
+    ]
+
+
+def _named(entry: str, name: str) -> bool:
+    return fnmatchcase(entry, name) or fnmatchcase(entry, f"{name}.*")
+
+
+def _counts(module: nn.Module) -> bool:
+    return any(buffer == "running_mean" for buffer, _ in module.named_buffers(recurse=False))

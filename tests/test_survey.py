@@ -1,0 +1,181 @@
+"""The dry run: where stages end, what the stem and the classifier are, in networks that nobody prepared."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowdistill.models.survey import Layout, layout_of, survey
+
+
+def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+class Expanding(nn.Module):
+    """Each block widens its input at the old size before it shrinks it: that map is no stage's end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv(3, 4)
+        self.blocks = nn.Sequential(*(nn.Sequential(conv(4, 24), conv(24, 24, stride), nn.Conv2d(24, 4, 1)) for stride in (1, 2, 2)))
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.blocks(self.stem(images)).mean((2, 3)))
+
+
+class Functional(nn.Module):
+    """No stages, no names, pooling and ReLU as functions, one module used twice, and a branch that tracing can't follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.out = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.a(images)), 2)
+        x = F.relu(self.c(F.relu(self.b(x))))
+        x = F.max_pool2d(F.relu(self.c(x)), 2)
+        if x.mean() > 1e9:
+            x = x / 2
+        return self.out(x.mean((2, 3)))
+
+
+class Tokens(nn.Module):
+    """A class token, and blocks of one size."""
+
+    def __init__(self, depth: int = 6) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 12, 4, 4)
+        self.token = nn.Parameter(torch.zeros(1, 1, 12))
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(12, 2, 24, batch_first=True) for _ in range(depth))
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x[:, 0])
+
+
+class Gated(nn.Module):
+    """Squeeze and excitation: its inner maps of one position are no stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = conv(3, 4), conv(4, 8, 2)
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.Sigmoid())
+        self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.second(self.first(images))
+        return self.fc(self.pool(x * self.gate(x)).flatten(1))
+
+
+def found(net: nn.Module, size: int = 32) -> dict[str, tuple[str, str]]:
+    return {tap.name: (tap.module, tap.shape) for tap in survey(net, 3, size, size).taps}
+
+
+def test_a_block_that_widens_before_it_shrinks():
+    assert found(Expanding()) == {
+        "stem": ("stem", "4x32x32"),
+        "stage1": ("blocks.0", "4x32x32"),
+        "stage2": ("blocks.1", "4x16x16"),
+        "stage3": ("blocks", "4x8x8"),
+    }
+
+
+def test_functions_between_modules():
+    assert found(Functional()) == {"stem": ("a", "4x32x32"), "stage1": ("c", "8x16x16")}
+
+
+def test_blocks_of_one_size_are_spread():
+    taps = found(Tokens())
+    assert taps.pop("stem") == ("patches", "12x8x8")
+    assert taps == {f"stage{number}": (f"blocks.{block}", "12x8x8") for number, block in enumerate((1, 2, 4, 5), 1)}
+
+
+def test_gates_are_no_stage():
+    assert found(Gated()) == {"stem": ("first", "4x32x32"), "stage1": ("second", "8x16x16")}
+
+
+def test_maps_of_one_position_are_left_out():
+    """At 4x4 the last stage has shrunk to one; the larger run still tells the others apart."""
+    assert list(found(Expanding(), size=4)) == ["stem", "stage1", "stage2"]
+
+
+def test_the_classifier_is_the_layer_whose_output_the_logits_are():
+    net = Functional()
+    seen = survey(net, 3, 32, 32)
+    assert (seen.head, seen.embedding, seen.classes, seen.named) == ("out", 8, 5, False)
+
+
+def test_the_dry_run_leaves_no_trace():
+    net = Expanding().train()
+    net.stem.eval()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    survey(net, 3, 32, 32)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert (net.training, net.stem.training, net.blocks.training) == (True, False, True)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+class Bare(nn.Module):
+    def __init__(self, answer: object) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, images: Tensor) -> object:
+        return self.answer(images)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (lambda images: images, "gives a tensor (2, 3, 8, 8), not logits [N, classes]"),
+        (lambda images: [images], "gives a list, not logits"),
+        (lambda images: images.mean((2, 3)), "its 3 logits are not those of a linear layer on a vector"),
+    ],
+)
+def test_what_is_no_classifier(answer, words):
+    with pytest.raises(ValueError) as caught:
+        survey(Bare(answer), 3, 8, 8)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((2, 5, 8, 8), Layout("nchw", 5, 8, 8)),
+        ((2, 8, 8, 5), Layout("nhwc", 5, 8, 8)),
+        ((2, 64, 5), Layout("tokens", 5, 8, 8)),
+        ((2, 65, 5), Layout("tokens", 5, 8, 8, 1)),
+        ((2, 66, 5), Layout("tokens", 5, 8, 8, 2)),
+        ((2, 5, 8, 7), None),
+        ((2, 60, 5), None),
+        ((4, 5, 8, 8), None),  # windows: more than the images
+        ((2, 5), None),
+    ],
+)
+def test_layouts(shape, expected):
+    output = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert layout_of(output, nn.Identity(), 32, 32) == expected
+    if expected is not None:
+        assert expected.map(output).shape == (2, 5, 8, 8)
+
+
+def test_tokens_keep_their_places():
+    """Token prefix + y W + x is the position (y, x)."""
+    tokens = torch.arange(2 * 7 * 3).reshape(2, 7, 3)
+    image = Layout("tokens", 3, 2, 3, 1).map(tokens)
+    assert all(torch.equal(image[:, :, y, x], tokens[:, 1 + 3 * y + x]) for y in range(2) for x in range(3))
+
+
+def test_sides_that_differ():
+    assert layout_of(torch.zeros(2, 7, 8, 12), nn.Identity(), 32, 48) == Layout("nchw", 7, 8, 12)
+    assert layout_of(torch.zeros(2, 97, 7), nn.Identity(), 32, 48) == Layout("tokens", 7, 8, 12, 1)

@@ -76,6 +76,8 @@ WRONG = [
         "train --dataset digits --batch-size half",
         "--batch-size='half': input should be a valid integer, unable to parse string as an integer",
     ),
+    ("train --dataset digits --label-smoothing 1", "train.label_smoothing=1.0: input should be less than 1"),
+    ("train --dataset digits --label-smoothing -0.1", "train.label_smoothing=-0.1: input should be greater than or equal to 0"),
     ("train --dataset digits --recipe crdd", "unknown recipe 'crdd': did you mean 'crd'?"),
     (
         "train --dataset digits --recipe best",
@@ -209,6 +211,14 @@ WRONG = [
     ("distill --teacher resnet20 --dataset digits --epochs 0", "train.epochs=0: input should be greater than or equal to 1"),
     ("distill --teacher resnet20 --dataset digits --lr inf", "train.lr=inf: input should be a finite number"),
     ("distill --teacher resnet20 --dataset digits --batch-size -1", "train.batch_size=-1: input should be greater than or equal to 1"),
+    (
+        "distill --teacher resnet20 --dataset digits --label-smoothing some",
+        "--label-smoothing='some': input should be a valid number, unable to parse string as a number",
+    ),
+    (
+        "distill --teacher resnet20 --method kd --dataset npz:none.npz --set weights.task=0 --label-smoothing 0.1",
+        "train.label_smoothing=0.1 smooths the task, but weights.task=0; raise that, or leave smoothing out",
+    ),
     ("distill --teacher resnet20 --dataset digits --recipe crdd", "unknown recipe 'crdd': did you mean 'crd'?"),
     *(
         (

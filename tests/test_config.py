@@ -73,7 +73,7 @@ def test_part_of_a_table_keeps_the_other_defaults() -> None:
         ("studnet", "unknown key 'studnet': did you mean 'student'?"),
         ("train.epoch", "unknown key 'train.epoch': did you mean 'epochs'?"),
         ("train.learning", "unknown key 'train.learning': choose from: epochs, batch_size, lr, momentum, weight_decay, "
-         "nesterov, schedule, milestones, warmup_epochs, precision, mixup"),
+         "nesterov, schedule, milestones, warmup_epochs, precision, mixup, label_smoothing"),
         ("data.nam", "unknown key 'data.nam': did you mean 'name'?"),
         ("zzzz", "unknown key 'zzzz': choose from: student, teacher, peer, side, seed, split, data, train, method, options, weights"),
     ],
@@ -104,6 +104,8 @@ def test_unknown_key(key: str, answer: str) -> None:
         ("train.precision", "fp16"),
         ("train.mixup", "perhaps"),
         ("train.mixup", 0.5),
+        ("train.label_smoothing", 1.0),
+        ("train.label_smoothing", True),
         ("data.crop", "centre"),
         ("data.crop", None),
         ("train", 5),
@@ -273,9 +275,10 @@ def test_what_a_run_saved_reads_back_equal(tmp_path: Path) -> None:
 
 
 def test_keys_that_came_later_are_dumped_where_they_are_not_the_default() -> None:
-    plain, mixed = validate({}), validate({"data": {"crop": "resized"}, "train": {"mixup": True}})
-    assert ("crop" in plain.model_dump()["data"], "mixup" in plain.model_dump()["train"]) == (False, False)
+    plain, mixed = validate({}), validate({"data": {"crop": "resized"}, "train": {"mixup": True, "label_smoothing": 0.1}})
+    assert ("crop" in plain.model_dump()["data"], {"mixup", "label_smoothing"} & set(plain.model_dump()["train"])) == (False, set())
     assert (mixed.model_dump()["data"]["crop"], mixed.model_dump()["train"]["mixup"]) == ("resized", True)
+    assert mixed.model_dump()["train"]["label_smoothing"] == 0.1
     assert [validate(config.model_dump(mode="json")) for config in (plain, mixed)] == [plain, mixed]
 
 

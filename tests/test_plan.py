@@ -88,6 +88,7 @@ def test_seed_does_not_change_the_fingerprint(planned: Planner, method: str) -> 
         ("train.weight_decay", 0.0),
         ("train.nesterov", True),
         ("train.schedule", "cosine"),
+        ("train.label_smoothing", 0.1),
         ("data.crop", "resized"),
         ("train.precision", "bf16"),
         ("weights.fsp", 10.0),
@@ -199,7 +200,7 @@ def test_no_two_of_these_share_a_fingerprint(planned: Planner) -> None:
     [
         {"train.lr": 0.1, "train.epochs": 200},
         {"train.precision": "fp32"},
-        {"train.mixup": False, "data.crop": "shift"},
+        {"train.mixup": False, "train.label_smoothing": 0.0, "data.crop": "shift"},
         {"data.pad": 2, "data.flip": False},
         {"data.root": "elsewhere"},
         {"weights.fsp": 1.0},

@@ -98,6 +98,9 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 EpochsOption = Annotated[int | None, typer.Option(help="Epochs (of the task phase, where a method trains in stages).")]
 LrOption = Annotated[float | None, typer.Option(help="Base learning rate.")]
 BatchSizeOption = Annotated[int | None, typer.Option(help="Images a step.")]
+LabelSmoothingOption = Annotated[
+    float | None, typer.Option(help="Share of each label, 0 or more and below 1, that the task spreads over all classes.")
+]
 PrecisionOption = Annotated[PrecisionName | None, typer.Option(help="auto: bf16 where the GPU or CPU computes it, else fp32.")]
 EngineOption = Annotated[EngineName, typer.Option(help="How steps are computed; auto: the best for this device and length of run.")]
 HoldoutOption = Annotated[bool, typer.Option("--holdout", help="Keep a tenth of train out; it chooses the epoch, test is read once.")]
@@ -155,6 +158,7 @@ def _launch(
     epochs: EpochsOption = None,
     lr: LrOption = None,
     batch_size: BatchSizeOption = None,
+    label_smoothing: LabelSmoothingOption = None,
     precision: PrecisionOption = None,
     device: DeviceOption = "auto",
     engine: EngineOption = EngineName.auto,
@@ -174,7 +178,8 @@ def _launch(
     from .runner import run
 
     chosen |= {"data.name": dataset, "train.epochs": epochs, "train.lr": lr, "train.batch_size": batch_size}
-    chosen |= {"train.precision": precision.value if precision else None, "split": "holdout" if holdout else None}
+    chosen |= {"train.label_smoothing": label_smoothing, "train.precision": precision.value if precision else None}
+    chosen |= {"split": "holdout" if holdout else None}
     values = _values(config, set_, chosen)
     chosen_recipe = recipes.recipe(recipe) if recipe is not None else None
     student, teacher = (model_name(str(values.get(key) or "")) for key in ("student", "teacher"))

@@ -32,7 +32,7 @@ class DataConfig(Frozen):
 
     ``crop=shift`` moves the image in a reflected border, ``crop=resized`` enlarges a random box of it (Inception crop). ``size``,
     ``channels`` and ``skip_broken`` say how image files are read. These four are dumped only where they are not the default, as
-    ``train.mixup`` is: runs that were recorded before these keys came stay comparable.
+    ``train.mixup`` and ``train.label_smoothing`` are: runs that were recorded before these keys came stay comparable.
     """
 
     name: str = "cifar10"
@@ -74,6 +74,7 @@ class TrainConfig(Frozen):
     warmup_epochs: int = Field(0, ge=0, strict=True)  # at a tenth of the rate first; He et al. 2016, section 4.2: ResNet-110 alone
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     mixup: bool = Field(False, exclude_if=lambda mixup: not mixup)  # images mixed in pairs, without labels; Beyer et al. 2022
+    label_smoothing: float = Field(0.0, ge=0, lt=1, strict=True, exclude_if=lambda smoothing: smoothing == 0)  # of the task alone
 
     @model_validator(mode="after")
     def _milestones_rise(self) -> TrainConfig:

@@ -188,13 +188,16 @@ def _settled(config: RunConfig) -> Settled:
     """The method with every default filled in.
 
     Raises:
-        UserError: no such method, option or weight, a teacher is needed and none named, or labels are and the images are mixed.
+        UserError: no such method, option or weight, a teacher is needed and none named, labels are and the images are mixed, or a task
+            that has no weight is to be smoothed.
     """
     if config.train.mixup:
         _refuse_labels(config)
     settled = methods.settle(config.method, config.options, config.weights)
     if settled.uses_teacher and config.teacher is None:
         raise UserError(f"method {settled.name!r} needs a teacher: --teacher MODEL, RUN or FILE")
+    if (smoothing := config.train.label_smoothing) and not settled.weights["task"]:
+        raise UserError(f"train.label_smoothing={smoothing:g} smooths the task, but weights.task=0; raise that, or leave smoothing out")
     return settled
 
 

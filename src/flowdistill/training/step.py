@@ -125,11 +125,21 @@ Group = tuple[Student, ...]
 """Students that one step moves: a single one, or those that teach each other."""
 
 
+def task_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """The cross-entropy of logits [N, K] with labels [N]: -mean_n sum_k q_nk log p_nk, q_nk = (1 - e) [k = y_n] + e / K.
+
+    e is ``smoothing``: label smoothing, Szegedy et al. 2016 (Rethinking the Inception Architecture), section 7, with uniform u(k).
+    Computed in at least float32.
+    """
+    return F.cross_entropy(full(logits), labels, label_smoothing=smoothing)
+
+
 class Objective(nn.Module):
     """What the students of a group minimise: their networks and methods as one module."""
 
     def __init__(self, group: Group) -> None:
         super().__init__()
+        self.smoothing = group[0].train.label_smoothing
         self.nets = nn.ModuleList(student.net for student in group)
         self.methods = nn.ModuleList(student.method for student in group)
 
@@ -142,7 +152,7 @@ class Objective(nn.Module):
             given: list[Outputs] = [net(images) for net in self.nets]
         found = []
         for number, (own, method) in enumerate(zip(given, self.methods, strict=True)):
-            terms = {} if batch.labels is None else {TASK: F.cross_entropy(full(own.logits), batch.labels)}
+            terms = {} if batch.labels is None else {TASK: task_loss(own.logits, batch.labels, self.smoothing)}
             if taught is not None or not method.uses_teacher:
                 peers = (*given[:number], *given[number + 1 :])
                 terms |= method(own, taught, Batch(batch.labels, batch.indices, batch.epoch, peers))

@@ -239,6 +239,16 @@ WRONG = [
         "train.mixup=true: mixed images have no labels, but weights.task=1; set weights.task=0, or set train.mixup=false",
     ),
     (
+        "distill --teacher resnet20 --method kd+dkd --dataset npz:none.npz --set train.mixup=0.2",
+        "train.mixup=0.2: mixed images have two labels each, but method 'dkd' learns from labels; choose one that does not, such as kd, or "
+        "set train.mixup=false",
+    ),
+    ("train --dataset npz:none.npz --set train.mixup=0.2", "npz:none.npz: no such file"),
+    (
+        "train --dataset digits --set train.mixup=-1",
+        "train.mixup=-1: true mixes without labels, a number above 0 with them: alpha of Beta(alpha, alpha), such as 0.2; or false",
+    ),
+    (
         "distill --teacher resnet20 --method kd --dataset npz:none.npz --recipe function-matching --set data.pad=2",
         "data: pad=2 belongs to crop=shift; leave one of them out",
     ),

@@ -103,7 +103,10 @@ def test_unknown_key(key: str, answer: str) -> None:
         ("train.schedule", "linear"),
         ("train.precision", "fp16"),
         ("train.mixup", "perhaps"),
-        ("train.mixup", 0.5),
+        ("train.mixup", -0.5),
+        ("train.mixup", 0),
+        ("train.mixup", float("inf")),
+        ("train.mixup", [0.2]),
         ("train.label_smoothing", 1.0),
         ("train.label_smoothing", True),
         ("data.crop", "centre"),
@@ -280,6 +283,15 @@ def test_keys_that_came_later_are_dumped_where_they_are_not_the_default() -> Non
     assert (mixed.model_dump()["data"]["crop"], mixed.model_dump()["train"]["mixup"]) == ("resized", True)
     assert mixed.model_dump()["train"]["label_smoothing"] == 0.1
     assert [validate(config.model_dump(mode="json")) for config in (plain, mixed)] == [plain, mixed]
+
+
+def test_mixup_true_is_not_mixup_1() -> None:
+    alone, labelled, same = (validate({"train": {"mixup": mixup}}) for mixup in (True, 1, 1.0))
+    assert (alone.train.mixup, labelled.train.mixup) == (True, 1.0)
+    assert [type(run.train.mixup) for run in (alone, labelled)] == [bool, float]
+    assert alone != labelled == same
+    assert len({run.train for run in (alone, labelled, same)}) == 2
+    assert [validate(run.model_dump(mode="json")) for run in (alone, labelled)] == [alone, labelled]
 
 
 def test_keys_of_image_files_are_dumped_where_they_are_not_the_default() -> None:

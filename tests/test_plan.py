@@ -120,9 +120,8 @@ def test_a_student_with_weights_of_its_own_changes_the_fingerprint(planned: Plan
 
 
 def test_mixing_changes_the_fingerprint(planned: Planner) -> None:
-    kept, mixed = (planned(method="kd", **{"weights.task": 0, "train.mixup": mixup}) for mixup in (False, True))
-    assert mixed.fingerprint != kept.fingerprint
-    assert len(together(kept, mixed)) == 2
+    jobs = [planned(method="kd", **{"weights.task": 0, "train.mixup": mixup}) for mixup in (False, True, 1.0, 0.2)]
+    assert len({job.fingerprint for job in jobs}) == len(together(*jobs)) == 4
 
 
 def test_a_crop_without_a_border_is_not_the_resized_one(planned: Planner) -> None:

@@ -114,6 +114,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "holdout": {"method": "base", "teacher": None, "split": "holdout"},
     "bf16, nesterov, cosine": {"method": "at+kd", "train": {"precision": "bf16", "nesterov": True, "schedule": "cosine"}},
     "no momentum": {"method": "kd", "train": {"momentum": 0.0}},
+    "mixed labels, smoothed": {"method": "kd", "train": {"mixup": 0.3, "label_smoothing": 0.1}},
     "mixed and resized": {"method": "kd", "crop": "resized", "weights": {"task": 0.0}, "train": {"mixup": True, "schedule": "cosine"}},
 }
 

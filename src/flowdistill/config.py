@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .checks import UserError, did_you_mean, regular_file
 
@@ -61,7 +62,12 @@ class DataConfig(Frozen):
 
 
 class TrainConfig(Frozen):
-    """The recipe. Defaults: the reference log's, which are He et al. 2016's up to weight decay on all parameters."""
+    """The recipe. Defaults: the reference log's, which are He et al. 2016's up to weight decay on all parameters.
+
+    ``mixup`` mixes the images of a batch in pairs by one share. ``true``: the share is uniform in 0 to 1, and the mixtures have no
+    labels (Beyer et al. 2022). A number alpha: the share is drawn from Beta(alpha, alpha), and the task is mixed as the images are
+    (Zhang et al. 2018).
+    """
 
     epochs: int = Field(200, ge=1, le=MOST_EPOCHS, strict=True)  # reference log; He et al. 2016, section 4.2: about 164
     batch_size: int = Field(128, ge=1, strict=True)  # He et al. 2016, section 4.2
@@ -73,8 +79,20 @@ class TrainConfig(Frozen):
     milestones: tuple[float, ...] = (0.5, 0.75)  # shares of the run after which step lowers the rate tenfold; reference log
     warmup_epochs: int = Field(0, ge=0, strict=True)  # at a tenth of the rate first; He et al. 2016, section 4.2: ResNet-110 alone
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    mixup: bool = Field(False, exclude_if=lambda mixup: not mixup)  # images mixed in pairs, without labels; Beyer et al. 2022
+    mixup: bool | float = Field(False, exclude_if=lambda mixup: not mixup)  # true: without labels, Beyer et al. 2022; alpha: with them
     label_smoothing: float = Field(0.0, ge=0, lt=1, strict=True, exclude_if=lambda smoothing: smoothing == 0)  # of the task alone
+
+    def __eq__(self, other: object) -> bool:
+        """mixup=true is not mixup=1, which Python calls equal."""
+        return isinstance(other, TrainConfig) and self.model_dump_json() == other.model_dump_json()
+
+    @field_validator("mixup", mode="before")
+    @classmethod
+    def _mixup_has_a_share(cls, mixup: object) -> object:
+        number = isinstance(mixup, int | float) and math.isfinite(mixup) and mixup > 0
+        if not (number or mixup is False):
+            raise ValueError("true mixes without labels, a number above 0 with them: alpha of Beta(alpha, alpha), such as 0.2; or false")
+        return mixup if isinstance(mixup, bool) else float(mixup)  # type: ignore[arg-type]
 
     @model_validator(mode="after")
     def _milestones_rise(self) -> TrainConfig:

@@ -123,6 +123,20 @@ class Facts:
     labels: Tensor | None = None
 
 
+class Targets(NamedTuple):
+    """What the task is computed with where an image is not of one class. Methods do not see it.
+
+    Attributes:
+        labels: [N] class numbers.
+        partners: [N] those of the images that are mixed in.
+        share: [1] of each image in its mixture.
+    """
+
+    labels: Tensor
+    partners: Tensor
+    share: Tensor
+
+
 @dataclass(frozen=True)
 class Batch:
     """What a step knows beside the images.
@@ -132,9 +146,11 @@ class Batch:
         indices: [N] positions in the training set, of a mixed image that of its first; None outside of training.
         epoch: scalar, 0-based epoch of the whole run, on the device; None outside of training.
         peers: outputs of the students that teach this one and are taught by it, in train mode and with their gradients.
+        targets: what the task is computed with in the place of ``labels``; never given to a method.
     """
 
     labels: Tensor | None
     indices: Tensor | None = None
     epoch: Tensor | None = None
     peers: tuple[Outputs, ...] = ()
+    targets: Targets | None = None

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..checks import UserError
 from ..device import free_memory
-from ..taps import Batch
-from .augment import Draws, crop_and_flip, draw_boxes, draw_epoch, draw_shares, mix, reflect_pad, resize_and_flip
+from ..taps import Batch, Targets
+from .augment import Draws, crop_and_flip, draw_boxes, draw_epoch, draw_shares, mix, partners, reflect_pad, resize_and_flip
 from .images import ImageData, Labels
 from .sources import stratified
 
@@ -95,7 +95,7 @@ class DeviceData:
 class Stream:
     """The batches of one seed: every student of that seed sees the same images in the same order, cropped and mixed alike."""
 
-    def __init__(self, data: DeviceData, seed: int, batch_size: int, *, mixup: bool = False) -> None:
+    def __init__(self, data: DeviceData, seed: int, batch_size: int, *, mixup: float = False) -> None:
         self.data, self.seed, self.batch_size, self.mixup = data, seed, batch_size, mixup
         self.steps = len(data.labels) // batch_size  # the last partial batch is dropped
         if self.steps == 0:
@@ -109,7 +109,7 @@ class Stream:
             size = (data.spec.height, data.spec.width)
             draws = replace(draws, boxes=draw_boxes(n, size, seed=self.seed, epoch=epoch, device=data.device))
         if self.mixup:
-            draws = replace(draws, shares=draw_shares(n, seed=self.seed, epoch=epoch, device=data.device))
+            draws = replace(draws, shares=draw_shares(n, self.mixup, seed=self.seed, epoch=epoch, device=data.device))
         return draws
 
     def shown(self, step: int) -> slice:
@@ -138,7 +138,15 @@ class Stream:
             images = resize_and_flip(source[places], draws.boxes[shown], draws.flips[shown])
         if draws.shares is None:
             return self.data.normalise(images), Batch(self.data.labels[indices], indices, epoch)
-        return self.data.normalise(mix(images, draws.shares[shown][:1])), Batch(None, indices, epoch)
+        share = draws.shares[shown][:1]
+        return self.data.normalise(mix(images, share)), Batch(None, indices, epoch, targets=self._targets(indices, share))
+
+    def _targets(self, indices: Tensor, share: Tensor) -> Targets | None:
+        """What the task of a mixed batch is computed with; nothing where it is mixed without labels."""
+        if self.mixup is True:
+            return None
+        labels = self.data.labels[indices]
+        return Targets(labels, partners(labels), share)
 
     def _fetched(self, draws: Draws) -> Iterator[Tensor]:
         """Each step's padded images from the host, copied to the device while the step before is computed."""

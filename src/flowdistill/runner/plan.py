@@ -192,7 +192,7 @@ def _settled(config: RunConfig) -> Settled:
             that has no weight is to be smoothed.
     """
     if config.train.mixup:
-        _refuse_labels(config)
+        _refuse_mixed(config)
     settled = methods.settle(config.method, config.options, config.weights)
     if settled.uses_teacher and config.teacher is None:
         raise UserError(f"method {settled.name!r} needs a teacher: --teacher MODEL, RUN or FILE")
@@ -201,16 +201,18 @@ def _settled(config: RunConfig) -> Settled:
     return settled
 
 
-def _refuse_labels(config: RunConfig) -> None:
-    """Mixed images have none."""
-    labelled = [cls.name for cls in methods.parts(config.method) if cls.uses_labels]
+def _refuse_mixed(config: RunConfig) -> None:
+    """A mixed image is of no class that a method could look up; the task is mixed with the images where the config says so."""
+    mixup = config.train.mixup
+    labelled = [cls.name for cls in methods.parts(config.method) if cls.uses_labels and (mixup is True or cls.terms)]
     if labelled:
         what, cure = f"method {labelled[0]!r} learns from labels", "choose one that does not, such as kd"
-    elif task := methods.settle(config.method, config.options, config.weights).weights["task"]:
+    elif mixup is True and (task := methods.settle(config.method, config.options, config.weights).weights["task"]):
         what, cure = f"weights.task={task:g}", "set weights.task=0"
     else:
         return
-    raise UserError(f"train.mixup=true: mixed images have no labels, but {what}; {cure}, or set train.mixup=false")
+    given = "true: mixed images have no labels" if mixup is True else f"{mixup:g}: mixed images have two labels each"
+    raise UserError(f"train.mixup={given}, but {what}; {cure}, or set train.mixup=false")
 
 
 def _planned(

@@ -231,10 +231,16 @@ def _choose(cohort: Cohort, report: EpochReport) -> None:
 
 
 def first_gradients(cohort: Cohort) -> dict[Student, dict[str, float]]:
-    """Each student's gradient norms relative to the task's, on its first batch, not mixed, for the task needs labels; changes nothing."""
+    """Each student's gradient norms relative to the task's, on its first batch; changes nothing.
+
+    A batch that would be mixed without labels is not mixed, for the task needs them.
+    """
     found: dict[Student, dict[str, float]] = {}
     for lane in cohort.lanes:
-        images, batch = next(Stream(lane.stream.data, lane.stream.seed, lane.stream.batch_size).epoch(0))
+        stream = lane.stream
+        if stream.mixup is True:
+            stream = Stream(stream.data, stream.seed, stream.batch_size)
+        images, batch = next(stream.epoch(0))
         taught = lane.teacher.teach(images) if lane.teacher else None
         for group in lane.groups:
             found |= gradient_ratios(group, images, taught, batch, cohort.precision)

@@ -53,7 +53,7 @@ class Student:
         self.optimizer = build_optimizer(self.net, self.method, self.phase, self.train)
         counted = {term: weight for term, weight in self.settled.weights.items() if self.phase.counts(term)}
         self.weights = {term: weight for term, weight in counted.items() if weight > 0}
-        task = () if self.train.mixup else (TASK,)
+        task = () if self.train.mixup is True else (TASK,)
         terms = (*task, *self.method.terms) if self.taught or not self.method.uses_teacher else task
         self.sums = {term: torch.zeros((), device=next(self.net.parameters()).device) for term in terms}
 
@@ -125,13 +125,21 @@ Group = tuple[Student, ...]
 """Students that one step moves: a single one, or those that teach each other."""
 
 
-def task_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """The cross-entropy of logits [N, K] with labels [N]: -mean_n sum_k q_nk log p_nk, q_nk = (1 - e) [k = y_n] + e / K.
+def task_loss(logits: Tensor, batch: Batch, smoothing: float = 0.0) -> Tensor | None:
+    """The cross-entropy of logits [N, K] with the labels: L(y) = -mean_n sum_k q_nk log p_nk, q_nk = (1 - e) [k = y_n] + e / K.
 
-    e is ``smoothing``: label smoothing, Szegedy et al. 2016 (Rethinking the Inception Architecture), section 7, with uniform u(k).
+    e is ``smoothing``: label smoothing, Szegedy et al. 2016 (Rethinking the Inception Architecture), section 7, with uniform u(k). Of mixed
+    images with targets: share L(own) + (1 - share) L(partner's), Zhang et al., ICLR 2018, the authors' code. None where nothing has labels.
     Computed in at least float32.
     """
-    return F.cross_entropy(full(logits), labels, label_smoothing=smoothing)
+
+    def against(labels: Tensor) -> Tensor:
+        return F.cross_entropy(full(logits), labels, label_smoothing=smoothing)
+
+    if batch.targets is None:
+        return None if batch.labels is None else against(batch.labels)
+    own, other, share = batch.targets
+    return (share * against(own) + (1 - share) * against(other)).squeeze()
 
 
 class Objective(nn.Module):
@@ -152,7 +160,8 @@ class Objective(nn.Module):
             given: list[Outputs] = [net(images) for net in self.nets]
         found = []
         for number, (own, method) in enumerate(zip(given, self.methods, strict=True)):
-            terms = {} if batch.labels is None else {TASK: task_loss(own.logits, batch.labels, self.smoothing)}
+            task = task_loss(own.logits, batch, self.smoothing)
+            terms = {} if task is None else {TASK: task}
             if taught is not None or not method.uses_teacher:
                 peers = (*given[:number], *given[number + 1 :])
                 terms |= method(own, taught, Batch(batch.labels, batch.indices, batch.epoch, peers))

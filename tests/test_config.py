@@ -109,6 +109,8 @@ def test_unknown_key(key: str, answer: str) -> None:
         ("train.mixup", [0.2]),
         ("train.label_smoothing", 1.0),
         ("train.label_smoothing", True),
+        ("data.unlabelled", "digits"),
+        ("data.unlabelled", "csv:a.csv"),
         ("data.crop", "centre"),
         ("data.crop", None),
         ("train", 5),
@@ -304,6 +306,18 @@ def test_keys_of_image_files_are_dumped_where_they_are_not_the_default() -> None
         "skip_broken": True,
     }
     assert validate(read.model_dump(mode="json")) == read
+
+
+def test_unlabelled_files_may_be_skipped_whatever_the_data_set_is() -> None:
+    read = validate({"data": {"name": "digits", "unlabelled": "folder:more", "skip_broken": True}}).data
+    assert validate({"data": read.model_dump(mode="json")}).data == read
+    assert read.labelled == DataConfig(name="digits")
+    files = read.model_copy(update={"name": "folder:a", "size": 64})
+    assert files.labelled.model_dump(exclude_defaults=True) == {"name": "folder:a", "size": 64, "skip_broken": True}
+    line = "data: size=64 belongs to folder:PATH and csv:FILE, not to digits; leave it out"
+    assert complaint(validate, {"data": {"name": "digits", "unlabelled": "folder:more", "size": 64}}) == line
+    line = "data: skip_broken=True belongs to folder:PATH and csv:FILE, not to digits; leave it out"
+    assert complaint(validate, {"data": {"name": "digits", "unlabelled": "npz:more.npz", "skip_broken": True}}) == line
 
 
 @pytest.mark.parametrize(("key", "value"), [("size", 64), ("channels", 3), ("skip_broken", True)])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from small import config
 from test_engines import Taped, trained
 from test_training import a_cohort, weights_of
 
-from flowdistill.data.images import ImageData
+from flowdistill.data.images import ImageData, Unlabelled
 from flowdistill.data.loader import Stream
 from flowdistill.data.sources import read_npz
 from flowdistill.methods.kd import kd_loss
@@ -100,7 +102,7 @@ def test_gradients_are_told_relative_to_the_smoothed_task(data: ImageData, small
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_task_of_a_mixed_batch_is_mixed_as_its_images_are(smoothing: float) -> None:
-    batch = Batch(None, targets=Targets(LABELS, PARTNERS, torch.tensor([0.3], dtype=torch.float64)))
+    batch = Batch(None, targets=Targets(LABELS, torch.tensor(7), PARTNERS, torch.tensor([0.3], dtype=torch.float64)))
     own, other = (slow_task(LOGITS.numpy(), labels.tolist(), smoothing) for labels in (LABELS, PARTNERS))
     found = task_loss(LOGITS, batch, smoothing)
     assert found.shape == ()
@@ -140,13 +142,21 @@ def test_training_on_the_labels_alone_mixes_them(data: ImageData, small_npz: Pat
     assert tasks[-1]["task"] < tasks[0]["task"]
 
 
-KINDS = {"smoothed": {"label_smoothing": 0.2}, "mixed and smoothed": {"mixup": 0.2, "label_smoothing": 0.1}}
+MORE = Unlabelled("more", np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8))
+KINDS: dict[str, tuple[dict[str, Any], Unlabelled | None]] = {
+    "smoothed": ({"label_smoothing": 0.2}, None),
+    "mixed and smoothed": ({"mixup": 0.2, "label_smoothing": 0.1}, None),
+    "with unlabelled images": ({"label_smoothing": 0.1}, MORE),
+    "mixed with unlabelled images": ({"mixup": 0.2}, MORE),
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("engine", [Taped, Compiled])
 def test_every_engine_gives_the_eager_losses(data: ImageData, small_npz: Path, kind: str, engine: Callable[..., Eager]) -> None:
-    runs = [config(small_npz, method="kd", teacher="-", seed=seed, train={"lr": 1e-6, **KINDS[kind]}) for seed in (0, 1)]
+    train, unlabelled = KINDS[kind]
+    runs = [config(small_npz, method="kd", teacher="-", seed=seed, train={"lr": 1e-6, **train}) for seed in (0, 1)]
+    data = replace(data, unlabelled=unlabelled)
     plain, ours = a_cohort(data, runs)
     other, theirs = a_cohort(data, runs)
     expected, found = trained(plain, Eager("fp32", "")), trained(other, engine("fp32", ""))

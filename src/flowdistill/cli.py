@@ -228,10 +228,14 @@ def distill(
     method: Annotated[str | None, typer.Option(help="Methods, with + for a composition and commas between runs: base,fsp,at+kd.")] = None,
     student: Annotated[str | None, typer.Option(help="Model name, run number, weights file or MODEL@FILE.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Likewise; by name, a trained one is chosen from the ledger.")] = None,
+    unlabelled: Annotated[
+        str | None,
+        typer.Option(help="Images without labels to learn from the teacher on: folder:PATH, files in any folders, or npz:PATH with key x."),
+    ] = None,
     **shared: Any,
 ) -> int:
     """Train students with a teacher: one run for each method and seed."""
-    return _launch({"student": student, "teacher": teacher}, method, **shared)
+    return _launch({"student": student, "teacher": teacher, "data.unlabelled": unlabelled}, method, **shared)
 
 
 @app.command()

@@ -32,8 +32,10 @@ class DataConfig(Frozen):
     """Which images. ``pad`` and ``flip`` left out take the data set's own habit (``flowdistill datasets`` shows it).
 
     ``crop=shift`` moves the image in a reflected border, ``crop=resized`` enlarges a random box of it (Inception crop). ``size``,
-    ``channels`` and ``skip_broken`` say how image files are read. These four are dumped only where they are not the default, as
-    ``train.mixup`` and ``train.label_smoothing`` are: runs that were recorded before these keys came stay comparable.
+    ``channels`` and ``skip_broken`` say how image files are read. ``unlabelled`` are images without labels, ``folder:PATH`` or
+    ``npz:PATH``, that are drawn into the batches beside the others: the task does not see them. These five are dumped only where they
+    are not the default, as ``train.mixup`` and ``train.label_smoothing`` are: runs that were recorded before these keys came stay
+    comparable.
     """
 
     name: str = "cifar10"
@@ -45,6 +47,23 @@ class DataConfig(Frozen):
     size: int | None = Field(None, ge=1, strict=True, exclude_if=lambda size: size is None)  # short side, then the middle square
     channels: Literal[1, 3] | None = Field(None, exclude_if=lambda channels: channels is None)  # left out: 1 where all files are grey
     skip_broken: bool = Field(False, exclude_if=lambda skip: not skip)  # leave out the files that can't be read
+    unlabelled: str | None = Field(None, exclude_if=lambda unlabelled: unlabelled is None)  # images to learn from the teacher on
+
+    @staticmethod
+    def _files(name: str | None) -> bool:
+        return (name or "").startswith(("folder:", "csv:"))
+
+    @property
+    def labelled(self) -> DataConfig:
+        """The same without the unlabelled images and what is said of them alone."""
+        return self.model_copy(update={"unlabelled": None, "skip_broken": self.skip_broken and self._files(self.name)})
+
+    @field_validator("unlabelled")
+    @classmethod
+    def _unlabelled_is_a_source(cls, unlabelled: str | None) -> str | None:
+        if unlabelled is not None and not unlabelled.startswith(("folder:", "npz:")):
+            raise ValueError("write folder:PATH (image files, below it in any folders) or npz:PATH (uint8 images under the key x)")
+        return unlabelled
 
     @model_validator(mode="after")
     def _pad_belongs_to_shift(self) -> DataConfig:
@@ -54,8 +73,8 @@ class DataConfig(Frozen):
 
     @model_validator(mode="after")
     def _files_have_a_size(self) -> DataConfig:
-        given = self.model_dump(include={"size", "channels", "skip_broken"})
-        if given and not self.name.startswith(("folder:", "csv:")):
+        given = self.model_dump(include={"size", "channels"} | ({"skip_broken"} if not self._files(self.unlabelled) else set()))
+        if given and not self._files(self.name):
             key, value = next(iter(given.items()))
             raise ValueError(f"{key}={value} belongs to folder:PATH and csv:FILE, not to {self.name}; leave it out")
         return self

@@ -114,7 +114,7 @@ class Facts:
         head: the teacher's classifier: weight [K, D] and bias [K].
         norms: tap before a ReLU -> weight [C] and bias [C] of the teacher's batch normalisation that gave it.
         class_means: [K, D] the mean of the teacher's embeddings over the training images of each class, neither cropped nor mirrored.
-        labels: [n] class numbers of the training images, in the order of ``Batch.indices``.
+        labels: [n] class numbers of the training images, in the order of ``Batch.indices``; ``NO_LABEL`` of those that have none.
     """
 
     head: tuple[Tensor, Tensor] | None = None
@@ -123,18 +123,23 @@ class Facts:
     labels: Tensor | None = None
 
 
+NO_LABEL = -1  # in the place of an unlabelled image's class number
+
+
 class Targets(NamedTuple):
-    """What the task is computed with where an image is not of one class. Methods do not see it.
+    """What the task is computed with where an image is of no class, or of two. Methods do not see it.
 
     Attributes:
-        labels: [N] class numbers.
-        partners: [N] those of the images that are mixed in.
+        labels: [N] class numbers, ``NO_LABEL`` where an image has none.
+        counted: scalar, how many have one, 1 at least.
+        partners: [N] those of the images that are mixed in; None where nothing is mixed.
         share: [1] of each image in its mixture.
     """
 
     labels: Tensor
-    partners: Tensor
-    share: Tensor
+    counted: Tensor
+    partners: Tensor | None = None
+    share: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ class Batch:
     """What a step knows beside the images.
 
     Attributes:
-        labels: [N] class numbers; None where the images are mixed, which have none.
+        labels: [N] class numbers; None where the images are mixed, or drawn from some that have none.
         indices: [N] positions in the training set, of a mixed image that of its first; None outside of training.
         epoch: scalar, 0-based epoch of the whole run, on the device; None outside of training.
         peers: outputs of the students that teach this one and are taught by it, in train mode and with their gradients.

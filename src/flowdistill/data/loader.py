@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks import UserError
 from ..device import free_memory
-from ..taps import Batch, Targets
+from ..taps import NO_LABEL, Batch, Targets
 from .augment import Draws, crop_and_flip, draw_boxes, draw_epoch, draw_shares, mix, partners, reflect_pad, resize_and_flip
 from .images import ImageData, Labels
 from .sources import stratified
@@ -69,10 +69,11 @@ class DeviceData:
     Attributes:
         padded: uint8 [n, H+2p, W+2p, C] training images; in the host's memory where they are too many for the device.
         resident: whether the device holds them.
-        labels: [n] their labels.
+        labels: [n] their labels, ``NO_LABEL`` for those that have none.
+        labelled: how many have one: these come first.
         test: the test images.
         curve: what every epoch is measured on: ``test`` of a full run, the held-out tenth of a holdout run.
-        normalisation, normalise: from the images trained on.
+        normalisation, normalise: from the labelled images trained on.
     """
 
     def __init__(self, data: ImageData, split: str, device: torch.device) -> None:
@@ -80,12 +81,17 @@ class DeviceData:
         trained = trained_positions(data.y_train, split)
         held_out = np.setdiff1d(np.arange(len(data.y_train)), trained)
         images, labels = torch.from_numpy(data.x_train), torch.from_numpy(data.y_train)
-        self.normalisation = Normalisation.of(images[trained])
+        shown, known = images[trained], labels[trained]
+        self.labelled = len(trained)
+        self.normalisation = Normalisation.of(shown)
         self.normalise = self.normalisation.on(device)
+        if data.unlabelled is not None:
+            shown = torch.cat([shown, torch.from_numpy(data.unlabelled.images)])
+            known = torch.cat([known, torch.full((len(shown) - len(known),), NO_LABEL)])
         sides = (data.spec.height + 2 * data.pad) * (data.spec.width + 2 * data.pad)
-        self.resident = len(trained) * sides * data.spec.channels <= RESIDENT_SHARE * free_memory(device)
-        self.padded = reflect_pad(images[trained].to(device if self.resident else "cpu"), data.pad)
-        self.labels = labels[trained].to(device)
+        self.resident = len(shown) * sides * data.spec.channels <= RESIDENT_SHARE * free_memory(device)
+        self.padded = reflect_pad(shown.to(device if self.resident else "cpu"), data.pad)
+        self.labels = known.to(device)
         self.test = Labelled(torch.from_numpy(data.x_test).to(device), torch.from_numpy(data.y_test).to(device))
         self.curve = Labelled(images[held_out].to(device), labels[held_out].to(device)) if split == "holdout" else self.test
         if not len(self.curve.labels):
@@ -137,16 +143,19 @@ class Stream:
         else:
             images = resize_and_flip(source[places], draws.boxes[shown], draws.flips[shown])
         if draws.shares is None:
-            return self.data.normalise(images), Batch(self.data.labels[indices], indices, epoch)
+            return self.data.normalise(images), self._known(indices, epoch)
         share = draws.shares[shown][:1]
-        return self.data.normalise(mix(images, share)), Batch(None, indices, epoch, targets=self._targets(indices, share))
+        return self.data.normalise(mix(images, share)), self._known(indices, epoch, share)
 
-    def _targets(self, indices: Tensor, share: Tensor) -> Targets | None:
-        """What the task of a mixed batch is computed with; nothing where it is mixed without labels."""
+    def _known(self, indices: Tensor, epoch: Tensor, share: Tensor | None = None) -> Batch:
+        """What a step knows: the labels where each image has one of its own, else what the task is computed with, if it has any."""
         if self.mixup is True:
-            return None
+            return Batch(None, indices, epoch)
         labels = self.data.labels[indices]
-        return Targets(labels, partners(labels), share)
+        if share is None and self.data.labelled == len(self.data.labels):
+            return Batch(labels, indices, epoch)
+        counted = (labels != NO_LABEL).sum().clamp(min=1)
+        return Batch(None, indices, epoch, targets=Targets(labels, counted, None if share is None else partners(labels), share))
 
     def _fetched(self, draws: Draws) -> Iterator[Tensor]:
         """Each step's padded images from the host, copied to the device while the step before is computed."""

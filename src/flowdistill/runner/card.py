@@ -238,7 +238,7 @@ def _advice(config: RunConfig, ledger: Ledger) -> str:
         return "No student alone: train.mixup=true leaves no labels to train it on."
     words = ["flowdistill", "train", "--model", config.student, "--dataset", config.data.name, "--seeds", str(config.seed)]
     words += ["--holdout"] if config.split == "holdout" else []
-    given = {"data": config.data.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)}
+    given = {"data": config.data.labelled.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)}
     given["train"] = config.train.model_dump(mode="json", exclude_defaults=True)
     for table, values in given.items():
         for key, value in values.items():

@@ -36,9 +36,9 @@ class Source:
 
 SOURCES: Registry[Source] = Registry("data set")
 OWN = {
-    "npz:PATH": "your images: x_train, y_train, x_test, y_test; uint8 NHWC or NHW, labels from 0",
+    "npz:PATH": "your images: x_train, y_train, x_test, y_test; uint8 NHWC or NHW, labels from 0; with --unlabelled: x alone",
     "folder:PATH": "your image files: train/CLASS/* and test/CLASS/* (or val), or CLASS/* alone, a fifth of which is test; "
-    "classes numbered by sorted name, names kept in the student's file",
+    "classes numbered by sorted name, names kept in the student's file; with --unlabelled: files in any folders",
     "csv:FILE": "your image files by a list: path,label[,split], paths relative to it; otherwise as folder:PATH",
 }
 CHOICE_SEED = 0  # fixed: every run of a data set gets the same images

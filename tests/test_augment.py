@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.stats import chi2_contingency, chisquare, kstest
+from scipy.stats import beta, chi2_contingency, chisquare, kstest
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
@@ -272,9 +272,10 @@ def test_boxes_and_shares_depend_on_seed_and_epoch_alone(seed, epoch):
     before = torch.get_rng_state()
     assert torch.equal(boxes(seed=seed, epoch=epoch), boxes(seed=seed, epoch=epoch))
     assert not torch.equal(boxes(seed=seed, epoch=epoch), boxes())
-    shares = [draw_shares(50, seed=s, epoch=e, device=CPU) for s, e in ((seed, epoch), (seed, epoch), (0, 0))]
-    assert torch.equal(shares[0], shares[1])
-    assert not torch.equal(shares[0], shares[2])
+    for mixup in (True, 0.2):
+        shares = [draw_shares(50, mixup, seed=s, epoch=e, device=CPU) for s, e in ((seed, epoch), (seed, epoch), (0, 0))]
+        assert torch.equal(shares[0], shares[1])
+        assert not torch.equal(shares[0], shares[2])
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -282,9 +283,24 @@ def test_boxes_and_shares_depend_on_seed_and_epoch_alone(seed, epoch):
 
 
 def test_shares_are_uniform():
-    drawn = draw_shares(20_000, seed=3, epoch=0, device=CPU)
+    drawn = draw_shares(20_000, True, seed=3, epoch=0, device=CPU)
     assert drawn.dtype == torch.float32
     assert kstest(drawn.double().numpy(), "uniform").pvalue > ALPHA
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
+def test_shares_of_an_alpha_are_beta_alpha_alpha(alpha):
+    """By bins: of Beta(0.2, 0.2) 2 % are within 3e-8 of 1, which float32 rounds to 1."""
+    drawn, edges = draw_shares(20_000, alpha, seed=3, epoch=0, device=CPU), np.linspace(0, 1, 21)
+    assert drawn.dtype == torch.float32
+    expected = np.diff(beta(alpha, alpha).cdf(edges)) * len(drawn)
+    assert chisquare(np.histogram(drawn.numpy(), edges)[0], expected).pvalue > ALPHA
+
+
+@pytest.mark.parametrize("alpha", [1e-300, 1e-3, 1e300])
+def test_shares_of_an_extreme_alpha_are_shares(alpha):
+    drawn = draw_shares(1000, alpha, seed=3, epoch=0, device=CPU)
+    assert ((drawn >= 0) & (drawn <= 1)).all()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.9, 1.0])

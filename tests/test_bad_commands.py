@@ -86,6 +86,8 @@ WRONG = [
         "train --dataset digits --model resnet8 --freeze stage1",
         "train.freeze=stage1: nothing in resnet8 is so named; it has: conv1, bn1, layer1, layer2, layer3, fc, and names below these",
     ),
+    ("train --dataset digits --label-smoothing 1", "train.label_smoothing=1.0: input should be less than 1"),
+    ("train --dataset digits --label-smoothing -0.1", "train.label_smoothing=-0.1: input should be greater than or equal to 0"),
     ("train --dataset digits --recipe crdd", "unknown recipe 'crdd': did you mean 'crd'?"),
     (
         "train --dataset digits --recipe best",
@@ -227,6 +229,14 @@ WRONG = [
     ("distill --teacher resnet20 --dataset digits --epochs 0", "train.epochs=0: input should be greater than or equal to 1"),
     ("distill --teacher resnet20 --dataset digits --lr inf", "train.lr=inf: input should be a finite number"),
     ("distill --teacher resnet20 --dataset digits --batch-size -1", "train.batch_size=-1: input should be greater than or equal to 1"),
+    (
+        "distill --teacher resnet20 --dataset digits --label-smoothing some",
+        "--label-smoothing='some': input should be a valid number, unable to parse string as a number",
+    ),
+    (
+        "distill --teacher resnet20 --method kd --dataset npz:none.npz --set weights.task=0 --label-smoothing 0.1",
+        "train.label_smoothing=0.1 smooths the task, but weights.task=0; raise that, or leave smoothing out",
+    ),
     ("distill --teacher resnet20 --dataset digits --recipe crdd", "unknown recipe 'crdd': did you mean 'crd'?"),
     *(
         (
@@ -245,6 +255,48 @@ WRONG = [
     (
         "distill --teacher resnet20 --method kd --dataset npz:none.npz --set train.mixup=true",
         "train.mixup=true: mixed images have no labels, but weights.task=1; set weights.task=0, or set train.mixup=false",
+    ),
+    (
+        "distill --teacher resnet20 --method kd+dkd --dataset npz:none.npz --set train.mixup=0.2",
+        "train.mixup=0.2: mixed images have two labels each, but method 'dkd' learns from labels; choose one that does not, such as kd, or "
+        "set train.mixup=false",
+    ),
+    ("train --dataset npz:none.npz --set train.mixup=0.2", "npz:none.npz: no such file"),
+    *(
+        (
+            f"{words} --dataset npz:none.npz",
+            f"data.unlabelled=folder:more: these images have no labels, but method {method!r} learns from labels; choose one that does "
+            f"not, such as kd, or leave unlabelled out",
+        )
+        for words, method in (
+            ("train --set data.unlabelled=folder:more", "base"),
+            ("distill --unlabelled folder:more --method tf_kd", "tf_kd"),
+            ("distill --unlabelled folder:more --teacher resnet20 --method base,kd", "base"),
+            ("distill --unlabelled folder:more --teacher resnet20 --method kd+crd", "crd"),
+            ("distill --unlabelled folder:more --teacher resnet20 --method nd", "nd"),
+        )
+    ),
+    (
+        "distill --teacher resnet20 --method kd --dataset digits --unlabelled more",
+        "data.unlabelled='more': write folder:PATH (image files, below it in any folders) or npz:PATH (uint8 images under the key x)",
+    ),
+    ("distill --teacher resnet20 --method kd --dataset digits --unlabelled npz:none.npz", "npz:none.npz: no such file"),
+    ("distill --teacher resnet20 --method kd --dataset digits --unlabelled folder:none", "folder:none: no such folder; write folder:PATH"),
+    (
+        "distill --teacher resnet20 --method kd --dataset digits --unlabelled npz:few.npz",
+        "npz:few.npz: key 'x' is missing; it has ['x_test', 'x_train', 'y_test', 'y_train'], needs ['x']",
+    ),
+    (
+        "distill --teacher resnet20 --method kd --dataset digits --unlabelled npz:more.npz",
+        "npz:more.npz: its images are 8x8x3, those of digits 16x16x1; give images of that size",
+    ),
+    (
+        "distill --teacher resnet20 --method kd --dataset digits --unlabelled folder:.",
+        "folder:.: no image (.bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp) is in it; name a folder with images",
+    ),
+    (
+        "train --dataset digits --set train.mixup=-1",
+        "train.mixup=-1: true mixes without labels, a number above 0 with them: alpha of Beta(alpha, alpha), such as 0.2; or false",
     ),
     (
         "distill --teacher resnet20 --method kd --dataset npz:none.npz --recipe function-matching --set data.pad=2",
@@ -480,6 +532,7 @@ def folder(small_npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "small.npz").write_bytes(small_npz.read_bytes())
     images = np.zeros((20, 8, 8), np.uint8)
     np.savez(path / "few.npz", x_train=images, y_train=np.arange(20) % 5, x_test=images, y_test=np.arange(20) % 5)
+    np.savez(path / "more.npz", x=np.zeros((20, 8, 8, 3), np.uint8))
     for words in ("--model resnet14 --seeds 5", "--model resnet8 --lr 1e30"):
         command(path, *shlex.split(f"train {words} --dataset npz:small.npz --epochs 1 --batch-size 64 --set data.pad=1 --runs taught"))
     gc.collect()  # closes the ledger

@@ -73,7 +73,7 @@ def test_part_of_a_table_keeps_the_other_defaults() -> None:
         ("studnet", "unknown key 'studnet': did you mean 'student'?"),
         ("train.epoch", "unknown key 'train.epoch': did you mean 'epochs'?"),
         ("train.learning", "unknown key 'train.learning': choose from: epochs, batch_size, lr, momentum, weight_decay, "
-         "nesterov, schedule, milestones, warmup_epochs, precision, mixup, freeze"),
+         "nesterov, schedule, milestones, warmup_epochs, precision, mixup, freeze, label_smoothing"),
         ("data.nam", "unknown key 'data.nam': did you mean 'name'?"),
         ("zzzz", "unknown key 'zzzz': choose from: student, teacher, init_from, peer, side, seed, split, data, train, method, "
          "options, weights"),
@@ -104,8 +104,15 @@ def test_unknown_key(key: str, answer: str) -> None:
         ("train.schedule", "linear"),
         ("train.precision", "fp16"),
         ("train.mixup", "perhaps"),
-        ("train.mixup", 0.5),
         ("train.freeze", 1),
+        ("train.mixup", -0.5),
+        ("train.mixup", 0),
+        ("train.mixup", float("inf")),
+        ("train.mixup", [0.2]),
+        ("train.label_smoothing", 1.0),
+        ("train.label_smoothing", True),
+        ("data.unlabelled", "digits"),
+        ("data.unlabelled", "csv:a.csv"),
         ("data.crop", "centre"),
         ("data.crop", None),
         ("train", 5),
@@ -275,9 +282,10 @@ def test_what_a_run_saved_reads_back_equal(tmp_path: Path) -> None:
 
 
 def test_keys_that_came_later_are_dumped_where_they_are_not_the_default() -> None:
-    plain, mixed = validate({}), validate({"data": {"crop": "resized"}, "train": {"mixup": True}})
-    assert ("crop" in plain.model_dump()["data"], "mixup" in plain.model_dump()["train"]) == (False, False)
+    plain, mixed = validate({}), validate({"data": {"crop": "resized"}, "train": {"mixup": True, "label_smoothing": 0.1}})
+    assert ("crop" in plain.model_dump()["data"], {"mixup", "label_smoothing"} & set(plain.model_dump()["train"])) == (False, set())
     assert (mixed.model_dump()["data"]["crop"], mixed.model_dump()["train"]["mixup"]) == ("resized", True)
+    assert mixed.model_dump()["train"]["label_smoothing"] == 0.1
     assert [validate(config.model_dump(mode="json")) for config in (plain, mixed)] == [plain, mixed]
 
 
@@ -286,6 +294,15 @@ def test_so_are_what_a_student_begins_from_and_what_of_it_is_frozen() -> None:
     assert ("init_from" in plain.model_dump(), "freeze" in plain.model_dump()["train"]) == (False, False)
     assert (begun.model_dump()["init_from"], begun.model_dump(mode="json")["train"]["freeze"]) == ("3", ["conv1", "layer1"])
     assert [validate(config.model_dump(mode="json")) for config in (plain, begun)] == [plain, begun]
+
+
+def test_mixup_true_is_not_mixup_1() -> None:
+    alone, labelled, same = (validate({"train": {"mixup": mixup}}) for mixup in (True, 1, 1.0))
+    assert (alone.train.mixup, labelled.train.mixup) == (True, 1.0)
+    assert [type(run.train.mixup) for run in (alone, labelled)] == [bool, float]
+    assert alone != labelled == same
+    assert len({run.train for run in (alone, labelled, same)}) == 2
+    assert [validate(run.model_dump(mode="json")) for run in (alone, labelled)] == [alone, labelled]
 
 
 def test_keys_of_image_files_are_dumped_where_they_are_not_the_default() -> None:
@@ -298,6 +315,18 @@ def test_keys_of_image_files_are_dumped_where_they_are_not_the_default() -> None
         "skip_broken": True,
     }
     assert validate(read.model_dump(mode="json")) == read
+
+
+def test_unlabelled_files_may_be_skipped_whatever_the_data_set_is() -> None:
+    read = validate({"data": {"name": "digits", "unlabelled": "folder:more", "skip_broken": True}}).data
+    assert validate({"data": read.model_dump(mode="json")}).data == read
+    assert read.labelled == DataConfig(name="digits")
+    files = read.model_copy(update={"name": "folder:a", "size": 64})
+    assert files.labelled.model_dump(exclude_defaults=True) == {"name": "folder:a", "size": 64, "skip_broken": True}
+    line = "data: size=64 belongs to folder:PATH and csv:FILE, not to digits; leave it out"
+    assert complaint(validate, {"data": {"name": "digits", "unlabelled": "folder:more", "size": 64}}) == line
+    line = "data: skip_broken=True belongs to folder:PATH and csv:FILE, not to digits; leave it out"
+    assert complaint(validate, {"data": {"name": "digits", "unlabelled": "npz:more.npz", "skip_broken": True}}) == line
 
 
 @pytest.mark.parametrize(("key", "value"), [("size", 64), ("channels", 3), ("skip_broken", True)])

@@ -484,7 +484,7 @@ def test_a_wrong_folder_is_told_in_one_line(small: Path, make: Callable[[Path], 
     [
         ("folder:", "folder:: no such folder; write folder:PATH"),
         ("folder:none", "folder:none: no such folder; write folder:PATH"),
-        ("folder:a.txt", "folder:a.txt: a file, not a folder; name a folder of class folders, or use csv:FILE or npz:PATH"),
+        ("folder:a.txt", "folder:a.txt: a file, not a folder; name a folder of images, or use csv:FILE or npz:PATH"),
         ("folder:~nobody-of-that-name/x", "folder:~nobody-of-that-name/x: no such folder (Could not determine home directory.)"),
         ("csv:", "csv:: a folder, not a file; name a regular file"),
         ("csv:none.csv", "csv:none.csv: no such file"),

@@ -88,6 +88,7 @@ def test_seed_does_not_change_the_fingerprint(planned: Planner, method: str) -> 
         ("train.weight_decay", 0.0),
         ("train.nesterov", True),
         ("train.schedule", "cosine"),
+        ("train.label_smoothing", 0.1),
         ("data.crop", "resized"),
         ("train.precision", "bf16"),
         ("train.freeze", ["conv1"]),
@@ -120,9 +121,8 @@ def test_a_student_with_weights_of_its_own_changes_the_fingerprint(planned: Plan
 
 
 def test_mixing_changes_the_fingerprint(planned: Planner) -> None:
-    kept, mixed = (planned(method="kd", **{"weights.task": 0, "train.mixup": mixup}) for mixup in (False, True))
-    assert mixed.fingerprint != kept.fingerprint
-    assert len(together(kept, mixed)) == 2
+    jobs = [planned(method="kd", **{"weights.task": 0, "train.mixup": mixup}) for mixup in (False, True, 1.0, 0.2)]
+    assert len({job.fingerprint for job in jobs}) == len(together(*jobs)) == 4
 
 
 def test_a_crop_without_a_border_is_not_the_resized_one(planned: Planner) -> None:
@@ -200,7 +200,7 @@ def test_no_two_of_these_share_a_fingerprint(planned: Planner) -> None:
     [
         {"train.lr": 0.1, "train.epochs": 200},
         {"train.precision": "fp32"},
-        {"train.mixup": False, "data.crop": "shift"},
+        {"train.mixup": False, "train.label_smoothing": 0.0, "data.crop": "shift"},
         {"init_from": None, "train.freeze": []},
         {"data.pad": 2, "data.flip": False},
         {"data.root": "elsewhere"},

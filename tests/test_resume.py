@@ -114,16 +114,24 @@ KINDS: dict[str, dict[str, Any]] = {
     "holdout": {"method": "base", "teacher": None, "split": "holdout"},
     "bf16, nesterov, cosine": {"method": "at+kd", "train": {"precision": "bf16", "nesterov": True, "schedule": "cosine"}},
     "no momentum": {"method": "kd", "train": {"momentum": 0.0}},
+    "mixed labels, smoothed": {"method": "kd", "train": {"mixup": 0.3, "label_smoothing": 0.1}},
+    "with unlabelled images": {"method": "kd+sp", "unlabelled": 19},
     "mixed and resized": {"method": "kd", "crop": "resized", "weights": {"task": 0.0}, "train": {"mixup": True, "schedule": "cosine"}},
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_resumed_is_straight_bit_for_bit(taught: Ledger, small_npz: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_resumed_is_straight_bit_for_bit(
+    taught: Ledger, small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     monkeypatch.setitem(METHODS._entries, "learned", Learned)
     keys = {"method": "fsp", "teacher": "1", **KINDS[kind]}
-    epochs = {"train": {"epochs": 4, **keys.pop("train", {})}}
+    epochs, more = {"train": {"epochs": 4, **keys.pop("train", {})}}, keys.pop("unlabelled", None)
     configs = [config(small_npz, seed=seed, **keys, **epochs) for seed in (0, 1)]
+    if more:
+        np.savez(tmp_path / "more.npz", x=np.load(small_npz)["x_test"][:more])
+        data = configs[0].data.model_copy(update={"unlabelled": f"npz:{tmp_path / 'more.npz'}"})
+        configs = [one.model_copy(update={"data": data}) for one in configs]
     interrupted = cut_off(configs, taught, 2 * STEPS + 2)
     assert [len(taught.epochs(one.no)) for one in interrupted] == [2, 2]
     resumed = run(configs, taught, CPU)

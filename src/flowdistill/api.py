@@ -78,7 +78,7 @@ def distill(
             of this package.
         student: likewise; a name starts from fresh weights, anything else from the weights it has.
         data: ``digits``, ``cifar10``, ``cifar100``, ``fashion_mnist``, ``npz:PATH``, ``folder:PATH`` or ``csv:FILE``; or a mapping
-            such as ``{"name": "npz:PATH", "pad": 2, "flip": False}``.
+            such as ``{"name": "npz:PATH", "pad": 2, "flip": False, "unlabelled": "folder:PATH"}``.
         method: a method or a composition such as ``at+kd``.
         seed: decides initial weights, order and augmentation.
         runs: folder of the ledger.

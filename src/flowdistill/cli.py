@@ -98,6 +98,9 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 EpochsOption = Annotated[int | None, typer.Option(help="Epochs (of the task phase, where a method trains in stages).")]
 LrOption = Annotated[float | None, typer.Option(help="Base learning rate.")]
 BatchSizeOption = Annotated[int | None, typer.Option(help="Images a step.")]
+LabelSmoothingOption = Annotated[
+    float | None, typer.Option(help="Share of each label, 0 or more and below 1, that the task spreads over all classes.")
+]
 PrecisionOption = Annotated[PrecisionName | None, typer.Option(help="auto: bf16 where the GPU or CPU computes it, else fp32.")]
 EngineOption = Annotated[EngineName, typer.Option(help="How steps are computed; auto: the best for this device and length of run.")]
 InitFromOption = Annotated[str | None, typer.Option(help="Begin from the weights of a run or file; other classes get a fresh classifier.")]
@@ -159,6 +162,7 @@ def _launch(
     batch_size: BatchSizeOption = None,
     init_from: InitFromOption = None,
     freeze: FreezeOption = None,
+    label_smoothing: LabelSmoothingOption = None,
     precision: PrecisionOption = None,
     device: DeviceOption = "auto",
     engine: EngineOption = EngineName.auto,
@@ -178,8 +182,8 @@ def _launch(
     from .runner import run
 
     chosen |= {"data.name": dataset, "train.epochs": epochs, "train.lr": lr, "train.batch_size": batch_size}
-    chosen |= {"train.precision": precision.value if precision else None, "split": "holdout" if holdout else None}
-    chosen |= {"init_from": init_from, "train.freeze": freeze}
+    chosen |= {"train.label_smoothing": label_smoothing, "train.precision": precision.value if precision else None}
+    chosen |= {"split": "holdout" if holdout else None, "init_from": init_from, "train.freeze": freeze}
     values = _values(config, set_, chosen)
     chosen_recipe = recipes.recipe(recipe) if recipe is not None else None
     student, teacher = (model_name(str(values.get(key) or "")) for key in ("student", "teacher"))
@@ -228,10 +232,14 @@ def distill(
     method: Annotated[str | None, typer.Option(help="Methods, with + for a composition and commas between runs: base,fsp,at+kd.")] = None,
     student: Annotated[str | None, typer.Option(help="Model name, run number, weights file or MODEL@FILE.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Likewise; by name, a trained one is chosen from the ledger.")] = None,
+    unlabelled: Annotated[
+        str | None,
+        typer.Option(help="Images without labels to learn from the teacher on: folder:PATH, files in any folders, or npz:PATH with key x."),
+    ] = None,
     **shared: Any,
 ) -> int:
     """Train students with a teacher: one run for each method and seed."""
-    return _launch({"student": student, "teacher": teacher}, method, **shared)
+    return _launch({"student": student, "teacher": teacher, "data.unlabelled": unlabelled}, method, **shared)
 
 
 @app.command()

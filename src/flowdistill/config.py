@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -31,8 +32,10 @@ class DataConfig(Frozen):
     """Which images. ``pad`` and ``flip`` left out take the data set's own habit (``flowdistill datasets`` shows it).
 
     ``crop=shift`` moves the image in a reflected border, ``crop=resized`` enlarges a random box of it (Inception crop). ``size``,
-    ``channels`` and ``skip_broken`` say how image files are read. These four are dumped only where they are not the default, as
-    ``train.mixup`` is: runs that were recorded before these keys came stay comparable.
+    ``channels`` and ``skip_broken`` say how image files are read. ``unlabelled`` are images without labels, ``folder:PATH`` or
+    ``npz:PATH``, that are drawn into the batches beside the others: the task does not see them. These five are dumped only where they
+    are not the default, as ``train.mixup`` and ``train.label_smoothing`` are: runs that were recorded before these keys came stay
+    comparable.
     """
 
     name: str = "cifar10"
@@ -44,6 +47,23 @@ class DataConfig(Frozen):
     size: int | None = Field(None, ge=1, strict=True, exclude_if=lambda size: size is None)  # short side, then the middle square
     channels: Literal[1, 3] | None = Field(None, exclude_if=lambda channels: channels is None)  # left out: 1 where all files are grey
     skip_broken: bool = Field(False, exclude_if=lambda skip: not skip)  # leave out the files that can't be read
+    unlabelled: str | None = Field(None, exclude_if=lambda unlabelled: unlabelled is None)  # images to learn from the teacher on
+
+    @staticmethod
+    def _files(name: str | None) -> bool:
+        return (name or "").startswith(("folder:", "csv:"))
+
+    @property
+    def labelled(self) -> DataConfig:
+        """The same without the unlabelled images and what is said of them alone."""
+        return self.model_copy(update={"unlabelled": None, "skip_broken": self.skip_broken and self._files(self.name)})
+
+    @field_validator("unlabelled")
+    @classmethod
+    def _unlabelled_is_a_source(cls, unlabelled: str | None) -> str | None:
+        if unlabelled is not None and not unlabelled.startswith(("folder:", "npz:")):
+            raise ValueError("write folder:PATH (image files, below it in any folders) or npz:PATH (uint8 images under the key x)")
+        return unlabelled
 
     @model_validator(mode="after")
     def _pad_belongs_to_shift(self) -> DataConfig:
@@ -53,15 +73,20 @@ class DataConfig(Frozen):
 
     @model_validator(mode="after")
     def _files_have_a_size(self) -> DataConfig:
-        given = self.model_dump(include={"size", "channels", "skip_broken"})
-        if given and not self.name.startswith(("folder:", "csv:")):
+        given = self.model_dump(include={"size", "channels"} | ({"skip_broken"} if not self._files(self.unlabelled) else set()))
+        if given and not self._files(self.name):
             key, value = next(iter(given.items()))
             raise ValueError(f"{key}={value} belongs to folder:PATH and csv:FILE, not to {self.name}; leave it out")
         return self
 
 
 class TrainConfig(Frozen):
-    """The recipe. Defaults: the reference log's, which are He et al. 2016's up to weight decay on all parameters."""
+    """The recipe. Defaults: the reference log's, which are He et al. 2016's up to weight decay on all parameters.
+
+    ``mixup`` mixes the images of a batch in pairs by one share. ``true``: the share is uniform in 0 to 1, and the mixtures have no
+    labels (Beyer et al. 2022). A number alpha: the share is drawn from Beta(alpha, alpha), and the task is mixed as the images are
+    (Zhang et al. 2018).
+    """
 
     epochs: int = Field(200, ge=1, le=MOST_EPOCHS, strict=True)  # reference log; He et al. 2016, section 4.2: about 164
     batch_size: int = Field(128, ge=1, strict=True)  # He et al. 2016, section 4.2
@@ -73,8 +98,9 @@ class TrainConfig(Frozen):
     milestones: tuple[float, ...] = (0.5, 0.75)  # shares of the run after which step lowers the rate tenfold; reference log
     warmup_epochs: int = Field(0, ge=0, strict=True)  # at a tenth of the rate first; He et al. 2016, section 4.2: ResNet-110 alone
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    mixup: bool = Field(False, exclude_if=lambda mixup: not mixup)  # images mixed in pairs, without labels; Beyer et al. 2022
+    mixup: bool | float = Field(False, exclude_if=lambda mixup: not mixup)  # true: without labels, Beyer et al. 2022; alpha: with them
     freeze: tuple[str, ...] = Field((), exclude_if=lambda freeze: not freeze)  # modules or parameters, * and ? allowed; not trained
+    label_smoothing: float = Field(0.0, ge=0, lt=1, strict=True, exclude_if=lambda smoothing: smoothing == 0)  # of the task alone
 
     @field_validator("freeze", mode="before")
     @classmethod
@@ -86,6 +112,18 @@ class TrainConfig(Frozen):
                 raise ValueError("a name is empty; write names with commas between them, such as conv1,bn1,layer1")
             return tuple(sorted(set(names)))
         return names
+
+    def __eq__(self, other: object) -> bool:
+        """mixup=true is not mixup=1, which Python calls equal."""
+        return isinstance(other, TrainConfig) and self.model_dump_json() == other.model_dump_json()
+
+    @field_validator("mixup", mode="before")
+    @classmethod
+    def _mixup_has_a_share(cls, mixup: object) -> object:
+        number = isinstance(mixup, int | float) and math.isfinite(mixup) and mixup > 0
+        if not (number or mixup is False):
+            raise ValueError("true mixes without labels, a number above 0 with them: alpha of Beta(alpha, alpha), such as 0.2; or false")
+        return mixup if isinstance(mixup, bool) else float(mixup)  # type: ignore[arg-type]
 
     @model_validator(mode="after")
     def _milestones_rise(self) -> TrainConfig:

@@ -121,7 +121,7 @@ class Facts:
         head: the teacher's classifier: weight [K, D] and bias [K].
         norms: tap before a ReLU -> weight [C] and bias [C] of the teacher's batch normalisation that gave it.
         class_means: [K, D] the mean of the teacher's embeddings over the training images of each class, neither cropped nor mirrored.
-        labels: [n] class numbers of the training images, in the order of ``Batch.indices``.
+        labels: [n] class numbers of the training images, in the order of ``Batch.indices``; ``NO_LABEL`` of those that have none.
     """
 
     head: tuple[Tensor, Tensor] | None = None
@@ -130,18 +130,39 @@ class Facts:
     labels: Tensor | None = None
 
 
+NO_LABEL = -1  # in the place of an unlabelled image's class number
+
+
+class Targets(NamedTuple):
+    """What the task is computed with where an image is of no class, or of two. Methods do not see it.
+
+    Attributes:
+        labels: [N] class numbers, ``NO_LABEL`` where an image has none.
+        counted: scalar, how many have one, 1 at least.
+        partners: [N] those of the images that are mixed in; None where nothing is mixed.
+        share: [1] of each image in its mixture.
+    """
+
+    labels: Tensor
+    counted: Tensor
+    partners: Tensor | None = None
+    share: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Batch:
     """What a step knows beside the images.
 
     Attributes:
-        labels: [N] class numbers; None where the images are mixed, which have none.
+        labels: [N] class numbers; None where the images are mixed, or drawn from some that have none.
         indices: [N] positions in the training set, of a mixed image that of its first; None outside of training.
         epoch: scalar, 0-based epoch of the whole run, on the device; None outside of training.
         peers: outputs of the students that teach this one and are taught by it, in train mode and with their gradients.
+        targets: what the task is computed with in the place of ``labels``; never given to a method.
     """
 
     labels: Tensor | None
     indices: Tensor | None = None
     epoch: Tensor | None = None
     peers: tuple[Outputs, ...] = ()
+    targets: Targets | None = None

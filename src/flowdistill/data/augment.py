@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..randomness import generator
+from ..randomness import derive, generator
 
 AREA = (0.05, 1.0)  # of the image, Beyer et al. 2022, the authors' code; Szegedy et al. 2015, section 6: from 0.08
 ASPECT = (3 / 4, 4 / 3)  # width to height; Szegedy et al. 2015, section 6
@@ -77,9 +78,20 @@ def draw_boxes(n: int, size: tuple[int, int], *, seed: int, epoch: int, device: 
     return torch.cat([corners, sides], 1).long().to(device)
 
 
-def draw_shares(n: int, *, seed: int, epoch: int, device: torch.device) -> Tensor:
-    """The shares of mixup of one epoch, float32 [n] uniform in [0, 1): one for every place where a batch may begin."""
-    return torch.rand(n, generator=generator(seed, "mixup", epoch)).to(device)
+def draw_shares(n: int, mixup: float, *, seed: int, epoch: int, device: torch.device) -> Tensor:
+    """The shares of mixup of one epoch, float32 [n]: one for every place where a batch may begin.
+
+    ``mixup`` True: uniform in [0, 1). A number alpha: Beta(alpha, alpha), Zhang et al., ICLR 2018.
+    """
+    if mixup is True:
+        return torch.rand(n, generator=generator(seed, "mixup", epoch)).to(device)
+    shares = np.random.default_rng(derive(seed, "mixup", epoch)).beta(mixup, mixup, n)
+    return torch.from_numpy(shares).float().to(device)
+
+
+def partners(values: Tensor) -> Tensor:
+    """What mixup mixes into each of a batch: the one before it, into the first the last."""
+    return values.roll(1, 0)
 
 
 def crop_and_flip(padded: Tensor, indices: Tensor, rows: Tensor, columns: Tensor, flips: Tensor, size: tuple[int, int]) -> Tensor:
@@ -131,8 +143,8 @@ def _interpolation(first: Tensor, length: Tensor, size: int) -> Tensor:
 def mix(images: Tensor, share: Tensor) -> Tensor:
     """Mixup: share x_i + (1 - share) x_(i-1), where the image before the first of a batch is its last. Zhang et al., ICLR 2018.
 
-    One share for the whole batch, uniform in [0, 1], and this partner: Beyer et al. 2022, the authors' code. There the larger part goes to
-    the image itself, which is the same where there are no labels.
+    One share for the whole batch, as in both papers' code; this partner: Beyer et al. 2022, the authors' code (Zhang et al. shuffle the
+    batch, which is in a random order here). There the larger part goes to the image itself, which is the same where there are no labels.
 
     Args:
         images: uint8 or float32 [B, H, W, C].
@@ -142,4 +154,4 @@ def mix(images: Tensor, share: Tensor) -> Tensor:
         float32 [B, H, W, C].
     """
     own = images.float()
-    return own.roll(1, 0).lerp(own, share)
+    return partners(own).lerp(own, share)

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..checks import UserError, did_you_mean, first_line, printable, regular_file
 from ..config import DataConfig
 from ..env import memory
-from .images import ImageData, Images, Labels
+from .images import ImageData, Images, Labels, Unlabelled
 
 T = TypeVar("T")
 
@@ -106,8 +106,7 @@ def read_folder(config: DataConfig) -> ImageData:
     else:
         items = list(tree.classes(inner, "", (str(root),)))
     data = _read(what, root.name, items, config)
-    if tree.left_out:
-        _say(f"{what}: left out, as no class's images: {_some(sorted(tree.left_out))}")
+    tree.tell_left_out("no class's images")
     return data
 
 
@@ -135,6 +134,23 @@ def read_csv(config: DataConfig) -> ImageData:
     return _read(what, place.stem, [item for item in items if item.split in used], config)
 
 
+def read_unlabelled(config: DataConfig) -> Unlabelled:
+    """All images in a folder and in those below it, whatever their names; else as ``read_folder``.
+
+    Raises:
+        UserError: no such folder, no image in it, or as ``read_folder``.
+    """
+    what = config.name
+    root = _folder(what)
+    tree = _Tree(what, root)
+    items = [Item(tree.name(path), path, "", "") for path in tree.images(root, (str(root),))]
+    _, decoded = _sound(what, items, config)
+    if not decoded:
+        raise UserError(f"{what}: no image ({' '.join(EXTENSIONS)}) is in it; name a folder with images")
+    tree.tell_left_out("no image")
+    return Unlabelled(root.name, np.stack([file.image for file in decoded]))
+
+
 def _folder(what: str) -> Path:
     given = what.removeprefix("folder:")
     try:
@@ -145,7 +161,7 @@ def _folder(what: str) -> Path:
     if not there:
         raise UserError(f"{what}: no such folder; write folder:PATH")
     if not place.is_dir():
-        raise UserError(f"{what}: a file, not a folder; name a folder of class folders, or use csv:FILE or npz:PATH")
+        raise UserError(f"{what}: a file, not a folder; name a folder of images, or use csv:FILE or npz:PATH")
     return place
 
 
@@ -211,6 +227,11 @@ class _Tree:
                     raise UserError(f"{self.what}: the link {self.name(path)} leads outside, to {target}; put a copy in its place")
             yield path
 
+    def tell_left_out(self, why: str) -> None:
+        """Say on stderr what was left out."""
+        if self.left_out:
+            _say(f"{self.what}: left out, as {why}: {_some(sorted(self.left_out))}")
+
     def name(self, path: Path) -> str:
         """A path as messages name it."""
         return str(path.relative_to(self.root))
@@ -262,6 +283,22 @@ def _read(what: str, name: str, items: list[Item], config: DataConfig) -> ImageD
     if not items:
         raise UserError(f"{what}: no images; it needs PATH/train/CLASS and PATH/test/CLASS, PATH/CLASS, or a CSV with rows")
     _refuse_gaps(what, items)
+    items, decoded = _sound(what, items, config)
+    _refuse_gaps(what, items)
+    names = sorted({item.label for item in items})
+    numbers = {label: number for number, label in enumerate(names)}
+    labels = np.array([numbers[item.label] for item in items], dtype=np.int64)
+    tested = np.array([item.split in ("val", "test") for item in items]) if items[0].split else _fifth(labels, decoded)
+    x_train, x_test = (np.stack([decoded[place].image for place in np.flatnonzero(part)]) for part in (~tested, tested))
+    return ImageData(name, x_train, labels[~tested], x_test, labels[tested], len(names), class_names=tuple(names))
+
+
+def _sound(what: str, items: list[Item], config: DataConfig) -> tuple[list[Item], list[Decoded]]:
+    """The files that can be read, decoded to one size.
+
+    Raises:
+        UserError: they have several, or are too many for the memory, or one can't be read and is not to be skipped.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, on metadata and sizes; what can't be decoded is an error
         files = _decode(what, items, config)
@@ -272,17 +309,11 @@ def _read(what: str, name: str, items: list[Item], config: DataConfig) -> ImageD
             raise UserError(f"{told}; mend or remove them, or skip them with --set data.skip_broken=true")
         _say(f"{told}; skipped")
         items = [item for item, file in zip(items, files, strict=True) if not isinstance(file, Broken)]
-        _refuse_gaps(what, items)
     decoded = [file for file in files if isinstance(file, Decoded)]
     for item, file in zip(items, decoded, strict=True):
         if file.image.shape != decoded[0].image.shape:
             _refuse_sizes(what, items[0].name, decoded[0].image.shape[1::-1], item.name, file.image.shape[1::-1])
-    names = sorted({item.label for item in items})
-    numbers = {label: number for number, label in enumerate(names)}
-    labels = np.array([numbers[item.label] for item in items], dtype=np.int64)
-    tested = np.array([item.split in ("val", "test") for item in items]) if items[0].split else _fifth(labels, decoded)
-    x_train, x_test = (np.stack([decoded[place].image for place in np.flatnonzero(part)]) for part in (~tested, tested))
-    return ImageData(name, x_train, labels[~tested], x_test, labels[tested], len(names), class_names=tuple(names))
+    return items, decoded
 
 
 def _refuse_gaps(what: str, items: Sequence[Item]) -> None:

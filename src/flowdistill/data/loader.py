@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..checks import UserError
 from ..device import free_memory
-from ..taps import Batch
-from .augment import Draws, crop_and_flip, draw_boxes, draw_epoch, draw_shares, mix, reflect_pad, resize_and_flip
+from ..taps import NO_LABEL, Batch, Targets
+from .augment import Draws, crop_and_flip, draw_boxes, draw_epoch, draw_shares, mix, partners, reflect_pad, resize_and_flip
 from .images import ImageData, Labels
 from .sources import stratified
 
@@ -69,10 +69,11 @@ class DeviceData:
     Attributes:
         padded: uint8 [n, H+2p, W+2p, C] training images; in the host's memory where they are too many for the device.
         resident: whether the device holds them.
-        labels: [n] their labels.
+        labels: [n] their labels, ``NO_LABEL`` for those that have none.
+        labelled: how many have one: these come first.
         test: the test images.
         curve: what every epoch is measured on: ``test`` of a full run, the held-out tenth of a holdout run.
-        normalisation, normalise: from the images trained on.
+        normalisation, normalise: from the labelled images trained on.
     """
 
     def __init__(self, data: ImageData, split: str, device: torch.device) -> None:
@@ -80,12 +81,17 @@ class DeviceData:
         trained = trained_positions(data.y_train, split)
         held_out = np.setdiff1d(np.arange(len(data.y_train)), trained)
         images, labels = torch.from_numpy(data.x_train), torch.from_numpy(data.y_train)
-        self.normalisation = Normalisation.of(images[trained])
+        shown, known = images[trained], labels[trained]
+        self.labelled = len(trained)
+        self.normalisation = Normalisation.of(shown)
         self.normalise = self.normalisation.on(device)
+        if data.unlabelled is not None:
+            shown = torch.cat([shown, torch.from_numpy(data.unlabelled.images)])
+            known = torch.cat([known, torch.full((len(shown) - len(known),), NO_LABEL)])
         sides = (data.spec.height + 2 * data.pad) * (data.spec.width + 2 * data.pad)
-        self.resident = len(trained) * sides * data.spec.channels <= RESIDENT_SHARE * free_memory(device)
-        self.padded = reflect_pad(images[trained].to(device if self.resident else "cpu"), data.pad)
-        self.labels = labels[trained].to(device)
+        self.resident = len(shown) * sides * data.spec.channels <= RESIDENT_SHARE * free_memory(device)
+        self.padded = reflect_pad(shown.to(device if self.resident else "cpu"), data.pad)
+        self.labels = known.to(device)
         self.test = Labelled(torch.from_numpy(data.x_test).to(device), torch.from_numpy(data.y_test).to(device))
         self.curve = Labelled(images[held_out].to(device), labels[held_out].to(device)) if split == "holdout" else self.test
         if not len(self.curve.labels):
@@ -95,7 +101,7 @@ class DeviceData:
 class Stream:
     """The batches of one seed: every student of that seed sees the same images in the same order, cropped and mixed alike."""
 
-    def __init__(self, data: DeviceData, seed: int, batch_size: int, *, mixup: bool = False) -> None:
+    def __init__(self, data: DeviceData, seed: int, batch_size: int, *, mixup: float = False) -> None:
         self.data, self.seed, self.batch_size, self.mixup = data, seed, batch_size, mixup
         self.steps = len(data.labels) // batch_size  # the last partial batch is dropped
         if self.steps == 0:
@@ -109,7 +115,7 @@ class Stream:
             size = (data.spec.height, data.spec.width)
             draws = replace(draws, boxes=draw_boxes(n, size, seed=self.seed, epoch=epoch, device=data.device))
         if self.mixup:
-            draws = replace(draws, shares=draw_shares(n, seed=self.seed, epoch=epoch, device=data.device))
+            draws = replace(draws, shares=draw_shares(n, self.mixup, seed=self.seed, epoch=epoch, device=data.device))
         return draws
 
     def shown(self, step: int) -> slice:
@@ -137,8 +143,19 @@ class Stream:
         else:
             images = resize_and_flip(source[places], draws.boxes[shown], draws.flips[shown])
         if draws.shares is None:
-            return self.data.normalise(images), Batch(self.data.labels[indices], indices, epoch)
-        return self.data.normalise(mix(images, draws.shares[shown][:1])), Batch(None, indices, epoch)
+            return self.data.normalise(images), self._known(indices, epoch)
+        share = draws.shares[shown][:1]
+        return self.data.normalise(mix(images, share)), self._known(indices, epoch, share)
+
+    def _known(self, indices: Tensor, epoch: Tensor, share: Tensor | None = None) -> Batch:
+        """What a step knows: the labels where each image has one of its own, else what the task is computed with, if it has any."""
+        if self.mixup is True:
+            return Batch(None, indices, epoch)
+        labels = self.data.labels[indices]
+        if share is None and self.data.labelled == len(self.data.labels):
+            return Batch(labels, indices, epoch)
+        counted = (labels != NO_LABEL).sum().clamp(min=1)
+        return Batch(None, indices, epoch, targets=Targets(labels, counted, None if share is None else partners(labels), share))
 
     def _fetched(self, draws: Draws) -> Iterator[Tensor]:
         """Each step's padded images from the host, copied to the device while the step before is computed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -17,10 +17,12 @@ from ..checks import UserError, did_you_mean, first_line, regular_file
 from ..config import DataConfig
 from ..env import memory
 from ..registry import Registry
-from .folders import read_csv, read_folder
-from .images import ImageData, Images, Labels
+from ..taps import DataSpec
+from .folders import read_csv, read_folder, read_unlabelled
+from .images import ImageData, Images, Labels, Unlabelled
 
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
+UNLABELLED_KEYS = ("x",)
 LARGEST_HEADER = 1 << 14  # bytes; numpy itself refuses one over 10,000
 
 
@@ -34,9 +36,9 @@ class Source:
 
 SOURCES: Registry[Source] = Registry("data set")
 OWN = {
-    "npz:PATH": "your images: x_train, y_train, x_test, y_test; uint8 NHWC or NHW, labels from 0",
+    "npz:PATH": "your images: x_train, y_train, x_test, y_test; uint8 NHWC or NHW, labels from 0; with --unlabelled: x alone",
     "folder:PATH": "your image files: train/CLASS/* and test/CLASS/* (or val), or CLASS/* alone, a fifth of which is test; "
-    "classes numbered by sorted name, names kept in the student's file",
+    "classes numbered by sorted name, names kept in the student's file; with --unlabelled: files in any folders",
     "csv:FILE": "your image files by a list: path,label[,split], paths relative to it; otherwise as folder:PATH",
 }
 CHOICE_SEED = 0  # fixed: every run of a data set gets the same images
@@ -72,6 +74,25 @@ def load(config: DataConfig) -> ImageData:
         raise UserError(f"data.pad={pad}: reflection needs less than the image's {smallest} pixels; set data.pad lower")
     data = replace(data, pad=pad, flip=data.flip if config.flip is None else config.flip, crop=config.crop)
     return data if config.limit_train is None else _limited(data, config.limit_train)
+
+
+def load_unlabelled(config: DataConfig, like: DataSpec) -> Unlabelled:
+    """The images of ``data.unlabelled``. Files are made grey or RGB as the labelled ones are and, where those are square, resized to them.
+
+    Raises:
+        UserError: they are missing or not valid, or have other sizes than the labelled ones; in one line.
+    """
+    what = str(config.unlabelled)
+    if what.startswith("npz:"):
+        path = Path(what.removeprefix("npz:"))
+        found = Unlabelled(path.stem, _checked_images(path, "x", _read_arrays(path, UNLABELLED_KEYS)["x"]))
+    else:
+        size = like.height if like.height == like.width else None
+        found = read_unlabelled(config.model_copy(update={"name": what, "size": size, "channels": like.channels}))
+    if found.images.shape[1:] != (like.height, like.width, like.channels):
+        ours, theirs = ("x".join(map(str, shape)) for shape in (found.images.shape[1:], (like.height, like.width, like.channels)))
+        raise UserError(f"{what}: its images are {ours}, those of {like.name} {theirs}; give images of that size")
+    return found
 
 
 def _limited(data: ImageData, images: int) -> ImageData:
@@ -139,14 +160,7 @@ def read_npz(path: Path) -> ImageData:
         UserError: the file is missing or no npz, a key is missing, the arrays are too large, a dtype, shape, length or label is
             wrong, or a class has no training image.
     """
-    found = regular_file(path, f"npz:{path}")
-    try:
-        with zipfile.ZipFile(found) as archive:
-            arrays = _arrays(path, archive)
-    except UserError:
-        raise
-    except Exception:  # numpy and zipfile raise anything on junk, and numpy's words advise to load pickles
-        raise UserError(f"npz:{path}: not a readable npz file of plain arrays (damaged, no zip, or with pickled objects in it)") from None
+    arrays = _read_arrays(path, NPZ_KEYS)
     images = {key: _checked_images(path, key, arrays[key]) for key in ("x_train", "x_test")}
     if images["x_train"].shape[1:] != images["x_test"].shape[1:]:
         raise UserError(f"npz:{path}: x_train is {images['x_train'].shape[1:]} an image, x_test {images['x_test'].shape[1:]}")
@@ -163,17 +177,33 @@ def read_npz(path: Path) -> ImageData:
     return ImageData(path.stem, images["x_train"], labels["y_train"], images["x_test"], labels["y_test"], classes)
 
 
-def _arrays(path: Path, archive: zipfile.ZipFile) -> dict[str, npt.NDArray[Any]]:
-    """The four arrays. Nothing is inflated before the zip's directory and the arrays' own headers agree on a size that fits."""
+def _read_arrays(path: Path, keys: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of these keys in an npz file.
+
+    Raises:
+        UserError: the file is missing or no npz, a key is missing, or the arrays are too large.
+    """
+    found = regular_file(path, f"npz:{path}")
+    try:
+        with zipfile.ZipFile(found) as archive:
+            return _arrays(path, archive, keys)
+    except UserError:
+        raise
+    except Exception:  # numpy and zipfile raise anything on junk, and numpy's words advise to load pickles
+        raise UserError(f"npz:{path}: not a readable npz file of plain arrays (damaged, no zip, or with pickled objects in it)") from None
+
+
+def _arrays(path: Path, archive: zipfile.ZipFile, keys: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+    """Nothing is inflated before the zip's directory and the arrays' own headers agree on a size that fits."""
     members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-    missing = [key for key in NPZ_KEYS if key not in members]
+    missing = [key for key in keys if key not in members]
     if missing:
-        raise UserError(f"npz:{path}: key {missing[0]!r} is missing; it has {sorted(members)}, needs {list(NPZ_KEYS)}")
-    size, limit = sum(members[key].file_size for key in NPZ_KEYS), memory() // 2  # the images are held twice: as they are, and padded
+        raise UserError(f"npz:{path}: key {missing[0]!r} is missing; it has {sorted(members)}, needs {list(keys)}")
+    size, limit = sum(members[key].file_size for key in keys), memory() // 2  # the images are held twice: as they are, and padded
     if size > limit:
         raise UserError(f"npz:{path}: its arrays take {size:,} bytes, over half of this machine's memory ({limit:,}); give fewer images")
     arrays = {}
-    for key in NPZ_KEYS:
+    for key in keys:
         with archive.open(members[key]) as member:
             if _claimed_size(member) != members[key].file_size:
                 raise ValueError("the zip's directory and the array's header disagree")

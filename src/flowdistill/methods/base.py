@@ -122,7 +122,7 @@ class Method(nn.Module):
         vanishes_at_match: every term is 0, with gradient 0, where student equals teacher.
         per_sample: repeating the batch changes nothing.
         mutual: True where the students of two runs teach each other: each finds the other's outputs among ``Batch.peers``.
-        uses_labels: True for a method that looks at the batch's labels: mixed images, which have none, are nothing for it.
+        uses_labels: True for a method that looks at the batch's labels: mixed images, which have none of their own, are nothing for it.
         uses_teacher: False for a method that learns from the labels alone; its ``forward`` may get None for the teacher.
     """
 

@@ -1,7 +1,8 @@
 """tf_kd: a virtual teacher, sure of the label and undecided among the other classes, in the place of a trained one.
 
 The authors' code leaves the student at temperature 1, has no factor T^2 and averages over the classes too; ``mode="paper"`` softens both
-sides. torchdistill's "tfkd" is another thing: kd from a copy of the student that was trained before.
+sides. ``train.label_smoothing`` smooths the labels of the task itself, of any method, and has no temperature; take that for plain label
+smoothing, and tf_kd for this paper. torchdistill's "tfkd" is another thing: kd from a copy of the student that was trained before.
 """
 
 from __future__ import annotations

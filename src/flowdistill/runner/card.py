@@ -261,11 +261,11 @@ def _file(network: NetworkRef, ledger: Ledger) -> Path:
 
 def _advice(config: RunConfig, ledger: Ledger) -> str:
     """How the student is trained alone by the recipe of a run."""
-    if config.train.mixup:
-        return "No student alone: train.mixup leaves no labels to train it on."
+    if config.train.mixup is True:
+        return "No student alone: train.mixup=true leaves no labels to train it on."
     words = ["flowdistill", "train", "--model", config.student, "--dataset", config.data.name, "--seeds", str(config.seed)]
     words += ["--holdout"] if config.split == "holdout" else []
-    given = {"data": config.data.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)}
+    given = {"data": config.data.labelled.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)}
     given["train"] = config.train.model_dump(mode="json", exclude={"freeze"}, exclude_defaults=True)
     for table, values in given.items():
         for key, value in values.items():

@@ -13,9 +13,9 @@ import torch
 from .. import methods, models
 from ..checks import UserError
 from ..config import DataConfig, RunConfig, validate
-from ..data.images import ImageData
+from ..data.images import ImageData, Unlabelled
 from ..data.loader import trained_positions
-from ..data.sources import load
+from ..data.sources import load, load_unlabelled
 from ..device import Precision, resolve_precision
 from ..ledger import Ledger, Run
 from ..methods import Method, Settled
@@ -65,6 +65,8 @@ class Job:
         where that is not the student; and what it begins from, and what of it is frozen.
         """
         notes = [self.settled.variant]
+        if self.data.unlabelled is not None:
+            notes = [*notes, f"unlabelled={self.data.unlabelled.name}"]
         if self.config.peer is not None:
             notes = ["second"] * (self.config.side == 2) + [f"peer={self.config.peer}", *notes]
         if self.trained != self.student.model:
@@ -87,7 +89,9 @@ class Job:
         Raises:
             UserError: student and teacher can't be paired.
         """
-        spec = replace(self.data.spec, n_train=len(trained_positions(self.data.y_train, self.config.split)))
+        unlabelled = self.data.unlabelled.images if self.data.unlabelled is not None else ()
+        n_train = len(trained_positions(self.data.y_train, self.config.split)) + len(unlabelled)
+        spec = replace(self.data.spec, n_train=n_train)
         try:
             with seeded(self.config.seed, "adapters"):
                 return methods.build(
@@ -165,8 +169,8 @@ def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[
         job = _job(config, _settled(config), student, teacher, data, data_hash, _initial(student, data, config), ledger, device)
         if job.fingerprint != run.fingerprint:
             raise UserError(
-                f"run {run.no} can't be resumed: its teacher, its first weights or the version of its method is not what it began with; "
-                f"train it anew with the command that began it and --again"
+                f"run {run.no} can't be resumed: its teacher, its first weights, its unlabelled images or the version of its method is not "
+                f"what it began with; train it anew with the command that began it and --again"
             )
         jobs.append(job)
     return jobs
@@ -181,6 +185,8 @@ class _Loader:
     def __call__(self, config: DataConfig) -> tuple[ImageData, str]:
         if config not in self._loaded:
             data = load(config)
+            if config.unlabelled is not None:
+                data = replace(data, unlabelled=load_unlabelled(config, data.spec))
             self._loaded[config] = data, data.hash()
         return self._loaded[config]
 
@@ -198,26 +204,36 @@ def _settled(config: RunConfig) -> Settled:
     """The method with every default filled in.
 
     Raises:
-        UserError: no such method, option or weight, a teacher is needed and none named, or labels are and the images are mixed.
+        UserError: no such method, option or weight, a teacher is needed and none named, labels are and the images are mixed, or a task
+            that has no weight is to be smoothed.
     """
-    if config.train.mixup:
-        _refuse_labels(config)
+    _refuse_labels(config)
     settled = methods.settle(config.method, config.options, config.weights)
     if settled.uses_teacher and config.teacher is None:
         raise UserError(f"method {settled.name!r} needs a teacher: --teacher MODEL, RUN or FILE")
+    if (smoothing := config.train.label_smoothing) and not settled.weights["task"]:
+        raise UserError(f"train.label_smoothing={smoothing:g} smooths the task, but weights.task=0; raise that, or leave smoothing out")
     return settled
 
 
 def _refuse_labels(config: RunConfig) -> None:
-    """Mixed images have none."""
-    labelled = [cls.name for cls in methods.parts(config.method) if cls.uses_labels]
-    if labelled:
-        what, cure = f"method {labelled[0]!r} learns from labels", "choose one that does not, such as kd"
-    elif task := methods.settle(config.method, config.options, config.weights).weights["task"]:
-        what, cure = f"weights.task={task:g}", "set weights.task=0"
-    else:
-        return
-    raise UserError(f"train.mixup=true: mixed images have no labels, but {what}; {cure}, or set train.mixup=false")
+    """An image that is mixed or unlabelled is of no class that a method could look up; of two labels the task alone is mixed."""
+    mixup, users = config.train.mixup, [cls for cls in methods.parts(config.method) if cls.uses_labels]
+    if config.data.unlabelled is not None:
+        _refuse_users(users, f"data.unlabelled={config.data.unlabelled}: these images have no labels", "leave unlabelled out")
+    if mixup is True:
+        given, cure = "train.mixup=true: mixed images have no labels", "set train.mixup=false"
+        _refuse_users(users, given, cure)
+        if task := methods.settle(config.method, config.options, config.weights).weights["task"]:
+            raise UserError(f"{given}, but weights.task={task:g}; set weights.task=0, or {cure}")
+    elif mixup:
+        given = f"train.mixup={mixup:g}: mixed images have two labels each"
+        _refuse_users([cls for cls in users if cls.terms], given, "set train.mixup=false")
+
+
+def _refuse_users(users: Sequence[type[Method]], given: str, cure: str) -> None:
+    if users:
+        raise UserError(f"{given}, but method {users[0].name!r} learns from labels; choose one that does not, such as kd, or {cure}")
 
 
 def _planned(
@@ -233,7 +249,7 @@ def _planned(
     student = student.on(data)
     init_hash = _initial(student, data, config)
     recipe = config.train.model_dump(mode="json") | {"precision": resolve_precision(config.train.precision, device)}
-    wanted = Wanted(config.data, data_hash, config.split, config.seed, init_hash, recipe, str(ledger.folder))
+    wanted = Wanted(config.data.labelled, data_hash, config.split, config.seed, init_hash, recipe, str(ledger.folder))
     refuse_contaminated(student, wanted)
     teacher = None
     if settled.uses_teacher and config.teacher is not None:
@@ -264,14 +280,20 @@ def _job(
         }
     )
     peer = resolve(config.peer, ledger) if config.peer is not None else None
-    fingerprint = _fingerprint(resolved, settled, student, teacher, data_hash, peer)
+    fingerprint = _fingerprint(resolved, settled, student, teacher, data_hash, peer, data.unlabelled)
     job = Job(resolved, data, data_hash, settled, student, teacher, precision, init_hash, fingerprint)
     job.method()  # refuses a pair that can't work
     return job
 
 
 def _fingerprint(
-    config: RunConfig, settled: Settled, student: NetworkRef, teacher: NetworkRef | None, data_hash: str, peer: NetworkRef | None = None
+    config: RunConfig,
+    settled: Settled,
+    student: NetworkRef,
+    teacher: NetworkRef | None,
+    data_hash: str,
+    peer: NetworkRef | None = None,
+    unlabelled: Unlabelled | None = None,
 ) -> str:
     covered: dict[str, Any] = {
         "student": _covered(student),
@@ -287,6 +309,8 @@ def _fingerprint(
         covered["init_from"] = student.init
     if peer is not None:
         covered["peer"] = [*_covered(peer), config.side]
+    if unlabelled is not None:
+        covered["unlabelled"] = unlabelled.hash
     return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
 
 

@@ -135,7 +135,7 @@ def _about(job: Job, data: DeviceData, correct: int) -> dict[str, Any]:
         "input": [data.spec.channels, data.spec.height, data.spec.width],
         "mean": data.normalisation.mean,
         "std": data.normalisation.std,
-        "data": job.config.data.model_dump(mode="json"),
+        "data": job.config.data.labelled.model_dump(mode="json"),
         "data_hash": job.data_hash,
         "split": job.config.split,
         "precision": job.precision,

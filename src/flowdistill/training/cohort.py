@@ -7,6 +7,7 @@ the very same batches, and their teacher runs once a batch for all of them. A pl
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import statistics
 import time
@@ -14,10 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from ..config import TrainConfig
 from ..data.loader import DeviceData, Labelled, Stream
 from ..device import Precision, Stopwatch, synchronize
+from ..taps import NO_LABEL, Batch
 from .choice import choose
 from .engine import Eager, Lane
 from .evaluate import BATCH, Evaluation, evaluate
@@ -231,11 +234,21 @@ def _choose(cohort: Cohort, report: EpochReport) -> None:
 
 
 def first_gradients(cohort: Cohort) -> dict[Student, dict[str, float]]:
-    """Each student's gradient norms relative to the task's, on its first batch, not mixed, for the task needs labels; changes nothing."""
+    """Each student's gradient norms relative to the task's, on its first batch with a label; changes nothing.
+
+    A batch that would be mixed without labels is not mixed, for the task needs them.
+    """
     found: dict[Student, dict[str, float]] = {}
     for lane in cohort.lanes:
-        images, batch = next(Stream(lane.stream.data, lane.stream.seed, lane.stream.batch_size).epoch(0))
+        images, batch = _first_labelled(lane.stream)
         taught = lane.teacher.teach(images) if lane.teacher else None
         for group in lane.groups:
             found |= gradient_ratios(group, images, taught, batch, cohort.precision)
     return found
+
+
+def _first_labelled(stream: Stream) -> tuple[Tensor, Batch]:
+    if stream.mixup is True:
+        stream = Stream(stream.data, stream.seed, stream.batch_size)
+    found = (one for epoch in itertools.count() for one in stream.epoch(epoch))
+    return next(one for one in found if (targets := one[1].targets) is None or bool((targets.labels != NO_LABEL).any()))

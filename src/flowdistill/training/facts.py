@@ -54,9 +54,10 @@ def class_means(teacher: Network, data: DeviceData, precision: Precision) -> Ten
     assert not teacher.training
     sums = torch.zeros(data.spec.classes, teacher.spec.embedding, device=data.device)
     height, width = data.spec.height, data.spec.width
-    inner = data.padded[:, data.pad : data.pad + height, data.pad : data.pad + width]
+    inner, labels = data.padded[: data.labelled], data.labels[: data.labelled]
+    inner = inner[:, data.pad : data.pad + height, data.pad : data.pad + width]
     for start in range(0, len(inner), BATCH):
         images = data.normalise(inner[start : start + BATCH].to(data.device))
-        sums.index_add_(0, data.labels[start : start + BATCH], teach(teacher, images, precision).embedding.float())
-    counts = torch.bincount(data.labels, minlength=data.spec.classes).clamp(min=1)
+        sums.index_add_(0, labels[start : start + BATCH], teach(teacher, images, precision).embedding.float())
+    counts = torch.bincount(labels, minlength=data.spec.classes).clamp(min=1)
     return sums / counts[:, None]

@@ -14,7 +14,7 @@ from ..device import Precision
 from ..methods import Method, Phase, Settled
 from ..methods.base import full
 from ..models import Network
-from ..taps import Batch, Outputs
+from ..taps import NO_LABEL, Batch, Outputs
 from .freeze import freeze
 from .optim import build_optimizer, trained_parameters
 from .schedule import WARMUP, lr_factor
@@ -59,7 +59,7 @@ class Student:
         self.optimizer = build_optimizer(self.net, self.method, self.phase, self.train)
         counted = {term: weight for term, weight in self.settled.weights.items() if self.phase.counts(term)}
         self.weights = {term: weight for term, weight in counted.items() if weight > 0}
-        task = () if self.train.mixup else (TASK,)
+        task = () if self.train.mixup is True else (TASK,)
         terms = (*task, *self.method.terms) if self.taught or not self.method.uses_teacher else task
         self.sums = {term: torch.zeros((), device=next(self.net.parameters()).device) for term in terms}
 
@@ -133,11 +133,32 @@ Group = tuple[Student, ...]
 """Students that one step moves: a single one, or those that teach each other."""
 
 
+def task_loss(logits: Tensor, batch: Batch, smoothing: float = 0.0) -> Tensor | None:
+    """The cross-entropy of logits [N, K] with the labels: L(y) = -mean_n sum_k q_nk log p_nk, q_nk = (1 - e) [k = y_n] + e / K.
+
+    e is ``smoothing``: label smoothing, Szegedy et al. 2016 (Rethinking the Inception Architecture), section 7, with uniform u(k). Of mixed
+    images with targets: share L(own) + (1 - share) L(partner's), Zhang et al., ICLR 2018, the authors' code. The mean is over the images
+    that have a label, 0 where none of the batch has one; None where the step knows no labels at all. Computed in at least float32.
+    """
+
+    def summed(labels: Tensor, reduction: str = "sum") -> Tensor:
+        return F.cross_entropy(full(logits), labels, ignore_index=NO_LABEL, label_smoothing=smoothing, reduction=reduction)
+
+    if batch.targets is None:
+        return None if batch.labels is None else summed(batch.labels, "mean")
+    own, counted, other, share = batch.targets
+    total = summed(own)
+    if other is not None and share is not None:
+        total = (share * total + (1 - share) * summed(other)).squeeze()
+    return total / counted
+
+
 class Objective(nn.Module):
     """What the students of a group minimise: their networks and methods as one module."""
 
     def __init__(self, group: Group) -> None:
         super().__init__()
+        self.smoothing = group[0].train.label_smoothing
         self.nets = nn.ModuleList(student.net for student in group)
         self.methods = nn.ModuleList(student.method for student in group)
 
@@ -150,7 +171,8 @@ class Objective(nn.Module):
             given: list[Outputs] = [net(images) for net in self.nets]
         found = []
         for number, (own, method) in enumerate(zip(given, self.methods, strict=True)):
-            terms = {} if batch.labels is None else {TASK: F.cross_entropy(full(own.logits), batch.labels)}
+            task = task_loss(own.logits, batch, self.smoothing)
+            terms = {} if task is None else {TASK: task}
             if taught is not None or not method.uses_teacher:
                 peers = (*given[:number], *given[number + 1 :])
                 terms |= method(own, taught, Batch(batch.labels, batch.indices, batch.epoch, peers))

@@ -57,15 +57,13 @@ def test_a_module_that_was_loaded_remembers_where_it_began(keys: dict[str, Any])
         flowdistill.distill(net, "resnet8", method="kd", **keys)
 
 
-def test_a_path_is_a_weights_file_and_a_foreign_module_is_refused(keys: dict[str, Any]) -> None:
+def test_a_path_is_a_weights_file(keys: dict[str, Any]) -> None:
     teacher = flowdistill.train("resnet14", seed=5, **keys)
     result = flowdistill.distill(teacher.folder / "student.safetensors", "resnet8", method="kd", **keys)
     assert result.run.teacher == "resnet14"
-    with pytest.raises(flowdistill.UserError, match="Linear is no network of this package"):
-        flowdistill.distill(torch.nn.Linear(2, 2), "resnet8", method="kd", **keys)
 
 
-NO_NETWORK = "is no network of this package; give a model's name, a run, a weights file or such a network"
+NO_NETWORK = "is no network; give a model's name, a run, a weights file or an nn.Module"
 MODELS = ", ".join(models.MODELS)
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"teacher": 3.5}, f"float {NO_NETWORK}"),

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor, nn
 
 from .checks import UserError
 from .config import validate
 from .device import resolve_device
 from .ledger import Ledger, Run
 from .models import Network
+from .models.foreign import adopt
 from .report.progress import Bars
 from .runner import Watcher, load_network
 from .runner import run as run_configs
+from .runner.networks import STUDENT_FILE
 from .training.weights import hash_weights, save_weights
 
 
@@ -38,12 +44,24 @@ class Result:
         return self.run.accuracy
 
     def student(self) -> Network:
-        """The trained network, in eval mode on the CPU."""
-        return load_network(self.folder / "student.safetensors")[0]
+        """The trained network, in eval mode on the CPU; called on images it gives logits, embedding and maps.
+
+        Raises:
+            UserError: a module given from Python in another process; give it again to the call that trained it.
+        """
+        return load_network(self.folder / STUDENT_FILE)[0]
+
+    def module(self) -> nn.Module:
+        """The trained network as a plain module, of the class that was given; one of this package is itself."""
+        return self.student().release()
+
+
+Named = str | os.PathLike[str] | int | Result | nn.Module
+"""How a network is named."""
 
 
 def train(
-    student: str | os.PathLike[str] | int | Result | Network,
+    student: Named,
     data: str | Mapping[str, Any],
     *,
     seed: int = 0,
@@ -58,8 +76,8 @@ def train(
 
 
 def distill(
-    teacher: str | os.PathLike[str] | int | Result | Network | None,
-    student: str | os.PathLike[str] | int | Result | Network,
+    teacher: Named | None,
+    student: Named,
     data: str | Mapping[str, Any],
     *,
     method: str = "fsp",
@@ -74,9 +92,10 @@ def distill(
     and one that was cut off goes on from its checkpoint.
 
     Args:
-        teacher: a model name (a trained one is then chosen from ``runs``), a run's number, a Result, a weights file, or a network
-            of this package.
-        student: likewise; a name starts from fresh weights, anything else from the weights it has.
+        teacher: a model name (a trained one is then chosen from ``runs``), a run's number, a Result, a weights file, or any module
+            that gives logits [N, K] of images [N, C, H, W]. A module is copied, and stays as it is.
+        student: likewise; a name starts from fresh weights, anything else from the weights it has. What is frozen in a module
+            (``requires_grad``) stays so. ``Result.module`` gives the trained one back.
         data: ``digits``, ``cifar10``, ``cifar100``, ``fashion_mnist``, ``npz:PATH``, ``folder:PATH`` or ``csv:FILE``; or a mapping
             such as ``{"name": "npz:PATH", "pad": 2, "flip": False, "unlabelled": "folder:PATH"}``.
         method: a method or a composition such as ``at+kd``.
@@ -86,14 +105,14 @@ def distill(
         engine: ``auto``, ``eager``, ``compiled`` or ``graph``; what can't be had here falls back, and says so.
         progress: bars on stderr.
         config: further keys of RunConfig as nested mappings (``train={"epochs": 30}, weights={"fsp": 10.0}, split="holdout"``);
-            ``init_from`` is named as the student is.
+            ``init_from`` is named as the student is, or is a module whose weights fit the student that is named.
 
     Raises:
         UserError: an argument that can't be used; one line that says what to do.
         RuntimeError: the student diverged; the run is recorded as failed.
     """
     ledger = Ledger(Path(runs), create=True)
-    begun = {"init_from": _reference(config["init_from"], ledger)} if config.get("init_from") is not None else {}
+    begun = {"init_from": _first_weights(config["init_from"], student, ledger)} if config.get("init_from") is not None else {}
     parsed = validate(
         {
             **config,
@@ -111,7 +130,7 @@ def distill(
     return Result(run, ledger.run_folder(run.no))
 
 
-def _reference(network: str | os.PathLike[str] | int | Result | Network, ledger: Ledger) -> str:
+def _reference(network: Named, ledger: Ledger) -> str:
     """A network as a config names it. A module in memory is put into a file beside the runs, so that its run can be repeated."""
     if isinstance(network, str | os.PathLike):
         return os.fspath(network)
@@ -119,13 +138,44 @@ def _reference(network: str | os.PathLike[str] | int | Result | Network, ledger:
         return str(network)
     if isinstance(network, Result):
         own = network.folder.parent.resolve() == ledger.folder.resolve()
-        return str(network.run.no) if own else str(network.folder / "student.safetensors")
-    if not isinstance(network, Network):
-        raise UserError(
-            f"{type(network).__name__} is no network of this package; give a model's name, a run, a weights file or such a network"
-        )
-    weights = network.state_dict()
-    path = ledger.folder / "networks" / f"{hash_weights(weights)[:16]}.safetensors"
+        return str(network.run.no) if own else str(network.folder / STUDENT_FILE)
+    if isinstance(network, type):
+        raise UserError(f"{network.__name__} is a class, not a network; call it: {network.__name__}(...)")
+    if not isinstance(network, nn.Module):
+        raise UserError(f"{type(network).__name__} is no network; give a model's name, a run, a weights file or an nn.Module")
+    if isinstance(network, Network):
+        return _saved(network.state_dict(), network.spec.name, network.about, ledger)
+    weights = _tensors(network)
+    return _saved(weights, adopt(deepcopy(network).cpu(), _key(network, weights)), {}, ledger)
+
+
+def _first_weights(network: Named, student: Named, ledger: Ledger) -> str:
+    """What ``init_from`` names; the weights of a module are those of the student's model, if that is named."""
+    if isinstance(network, nn.Module) and not isinstance(network, Network) and isinstance(student, str):
+        return f"{student}@{_saved(_tensors(network), student, {}, ledger)}"
+    return _reference(network, ledger)
+
+
+def _saved(weights: Mapping[str, Tensor], model: str, about: Mapping[str, Any], ledger: Ledger) -> str:
+    """The path of a file with these weights, which says that they are those of the model."""
+    name = hashlib.sha256(f"{model}\n{hash_weights(weights)}".encode()).hexdigest()[:16]
+    path = ledger.folder / "networks" / f"{name}.safetensors"
     if not path.is_file():
-        save_weights(path, weights, {**network.about, "model": network.spec.name})
+        save_weights(path, weights, {**about, "model": model})
     return str(path)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    weights = module.state_dict()
+    for name, value in weights.items():
+        if not isinstance(value, Tensor):
+            what = f"its state has {name!r}, which is no tensor; give a module whose state_dict holds tensors alone"
+            raise UserError(f"{type(module).__name__}: {what}")
+    return weights
+
+
+def _key(module: nn.Module, weights: Mapping[str, Tensor]) -> str:
+    """What tells a module from others: its class, layers and weights, and which of these are frozen."""
+    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    told = f"{type(module).__module__}.{type(module).__qualname__}\n{module!r}\n{frozen}\n{hash_weights(weights)}"
+    return hashlib.sha256(told.encode()).hexdigest()[:8]

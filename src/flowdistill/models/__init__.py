@@ -51,6 +51,10 @@ class Network(nn.Module):
         """The module whose parameters and modules have the names that the spec and a weights file give them."""
         return self
 
+    def release(self) -> nn.Module:
+        """The body as it is without this wrapping, which is of no use afterwards."""
+        return self.body
+
 
 class ImageNetwork(Network):
     """Base of the networks here: ``features`` gives every tap, and an instance those that it was asked for.

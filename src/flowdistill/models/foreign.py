@@ -61,15 +61,20 @@ class Foreign(Network):
         self.paths = {name: spec.tap(name).module for name in self.taps}
         self.layouts = {path: found.layouts[path] for path in self.paths.values()}
         self.seen: dict[str, Tensor] = {}
-        for path in self.layouts:
-            inner.get_submodule(path).register_forward_hook(Keep(self.seen, path))
-        inner.get_submodule(spec.head).register_forward_hook(Keep(self.seen, HEAD, given=True))
+        keepers = [(path, Keep(self.seen, path)) for path in self.layouts] + [(spec.head, Keep(self.seen, HEAD, given=True))]
+        self.hooks = [inner.get_submodule(path).register_forward_hook(keep) for path, keep in keepers]
         self.register_state_dict_post_hook(_without_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_with_prefix)  # type: ignore[no-untyped-call]
 
     @property
     def body(self) -> nn.Module:
         """The module itself."""
+        return self.inner
+
+    def release(self) -> nn.Module:
+        """The module without the hooks."""
+        for hook in self.hooks:
+            hook.remove()
         return self.inner
 
     def answer(self, images: Tensor) -> Outputs:

@@ -34,7 +34,8 @@ class Student:
         self._still = freeze(net, train.freeze)
         for phase in settled.phases:
             if not trained_parameters(net, method, phase):
-                raise UserError(f"train.freeze={','.join(train.freeze)} leaves nothing to train in phase {phase.name!r}; freeze less")
+                what = f"train.freeze={','.join(train.freeze)}" if train.freeze else f"requires_grad=False in {net.spec.name}"
+                raise UserError(f"{what} leaves nothing to train in phase {phase.name!r}; freeze less")
         self.optimizer: torch.optim.SGD
         self.weights: dict[str, float] = {}
         self.sums: dict[str, Tensor] = {}

@@ -1,0 +1,208 @@
+"""Modules given from Python: any nn.Module teaches or is taught, under a name of its own, and leaves a file as any network does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import command
+from torch import Tensor, nn
+
+import flowdistill
+from flowdistill import models
+from flowdistill.models import foreign
+from flowdistill.taps import DataSpec
+from flowdistill.training.weights import hash_weights
+
+
+class Tied(nn.Module):
+    """A network for 8x8 digits whose two inner convolutions have one weight."""
+
+    def __init__(self, width: int = 4, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
+            self.first, self.second = (nn.Conv2d(width, width, 3, 2, 1, bias=False) for _ in range(2))
+            self.second.weight = self.first.weight
+            self.fc = nn.Linear(width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.second(self.first(self.stem(images)).relu()).relu().mean((2, 3)))
+
+
+@pytest.fixture
+def keys(small_npz: Path, tmp_path: Path) -> dict[str, Any]:
+    train = {"epochs": 1, "batch_size": 64, "precision": "fp32"}
+    return {"data": {"name": f"npz:{small_npz}", "pad": 1}, "runs": tmp_path / "runs", "train": train, "progress": False}
+
+
+@pytest.fixture
+def another_process() -> Iterator[Any]:
+    """What was given from Python is gone, as it is in a process that starts."""
+    given = dict(foreign.IN_MEMORY)
+
+    def begin() -> None:
+        foreign.IN_MEMORY.clear()
+        foreign.foreign.cache_clear()
+
+    yield begin
+    foreign.IN_MEMORY.update(given)
+
+
+def test_any_module_teaches_any_module(keys: dict[str, Any]) -> None:
+    teacher, student = Tied(8, seed=1).train(), Tied(seed=2)
+    before = deepcopy(student.state_dict()), deepcopy(teacher.state_dict())
+    result = flowdistill.distill(teacher, student, method="kd", **keys)
+    assert result.run.student.startswith("module:Tied-")
+    assert result.run.teacher.startswith("module:Tied-")
+    assert result.run.student != result.run.teacher
+    assert result.run.init_hash == hash_weights(before[0]), "the student goes on from the weights it has"
+    for module, weights in zip((student, teacher), before, strict=True):
+        assert all(torch.equal(value, weights[name]) for name, value in module.state_dict().items()), "the user's modules stay as they are"
+        assert not any(inner._forward_hooks for inner in module.modules())
+        assert all(inner.training for inner in module.modules())
+
+
+def test_the_plain_module_comes_back_trained(keys: dict[str, Any]) -> None:
+    student = Tied()
+    result = flowdistill.train(student, **keys)
+    module = result.module()
+    assert type(module) is Tied
+    assert module is not student
+    assert not module.training
+    assert module.second.weight is module.first.weight, "tied weights stay tied"
+    assert hash_weights(module.state_dict()) == result.run.weights_hash != result.run.init_hash
+    assert not any(inner._forward_hooks for inner in module.modules())
+    assert result.run.parameters == sum(p.numel() for p in student.parameters()), "a weight that two layers share counts once"
+    images = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(module(images), result.student()(images).logits)
+
+
+def test_of_a_network_of_this_package_the_module_is_itself(keys: dict[str, Any]) -> None:
+    assert type(flowdistill.train("resnet8", **keys).module()) is type(models.build("resnet8", DataSpec("", 0, 10, 1, 8, 8)))
+
+
+def test_what_was_trained_teaches_and_goes_on(keys: dict[str, Any]) -> None:
+    teacher = flowdistill.train(Tied(8), **keys)
+    by_result = flowdistill.distill(teacher, Tied(), method="kd", **keys)
+    by_module = flowdistill.distill(teacher.module(), Tied(), method="kd", **keys)
+    by_network = flowdistill.distill(teacher.student(), Tied(), method="kd", **keys)
+    assert by_network.run.weights_hash == by_module.run.weights_hash == by_result.run.weights_hash
+    again = flowdistill.train(teacher.module(), **keys)
+    assert again.run.init_hash == teacher.run.weights_hash
+
+
+def test_equal_modules_are_one_and_the_run_is_skipped(keys: dict[str, Any]) -> None:
+    first = flowdistill.train(Tied(seed=3), **keys)
+    assert flowdistill.train(Tied(seed=3), **keys).run.no == first.run.no
+    assert flowdistill.train(Tied(seed=4), **keys).run.no != first.run.no
+    frozen = Tied(seed=3)
+    frozen.stem.requires_grad_(False)
+    other = flowdistill.train(frozen, **keys)
+    assert other.run.no != first.run.no, "what is not trained belongs to what the module is"
+    assert torch.equal(other.module().stem[0].weight, frozen.stem[0].weight)
+    assert not torch.equal(other.module().fc.weight, frozen.fc.weight)
+
+
+def test_the_module_may_change_afterwards(keys: dict[str, Any]) -> None:
+    student = Tied()
+    result = flowdistill.train(student, **keys)
+    student.fc = nn.Linear(4, 3)
+    assert result.module().fc.out_features == 10
+
+
+def test_a_run_that_was_cut_off_goes_on_by_the_same_call(
+    keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch, another_process: Any
+) -> None:
+    keys["train"] |= {"epochs": 3}
+    straight = flowdistill.train(Tied(), **{**keys, "runs": keys["runs"] / "straight"})
+    monkeypatch.setattr("flowdistill.runner.execute.CHECKPOINT_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr("flowdistill.runner.execute._save", _then_stop)
+        with pytest.raises(KeyboardInterrupt):
+            flowdistill.train(Tied(), **keys)
+    another_process()
+    result = flowdistill.train(Tied(), **keys)
+    assert (result.run.no, result.run.resumed) == (1, 1)
+    assert result.run.weights_hash == straight.run.weights_hash
+
+
+def _then_stop(cohort: Any, *rest: Any) -> None:
+    from flowdistill.training import checkpoint
+
+    members, folder, _ = rest
+    about = {str(m.no): {"key": m.job.key, "seconds": (0.0, 0.0)} for m in members}
+    checkpoint.save(folder, cohort, {member.student: str(member.no) for member in members}, about)
+    raise KeyboardInterrupt
+
+
+def test_compiled_equals_eager_with_tied_weights(keys: dict[str, Any]) -> None:
+    found = [
+        flowdistill.distill(Tied(8), Tied(), method="kd", engine=engine, **{**keys, "runs": keys["runs"] / engine})
+        for engine in ("eager", "compiled")
+    ]
+    assert [result.run.engine for result in found] == ["eager", "compiled"]
+    eager, compiled = (result.module() for result in found)
+    torch.testing.assert_close(eager.first.weight, compiled.first.weight, rtol=1e-4, atol=1e-5)
+    assert compiled.first.weight is compiled.second.weight
+
+
+def test_first_weights_of_a_named_student(keys: dict[str, Any]) -> None:
+    import timm
+
+    begun = timm.create_model("resnet18", num_classes=10, in_chans=1)
+    result = flowdistill.train("timm:resnet18", init_from=begun, **{**keys, "train": {**keys["train"], "lr": 1e-30}})
+    assert torch.equal(result.module().conv1.weight, begun.conv1.weight)
+    with pytest.raises(flowdistill.UserError, match="does not fit resnet8: it lacks"):
+        flowdistill.train("resnet8", init_from=Tied(), **keys)
+
+
+@pytest.mark.parametrize("words", [["evaluate"], ["card"], ["export", "--to", "safetensors"], ["distill", "--method", "kd", "--teacher"]])
+def test_another_process_does_not_have_it(keys: dict[str, Any], another_process: Any, words: list[str]) -> None:
+    result = flowdistill.train(Tied(), **keys)
+    another_process()
+    data = ["--student", "resnet8", "--dataset", keys["data"]["name"]] if "--teacher" in words else []
+    before, after = ([*words[:1]], words[1:]) if "--teacher" not in words else (words, [])
+    said = command(result.folder.parent.parent, *before, str(result.run.no), *after, *data, "--runs", str(result.folder.parent))
+    assert said.code == 2
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert f"{result.run.student} was given from Python, and is in no file; give it from Python again" in said.err
+
+
+def test_another_process_can_not_resume_it(keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch, another_process: Any) -> None:
+    monkeypatch.setattr("flowdistill.runner.execute._save", _then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        flowdistill.train(Tied(), **keys)
+    another_process()
+    said = command(keys["runs"].parent, "resume", "1", "--runs", str(keys["runs"]))
+    assert said.code == 2
+    assert "was given from Python, and is in no file; give it from Python again" in said.err
+
+
+class Extra(Tied):
+    """A module whose state is not tensors alone."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("network", "line"),
+    [
+        (nn.Linear(2, 10), "no classifier of images of 1x8x8"),
+        (Extra(), "Extra: its state has '_extra_state', which is no tensor; give a module whose state_dict holds tensors alone"),
+        (Tied, "a class, not a network; call it: Tied(...)"),
+    ],
+)
+def test_what_is_no_classifier(keys: dict[str, Any], network: Any, line: str) -> None:
+    with pytest.raises(flowdistill.UserError) as caught:
+        flowdistill.train(network, **keys)
+    assert line in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1

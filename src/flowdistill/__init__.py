@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from . import methods, models
     from .api import Result, distill, train
     from .checks import UserError
+    from .distiller import Distiller
     from .methods.fsp import fsp_loss, fsp_matrix
     from .taps import Batch, NetSpec, Outputs
 
@@ -19,6 +20,7 @@ _HOMES = {
     "distill": "api",
     "train": "api",
     "UserError": "checks",
+    "Distiller": "distiller",
     "fsp_loss": "methods.fsp",
     "fsp_matrix": "methods.fsp",
     "Batch": "taps",
@@ -26,7 +28,20 @@ _HOMES = {
     "Outputs": "taps",
 }
 
-__all__ = ["Batch", "NetSpec", "Outputs", "Result", "UserError", "distill", "fsp_loss", "fsp_matrix", "methods", "models", "train"]
+__all__ = [
+    "Batch",
+    "Distiller",
+    "NetSpec",
+    "Outputs",
+    "Result",
+    "UserError",
+    "distill",
+    "fsp_loss",
+    "fsp_matrix",
+    "methods",
+    "models",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -61,6 +61,10 @@ class Settled:
     mutual: bool
     variant: str
 
+    def counted(self, phase: Phase) -> dict[str, float]:
+        """The weights of the terms that count in a phase."""
+        return {term: weight for term, weight in self.weights.items() if weight > 0 and phase.counts(term)}
+
     def trained_model(self, student: str, teacher: str) -> str:
         """The model that is trained and ships, by the part that builds another than the student; names of models."""
         built = (get(name).trained_model(options, student, teacher) for name, options in self.options.items())

@@ -86,6 +86,19 @@ class Foreign(Network):
         return Outputs(output.logits if self.named else output, seen[HEAD].flatten(1), maps)
 
 
+def surveyed(net: nn.Module, name: str, channels: int, height: int, width: int) -> Survey:
+    """What a dry run of a module shows.
+
+    Raises:
+        UserError: it can't take such images, or is no classifier.
+    """
+    try:
+        with seeded(0, "survey"):
+            return survey(net, channels, height, width)
+    except Exception as error:  # of the network's own code
+        raise UserError(f"{name}: no classifier of images of {channels}x{height}x{width}: {first_line(error)}") from None
+
+
 def _without_prefix(_net: nn.Module, weights: dict[str, Any], prefix: str, _: Any) -> None:
     for name in [name for name in weights if name.startswith(f"{prefix}inner.")]:
         weights[prefix + name.removeprefix(f"{prefix}inner.")] = weights.pop(name)
@@ -137,12 +150,7 @@ class ForeignFactory:
         key = (data.channels, data.height, data.width, data.classes)
         if key not in self._surveys:
             with seeded(0, "survey"), torch.device("cpu"):
-                net = self.network(data)
-                try:
-                    found = survey(net, data.channels, data.height, data.width)
-                except Exception as error:  # of the network's own code
-                    size = f"{data.channels}x{data.height}x{data.width}"
-                    raise UserError(f"{self.name}: no classifier of images of {size}: {first_line(error)}") from None
+                found = surveyed(self.network(data), self.name, data.channels, data.height, data.width)
             if found.classes != data.classes:
                 raise UserError(
                     f"{self.name}: gives {found.classes} classes where {data.classes} are wanted; let it take their number as `classes`"
@@ -152,8 +160,7 @@ class ForeignFactory:
 
     def spec(self, data: DataSpec) -> NetSpec:
         """Its taps as the dry run found them."""
-        found = self.survey(data)
-        return NetSpec(self.name, found.taps, found.embedding, found.classes, found.head)
+        return self.survey(data).spec(self.name)
 
     def tapped(self, data: DataSpec, table: Mapping[str, str]) -> NetSpec:
         """The taps of a table: a module's path, one with wildcards, whose matches are numbered, or a tap that the dry run found.

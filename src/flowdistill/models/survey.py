@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..taps import TapSpec
+from ..taps import NetSpec, TapSpec
 
 IMAGES = 2  # of the dry run: with one, a batch could be taken for something else
 LARGE = 224  # pixels: at the data's own size the last maps of a deep network may have shrunk to one position
@@ -100,6 +100,10 @@ class Survey:
         layout = self.layouts[path]
         return TapSpec(name, layout.channels, layout.height, layout.width, path)
 
+    def spec(self, name: str) -> NetSpec:
+        """What a network of that name offers."""
+        return NetSpec(name, self.taps, self.embedding, self.classes, self.head)
+
 
 def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
     """Run a network on random images of this size, and once more on larger ones where it takes them: there stages are told apart best.
@@ -147,6 +151,7 @@ def watch(net: nn.Module, channels: int, height: int, width: int) -> tuple[list[
 
     handles = [handle for path, module in net.named_modules() for handle in _hooked(module, begin(path), end)]
     images = torch.rand(IMAGES, channels, height, width, generator=torch.Generator().manual_seed(0))
+    images = images.to(next((parameter.device for parameter in net.parameters()), images.device))
     training = {module: module.training for module in net.modules()}
     try:
         output = net.eval()(images)

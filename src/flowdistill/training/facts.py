@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -24,11 +26,15 @@ def gather(needs: Needs, teacher: Network | None, data: DeviceData, precision: P
     labels = data.labels if "labels" in needs.facts else None
     if teacher is None:
         return Facts(labels=labels)
+    means = class_means(teacher, data, precision) if "class_means" in needs.facts else None
+    return replace(of_teacher(needs, teacher), class_means=means, labels=labels)
+
+
+def of_teacher(needs: Needs, teacher: Network) -> Facts:
+    """Those of the facts that the teacher alone tells."""
     return Facts(
         head=_head(teacher) if "head" in needs.facts else None,
         norms=_norms(teacher, needs) if "norms" in needs.facts else {},
-        class_means=class_means(teacher, data, precision) if "class_means" in needs.facts else None,
-        labels=labels,
     )
 
 

@@ -58,8 +58,7 @@ class Student:
         """A fresh optimiser, and the weights of the terms that count."""
         self.phase: Phase = self.settled.phases[number]
         self.optimizer = build_optimizer(self.net, self.method, self.phase, self.train)
-        counted = {term: weight for term, weight in self.settled.weights.items() if self.phase.counts(term)}
-        self.weights = {term: weight for term, weight in counted.items() if weight > 0}
+        self.weights = self.settled.counted(self.phase)
         task = () if self.train.mixup is True else (TASK,)
         terms = (*task, *self.method.terms) if self.taught or not self.method.uses_teacher else task
         self.sums = {term: torch.zeros((), device=next(self.net.parameters()).device) for term in terms}
@@ -154,6 +153,15 @@ def task_loss(logits: Tensor, batch: Batch, smoothing: float = 0.0) -> Tensor | 
     return total / counted
 
 
+def terms(method: Method, own: Outputs, taught: Outputs | None, batch: Batch, smoothing: float) -> dict[str, Tensor]:
+    """Every unweighted term of a network's outputs, float32 scalars. Without labels there is no task."""
+    task = task_loss(own.logits, batch, smoothing)
+    found = {} if task is None else {TASK: task}
+    if taught is not None or not method.uses_teacher:
+        found |= method(own, taught, Batch(batch.labels, batch.indices, batch.epoch, batch.peers))
+    return found
+
+
 class Objective(nn.Module):
     """What the students of a group minimise: their networks and methods as one module."""
 
@@ -164,20 +172,15 @@ class Objective(nn.Module):
         self.methods = nn.ModuleList(student.method for student in group)
 
     def forward(self, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> list[dict[str, Tensor]]:
-        """Every unweighted term of each student, float32 scalars; the networks run under ``precision``, the losses never in half.
-
-        Without labels there is no task.
-        """
+        """Every unweighted term of each student, float32 scalars; the networks run under ``precision``, the losses never in half."""
         with autocast(images.device, precision):
             given: list[Outputs] = [net(images) for net in self.nets]
         found = []
         for number, (own, method) in enumerate(zip(given, self.methods, strict=True)):
-            task = task_loss(own.logits, batch, self.smoothing)
-            terms = {} if task is None else {TASK: task}
-            if taught is not None or not method.uses_teacher:
-                peers = (*given[:number], *given[number + 1 :])
-                terms |= method(own, taught, Batch(batch.labels, batch.indices, batch.epoch, peers))
-            found.append(terms)
+            assert isinstance(method, Method)
+            peers = (*given[:number], *given[number + 1 :])
+            told = Batch(batch.labels, batch.indices, batch.epoch, peers, batch.targets)
+            found.append(terms(method, own, taught, told, self.smoothing))
         return found
 
 

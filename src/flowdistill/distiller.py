@@ -1,0 +1,218 @@
+"""A method in one's own loop: a module that gives, for a batch, the loss of a student and its terms."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import methods, models
+from .checks import UserError
+from .methods import Settled
+from .models import Network
+from .models.foreign import Foreign, surveyed
+from .randomness import seeded
+from .taps import Batch, DataSpec, NetSpec
+from .training.facts import of_teacher
+from .training.optim import trained_parameters
+from .training.step import TASK, terms
+
+CURE = "use flowdistill.distill"
+
+
+class Distiller(nn.Module):
+    """The loss of a student on a batch, by any method that needs no more than the batch.
+
+    The modules are not copied: the student that was given is trained. It is put into train mode, the teacher into eval mode and frozen.
+    Modules of others have hooks until ``close``, or until the Distiller is gone.
+
+    Attributes:
+        student, teacher: the networks with their taps; ``.body`` is the module that was given. No teacher where the method needs none.
+        method: the method, with its adapters.
+        phase, weights: the phase of training, and the factors of the terms that count in it.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module | None,
+        student: nn.Module,
+        method: str = "fsp",
+        *,
+        images: Tensor | Sequence[int] = (3, 224, 224),
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+        weights: Mapping[str, float] | None = None,
+        label_smoothing: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """Pair the two.
+
+        Args:
+            teacher, student: modules that give logits [N, K] of images [N, C, H, W], or networks of this package.
+            method: a method or a composition such as ``at+kd``.
+            images: the shape (C, H, W) of an image, or a batch of them [N, C, H, W].
+            options: of each method, ``{"kd": {"T": 2.0}}``.
+            weights: of each term; what is left out is the method's default.
+            label_smoothing: share of each label that the task spreads over all classes.
+            seed: decides the adapters' initial weights.
+
+        Raises:
+            UserError: a pair that can't work, or a method that needs all of the training images, or another student.
+        """
+        super().__init__()
+        self.settled, self.smoothing, self.closed = _settled(method, options or {}, weights or {}), label_smoothing, False
+        size = _size(images)
+        own = _side(student, size, "student")
+        taught = self._side_of_teacher(teacher, student, size)
+        data = DataSpec("images", 0, own.spec.classes, *size)
+        try:
+            with seeded(seed, "adapters"):
+                self.method = methods.build(self.settled, student=own.spec, teacher=taught.spec if taught else None, data=data)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        needs = self.method.needs
+        if unknown := sorted(needs.facts - {"head", "norms"}):
+            what = unknown[0].replace("_", " ")
+            raise UserError(f"method {self.settled.name!r} needs the {what} of all training images; {CURE}")
+        self.student = own.build(own.spec, tuple(sorted(needs.student)))
+        self.teacher = taught.build(taught.spec, tuple(sorted(needs.teacher))) if taught else None
+        self._given = (student, teacher if taught else None)
+        self._hooks = weakref.finalize(self, _release, self.student, self.teacher)
+        if self.teacher is not None:
+            self.teacher.requires_grad_(False)
+            self.method.know(of_teacher(needs, self.teacher))
+        self.method.to(next(self.student.parameters()).device)
+        self.begin_phase(0)
+        self.train()
+
+    def _side_of_teacher(self, teacher: nn.Module | None, student: nn.Module, size: tuple[int, int, int]) -> _Side | None:
+        if not self.settled.uses_teacher:
+            return None
+        if teacher is None:
+            raise UserError(f"method {self.settled.name!r} needs a teacher; give a module")
+        side = _side(teacher, size, "teacher")
+        if {id(parameter) for parameter in teacher.parameters()} & {id(parameter) for parameter in student.parameters()}:
+            raise UserError("teacher and student share weights; give a copy as the teacher")
+        return side
+
+    def forward(self, images: Tensor, labels: Tensor | None = None, *, epoch: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of this phase's terms, and every unweighted term by name, detached; float32 scalars.
+
+        The networks run under the caller's autocast, the losses never in half.
+
+        Args:
+            images: [N, C, H, W] as both networks take them.
+            labels: [N] class numbers; left out, there is no ``task``.
+            epoch: 0-based, for methods with a warm-up or a curriculum; left out, they are past it.
+
+        Raises:
+            UserError: no labels, where this phase can't do without.
+        """
+        if self.closed:
+            raise RuntimeError("this Distiller was closed; make another")
+        if labels is None and (self.method.uses_labels or self.weights.keys() == {TASK}):
+            raise UserError(f"method {self.settled.name!r} learns from labels in phase {self.phase.name!r}; give them")
+        own, taught = self.student(images), None
+        if self.teacher is not None and any(term != TASK for term in self.weights):
+            with torch.no_grad():
+                taught = self.teacher(images)
+        number = None if epoch is None else torch.tensor(epoch, device=images.device)
+        with torch.autocast(images.device.type, enabled=False):
+            found = terms(self.method, own, taught, Batch(labels, epoch=number), self.smoothing)
+            loss = torch.stack([weight * found[term] for term, weight in self.weights.items() if term in found]).sum()
+        return loss, {term: value.detach() for term, value in found.items()}
+
+    def begin_phase(self, number: int) -> None:
+        """Take up a phase of a method that trains in several, 0-based; its optimiser is made anew, of ``trained()``.
+
+        Raises:
+            UserError: there is none of that number.
+        """
+        phases = self.settled.phases
+        if not 0 <= number < len(phases):
+            names = ", ".join(f"{place} ({phase.name})" for place, phase in enumerate(phases))
+            raise UserError(f"phase {number}: method {self.settled.name!r} has the phases {names}")
+        self.phase, self.weights = phases[number], self.settled.counted(phases[number])
+
+    def trained(self) -> list[nn.Parameter]:
+        """What an optimiser moves in this phase: the student's parameters and the adapters, less what is frozen."""
+        return trained_parameters(self.student, self.method, self.phase)
+
+    def train(self, mode: bool = True) -> Distiller:
+        """The student's and the method's mode; the teacher stays in eval mode."""
+        super().train(mode)
+        student, teacher = self._given
+        student.train(mode)
+        if self.teacher is not None and teacher is not None:
+            self.teacher.eval()
+            teacher.eval()
+        return self
+
+    def close(self) -> None:
+        """Remove the hooks; the modules are as they came, but for what was learned and the teacher's frozen state."""
+        self._hooks()
+        self.closed = True
+
+
+class _Side(NamedTuple):
+    """What a module offers, and how it is made to give taps of that."""
+
+    spec: NetSpec
+    build: Callable[[NetSpec, tuple[str, ...]], Network]
+
+
+def _side(module: nn.Module, size: tuple[int, int, int], role: str) -> _Side:
+    if not isinstance(module, nn.Module):
+        raise UserError(f"{role}={module!r} is no module; give an nn.Module")
+    front = module.front if isinstance(module, Network) else None
+    if front is not None:
+        _, *size = front(torch.zeros(1, *size)).shape
+    if isinstance(module, Network) and not isinstance(module, Foreign):
+        return _Side(models.spec(module.spec.name, DataSpec("images", 0, module.spec.classes, *size)), _tapped(module))
+    body = module.body if isinstance(module, Network) else module
+    found = surveyed(body, type(body).__name__, *size)
+
+    def build(spec: NetSpec, taps: tuple[str, ...]) -> Network:
+        net = Foreign(body, spec, taps, found)
+        net.front = front
+        return net
+
+    return _Side(found.spec(type(body).__name__), build)
+
+
+def _tapped(net: Network) -> Callable[[NetSpec, tuple[str, ...]], Network]:
+    """How one of this package's networks gives taps: the same modules under another head."""
+
+    def build(spec: NetSpec, taps: tuple[str, ...]) -> Network:
+        view = copy(net)
+        view.spec, view.taps = spec, taps
+        return view
+
+    return build
+
+
+def _settled(method: str, options: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float]) -> Settled:
+    """The method with every default; refused where it needs a run of its own."""
+    settled = methods.settle(method, options, weights)
+    if settled.mutual:
+        raise UserError(f"the students of {settled.name!r} teach each other; {CURE}")
+    if settled.trained_model("student", "teacher") != "student":
+        raise UserError(f"method {settled.name!r} trains another network than the student; {CURE}")
+    return settled
+
+
+def _size(images: Tensor | Sequence[int]) -> tuple[int, int, int]:
+    size = tuple(images.shape[1:] if isinstance(images, Tensor) else images)
+    if len(size) != 3:
+        given = f"a tensor {tuple(images.shape)}" if isinstance(images, Tensor) else images
+        raise UserError(f"images={given}: give a shape (channels, height, width) or a batch of images [N, C, H, W]")
+    return size
+
+
+def _release(*nets: Network | None) -> None:
+    for net in nets:
+        if net is not None:
+            net.release()

@@ -1,0 +1,264 @@
+"""Distiller: a method in one's own loop, on one's own modules."""
+
+from __future__ import annotations
+
+import gc
+from copy import deepcopy
+
+import pytest
+import torch
+from test_modules import Tied
+from torch import Tensor, nn
+
+import flowdistill
+from flowdistill import Distiller, UserError, methods, models
+from flowdistill.config import TrainConfig
+from flowdistill.methods import settle
+from flowdistill.taps import Batch, DataSpec
+from flowdistill.training.step import Student, losses, teach
+
+DATA = DataSpec("some", 100, 10, 1, 8, 8)
+SIZE = (1, 8, 8)
+EVERY = [name for name in methods.METHODS if name not in ("crd", "nd", "dml", "simkd")]
+
+
+def batch(seed: int = 0, n: int = 8) -> tuple[Tensor, Tensor]:
+    chance = torch.Generator().manual_seed(seed)
+    return torch.randn(n, *SIZE, generator=chance), torch.randint(10, (n,), generator=chance)
+
+
+def nets() -> tuple[models.Network, models.Network]:
+    return models.build("resnet14", DATA, seed=1), models.build("resnet8", DATA, seed=2)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_method_gives_its_terms_and_gradients(name: str) -> None:
+    teacher, student = nets()
+    distiller = Distiller(teacher, student, name, images=SIZE)
+    before = deepcopy(teacher.state_dict())
+    for number, phase in enumerate(distiller.settled.phases):
+        distiller.begin_phase(number)
+        distiller.zero_grad()
+        loss, terms = distiller(*batch())
+        loss.backward()
+        assert set(distiller.weights) <= set(terms) <= {"task", *distiller.method.terms}
+        assert not any(value.requires_grad for value in terms.values())
+        moved, reached = ({id(p) for p in found} for found in (distiller.trained(), _reached(student)))
+        assert (reached | {id(p) for p in _reached(distiller.method)}) & moved
+        assert phase.only or reached == {id(p) for p in student.parameters()}
+    if distiller.teacher is not None:
+        assert _reached(teacher) == []
+        assert not any(parameter.requires_grad for parameter in teacher.parameters())
+        assert not any(module.training for module in teacher.modules())
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+
+
+def _reached(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.grad is not None]
+
+
+def test_a_few_steps_are_those_of_training() -> None:
+    """Same networks, same batches, same optimiser: the loop that training has, and one's own."""
+    weights, settled = {"at": 20.0}, settle("at+kd", {}, {"at": 20.0})
+    teacher, student = nets()
+    method = methods.build(settled, student=student.spec, teacher=teacher.spec, data=DATA)
+    stages = teacher.spec.stages
+    theirs, ours = (models.build(net, DATA, taps=stages, seed=seed) for net, seed in (("resnet14", 1), ("resnet8", 2)))
+    trained = Student(ours, method, settled, TrainConfig(lr=0.1, precision="fp32"))
+    trained.begin_phase(0)
+    trained.begin_epoch()
+    distiller = Distiller(teacher, student, "at+kd", weights=weights, images=SIZE)
+    optimizer = torch.optim.SGD(distiller.trained(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    theirs.eval()
+    for step in range(3):
+        images, labels = batch(step)
+        (expected,) = losses((trained,), images, teach(theirs, images, "fp32"), Batch(labels), "fp32")
+        total = sum(trained.weights[term] * value for term, value in expected.items())
+        loss, terms = distiller(images, labels)
+        assert {term: value.item() for term, value in terms.items()} == pytest.approx({t: v.item() for t, v in expected.items()}, rel=1e-5)
+        assert loss.item() == pytest.approx(total.item(), rel=1e-5)
+        for value, mover in ((loss, optimizer), (total, trained.optimizer)):
+            mover.zero_grad()
+            value.backward()
+            mover.step()
+    assert distiller.student is not student
+    torch.testing.assert_close(student.state_dict(), ours.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def test_modules_of_others_are_trained_in_place_and_left_bare() -> None:
+    teacher, student = Tied(8, seed=1), Tied(seed=2).eval()
+    begun = deepcopy(student.state_dict())
+    distiller = Distiller(teacher, student, "fitnets", images=torch.zeros(2, *SIZE))
+    assert distiller.student.body is student
+    assert student.training
+    assert not teacher.training
+    adapters = list(distiller.method.parameters())
+    assert adapters
+    optimizer = torch.optim.SGD(distiller.trained(), lr=0.1)
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} >= {id(p) for p in (*student.parameters(), *adapters)}
+    kept = [parameter.detach().clone() for parameter in adapters]
+    for step in range(2):
+        optimizer.zero_grad()
+        distiller(*batch(step))[0].backward()
+        optimizer.step()
+    assert any(not torch.equal(value, begun[name]) for name, value in student.state_dict().items())
+    assert any(not torch.equal(now, before) for now, before in zip(adapters, kept, strict=True))
+    assert any(module._forward_hooks for module in student.modules())
+    distiller.close()
+    assert not any(module._forward_hooks for net in (student, teacher) for module in net.modules())
+    with pytest.raises(RuntimeError, match="closed"):
+        distiller(*batch())
+
+
+def test_what_nobody_holds_any_more_is_closed() -> None:
+    teacher, student = Tied(8), Tied()
+    Distiller(teacher, student, "kd", images=SIZE)
+    gc.collect()
+    assert not any(module._forward_hooks for net in (student, teacher) for module in net.modules())
+
+
+def test_modes() -> None:
+    teacher, student = nets()
+    distiller = Distiller(teacher, student, "kd", images=SIZE)
+    assert distiller.training
+    assert all(module.training for module in student.modules())
+    before = deepcopy(student.state_dict())
+    with torch.no_grad():
+        distiller.eval()(*batch())
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    assert not student.training
+    distiller.train()
+    assert student.training
+    assert not any(module.training for module in teacher.modules())
+
+
+def test_images_without_labels() -> None:
+    distiller = Distiller(*nets(), "at+kd", images=SIZE)
+    images, labels = batch()
+    loss, terms = distiller(images)
+    labelled, all_terms = distiller(images, labels)
+    assert set(terms) == {"at", "kd"}
+    weights = distiller.weights
+    assert loss.item() == pytest.approx(sum(weights[term] * value.item() for term, value in terms.items()), rel=1e-5)
+    assert labelled.item() == pytest.approx(loss.item() + all_terms["task"].item(), rel=1e-5)
+    for name in ("base", "nkd"):
+        with pytest.raises(UserError, match=f"method '{name}' learns from labels in phase 'joint'; give them"):
+            Distiller(*nets(), name, images=SIZE)(images)
+
+
+def test_mixed_precision_is_the_callers() -> None:
+    distiller = Distiller(*nets(), "fsp+kd", images=SIZE)
+    plain, _ = distiller(*batch())
+    seen: list[torch.dtype] = []
+    distiller.student.body.get_submodule("conv1").register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, terms = distiller(*batch())
+    assert seen == [torch.bfloat16]
+    assert {value.dtype for value in (loss, *terms.values())} == {torch.float32}
+    assert loss.item() == pytest.approx(plain.item(), rel=0.05)
+    assert loss.item() != plain.item()
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_compiled_equals_eager(foreign: bool) -> None:
+    pair = (Tied(8, seed=1), Tied(seed=2)) if foreign else nets()
+    distiller = Distiller(*pair, "at+kd", images=SIZE)
+    compiled = torch.compile(distiller, backend="aot_eager")
+    for step in range(2):
+        loss, terms = distiller(*batch(step))
+        expected = torch.autograd.grad(loss, distiller.trained())
+        other, others = compiled(*batch(step))
+        assert other.item() == pytest.approx(loss.item(), rel=1e-5)
+        assert {term: value.item() for term, value in others.items()} == pytest.approx({t: v.item() for t, v in terms.items()}, rel=1e-5)
+        for ours, theirs in zip(torch.autograd.grad(other, distiller.trained()), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_curricula_count_epochs() -> None:
+    distiller = Distiller(*nets(), "dkd", images=SIZE)
+    (_, late), (_, first) = distiller(*batch()), distiller(*batch(), epoch=0)
+    assert first["dkd"].item() == pytest.approx(late["dkd"].item() / distiller.settled.options["dkd"].warmup, rel=1e-5)
+
+
+def test_its_state_goes_into_a_checkpoint_and_back() -> None:
+    one, other = (Distiller(Tied(8, seed=1), Tied(seed=seed), "fitnets", images=SIZE, seed=seed) for seed in (2, 3))
+    one(*batch())
+    names = one.state_dict().keys()
+    assert {name.split(".")[0] for name in names} == {"teacher", "student", "method"}
+    assert "student.first.weight" in names
+    other.load_state_dict(one.state_dict())
+    assert other(*batch())[0].item() == one(*batch())[0].item()
+
+
+def test_label_smoothing_and_frozen_parts() -> None:
+    student = Tied()
+    student.stem.requires_grad_(False)
+    distiller = Distiller(Tied(8), student, "kd", images=SIZE, label_smoothing=0.1)
+    images, labels = batch()
+    _, terms = distiller(images, labels)
+    assert terms["task"].item() == pytest.approx(nn.functional.cross_entropy(student(images), labels, label_smoothing=0.1).item(), rel=1e-5)
+    assert not {id(p) for p in student.stem.parameters()} & {id(p) for p in distiller.trained()}
+
+
+def test_a_distilled_student_distils_on() -> None:
+    """What a Result gives back may be given here, and here may be trained what goes there."""
+    net = models.build("timm:resnet18", DataSpec("", 0, 10, 3, 32, 32), seed=0)
+    distiller = Distiller(net, Tied3(), "kd", images=(3, 32, 32))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert set(distiller(images, torch.tensor([1, 2]))[1]) == {"task", "kd"}
+
+
+class Tied3(Tied):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem[0] = nn.Conv2d(3, 4, 3, padding=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("crd", "method 'crd' needs the labels of all training images; use flowdistill.distill"),
+        ("nd", "method 'nd' needs the class means of all training images; use flowdistill.distill"),
+        ("dml", "the students of 'dml' teach each other; use flowdistill.distill"),
+        ("simkd", "method 'simkd' trains another network than the student; use flowdistill.distill"),
+        ("fps", "unknown method 'fps': did you mean 'fsp'?"),
+    ],
+)
+def test_what_needs_the_whole_of_training(name: str, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Distiller(*nets(), name, images=SIZE)
+    assert str(caught.value) == line
+
+
+def test_mistakes_are_one_line() -> None:
+    teacher, student = nets()
+    for given, words in [
+        ({"student": student, "teacher": None}, "method 'fsp' needs a teacher; give a module"),
+        ({"student": student, "teacher": "resnet14"}, "teacher='resnet14' is no module; give an nn.Module"),
+        ({"student": student, "teacher": student}, "teacher and student share weights; give a copy as the teacher"),
+        ({"student": nn.Linear(3, 10), "teacher": teacher}, "Linear: no classifier of images of 1x8x8"),
+        ({"student": student, "teacher": teacher, "images": (8, 8)}, "images=(8, 8): give a shape (channels, height, width) or a batch"),
+        ({"student": student, "teacher": teacher, "options": {"fps": {}}}, "options.fps: method 'fsp' has no such part"),
+        ({"student": Tied(8), "teacher": Tied3(), "images": SIZE}, "Tied3: no classifier of images of 1x8x8"),
+    ]:
+        with pytest.raises(UserError) as caught:
+            Distiller(**{"images": SIZE, **given})
+        assert words in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
+    assert student.training, "nothing was changed by what was refused"
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_phases_are_numbered() -> None:
+    distiller = Distiller(*nets(), "fitnets", images=SIZE, options={"fitnets": {"schedule": "two-stage"}})
+    with pytest.raises(UserError, match=r"phase 2: method 'fitnets' has the phases 0 \(\w+\), 1 \(task\)"):
+        distiller.begin_phase(2)
+    distiller.begin_phase(1)
+    assert distiller.weights == {"task": 1.0}
+    with pytest.raises(UserError, match="learns from labels in phase 'task'; give them"):
+        distiller(batch()[0])
+
+
+def test_it_is_there() -> None:
+    assert flowdistill.Distiller is Distiller
+    assert "Distiller" in dir(flowdistill)

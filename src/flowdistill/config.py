@@ -20,6 +20,7 @@ LARGEST_FILE = 1_000_000  # bytes of a config
 MOST_EPOCHS = 1_000_000
 
 Crop = Literal["shift", "resized"]
+Role = Literal["student", "teacher"]
 
 
 class Frozen(BaseModel):
@@ -140,6 +141,22 @@ class TrainConfig(Frozen):
         return self
 
 
+class InputConfig(Frozen):
+    """The images that a network was made for; what is left out is as the network's file or library declares it, else as the data."""
+
+    channels: Literal[1, 3] | None = None
+    size: int | None = Field(None, ge=1, strict=True)  # pixels of a side
+    mean: tuple[float, ...] | None = None  # of each channel, in 0..1
+    std: tuple[float, ...] | None = None
+
+    @field_validator("std")
+    @classmethod
+    def _std_divides(cls, std: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if std is not None and not all(value > 0 for value in std):
+            raise ValueError("images are divided by it; write numbers above 0")
+        return std
+
+
 class RunConfig(Frozen):
     """One run: one student trained once.
 
@@ -148,6 +165,9 @@ class RunConfig(Frozen):
     those weights, its classifier fresh where the classes differ. ``peer`` is the other student where two teach each other, named
     likewise; left out it is another of the student's kind. Each of the two is a run, of ``side`` 1 and 2. ``weights`` holds the factor
     of each loss term; terms left out take the method's default.
+
+    ``taps`` names, for the student and the teacher, the maps that methods see: stage1, stage2, ... -> a module's path, or one with * and
+    ? whose matches are numbered (of this package's own networks a tap's name). ``inputs`` are the images that each was made for.
     """
 
     student: str = Field("resnet20", coerce_numbers_to_str=True)
@@ -162,6 +182,8 @@ class RunConfig(Frozen):
     method: str = "base"
     options: dict[str, dict[str, Any]] = {}
     weights: dict[str, float] = {}
+    taps: dict[Role, dict[str, str]] = Field({}, exclude_if=lambda taps: not taps)
+    inputs: dict[Role, InputConfig] = Field({}, exclude_if=lambda inputs: not inputs)
 
 
 def model_name(name: str) -> str:

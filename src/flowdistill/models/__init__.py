@@ -18,6 +18,7 @@ from ..config import model_name
 from ..randomness import seeded
 from ..registry import Registry
 from ..taps import DataSpec, NetSpec, Outputs, TapSpec
+from .front import Front
 
 CAM = "cam"
 
@@ -36,7 +37,7 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.front: nn.Module | None = None
+        self.front: Front | None = None
 
     def forward(self, images: Tensor) -> Outputs:
         """Images [N, C, H, W] -> Outputs."""

@@ -25,7 +25,8 @@ from ..checks import UserError, did_you_mean, first_line, regular_file, summary
 from ..randomness import seeded
 from ..taps import DataSpec, NetSpec, Outputs, TapSpec
 from . import FORMS, Network
-from .survey import Survey, survey
+from .front import View
+from .survey import LARGE, Survey, survey
 
 WRITTEN = re.compile(r"(?P<where>timm|torchvision|module|[^@]+\.py|[A-Za-z_][\w.]*):(?P<name>[^:@]+)")
 HEAD = "classifier"  # its row in a table of taps
@@ -35,6 +36,7 @@ SIZES = {
     "size": ("size", "image_size", "img_size"),
 }
 """What a user's function is told, by the names of its parameters."""
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of every torchvision network
 
 Make = Callable[[DataSpec], nn.Module]
 IN_MEMORY: dict[str, nn.Module] = {}
@@ -288,6 +290,22 @@ FORMS[WRITTEN] = foreign
 def is_foreign(name: str) -> bool:
     """Whether a name is written as one of these."""
     return WRITTEN.fullmatch(name) is not None
+
+
+def declared_view(name: str) -> View:
+    """The images that a library's published weights of this network were made for."""
+    written = WRITTEN.fullmatch(name)
+    if written is None or written["where"] not in ("timm", "torchvision"):
+        return View()
+    if written["where"] == "torchvision":
+        return View(None, LARGE, LARGE, IMAGENET_MEAN, IMAGENET_STD)
+    import timm
+
+    configured = timm.get_pretrained_cfg(written["name"])
+    if configured is None:
+        return View()
+    _, height, width = configured.input_size
+    return View(None, height, width, tuple(configured.mean), tuple(configured.std))
 
 
 def adopt(module: nn.Module, key: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import re
@@ -258,6 +259,22 @@ def read_file(path: Path) -> dict[str, Any]:
         what = "has no keys" if config in ({}, None) else f"'config' is {config!r}"
         raise UserError(f"--config {path}: {what}; write a table of keys, such as student, data, train")
     return config
+
+
+def read_taps(path: Path) -> dict[str, str]:
+    """A table of taps, name -> module, from the CSV or JSON that ``flowdistill taps`` prints.
+
+    Raises:
+        UserError: no such file, or no such table.
+    """
+    what = f"taps {path}"
+    text = regular_file(path, what).read_text(encoding="utf-8-sig", errors="replace")
+    try:
+        rows = json.loads(text) if text.lstrip().startswith("[") else list(csv.DictReader(text.splitlines()))
+        table = {row["name"].strip(): row["module"].strip() for row in rows}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{what}: no table with the columns name and module; write one with flowdistill taps MODEL --format csv") from None
+    return {name: module for name, module in table.items() if name not in ("embedding", "classifier")}
 
 
 def assign(values: dict[str, Any], assignment: str) -> None:

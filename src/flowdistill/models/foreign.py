@@ -162,6 +162,17 @@ class ForeignFactory:
         taps = tuple(tap for name, pattern in table.items() for tap in self._matching(found, name, pattern))
         return NetSpec(self.name, taps, found.embedding, found.classes, found.head)
 
+    def declared_view(self) -> View:
+        """Of a library's network what its configuration says."""
+        where, _, name = self.name.partition(":")
+        if where == "torchvision":
+            return View(None, LARGE, LARGE, IMAGENET_MEAN, IMAGENET_STD)
+        configured = _configured(name) if where == "timm" else None
+        if configured is None:
+            return View()
+        _, height, width = configured.input_size
+        return View(None, height, width, tuple(configured.mean), tuple(configured.std))
+
     def _matching(self, found: Survey, name: str, pattern: str) -> Iterator[TapSpec]:
         if pattern in found.ends:
             yield found.tap(name, found.ends[pattern])
@@ -213,12 +224,19 @@ def _timm(name: str) -> Make:
         raise UserError(f"unknown model 'timm:{name}': {did_you_mean(name, timm.list_models())}")
 
     def make(data: DataSpec) -> nn.Module:
-        configured = timm.get_pretrained_cfg(name)
+        configured = _configured(name)
         sized: dict[str, Any] = {"img_size": (data.height, data.width)} if configured and configured.fixed_input_size else {}
         net: nn.Module = timm.create_model(name, num_classes=data.classes, in_chans=data.channels, **sized)
         return net
 
     return make
+
+
+def _configured(name: str) -> Any:
+    """What timm declares of a network, or None."""
+    import timm
+
+    return timm.get_pretrained_cfg(name)
 
 
 def _torchvision(name: str) -> Make:
@@ -290,22 +308,6 @@ FORMS[WRITTEN] = foreign
 def is_foreign(name: str) -> bool:
     """Whether a name is written as one of these."""
     return WRITTEN.fullmatch(name) is not None
-
-
-def declared_view(name: str) -> View:
-    """The images that a library's published weights of this network were made for."""
-    written = WRITTEN.fullmatch(name)
-    if written is None or written["where"] not in ("timm", "torchvision"):
-        return View()
-    if written["where"] == "torchvision":
-        return View(None, LARGE, LARGE, IMAGENET_MEAN, IMAGENET_STD)
-    import timm
-
-    configured = timm.get_pretrained_cfg(written["name"])
-    if configured is None:
-        return View()
-    _, height, width = configured.input_size
-    return View(None, height, width, tuple(configured.mean), tuple(configured.std))
 
 
 def adopt(module: nn.Module, key: str) -> str:

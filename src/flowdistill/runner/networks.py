@@ -18,7 +18,7 @@ from ..data.images import ImageData
 from ..data.loader import Normalisation
 from ..ledger import Ledger, Run, newest
 from ..models import Network
-from ..models.foreign import declared_view, is_foreign
+from ..models.foreign import is_foreign
 from ..models.front import View, front
 from ..taps import DataSpec, NetSpec
 from ..training.weights import fill, hash_weights, load_weights
@@ -136,6 +136,15 @@ def resolve(reference: str, ledger: Ledger) -> NetworkRef:
     if (number := run_number(reference)) is not None:
         run = ledger.run(number)
         return _of_run(run, ledger, f"{run.fingerprint}/{run.seed}")
+    return named(reference)
+
+
+def named(reference: str) -> NetworkRef:
+    """What a reference means that is no run's number.
+
+    Raises:
+        UserError: no such model or file, or a file that does not say its model.
+    """
     model, at, path = reference.partition("@")
     if at:
         return _from_file(Path(path), models.canonical(model))
@@ -159,7 +168,7 @@ def _from_file(path: Path, model: str | None) -> NetworkRef:
         saw=_saw(about),
         labels=_labels(about),
         origin=str(path),
-        view=_view(about) or declared_view(models.canonical(named)),
+        view=_view(about) or models.declared_view(models.canonical(named)),
     )
 
 

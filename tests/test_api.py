@@ -82,7 +82,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"device": None}, "--device None is not available here; use auto, or what this machine has of cpu, cuda, mps"),
     (
         {"epoch": 3},
-        "unknown key 'epoch': choose from: student, teacher, init_from, peer, side, seed, split, data, train, method, options, weights",
+        "unknown key 'epoch': choose from: student, teacher, init_from, peer, side, seed, split, data, train, method, options, weights, "
+        "taps, inputs",
     ),
     ({"train": {"epoch": 3}}, "unknown key 'train.epoch': did you mean 'epochs'?"),
     ({"train": {"epochs": "3"}}, "train.epochs='3': input should be a valid integer"),

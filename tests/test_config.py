@@ -76,7 +76,7 @@ def test_part_of_a_table_keeps_the_other_defaults() -> None:
          "nesterov, schedule, milestones, warmup_epochs, precision, mixup, freeze, label_smoothing"),
         ("data.nam", "unknown key 'data.nam': did you mean 'name'?"),
         ("zzzz", "unknown key 'zzzz': choose from: student, teacher, init_from, peer, side, seed, split, data, train, method, "
-         "options, weights"),
+         "options, weights, taps, inputs"),
     ],
 )  # fmt: skip
 def test_unknown_key(key: str, answer: str) -> None:

@@ -341,7 +341,7 @@ def test_two_staged_parts_are_refused_and_one_is_not(planned: Planner, monkeypat
 def test_a_pair_that_can_not_work_is_refused_in_planning(planned: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
     real = models.spec
 
-    def narrow(name: str, data: DataSpec) -> NetSpec:
+    def narrow(name: str, data: DataSpec, table: object = None) -> NetSpec:
         spec = real(name, data)
         taps = tuple(replace(tap, channels=tap.channels // 2) for tap in spec.taps)
         return replace(spec, taps=taps) if name == "resnet14" else spec

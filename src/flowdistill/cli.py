@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from . import recipes
 from .checks import UserError, did_you_mean, obstacle, parse_seeds
 from .complaints import complain, failure, refuse_empty, usage
-from .config import RunConfig, assign, model_name, one_line, put, read_file, validate
+from .config import RunConfig, assign, model_name, one_line, put, read_file, read_taps, validate
 from .env import version
 from .ledger import Ledger
 from .report import pages, tables
@@ -232,6 +232,8 @@ def distill(
     method: Annotated[str | None, typer.Option(help="Methods, with + for a composition and commas between runs: base,fsp,at+kd.")] = None,
     student: Annotated[str | None, typer.Option(help="Model name, run number, weights file or MODEL@FILE.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Likewise; by name, a trained one is chosen from the ledger.")] = None,
+    student_taps: Annotated[Path | None, typer.Option(help="The student's taps: a table of flowdistill taps, edited.")] = None,
+    teacher_taps: Annotated[Path | None, typer.Option(help="Likewise the teacher's.")] = None,
     unlabelled: Annotated[
         str | None,
         typer.Option(help="Images without labels to learn from the teacher on: folder:PATH, files in any folders, or npz:PATH with key x."),
@@ -239,7 +241,9 @@ def distill(
     **shared: Any,
 ) -> int:
     """Train students with a teacher: one run for each method and seed."""
-    return _launch({"student": student, "teacher": teacher, "data.unlabelled": unlabelled}, method, **shared)
+    tables = {"taps.student": student_taps, "taps.teacher": teacher_taps}
+    taps = {key: read_taps(path) for key, path in tables.items() if path is not None}
+    return _launch({"student": student, "teacher": teacher, "data.unlabelled": unlabelled, **taps}, method, **shared)
 
 
 @app.command()
@@ -579,6 +583,23 @@ def models(format_: FormatOption = TableFormat.table) -> int:
     from .models import MODELS
 
     print(tables.render([{"name": name, "about": MODELS[name].about} for name in MODELS], format_.value, ("name", "about")))
+    return 0
+
+
+@app.command()
+def taps(
+    model: Annotated[str, typer.Argument(help="A model's name, timm:NAME, torchvision:NAME, FILE.py:FUNCTION, a run, or MODEL@FILE.")],
+    size: Annotated[int | None, typer.Option(min=1, help="Pixels of a side; left out, what the network declares.")] = None,
+    channels: Annotated[int | None, typer.Option(min=1, help="Of the images; left out, 3.")] = None,
+    classes: Annotated[int, typer.Option(min=2, help="Of the classifier, where it is fresh.")] = 1000,
+    format_: FormatOption = TableFormat.table,
+    runs: RunsOption = Path("runs"),
+) -> int:
+    """Where a network's stages end, found by a dry run: a table to edit (--format csv) and to give back to distill."""
+    from .runner.tapping import COLUMNS, rows
+
+    found = rows(model, runs, size=size, channels=channels, classes=classes)
+    print(tables.render(found, format_.value, COLUMNS))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import re
@@ -20,6 +21,7 @@ LARGEST_FILE = 1_000_000  # bytes of a config
 MOST_EPOCHS = 1_000_000
 
 Crop = Literal["shift", "resized"]
+Role = Literal["student", "teacher"]
 
 
 class Frozen(BaseModel):
@@ -140,6 +142,22 @@ class TrainConfig(Frozen):
         return self
 
 
+class InputConfig(Frozen):
+    """The images that a network was made for; what is left out is as the network's file or library declares it, else as the data."""
+
+    channels: Literal[1, 3] | None = None
+    size: int | None = Field(None, ge=1, strict=True)  # pixels of a side
+    mean: tuple[float, ...] | None = None  # of each channel, in 0..1
+    std: tuple[float, ...] | None = None
+
+    @field_validator("std")
+    @classmethod
+    def _std_divides(cls, std: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if std is not None and not all(value > 0 for value in std):
+            raise ValueError("images are divided by it; write numbers above 0")
+        return std
+
+
 class RunConfig(Frozen):
     """One run: one student trained once.
 
@@ -148,6 +166,9 @@ class RunConfig(Frozen):
     those weights, its classifier fresh where the classes differ. ``peer`` is the other student where two teach each other, named
     likewise; left out it is another of the student's kind. Each of the two is a run, of ``side`` 1 and 2. ``weights`` holds the factor
     of each loss term; terms left out take the method's default.
+
+    ``taps`` names, for the student and the teacher, the maps that methods see: stage1, stage2, ... -> a module's path, or one with * and
+    ? whose matches are numbered (of this package's own networks a tap's name). ``inputs`` are the images that each was made for.
     """
 
     student: str = Field("resnet20", coerce_numbers_to_str=True)
@@ -162,6 +183,8 @@ class RunConfig(Frozen):
     method: str = "base"
     options: dict[str, dict[str, Any]] = {}
     weights: dict[str, float] = {}
+    taps: dict[Role, dict[str, str]] = Field({}, exclude_if=lambda taps: not taps)
+    inputs: dict[Role, InputConfig] = Field({}, exclude_if=lambda inputs: not inputs)
 
 
 def model_name(name: str) -> str:
@@ -236,6 +259,22 @@ def read_file(path: Path) -> dict[str, Any]:
         what = "has no keys" if config in ({}, None) else f"'config' is {config!r}"
         raise UserError(f"--config {path}: {what}; write a table of keys, such as student, data, train")
     return config
+
+
+def read_taps(path: Path) -> dict[str, str]:
+    """A table of taps, name -> module, from the CSV or JSON that ``flowdistill taps`` prints.
+
+    Raises:
+        UserError: no such file, or no such table.
+    """
+    what = f"taps {path}"
+    text = regular_file(path, what).read_text(encoding="utf-8-sig", errors="replace")
+    try:
+        rows = json.loads(text) if text.lstrip().startswith("[") else list(csv.DictReader(text.splitlines()))
+        table = {row["name"].strip(): row["module"].strip() for row in rows}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{what}: no table with the columns name and module; write one with flowdistill taps MODEL --format csv") from None
+    return {name: module for name, module in table.items() if name not in ("embedding", "classifier")}
 
 
 def assign(values: dict[str, Any], assignment: str) -> None:

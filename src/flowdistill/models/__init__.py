@@ -18,6 +18,7 @@ from ..config import model_name
 from ..randomness import seeded
 from ..registry import Registry
 from ..taps import DataSpec, NetSpec, Outputs, TapSpec
+from .front import Front, View
 
 CAM = "cam"
 
@@ -36,7 +37,7 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.front: nn.Module | None = None
+        self.front: Front | None = None
 
     def forward(self, images: Tensor) -> Outputs:
         """Images [N, C, H, W] -> Outputs."""
@@ -128,6 +129,10 @@ class Factory(Protocol):
         """The network, giving just these of the spec's taps."""
         ...
 
+    def declared_view(self) -> View:
+        """The images that published weights of it were made for, as far as that is known."""
+        ...
+
 
 class ImageFactory:
     """One registered network; its sizes are found by running it on meta tensors, which hold no numbers.
@@ -166,16 +171,29 @@ class ImageFactory:
         return self._specs[key]
 
     def tapped(self, data: DataSpec, table: Mapping[str, str]) -> NetSpec:
-        """Its own taps under the table's names.
+        """Its own taps under the table's names; each is given by its own name, or by its module.
 
         Raises:
             UserError: it has no such tap.
         """
         whole = self.spec(data)
+
+        def own(name: str, source: str) -> TapSpec:
+            at = [tap for tap in whole.taps if tap.module == source]
+            named = [tap for tap in at if tap.name == name] + [tap for tap in at if "." not in tap.name]
+            return named[0] if named else whole.tap(source)
+
         try:
-            return replace(whole, taps=tuple(replace(whole.tap(source), name=name, source=source) for name, source in table.items()))
+            found = {name: own(name, source) for name, source in table.items()}
         except ValueError as error:
             raise UserError(str(error)) from None
+        return replace(
+            whole, taps=tuple(replace(tap, name=name, source="" if name == tap.name else tap.name) for name, tap in found.items())
+        )
+
+    def declared_view(self) -> View:
+        """Nothing is published."""
+        return View()
 
     def network(self, data: DataSpec) -> ImageNetwork:
         """The network for such data, which does not know its taps yet."""
@@ -236,6 +254,11 @@ def build(name: str, data: DataSpec, *, taps: tuple[str, ...] = (), seed: int = 
     offered = made.spec(data) if spec is None else spec
     with seeded(seed, "weights"):
         return made.build(data, offered, taps)
+
+
+def declared_view(name: str) -> View:
+    """The images that published weights of the network were made for, as far as its library says."""
+    return factory(name).declared_view()
 
 
 for _module in pkgutil.iter_modules(__path__):

@@ -25,7 +25,8 @@ from ..checks import UserError, did_you_mean, first_line, regular_file, summary
 from ..randomness import seeded
 from ..taps import DataSpec, NetSpec, Outputs, TapSpec
 from . import FORMS, Network
-from .survey import Survey, survey
+from .front import View
+from .survey import LARGE, Survey, survey
 
 WRITTEN = re.compile(r"(?P<where>timm|torchvision|module|[^@]+\.py|[A-Za-z_][\w.]*):(?P<name>[^:@]+)")
 HEAD = "classifier"  # its row in a table of taps
@@ -35,6 +36,7 @@ SIZES = {
     "size": ("size", "image_size", "img_size"),
 }
 """What a user's function is told, by the names of its parameters."""
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of every torchvision network
 
 Make = Callable[[DataSpec], nn.Module]
 IN_MEMORY: dict[str, nn.Module] = {}
@@ -172,6 +174,17 @@ class ForeignFactory:
         taps = tuple(tap for name, pattern in table.items() for tap in self._matching(found, name, pattern))
         return NetSpec(self.name, taps, found.embedding, found.classes, found.head)
 
+    def declared_view(self) -> View:
+        """Of a library's network what its configuration says."""
+        where, _, name = self.name.partition(":")
+        if where == "torchvision":
+            return View(None, LARGE, LARGE, IMAGENET_MEAN, IMAGENET_STD)
+        configured = _configured(name) if where == "timm" else None
+        if configured is None:
+            return View()
+        _, height, width = configured.input_size
+        return View(None, height, width, tuple(configured.mean), tuple(configured.std))
+
     def _matching(self, found: Survey, name: str, pattern: str) -> Iterator[TapSpec]:
         if pattern in found.ends:
             yield found.tap(name, found.ends[pattern])
@@ -223,12 +236,19 @@ def _timm(name: str) -> Make:
         raise UserError(f"unknown model 'timm:{name}': {did_you_mean(name, timm.list_models())}")
 
     def make(data: DataSpec) -> nn.Module:
-        configured = timm.get_pretrained_cfg(name)
+        configured = _configured(name)
         sized: dict[str, Any] = {"img_size": (data.height, data.width)} if configured and configured.fixed_input_size else {}
         net: nn.Module = timm.create_model(name, num_classes=data.classes, in_chans=data.channels, **sized)
         return net
 
     return make
+
+
+def _configured(name: str) -> Any:
+    """What timm declares of a network, or None."""
+    import timm
+
+    return timm.get_pretrained_cfg(name)
 
 
 def _torchvision(name: str) -> Make:

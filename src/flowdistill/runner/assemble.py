@@ -12,7 +12,7 @@ import torch
 
 from .. import models
 from ..checks import UserError
-from ..data.loader import DeviceData, Stream
+from ..data.loader import DeviceData, Normalisation, Stream
 from ..device import Precision, keep_freed_memory
 from ..models import Network
 from ..models.reused import Reused
@@ -24,6 +24,7 @@ from ..training.evaluate import evaluate
 from ..training.facts import gather
 from ..training.step import Student
 from ..training.teacher import Teacher
+from .pairing import told
 from .plan import Job, cohorts, other_side, weights_seed
 from .watcher import Watcher
 
@@ -68,7 +69,7 @@ def assemble(jobs: Sequence[Job], data: DeviceData, device: torch.device, engine
     lanes: dict[tuple[int, str], Lane] = {}
     members = []
     for job, method in zip(jobs, methods, strict=True):
-        net = _placed(_network(job, tuple(sorted(method.needs.student))), device)
+        net = _placed(_network(job, tuple(sorted(method.needs.student)), data.normalisation), device)
         student = Student(net, method.to(device), job.settled, job.config.train)
         member = Member(job, student)
         origin = job.teacher.origin if job.teacher else taught.get(job.config.seed, "")
@@ -76,7 +77,9 @@ def assemble(jobs: Sequence[Job], data: DeviceData, device: torch.device, engine
         lane = lanes.setdefault((job.config.seed, origin), Lane(stream, None, []))
         if job.teacher:
             if origin not in teachers:
-                teacher = _placed(job.teacher.build(data.spec, taps=tuple(sorted(needs.teacher))), device).eval()
+                spec = job.pairing.teacher if job.pairing else None
+                built = job.teacher.build(data.spec, taps=tuple(sorted(needs.teacher)), spec=spec, given=data.normalisation)
+                teacher = _placed(built, device).eval()
                 accuracy = None if job.teacher.other_classes(job.data) else _accuracy(teacher, data, job.precision)
                 facts = gather(needs, teacher, data, job.precision)
                 teachers[origin] = Teacher(teacher, needs, job.precision), accuracy, facts
@@ -95,12 +98,12 @@ def assemble(jobs: Sequence[Job], data: DeviceData, device: torch.device, engine
     return Cohort(data, found, first.config.train, first.phase_epochs, chosen, select), members
 
 
-def _network(job: Job, taps: tuple[str, ...]) -> Network:
+def _network(job: Job, taps: tuple[str, ...], given: Normalisation) -> Network:
     """What a job trains: its student, or what is built on that and the teacher."""
     spec, seed = job.data.spec, weights_seed(job.config)
     if job.trained == job.student.model:
-        return job.student.build(spec, taps=taps, seed=seed)
-    net = models.build(job.trained, spec, taps=taps, seed=seed)
+        return job.student.build(spec, taps=taps, seed=seed, spec=job.student_taps, given=given)
+    net = models.build(job.trained, spec, taps=taps, seed=seed, spec=job.student_taps)
     assert isinstance(net, Reused)
     assert job.teacher is not None
     net.take_over(job.student.build(spec, seed=seed), job.teacher.build(spec))
@@ -120,6 +123,7 @@ def check_start(cohort: Cohort, members: Sequence[Member], watcher: Watcher) -> 
     """Tell what students begin from, how good the teachers are and how large each term's first gradient is; refuse what would diverge."""
     lines = [_told_of_first_weights(member.job) for member in members if member.job.student.init]
     lines += [_told_of_teacher(member) for member in members if member.job.teacher]
+    lines += [line for member in members for line in _told_of_taps(member)]
     for line in dict.fromkeys(lines):
         watcher.say(line)
     ratios = first_gradients(cohort)
@@ -132,6 +136,16 @@ def _told_of_first_weights(job: Job) -> str:
     student, data = job.student, job.data
     head = "its classifier included" if student.head else f"its classifier fresh ({student.other_classes(data)})"
     return f"student {student.model} begins from {student.origin}, {head}"
+
+
+def _told_of_taps(member: Member) -> list[str]:
+    """Which maps are compared, and what is trained for it beside the student."""
+    method, pairing = member.student.method, member.job.pairing
+    if pairing is None or not method.needs.student:
+        return []
+    adapters = [f"{name} {'x'.join(map(str, value.shape))}" for name, value in method.named_parameters()]
+    beside = [f"  {member.job.settled.name} trains beside the student: {', '.join(adapters)}"] if adapters else []
+    return [*told(pairing, method.needs.student, method.needs.teacher), *beside]
 
 
 def _told_of_teacher(member: Member) -> str:

@@ -151,11 +151,12 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
     student, data = resolve(str(no), ledger), _data(run, config)
     found = {TEACHER: _teacher(run, ledger), STUDENT: student, ALONE: resolve(str(alone.no), ledger) if alone else None}
     networks = {role: network for role, network in found.items() if network}
+    normalisation = Normalisation.of(torch.from_numpy(data.x_train[trained_positions(data.y_train, run.split)]))
     nets: dict[str, Network] = {}
     for role, network in networks.items():
-        nets[role] = network.build(data.spec).eval().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        nets[role] = network.build(data.spec, given=normalisation).eval().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     test, labels = torch.from_numpy(data.x_test).to(device), data.y_test
-    normalise = Normalisation.of(torch.from_numpy(data.x_train[trained_positions(data.y_train, run.split)])).on(device)
+    normalise = normalisation.on(device)
     precision = resolve_precision(run.precision, device)
     other = {role: network.other_classes(data) for role, network in networks.items()}
     with threads(sensible_threads()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -17,6 +17,7 @@ from ..data.sources import load
 from ..device import resolve_precision
 from ..ledger import Ledger
 from ..models import Network
+from ..models.front import View, front
 from ..taps import DataSpec
 from ..training.evaluate import evaluate as measure
 from ..training.weights import fill, load_weights, refuse_misfit
@@ -25,17 +26,37 @@ from .networks import STUDENT_FILE, run_number
 Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
 
 
-class About(BaseModel):
-    """What a student's file must say of it to be measured again; ``record._about`` writes it, with more."""
+class Taken(BaseModel):
+    """Images that are taken: channels, height and width, and the mean and standard deviation of each channel in 0..1."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    input: tuple[Count, Count, Count]
+    mean: tuple[float, ...]
+    std: tuple[Annotated[float, Field(gt=0)], ...]
+
+    @model_validator(mode="after")
+    def _a_value_a_channel(self) -> Self:
+        if not len(self.mean) == len(self.std) == self.input[0]:
+            raise ValueError(f"mean and std must have {self.input[0]} values, one a channel")
+        return self
+
+    @property
+    def view(self) -> View:
+        """The same as a network sees them."""
+        return View(*self.input, self.mean, self.std)
+
+
+class About(Taken):
+    """What a student's file must say of it to be measured again; ``record._about`` writes it, with more.
+
+    ``front`` are the images that the network itself takes, where they are not the data's.
+    """
 
     model: str
     classes: Count
     labels: tuple[str, ...] = ()  # the classes' names in the order of the logits; data without names has none
-    input: tuple[Count, Count, Count]  # channels, height, width
-    mean: tuple[float, ...]
-    std: tuple[Annotated[float, Field(gt=0)], ...]
+    front: Taken | None = None
     data: DataConfig
     data_hash: str
     precision: Literal["bf16", "fp32"]
@@ -43,9 +64,7 @@ class About(BaseModel):
     images: Count
 
     @model_validator(mode="after")
-    def _a_value_a_channel(self) -> About:
-        if not len(self.mean) == len(self.std) == self.input[0]:
-            raise ValueError(f"mean and std must have {self.input[0]} values, one a channel")
+    def _a_name_a_class(self) -> Self:
         if self.labels and len(self.labels) != self.classes:
             raise ValueError(f"labels must have {self.classes} names, one a class")
         return self
@@ -86,11 +105,13 @@ def load_network(path: Path) -> tuple[Network, About]:
         models.canonical(about.model)
     except UserError as error:
         raise UserError(f"weights file {path}: {error}") from None
-    spec = DataSpec("", 0, about.classes, *about.input)
+    own = about.front or about
+    spec = DataSpec("", 0, about.classes, *own.input)
     with torch.device("meta"):  # a file that claims a trillion classes is refused before they have a place in memory
         refuse_misfit(models.build(about.model, spec), weights, str(path))
     net = models.build(about.model, spec)
     fill(net, weights, str(path))
+    net.front = front(about.view, own.view)
     net.about = told
     return net.eval(), about
 

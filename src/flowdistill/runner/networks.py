@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +13,13 @@ from torch import Tensor
 
 from .. import models
 from ..checks import UserError
-from ..config import DataConfig, RunConfig
+from ..config import DataConfig, InputConfig, Role, RunConfig, validate
 from ..data.images import ImageData
+from ..data.loader import Normalisation
 from ..ledger import Ledger, Run, newest
 from ..models import Network
 from ..models.foreign import is_foreign
+from ..models.front import View, front
 from ..taps import DataSpec, NetSpec
 from ..training.weights import fill, hash_weights, load_weights
 
@@ -48,6 +50,8 @@ class NetworkRef:
         origin: as messages name it.
         init: of a student that begins from the weights of another network, that network's fingerprint.
         head: whether the weights of its classifier are taken, or fresh ones stand.
+        view: the images that it was made for, as far as they are not the data's.
+        taps: a table of taps that the user gave, name -> where it is found.
     """
 
     model: str
@@ -60,9 +64,13 @@ class NetworkRef:
     origin: str = ""
     init: str = ""
     head: bool = True
+    view: View = View()  # noqa: RUF009 (frozen)
+    taps: Mapping[str, str] = field(default_factory=dict)
 
     def seen(self, data: DataSpec) -> DataSpec:
-        """The data as the network was made for: with as many classes as its classifier has rows."""
+        """The data as the network was made for: in its size, and with as many classes as its classifier has rows."""
+        own = self.view
+        data = replace(data, channels=own.channels or data.channels, height=own.height or data.height, width=own.width or data.width)
         spec = models.spec(self.model, data)
         weight = (self.weights or {}).get(f"{spec.head}.weight")
         if not self.head or weight is None or weight.dim() != 2 or weight.shape[1] != spec.embedding or not len(weight):
@@ -71,7 +79,7 @@ class NetworkRef:
 
     def spec(self, data: DataSpec) -> NetSpec:
         """What the network offers for such data."""
-        return models.spec(self.model, self.seen(data))
+        return models.spec(self.model, self.seen(data), self.taps)
 
     def other_classes(self, data: ImageData) -> str:
         """How its classes differ from those of the data, by number or by name; empty where they do not, or nobody knows."""
@@ -93,13 +101,21 @@ class NetworkRef:
             raise UserError(f"student {self.model} ({self.origin}): {self.other_classes(data)}; {cure}")
         return self
 
-    def build(self, data: DataSpec, *, taps: tuple[str, ...] = (), seed: int = 0) -> Network:
+    def build(
+        self, data: DataSpec, *, taps: tuple[str, ...] = (), seed: int = 0, spec: NetSpec | None = None, given: Normalisation | None = None
+    ) -> Network:
         """The network with its weights, or with fresh ones from the seed.
+
+        Args:
+            taps: of the ``spec``, which pairing may have given other names; left out, its own.
+            given: how the images are normalised that it will see; needed where it sees any.
 
         Raises:
             UserError: the weights do not fit the model on this data.
         """
-        net = models.build(self.model, self.seen(data), taps=taps, seed=seed)
+        net = models.build(self.model, self.seen(data), taps=taps, seed=seed, spec=spec)
+        if given is not None:
+            net.front = front(View(data.channels, data.height, data.width, given.mean, given.std), self.view)
         if self.weights is not None:
             fresh = {} if self.head else {name: value for name, value in net.state_dict().items() if name.startswith(f"{net.spec.head}.")}
             fill(net, {**self.weights, **fresh}, self.origin)
@@ -120,6 +136,15 @@ def resolve(reference: str, ledger: Ledger) -> NetworkRef:
     if (number := run_number(reference)) is not None:
         run = ledger.run(number)
         return _of_run(run, ledger, f"{run.fingerprint}/{run.seed}")
+    return named(reference)
+
+
+def named(reference: str) -> NetworkRef:
+    """What a reference means that is no run's number.
+
+    Raises:
+        UserError: no such model or file, or a file that does not say its model.
+    """
     model, at, path = reference.partition("@")
     if at:
         return _from_file(Path(path), models.canonical(model))
@@ -143,6 +168,7 @@ def _from_file(path: Path, model: str | None) -> NetworkRef:
         saw=_saw(about),
         labels=_labels(about),
         origin=str(path),
+        view=_view(about) or models.declared_view(models.canonical(named)),
     )
 
 
@@ -151,6 +177,16 @@ def _saw(about: Mapping[str, Any]) -> Saw | None:
     data = about.get("data")
     name = data.get("name") if isinstance(data, dict) else None
     return Saw(str(name), str(about.get("split")), str(about["data_hash"])) if name and "data_hash" in about else None
+
+
+def _view(about: Mapping[str, Any]) -> View | None:
+    """What a file says of the images that its network was made for; None where it does not."""
+    own = about.get("front", about)
+    try:
+        channels, height, width = map(int, own["input"])
+        return View(channels, height, width, tuple(map(float, own["mean"])), tuple(map(float, own["std"])))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _labels(about: Mapping[str, Any]) -> tuple[str, ...]:
@@ -163,7 +199,8 @@ def _of_run(run: Run, ledger: Ledger, fingerprint: str) -> NetworkRef:
         raise UserError(f"run {run.no} is {run.status}, not finished; choose a finished one (flowdistill runs)")
     weights, about = load_weights(ledger.run_folder(run.no) / STUDENT_FILE)
     saw = Saw(run.config["data"]["name"], run.split, run.data_hash)
-    return NetworkRef(about["model"], weights, run.no, fingerprint, run.init_hash, saw, _labels(about), f"run {run.no}")
+    labels, origin, view = _labels(about), f"run {run.no}", _view(about) or View()
+    return NetworkRef(about["model"], weights, run.no, fingerprint, run.init_hash, saw, labels, origin, view=view)
 
 
 def first_weights(config: RunConfig, ledger: Ledger) -> NetworkRef:
@@ -172,7 +209,7 @@ def first_weights(config: RunConfig, ledger: Ledger) -> NetworkRef:
     Raises:
         UserError: as ``resolve``; ``init_from`` has no weights or another model, or the student has weights of its own.
     """
-    student = resolve(config.student, ledger)
+    student = as_configured(replace(resolve(config.student, ledger), view=View()), config, "student")
     if config.init_from is None:
         return student
     source, given = resolve(config.init_from, ledger), f"init_from={config.init_from}"
@@ -184,7 +221,16 @@ def first_weights(config: RunConfig, ledger: Ledger) -> NetworkRef:
         raise UserError(
             f"{given} is a {source.model}, the student a {student.model}; begin from a {student.model}, or train a {source.model}"
         )
-    return NetworkRef(source.model, source.weights, saw=source.saw, labels=source.labels, origin=source.origin, init=source.fingerprint)
+    return replace(
+        student, weights=source.weights, saw=source.saw, labels=source.labels, origin=source.origin, init=source.fingerprint, init_hash=""
+    )
+
+
+def as_configured(network: NetworkRef, config: RunConfig, role: Role) -> NetworkRef:
+    """The network with the taps and the images that a config gives it in this role."""
+    own = config.inputs.get(role, InputConfig())
+    view = View(own.channels, own.size, own.size, own.mean, own.std).over(network.view)
+    return replace(network, taps=config.taps.get(role, {}), view=view)
 
 
 @dataclass(frozen=True)
@@ -251,12 +297,12 @@ def choose_teacher(reference: str, wanted: Wanted, ledger: Ledger, *, stand_in: 
 
 def recorded_teacher(run: Run, ledger: Ledger) -> NetworkRef | None:
     """The teacher that a run began with; where one was chosen by name, that one, whatever was trained since."""
-    reference = run.config["teacher"]
-    if reference is None:
+    config = validate(run.config)
+    if config.teacher is None:
         return None
-    if run.teacher_run is None or not _by_name(reference):
-        return resolve(reference, ledger)
-    return _of_run(ledger.run(run.teacher_run), ledger, run.teacher_fingerprint)
+    if run.teacher_run is None or not _by_name(config.teacher):
+        return as_configured(resolve(config.teacher, ledger), config, "teacher")
+    return as_configured(_of_run(ledger.run(run.teacher_run), ledger, run.teacher_fingerprint), config, "teacher")
 
 
 def _by_name(reference: str) -> bool:

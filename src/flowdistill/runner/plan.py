@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,10 +19,13 @@ from ..data.loader import trained_positions
 from ..data.sources import load, load_unlabelled
 from ..device import Precision, resolve_precision
 from ..ledger import Ledger, Run
-from ..methods import Method, Settled
+from ..methods import Method, Needs, Settled
+from ..models.foreign import is_foreign
 from ..randomness import derive, seeded
+from ..taps import NetSpec
 from ..training.weights import hash_weights
-from .networks import NetworkRef, Wanted, choose_teacher, first_weights, recorded_teacher, refuse_contaminated, resolve
+from .networks import NetworkRef, Wanted, as_configured, choose_teacher, first_weights, recorded_teacher, refuse_contaminated, resolve
+from .pairing import Pairing, pair
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,31 @@ class Job:
         pair = f"{self.student.model} <- {self.teacher.model}" if self.teacher else self.student.model
         return f"{self.settled.name} {pair} seed {self.config.seed}"
 
+    @cached_property
+    def pairing(self) -> Pairing | None:
+        """What is trained and its teacher, with stages of the same names; None without a teacher.
+
+        Raises:
+            UserError: the taps that were named do not go together.
+        """
+        if self.teacher is None:
+            return None
+        ours, theirs = (network.seen(self.data.spec) for network in (self.student, self.teacher))
+        named = bool(self.student.taps or self.teacher.taps)
+        return pair(self.student_spec, self.teacher.spec(self.data.spec), ours, theirs, named=named)
+
+    @property
+    def student_spec(self) -> NetSpec:
+        """What is trained, under its own names."""
+        if self.trained == self.student.model:
+            return self.student.spec(self.data.spec)
+        return models.spec(self.trained, self.data.spec)
+
+    @property
+    def student_taps(self) -> NetSpec:
+        """What is trained, its stages named as those of the teacher that they learn from."""
+        return self.pairing.student if self.pairing else self.student_spec
+
     def method(self) -> Method:
         """The method's module, its adapters drawn from the seed.
 
@@ -96,8 +125,8 @@ class Job:
             with seeded(self.config.seed, "adapters"):
                 return methods.build(
                     self.settled,
-                    student=models.spec(self.trained, self.student.seen(spec)),
-                    teacher=self.teacher.spec(spec) if self.teacher else None,
+                    student=self.student_taps,
+                    teacher=self.pairing.teacher if self.pairing else None,
                     data=spec,
                 )
         except ValueError as error:
@@ -253,7 +282,7 @@ def _planned(
     refuse_contaminated(student, wanted)
     teacher = None
     if settled.uses_teacher and config.teacher is not None:
-        teacher = choose_teacher(config.teacher, wanted, ledger, stand_in=stand_in)
+        teacher = as_configured(choose_teacher(config.teacher, wanted, ledger, stand_in=stand_in), config, "teacher")
     return _job(config, settled, student, teacher, data, data_hash, init_hash, ledger, device)
 
 
@@ -280,10 +309,10 @@ def _job(
         }
     )
     peer = resolve(config.peer, ledger) if config.peer is not None else None
-    fingerprint = _fingerprint(resolved, settled, student, teacher, data_hash, peer, data.unlabelled)
-    job = Job(resolved, data, data_hash, settled, student, teacher, precision, init_hash, fingerprint)
-    job.method()  # refuses a pair that can't work
-    return job
+    job = Job(resolved, data, data_hash, settled, student, teacher, precision, init_hash, "")
+    taps = _compared(job, job.method().needs)  # refuses a pair that can't work
+    fingerprint = _fingerprint(resolved, settled, student, teacher, data_hash, peer=peer, unlabelled=data.unlabelled, taps=taps)
+    return replace(job, fingerprint=fingerprint)
 
 
 def _fingerprint(
@@ -292,8 +321,10 @@ def _fingerprint(
     student: NetworkRef,
     teacher: NetworkRef | None,
     data_hash: str,
+    *,
     peer: NetworkRef | None = None,
     unlabelled: Unlabelled | None = None,
+    taps: Sequence[Sequence[str]] = (),
 ) -> str:
     covered: dict[str, Any] = {
         "student": _covered(student),
@@ -307,11 +338,26 @@ def _fingerprint(
     }
     if student.init:
         covered["init_from"] = student.init
+    if config.inputs:
+        covered["inputs"] = {role: own.model_dump() for role, own in config.inputs.items()}
+    if taps:
+        covered["taps"] = taps
     if peer is not None:
         covered["peer"] = [*_covered(peer), config.side]
     if unlabelled is not None:
         covered["unlabelled"] = unlabelled.hash
     return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
+
+
+def _compared(job: Job, needs: Needs) -> list[list[str]]:
+    """The taps that are compared, where they are not this package's own under their own names."""
+    sides = [(job.student_taps, needs.student)]
+    if job.pairing:
+        sides.append((job.pairing.teacher, needs.teacher))
+    found = [(net, net.tap(name)) for net, names in sides for name in sorted(names)]
+    if not any(tap.source or is_foreign(net.name) for net, tap in found):
+        return []
+    return [[net.name, tap.name, tap.module, tap.own] for net, tap in found]
 
 
 def _covered(network: NetworkRef) -> list[str]:
@@ -320,10 +366,10 @@ def _covered(network: NetworkRef) -> list[str]:
 
 
 def cohorts(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Jobs that can be trained together: equal data, split, recipe, precision, phase boundaries, and teacher model or none."""
+    """Jobs that can be trained together: equal data, split, recipe, precision, phase boundaries, and teacher model and taps or none."""
     shared = [(job.data_hash, job.config.data, job.config.split, job.config.train, job.phase_epochs) for job in jobs]
-    taught_by = {key: job.teacher.model for key, job in zip(shared, jobs, strict=True) if job.teacher}
+    taught_by = {key: job.pairing.teacher for key, job in zip(shared, jobs, strict=True) if job.pairing}
     groups: dict[object, list[Job]] = {}
     for key, job in zip(shared, jobs, strict=True):
-        groups.setdefault((key, job.teacher.model if job.teacher else taught_by.get(key)), []).append(job)
+        groups.setdefault((key, job.pairing.teacher if job.pairing else taught_by.get(key)), []).append(job)
     return list(groups.values())

@@ -10,7 +10,7 @@ import torch
 from ..config import RunConfig
 from ..device import describe
 from ..ledger import Ledger
-from ..taps import DataSpec, NetSpec
+from ..taps import NetSpec
 from ..training.cohort import seconds_per_epoch
 from .assemble import Member, check_start, prepare
 from .execute import before
@@ -41,9 +41,7 @@ def dry_run(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device, 
                     "teacher": {"model": job.teacher.model, "run": job.teacher.run, "accuracy": member.teacher_accuracy}
                     if job.teacher
                     else None,
-                    "taps": {
-                        who: {name: spec.tap(name).shape for name in sorted(taps)} for who, spec, taps in _tapped(member, cohort.data.spec)
-                    },
+                    "taps": {who: {name: spec.tap(name).shape for name in sorted(taps)} for who, spec, taps in _tapped(member)},
                     "gradient_relative_to_task": ratios[member.student],
                     "device": describe(device),
                     "engine": {"name": chosen.name, "why": chosen.why},
@@ -54,7 +52,7 @@ def dry_run(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device, 
     return found
 
 
-def _tapped(member: Member, data: DataSpec) -> list[tuple[str, NetSpec, frozenset[str]]]:
-    needs, teacher = member.student.method.needs, member.job.teacher
-    taught = [("teacher", teacher.spec(data), needs.teacher)] if teacher and needs.teacher else []
+def _tapped(member: Member) -> list[tuple[str, NetSpec, frozenset[str]]]:
+    needs, pairing = member.student.method.needs, member.job.pairing
+    taught = [("teacher", pairing.teacher, needs.teacher)] if pairing and needs.teacher else []
     return [("student", member.student.net.spec, needs.student), *taught]

@@ -16,6 +16,7 @@ from ..data.loader import DeviceData
 from ..device import peak_memory
 from ..env import versions
 from ..ledger import Epoch, Ledger, Run
+from ..models import Network
 from ..training.cohort import Cohort, EpochReport
 from ..training.evaluate import Evaluation, evaluate
 from ..training.weights import hash_weights, save_weights, write_whole
@@ -92,7 +93,7 @@ def finish(member: Member, cohort: Cohort, ledger: Ledger, device: torch.device)
     final = evaluate(student.net, data.test, data.normalise, cohort.precision) if cohort.select or last is None else last
     weights = student.net.state_dict()
     folder = ledger.run_folder(member.no)
-    about = _about(job, data, int(final.correct))
+    about = _about(job, data, int(final.correct)) | _own_input(student.net)
     save_weights(folder / STUDENT_FILE, weights, about)
     write_whole(folder / "predictions.npz", _predictions(final))
     images = cohort.lanes[0].stream.steps * job.config.train.batch_size * sum(job.phase_epochs)
@@ -145,6 +146,14 @@ def _about(job: Job, data: DeviceData, correct: int) -> dict[str, Any]:
         "fingerprint": job.fingerprint,
         "seed": job.config.seed,
     }
+
+
+def _own_input(net: Network) -> dict[str, Any]:
+    """The images that the network itself takes, where they are not the data's."""
+    if net.front is None:
+        return {}
+    own = net.front.wanted
+    return {"front": {"input": [own.channels, own.height, own.width], "mean": own.mean, "std": own.std}}
 
 
 def _predictions(evaluation: Evaluation) -> bytes:

@@ -1,0 +1,87 @@
+"""Images as the data give them, made into those that a network was made for: its own size, channels and normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..checks import UserError
+
+
+@dataclass(frozen=True)
+class View:
+    """The images that a network sees: their channels and size, and mean and standard deviation of each channel in 0..1.
+
+    What is None is not known, or as the data are.
+    """
+
+    channels: int | None = None
+    height: int | None = None
+    width: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def over(self, below: View) -> View:
+        """What is None here is as below."""
+        names = [field.name for field in fields(self)]
+        return View(**{name: getattr(below if getattr(self, name) is None else self, name) for name in names})
+
+
+class Front(nn.Module):
+    """(x s + m - m') / s' a channel at a time, then bilinear interpolation, smoothed where the image shrinks.
+
+    Args:
+        given: how the images come: m and s.
+        wanted: how the network wants them: m' and s'; nothing of it None.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, given: View, wanted: View) -> None:
+        super().__init__()
+        assert wanted.channels is not None
+        assert wanted.height is not None
+        assert wanted.width is not None
+        self.wanted = wanted
+        self.channels, self.size = wanted.channels, (wanted.height, wanted.width)
+        self.smooth = (given.height or 0) > wanted.height
+        mean, std = _column(given.mean), _column(given.std)
+        own_mean, own_std = _column(wanted.mean), _column(wanted.std)
+        self.register_buffer("scale", (std / own_std).float(), persistent=False)
+        self.register_buffer("shift", ((mean - own_mean) / own_std).float(), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [N, C, H, W], normalised as they come -> [N, C', H', W'], as the network wants them; grey is repeated for 3 channels."""
+        images = (images * self.scale + self.shift).expand(-1, self.channels, -1, -1)
+        if images.shape[2:] == self.size:
+            return images
+        return F.interpolate(images, self.size, mode="bilinear", antialias=self.smooth)
+
+
+def _column(values: Sequence[float] | None) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
+
+
+def front(given: View, own: View) -> Front | None:
+    """What turns images as they come into those that a network was made for; None where they are that already.
+
+    Raises:
+        UserError: the numbers of channels, means or standard deviations do not go together.
+    """
+    wanted = own.over(given)
+    if wanted == given:
+        return None
+    if given.channels != wanted.channels and given.channels != 1:
+        raise UserError(
+            f"the network takes {wanted.channels} channels, the images have {given.channels}; set data.channels={wanted.channels}"
+        )
+    for name in ("mean", "std"):
+        values = getattr(wanted, name)
+        if len(values) not in (1, wanted.channels):
+            raise UserError(f"inputs: {name} has {len(values)} values for {wanted.channels} channels; give one for each")
+    return Front(given, wanted)

@@ -1,0 +1,49 @@
+"""The taps of a network as a table that can be edited and given back (``--student-taps``, ``--teacher-taps``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .. import models
+from ..ledger import Ledger
+from ..models.front import View
+from ..taps import DataSpec
+from .networks import named, resolve, run_number
+
+COLUMNS = ("name", "module", "channels", "size", "stride")
+OWN = View(3, 32, 32)  # what the networks here are made for
+OTHERS = View(3, 224, 224)
+
+
+def rows(reference: str, runs: Path, *, size: int | None = None, channels: int | None = None, classes: int = 1000) -> list[dict[str, Any]]:
+    """Every tap of a network, then the embedding and the classifier: where it is found, its channels, its size and its stride.
+
+    Args:
+        reference: a model's name, a run's number, a weights file or MODEL@FILE.
+        runs: folder of the ledger that has the run.
+        size, channels, classes: of the images; left out, those that a run, a file or a library declares, else 3x32x32 for the networks
+            of this package and 3x224x224 for others.
+
+    Raises:
+        UserError: no such network, or one that can't take such images.
+    """
+    network = named(reference) if run_number(reference) is None else resolve(reference, Ledger(runs))
+    published = models.declared_view(network.model)
+    usual = OWN if network.model in models.MODELS else OTHERS
+    view = View(channels, size, size).over(network.view).over(published).over(usual)
+    data = network.seen(DataSpec("", 0, classes, view.channels or 0, view.height or 0, view.width or 0))
+    spec = models.spec(network.model, data)
+    found: list[dict[str, Any]] = [
+        {
+            "name": tap.name,
+            "module": tap.module,
+            "channels": tap.channels,
+            "size": f"{tap.height}x{tap.width}",
+            "stride": round(data.height / tap.height),
+        }
+        for tap in spec.taps
+    ]
+    found.append({"name": "embedding", "module": f"input of {spec.head}", "channels": spec.embedding, "size": None, "stride": None})
+    found.append({"name": "classifier", "module": spec.head, "channels": spec.classes, "size": None, "stride": None})
+    return found

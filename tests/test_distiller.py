@@ -214,6 +214,14 @@ class Tied3(Tied):
         self.stem[0] = nn.Conv2d(3, 4, 3, padding=1)
 
 
+def test_stages_are_paired_as_a_run_pairs_them() -> None:
+    """The student has two stages and ResNet-18 three at this size: the last ones, counted from the classifier."""
+    teacher, student = models.build("timm:resnet18", DataSpec("", 0, 10, 3, 32, 32)), Tied3()
+    distiller = Distiller(teacher.release(), student, "at", images=(3, 32, 32))
+    assert distiller.student.paths == {"stage1": "first", "stage2": "second"}
+    assert distiller.teacher.paths == {"stage1": "layer2", "stage2": "layer3"}
+
+
 @pytest.mark.parametrize(
     ("name", "line"),
     [

@@ -16,6 +16,7 @@ from .methods import Settled
 from .models import Network
 from .models.foreign import Foreign, surveyed
 from .randomness import seeded
+from .runner.pairing import pair
 from .taps import Batch, DataSpec, NetSpec
 from .training.facts import of_teacher
 from .training.optim import trained_parameters
@@ -67,10 +68,12 @@ class Distiller(nn.Module):
         size = _size(images)
         own = _side(student, size, "student")
         taught = self._side_of_teacher(teacher, student, size)
-        data = DataSpec("images", 0, own.spec.classes, *size)
+        if taught:
+            paired = pair(own.spec, taught.spec, own.data, taught.data)
+            own, taught = own._replace(spec=paired.student), taught._replace(spec=paired.teacher)
         try:
             with seeded(seed, "adapters"):
-                self.method = methods.build(self.settled, student=own.spec, teacher=taught.spec if taught else None, data=data)
+                self.method = methods.build(self.settled, student=own.spec, teacher=taught.spec if taught else None, data=own.data)
         except ValueError as error:
             raise UserError(str(error)) from None
         needs = self.method.needs
@@ -158,9 +161,10 @@ class Distiller(nn.Module):
 
 
 class _Side(NamedTuple):
-    """What a module offers, and how it is made to give taps of that."""
+    """What a module offers for images of this size, and how it is made to give taps of that."""
 
     spec: NetSpec
+    data: DataSpec
     build: Callable[[NetSpec, tuple[str, ...]], Network]
 
 
@@ -171,7 +175,8 @@ def _side(module: nn.Module, size: tuple[int, int, int], role: str) -> _Side:
     if front is not None:
         _, *size = front(torch.zeros(1, *size)).shape
     if isinstance(module, Network) and not isinstance(module, Foreign):
-        return _Side(models.spec(module.spec.name, DataSpec("images", 0, module.spec.classes, *size)), _tapped(module))
+        data = DataSpec("images", 0, module.spec.classes, *size)
+        return _Side(models.spec(module.spec.name, data), data, _tapped(module))
     body = module.body if isinstance(module, Network) else module
     found = surveyed(body, type(body).__name__, *size)
 
@@ -180,7 +185,7 @@ def _side(module: nn.Module, size: tuple[int, int, int], role: str) -> _Side:
         net.front = front
         return net
 
-    return _Side(found.spec(type(body).__name__), build)
+    return _Side(found.spec(type(body).__name__), DataSpec("images", 0, found.classes, *size), build)
 
 
 def _tapped(net: Network) -> Callable[[NetSpec, tuple[str, ...]], Network]:

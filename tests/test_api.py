@@ -11,6 +11,7 @@ import torch
 import flowdistill
 from flowdistill import models
 from flowdistill.data.sources import read_npz
+from flowdistill.ledger import Ledger
 from flowdistill.training.weights import hash_weights
 
 
@@ -106,3 +107,42 @@ def test_a_diverged_run_raises_and_is_on_record(keys: dict[str, Any]) -> None:
     wild = {**keys, "train": {**keys["train"], "lr": 1e30}}
     with pytest.raises(RuntimeError, match="run 1 failed: diverged"):
         flowdistill.train("resnet8", **wild)
+
+
+def test_every_epoch_is_reported_as_it_is_recorded(keys: dict[str, Any]) -> None:
+    reports: list[flowdistill.Report] = []
+    teacher = flowdistill.train("resnet14", seed=5, **keys)
+    result = flowdistill.distill(
+        teacher, "resnet8", method="kd", **{**keys, "train": {"epochs": 3, "batch_size": 64}}, on_epoch=reports.append
+    )
+    curve = Ledger(keys["runs"]).epochs(result.run.no)
+    assert [(one.run, one.epoch, one.epochs, one.phase) for one in reports] == [(2, epoch, 3, "joint") for epoch in (1, 2, 3)]
+    assert [one.terms for one in reports] == [epoch.terms for epoch in curve]
+    assert [one.accuracy for one in reports] == pytest.approx([100 * epoch.correct / 150 for epoch in curve])
+    assert reports[-1].accuracy == pytest.approx(result.accuracy)
+    assert [(one.lr, one.seconds) for one in reports] == [(epoch.lr, epoch.seconds) for epoch in curve]
+    again = flowdistill.distill(
+        teacher, "resnet8", method="kd", **{**keys, "train": {"epochs": 3, "batch_size": 64}}, on_epoch=reports.append
+    )
+    assert again.run.no == result.run.no
+    assert len(reports) == 3, "nothing was trained"
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, StopIteration, ZeroDivisionError])
+@pytest.mark.parametrize("epoch", [2, 4])
+def test_a_callback_stops_a_run_that_goes_on_from_there(keys: dict[str, Any], stop: type[BaseException], epoch: int) -> None:
+    keys["train"] |= {"epochs": 4}
+
+    def enough(report: flowdistill.Report) -> None:
+        if report.epoch == epoch:
+            raise stop
+
+    with pytest.raises(stop):
+        flowdistill.train("resnet8", **keys, on_epoch=enough)
+    ledger = Ledger(keys["runs"])
+    assert ledger.run(1).status == "interrupted"
+    seen: list[int] = []
+    result = flowdistill.train("resnet8", **keys, on_epoch=lambda report: seen.append(report.epoch))
+    assert seen == list(range(epoch + 1, 5))
+    assert (result.run.no, result.run.resumed) == (1, 1)
+    assert result.run.weights_hash == flowdistill.train("resnet8", **{**keys, "runs": keys["runs"] / "straight"}).run.weights_hash

@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from .checks import UserError
     from .distiller import Distiller
     from .methods.fsp import fsp_loss, fsp_matrix
+    from .runner import Report
     from .taps import Batch, NetSpec, Outputs
 
 _HOMES = {
+    "Report": "runner",
     "Result": "api",
     "distill": "api",
     "train": "api",
@@ -33,6 +35,7 @@ __all__ = [
     "Distiller",
     "NetSpec",
     "Outputs",
+    "Report",
     "Result",
     "UserError",
     "distill",

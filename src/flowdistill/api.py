@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from .ledger import Ledger, Run
 from .models import Network
 from .models.foreign import adopt
 from .report.progress import Bars
-from .runner import Watcher, load_network
+from .runner import Report, Watcher, load_network
 from .runner import run as run_configs
 from .runner.networks import STUDENT_FILE
 from .training.weights import hash_weights, save_weights
@@ -69,10 +69,23 @@ def train(
     device: str = "auto",
     engine: str = "auto",
     progress: bool = True,
+    on_epoch: Callable[[Report], object] | None = None,
     **config: Any,
 ) -> Result:
     """Train a network on the labels alone; takes what ``distill`` takes."""
-    return distill(None, student, data, method="base", seed=seed, runs=runs, device=device, engine=engine, progress=progress, **config)
+    return distill(
+        None,
+        student,
+        data,
+        method="base",
+        seed=seed,
+        runs=runs,
+        device=device,
+        engine=engine,
+        progress=progress,
+        on_epoch=on_epoch,
+        **config,
+    )
 
 
 def distill(
@@ -86,6 +99,7 @@ def distill(
     device: str = "auto",
     engine: str = "auto",
     progress: bool = True,
+    on_epoch: Callable[[Report], object] | None = None,
     **config: Any,
 ) -> Result:
     """Train a student with a teacher, record the run, and return it. A finished run of the same config is returned at once,
@@ -104,6 +118,8 @@ def distill(
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         engine: ``auto``, ``eager``, ``compiled`` or ``graph``; what can't be had here falls back, and says so.
         progress: bars on stderr.
+        on_epoch: called with a Report after every epoch that is trained. What it raises, KeyboardInterrupt for one, comes out of this
+            call; the run is then interrupted, and goes on from that epoch when it is called again.
         config: further keys of RunConfig as nested mappings (``train={"epochs": 30}, weights={"fsp": 10.0}, split="holdout"``);
             ``init_from`` is named as the student is, or is a module whose weights fit the student that is named.
 
@@ -124,7 +140,8 @@ def distill(
             "seed": seed,
         }
     )
-    run = run_configs([parsed], ledger, resolve_device(device), engine=engine, watcher=Bars() if progress else Watcher())[0]
+    watcher = (Bars if progress else Watcher)(on_epoch)
+    run = run_configs([parsed], ledger, resolve_device(device), engine=engine, watcher=watcher)[0]
     if run.status != "finished":
         raise RuntimeError(f"run {run.no} {run.status}: {run.error}")
     return Result(run, ledger.run_folder(run.no))

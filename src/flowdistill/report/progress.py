@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..runner import Watcher
+from ..runner import Report, Watcher
 
 
 class Bars(Watcher):
     """One bar a cohort, over its steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_epoch: Callable[[Report], object] | None = None) -> None:
+        super().__init__(on_epoch)
         self.console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
     def say(self, line: str) -> None:
@@ -27,6 +31,7 @@ class Bars(Watcher):
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
+            redirect_stdout=sys.stdout.isatty(),  # a pipe gets what the caller prints
         )
         self._task = self._bars.add_task(title, total=steps, note="")
         if self.console.is_terminal:

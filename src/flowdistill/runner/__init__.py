@@ -5,6 +5,6 @@ from .evaluate import Measured, evaluate, load_network
 from .execute import resume, run
 from .export import export
 from .preview import dry_run
-from .watcher import Watcher
+from .watcher import Report, Watcher
 
-__all__ = ["Measured", "Watcher", "dry_run", "estimate", "evaluate", "export", "load_network", "resume", "run"]
+__all__ = ["Measured", "Report", "Watcher", "dry_run", "estimate", "evaluate", "export", "load_network", "resume", "run"]

@@ -192,10 +192,17 @@ def _train(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: to
             if cohort.engine is not engine:
                 engine = cohort.engine
                 watcher.say(f"{_numbers(members)}: {engine.name} engine instead: {engine.why}")
-            record_epoch(report, cohort, members, ledger, watcher)
-            if time.monotonic() - last >= CHECKPOINT_SECONDS:
+            reports, late = record_epoch(report, cohort, members, ledger, watcher), time.monotonic() - last >= CHECKPOINT_SECONDS
+            if late:
                 _save(cohort, members, folder, watcher)
                 last = time.monotonic()
+            try:
+                for one in reports:
+                    watcher.report(one)
+            except BaseException:
+                if not late:
+                    _save(cohort, members, folder, watcher)
+                raise
         for member in members:
             if member.student in cohort.students:
                 finish(member, cohort, ledger, device)

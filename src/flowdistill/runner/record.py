@@ -23,7 +23,7 @@ from ..training.weights import hash_weights, save_weights, write_whole
 from .assemble import Member
 from .networks import STUDENT_FILE
 from .plan import Job
-from .watcher import Watcher
+from .watcher import Report, Watcher
 
 
 def row(member: Member) -> dict[str, Any]:
@@ -61,8 +61,8 @@ def now() -> str:
     return datetime.now().isoformat(timespec="seconds")
 
 
-def record_epoch(report: EpochReport, cohort: Cohort, members: Sequence[Member], ledger: Ledger, watcher: Watcher) -> None:
-    """An epoch of every student, in one transaction; those that diverged are failed."""
+def record_epoch(report: EpochReport, cohort: Cohort, members: Sequence[Member], ledger: Ledger, watcher: Watcher) -> list[Report]:
+    """An epoch of every student, in one transaction; those that diverged are failed. What is to be reported of it."""
     images = len(cohort.data.curve.labels)
     present = [member for member in members if member.student in report.progress]
     rows = {}
@@ -82,7 +82,13 @@ def record_epoch(report: EpochReport, cohort: Cohort, members: Sequence[Member],
             ledger.update(member.no, status="failed", error=member.last.error, finished=now())
             watcher.say(f"run {member.no}: {member.job.label} {member.last.error}")
     best = max((row.correct for row in rows.values() if row.correct is not None), default=0)
-    watcher.epoch(f"epoch {report.epoch}/{sum(cohort.phase_epochs)}, best {100 * best / images:.2f} %")
+    watcher.epoch(f"epoch {report.epoch}/{cohort.epochs}, best {100 * best / images:.2f} %")
+    return [_reported(no, row, cohort.epochs) for no, row in rows.items()]
+
+
+def _reported(no: int, row: Epoch, epochs: int) -> Report:
+    accuracy = None if row.correct is None else 100 * row.correct / row.images
+    return Report(no, row.epoch, epochs, row.phase, row.lr, row.terms, accuracy, row.seconds)
 
 
 def finish(member: Member, cohort: Cohort, ledger: Ledger, device: torch.device) -> None:

@@ -2,9 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Report:
+    """An epoch of a run, as the ledger has it.
+
+    Attributes:
+        run: its number.
+        epoch, epochs: the epoch, 1-based over all phases, and how many there are.
+        lr: of its last step.
+        terms: the mean of each unweighted term over its steps.
+        accuracy: percent of the test images, of the held-out ones in a holdout run; None where the run diverged.
+        seconds: of training and measuring.
+    """
+
+    run: int
+    epoch: int
+    epochs: int
+    phase: str
+    lr: float
+    terms: Mapping[str, float]
+    accuracy: float | None
+    seconds: float
+
 
 class Watcher:
-    """This one is blind. Nothing here may wait for the device."""
+    """This one is blind, but for what ``on_epoch`` sees. Nothing here may wait for the device."""
+
+    def __init__(self, on_epoch: Callable[[Report], object] | None = None) -> None:
+        self.on_epoch = on_epoch
+
+    def report(self, report: Report) -> None:
+        """An epoch of a run is on record. What is raised here stops the cohort, which can be gone on with from this epoch."""
+        if self.on_epoch is not None:
+            self.on_epoch(report)
 
     def say(self, line: str) -> None:
         """One line of talk."""

@@ -1,14 +1,18 @@
-"""Progress on stderr: a bar on a terminal, a line an epoch elsewhere."""
+"""Progress on stderr: a bar on a terminal, a line an epoch elsewhere. In a notebook one line a cohort, written anew in its place."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..runner import Report, Watcher
+
+REDRAWN = 0.5  # seconds between two drawings in a notebook, at least
 
 
 class Bars(Watcher):
@@ -34,19 +38,51 @@ class Bars(Watcher):
             redirect_stdout=sys.stdout.isatty(),  # a pipe gets what the caller prints
         )
         self._task = self._bars.add_task(title, total=steps, note="")
+        self._cell = Cell(self._line()) if self.console.is_jupyter else None
         if self.console.is_terminal:
             self._bars.start()
 
     def step(self) -> None:
         """The bar moves."""
         self._bars.advance(self._task)
+        if self._cell and self._cell.due:
+            self._cell.write(self._line())
 
     def epoch(self, line: str) -> None:
         """The bar's note, or a line."""
         self._bars.update(self._task, note=line)
-        if not self.console.is_terminal:
+        if self._cell:
+            self._cell.write(self._line())
+        elif not self.console.is_terminal:
             self.console.print(f"{self._title}: {line}")
 
     def end(self) -> None:
         """The bar stands still."""
-        self._bars.stop()
+        if self.console.is_terminal:
+            self._bars.stop()
+
+    def _line(self) -> str:
+        """The bar in words."""
+        task = self._bars.tasks[0]
+        left = f", {task.time_remaining:.0f} s left" if task.time_remaining else ""
+        return f"{self._title}: {task.percentage:.0f} %{left} {task.fields['note']}".rstrip()
+
+
+class Cell:
+    """A line below a notebook's cell that can be written anew; IPython alone, for rich's own bars want ipywidgets."""
+
+    def __init__(self, line: str) -> None:
+        from IPython.display import display  # type: ignore[import-not-found]
+
+        self._handle: Any = display({"text/plain": line}, raw=True, display_id=True)
+        self._written = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether the line is old."""
+        return time.monotonic() - self._written >= REDRAWN
+
+    def write(self, line: str) -> None:
+        """Another line in its place."""
+        self._handle.update({"text/plain": line}, raw=True)
+        self._written = time.monotonic()

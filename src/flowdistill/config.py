@@ -9,7 +9,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -226,8 +226,11 @@ def one_line(error: ValidationError, model: type[BaseModel], where: str = "") ->
 
 def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
     for part in path:
-        inner = model.model_fields[part].annotation
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+        if part not in model.model_fields:  # a key of a table
+            continue
+        found = model.model_fields[part].annotation
+        inner = next((arg for arg in (found, *get_args(found)) if isinstance(arg, type) and issubclass(arg, BaseModel)), None)
+        if inner is None:
             return []
         model = inner
     return list(model.model_fields)
@@ -272,7 +275,9 @@ def read_taps(path: Path) -> dict[str, str]:
     try:
         rows = json.loads(text) if text.lstrip().startswith("[") else list(csv.DictReader(text.splitlines()))
         table = {row["name"].strip(): row["module"].strip() for row in rows}
-    except (AttributeError, KeyError, TypeError, ValueError):
+        if not table:
+            raise ValueError("no row")
+    except (AttributeError, KeyError, TypeError, ValueError, csv.Error):
         raise UserError(f"{what}: no table with the columns name and module; write one with flowdistill taps MODEL --format csv") from None
     return {name: module for name, module in table.items() if name not in ("embedding", "classifier")}
 

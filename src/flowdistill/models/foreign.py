@@ -308,9 +308,14 @@ def _told(function: Callable[..., Any]) -> Make:
     return make
 
 
-@functools.cache
 def foreign(name: str) -> ForeignFactory:
-    """The factory of a name that is written as one of these."""
+    """The factory of a name that is written as one of these; another one where the file has changed."""
+    file = Path(name.rpartition(":")[0])
+    return _factory(name, file.read_bytes() if file.suffix == ".py" and file.is_file() else b"")
+
+
+@functools.lru_cache(maxsize=64)
+def _factory(name: str, _content: bytes) -> ForeignFactory:
     return ForeignFactory(name)
 
 

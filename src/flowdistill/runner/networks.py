@@ -209,7 +209,7 @@ def first_weights(config: RunConfig, ledger: Ledger) -> NetworkRef:
     Raises:
         UserError: as ``resolve``; ``init_from`` has no weights or another model, or the student has weights of its own.
     """
-    student = as_configured(replace(resolve(config.student, ledger), view=View()), config, "student")
+    student = replace(resolve(config.student, ledger), view=View())
     if config.init_from is None:
         return student
     source, given = resolve(config.init_from, ledger), f"init_from={config.init_from}"

@@ -194,7 +194,8 @@ def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[
                 f"run {run.no} can't be resumed: {config.data.name} is not the data that it began with (hash {data_hash[:8]}, was "
                 f"{run.data_hash[:8]}); put the old data back, or train anew"
             )
-        student, teacher = first_weights(config, ledger).on(data), recorded_teacher(run, ledger)
+        student = as_configured(first_weights(config, ledger), config, "student").on(data)
+        teacher = recorded_teacher(run, ledger)
         job = _job(config, _settled(config), student, teacher, data, data_hash, _initial(student, data, config), ledger, device)
         if job.fingerprint != run.fingerprint:
             raise UserError(
@@ -275,7 +276,7 @@ def _planned(
     device: torch.device,
     stand_in: bool,
 ) -> Job:
-    student = student.on(data)
+    student = as_configured(student, config, "student").on(data)
     init_hash = _initial(student, data, config)
     recipe = config.train.model_dump(mode="json") | {"precision": resolve_precision(config.train.precision, device)}
     wanted = Wanted(config.data.labelled, data_hash, config.split, config.seed, init_hash, recipe, str(ledger.folder))

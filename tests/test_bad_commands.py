@@ -82,6 +82,8 @@ WRONG = [
         "unknown recipe 'best': choose from: fsp-log, kd-zoo, crd, r110-warm, function-matching, smoke",
     ),
     ("recipes --format TABLE", "--format='TABLE': not one of 'table', 'md', 'csv', 'json'"),
+    ("train --dataset digits --workers -1", "--workers='-1': input should be greater than or equal to 0"),
+    ("train --dataset digits --workers all", "--workers='all': input should be a valid integer, unable to parse string as an integer"),
     ("train --dataset digits --engine fast", "--engine='fast': not one of 'auto', 'eager', 'compiled', 'graph'"),
     ("train --dataset digits --precision fp16", "--precision='fp16': not one of 'auto', 'bf16', 'fp32'"),
     ("train --dataset digits --device gpu", "--device 'gpu' is not available here; use auto, or what this machine has of cpu, cuda, mps"),
@@ -401,7 +403,7 @@ WRONG = [
     ),
     (
         "evaluate --runs taught 1 --dataset mnist",
-        "unknown data set 'mnist': choose from: digits, cifar10, cifar100, fashion_mnist, npz:PATH, folder:PATH, csv:FILE",
+        "unknown data set 'mnist': choose from: digits, cifar10, cifar100, fashion_mnist, npz:PATH, folder:PATH, csv:FILE, hf:NAME",
     ),
     ("evaluate --runs taught 1 --precision fp64", "--precision='fp64': not one of 'auto', 'bf16', 'fp32'"),
     (
@@ -494,5 +496,5 @@ def test_a_line_stays_one_line_without_control_characters_and_not_long(folder: P
     hostile = "x\n\x1b[2J\u202e" + "y" * 100_000
     said = command(folder, "train", "--dataset", hostile)
     assert said.err.startswith(r"flowdistill: unknown data set 'x\n\x1b[2J\u202eyyy")
-    assert said.err.endswith("': choose from: digits, cifar10, cifar100, fashion_mnist, npz:PATH, folder:PATH, csv:FILE\n")
+    assert said.err.endswith("': choose from: digits, cifar10, cifar100, fashion_mnist, npz:PATH, folder:PATH, csv:FILE, hf:NAME\n")
     assert len(said.err) < 700

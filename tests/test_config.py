@@ -293,7 +293,7 @@ def test_keys_of_image_files_are_dumped_where_they_are_not_the_default() -> None
 
 @pytest.mark.parametrize(("key", "value"), [("size", 64), ("channels", 3), ("skip_broken", True)])
 def test_keys_of_image_files_belong_to_these(key: str, value: Any) -> None:
-    line = f"data: {key}={value} belongs to folder:PATH and csv:FILE, not to digits; leave it out"
+    line = f"data: {key}={value} belongs to folder:PATH, csv:FILE and hf:NAME, not to digits; leave it out"
     assert complaint(validate, {"data": {"name": "digits", key: value}}) == line
 
 

@@ -1,4 +1,4 @@
-"""What every source gives: images and labels in memory."""
+"""What every source gives: labelled images, in memory or decoded when they are asked for."""
 
 from __future__ import annotations
 
@@ -6,40 +6,41 @@ import hashlib
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from ..config import Crop
 from ..taps import DataSpec
+from .pictures import Images, Labels, Pictures, in_threads
 
-Images = npt.NDArray[np.uint8]
-Labels = npt.NDArray[np.int64]
+__all__ = ["ImageData", "Images", "Labels", "Pictures", "part"]
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """A classification data set in memory.
+    """A classification data set.
 
     Attributes:
         name: as tables print it.
-        x_train, x_test: uint8 [N, H, W, C].
+        x_train, x_test: uint8 [N, H, W, C], or what gives them when indexed.
         y_train, y_test: int64 [N], classes 0 to K-1.
         classes: K.
         pad: pixels of reflected border that the random crop moves in.
         flip: whether training images are mirrored at random.
         crop: how they are cropped: moved in the border, or a box of them enlarged.
         class_names: K names in the order of the labels; empty where the source has none.
+        randaugment: the magnitude of RandAugment's operations on training images, 0 to 30; None for none.
     """
 
     name: str
-    x_train: Images
+    x_train: Images | Pictures
     y_train: Labels
-    x_test: Images
+    x_test: Images | Pictures
     y_test: Labels
     classes: int
     pad: int = 4
     flip: bool = True
     crop: Crop = "shift"
     class_names: tuple[str, ...] = ()
+    randaugment: int | None = None
 
     @property
     def spec(self) -> DataSpec:
@@ -47,10 +48,31 @@ class ImageData:
         n, height, width, channels = self.x_train.shape
         return DataSpec(self.name, n, self.classes, channels, height, width)
 
+    @property
+    def streamed(self) -> bool:
+        """Whether images are decoded batch by batch, for memory does not hold them."""
+        return isinstance(self.x_train, Pictures)
+
     def hash(self) -> str:
-        """SHA-256 over every image and label: two runs with one hash saw the same data."""
+        """SHA-256 over every image and label: two runs with one hash saw the same data.
+
+        Of streamed images not the pixels are covered but name and bytes of every file, and the size that they are resized to.
+        """
         digest = hashlib.sha256()
         for array in (self.x_train, self.y_train, self.x_test, self.y_test):
-            digest.update(f"{array.dtype}{array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).data)
+            digest.update(f"{getattr(array, 'dtype', 'streamed')}{array.shape}".encode())
+            if isinstance(array, Pictures):
+                digest.update(_files(array).encode("utf-8", "surrogateescape"))
+            else:
+                digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
+
+
+def part(images: Images | Pictures, places: Labels) -> Images | Pictures:
+    """The images at these places; nothing is decoded."""
+    return images.part(places) if isinstance(images, Pictures) else images[places]
+
+
+def _files(pictures: Pictures) -> str:
+    shelf = pictures.shelf
+    return "\n".join(in_threads(lambda row: f"{shelf.name(row)}\0{shelf.size(row)}", pictures.rows.tolist()))

@@ -1,4 +1,4 @@
-"""Data sets by name: ``digits``, ``cifar10``, ``cifar100``, ``fashion_mnist``; your own: ``npz:PATH``, ``folder:PATH``, ``csv:FILE``."""
+"""Data sets by name: ``digits``, ``cifar10``, ``cifar100``, ``fashion_mnist``; by place: ``npz:``, ``folder:``, ``csv:``, ``hf:``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from ..config import DataConfig
 from ..env import memory
 from ..registry import Registry
 from .folders import read_csv, read_folder
-from .images import ImageData, Images, Labels
+from .hub import read_hub
+from .images import ImageData, Images, Labels, part
 
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 LARGEST_HEADER = 1 << 14  # bytes; numpy itself refuses one over 10,000
@@ -38,7 +39,9 @@ OWN = {
     "folder:PATH": "your image files: train/CLASS/* and test/CLASS/* (or val), or CLASS/* alone, a fifth of which is test; "
     "classes numbered by sorted name, names kept in the student's file",
     "csv:FILE": "your image files by a list: path,label[,split], paths relative to it; otherwise as folder:PATH",
+    "hf:NAME": "a Hugging Face data set, NAME or NAME:CONFIG, or a folder that save_to_disk wrote; needs the extra hf",
 }
+READERS = {"folder": read_folder, "csv": read_csv, "hf": read_hub}
 CHOICE_SEED = 0  # fixed: every run of a data set gets the same images
 
 
@@ -60,24 +63,30 @@ def load(config: DataConfig) -> ImageData:
     """
     if config.name.startswith("npz:"):
         data = read_npz(Path(config.name.removeprefix("npz:")))
-    elif config.name.startswith(("folder:", "csv:")):
-        data = (read_folder if config.name.startswith("folder:") else read_csv)(config)
+    elif (kind := config.name.partition(":")[0]) in READERS and ":" in config.name:
+        data = READERS[kind](config)
     elif config.name in SOURCES:
         data = SOURCES[config.name].read(config.root.expanduser())
     else:
         raise UserError(f"unknown data set {config.name!r}: {did_you_mean(config.name, [*SOURCES, *OWN])}")
-    pad = 0 if config.crop == "resized" else data.pad if config.pad is None else config.pad
+    crop = config.crop or ("resized" if data.streamed and config.pad is None else "shift")
+    pad = 0 if crop == "resized" else data.pad if config.pad is None else config.pad
     smallest = min(data.spec.height, data.spec.width)
     if pad >= smallest:
         raise UserError(f"data.pad={pad}: reflection needs less than the image's {smallest} pixels; set data.pad lower")
-    data = replace(data, pad=pad, flip=data.flip if config.flip is None else config.flip, crop=config.crop)
+    if config.randaugment is not None and data.spec.channels not in (1, 3):
+        raise UserError(
+            f"data.randaugment={config.randaugment}: its operations are on grey or RGB images, not on {data.spec.channels} channels"
+        )
+    flip = data.flip if config.flip is None else config.flip
+    data = replace(data, pad=pad, flip=flip, crop=crop, randaugment=config.randaugment)
     return data if config.limit_train is None else _limited(data, config.limit_train)
 
 
 def _limited(data: ImageData, images: int) -> ImageData:
     """About so many training images, the same share of each class and one of each at least."""
     kept = stratified(data.y_train, min(images, len(data.y_train)), len(data.y_train), least=1)
-    return replace(data, x_train=data.x_train[kept], y_train=data.y_train[kept])
+    return replace(data, x_train=part(data.x_train, kept), y_train=data.y_train[kept])
 
 
 def _read_digits(_: Path) -> ImageData:

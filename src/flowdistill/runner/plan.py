@@ -246,7 +246,7 @@ def _job(
         update={
             "method": settled.name,
             "teacher": config.teacher if teacher else None,
-            "data": config.data.model_copy(update={"pad": data.pad, "flip": data.flip}),
+            "data": config.data.model_copy(update=_resolved(data)),
             "train": config.train.model_copy(update={"precision": precision}),
             "options": {name: options.model_dump() for name, options in settled.options.items()},
             "weights": settled.weights,
@@ -259,13 +259,19 @@ def _job(
     return job
 
 
+def _resolved(data: ImageData) -> dict[str, Any]:
+    """Keys of the config that the data decide. What is streamed now is streamed when it goes on, even where it fits into memory."""
+    crop = data.crop if data.streamed or data.crop != "shift" else None
+    return {"pad": data.pad, "flip": data.flip, "crop": crop} | ({"stream": True} if data.streamed else {})
+
+
 def _fingerprint(
     config: RunConfig, settled: Settled, student: NetworkRef, teacher: NetworkRef | None, data_hash: str, peer: NetworkRef | None = None
 ) -> str:
     covered: dict[str, Any] = {
         "student": [student.model, student.fingerprint],
         "teacher": [teacher.model, teacher.fingerprint] if teacher else None,
-        "data": [data_hash, config.data.pad, config.data.flip, *config.data.model_dump(include={"crop"}).values()],
+        "data": [data_hash, config.data.pad, config.data.flip, *config.data.model_dump(include={"crop", "randaugment"}).values()],
         "method": settled.versions,
         "options": config.options,
         "weights": config.weights,

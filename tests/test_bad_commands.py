@@ -234,6 +234,7 @@ WRONG = [
         "distill --teacher resnet20 --method kd --dataset npz:none.npz --recipe function-matching --set data.pad=2",
         "data: pad=2 belongs to crop=shift; leave one of them out",
     ),
+    ("distill --teacher resnet20 --dataset digits --workers 257", "--workers='257': input should be less than or equal to 256"),
     ("distill --teacher resnet20 --dataset digits --engine fast", "--engine='fast': not one of 'auto', 'eager', 'compiled', 'graph'"),
     ("distill --teacher resnet20 --dataset digits --precision bf8", "--precision='bf8': not one of 'auto', 'bf16', 'fp32'"),
     (
@@ -390,6 +391,7 @@ WRONG = [
         "resume --runs taught 2 --device cuda:99",
         "--device 'cuda:99' is not available here; use auto, or what this machine has of cpu, cuda, mps",
     ),
+    ("resume --runs taught 2 --workers few", "--workers='few': input should be a valid integer, unable to parse string as an integer"),
     ("resume --runs none", "no ledger in none: train something first (flowdistill demo), or name its folder with --runs"),
     ("evaluate", "Missing argument 'RUN|FILE' (flowdistill --help)"),
     ("evaluate ''", "evaluate is followed by nothing; give a value, or leave it out"),
@@ -397,6 +399,7 @@ WRONG = [
     ("evaluate 7", "no ledger in runs: train something first (flowdistill demo), or name its folder with --runs"),
     ("evaluate --runs taught 7", "no run 7 in taught/ledger.db: the last is 2; flowdistill runs lists them"),
     ("evaluate --runs taught 2", "weights file taught/2/student.safetensors: no such file"),
+    ("evaluate --runs taught 1 --workers -2", "--workers='-2': input should be greater than or equal to 0"),
     (
         "evaluate --runs taught 1 --dataset digits",
         "taught/1/student.safetensors was trained on 1x8x8 images of 10 classes; digits has 1x16x16 of 10; choose a data set of that shape",

@@ -121,7 +121,7 @@ STUDENTS: dict[str, tuple[Callable[[], bytes], str]] = {
     "data of another kind": (lambda: student(data="it.npz"), f"{IT}: data='it.npz': must be a table of keys"),
     "data with more to it": (
         lambda: student(data={"name": "npz:it.npz", "bytes": 3}),
-        f"{IT}: unknown key 'data.bytes': choose from: name, root, crop, pad, flip, limit_train, randaugment, "
+        f"{IT}: unknown key 'data.bytes': choose from: name, root, crop, pad, flip, randaugment, limit_train, "
         "size, channels, skip_broken, stream, label",
     ),
     "a size that npz data has not": (

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +16,7 @@ from .images import Images, Labels, Pictures
 from .sources import stratified
 
 MEASURED = 10_000  # streamed images that mean and std are read from
+AT_ONCE = 256  # of them that are decoded at once
 
 
 @dataclass(frozen=True)
@@ -24,14 +29,19 @@ class Normalisation:
     @classmethod
     def measured(cls, images: Images | Pictures, labels: Labels) -> Normalisation:
         """Statistics of all images in memory, or of a fixed choice of 10,000 of those that are not, the same share of each class."""
-        if isinstance(images, Pictures):
-            images = images[stratified(labels, min(MEASURED, len(labels)), len(labels), least=1)]
-        return cls.of(torch.from_numpy(images))
+        if not isinstance(images, Pictures):
+            return cls.of(torch.from_numpy(images))
+        chosen = stratified(labels, min(MEASURED, len(labels)), len(labels), least=1)
+        parts = np.array_split(chosen, math.ceil(len(chosen) / AT_ONCE))
+        return cls._counted(functools.reduce(operator.add, (_counts(torch.from_numpy(images[places])) for places in parts)))
 
     @classmethod
     def of(cls, images: Tensor) -> Normalisation:
         """Statistics of uint8 images [N, H, W, C]."""
-        counts = torch.stack([torch.bincount(images[..., c].flatten(), minlength=256) for c in range(images.shape[-1])]).double()
+        return cls._counted(_counts(images))
+
+    @classmethod
+    def _counted(cls, counts: Tensor) -> Normalisation:
         values = torch.arange(256, dtype=torch.float64) / 255
         mean = counts @ values / counts.sum(1)
         variance = counts @ values.square() / counts.sum(1) - mean.square()
@@ -43,3 +53,8 @@ class Normalisation:
         scale = torch.tensor([1 / (255 * s) for s in self.std], device=device)
         shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)], device=device)
         return lambda images: images.to(torch.float32, copy=True).mul_(scale).add_(shift).permute(0, 3, 1, 2)
+
+
+def _counts(images: Tensor) -> Tensor:
+    """float64 [C, 256] how often each value is in a channel."""
+    return torch.stack([torch.bincount(images[..., c].flatten(), minlength=256) for c in range(images.shape[-1])]).double()

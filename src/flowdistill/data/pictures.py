@@ -39,8 +39,8 @@ class Shelf(Protocol):
     def name(self, row: int) -> str:
         """As messages name an image."""
 
-    def size(self, row: int) -> int:
-        """Bytes that it takes, encoded."""
+    def identity(self, row: int) -> str:
+        """What tells an image from another before it is decoded."""
 
     def image(self, row: int, channels: int) -> Image.Image:
         """The image upright, grey or RGB. Raises anything where it can't be read."""
@@ -67,8 +67,9 @@ class Files:
     def name(self, row: int) -> str:  # noqa: D102
         return os.fsdecode(self.names[row])
 
-    def size(self, row: int) -> int:  # noqa: D102
-        return self.path(row).stat().st_size
+    def identity(self, row: int) -> str:
+        """Name and bytes."""
+        return f"{self.name(row)}\0{self.path(row).stat().st_size}"
 
     def open(self, row: int) -> BinaryIO:  # noqa: D102
         return regular_file(self.path(row), self.name(row)).open("rb")
@@ -87,8 +88,8 @@ class Rows:
     def name(self, row: int) -> str:  # noqa: D102
         return f"image {row}"
 
-    def size(self, row: int) -> int:  # noqa: D102
-        return int(self.array[row].nbytes)
+    def identity(self, row: int) -> str:  # noqa: D102
+        return self.name(row)
 
     def image(self, row: int, channels: int) -> Image.Image:  # noqa: D102
         return Image.fromarray(self.array[row, ..., 0] if channels == 1 else self.array[row])

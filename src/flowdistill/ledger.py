@@ -347,7 +347,7 @@ def newest(runs: Iterable[Run]) -> list[Run]:
 
 def baseline_key(run: Run) -> object:
     """What a run has in common with the ``base`` runs that it is compared with: student, data, split and recipe, the seed aside."""
-    data = json.dumps([run.config["data"].get(key) for key in ("crop", "pad", "flip")])
+    data = json.dumps([run.config["data"].get(key) for key in ("crop", "pad", "flip", "randaugment")])
     return run.student, run.student_fingerprint, run.data_hash, data, json.dumps(run.config["train"], sort_keys=True), run.split
 
 

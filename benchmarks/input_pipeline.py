@@ -39,7 +39,7 @@ def write(folder: Path, images: int) -> int:
 
 def measure(folder: Path, keys: dict[str, object], workers: int, model: str, batch: int) -> tuple[float, float]:
     """Images a second without and with training."""
-    config = validate({"student": model, "data": {"name": f"folder:{folder}", **keys}, "train": {"epochs": 2, "batch_size": batch}})
+    config = validate({"student": model, "data": {"name": f"folder:{folder}", **keys}, "train": {"epochs": 1, "batch_size": batch}})
     device = resolve_device("auto")
     with threads(sensible_threads()):
         ((cohort, _),) = prepare(plan([config], Ledger(folder.parent / "runs", create=True), device), device, "eager", workers)
@@ -49,7 +49,7 @@ def measure(folder: Path, keys: dict[str, object], workers: int, model: str, bat
             for _ in stream.epoch(number):
                 pass
             seconds = time.perf_counter() - started
-        *_, report = train(cohort)
+        (report,) = train(cohort)
     images = stream.steps * batch
     return images / seconds, images / report.train_seconds
 

@@ -55,8 +55,19 @@ def train(
     **config: Any,
 ) -> Result:
     """Train a network on the labels alone; takes what ``distill`` takes."""
-    where = {"runs": runs, "device": device, "engine": engine, "workers": workers, "progress": progress}
-    return distill(None, student, data, method="base", seed=seed, **where, **config)  # type: ignore[arg-type]
+    return distill(
+        None,
+        student,
+        data,
+        method="base",
+        seed=seed,
+        runs=runs,
+        device=device,
+        engine=engine,
+        workers=workers,
+        progress=progress,
+        **config,
+    )
 
 
 def distill(

@@ -68,6 +68,7 @@ def train(
     runs: str | os.PathLike[str] = "runs",
     device: str = "auto",
     engine: str = "auto",
+    workers: int | None = None,
     progress: bool = True,
     on_epoch: Callable[[Report], object] | None = None,
     **config: Any,
@@ -82,6 +83,7 @@ def train(
         runs=runs,
         device=device,
         engine=engine,
+        workers=workers,
         progress=progress,
         on_epoch=on_epoch,
         **config,
@@ -98,6 +100,7 @@ def distill(
     runs: str | os.PathLike[str] = "runs",
     device: str = "auto",
     engine: str = "auto",
+    workers: int | None = None,
     progress: bool = True,
     on_epoch: Callable[[Report], object] | None = None,
     **config: Any,
@@ -110,13 +113,14 @@ def distill(
             that gives logits [N, K] of images [N, C, H, W]. A module is copied, and stays as it is.
         student: likewise; a name starts from fresh weights, anything else from the weights it has. What is frozen in a module
             (``requires_grad``) stays so. ``Result.module`` gives the trained one back.
-        data: ``digits``, ``cifar10``, ``cifar100``, ``fashion_mnist``, ``npz:PATH``, ``folder:PATH`` or ``csv:FILE``; or a mapping
-            such as ``{"name": "npz:PATH", "pad": 2, "flip": False, "unlabelled": "folder:PATH"}``.
+        data: ``digits``, ``cifar10``, ``cifar100``, ``fashion_mnist``, ``npz:PATH``, ``folder:PATH``, ``csv:FILE`` or ``hf:NAME``; or
+            a mapping such as ``{"name": "npz:PATH", "pad": 2, "flip": False, "unlabelled": "folder:PATH"}``.
         method: a method or a composition such as ``at+kd``.
         seed: decides initial weights, order and augmentation.
         runs: folder of the ledger.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         engine: ``auto``, ``eager``, ``compiled`` or ``graph``; what can't be had here falls back, and says so.
+        workers: processes that decode images which memory does not hold; left out, one a core, at most eight.
         progress: bars on stderr.
         on_epoch: called with a Report after every epoch that is trained. What it raises, KeyboardInterrupt for one, comes out of this
             call; the run is then interrupted, and goes on from that epoch when it is called again.
@@ -141,7 +145,7 @@ def distill(
         }
     )
     watcher = (Bars if progress else Watcher)(on_epoch)
-    run = run_configs([parsed], ledger, resolve_device(device), engine=engine, watcher=watcher)[0]
+    run = run_configs([parsed], ledger, resolve_device(device), engine=engine, workers=workers, watcher=watcher)[0]
     if run.status != "finished":
         raise RuntimeError(f"run {run.no} {run.status}: {run.error}")
     return Result(run, ledger.run_folder(run.no))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import DataConfig, parse_as
-from ..data.loader import Normalisation
+from ..data.normalisation import Normalisation
 from ..data.sources import load
 from ..ledger import Ledger, Run
 from ..methods.fsp import FSP, fsp_matrix, match_sizes
@@ -38,7 +38,7 @@ def draw(path: Path, student: Run, alone: Run, ledger: Ledger) -> str:
     data = load(parse_as(DataConfig, student.config["data"]))
     specs = {"student": resolve(str(student.no), ledger).spec(data.spec), "teacher": resolve(str(teacher.no), ledger).spec(data.spec)}
     fsp = FSP(student.config["options"]["fsp"], **specs)
-    normalise = Normalisation.of(torch.from_numpy(data.x_train)).on(torch.device("cpu"))
+    normalise = Normalisation.measured(data.x_train, data.y_train).on(torch.device("cpu"))
     image = normalise(torch.from_numpy(data.x_test[IMAGE : IMAGE + 1]))
     found: dict[str, list[Tensor]] = {}
     for name, run in {"teacher": teacher, "FSP student": student, "trained alone": alone}.items():

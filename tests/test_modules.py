@@ -48,7 +48,7 @@ def another_process() -> Iterator[Any]:
 
     def begin() -> None:
         foreign.IN_MEMORY.clear()
-        foreign.foreign.cache_clear()
+        foreign._factory.cache_clear()
 
     yield begin
     foreign.IN_MEMORY.update(given)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .checks import UserError
 from .config import validate
+from .data import given
 from .device import resolve_device
 from .ledger import Ledger, Run
 from .models import Network
@@ -56,13 +57,17 @@ class Result:
         return self.student().release()
 
 
+Data = str | Mapping[str, Any] | Iterable[Any]
+"""Which images: a name, a table of keys, or a loader."""
+
 Named = str | os.PathLike[str] | int | Result | nn.Module
 """How a network is named."""
 
 
 def train(
     student: Named,
-    data: str | Mapping[str, Any],
+    data: Data,
+    val_loader: Any = None,
     *,
     seed: int = 0,
     runs: str | os.PathLike[str] = "runs",
@@ -71,6 +76,7 @@ def train(
     workers: int | None = None,
     progress: bool = True,
     on_epoch: Callable[[Report], object] | None = None,
+    classes: int | None = None,
     **config: Any,
 ) -> Result:
     """Train a network on the labels alone; takes what ``distill`` takes."""
@@ -78,6 +84,7 @@ def train(
         None,
         student,
         data,
+        val_loader,
         method="base",
         seed=seed,
         runs=runs,
@@ -86,6 +93,7 @@ def train(
         workers=workers,
         progress=progress,
         on_epoch=on_epoch,
+        classes=classes,
         **config,
     )
 
@@ -93,7 +101,8 @@ def train(
 def distill(
     teacher: Named | None,
     student: Named,
-    data: str | Mapping[str, Any],
+    data: Data,
+    val_loader: Any = None,
     *,
     method: str = "fsp",
     seed: int = 0,
@@ -103,6 +112,7 @@ def distill(
     workers: int | None = None,
     progress: bool = True,
     on_epoch: Callable[[Report], object] | None = None,
+    classes: int | None = None,
     **config: Any,
 ) -> Result:
     """Train a student with a teacher, record the run, and return it. A finished run of the same config is returned at once,
@@ -114,9 +124,11 @@ def distill(
         student: likewise; a name starts from fresh weights, anything else from the weights it has. What is frozen in a module
             (``requires_grad``) stays so. ``Result.module`` gives the trained one back.
         data: ``digits``, ``cifar10``, ``cifar100``, ``fashion_mnist``, ``npz:PATH``, ``folder:PATH``, ``csv:FILE`` or ``hf:NAME``; or
-            a mapping such as ``{"name": "npz:PATH", "pad": 2, "flip": False, "unlabelled": "folder:PATH"}``.
+            a mapping such as ``{"name": "npz:PATH", "pad": 2, "flip": False, "unlabelled": "folder:PATH"}``; or a loader, anything with
+            a length that gives (images float [B, C, H, W], labels [B]). Both networks take its images as they come.
+        val_loader: beside a loader a second one, whose images accuracy is measured on.
         method: a method or a composition such as ``at+kd``.
-        seed: decides initial weights, order and augmentation.
+        seed: decides initial weights, order and augmentation; of a loader what it draws from torch's generators.
         runs: folder of the ledger.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         engine: ``auto``, ``eager``, ``compiled`` or ``graph``; what can't be had here falls back, and says so.
@@ -124,6 +136,7 @@ def distill(
         progress: bars on stderr.
         on_epoch: called with a Report after every epoch that is trained. What it raises, KeyboardInterrupt for one, comes out of this
             call; the run is then interrupted, and goes on from that epoch when it is called again.
+        classes: how many, of loaders; left out, those that the data set has names for (``classes``), else the largest label and one.
         config: further keys of RunConfig as nested mappings (``train={"epochs": 30}, weights={"fsp": 10.0}, split="holdout"``);
             ``init_from`` is named as the student is, or is a module whose weights fit the student that is named.
 
@@ -137,9 +150,9 @@ def distill(
         {
             **config,
             **begun,
+            **_images(data, val_loader, classes, config.get("train", {})),
             "student": _reference(student, ledger),
             "teacher": None if teacher is None else _reference(teacher, ledger),
-            "data": {"name": data} if isinstance(data, str) else data,
             "method": method,
             "seed": seed,
         }
@@ -149,6 +162,23 @@ def distill(
     if run.status != "finished":
         raise RuntimeError(f"run {run.no} {run.status}: {run.error}")
     return Result(run, ledger.run_folder(run.no))
+
+
+def _images(data: Data, val_loader: Any, classes: int | None, train: Any) -> dict[str, Any]:
+    """The keys of a config that say which images; of loaders their name, and the size of their batches."""
+    if isinstance(data, str | Mapping) or not hasattr(data, "__iter__"):
+        for name, value in (("val_loader", val_loader), ("classes", classes)):
+            if value is not None:
+                raise UserError(f"{name} belongs to a train_loader; {data} has its own, leave {name} out")
+        return {"data": {"name": data} if isinstance(data, str) else data}
+    if val_loader is None:
+        raise UserError("a train_loader needs a val_loader, whose images accuracy is measured on; give it after the train_loader")
+    found = given.adopt(data, val_loader, classes)
+    if not isinstance(train, Mapping):
+        return {"data": {"name": found.name}}
+    if (size := train.get("batch_size", found.batch_size)) != found.batch_size:
+        raise UserError(f"train.batch_size={size}: the loader's batches have {found.batch_size} images; leave batch_size out")
+    return {"data": {"name": found.name}, "train": {**train, "batch_size": found.batch_size}}
 
 
 def _reference(network: Named, ledger: Ledger) -> str:

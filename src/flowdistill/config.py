@@ -59,6 +59,11 @@ class DataConfig(Frozen):
         return (name or "").startswith(("folder:", "csv:", "hf:"))
 
     @property
+    def given(self) -> bool:
+        """Whether they come from loaders that were given from Python."""
+        return self.name.startswith("loader:")
+
+    @property
     def labelled(self) -> DataConfig:
         """The same without the unlabelled images and what is said of them alone."""
         return self.model_copy(update={"unlabelled": None, "skip_broken": self.skip_broken and self._files(self.name)})
@@ -190,6 +195,14 @@ class RunConfig(Frozen):
     weights: dict[str, float] = {}
     taps: dict[Role, dict[str, str]] = Field({}, exclude_if=lambda taps: not taps)
     inputs: dict[Role, InputConfig] = Field({}, exclude_if=lambda inputs: not inputs)
+
+    @model_validator(mode="after")
+    def _loaders_do_it_themselves(self) -> RunConfig:
+        if self.data.given and self.split == "holdout":
+            raise ValueError("split=holdout: a loader's images are not held out; give the held-out ones as val_loader, with split=full")
+        if self.data.given and self.train.mixup:
+            raise ValueError(f"train.mixup={str(self.train.mixup).lower()}: a loader's images are not mixed; mix them in the loader")
+        return self
 
 
 def model_name(name: str) -> str:

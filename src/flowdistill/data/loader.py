@@ -14,6 +14,8 @@ from ..device import free_memory
 from ..taps import NO_LABEL, Batch, Targets
 from .augment import Draws, crop_and_flip, draw_boxes, draw_epoch, draw_shares, mix, partners, reflect_pad, resize_and_flip
 from .files import some
+from .given import GivenData
+from .given_supply import GivenSupply
 from .images import ImageData, Images, Labels, Pictures, part
 from .normalisation import Normalisation
 from .pictures import Rows
@@ -167,6 +169,10 @@ class DeviceData:
         """What brings a seed's batches to a device that does not hold all images."""
         return Copies(self.padded, self.device)
 
+    def stream(self, seed: int, batch_size: int, mixup: float = False) -> Stream:
+        """The batches of one seed."""
+        return Stream(self, seed, batch_size, mixup=mixup)
+
     def remarks(self) -> list[str]:
         """As ``Supply`` says."""
         names = sorted(self.replaced)
@@ -195,8 +201,10 @@ class StreamedData(DeviceData):
         return Decoding(Workers(decoder, self.device, self.workers, self.replaced), self.pad)
 
 
-def place(data: ImageData, split: str, device: torch.device, workers: int | None = None) -> DeviceData:
+def place(data: ImageData, split: str, device: torch.device, workers: int | None = None) -> DeviceData | GivenSupply:
     """The data under a split, held on the device where they can be; ``workers`` decode those that are streamed."""
+    if isinstance(data, GivenData):
+        return GivenSupply(data, device)
     return (StreamedData if data.streamed or data.randaugment is not None else DeviceData)(data, split, device, workers)
 
 

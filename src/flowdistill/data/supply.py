@@ -59,6 +59,9 @@ class Supply(Protocol):
     def curve(self) -> Labelled:
         """What every epoch is measured on: ``test`` of a full run, the held-out tenth of a holdout run."""
 
+    def stream(self, seed: int, batch_size: int, mixup: float = False) -> Batches:
+        """The batches of one seed."""
+
     def remarks(self) -> list[str]:
         """What is to be told of the images when they were trained on, a line each."""
 

@@ -12,8 +12,9 @@ import torch
 
 from .. import models
 from ..checks import UserError
-from ..data.loader import DeviceData, Stream, place
+from ..data.loader import place
 from ..data.normalisation import Normalisation
+from ..data.supply import Supply
 from ..device import Precision, keep_freed_memory
 from ..models import Network
 from ..models.reused import Reused
@@ -51,7 +52,7 @@ def prepare(
 ) -> list[tuple[Cohort, list[Member]]]:
     """Every cohort on the device; those of equal data and split share the images. ``workers`` decode those that are streamed."""
     keep_freed_memory()
-    on_device: dict[object, DeviceData] = {}
+    on_device: dict[object, Supply] = {}
     prepared = []
     for group in cohorts(jobs):
         first = group[0]
@@ -62,7 +63,7 @@ def prepare(
     return prepared
 
 
-def assemble(jobs: Sequence[Job], data: DeviceData, device: torch.device, engine: str = "auto") -> tuple[Cohort, list[Member]]:
+def assemble(jobs: Sequence[Job], data: Supply, device: torch.device, engine: str = "auto") -> tuple[Cohort, list[Member]]:
     """Put teachers and students of one cohort on the device; measure the teachers."""
     first = jobs[0]
     methods = [job.method() for job in jobs]
@@ -76,7 +77,7 @@ def assemble(jobs: Sequence[Job], data: DeviceData, device: torch.device, engine
         student = Student(net, method.to(device), job.settled, job.config.train)
         member = Member(job, student)
         origin = job.teacher.origin if job.teacher else taught.get(job.config.seed, "")
-        stream = Stream(data, job.config.seed, job.config.train.batch_size, mixup=job.config.train.mixup)
+        stream = data.stream(job.config.seed, job.config.train.batch_size, job.config.train.mixup)
         lane = lanes.setdefault((job.config.seed, origin), Lane(stream, None, []))
         if job.teacher:
             if origin not in teachers:
@@ -117,7 +118,7 @@ def _placed(net: Network, device: torch.device) -> Network:
     return net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-def _accuracy(net: Network, data: DeviceData, precision: Precision) -> float:
+def _accuracy(net: Network, data: Supply, precision: Precision) -> float:
     return 100 * int(evaluate(net, data.curve, precision).correct) / len(data.curve)
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from .. import models
 from ..checks import UserError
 from ..config import DataConfig, parse_as
+from ..data.given import GivenData
 from ..data.images import ImageData
 from ..data.loader import labelled
 from ..data.normalisation import Normalisation
@@ -124,6 +125,8 @@ def load_fitting(path: Path, about: About, dataset: str | None) -> ImageData:
         UserError: the data can't be read, or have other sizes, classes or names of classes.
     """
     data = load(about.data.model_copy(update={"name": dataset or about.data.name}))
+    if isinstance(data, GivenData):
+        raise UserError(f"{path} was trained on a loader's images, which only training reads; Result.module() gives its network to Python")
     shape = (data.spec.channels, data.spec.height, data.spec.width)
     if (*shape, data.classes) != (*about.input, about.classes):
         raise UserError(

@@ -229,7 +229,8 @@ def first_weights(config: RunConfig, ledger: Ledger) -> NetworkRef:
 def as_configured(network: NetworkRef, config: RunConfig, role: Role) -> NetworkRef:
     """The network with the taps and the images that a config gives it in this role."""
     own = config.inputs.get(role, InputConfig())
-    view = View(own.channels, own.size, own.size, own.mean, own.std).over(network.view)
+    declared = View() if config.data.given else network.view  # a loader's images are taken as they come
+    view = View(own.channels, own.size, own.size, own.mean, own.std).over(declared)
     return replace(network, taps=config.taps.get(role, {}), view=view)
 
 
@@ -341,6 +342,8 @@ def _recipe(train: Mapping[str, Any]) -> dict[str, Any]:
 
 def _train_command(model: str, wanted: Wanted) -> str:
     seed = 100 if wanted.seed != 100 else 101  # any that no student has
+    if wanted.data.given:
+        return f"flowdistill.train({model!r}, train_loader, val_loader, seed={seed})"
     holdout = " --holdout" if wanted.split == "holdout" else ""
     images = wanted.data.model_dump(include={"limit_train", "size", "channels", "skip_broken", "stream", "label"}, exclude_none=True)
     keys = "".join(f" --set data.{key}={json.dumps(value)}" for key, value in images.items())

@@ -1,0 +1,210 @@
+"""Loaders given from Python: their batches as they come, under a name for what they hold.
+
+A loader decides order, augmentation and normalisation. What it draws from torch's generators is made a function of (seed, epoch).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Subset
+
+from ..checks import UserError, summary
+from ..randomness import generator
+from ..taps import NO_LABEL, DataSpec
+from .images import ImageData, digest
+
+PREFIX = "loader:"
+TRAIN, VAL = "train_loader", "val_loader"
+IN_MEMORY: dict[str, GivenData] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenData(ImageData):
+    """Two loaders as a data set; its arrays are empty.
+
+    Attributes:
+        train, val: the loaders.
+        size: channels, height and width of an image.
+        counts: images to train on and to measure on.
+        batch_size: images of the first batch.
+        told: the hash of what is known of them.
+    """
+
+    train: Any
+    val: Any
+    size: tuple[int, int, int]
+    counts: tuple[int, int]
+    batch_size: int
+    told: str
+
+    @property
+    def spec(self) -> DataSpec:
+        """The sizes."""
+        return DataSpec(self.name, self.counts[0], self.classes, *self.size)
+
+    def hash(self) -> str:
+        """See ``adopt``."""
+        return self.told
+
+
+def adopt(train: Any, val: Any, classes: int | None = None) -> GivenData:
+    """Two loaders as a data set, from one pass over that of the test images and the first batch of the other.
+
+    Its hash covers the labels and the first images of ``val``, the numbers of images and batches, and what data sets and their transforms
+    print of themselves: not the pixels of all images.
+
+    Args:
+        train, val: iterables with a length that give (images float [B, C, H, W], labels integer [B]).
+        classes: left out, those that a data set has names for (``classes``), or else the largest label of ``val`` and one more.
+
+    Raises:
+        UserError: a loader gives something else, or nothing.
+    """
+    steps = _steps(train, TRAIN)
+    _steps(val, VAL)
+    first, _ = checked(next(drawn(train, 0, TRAIN, 0), None), TRAIN)
+    batches = [checked(batch, VAL) for batch in drawn(val, 0, VAL, 0)]
+    if not batches:
+        raise UserError(f"{VAL}: it gives no batch; accuracy is measured on its images")
+    labels, images = torch.cat([known for _, known in batches]).cpu(), batches[0][0]
+    names = next((names for names in map(_class_names, (train, val)) if names), ())
+    count = classes or len(names) or int(labels.max()) + 1
+    _, *size = first.shape
+    n_train = len(train.dataset) if hasattr(getattr(train, "dataset", None), "__len__") else steps * len(first)
+    counts, described = (n_train, len(labels)), f"{_described(train)}\n{_described(val)}"
+    numbers = np.array([*counts, steps, len(first), count])
+    told = digest(labels.numpy(), images.float().cpu().numpy(), numbers, np.frombuffer(described.encode(), np.uint8))
+    nothing = np.empty((0, *size[1:], size[0]), np.uint8), np.full(n_train, NO_LABEL), np.empty(0, np.int64)
+    data = GivenData(
+        name=f"{PREFIX}{told[:8]}",
+        x_train=nothing[0],
+        y_train=nothing[1],
+        x_test=nothing[0],
+        y_test=nothing[2],
+        classes=count,
+        pad=0,
+        flip=False,
+        class_names=names if len(names) == count else (),
+        train=train,
+        val=val,
+        size=(size[0], size[1], size[2]),
+        counts=counts,
+        batch_size=len(first),
+        told=told,
+    )
+    for batch in ((first, checked(next(drawn(train, 0, TRAIN, 0)), TRAIN)[1]), *batches):
+        refuse_others(batch, data)
+    IN_MEMORY[data.name] = data
+    return data
+
+
+def recall(name: str) -> GivenData:
+    """The data set of loaders that were given in this process.
+
+    Raises:
+        UserError: it was another process.
+    """
+    if name not in IN_MEMORY:
+        raise UserError(f"{name} was given from Python, and is in no file; give it from Python again")
+    return IN_MEMORY[name]
+
+
+def _steps(loader: Any, what: str) -> int:
+    try:
+        count = len(loader)
+    except Exception as error:  # a data set that is a stream, or anyone's code
+        raise UserError(f"{what}: its number of batches is not known ({summary(error)}); give it a length") from None
+    if not count:
+        raise UserError(f"{what}: it has no batch; with drop_last its images may be fewer than batch_size")
+    return count
+
+
+def drawn(loader: Any, seed: int, purpose: str, epoch: int) -> Iterator[Any]:
+    """A loader's batches. The generators that it draws from are lent to it, and are between two batches as they were."""
+    owners = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
+    own = [found for owner in owners if isinstance(found := getattr(owner, "generator", None), torch.Generator)]
+    lent = dict.fromkeys([torch.default_generator, *own])
+    states = {one: generator(seed, f"{purpose} {place}", epoch).get_state() for place, one in enumerate(lent)}
+    with _lending(states):
+        batches = iter(loader)
+    end = object()
+    while True:
+        with _lending(states):
+            batch = next(batches, end)
+        if batch is end:
+            return
+        yield batch
+
+
+@contextmanager
+def _lending(states: dict[torch.Generator, Tensor]) -> Iterator[None]:
+    before = {one: one.get_state() for one in states}
+    for one, state in states.items():
+        one.set_state(state)
+    try:
+        yield
+    finally:
+        for one, state in before.items():
+            states[one] = one.get_state()
+            one.set_state(state)
+
+
+def checked(batch: Any, what: str) -> tuple[Tensor, Tensor]:
+    """Images and labels of a batch.
+
+    Raises:
+        UserError: it is something else.
+    """
+    wanted = "it must give (images float [B, C, H, W], labels integer [B])"
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
+        kinds = ", ".join(type(part).__name__ for part in batch) if isinstance(batch, tuple | list) else type(batch).__name__
+        raise UserError(f"{what}: it gives ({kinds}); {wanted}")
+    images, labels = batch
+    fits = images.dim() == 4 and images.is_floating_point() and labels.dim() == 1 and not labels.is_floating_point()
+    if not fits or len(images) != len(labels) or not len(labels):
+        kinds = ", ".join(f"{str(part.dtype).removeprefix('torch.')} {list(part.shape)}" for part in batch)
+        raise UserError(f"{what}: it gives ({kinds}); {wanted}")
+    return images, labels
+
+
+def refuse_others(batch: tuple[Tensor, Tensor], data: GivenData) -> None:
+    """Refuse another size, and labels beyond the classes; those that are on a device already are not waited for.
+
+    Raises:
+        UserError: the first of these.
+    """
+    images, labels = batch
+    if tuple(images.shape[1:]) != data.size:
+        one, other = ("x".join(map(str, size)) for size in (data.size, images.shape[1:]))
+        raise UserError(f"the loaders give images of {one} and of {other}; give all one size")
+    if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < data.classes:
+        wrong = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
+        raise UserError(f"the loaders give label {wrong}, of {data.classes} classes; labels are 0 to {data.classes - 1}, or give classes=")
+
+
+def _dataset(loader: Any) -> Any:
+    """The data set of a loader, below its subsets."""
+    dataset: Any = getattr(loader, "dataset", None)
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return dataset
+
+
+def _class_names(loader: Any) -> tuple[str, ...]:
+    names = getattr(_dataset(loader), "classes", None)
+    return tuple(map(str, names)) if isinstance(names, list | tuple) else ()
+
+
+def _described(loader: Any) -> str:
+    """What a loader's data set and its transform print, less addresses in memory."""
+    dataset = _dataset(loader)
+    printed = f"{type(loader).__name__} {dataset!r} {getattr(dataset, 'transform', None)!r}"
+    return re.sub(r" at 0x[0-9a-f]+", "", printed)

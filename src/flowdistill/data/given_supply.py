@@ -1,0 +1,109 @@
+"""Loaders given from Python, as training and measuring see them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..checks import UserError
+from ..taps import Batch
+from .given import TRAIN, VAL, GivenData, checked, drawn, refuse_others
+from .normalisation import Normalisation
+
+WHOLE = "which a loader does not tell; choose another method, or give the data by name"
+
+
+class GivenSet:
+    """The images of a loader, to measure networks on."""
+
+    def __init__(self, data: GivenData, device: torch.device) -> None:
+        self.data, self.device = data, device
+
+    def __len__(self) -> int:
+        return self.data.counts[1]
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """As ``Labelled`` says."""
+        for batch in drawn(self.data.val, 0, VAL, 0):
+            yield _placed(checked(batch, VAL), self.data, self.device)
+
+
+class GivenSupply:
+    """Two loaders as training sees them."""
+
+    resident = False
+
+    def __init__(self, data: GivenData, device: torch.device) -> None:
+        self.data, self.spec, self.device = data, data.spec, device
+        channels = data.size[0]
+        self.normalisation = Normalisation((0.0,) * channels, (1.0,) * channels)
+        self.test = self.curve = GivenSet(data, device)
+
+    @property
+    def labels(self) -> Tensor:
+        """Unknown.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"this method needs the labels of all training images, {WHOLE}")
+
+    @property
+    def trained(self) -> GivenSet:
+        """Unknown.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"this method needs all training images as they are, {WHOLE}")
+
+    def stream(self, seed: int, batch_size: int, mixup: float = False) -> GivenStream:  # noqa: ARG002 (the loader's own)
+        """The batches of one seed."""
+        return GivenStream(self, seed)
+
+    def remarks(self) -> list[str]:
+        """Nothing."""
+        return []
+
+
+class GivenStream:
+    """The batches of a loader; the places of their images in an epoch are their indices."""
+
+    def __init__(self, data: GivenSupply, seed: int) -> None:
+        self.data, self.seed = data, seed
+        self.steps, self.batch_size = len(data.data.train), data.data.batch_size
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Batch]]:
+        """The epoch's batches.
+
+        Raises:
+            UserError: other batches than the first one was, or another number of them than the loader's length.
+        """
+        device, given = self.data.device, self.data.data
+        number, step, place = torch.tensor(epoch, device=device), 0, 0
+        for step, batch in enumerate(drawn(given.train, self.seed, TRAIN, epoch), 1):
+            if step > self.steps:
+                break
+            images, labels = _placed(checked(batch, TRAIN), given, device)
+            yield images, Batch(labels, torch.arange(place, place + len(labels), device=device), number)
+            place += len(labels)
+        if step != self.steps:
+            what = "more" if step > self.steps else f"{step}"
+            raise UserError(f"{TRAIN}: it gave {what} batches in epoch {epoch + 1}, its length is {self.steps}; give it the right length")
+
+    def with_labels(self) -> GivenStream:
+        """As ``Batches`` says."""
+        return self
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
+def _placed(batch: tuple[Tensor, Tensor], data: GivenData, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A batch on the device, float32 in channels_last memory."""
+    refuse_others(batch, data)
+    images, labels = batch
+    on_device = images.to(device, torch.float32, non_blocking=True).contiguous(memory_format=torch.channels_last)
+    return on_device, labels.to(device, torch.int64, non_blocking=True)

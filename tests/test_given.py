@@ -1,0 +1,255 @@
+"""Loaders given from Python: what is trained on them, what their seed decides, and what they can't be used for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from command import command
+from test_modules import Tied
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+import flowdistill
+from flowdistill import UserError
+from flowdistill.data import given
+from flowdistill.ledger import Ledger
+from flowdistill.training.weights import load_weights
+
+TRAIN = {"epochs": 2, "precision": "fp32", "lr": 0.05}
+
+
+class Noisy(Dataset[tuple[Tensor, Tensor]]):
+    """Digits with noise from torch's global generator, as an augmentation of torchvision draws it."""
+
+    classes = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+    def __init__(self, inner: TensorDataset) -> None:
+        self.inner = inner
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
+        image, label = self.inner[place]
+        return image + 0.1 * torch.randn(image.shape), label
+
+
+@pytest.fixture
+def sets(small_npz: Path) -> tuple[TensorDataset, TensorDataset]:
+    arrays = np.load(small_npz)
+
+    def images(name: str) -> Tensor:
+        return (torch.from_numpy(arrays[f"x_{name}"]).float() / 255 - 0.3) / 0.35
+
+    return tuple(TensorDataset(images(name)[:, None], torch.from_numpy(arrays[f"y_{name}"])) for name in ("train", "test"))  # type: ignore[return-value]
+
+
+@pytest.fixture
+def loaders(sets: tuple[TensorDataset, TensorDataset]) -> Callable[..., tuple[Any, Any]]:
+    def make(batch_size: int = 64, **how: Any) -> tuple[Any, Any]:
+        return DataLoader(Noisy(sets[0]), batch_size, shuffle=True, **how), DataLoader(sets[1], 100)
+
+    return make
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> dict[str, Any]:
+    return {"runs": tmp_path / "runs", "train": TRAIN, "progress": False}
+
+
+def test_two_lines(loaders: Any, keys: dict[str, Any]) -> None:
+    teacher = flowdistill.train(Tied(8), *loaders(), **keys)
+    result = flowdistill.distill(teacher, Tied(), *loaders(), method="kd", **keys)
+    run = result.run
+    assert run.dataset == teacher.run.dataset == f"loader:{run.data_hash[:8]}"
+    assert (run.images, run.batch_size, run.nepoch) == (150, 64, 2)
+    assert run.teacher_accuracy == pytest.approx(teacher.accuracy), "the teacher gets the same tensors"
+    assert set(Ledger(keys["runs"]).epochs(run.no)[-1].terms) == {"task", "kd"}
+    _, about = load_weights(result.folder / "student.safetensors")
+    assert (about["input"], about["mean"], about["std"], about["classes"]) == ([1, 8, 8], [0.0], [1.0], 10)
+    assert tuple(about["labels"]) == Noisy.classes
+    module, (_, val) = result.module(), loaders()
+    with torch.no_grad():
+        assert sum(int((module(images).argmax(1) == labels).sum()) for images, labels in val) == run.correct
+
+
+def test_the_seed_decides_what_a_loader_draws(loaders: Any, keys: dict[str, Any]) -> None:
+    def terms(seed: int, folder: str, **how: Any) -> list[dict[str, float]]:
+        torch.manual_seed(len(folder))  # whatever the caller's generator is
+        before, own = torch.get_rng_state(), how.get("generator")
+        kept = own.get_state() if own else None
+        result = flowdistill.train(Tied(), *loaders(**how), seed=seed, **{**keys, "runs": keys["runs"] / folder})
+        assert torch.equal(torch.get_rng_state(), before), "the caller's generator is as it was"
+        assert own is None or torch.equal(own.get_state(), kept)
+        return [epoch.terms for epoch in Ledger(keys["runs"] / folder).epochs(result.run.no)]
+
+    first = terms(0, "first")
+    assert first == terms(0, "again") == terms(0, "another")
+    assert first != terms(1, "seed")
+    assert terms(0, "own", generator=torch.Generator().manual_seed(5)) == terms(0, "own again", generator=torch.Generator().manual_seed(6))
+    workers = {"num_workers": 1}
+    assert terms(0, "workers", **workers) == terms(0, "workers again", **workers)
+
+
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(loaders: Any, keys: dict[str, Any]) -> None:
+    keys["train"] = {**TRAIN, "epochs": 3}
+    straight = flowdistill.train(Tied(), *loaders(), **{**keys, "runs": keys["runs"] / "straight"})
+
+    def stop(report: flowdistill.Report) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            flowdistill.train(Tied(), *loaders(), on_epoch=stop, **keys)
+    result = flowdistill.train(Tied(), *loaders(), **keys)
+    assert (result.run.no, result.run.resumed) == (1, 2)
+    assert result.run.weights_hash == straight.run.weights_hash
+    assert flowdistill.train(Tied(), *loaders(), **keys).run.no == 1, "what is finished is skipped"
+
+
+def test_engines_see_the_same_batches(loaders: Any, keys: dict[str, Any]) -> None:
+    """The last batch is smaller, and compiled for itself."""
+    found = [
+        flowdistill.train("resnet8", *loaders(128), engine=one, **{**keys, "runs": keys["runs"] / one}) for one in ("eager", "compiled")
+    ]
+    assert [result.run.engine for result in found] == ["eager", "compiled"]
+    eager, compiled = ([epoch.terms["task"] for epoch in Ledger(keys["runs"] / one).epochs(1)] for one in ("eager", "compiled"))
+    assert compiled == pytest.approx(eager, rel=1e-3)
+
+
+def test_a_package_network_and_several_methods_learn_from_a_loader(loaders: Any, keys: dict[str, Any]) -> None:
+    teacher = flowdistill.train("resnet8", *loaders(), seed=9, **keys)
+    for method in ("fsp", "mgd", "dml"):
+        result = flowdistill.distill(teacher, "resnet8", *loaders(), method=method, **{**keys, "train": {**TRAIN, "epochs": 1}})
+        assert result.run.status == "finished"
+    assert flowdistill.distill("resnet8", "resnet8", *loaders(), method="kd", **keys).run.teacher_run is not None
+
+
+def test_a_teacher_of_other_images_gets_these_as_they_come(loaders: Any, keys: dict[str, Any], small_npz: Path) -> None:
+    teacher = flowdistill.train("resnet8", {"name": f"npz:{small_npz}", "pad": 1}, seed=9, **keys)
+    result = flowdistill.distill(teacher, Tied(), *loaders(), method="kd", **keys)
+    net, (_, val) = teacher.module().eval(), loaders()
+    with torch.no_grad():
+        correct = sum(int((net(images).logits.argmax(1) == labels).sum()) for images, labels in val)
+    assert result.run.teacher_accuracy == pytest.approx(100 * correct / 150)
+
+
+def test_classes(sets: Any, keys: dict[str, Any]) -> None:
+    few = [index for index, (_, label) in enumerate(sets[1]) if label < 3]
+    val = DataLoader(Subset(sets[1], few[:20]), 10)
+    assert given.adopt(DataLoader(sets[0], 10), DataLoader(sets[1], 10)).classes == 10
+    assert given.adopt(val, val).classes == 3
+    assert given.adopt(val, val, classes=7).classes == 7
+    assert given.adopt(DataLoader(Subset(Noisy(sets[1]), few), 10), val).class_names == Noisy.classes, "the names below a subset"
+    with pytest.raises(UserError, match=r"gives 10 classes where 3 are wanted"):
+        flowdistill.train(Tied(), val, val, **keys)
+    assert flowdistill.train(Tied(), val, val, classes=10, **keys).run.status == "finished"
+
+
+def test_the_name_follows_what_is_known_of_the_images(sets: Any) -> None:
+    def name(train: Any = sets[0], val: Any = sets[1], size: int = 50) -> str:
+        return given.adopt(DataLoader(train, size), DataLoader(val, 100)).name
+
+    first = name()
+    assert first == name()
+    assert len({first, name(size=60), name(val=Subset(sets[1], range(100))), name(train=Noisy(sets[0]))}) == 4
+    images, labels = sets[1].tensors
+    assert name(val=TensorDataset(images, labels.flip(0))) != first
+    assert name(val=TensorDataset(images + 1, labels)) != first
+
+
+def test_another_process_does_not_have_them(loaders: Any, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(report: flowdistill.Report) -> None:
+        raise KeyboardInterrupt
+
+    result = flowdistill.train("resnet8", *loaders(), **keys)
+    with pytest.raises(KeyboardInterrupt):
+        flowdistill.train("resnet8", *loaders(), seed=1, on_epoch=stop, **keys)
+    name, runs = result.run.dataset, ["--runs", str(keys["runs"])]
+    here = command(keys["runs"].parent, "evaluate", "1", *runs)
+    assert here.code == 2
+    assert "was trained on a loader's images, which only training reads; Result.module() gives its network to Python" in here.err
+    monkeypatch.setattr(given, "IN_MEMORY", {})
+    for words in (["evaluate", "1"], ["card", "1"], ["export", "1", "--to", "safetensors"], ["resume", "2"], ["train", "--dataset", name]):
+        said = command(keys["runs"].parent, *words, *runs)
+        assert (said.code, said.out) == (2, "")
+        assert said.err.count("\n") == 1
+        assert f"{name} was given from Python, and is in no file; give it from Python again" in said.err
+    assert command(keys["runs"].parent, "table", *runs).code == 0
+
+
+class Endless(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        yield from ()
+
+
+def gives(*batches: Any) -> list[Any]:
+    return list(batches)
+
+
+IMAGES, LABELS = torch.zeros(2, 1, 8, 8), torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("train", "line"),
+    [
+        (gives(), "train_loader: it has no batch"),
+        (gives(3), "train_loader: it gives (int); it must give (images float [B, C, H, W], labels integer [B])"),
+        (gives({"pixels": IMAGES}), "train_loader: it gives (dict); it must give"),
+        (gives((IMAGES, LABELS, LABELS)), "train_loader: it gives (Tensor, Tensor, Tensor); it must give"),
+        (gives((IMAGES.byte(), LABELS)), "train_loader: it gives (uint8 [2, 1, 8, 8], int64 [2]); it must give"),
+        (gives((IMAGES, LABELS.float())), "train_loader: it gives (float32 [2, 1, 8, 8], float32 [2]); it must give"),
+        (gives((IMAGES[:, :, :4], LABELS)), "the loaders give images of 1x4x8 and of 1x8x8; give all one size"),
+        (gives((IMAGES, LABELS + 40)), "the loaders give label 41, of 10 classes; labels are 0 to 9, or give classes="),
+        (gives((IMAGES, LABELS - 1)), "the loaders give label -1, of 10 classes; labels are 0 to 9"),
+        (gives((IMAGES, LABELS), (IMAGES, LABELS + 40)), "the loaders give label 41, of 10 classes"),
+        (gives((IMAGES, LABELS), (IMAGES[..., :4], LABELS)), "the loaders give images of 1x8x8 and of 1x8x4; give all one size"),
+        (DataLoader(Endless()), "train_loader: its number of batches is not known (TypeError: "),
+    ],
+    ids=str,
+)
+def test_what_is_no_loader_of_images(loaders: Any, keys: dict[str, Any], train: Any, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        flowdistill.train("resnet8", train, loaders()[1], **keys)
+    assert line in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+class Longer(list[Any]):
+    """More batches than it says."""
+
+    def __len__(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"val_loader": None}, "a train_loader needs a val_loader, whose images accuracy is measured on; give it after the train_loader"),
+        ({"data": "digits"}, "val_loader belongs to a train_loader; digits has its own, leave val_loader out"),
+        ({"data": "digits", "val_loader": None, "classes": 3}, "classes belongs to a train_loader; digits has its own, leave classes out"),
+        ({"split": "holdout"}, "split=holdout: a loader's images are not held out; give the held-out ones as val_loader, with split=full"),
+        ({"train": {**TRAIN, "mixup": 0.2}}, "train.mixup=0.2: a loader's images are not mixed; mix them in the loader"),
+        ({"train": {**TRAIN, "batch_size": 7}}, "train.batch_size=7: the loader's batches have 64 images; leave batch_size out"),
+        ({"teacher": Tied(8), "method": "crd"}, "this method needs the labels of all training images, which a loader does not tell"),
+        ({"teacher": Tied(8), "method": "nd"}, "this method needs all training images as they are, which a loader does not tell"),
+        ({"teacher": "resnet14"}, "train one: flowdistill.train('resnet14', train_loader, val_loader, seed=100)"),
+        (
+            {"data": Longer([(IMAGES, LABELS)] * 2)},
+            "train_loader: it gave more batches in epoch 1, its length is 1; give it the right length",
+        ),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_line(loaders: Any, keys: dict[str, Any], change: dict[str, Any], line: str) -> None:
+    train, val = loaders()
+    method = {"method": "kd"} if "teacher" in change else {"method": "base"}
+    with pytest.raises(UserError) as caught:
+        flowdistill.distill(**{"teacher": None, "student": Tied(), "data": train, "val_loader": val, **method, **keys, **change})
+    assert line in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1

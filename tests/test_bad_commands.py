@@ -94,6 +94,8 @@ WRONG = [
         "unknown recipe 'best': choose from: fsp-log, kd-zoo, crd, r110-warm, function-matching, smoke",
     ),
     ("recipes --format TABLE", "--format='TABLE': not one of 'table', 'md', 'csv', 'json'"),
+    ("train --dataset digits --workers -1", "--workers='-1': input should be greater than or equal to 0"),
+    ("train --dataset digits --workers all", "--workers='all': input should be a valid integer, unable to parse string as an integer"),
     ("train --dataset digits --engine fast", "--engine='fast': not one of 'auto', 'eager', 'compiled', 'graph'"),
     ("train --dataset digits --precision fp16", "--precision='fp16': not one of 'auto', 'bf16', 'fp32'"),
     ("train --dataset digits --device gpu", "--device 'gpu' is not available here; use auto, or what this machine has of cpu, cuda, mps"),
@@ -302,6 +304,7 @@ WRONG = [
         "distill --teacher resnet20 --method kd --dataset npz:none.npz --recipe function-matching --set data.pad=2",
         "data: pad=2 belongs to crop=shift; leave one of them out",
     ),
+    ("distill --teacher resnet20 --dataset digits --workers 257", "--workers='257': input should be less than or equal to 256"),
     ("distill --teacher resnet20 --dataset digits --engine fast", "--engine='fast': not one of 'auto', 'eager', 'compiled', 'graph'"),
     ("distill --teacher resnet20 --dataset digits --precision bf8", "--precision='bf8': not one of 'auto', 'bf16', 'fp32'"),
     (
@@ -458,6 +461,7 @@ WRONG = [
         "resume --runs taught 2 --device cuda:99",
         "--device 'cuda:99' is not available here; use auto, or what this machine has of cpu, cuda, mps",
     ),
+    ("resume --runs taught 2 --workers few", "--workers='few': input should be a valid integer, unable to parse string as an integer"),
     ("resume --runs none", "no ledger in none: train something first (flowdistill demo), or name its folder with --runs"),
     ("evaluate", "Missing argument 'RUN|FILE' (flowdistill --help)"),
     ("evaluate ''", "evaluate is followed by nothing; give a value, or leave it out"),
@@ -465,13 +469,14 @@ WRONG = [
     ("evaluate 7", "no ledger in runs: train something first (flowdistill demo), or name its folder with --runs"),
     ("evaluate --runs taught 7", "no run 7 in taught/ledger.db: the last is 2; flowdistill runs lists them"),
     ("evaluate --runs taught 2", "weights file taught/2/student.safetensors: no such file"),
+    ("evaluate --runs taught 1 --workers -2", "--workers='-2': input should be greater than or equal to 0"),
     (
         "evaluate --runs taught 1 --dataset digits",
         "taught/1/student.safetensors was trained on 1x8x8 images of 10 classes; digits has 1x16x16 of 10; choose a data set of that shape",
     ),
     (
         "evaluate --runs taught 1 --dataset mnist",
-        "unknown data set 'mnist': choose from: digits, cifar10, cifar100, fashion_mnist, npz:PATH, folder:PATH, csv:FILE",
+        "unknown data set 'mnist': choose from: digits, cifar10, cifar100, fashion_mnist, npz:PATH, folder:PATH, csv:FILE, hf:NAME",
     ),
     ("evaluate --runs taught 1 --precision fp64", "--precision='fp64': not one of 'auto', 'bf16', 'fp32'"),
     (
@@ -565,5 +570,5 @@ def test_a_line_stays_one_line_without_control_characters_and_not_long(folder: P
     hostile = "x\n\x1b[2J\u202e" + "y" * 100_000
     said = command(folder, "train", "--dataset", hostile)
     assert said.err.startswith(r"flowdistill: unknown data set 'x\n\x1b[2J\u202eyyy")
-    assert said.err.endswith("': choose from: digits, cifar10, cifar100, fashion_mnist, npz:PATH, folder:PATH, csv:FILE\n")
+    assert said.err.endswith("': choose from: digits, cifar10, cifar100, fashion_mnist, npz:PATH, folder:PATH, csv:FILE, hf:NAME\n")
     assert len(said.err) < 700

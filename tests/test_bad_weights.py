@@ -121,11 +121,12 @@ STUDENTS: dict[str, tuple[Callable[[], bytes], str]] = {
     "data of another kind": (lambda: student(data="it.npz"), f"{IT}: data='it.npz': must be a table of keys"),
     "data with more to it": (
         lambda: student(data={"name": "npz:it.npz", "bytes": 3}),
-        f"{IT}: unknown key 'data.bytes': choose from: name, root, crop, pad, flip, limit_train, size, channels, skip_broken, unlabelled",
+        f"{IT}: unknown key 'data.bytes': choose from: name, root, crop, pad, flip, randaugment, limit_train, "
+        "size, channels, skip_broken, unlabelled, stream, label",
     ),
     "a size that npz data has not": (
         lambda: student(data={"name": "npz:it.npz", "size": 3}),
-        f"{IT}: data: size=3 belongs to folder:PATH and csv:FILE, not to npz:it.npz; leave it out",
+        f"{IT}: data: size=3 belongs to folder:PATH, csv:FILE and hf:NAME, not to npz:it.npz; leave it out",
     ),
     "a name too few": (
         lambda: student(labels=["cat", "dog"]),

@@ -114,7 +114,10 @@ def test_unknown_key(key: str, answer: str) -> None:
         ("data.unlabelled", "digits"),
         ("data.unlabelled", "csv:a.csv"),
         ("data.crop", "centre"),
-        ("data.crop", None),
+        ("data.crop", True),
+        ("data.randaugment", 31),
+        ("data.randaugment", 4.5),
+        ("data.stream", "perhaps"),
         ("train", 5),
         ("data.pad", -1),
         ("data.limit_train", 0),
@@ -323,15 +326,15 @@ def test_unlabelled_files_may_be_skipped_whatever_the_data_set_is() -> None:
     assert read.labelled == DataConfig(name="digits")
     files = read.model_copy(update={"name": "folder:a", "size": 64})
     assert files.labelled.model_dump(exclude_defaults=True) == {"name": "folder:a", "size": 64, "skip_broken": True}
-    line = "data: size=64 belongs to folder:PATH and csv:FILE, not to digits; leave it out"
+    line = "data: size=64 belongs to folder:PATH, csv:FILE and hf:NAME, not to digits; leave it out"
     assert complaint(validate, {"data": {"name": "digits", "unlabelled": "folder:more", "size": 64}}) == line
-    line = "data: skip_broken=True belongs to folder:PATH and csv:FILE, not to digits; leave it out"
+    line = "data: skip_broken=True belongs to folder:PATH, csv:FILE and hf:NAME, not to digits; leave it out"
     assert complaint(validate, {"data": {"name": "digits", "unlabelled": "npz:more.npz", "skip_broken": True}}) == line
 
 
 @pytest.mark.parametrize(("key", "value"), [("size", 64), ("channels", 3), ("skip_broken", True)])
 def test_keys_of_image_files_belong_to_these(key: str, value: Any) -> None:
-    line = f"data: {key}={value} belongs to folder:PATH and csv:FILE, not to digits; leave it out"
+    line = f"data: {key}={value} belongs to folder:PATH, csv:FILE and hf:NAME, not to digits; leave it out"
     assert complaint(validate, {"data": {"name": "digits", key: value}}) == line
 
 

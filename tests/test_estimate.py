@@ -11,6 +11,7 @@ from small import config
 
 from flowdistill import UserError
 from flowdistill.config import RunConfig
+from flowdistill.data.supply import Labelled
 from flowdistill.ledger import Epoch, Ledger, Run
 from flowdistill.runner import estimate, run
 from flowdistill.training import cohort as engine
@@ -97,8 +98,8 @@ def test_a_refusal_comes_before_training(ledger: Ledger, small_npz: Path) -> Non
 def test_it_measures_a_batch_a_student_and_counts_all_images(ledger: Ledger, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, clock = [], iter(range(1000))
 
-    def evaluate(net: object, on: engine.Labelled, *rest: object) -> Evaluation:
-        seen.append(len(on.labels))
+    def evaluate(net: object, on: Labelled, *rest: object) -> Evaluation:
+        seen.append(len(on))
         return Evaluation(torch.tensor(0), torch.zeros(0), torch.zeros(0))
 
     monkeypatch.setattr(engine, "BATCH", 50)

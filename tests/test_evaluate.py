@@ -5,19 +5,24 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill import models
-from flowdistill.data.loader import Labelled, Normalisation
+from flowdistill.data.loader import Normalisation, ResidentSet
+from flowdistill.data.supply import BATCH
 from flowdistill.models import Network
 from flowdistill.taps import DataSpec, NetSpec, Outputs
-from flowdistill.training.evaluate import BATCH, evaluate
+from flowdistill.training.evaluate import evaluate
 
 CLASSES = 10
 NORMALISE = Normalisation((0.5,), (0.25,)).on(torch.device("cpu"))
 
 
-def some(n: int) -> Labelled:
+def resident(images: Tensor, labels: Tensor) -> ResidentSet:
+    return ResidentSet(images, labels, NORMALISE)
+
+
+def some(n: int) -> ResidentSet:
     chance = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (n, 8, 8, 1), dtype=torch.uint8, generator=chance)
-    return Labelled(images, torch.randint(0, CLASSES, (n,), generator=chance))
+    return resident(images, torch.randint(0, CLASSES, (n,), generator=chance))
 
 
 def a_net() -> Network:
@@ -54,7 +59,7 @@ def told(*rows: list[int]) -> Tensor:
 @pytest.mark.parametrize("n", [1, BATCH - 1, BATCH, BATCH + 1, 1203])
 def test_every_image_is_counted_and_correct_equals_a_naive_loop(n):
     net, on = a_net(), some(n)
-    found = evaluate(net, on, NORMALISE, "fp32")
+    found = evaluate(net, on, "fp32")
     net.eval()
     correct, classes, probabilities = 0, [], []
     with torch.no_grad():
@@ -72,21 +77,21 @@ def test_every_image_is_counted_and_correct_equals_a_naive_loop(n):
 
 def test_the_answers_of_the_naive_loop_are_of_many_classes():
     """Else the test above could not fail."""
-    assert len(set(evaluate(a_net(), some(1203), NORMALISE, "fp32").classes.tolist())) >= 5
+    assert len(set(evaluate(a_net(), some(1203), "fp32").classes.tolist())) >= 5
 
 
 def test_all_right_is_1203_and_all_wrong_is_none():
     net, on = a_net(), some(1203)
-    answers = evaluate(net, on, NORMALISE, "fp32").classes
-    assert int(evaluate(net, Labelled(on.images, answers), NORMALISE, "fp32").correct) == 1203
-    assert int(evaluate(net, Labelled(on.images, (answers + 1) % CLASSES), NORMALISE, "fp32").correct) == 0
+    answers = evaluate(net, on, "fp32").classes
+    assert int(evaluate(net, resident(on.images, answers), "fp32").correct) == 1203
+    assert int(evaluate(net, resident(on.images, (answers + 1) % CLASSES), "fp32").correct) == 0
     last_only = torch.cat([(answers[:-1] + 1) % CLASSES, answers[-1:]])
-    assert int(evaluate(net, Labelled(on.images, last_only), NORMALISE, "fp32").correct) == 1
+    assert int(evaluate(net, resident(on.images, last_only), "fp32").correct) == 1
 
 
 def test_the_last_batch_is_the_partial_one():
     net = Told()
-    evaluate(net, Labelled(told(*[[9, 0, 0, 0]] * 1203), torch.zeros(1203, dtype=torch.long)), NORMALISE, "fp32")
+    evaluate(net, resident(told(*[[9, 0, 0, 0]] * 1203), torch.zeros(1203, dtype=torch.long)), "fp32")
     assert net.sizes == [BATCH, BATCH, 1203 - 2 * BATCH]
 
 
@@ -95,7 +100,7 @@ def test_mode_is_put_back(training):
     net = a_net().train(training)
     seen = []
     net.fc.register_forward_pre_hook(lambda module, _: seen.append((net.training, net.bn1.training)))
-    evaluate(net, some(20), NORMALISE, "fp32")
+    evaluate(net, some(20), "fp32")
     assert seen == [(False, False)]
     assert {module.training for module in net.modules()} == {training}
 
@@ -103,7 +108,7 @@ def test_mode_is_put_back(training):
 def test_weights_statistics_and_gradients_are_left_alone():
     net = a_net()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    found = evaluate(net, some(600), NORMALISE, "fp32")
+    found = evaluate(net, some(600), "fp32")
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert not found.probabilities.requires_grad
     assert all(p.grad is None and p.requires_grad for p in net.parameters())
@@ -113,7 +118,7 @@ def test_weights_statistics_and_gradients_are_left_alone():
 def test_images_are_left_alone():
     on = some(30)
     images, labels = on.images.clone(), on.labels.clone()
-    evaluate(a_net(), on, NORMALISE, "fp32")
+    evaluate(a_net(), on, "fp32")
     assert torch.equal(on.images, images)
     assert torch.equal(on.labels, labels)
 
@@ -121,7 +126,7 @@ def test_images_are_left_alone():
 def test_order_of_the_images_changes_no_answer():
     net, on = a_net(), some(700)
     order = torch.randperm(700, generator=torch.Generator().manual_seed(1))
-    plain, shuffled = (evaluate(net, there, NORMALISE, "fp32") for there in (on, Labelled(on.images[order], on.labels[order])))
+    plain, shuffled = (evaluate(net, there, "fp32") for there in (on, resident(on.images[order], on.labels[order])))
     assert torch.equal(shuffled.classes, plain.classes[order])
     assert int(shuffled.correct) == int(plain.correct)
 
@@ -132,7 +137,7 @@ def test_order_of_the_images_changes_no_answer():
 )
 def test_a_tie_is_the_first_class_and_shares_its_probability(row, best, among):
     """Equal logits: the lowest class, so that a network that says nothing scores the share of class 0, no more."""
-    found = evaluate(Told(), Labelled(told(row, row), torch.tensor([best, (best + 1) % 4])), NORMALISE, "fp32")
+    found = evaluate(Told(), resident(told(row, row), torch.tensor([best, (best + 1) % 4])), "fp32")
     assert found.classes.tolist() == [best, best]
     assert int(found.correct) == 1
     logits = torch.tensor(row, dtype=torch.float64) / 255 / 0.25
@@ -141,26 +146,26 @@ def test_a_tie_is_the_first_class_and_shares_its_probability(row, best, among):
 
 
 def test_equal_logits_have_probability_one_over_classes():
-    found = evaluate(Told(), Labelled(told([5, 5, 5, 5]), torch.tensor([0])), NORMALISE, "fp32")
+    found = evaluate(Told(), resident(told([5, 5, 5, 5]), torch.tensor([0])), "fp32")
     assert found.probabilities.tolist() == [0.25]
 
 
 @pytest.mark.parametrize("n", [1, 20, BATCH + 1])
 def test_too_few_answers_are_refused(n):
     with pytest.raises(RuntimeError, match=f"answers for {n} images"):
-        evaluate(Told(lost=1), Labelled(told(*[[1, 2, 3, 4]] * n), torch.zeros(n, dtype=torch.long)), NORMALISE, "fp32")
+        evaluate(Told(lost=1), resident(told(*[[1, 2, 3, 4]] * n), torch.zeros(n, dtype=torch.long)), "fp32")
 
 
 def test_more_images_than_labels_are_refused():
     with pytest.raises(RuntimeError, match="20 answers for 19 images"):
-        evaluate(a_net(), Labelled(some(20).images, some(20).labels[:-1]), NORMALISE, "fp32")
+        evaluate(a_net(), resident(some(20).images, some(20).labels[:-1]), "fp32")
 
 
 def test_bf16_runs_the_network_in_bf16_and_the_softmax_in_float32():
     net, on, seen = a_net(), some(600), []
     net.fc.register_forward_hook(lambda module, _, out: seen.append(out.dtype))
-    half = evaluate(net, on, NORMALISE, "bf16")
-    whole = evaluate(net, on, NORMALISE, "fp32")
+    half = evaluate(net, on, "bf16")
+    whole = evaluate(net, on, "fp32")
     assert seen == [torch.bfloat16] * 2 + [torch.float32] * 2
     assert half.probabilities.dtype == torch.float32
     assert (half.probabilities - whole.probabilities).abs().max() < 0.1

@@ -23,7 +23,7 @@ from small import config
 
 from flowdistill.checks import UserError
 from flowdistill.config import DataConfig, RunConfig, validate
-from flowdistill.data import folders
+from flowdistill.data import files
 from flowdistill.data.images import ImageData
 from flowdistill.data.loader import DeviceData
 from flowdistill.data.sources import load
@@ -276,7 +276,7 @@ def test_a_link_inside_is_followed(small: Path) -> None:
 
 
 def test_a_large_folder_is_told_of(small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(folders, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(files, "PROGRESS_SECONDS", 0.0)
     folder_data(small)
     lines = [f"folder:{small}: {what} 64 of 120 images" for what in ("headers of", "decoded")]
     assert capsys.readouterr().err.splitlines() == lines
@@ -431,7 +431,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "images larger than memory": (
         all_are(bomb(11_000)),
         f"120 images of 11000x11000x1 take {120 * 11_000**2:,} bytes, over half of this machine's memory ({memory() // 2:,}); set "
-        "data.size lower, or give fewer images",
+        "data.size=224, or another side to resize them to while they are streamed",
     ),
     "images larger than any": (
         all_are(bomb(12_000)),

@@ -330,7 +330,7 @@ def test_npz_that_is_a_pickle_is_refused_and_not_executed(tmp_path):
     [
         ("cifar01", "did you mean 'cifar10'?"),
         ("fashion-mnist", "did you mean 'fashion_mnist'?"),
-        ("", "choose from: digits, cifar10, cifar100, fashion_mnist, npz:PATH, folder:PATH, csv:FILE"),
+        ("", "choose from: digits, cifar10, cifar100, fashion_mnist, npz:PATH, folder:PATH, csv:FILE, hf:NAME"),
     ],
 )
 def test_unknown_data_set(name, words):

@@ -16,7 +16,9 @@ from test_task import STILL, answers, first_epoch, slow_task
 from test_training import a_cohort
 
 from flowdistill import models
+from flowdistill.checks import UserError
 from flowdistill.config import DataConfig, RunConfig, validate
+from flowdistill.data import files
 from flowdistill.data.images import ImageData, Unlabelled
 from flowdistill.data.loader import DeviceData, Stream
 from flowdistill.data.sources import load, load_unlabelled, read_npz
@@ -168,14 +170,41 @@ def test_files_are_read_in_any_folders_at_the_size_and_channels_of_the_labelled(
     for image, name in zip(images, ("a.png", "deep/b.png", "deep/er/c.bmp"), strict=True):
         Image.fromarray(image).save(pool / name)
     (pool / "notes.txt").write_text("no image")
-    found = load_unlabelled(DataConfig(name="digits", unlabelled=f"folder:{pool}"), data.spec)
+    found = load_unlabelled(DataConfig(name="digits", unlabelled=f"folder:{pool}"), data)
     assert (found.name, found.images.tolist()) == ("pool", images[..., None].tolist())
     assert capsys.readouterr().err == f"folder:{pool}: left out, as no image: notes.txt\n"
     large = Image.fromarray(np.kron(images[0], np.ones((4, 4), np.uint8))).convert("RGB")
     large.save(pool / "deep" / "large.png")
-    again = load_unlabelled(DataConfig(name="digits", unlabelled=f"folder:{pool}"), data.spec).images
+    again = load_unlabelled(DataConfig(name="digits", unlabelled=f"folder:{pool}"), data).images
     assert again.shape == (4, 8, 8, 1)
     assert np.abs(again[3].astype(int) - images[0][..., None]).mean() < 40
+
+
+def test_files_that_memory_does_not_hold_are_refused(tmp_path: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, image in enumerate(digits(3)):
+        Image.fromarray(image).save(tmp_path / f"{number}.png")
+    wanted = DataConfig(name="digits", unlabelled=f"folder:{tmp_path}")
+    monkeypatch.setattr(files, "memory", lambda: 2 * 3 * 64)
+    assert len(load_unlabelled(wanted, data).images) == 3
+    monkeypatch.setattr(files, "memory", lambda: 2 * 3 * 64 - 1)
+    line = "3 images of 8x8x1 take 192 bytes, over half of this machine's memory (191); set data.size lower, or give fewer images"
+    with pytest.raises(UserError) as told:
+        load_unlabelled(wanted, data)
+    assert str(told.value) == f"folder:{tmp_path}: {line}"
+
+
+def test_broken_files_are_refused_or_skipped_even_if_all_are(tmp_path: Path, data: ImageData, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"junk")
+    wanted = {"name": "digits", "unlabelled": f"folder:{tmp_path}"}
+    with pytest.raises(UserError, match=r"2 of 2 images can't be read: a\.png \(no image of a known format\), b\.png"):
+        load_unlabelled(DataConfig.model_validate(wanted), data)
+    with pytest.raises(UserError, match=r"no image .* is in it; name a folder with images"):
+        load_unlabelled(DataConfig.model_validate(wanted | {"skip_broken": True}), data)
+    Image.fromarray(digits(1)[0]).save(tmp_path / "b.png")
+    capsys.readouterr()
+    assert len(load_unlabelled(DataConfig.model_validate(wanted | {"skip_broken": True}), data).images) == 1
+    assert "1 of 2 images can't be read: a.png" in capsys.readouterr().err
 
 
 def test_the_data_set_is_loaded_without_them(small_npz: Path) -> None:

@@ -50,11 +50,24 @@ def train(
     runs: str | os.PathLike[str] = "runs",
     device: str = "auto",
     engine: str = "auto",
+    workers: int | None = None,
     progress: bool = True,
     **config: Any,
 ) -> Result:
     """Train a network on the labels alone; takes what ``distill`` takes."""
-    return distill(None, student, data, method="base", seed=seed, runs=runs, device=device, engine=engine, progress=progress, **config)
+    return distill(
+        None,
+        student,
+        data,
+        method="base",
+        seed=seed,
+        runs=runs,
+        device=device,
+        engine=engine,
+        workers=workers,
+        progress=progress,
+        **config,
+    )
 
 
 def distill(
@@ -67,6 +80,7 @@ def distill(
     runs: str | os.PathLike[str] = "runs",
     device: str = "auto",
     engine: str = "auto",
+    workers: int | None = None,
     progress: bool = True,
     **config: Any,
 ) -> Result:
@@ -77,13 +91,14 @@ def distill(
         teacher: a model name (a trained one is then chosen from ``runs``), a run's number, a Result, a weights file, or a network
             of this package.
         student: likewise; a name starts from fresh weights, anything else from the weights it has.
-        data: ``digits``, ``cifar10``, ``cifar100``, ``fashion_mnist``, ``npz:PATH``, ``folder:PATH`` or ``csv:FILE``; or a mapping
-            such as ``{"name": "npz:PATH", "pad": 2, "flip": False, "unlabelled": "folder:PATH"}``.
+        data: ``digits``, ``cifar10``, ``cifar100``, ``fashion_mnist``, ``npz:PATH``, ``folder:PATH``, ``csv:FILE`` or ``hf:NAME``; or
+            a mapping such as ``{"name": "npz:PATH", "pad": 2, "flip": False, "unlabelled": "folder:PATH"}``.
         method: a method or a composition such as ``at+kd``.
         seed: decides initial weights, order and augmentation.
         runs: folder of the ledger.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         engine: ``auto``, ``eager``, ``compiled`` or ``graph``; what can't be had here falls back, and says so.
+        workers: processes that decode images which memory does not hold; left out, one a core, at most eight.
         progress: bars on stderr.
         config: further keys of RunConfig as nested mappings (``train={"epochs": 30}, weights={"fsp": 10.0}, split="holdout"``);
             ``init_from`` is named as the student is.
@@ -105,7 +120,8 @@ def distill(
             "seed": seed,
         }
     )
-    run = run_configs([parsed], ledger, resolve_device(device), engine=engine, watcher=Bars() if progress else Watcher())[0]
+    watcher = Bars() if progress else Watcher()
+    run = run_configs([parsed], ledger, resolve_device(device), engine=engine, workers=workers, watcher=watcher)[0]
     if run.status != "finished":
         raise RuntimeError(f"run {run.no} {run.status}: {run.error}")
     return Result(run, ledger.run_folder(run.no))

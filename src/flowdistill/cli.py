@@ -92,7 +92,9 @@ class ExportFormat(StrEnum):
 
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the ledger and of every run's files.")]
 FormatOption = Annotated[TableFormat, typer.Option("--format", help="How to print.")]
-DatasetOption = Annotated[str | None, typer.Option(help="digits, cifar10, cifar100, fashion_mnist, npz:PATH, folder:PATH or csv:FILE.")]
+DatasetOption = Annotated[
+    str | None, typer.Option(help="digits, cifar10, cifar100, fashion_mnist, npz:PATH, folder:PATH, csv:FILE or hf:NAME.")
+]
 SeedsOption = Annotated[str | None, typer.Option(help="Such as 0-2,5; both ends included.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 EpochsOption = Annotated[int | None, typer.Option(help="Epochs (of the task phase, where a method trains in stages).")]
@@ -105,6 +107,9 @@ PrecisionOption = Annotated[PrecisionName | None, typer.Option(help="auto: bf16 
 EngineOption = Annotated[EngineName, typer.Option(help="How steps are computed; auto: the best for this device and length of run.")]
 InitFromOption = Annotated[str | None, typer.Option(help="Begin from the weights of a run or file; other classes get a fresh classifier.")]
 FreezeOption = Annotated[str | None, typer.Option(help="Modules or parameters that stay as they began, such as conv1,bn1,layer1.")]
+WorkersOption = Annotated[
+    int | None, typer.Option(min=0, max=256, help="Processes that decode streamed images, for each seed; left out, one a core, at most 8.")
+]
 HoldoutOption = Annotated[bool, typer.Option("--holdout", help="Keep a tenth of train out; it chooses the epoch, test is read once.")]
 DeterministicOption = Annotated[bool, typer.Option("--deterministic", help="Only operations that repeat bit for bit.")]
 AgainOption = Annotated[bool, typer.Option("--again", help="Train even what the ledger has already.")]
@@ -166,6 +171,7 @@ def _launch(
     precision: PrecisionOption = None,
     device: DeviceOption = "auto",
     engine: EngineOption = EngineName.auto,
+    workers: WorkersOption = None,
     deterministic: DeterministicOption = False,
     holdout: HoldoutOption = False,
     again: AgainOption = False,
@@ -201,13 +207,13 @@ def _launch(
     configs = [parsed for share in shares for parsed in _seeded(share, seeds)]
     where, ledger = resolve_device(device), Ledger(runs, create=True)
     if dry_run:
-        found = preview(configs, ledger, where, engine.value)
+        found = preview(configs, ledger, where, engine.value, workers)
         print(tables.render(found, "json", ()))
         todo = [one for one in found if again or not one["finished_run"]]
         seconds = sum(one["cohort_seconds"] / one["cohort_size"] for one in todo)
         print(f"{len(todo)} runs to do, about {timedelta(seconds=round(seconds))} (h:mm:ss) on {found[0]['device']}", file=sys.stderr)
         return 0
-    done = run(configs, ledger, where, deterministic=deterministic, again=again, engine=engine.value, watcher=Bars())
+    done = run(configs, ledger, where, deterministic=deterministic, again=again, engine=engine.value, workers=workers, watcher=Bars())
     return _print_done(done)
 
 
@@ -250,6 +256,7 @@ def distill(
 def resume(
     run: Annotated[int | None, typer.Argument(help="A run's number; its whole cohort goes on. Left out: all that was cut off.")] = None,
     device: DeviceOption = "auto",
+    workers: WorkersOption = None,
     runs: RunsOption = Path("runs"),
 ) -> int:
     """Go on with runs that were cut off (interrupted or dead), from their last checkpoint."""
@@ -257,7 +264,7 @@ def resume(
     from .report.progress import Bars
     from .runner import resume as go_on
 
-    done = go_on(Ledger(runs), resolve_device(device), no=run, watcher=Bars())
+    done = go_on(Ledger(runs), resolve_device(device), no=run, workers=workers, watcher=Bars())
     if not done:
         print("nothing was cut off; flowdistill runs lists all", file=sys.stderr)
         return 0
@@ -447,6 +454,7 @@ def evaluate(
     dataset: Annotated[str | None, typer.Option(help="Other data than it was trained on.")] = None,
     precision: Annotated[PrecisionName | None, typer.Option(help="Other precision than it was trained in.")] = None,
     device: DeviceOption = "auto",
+    workers: WorkersOption = None,
     format_: FormatOption = TableFormat.table,
     runs: RunsOption = Path("runs"),
 ) -> int:
@@ -456,7 +464,8 @@ def evaluate(
     from .runner.evaluate import weights_path
 
     path = weights_path(target, runs)
-    measured = measure(path, resolve_device(device), dataset=dataset, precision=precision.value if precision else None)
+    told = precision.value if precision else None
+    measured = measure(path, resolve_device(device), dataset=dataset, precision=told, workers=workers)
     print(tables.render([measured._asdict()], format_.value, measured._fields))
     return 0
 

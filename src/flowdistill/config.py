@@ -33,27 +33,30 @@ class Frozen(BaseModel):
 class DataConfig(Frozen):
     """Which images. ``pad`` and ``flip`` left out take the data set's own habit (``flowdistill datasets`` shows it).
 
-    ``crop=shift`` moves the image in a reflected border, ``crop=resized`` enlarges a random box of it (Inception crop). ``size``,
-    ``channels`` and ``skip_broken`` say how image files are read. ``unlabelled`` are images without labels, ``folder:PATH`` or
-    ``npz:PATH``, that are drawn into the batches beside the others: the task does not see them. These five are dumped only where they
-    are not the default, as ``train.mixup`` and ``train.label_smoothing`` are: runs that were recorded before these keys came stay
-    comparable.
+    ``crop=shift`` moves the image in a reflected border, ``crop=resized`` enlarges a random box of it (Inception crop); left out it is
+    ``resized`` where the images are streamed, else ``shift``. ``size``, ``channels``, ``skip_broken``, ``stream`` and ``label`` say how
+    image files are read. ``unlabelled`` are images without labels, ``folder:PATH`` or ``npz:PATH``, that are drawn into the batches
+    beside the others: the task does not see them. These, ``crop`` and ``randaugment`` are dumped only where they are not the default, as
+    ``train.mixup`` and ``train.label_smoothing`` are: runs that were recorded before these keys came stay comparable.
     """
 
     name: str = "cifar10"
     root: Path = Path("data")  # where torchvision keeps its downloads
-    crop: Crop = Field("shift", exclude_if=lambda crop: crop == "shift")
+    crop: Crop | None = Field(None, exclude_if=lambda crop: crop is None)
     pad: int | None = Field(None, ge=0, strict=True)  # pixels of reflected border that crop=shift moves in
     flip: bool | None = None  # random horizontal flip
+    randaugment: int | None = Field(None, ge=0, le=30, strict=True, exclude_if=lambda magnitude: magnitude is None)  # two operations each
     limit_train: int | None = Field(None, ge=1, strict=True)  # train on a fixed stratified choice of about so many images
     size: int | None = Field(None, ge=1, strict=True, exclude_if=lambda size: size is None)  # short side, then the middle square
     channels: Literal[1, 3] | None = Field(None, exclude_if=lambda channels: channels is None)  # left out: 1 where all files are grey
     skip_broken: bool = Field(False, exclude_if=lambda skip: not skip)  # leave out the files that can't be read
     unlabelled: str | None = Field(None, exclude_if=lambda unlabelled: unlabelled is None)  # images to learn from the teacher on
+    stream: bool = Field(False, exclude_if=lambda stream: not stream)  # decode batch by batch, even what fits into memory
+    label: str | None = Field(None, exclude_if=lambda label: label is None)  # the column of a Hugging Face data set that has the classes
 
     @staticmethod
     def _files(name: str | None) -> bool:
-        return (name or "").startswith(("folder:", "csv:"))
+        return (name or "").startswith(("folder:", "csv:", "hf:"))
 
     @property
     def labelled(self) -> DataConfig:
@@ -75,10 +78,12 @@ class DataConfig(Frozen):
 
     @model_validator(mode="after")
     def _files_have_a_size(self) -> DataConfig:
-        given = self.model_dump(include={"size", "channels"} | ({"skip_broken"} if not self._files(self.unlabelled) else set()))
+        given = self.model_dump(include={"size", "channels", "stream"} | ({"skip_broken"} if not self._files(self.unlabelled) else set()))
         if given and not self._files(self.name):
             key, value = next(iter(given.items()))
-            raise ValueError(f"{key}={value} belongs to folder:PATH and csv:FILE, not to {self.name}; leave it out")
+            raise ValueError(f"{key}={value} belongs to folder:PATH, csv:FILE and hf:NAME, not to {self.name}; leave it out")
+        if self.label is not None and not self.name.startswith("hf:"):
+            raise ValueError(f"label={self.label} belongs to hf:NAME, not to {self.name}; leave it out")
         return self
 
 

@@ -20,6 +20,7 @@ from .checks import UserError
 
 Precision = Literal["bf16", "fp32"]
 KINDS = ("cpu", "cuda", "mps")
+MOST_WORKERS = 8
 
 
 def resolve_device(name: str) -> torch.device:
@@ -79,6 +80,11 @@ def usable_cores() -> int:
 def sensible_threads() -> int:
     """PyTorch's own number (OMP_NUM_THREADS, else a thread a core), never more than there are cores to use: in a container it sees all."""
     return torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else min(torch.get_num_threads(), usable_cores())
+
+
+def sensible_workers() -> int:
+    """Processes that decode images where nobody says how many: one a core, at most eight for each stream of batches."""
+    return min(usable_cores(), MOST_WORKERS)
 
 
 def keep_freed_memory() -> None:

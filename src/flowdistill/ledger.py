@@ -350,7 +350,7 @@ def baseline_key(run: Run) -> object:
 
     What it began from by ``init_from`` and what of it is frozen are not among it: a base run has neither.
     """
-    data = json.dumps([run.config["data"].get(key) for key in ("crop", "pad", "flip")])
+    data = json.dumps([run.config["data"].get(key) for key in ("crop", "pad", "flip", "randaugment")])
     train = json.dumps({key: value for key, value in run.config["train"].items() if key != "freeze"}, sort_keys=True)
     return run.student, run.student_fingerprint, run.data_hash, data, train, run.split
 

@@ -35,12 +35,26 @@ class Lock:
                 os.close(self._file)
                 raise UserError(f"{self.path.parent} is being trained by process {owner or 'unknown'}; wait for it, or stop it")
             time.sleep(0.02)
+        _taken.add(self._file)
         os.truncate(self._file, 0)
         os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        _taken.discard(self._file)
         os.close(self._file)
+
+
+_taken: set[int] = set()
+
+
+def _let_go() -> None:
+    """In a forked process: the lock is its parent's, and must end with that, however long the child lives."""
+    while _taken:
+        os.close(_taken.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def held(path: Path) -> bool:

@@ -25,8 +25,8 @@ def generator(seed: int, purpose: str, epoch: int = 0) -> torch.Generator:
 
 
 @contextmanager
-def seeded(seed: int, purpose: str) -> Iterator[None]:
-    """Build modules inside: their initialisers see a private state, and the caller's global generator is left as it was."""
+def seeded(seed: int, purpose: str, epoch: int = 0) -> Iterator[None]:
+    """What draws from the global generator inside, as initialisers do, sees a private state, and the caller's is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive(seed, purpose))
+        torch.default_generator.manual_seed(derive(seed, purpose, epoch))
         yield

@@ -12,10 +12,11 @@ import torch
 from scipy.special import stdtrit
 
 from flowdistill import stats
+from flowdistill.data.supply import BATCH
 from flowdistill.report import tables
 from flowdistill.report.tables import Group, Reading
 from flowdistill.training import evaluate as evaluation
-from flowdistill.training.evaluate import BATCH, Evaluation, evaluate
+from flowdistill.training.evaluate import Evaluation, evaluate
 
 from .bug import bug
 
@@ -23,40 +24,40 @@ from .bug import bug
 
 
 @torch.no_grad()
-def most_probable(net, images, normalise):
+def most_probable(net, images):
     """The most probable class and its probability of each image of a batch."""
-    return net(normalise(images)).logits.float().softmax(1).max(1)
+    return net(images).logits.float().softmax(1).max(1)
 
 
 @bug(evaluation, "evaluate", test_evaluate.test_every_image_is_counted_and_correct_equals_a_naive_loop, {"n": BATCH + 1})
-def last_partial_batch_dropped(net, on, normalise, precision):
+def last_partial_batch_dropped(net, on, precision):
     """drop_last in the test loader: 9,984 of 10,000 images: the reference log."""
     whole = len(on.images) // BATCH * BATCH
-    labelled = type(on)(on.images[:whole], on.labels[:whole])
-    return evaluate(net, labelled, normalise, precision)
+    labelled = type(on)(on.images[:whole], on.labels[:whole], on.normalise)
+    return evaluate(net, labelled, precision)
 
 
 @bug(evaluation, "evaluate", test_evaluate.test_every_image_is_counted_and_correct_equals_a_naive_loop, {"n": BATCH + 1})
-def mean_of_the_batches_accuracies(net, on, normalise, precision):
+def mean_of_the_batches_accuracies(net, on, precision):
     """An image of the last, smaller batch counts for more than another."""
-    found = evaluate(net, on, normalise, precision)
+    found = evaluate(net, on, precision)
     hits = (found.classes == on.labels).float()
     mean = torch.stack([batch.mean() for batch in hits.split(BATCH)]).mean()
     return found._replace(correct=(mean * len(hits)).round())
 
 
 @bug(evaluation, "evaluate", test_evaluate.test_mode_is_put_back, {"training": True})
-def evaluation_in_train_mode(net, on, normalise, precision):
+def evaluation_in_train_mode(net, on, precision):
     """No eval(): the batch's statistics in place of the network's."""
-    tops = [most_probable(net, images, normalise) for images in on.images.split(BATCH)]
+    tops = [most_probable(net, images) for images, _ in on.batches()]
     probabilities, classes = (torch.cat(parts) for parts in zip(*tops, strict=True))
     return Evaluation((classes == on.labels).sum(), classes, probabilities)
 
 
 @bug(evaluation, "evaluate", test_evaluate.test_mode_is_put_back, {"training": True})
-def student_left_in_eval_mode(net, on, normalise, precision):
+def student_left_in_eval_mode(net, on, precision):
     """eval() and no train() after it."""
-    found = evaluate(net, on, normalise, precision)
+    found = evaluate(net, on, precision)
     net.eval()
     return found
 

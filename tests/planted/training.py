@@ -15,7 +15,7 @@ import torch
 
 from flowdistill import models, randomness
 from flowdistill.data import augment, loader
-from flowdistill.training import cohort, optim, schedule, step
+from flowdistill.training import cohort, engine, optim, schedule, step
 from flowdistill.training.engine import Eager
 from flowdistill.training.optim import build_optimizer
 from flowdistill.training.schedule import lr_factor
@@ -337,11 +337,10 @@ def holdout_drawn_anew_each_run(labels):
 
 # What a broken run leaves
 
-evaluate = cohort.evaluate
+evaluate_all = engine.evaluate_all
 
 
-@bug(cohort, "evaluate", test_runner.test_a_student_whose_last_step_broke_its_weights_is_failed)
-def logits_that_are_not_finite_unnoticed(net, on, normalise, precision):
+@bug(engine, "evaluate_all", test_runner.test_a_student_whose_last_step_broke_its_weights_is_failed)
+def logits_that_are_not_finite_unnoticed(nets, on, precision):
     """The losses of the epoch were still finite; the weights after its last step are not."""
-    found = evaluate(net, on, normalise, precision)
-    return found._replace(probabilities=found.probabilities.nan_to_num())
+    return [found._replace(probabilities=found.probabilities.nan_to_num()) for found in evaluate_all(nets, on, precision)]

@@ -284,9 +284,7 @@ def _contender(work: Work, names: Sequence[str], seeds: int, engine: str, precis
             yield from ready[0].epoch(lanes, number, {student: student.rates(0, 1, steps) for student in students})
 
     def evaluate() -> None:
-        for lane in lanes:
-            for student in lane.students:
-                ready[0].evaluate(student, work.data)
+        ready[0].evaluate([student for lane in lanes for student in lane.students], work.data)
 
     return Contender(f"{engine}, {precision}: {what}", start, len(names) * seeds, evaluate=evaluate)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.images import ImageData
+from ..data.images import ImageData, Pictures
 from ..data.loader import DeviceData
 from ..taps import Batch
 from ..training.step import Student, autocast
@@ -25,6 +25,7 @@ class Images(torch.utils.data.Dataset[tuple[Tensor, int]]):
     def __init__(self, data: ImageData, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         from torchvision import transforms
 
+        assert not isinstance(data.x_train, Pictures)
         self.images, self.labels = data.x_train, data.y_train
         crop = transforms.RandomCrop(data.x_train.shape[1:3], padding=data.pad, padding_mode="reflect")
         flip = [transforms.RandomHorizontalFlip()] if data.flip else []

@@ -62,7 +62,11 @@ def draw_boxes(n: int, size: tuple[int, int], *, seed: int, epoch: int, device: 
     of torchvision's RandomResizedCrop, which takes the first of ten tries that fits. Where none does, the box is the whole image. (In the
     code of Beyer et al. 2022 TensorFlow draws the height evenly, not the area: their boxes are smaller on average.)
     """
-    chance = generator(seed, "boxes", epoch)
+    return boxes(n, size, generator(seed, "boxes", epoch)).to(device)
+
+
+def boxes(n: int, size: tuple[int, int], chance: torch.Generator) -> Tensor:
+    """So many of the boxes of ``draw_boxes``."""
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(shape, generator=chance, dtype=torch.float64)
@@ -75,7 +79,7 @@ def draw_boxes(n: int, size: tuple[int, int], *, seed: int, epoch: int, device: 
     first = sides[fits.int().argmax(0), torch.arange(n)]
     sides = first.where(fits.any(0)[:, None], whole)
     corners = (uniform(0, 1, n, 2) * (whole - sides + 1)).floor()
-    return torch.cat([corners, sides], 1).long().to(device)
+    return torch.cat([corners, sides], 1).long()
 
 
 def draw_shares(n: int, mixup: float, *, seed: int, epoch: int, device: torch.device) -> Tensor:

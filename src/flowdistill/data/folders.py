@@ -3,71 +3,21 @@
 from __future__ import annotations
 
 import csv
-import hashlib
-import io
 import os
-import sys
-import time
-import warnings
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..checks import UserError, did_you_mean, first_line, printable, regular_file
+from ..checks import UserError, did_you_mean, first_line, regular_file
 from ..config import DataConfig
-from ..env import memory
-from .images import ImageData, Images, Labels, Unlabelled
-
-T = TypeVar("T")
+from .files import OTHER_WORDS, SPLITS, Item, assemble, read_all, say, some
+from .images import ImageData, Unlabelled
+from .pictures import Files
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not all that Pillow knows: EPS would start another program
-GREY = ("1", "L", "LA")  # Pillow's modes
-TEST_PART = 5  # where no split is given, a fifth of each class is test
-LARGEST_IMAGE = 1 << 27  # pixels
 COLUMNS = ("path", "label", "split")
-SPLITS = ("train", "val", "test")
-OTHER_WORDS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
-NAMED = 3  # of many files, so many are named
-BATCH = 64  # files that a thread takes at once
-PROGRESS_SECONDS = 5.0
-
-
-class Item(NamedTuple):
-    """An image file that is to be read: its name in messages, its place, its class, its split (empty where none is given)."""
-
-    name: str
-    path: Path
-    label: str
-    split: str
-
-
-class Header(NamedTuple):
-    """What a file says of its image before it is decoded: width and height in pixels, and Pillow's mode."""
-
-    size: tuple[int, int]
-    mode: str
-
-
-class Decoded(NamedTuple):
-    """An image uint8 [H, W, C], and the SHA-256 of its file."""
-
-    image: Images
-    digest: str
-
-
-class Broken(NamedTuple):
-    """A file that can't be read, and why."""
-
-    name: str
-    why: str
 
 
 def read_folder(config: DataConfig) -> ImageData:
@@ -83,7 +33,7 @@ def read_folder(config: DataConfig) -> ImageData:
 
     Raises:
         UserError: no such folder, no class, an empty one or one that lacks a split, a link that leads outside or in a circle, images of
-            several sizes without ``data.size``, more of them than memory holds, or files that can't be read without ``data.skip_broken``.
+            several sizes without ``data.size``, or files that can't be read without ``data.skip_broken``.
     """
     what = config.name
     root = _folder(what)
@@ -105,7 +55,7 @@ def read_folder(config: DataConfig) -> ImageData:
         items = [item for split in _used(what, splits) for item in tree.split(inner[split], split)]
     else:
         items = list(tree.classes(inner, "", (str(root),)))
-    data = _read(what, root.name, items, config)
+    data = assemble(config, root.name, items, _files(root, items))
     tree.tell_left_out("no class's images")
     return data
 
@@ -131,7 +81,8 @@ def read_csv(config: DataConfig) -> ImageData:
     except csv.Error as error:
         raise UserError(f"{what}: no CSV ({first_line(error)}); write path,label[,split]") from None
     used = _used(what, {item.split for item in items})
-    return _read(what, place.stem, [item for item in items if item.split in used], config)
+    items = [item for item in items if item.split in used]
+    return assemble(config, place.stem, items, _files(root, items))
 
 
 def read_unlabelled(config: DataConfig) -> Unlabelled:
@@ -143,12 +94,12 @@ def read_unlabelled(config: DataConfig) -> Unlabelled:
     what = config.name
     root = _folder(what)
     tree = _Tree(what, root)
-    items = [Item(tree.name(path), path, "", "") for path in tree.images(root, (str(root),))]
-    _, decoded = _sound(what, items, config)
-    if not decoded:
+    items = [Item(tree.name(path), "", "") for path in tree.images(root, (str(root),))]
+    images = read_all(config, items, _files(root, items))
+    if not images:
         raise UserError(f"{what}: no image ({' '.join(EXTENSIONS)}) is in it; name a folder with images")
     tree.tell_left_out("no image")
-    return Unlabelled(root.name, np.stack([file.image for file in decoded]))
+    return Unlabelled(root.name, np.stack(images))
 
 
 def _folder(what: str) -> Path:
@@ -192,7 +143,7 @@ class _Tree:
                 raise UserError(
                     f"{self.what}: class folder {self.name(folder)} has no image ({' '.join(EXTENSIONS)}); fill it or remove it"
                 )
-            yield from (Item(self.name(image), image, label, split) for image in images)
+            yield from (Item(self.name(image), label, split) for image in images)
 
     def folders(self, folder: Path, above: tuple[str, ...]) -> dict[str, Path]:
         """The folders in a folder; all else is left out."""
@@ -230,7 +181,7 @@ class _Tree:
     def tell_left_out(self, why: str) -> None:
         """Say on stderr what was left out."""
         if self.left_out:
-            _say(f"{self.what}: left out, as {why}: {_some(sorted(self.left_out))}")
+            say(f"{self.what}: left out, as {why}: {some(sorted(self.left_out))}")
 
     def name(self, path: Path) -> str:
         """A path as messages name it."""
@@ -240,7 +191,7 @@ class _Tree:
 def _used(what: str, splits: Collection[str]) -> list[str]:
     """The splits that are read: of test and val, test."""
     if "test" in splits and "val" in splits:
-        _say(f"{what}: test is read, val is not")
+        say(f"{what}: test is read, val is not")
         return [split for split in splits if split != "val"]
     return list(splits)
 
@@ -268,7 +219,7 @@ def _rows(lines: Iterator[list[str]], root: Path, what: str) -> Iterator[Item]:
         if place in seen:
             raise UserError(f"{what}: rows {seen[place]} and {number} both name {row['path']}; name it once")
         seen[place] = number
-        yield Item(row["path"], path, row["label"], row.get("split", ""))
+        yield Item(row["path"], row["label"], row.get("split", ""))
 
 
 def _inside(path: Path, root: Path) -> bool:
@@ -278,172 +229,5 @@ def _inside(path: Path, root: Path) -> bool:
         return True
 
 
-def _read(what: str, name: str, items: list[Item], config: DataConfig) -> ImageData:
-    """The data set of these files."""
-    if not items:
-        raise UserError(f"{what}: no images; it needs PATH/train/CLASS and PATH/test/CLASS, PATH/CLASS, or a CSV with rows")
-    _refuse_gaps(what, items)
-    items, decoded = _sound(what, items, config)
-    _refuse_gaps(what, items)
-    names = sorted({item.label for item in items})
-    numbers = {label: number for number, label in enumerate(names)}
-    labels = np.array([numbers[item.label] for item in items], dtype=np.int64)
-    tested = np.array([item.split in ("val", "test") for item in items]) if items[0].split else _fifth(labels, decoded)
-    x_train, x_test = (np.stack([decoded[place].image for place in np.flatnonzero(part)]) for part in (~tested, tested))
-    return ImageData(name, x_train, labels[~tested], x_test, labels[tested], len(names), class_names=tuple(names))
-
-
-def _sound(what: str, items: list[Item], config: DataConfig) -> tuple[list[Item], list[Decoded]]:
-    """The files that can be read, decoded to one size.
-
-    Raises:
-        UserError: they have several, or are too many for the memory, or one can't be read and is not to be skipped.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, on metadata and sizes; what can't be decoded is an error
-        files = _decode(what, items, config)
-    broken = [file for file in files if isinstance(file, Broken)]
-    if broken:
-        told = f"{what}: {len(broken):,} of {len(files):,} images can't be read: {_some([f'{name} ({why})' for name, why in broken])}"
-        if not config.skip_broken:
-            raise UserError(f"{told}; mend or remove them, or skip them with --set data.skip_broken=true")
-        _say(f"{told}; skipped")
-        items = [item for item, file in zip(items, files, strict=True) if not isinstance(file, Broken)]
-    decoded = [file for file in files if isinstance(file, Decoded)]
-    for item, file in zip(items, decoded, strict=True):
-        if file.image.shape != decoded[0].image.shape:
-            _refuse_sizes(what, items[0].name, decoded[0].image.shape[1::-1], item.name, file.image.shape[1::-1])
-    return items, decoded
-
-
-def _refuse_gaps(what: str, items: Sequence[Item]) -> None:
-    """Every class has images to train and to test on, and there are two classes."""
-    names = sorted({item.label for item in items})
-    if len(names) < 2:
-        raise UserError(f"{what}: {f'a single class, {names[0]!r}' if names else 'no image is left'}; a classifier needs two")
-    counts = Counter((item.label, item.split) for item in items)
-    splits = sorted({item.split for item in items}, key=("", *SPLITS).index)
-    if splits == [""]:
-        single = [name for name in names if counts[name, ""] < 2]
-        if single:
-            raise UserError(f"{what}: class {single[0]!r} has a single image; it needs one to train on and one to test on")
-        return
-    if "train" not in splits or len(splits) < 2:
-        raise UserError(f"{what}: every image is {splits[0]}; there must be train and test (or val), or no split at all")
-    for name in names:
-        for split in splits:
-            if not counts[name, split]:
-                raise UserError(f"{what}: class {name!r} has no {split} image; every class needs images of {' and '.join(splits)}")
-
-
-def _fifth(labels: Labels, decoded: Sequence[Decoded]) -> npt.NDArray[np.bool_]:
-    """Which images are test: of each class a fifth, rounded half up and one at least, by the order of their files' SHA-256."""
-    tested = np.zeros(len(labels), dtype=np.bool_)
-    for label in np.unique(labels):
-        places = sorted(np.flatnonzero(labels == label).tolist(), key=lambda place: decoded[place].digest)
-        tested[places[: max(1, (2 * len(places) + TEST_PART) // (2 * TEST_PART))]] = True
-    return tested
-
-
-def _decode(what: str, items: Sequence[Item], config: DataConfig) -> list[Decoded | Broken]:
-    """Every file, decoded in threads once all headers are known to agree on a size that fits.
-
-    Raises:
-        UserError: they have several sizes, or are too many for the memory.
-    """
-    headers = _in_threads(_header, items, f"{what}: headers of")
-    sound = [(item, header) for item, header in zip(items, headers, strict=True) if isinstance(header, Header)]
-    if not sound:
-        return [header for header in headers if isinstance(header, Broken)]
-    first, (size, _) = sound[0]
-    if config.size is None:
-        for item, header in sound:
-            if sorted(header.size) != sorted(size):  # EXIF may yet turn them
-                _refuse_sizes(what, first.name, size, item.name, header.size)
-    channels = config.channels or (1 if all(header.mode in GREY for _, header in sound) else 3)
-    width, height = size if config.size is None else (config.size, config.size)
-    taken, limit = len(sound) * height * width * channels, memory() // 2  # they are held twice: as they are, and padded
-    if taken > limit:
-        raise UserError(
-            f"{what}: {len(sound):,} images of {height}x{width}x{channels} take {taken:,} bytes, over half of this machine's memory "
-            f"({limit:,}); set data.size lower, or give fewer images"
-        )
-    decoded = iter(_in_threads(lambda item: _image(item, config.size, channels), [item for item, _ in sound], f"{what}: decoded"))
-    return [header if isinstance(header, Broken) else next(decoded) for header in headers]
-
-
-def _refuse_sizes(what: str, first: str, its: Sequence[int], other: str, size: Sequence[int]) -> None:
-    """Images of two sizes, width and height in pixels, are refused."""
-    one, another = ("x".join(map(str, sides)) for sides in (its, size))
-    raise UserError(
-        f"{what}: its images have several sizes ({first} is {one}, {other} {another}); set data.size=64, or another side to resize them to"
-    )
-
-
-def _header(item: Item) -> Header | Broken:
-    def read() -> Header:
-        with Image.open(regular_file(item.path, item.name), formats=FORMATS) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"mode {image.mode}, not 8 bits a channel")
-            if image.width * image.height > LARGEST_IMAGE:
-                raise ValueError(f"{image.width}x{image.height} pixels; at most {LARGEST_IMAGE:,} are read")
-            return Header(image.size, image.mode)
-
-    return _or_broken(item, read)
-
-
-def _image(item: Item, size: int | None, channels: int) -> Decoded | Broken:
-    def read() -> Decoded:
-        content = regular_file(item.path, item.name).read_bytes()
-        with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
-            image = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
-        pixels = np.asarray(image if size is None else _square(image, size))
-        return Decoded(pixels.reshape(*pixels.shape[:2], channels), hashlib.sha256(content).hexdigest())
-
-    return _or_broken(item, read)
-
-
-def _square(image: Image.Image, size: int) -> Image.Image:
-    """The middle of an image whose short side is resized to ``size``: the pixels of torchvision's Resize and CenterCrop."""
-    width, height = (size * side // min(image.size) for side in image.size)
-    if width * height > LARGEST_IMAGE:
-        raise ValueError(f"{image.width}x{image.height} pixels, too long and thin to be resized to {size}")
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
-
-
-def _or_broken(item: Item, read: Callable[[], T]) -> T | Broken:
-    try:
-        return read()
-    except UserError as error:  # regular_file's, which begins with the name
-        return Broken(item.name, str(error).removeprefix(f"{item.name}: "))
-    except UnidentifiedImageError:
-        return Broken(item.name, "no image of a known format")
-    except Exception as error:  # Pillow raises anything on junk
-        return Broken(item.name, first_line(error))
-
-
-def _in_threads(work: Callable[[Item], T], items: Sequence[Item], told: str) -> list[T]:
-    """``work`` of every item, in order; a line on stderr every few seconds."""
-    pool, results, last = ThreadPoolExecutor(os.cpu_count()), list[T](), time.monotonic()
-    batches = [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
-    try:
-        for batch in pool.map(lambda batch: [work(item) for item in batch], batches):
-            results += batch
-            if time.monotonic() - last >= PROGRESS_SECONDS and len(results) < len(items):
-                _say(f"{told} {len(results):,} of {len(items):,} images")
-                last = time.monotonic()
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return results
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first few names, and how many there are beside them."""
-    shown = list(names)
-    more = f" and {len(shown) - NAMED:,} more" if len(shown) > NAMED else ""
-    return ", ".join(shown[:NAMED]) + more
-
-
-def _say(line: str) -> None:
-    print(printable(line), file=sys.stderr, flush=True)
+def _files(root: Path, items: list[Item]) -> Files:
+    return Files(str(root), np.array([os.fsencode(item.name) for item in items], dtype=np.bytes_))

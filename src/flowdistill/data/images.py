@@ -1,4 +1,4 @@
-"""What every source gives: images and labels in memory."""
+"""What every source gives: labelled images, in memory or decoded when they are asked for."""
 
 from __future__ import annotations
 
@@ -12,17 +12,25 @@ import numpy.typing as npt
 
 from ..config import Crop
 from ..taps import DataSpec
+from .pictures import Images, Labels, Pictures, in_threads
 
-Images = npt.NDArray[np.uint8]
-Labels = npt.NDArray[np.int64]
+__all__ = ["ImageData", "Images", "Labels", "Pictures", "Unlabelled", "digest", "part"]
 
 
-def digest(*arrays: npt.NDArray[Any]) -> str:
-    """SHA-256 over types, shapes and values."""
+def digest(*arrays: npt.NDArray[Any] | Pictures) -> str:
+    """SHA-256 over types, shapes and values.
+
+    Of streamed images not the pixels are covered but name and number of bytes of every file (of a table's rows also the last 64
+    bytes), and the size that they are resized to.
+    """
     found = hashlib.sha256()
     for array in arrays:
-        found.update(f"{array.dtype}{array.shape}".encode())
-        found.update(np.ascontiguousarray(array).data)
+        found.update(f"{getattr(array, 'dtype', 'streamed')}{array.shape}".encode())
+        if isinstance(array, Pictures):
+            files = in_threads(array.shelf.identity, array.rows.tolist())
+            found.update("\n".join(files).encode("utf-8", "surrogateescape"))
+        else:
+            found.update(np.ascontiguousarray(array).data)
     return found.hexdigest()
 
 
@@ -41,11 +49,11 @@ class Unlabelled:
 
 @dataclass(frozen=True)
 class ImageData:
-    """A classification data set in memory.
+    """A classification data set.
 
     Attributes:
         name: as tables print it.
-        x_train, x_test: uint8 [N, H, W, C].
+        x_train, x_test: uint8 [N, H, W, C], or what gives them when indexed.
         y_train, y_test: int64 [N], classes 0 to K-1.
         classes: K.
         pad: pixels of reflected border that the random crop moves in.
@@ -53,12 +61,13 @@ class ImageData:
         crop: how they are cropped: moved in the border, or a box of them enlarged.
         class_names: K names in the order of the labels; empty where the source has none.
         unlabelled: images to train on beside those, of the same sizes.
+        randaugment: the magnitude of RandAugment's operations on training images, 0 to 30; None for none.
     """
 
     name: str
-    x_train: Images
+    x_train: Images | Pictures
     y_train: Labels
-    x_test: Images
+    x_test: Images | Pictures
     y_test: Labels
     classes: int
     pad: int = 4
@@ -66,6 +75,7 @@ class ImageData:
     crop: Crop = "shift"
     class_names: tuple[str, ...] = ()
     unlabelled: Unlabelled | None = None
+    randaugment: int | None = None
 
     @property
     def spec(self) -> DataSpec:
@@ -73,6 +83,16 @@ class ImageData:
         n, height, width, channels = self.x_train.shape
         return DataSpec(self.name, n, self.classes, channels, height, width)
 
+    @property
+    def streamed(self) -> bool:
+        """Whether images are decoded batch by batch, for memory does not hold them."""
+        return isinstance(self.x_train, Pictures)
+
     def hash(self) -> str:
         """SHA-256 over every labelled image and label: two runs with one hash have the same data set."""
         return digest(self.x_train, self.y_train, self.x_test, self.y_test)
+
+
+def part(images: Images | Pictures, places: Labels) -> Images | Pictures:
+    """The images at these places; nothing is decoded."""
+    return images.part(places) if isinstance(images, Pictures) else images[places]

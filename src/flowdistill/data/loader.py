@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,8 +13,13 @@ from ..checks import UserError
 from ..device import free_memory
 from ..taps import NO_LABEL, Batch, Targets
 from .augment import Draws, crop_and_flip, draw_boxes, draw_epoch, draw_shares, mix, partners, reflect_pad, resize_and_flip
-from .images import ImageData, Labels
+from .files import some
+from .images import ImageData, Images, Labels, Pictures, part
+from .normalisation import Normalisation
+from .pictures import Rows
 from .sources import stratified
+from .streaming import Decoder, Shot, StreamedSet, Workers
+from .supply import BATCH, Labelled
 
 HOLDOUT_PART = 10  # a tenth of each class is held out
 RESIDENT_SHARE = 0.4  # of the device's free memory that the training images may take; the copy that pads them takes as much again
@@ -32,35 +37,81 @@ def trained_positions(labels: Labels, split: str) -> Labels:
 
 
 @dataclass(frozen=True)
-class Normalisation:
-    """(pixel/255 - mean) / std, a channel at a time; mean and std are those of the images trained on, in 0..1."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @classmethod
-    def of(cls, images: Tensor) -> Normalisation:
-        """Statistics of uint8 images [N, H, W, C]."""
-        counts = torch.stack([torch.bincount(images[..., c].flatten(), minlength=256) for c in range(images.shape[-1])]).double()
-        values = torch.arange(256, dtype=torch.float64) / 255
-        mean = counts @ values / counts.sum(1)
-        variance = counts @ values.square() / counts.sum(1) - mean.square()
-        std = variance.where(variance > 1e-12, 1.0).sqrt()  # a channel of one value is centred and left at that
-        return cls(tuple(mean.tolist()), tuple(std.tolist()))
-
-    def on(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """The function uint8 or float32 [N, H, W, C] -> float32 [N, C, H, W] in channels_last memory, its constants on the device."""
-        scale = torch.tensor([1 / (255 * s) for s in self.std], device=device)
-        shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)], device=device)
-        return lambda images: images.to(torch.float32, copy=True).mul_(scale).add_(shift).permute(0, 3, 1, 2)
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Images uint8 [N, H, W, C] and labels [N] to measure accuracy on, on the device."""
+class ResidentSet:
+    """Labelled images on the device: uint8 [N, H, W, C] and [N]; they may lie in the host's memory."""
 
     images: Tensor
     labels: Tensor
+    normalise: Callable[[Tensor], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """As ``Labelled`` says."""
+        for start in range(0, len(self.images), BATCH):
+            images = self.images[start : start + BATCH].to(self.labels.device)
+            yield self.normalise(images), self.labels[start : start + BATCH]
+
+
+def labelled(
+    images: Images | Pictures,
+    labels: Labels,
+    normalise: Callable[[Tensor], Tensor],
+    device: torch.device,
+    workers: int | None = None,
+    replaced: set[str] | None = None,
+) -> Labelled:
+    """Images to measure networks on; ``replaced`` gets the names of those that could not be decoded."""
+    numbers = torch.from_numpy(labels).to(device)
+    if isinstance(images, Pictures):
+        decoding = Workers(Decoder(images), device, workers, set() if replaced is None else replaced)
+        return StreamedSet(images, numbers, normalise, decoding)
+    return ResidentSet(torch.from_numpy(images).to(device), numbers, normalise)
+
+
+class Copies:
+    """Batches of padded images from the host, each copied to the device while the step before is computed."""
+
+    def __init__(self, padded: Tensor, device: torch.device) -> None:
+        self.padded, self.device = padded, device
+
+    def batches(self, parts: Sequence[Tensor], epoch: int) -> Iterator[Tensor]:  # noqa: ARG002 (the images are the same in all)
+        """The images at these places, uint8 [B, H+2p, W+2p, C] on the device."""
+        device = self.device
+        copying = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+        def fetch(step: int) -> Tensor:
+            part = self.padded[parts[step]]
+            if copying is None:
+                return part.to(device)
+            with torch.cuda.stream(copying):
+                return part.pin_memory().to(device, non_blocking=True)
+
+        ahead = fetch(0)
+        for step in range(len(parts)):
+            if copying is not None:
+                torch.cuda.current_stream(device).wait_stream(copying)
+                ahead.record_stream(torch.cuda.current_stream(device))
+            ready = ahead
+            if step + 1 < len(parts):
+                ahead = fetch(step + 1)
+            yield ready
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
+class Decoding:
+    """Batches of images that processes decode, padded on the device."""
+
+    def __init__(self, workers: Workers, pad: int) -> None:
+        self.workers, self.pad, self.close = workers, pad, workers.close
+
+    def batches(self, parts: Sequence[Tensor], epoch: int) -> Iterator[Tensor]:
+        """As ``Copies`` does."""
+        for images in self.workers.batches([[Shot(epoch, number) for number in numbers.tolist()] for numbers in parts]):
+            yield reflect_pad(images, self.pad) if self.pad else images
 
 
 class DeviceData:
@@ -71,31 +122,82 @@ class DeviceData:
         resident: whether the device holds them.
         labels: [n] their labels, ``NO_LABEL`` for those that have none.
         labelled: how many have one: these come first.
+        trained: these, neither padded nor cropped.
         test: the test images.
         curve: what every epoch is measured on: ``test`` of a full run, the held-out tenth of a holdout run.
         normalisation, normalise: from the labelled images trained on.
     """
 
-    def __init__(self, data: ImageData, split: str, device: torch.device) -> None:
+    padded: Tensor
+
+    def __init__(self, data: ImageData, split: str, device: torch.device, workers: int | None = None) -> None:
         self.spec, self.crop, self.pad, self.flip, self.device = data.spec, data.crop, data.pad, data.flip, device
+        self.workers, self.replaced = workers, set[str]()
         trained = trained_positions(data.y_train, split)
         held_out = np.setdiff1d(np.arange(len(data.y_train)), trained)
-        images, labels = torch.from_numpy(data.x_train), torch.from_numpy(data.y_train)
-        shown, known = images[trained], labels[trained]
+        images, labels = part(data.x_train, trained), data.y_train[trained]
         self.labelled = len(trained)
-        self.normalisation = Normalisation.of(shown)
+        self.normalisation = Normalisation.measured(images, labels)
         self.normalise = self.normalisation.on(device)
         if data.unlabelled is not None:
-            shown = torch.cat([shown, torch.from_numpy(data.unlabelled.images)])
-            known = torch.cat([known, torch.full((len(shown) - len(known),), NO_LABEL)])
-        sides = (data.spec.height + 2 * data.pad) * (data.spec.width + 2 * data.pad)
-        self.resident = len(shown) * sides * data.spec.channels <= RESIDENT_SHARE * free_memory(device)
-        self.padded = reflect_pad(shown.to(device if self.resident else "cpu"), data.pad)
-        self.labels = known.to(device)
-        self.test = Labelled(torch.from_numpy(data.x_test).to(device), torch.from_numpy(data.y_test).to(device))
-        self.curve = Labelled(images[held_out].to(device), labels[held_out].to(device)) if split == "holdout" else self.test
-        if not len(self.curve.labels):
+            assert not isinstance(images, Pictures)
+            images = np.concatenate([images, data.unlabelled.images])
+            labels = np.concatenate([labels, np.full(len(data.unlabelled.images), NO_LABEL)])
+        self.labels = torch.from_numpy(labels).to(device)
+        self.trained = self._take_up(data, images)
+        self.test = self._labelled(data.x_test, data.y_test)
+        self.curve = self._labelled(part(data.x_train, held_out), data.y_train[held_out]) if split == "holdout" else self.test
+        if not len(self.curve):
             raise UserError(f"--holdout: a tenth of each class of {data.name} is no image; give it at least 5 images a class")
+
+    def _labelled(self, images: Images | Pictures, labels: Labels) -> Labelled:
+        return labelled(images, labels, self.normalise, self.device, self.workers, self.replaced)
+
+    def _take_up(self, data: ImageData, images: Images | Pictures) -> Labelled:
+        """Hold the training images."""
+        assert not isinstance(images, Pictures)
+        height, width, channels = data.spec.height, data.spec.width, data.spec.channels
+        sides = (height + 2 * data.pad) * (width + 2 * data.pad)
+        self.resident = len(images) * sides * channels <= RESIDENT_SHARE * free_memory(self.device)
+        self.padded = reflect_pad(torch.from_numpy(images).to(self.device if self.resident else "cpu"), data.pad)
+        inner = self.padded[:, data.pad : data.pad + height, data.pad : data.pad + width]
+        return ResidentSet(inner[: self.labelled], self.labels[: self.labelled], self.normalise)
+
+    def fetch(self, seed: int) -> Copies | Decoding:  # noqa: ARG002 (what is decoded is cropped by it)
+        """What brings a seed's batches to a device that does not hold all images."""
+        return Copies(self.padded, self.device)
+
+    def remarks(self) -> list[str]:
+        """As ``Supply`` says."""
+        names = sorted(self.replaced)
+        told = f"{len(names):,} images could not be decoded, and others of their classes took their places: {some(names)}"
+        return [told] if names else []
+
+
+class StreamedData(DeviceData):
+    """One data set whose training images are decoded batch by batch: they do not fit into memory, or RandAugment changes them first."""
+
+    resident = False
+
+    def _take_up(self, data: ImageData, images: Images | Pictures) -> Labelled:
+        if not isinstance(images, Pictures):
+            everyone = np.arange(len(images))
+            sides = (self.spec.height, self.spec.width, self.spec.channels)
+            images = Pictures(data.name, Rows(images), everyone, self.labels.cpu().numpy(), sides)
+        self.pictures, self.resized, self.randaugment = images, data.crop == "resized", data.randaugment
+        self.crop = "shift"  # what is left to be done of it to a batch: a box was cut out before, and there is no border then
+        trained = np.arange(self.labelled)
+        return self._labelled(images.part(trained), images.labels[trained])
+
+    def fetch(self, seed: int) -> Decoding:
+        """Processes of their own for every seed."""
+        decoder = Decoder(self.pictures, seed, self.resized, self.randaugment)
+        return Decoding(Workers(decoder, self.device, self.workers, self.replaced), self.pad)
+
+
+def place(data: ImageData, split: str, device: torch.device, workers: int | None = None) -> DeviceData:
+    """The data under a split, held on the device where they can be; ``workers`` decode those that are streamed."""
+    return (StreamedData if data.streamed or data.randaugment is not None else DeviceData)(data, split, device, workers)
 
 
 class Stream:
@@ -103,9 +205,19 @@ class Stream:
 
     def __init__(self, data: DeviceData, seed: int, batch_size: int, *, mixup: float = False) -> None:
         self.data, self.seed, self.batch_size, self.mixup = data, seed, batch_size, mixup
+        self._fetch = None if data.resident else data.fetch(seed)
         self.steps = len(data.labels) // batch_size  # the last partial batch is dropped
         if self.steps == 0:
             raise UserError(f"train.batch_size={batch_size} is more than the {len(data.labels)} training images; set --batch-size lower")
+
+    def with_labels(self) -> Stream:
+        """As ``Batches`` says."""
+        return Stream(self.data, self.seed, self.batch_size) if self.mixup is True else self
+
+    def close(self) -> None:
+        """End the processes that decode; the next epoch starts them anew."""
+        if self._fetch is not None:
+            self._fetch.close()
 
     def draws(self, epoch: int) -> Draws:
         """All that is random in an epoch, on the device."""
@@ -125,11 +237,13 @@ class Stream:
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Batch]]:
         """The epoch's batches: images float32 [B, C, H, W] and what the step knows beside them."""
         draws, number = self.draws(epoch), torch.tensor(epoch, device=self.data.device)
-        if self.data.resident:
+        if self._fetch is None:
             for step in range(self.steps):
                 yield self.batch(draws, self.shown(step), number)
             return
-        for step, padded in enumerate(self._fetched(draws)):
+        order = draws.order.cpu()
+        parts = [order[self.shown(step)] for step in range(self.steps)]
+        for step, padded in enumerate(self._fetch.batches(parts, epoch)):
             yield self.batch(draws, self.shown(step), number, padded)
 
     def batch(self, draws: Draws, shown: slice | Tensor, epoch: Tensor, padded: Tensor | None = None) -> tuple[Tensor, Batch]:
@@ -156,25 +270,3 @@ class Stream:
             return Batch(labels, indices, epoch)
         counted = (labels != NO_LABEL).sum().clamp(min=1)
         return Batch(None, indices, epoch, targets=Targets(labels, counted, None if share is None else partners(labels), share))
-
-    def _fetched(self, draws: Draws) -> Iterator[Tensor]:
-        """Each step's padded images from the host, copied to the device while the step before is computed."""
-        order, device = draws.order.cpu(), self.data.device
-        copying = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-        def fetch(step: int) -> Tensor:
-            part = self.data.padded[order[self.shown(step)]]
-            if copying is None:
-                return part.to(device)
-            with torch.cuda.stream(copying):
-                return part.pin_memory().to(device, non_blocking=True)
-
-        ahead = fetch(0)
-        for step in range(self.steps):
-            if copying is not None:
-                torch.cuda.current_stream(device).wait_stream(copying)
-                ahead.record_stream(torch.cuda.current_stream(device))
-            ready = ahead
-            if step + 1 < self.steps:
-                ahead = fetch(step + 1)
-            yield ready

@@ -1,4 +1,4 @@
-"""Data sets by name: ``digits``, ``cifar10``, ``cifar100``, ``fashion_mnist``; your own: ``npz:PATH``, ``folder:PATH``, ``csv:FILE``."""
+"""Data sets by name: ``digits``, ``cifar10``, ``cifar100``, ``fashion_mnist``; by place: ``npz:``, ``folder:``, ``csv:``, ``hf:``."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ..checks import UserError, did_you_mean, first_line, regular_file
 from ..config import DataConfig
 from ..env import memory
 from ..registry import Registry
-from ..taps import DataSpec
 from .folders import read_csv, read_folder, read_unlabelled
-from .images import ImageData, Images, Labels, Unlabelled
+from .hub import read_hub
+from .images import ImageData, Images, Labels, Unlabelled, part
 
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 UNLABELLED_KEYS = ("x",)
@@ -40,7 +40,9 @@ OWN = {
     "folder:PATH": "your image files: train/CLASS/* and test/CLASS/* (or val), or CLASS/* alone, a fifth of which is test; "
     "classes numbered by sorted name, names kept in the student's file; with --unlabelled: files in any folders",
     "csv:FILE": "your image files by a list: path,label[,split], paths relative to it; otherwise as folder:PATH",
+    "hf:NAME": "a Hugging Face data set, NAME or NAME:CONFIG, or a folder that save_to_disk wrote; needs the extra hf",
 }
+READERS = {"folder": read_folder, "csv": read_csv, "hf": read_hub}
 CHOICE_SEED = 0  # fixed: every run of a data set gets the same images
 
 
@@ -62,27 +64,38 @@ def load(config: DataConfig) -> ImageData:
     """
     if config.name.startswith("npz:"):
         data = read_npz(Path(config.name.removeprefix("npz:")))
-    elif config.name.startswith(("folder:", "csv:")):
-        data = (read_folder if config.name.startswith("folder:") else read_csv)(config)
+    elif (kind := config.name.partition(":")[0]) in READERS and ":" in config.name:
+        data = READERS[kind](config)
     elif config.name in SOURCES:
         data = SOURCES[config.name].read(config.root.expanduser())
     else:
         raise UserError(f"unknown data set {config.name!r}: {did_you_mean(config.name, [*SOURCES, *OWN])}")
-    pad = 0 if config.crop == "resized" else data.pad if config.pad is None else config.pad
+    crop = config.crop or ("resized" if data.streamed and config.pad is None else "shift")
+    pad = 0 if crop == "resized" else data.pad if config.pad is None else config.pad
     smallest = min(data.spec.height, data.spec.width)
     if pad >= smallest:
         raise UserError(f"data.pad={pad}: reflection needs less than the image's {smallest} pixels; set data.pad lower")
-    data = replace(data, pad=pad, flip=data.flip if config.flip is None else config.flip, crop=config.crop)
+    if config.randaugment is not None and data.spec.channels not in (1, 3):
+        raise UserError(
+            f"data.randaugment={config.randaugment}: its operations are on grey or RGB images, not on {data.spec.channels} channels"
+        )
+    flip = data.flip if config.flip is None else config.flip
+    data = replace(data, pad=pad, flip=flip, crop=crop, randaugment=config.randaugment)
     return data if config.limit_train is None else _limited(data, config.limit_train)
 
 
-def load_unlabelled(config: DataConfig, like: DataSpec) -> Unlabelled:
+def load_unlabelled(config: DataConfig, beside: ImageData) -> Unlabelled:
     """The images of ``data.unlabelled``. Files are made grey or RGB as the labelled ones are and, where those are square, resized to them.
 
     Raises:
-        UserError: they are missing or not valid, or have other sizes than the labelled ones; in one line.
+        UserError: they are missing or not valid, have other sizes than the labelled ones, or those are streamed; in one line.
     """
-    what = str(config.unlabelled)
+    what, like = str(config.unlabelled), beside.spec
+    if beside.streamed:
+        raise UserError(
+            f"data.unlabelled={what}: unlabelled images are held in memory beside the labelled ones, but {config.name} is streamed; "
+            f"leave data.stream out or set data.size lower, so that it is held, or leave unlabelled out"
+        )
     if what.startswith("npz:"):
         path = Path(what.removeprefix("npz:"))
         found = Unlabelled(path.stem, _checked_images(path, "x", _read_arrays(path, UNLABELLED_KEYS)["x"]))
@@ -98,7 +111,7 @@ def load_unlabelled(config: DataConfig, like: DataSpec) -> Unlabelled:
 def _limited(data: ImageData, images: int) -> ImageData:
     """About so many training images, the same share of each class and one of each at least."""
     kept = stratified(data.y_train, min(images, len(data.y_train)), len(data.y_train), least=1)
-    return replace(data, x_train=data.x_train[kept], y_train=data.y_train[kept])
+    return replace(data, x_train=part(data.x_train, kept), y_train=data.y_train[kept])
 
 
 def _read_digits(_: Path) -> ImageData:

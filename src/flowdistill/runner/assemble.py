@@ -12,7 +12,8 @@ import torch
 
 from .. import models
 from ..checks import UserError
-from ..data.loader import DeviceData, Normalisation, Stream
+from ..data.loader import DeviceData, Stream, place
+from ..data.normalisation import Normalisation
 from ..device import Precision, keep_freed_memory
 from ..models import Network
 from ..models.reused import Reused
@@ -45,8 +46,10 @@ class Member:
     eval_seconds: float = 0.0
 
 
-def prepare(jobs: Sequence[Job], device: torch.device, engine: str = "auto") -> list[tuple[Cohort, list[Member]]]:
-    """Every cohort on the device; those of equal data and split share the images."""
+def prepare(
+    jobs: Sequence[Job], device: torch.device, engine: str = "auto", workers: int | None = None
+) -> list[tuple[Cohort, list[Member]]]:
+    """Every cohort on the device; those of equal data and split share the images. ``workers`` decode those that are streamed."""
     keep_freed_memory()
     on_device: dict[object, DeviceData] = {}
     prepared = []
@@ -54,7 +57,7 @@ def prepare(jobs: Sequence[Job], device: torch.device, engine: str = "auto") -> 
         first = group[0]
         key = (first.config.data, first.config.split)
         if key not in on_device:
-            on_device[key] = DeviceData(first.data, first.config.split, device)
+            on_device[key] = place(first.data, first.config.split, device, workers)
         prepared.append(assemble(group, on_device[key], device, engine))
     return prepared
 
@@ -115,8 +118,7 @@ def _placed(net: Network, device: torch.device) -> Network:
 
 
 def _accuracy(net: Network, data: DeviceData, precision: Precision) -> float:
-    correct = evaluate(net, data.curve, data.normalise, precision).correct
-    return 100 * int(correct) / len(data.curve.labels)
+    return 100 * int(evaluate(net, data.curve, precision).correct) / len(data.curve)
 
 
 def check_start(cohort: Cohort, members: Sequence[Member], watcher: Watcher) -> dict[Student, dict[str, float]]:

@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..checks import UserError
 from ..config import RunConfig, validate
-from ..data.images import ImageData
-from ..data.loader import Normalisation, trained_positions
+from ..data.images import ImageData, part
+from ..data.loader import labelled, trained_positions
+from ..data.normalisation import Normalisation
 from ..data.sources import load
 from ..device import describe, resolve_precision, sensible_threads, synchronize, threads
 from ..env import processor
@@ -151,21 +152,22 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
     student, data = resolve(str(no), ledger), _data(run, config)
     found = {TEACHER: _teacher(run, ledger), STUDENT: student, ALONE: resolve(str(alone.no), ledger) if alone else None}
     networks = {role: network for role, network in found.items() if network}
-    normalisation = Normalisation.of(torch.from_numpy(data.x_train[trained_positions(data.y_train, run.split)]))
+    trained = trained_positions(data.y_train, run.split)
+    normalisation = Normalisation.measured(part(data.x_train, trained), data.y_train[trained])
     nets: dict[str, Network] = {}
     for role, network in networks.items():
         nets[role] = network.build(data.spec, given=normalisation).eval().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    test, labels = torch.from_numpy(data.x_test).to(device), data.y_test
-    normalise = normalisation.on(device)
+    normalise, labels = normalisation.on(device), data.y_test
+    images = normalise(torch.from_numpy(data.x_test[np.arange(batch_size) % len(labels)]).to(device))
     precision = resolve_precision(run.precision, device)
     other = {role: network.other_classes(data) for role, network in networks.items()}
     with threads(sensible_threads()):
         judged = {role: net for role, net in nets.items() if not other[role]}
-        answers = {role: _answers(torch.cat(list(predict(net, test, normalise, precision)))) for role, net in judged.items()}
+        logits = [found for found, _ in predict(list(judged.values()), labelled(data.x_test, labels, normalise, device), precision)]
+        answers = {role: _answers(torch.cat(own)) for role, own in zip(judged, zip(*logits, strict=True), strict=True)}
         latencies: dict[str, list[Latency]] = {role: [] for role in nets}
         for size in dict.fromkeys((1, batch_size)):
-            batch = normalise(test[torch.arange(size, device=device) % len(test)])
-            for role, latency in time_in_turns(nets, batch).items():
+            for role, latency in time_in_turns(nets, images[:size]).items():
                 latencies[role].append(latency)
         named = describe(device)
     columns = []
@@ -176,7 +178,7 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
                 model=network.model,
                 origin=f"run {network.run}, seed {ledger.run(network.run).seed}" if network.run else network.origin,
                 parameters=sum(p.numel() for p in nets[role].parameters()),
-                macs=count_macs(nets[role], normalise(test[:1])),
+                macs=count_macs(nets[role], images[:1]),
                 file_bytes=_file(network, ledger).stat().st_size,
                 latencies=tuple(latencies[role]),
                 score=_score(answers[role], answers.get(TEACHER) if role != TEACHER else None, data) if role in answers else None,

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from ..config import RunConfig
-from ..data.loader import DeviceData, Labelled
+from ..data.loader import place
+from ..data.supply import First
 from ..ledger import Ledger
 from ..training.cohort import seconds_per_epoch
 from .assemble import assemble
@@ -43,9 +44,9 @@ def _missing_epochs(job: Job, ledger: Ledger) -> int:
 
 def _epoch_seconds(jobs: Sequence[Job], device: torch.device) -> float:
     """An epoch of these jobs as one cohort."""
-    data = DeviceData(jobs[0].data, jobs[0].config.split, device)
+    data = place(jobs[0].data, jobs[0].config.split, device)
     whole = data.curve
-    data.curve = Labelled(whole.images[:1], whole.labels[:1])  # assembling measures the teachers: not on all images here
+    data.curve = First(whole, 1)  # assembling measures the teachers: not on all images here
     cohort, _ = assemble(jobs, data, device)
     data.curve = whole
     return seconds_per_epoch(cohort)

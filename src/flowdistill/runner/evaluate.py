@@ -12,7 +12,8 @@ from .. import models
 from ..checks import UserError
 from ..config import DataConfig, parse_as
 from ..data.images import ImageData
-from ..data.loader import Labelled, Normalisation
+from ..data.loader import labelled
+from ..data.normalisation import Normalisation
 from ..data.sources import load
 from ..device import resolve_precision
 from ..ledger import Ledger
@@ -135,7 +136,9 @@ def load_fitting(path: Path, about: About, dataset: str | None) -> ImageData:
     return data
 
 
-def evaluate(path: Path, device: torch.device, *, dataset: str | None = None, precision: str | None = None) -> Measured:
+def evaluate(
+    path: Path, device: torch.device, *, dataset: str | None = None, precision: str | None = None, workers: int | None = None
+) -> Measured:
     """Accuracy on all test images, with the normalisation and, unless told otherwise, the data and precision of training.
 
     Raises:
@@ -144,10 +147,9 @@ def evaluate(path: Path, device: torch.device, *, dataset: str | None = None, pr
     net, about = load_network(path)
     data = load_fitting(path, about, dataset)
     net = net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    test = Labelled(torch.from_numpy(data.x_test).to(device), torch.from_numpy(data.y_test).to(device))
-    normalise = Normalisation(about.mean, about.std).on(device)
-    correct = int(measure(net, test, normalise, resolve_precision(precision or about.precision, device)).correct)
-    images = len(test.labels)
+    test = labelled(data.x_test, data.y_test, Normalisation(about.mean, about.std).on(device), device, workers)
+    correct = int(measure(net, test, resolve_precision(precision or about.precision, device)).correct)
+    images = len(test)
     same = data.hash() == about.data_hash
     return Measured(
         model=about.model,

@@ -35,6 +35,7 @@ def run(
     deterministic: bool = False,
     again: bool = False,
     engine: str = "auto",
+    workers: int | None = None,
     watcher: Watcher | None = None,
 ) -> list[Run]:
     """Train what the ledger has not, go on with what was cut off, and return the run of every config, in order.
@@ -57,11 +58,11 @@ def run(
     for home in homes:
         recorded(_unfinished(home, ledger), ledger, device)  # refuses before anything is trained
     with determinism(deterministic), threads(sensible_threads()):
-        prepared = prepare([job for key, job in todo.items() if key not in known], device, engine)
+        prepared = prepare([job for key, job in todo.items() if key not in known], device, engine, workers)
         for cohort, members in prepared:
             check_start(cohort, members, watcher)
     for home in homes:
-        _resume_cohort(home, ledger, device, watcher)
+        _resume_cohort(home, ledger, device, watcher, workers)
     with determinism(deterministic), threads(sensible_threads()):
         for cohort, members in prepared:
             _begin_cohort(cohort, members, ledger, device, watcher, time.perf_counter() - started)
@@ -71,7 +72,9 @@ def run(
     return [ledger.run(numbers[job.key]) for job in jobs]
 
 
-def resume(ledger: Ledger, device: torch.device, *, no: int | None = None, watcher: Watcher | None = None) -> list[Run]:
+def resume(
+    ledger: Ledger, device: torch.device, *, no: int | None = None, workers: int | None = None, watcher: Watcher | None = None
+) -> list[Run]:
     """Go on with what was cut off: with the cohort of one run, or with all; the runs that were, as they ended.
 
     Raises:
@@ -84,7 +87,7 @@ def resume(ledger: Ledger, device: torch.device, *, no: int | None = None, watch
     for home in homes:
         recorded(_unfinished(home, ledger), ledger, device)
     for home in homes:
-        _resume_cohort(home, ledger, device, watcher)
+        _resume_cohort(home, ledger, device, watcher, workers)
     return [ledger.run(number) for numbers in taken.values() for number in numbers]
 
 
@@ -138,14 +141,14 @@ def _begin_cohort(
         _train(cohort, members, ledger, device, watcher, home)
 
 
-def _resume_cohort(home: int, ledger: Ledger, device: torch.device, watcher: Watcher) -> None:
+def _resume_cohort(home: int, ledger: Ledger, device: torch.device, watcher: Watcher, workers: int | None) -> None:
     """Go on with a cohort from its checkpoint, or from the start where there is none, with the threads that it began with."""
     with ledger.lock(home):
         runs = _unfinished(home, ledger)
         if not runs:
             return  # another process was faster
         with threads(runs[0].threads or torch.get_num_threads()), determinism(bool(runs[0].deterministic)):
-            (cohort, members), *others = prepare(recorded(runs, ledger, device), device, runs[0].engine)
+            (cohort, members), *others = prepare(recorded(runs, ledger, device), device, runs[0].engine, workers)
             assert not others, "runs of one cohort stay together"
             for member, one in zip(members, runs, strict=True):
                 member.no = one.no
@@ -203,6 +206,8 @@ def _train(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: to
         checkpoint.clear(folder)
     finally:
         watcher.end()
+        for line in cohort.data.remarks():
+            watcher.say(f"{_numbers(members)}: {line}")
 
 
 def _save(cohort: Cohort, members: Sequence[Member], folder: Path, watcher: Watcher) -> None:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from ..checks import UserError, obstacle
 from ..data.images import ImageData, Images
-from ..data.loader import Normalisation
+from ..data.loader import labelled
+from ..data.normalisation import Normalisation
 from ..data.sources import stratified
 from ..models import Network
-from ..training.evaluate import BATCH
 from ..training.weights import serialised, write_whole
 from .evaluate import About, load_fitting, load_network
 
@@ -267,9 +267,9 @@ def _quantised(content: bytes, data: ImageData) -> bytes:
 
 def _accuracy(answer: Answer, data: ImageData) -> float:
     """On all test images, in percent."""
-    images, labels = torch.from_numpy(data.x_test), torch.from_numpy(data.y_test)
-    found = torch.cat([answer(images[start : start + BATCH]).argmax(1) for start in range(0, len(images), BATCH)])
-    return 100 * int((found == labels).sum()) / len(labels)
+    test = labelled(data.x_test, data.y_test, lambda images: images, torch.device("cpu"))
+    correct = sum(int((answer(images).argmax(1) == labels).sum()) for images, labels in test.batches())
+    return 100 * correct / len(test)
 
 
 FORMATS = {

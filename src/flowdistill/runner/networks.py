@@ -15,7 +15,7 @@ from .. import models
 from ..checks import UserError
 from ..config import DataConfig, InputConfig, Role, RunConfig, validate
 from ..data.images import ImageData
-from ..data.loader import Normalisation
+from ..data.normalisation import Normalisation
 from ..ledger import Ledger, Run, newest
 from ..models import Network
 from ..models.foreign import is_foreign
@@ -342,7 +342,7 @@ def _recipe(train: Mapping[str, Any]) -> dict[str, Any]:
 def _train_command(model: str, wanted: Wanted) -> str:
     seed = 100 if wanted.seed != 100 else 101  # any that no student has
     holdout = " --holdout" if wanted.split == "holdout" else ""
-    images = wanted.data.model_dump(include={"limit_train", "size", "channels", "skip_broken"}, exclude_none=True)
+    images = wanted.data.model_dump(include={"limit_train", "size", "channels", "skip_broken", "stream", "label"}, exclude_none=True)
     keys = "".join(f" --set data.{key}={json.dumps(value)}" for key, value in images.items())
     runs = f" --runs {wanted.runs}" if wanted.runs != "runs" else ""
     return f"flowdistill train --model {model} --dataset {wanted.data.name} --seeds {seed}{holdout}{keys}{runs}"

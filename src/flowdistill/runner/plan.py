@@ -216,7 +216,7 @@ class _Loader:
         if config not in self._loaded:
             data = load(config)
             if config.unlabelled is not None:
-                data = replace(data, unlabelled=load_unlabelled(config, data.spec))
+                data = replace(data, unlabelled=load_unlabelled(config, data))
             self._loaded[config] = data, data.hash()
         return self._loaded[config]
 
@@ -303,7 +303,7 @@ def _job(
         update={
             "method": settled.name,
             "teacher": config.teacher if teacher else None,
-            "data": config.data.model_copy(update={"pad": data.pad, "flip": data.flip}),
+            "data": config.data.model_copy(update=_resolved(data)),
             "train": config.train.model_copy(update={"precision": precision}),
             "options": {name: options.model_dump() for name, options in settled.options.items()},
             "weights": settled.weights,
@@ -314,6 +314,12 @@ def _job(
     taps = _compared(job, job.method().needs)  # refuses a pair that can't work
     fingerprint = _fingerprint(resolved, settled, student, teacher, data_hash, peer=peer, unlabelled=data.unlabelled, taps=taps)
     return replace(job, fingerprint=fingerprint)
+
+
+def _resolved(data: ImageData) -> dict[str, Any]:
+    """Keys of the config that the data decide. What is streamed now is streamed when it goes on, even where it fits into memory."""
+    crop = data.crop if data.streamed or data.crop != "shift" else None
+    return {"pad": data.pad, "flip": data.flip, "crop": crop} | ({"stream": True} if data.streamed else {})
 
 
 def _fingerprint(
@@ -330,7 +336,7 @@ def _fingerprint(
     covered: dict[str, Any] = {
         "student": _covered(student),
         "teacher": _covered(teacher) if teacher else None,
-        "data": [data_hash, config.data.pad, config.data.flip, *config.data.model_dump(include={"crop"}).values()],
+        "data": [data_hash, config.data.pad, config.data.flip, *config.data.model_dump(include={"crop", "randaugment"}).values()],
         "method": settled.versions,
         "options": config.options,
         "weights": config.weights,

@@ -18,7 +18,9 @@ from .plan import plan
 from .watcher import Watcher
 
 
-def dry_run(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device, engine: str = "auto") -> list[dict[str, Any]]:
+def dry_run(
+    configs: Sequence[RunConfig], ledger: Ledger, device: torch.device, engine: str = "auto", workers: int | None = None
+) -> list[dict[str, Any]]:
     """For each config what ``run`` would do: resolved, with taps, gradient ratios and an estimate of its time. Writes nothing.
 
     ``finished_run`` is the run that has it already, which ``run`` would skip.
@@ -27,7 +29,7 @@ def dry_run(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device, 
         UserError: as ``run``.
     """
     found = []
-    for cohort, members in prepare(plan(configs, ledger, device), device, engine):
+    for cohort, members in prepare(plan(configs, ledger, device), device, engine, workers):
         chosen = cohort.engine
         ratios = check_start(cohort, members, Watcher())
         seconds = seconds_per_epoch(cohort)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.loader import DeviceData
+from ..data.supply import Supply
 from ..device import peak_memory
 from ..env import versions
 from ..ledger import Epoch, Ledger, Run
@@ -63,7 +63,7 @@ def now() -> str:
 
 def record_epoch(report: EpochReport, cohort: Cohort, members: Sequence[Member], ledger: Ledger, watcher: Watcher) -> None:
     """An epoch of every student, in one transaction; those that diverged are failed."""
-    images = len(cohort.data.curve.labels)
+    images = len(cohort.data.curve)
     present = [member for member in members if member.student in report.progress]
     rows = {}
     for member in present:
@@ -90,7 +90,7 @@ def finish(member: Member, cohort: Cohort, ledger: Ledger, device: torch.device)
     student, job, data = member.student, member.job, cohort.data
     student.restore_chosen()
     last = member.last.evaluation if member.last else None
-    final = evaluate(student.net, data.test, data.normalise, cohort.precision) if cohort.select or last is None else last
+    final = evaluate(student.net, data.test, cohort.precision) if cohort.select or last is None else last
     weights = student.net.state_dict()
     folder = ledger.run_folder(member.no)
     about = _about(job, data, int(final.correct)) | _own_input(student.net)
@@ -100,7 +100,7 @@ def finish(member: Member, cohort: Cohort, ledger: Ledger, device: torch.device)
     values: dict[str, Any] = {
         "epoch": student.chosen_epoch,
         "correct": int(final.correct),
-        "images": len(data.test.labels),
+        "images": len(data.test),
         "train_seconds": member.train_seconds,
         "eval_seconds": member.eval_seconds,
         "images_per_second": images / member.train_seconds,
@@ -127,7 +127,7 @@ def told(run: Run) -> str:
     )
 
 
-def _about(job: Job, data: DeviceData, correct: int) -> dict[str, Any]:
+def _about(job: Job, data: Supply, correct: int) -> dict[str, Any]:
     """What travels in the student's file: enough to build it, feed it and measure it again."""
     return {
         "model": job.trained,
@@ -141,7 +141,7 @@ def _about(job: Job, data: DeviceData, correct: int) -> dict[str, Any]:
         "split": job.config.split,
         "precision": job.precision,
         "correct": correct,
-        "images": len(data.test.labels),
+        "images": len(data.test),
         "init_hash": job.init_hash,
         "fingerprint": job.fingerprint,
         "seed": job.config.seed,

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from ..config import TrainConfig
-from ..data.loader import DeviceData, Labelled, Stream
+from ..data.supply import BATCH, Batches, First, Supply
 from ..device import Precision, Stopwatch, synchronize
 from ..taps import NO_LABEL, Batch
 from .choice import choose
 from .engine import Eager, Lane
-from .evaluate import BATCH, Evaluation, evaluate
+from .evaluate import Evaluation, evaluate
 from .step import Student, gradient_ratios
 
 
@@ -38,7 +38,7 @@ class Cohort:
         done: epochs that are behind it.
     """
 
-    data: DeviceData
+    data: Supply
     lanes: list[Lane]
     train: TrainConfig
     phase_epochs: Sequence[int]
@@ -111,22 +111,26 @@ def train(cohort: Cohort, on_step: Callable[[], None] = lambda: None) -> Iterato
 
     ``on_step`` is called after each step of all students and must not wait for the device.
     """
-    while cohort.students and cohort.done < cohort.epochs:
-        phase, epoch = cohort.place
-        if epoch == 0:
-            for student in cohort.students:
-                student.begin_phase(phase)
-        setup_seconds = ready(cohort)
-        watch = Stopwatch(cohort.data.device)
-        _train_epoch(cohort, epoch, cohort.phase_epochs[phase], on_step)
-        watch.lap()
-        report = EpochReport(cohort.done + 1, phase, setup_seconds, 0.0, 0.0)
-        report.progress = _measure(cohort, epoch, cohort.phase_epochs[phase])
-        report.train_seconds, report.eval_seconds = watch.stop()
-        _dismiss_diverged(cohort, report)
-        _choose(cohort, report)
-        cohort.done += 1
-        yield report
+    try:
+        while cohort.students and cohort.done < cohort.epochs:
+            phase, epoch = cohort.place
+            if epoch == 0:
+                for student in cohort.students:
+                    student.begin_phase(phase)
+            setup_seconds = ready(cohort)
+            watch = Stopwatch(cohort.data.device)
+            _train_epoch(cohort, epoch, cohort.phase_epochs[phase], on_step)
+            watch.lap()
+            report = EpochReport(cohort.done + 1, phase, setup_seconds, 0.0, 0.0)
+            report.progress = _measure(cohort, epoch, cohort.phase_epochs[phase])
+            report.train_seconds, report.eval_seconds = watch.stop()
+            _dismiss_diverged(cohort, report)
+            _choose(cohort, report)
+            cohort.done += 1
+            yield report
+    finally:
+        for lane in cohort.lanes:
+            lane.stream.close()
 
 
 def ready(cohort: Cohort) -> float:
@@ -177,20 +181,20 @@ def seconds_per_epoch(cohort: Cohort, steps: int = 3) -> float:
 def _evaluation_seconds(cohort: Cohort) -> float:
     """What evaluating every student takes, from a second batch of each; the first warms up."""
     data, started = cohort.data, 0.0
-    part = Labelled(data.curve.images[:BATCH], data.curve.labels[:BATCH])
+    part = First(data.curve, BATCH)
     for _ in range(2):
         started = time.perf_counter()
         for student in cohort.students:
-            evaluate(student.net, part, data.normalise, cohort.precision)
+            evaluate(student.net, part, cohort.precision)
         synchronize(data.device)
-    return (time.perf_counter() - started) * len(data.curve.labels) / len(part.labels)
+    return (time.perf_counter() - started) * len(data.curve) / len(part)
 
 
 def _measure(cohort: Cohort, epoch: int, epochs: int) -> dict[Student, Progress]:
     """Evaluate every student, check the teachers, and read all figures in one transfer from the device."""
     students, steps = cohort.students, cohort.lanes[0].stream.steps
     teachers = [lane.teacher for lane in cohort.lanes if lane.teacher is not None]
-    found = [cohort.engine.evaluate(student, cohort.data) for student in students]
+    found = cohort.engine.evaluate(students, cohort.data)
     figures = [teacher.drift() for teacher in teachers]
     for student, evaluation in zip(students, found, strict=True):
         figures += [evaluation.correct, evaluation.probabilities.isfinite().all(), *student.sums.values()]
@@ -240,15 +244,13 @@ def first_gradients(cohort: Cohort) -> dict[Student, dict[str, float]]:
     """
     found: dict[Student, dict[str, float]] = {}
     for lane in cohort.lanes:
-        images, batch = _first_labelled(lane.stream)
+        images, batch = _first_labelled(lane.stream.with_labels())
         taught = lane.teacher.teach(images) if lane.teacher else None
         for group in lane.groups:
             found |= gradient_ratios(group, images, taught, batch, cohort.precision)
     return found
 
 
-def _first_labelled(stream: Stream) -> tuple[Tensor, Batch]:
-    if stream.mixup is True:
-        stream = Stream(stream.data, stream.seed, stream.batch_size)
-    found = (one for epoch in itertools.count() for one in stream.epoch(epoch))
+def _first_labelled(batches: Batches) -> tuple[Tensor, Batch]:
+    found = (one for epoch in itertools.count() for one in batches.epoch(epoch))
     return next(one for one in found if (targets := one[1].targets) is None or bool((targets.labels != NO_LABEL).any()))

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ..checks import summary
-from ..data.loader import DeviceData, Stream
+from ..data.supply import Batches, Supply
 from ..device import Precision
 from ..taps import Batch, Outputs
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation, evaluate_all
 from .step import Group, Objective, Student, losses, train_step
 from .teacher import Teacher
 
@@ -26,7 +26,7 @@ from .teacher import Teacher
 class Lane:
     """One seed: its stream of batches, its teacher, and the students that share both."""
 
-    stream: Stream
+    stream: Batches
     teacher: Teacher | None
     students: list[Student]
 
@@ -79,9 +79,9 @@ class Eager:
         """Each student's terms on a batch."""
         return losses(group, images, taught, batch, precision)
 
-    def evaluate(self, student: Student, data: DeviceData) -> Evaluation:
-        """Measure a student on the curve's images."""
-        return evaluate(student.net, data.curve, data.normalise, self.precision)
+    def evaluate(self, students: Sequence[Student], data: Supply) -> list[Evaluation]:
+        """Measure students on the curve's images."""
+        return evaluate_all([student.net for student in students], data.curve, self.precision)
 
 
 class Compiled(Eager):

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..data.loader import Labelled
+from ..data.supply import Labelled
 from ..device import Precision
 from ..models import Network
 from ..taps import Outputs
 from .step import autocast
-
-BATCH = 500  # images a forward pass
 
 
 class Evaluation(NamedTuple):
@@ -31,30 +29,48 @@ class Evaluation(NamedTuple):
     probabilities: Tensor
 
 
-def evaluate(net: Network, on: Labelled, normalise: Callable[[Tensor], Tensor], precision: Precision) -> Evaluation:
+def evaluate(net: Network, on: Labelled, precision: Precision) -> Evaluation:
     """Measure a network in eval mode on all images, the last partial batch included; its mode is put back after.
 
     Raises:
         RuntimeError: not as many answers as images.
     """
-    found = [logits.softmax(1).max(1) for logits in predict(net, on.images, normalise, precision)]
-    probabilities = torch.cat([top.values for top in found])
-    classes = torch.cat([top.indices for top in found])
-    if len(classes) != len(on.labels):
-        raise RuntimeError(f"evaluation gave {len(classes)} answers for {len(on.labels)} images")
-    return Evaluation((classes == on.labels).sum(), classes, probabilities)
+    return evaluate_all([net], on, precision)[0]
+
+
+def evaluate_all(nets: Sequence[Network], on: Labelled, precision: Precision) -> list[Evaluation]:
+    """Measure several networks in one pass over the images."""
+    known: list[Tensor] = []
+    tops: list[list[tuple[Tensor, Tensor]]] = [[] for _ in nets]
+    for answers, labels in predict(nets, on, precision):
+        known.append(labels)
+        for top, logits in zip(tops, answers, strict=True):
+            probabilities, classes = logits.softmax(1).max(1)
+            top.append((probabilities, classes))
+    truth = torch.cat(known)
+    found = []
+    for top in tops:
+        probabilities, classes = (torch.cat(parts) for parts in zip(*top, strict=True))
+        if not len(classes) == len(truth) == len(on):
+            raise RuntimeError(f"evaluation gave {len(classes)} answers for {len(on)} images")
+        found.append(Evaluation((classes == truth).sum(), classes, probabilities))
+    return found
 
 
 @torch.no_grad()
-def predict(net: Network, images: Tensor, normalise: Callable[[Tensor], Tensor], precision: Precision) -> Iterator[Tensor]:
-    """Logits float32 [B, K] of images uint8 [N, H, W, C] in eval mode, a batch after the other; the network's mode is put back after."""
-    training = net.training
-    net.eval()
+def predict(nets: Sequence[Network], on: Labelled, precision: Precision) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Logits float32 [B, K] of each network in eval mode and labels [B], a batch after the other; their modes are put back after."""
+    modes = [net.training for net in nets]
+    for net in nets:
+        net.eval()
     try:
-        for start in range(0, len(images), BATCH):
-            batch = normalise(images[start : start + BATCH])
-            with autocast(batch.device, precision):
-                outputs: Outputs = net(batch)
-            yield outputs.logits.float()
+        for images, labels in on.batches():
+            answers = []
+            for net in nets:
+                with autocast(images.device, precision):
+                    outputs: Outputs = net(images)
+                answers.append(outputs.logits.float())
+            yield answers, labels
     finally:
-        net.train(training)
+        for net, training in zip(nets, modes, strict=True):
+            net.train(training)

@@ -6,16 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import UserError
-from ..data.loader import DeviceData
+from ..data.supply import Supply
 from ..device import Precision
 from ..methods import Needs
 from ..models import Network
 from ..taps import Facts
-from .evaluate import BATCH
 from .step import teach
 
 
-def gather(needs: Needs, teacher: Network | None, data: DeviceData, precision: Precision) -> Facts:
+def gather(needs: Needs, teacher: Network | None, data: Supply, precision: Precision) -> Facts:
     """The facts that are needed; of a teacher only where there is one.
 
     Raises:
@@ -49,15 +48,12 @@ def _affine(module: nn.Module) -> tuple[Tensor, Tensor]:
     return module.get_parameter("weight").detach().clone(), module.get_parameter("bias").detach().clone()
 
 
-def class_means(teacher: Network, data: DeviceData, precision: Precision) -> Tensor:
+def class_means(teacher: Network, data: Supply, precision: Precision) -> Tensor:
     """[K, D] the mean of the teacher's embeddings over each class's training images, in eval mode, neither cropped nor mirrored."""
     assert not teacher.training
     sums = torch.zeros(data.spec.classes, teacher.spec.embedding, device=data.device)
-    height, width = data.spec.height, data.spec.width
-    inner, labels = data.padded[: data.labelled], data.labels[: data.labelled]
-    inner = inner[:, data.pad : data.pad + height, data.pad : data.pad + width]
-    for start in range(0, len(inner), BATCH):
-        images = data.normalise(inner[start : start + BATCH].to(data.device))
-        sums.index_add_(0, labels[start : start + BATCH], teach(teacher, images, precision).embedding.float())
-    counts = torch.bincount(labels, minlength=data.spec.classes).clamp(min=1)
-    return sums / counts[:, None]
+    counts = torch.zeros_like(sums[:, 0], dtype=torch.int64)
+    for images, labels in data.trained.batches():
+        sums.index_add_(0, labels, teach(teacher, images, precision).embedding.float())
+        counts += torch.bincount(labels, minlength=len(counts))
+    return sums / counts.clamp(min=1)[:, None]

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..checks import summary
 from ..data.augment import Draws
-from ..data.loader import DeviceData
+from ..data.loader import Stream
+from ..data.supply import Batches, Supply
 from ..device import free_memory
 from .engine import Eager, Lane, quiet, standing_still, taken_back
 from .evaluate import Evaluation
@@ -33,7 +34,8 @@ class Tape:
     def __init__(self, inner: Eager, lanes: Sequence[Lane], streams: Sequence[torch.cuda.Stream] = ()) -> None:
         self.inner, self.lanes, self.streams = inner, [Lane(lane.stream, lane.teacher, list(lane.students)) for lane in lanes], streams
         device = lanes[0].stream.data.device
-        self.draws = [lane.stream.draws(0) for lane in lanes]
+        self.sources = [_drawn(lane.stream) for lane in lanes]
+        self.draws = [stream.draws(0) for stream in self.sources]
         self.rates = standing_still(lanes)
         self.number = torch.zeros((), dtype=torch.int64, device=device)
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
@@ -41,8 +43,8 @@ class Tape:
 
     def fill(self, number: int, rates: Mapping[Student, Tensor]) -> None:
         """Wind to the start of an epoch."""
-        for lane, draws in zip(self.lanes, self.draws, strict=True):
-            drawn = lane.stream.draws(number)
+        for source, draws in zip(self.sources, self.draws, strict=True):
+            drawn = source.draws(number)
             for field in fields(Draws):
                 if (place := getattr(draws, field.name)) is not None:
                     place.copy_(getattr(drawn, field.name))
@@ -55,8 +57,8 @@ class Tape:
         """The next step of every student. Students go to the streams in turn; those of one stream follow each other and share memory."""
         shown = self.counter * len(self.places) + self.places
         alive, turn = [], 0
-        for lane, draws in zip(self.lanes, self.draws, strict=True):
-            images, batch = lane.stream.batch(draws, shown, self.number)
+        for lane, source, draws in zip(self.lanes, self.sources, self.draws, strict=True):
+            images, batch = source.batch(draws, shown, self.number)
             taught = self.inner.teach(lane, images)
             alive.append((images, batch, taught))
             for group in lane.groups:
@@ -150,19 +152,29 @@ class Graph(Eager):
             self._graph.replay()
             yield
 
-    def evaluate(self, student: Student, data: DeviceData) -> Evaluation:
+    def evaluate(self, students: Sequence[Student], data: Supply) -> list[Evaluation]:
+        """One by one."""
+        return [self._evaluate(student, data) for student in students]
+
+    def _evaluate(self, student: Student, data: Supply) -> Evaluation:
         """Captured at the second time: the first, which is plain, warms up."""
         if student not in self._warm:
             self._warm.add(student)
-            return super().evaluate(student, data)
+            return super().evaluate([student], data)[0]
         if student not in self._measured:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                found = super().evaluate(student, data)
+                (found,) = super().evaluate([student], data)
             self._measured[student] = graph, found
         graph, found = self._measured[student]
         graph.replay()
         return Evaluation(*(value.clone() for value in found))
+
+
+def _drawn(batches: Batches) -> Stream:
+    """A graph draws its batches itself, which those of images on the device allow."""
+    assert isinstance(batches, Stream)
+    return batches
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:

@@ -1,0 +1,275 @@
+"""Image files, found by whatever source: their headers are read, then they are decoded into memory, or streamed if they do not fit."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ..checks import UserError, printable
+from ..config import DataConfig
+from ..env import memory
+from .images import ImageData
+from .pictures import FORMATS, LARGEST_IMAGE, Broken, Encoded, Images, Labels, Pictures, in_threads, or_broken, quiet
+
+T = TypeVar("T")
+
+GREY = ("1", "L", "LA")  # Pillow's modes
+SPLITS = ("train", "val", "test")
+OTHER_WORDS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
+TEST_PART = 5  # where no split is given, a fifth of each class is test
+NAMED = 3  # of many files, so many are named
+PROGRESS_SECONDS = 5.0
+LARGEST_STREAMED = 1 << 22  # pixels of an image that is neither resized nor held in memory
+
+
+class Item(NamedTuple):
+    """An image that is to be read: its name in messages, its class, its split (empty where none is given)."""
+
+    name: str
+    label: str
+    split: str
+
+
+class Header(NamedTuple):
+    """What a file says of its image before it is decoded: width and height in pixels, and Pillow's mode."""
+
+    size: tuple[int, int]
+    mode: str
+
+
+def assemble(
+    config: DataConfig, name: str, items: Sequence[Item], shelf: Encoded, *, classes: Sequence[str] = (), by_content: bool = True
+) -> ImageData:
+    """The data set of these images, each in the row of the shelf that has its number.
+
+    Args:
+        name: as tables print the data set.
+        classes: their order; left out, they are sorted.
+        by_content: where no split is given, the content of files that memory holds decides what is test; else their names do.
+
+    Raises:
+        UserError: a class or split lacks images, they have several sizes without ``data.size``, or can't be read without
+            ``data.skip_broken``.
+    """
+    what = config.name
+    if not items:
+        raise UserError(f"{what}: no images; it needs PATH/train/CLASS and PATH/test/CLASS, PATH/CLASS, or a CSV with rows")
+    _refuse_gaps(what, items)
+    with quiet():
+        pictures, headers = _pictures(config, items, shelf)
+        streamed = _streamed(config, pictures)
+        read: Sequence[Header | Images | Broken] = headers if streamed else _decoded(pictures, headers)
+    kept = _sound(config, read)
+    _refuse_gaps(what, [items[row] for row in kept.tolist()])
+    labels, names = _numbered([items[row].label for row in kept.tolist()], classes)
+    pictures = replace(pictures, rows=kept, labels=labels)
+    if items[0].split:
+        tested = np.array([items[row].split != "train" for row in kept.tolist()])
+    else:
+        tested = _fifth(labels, in_threads(lambda row: _key(shelf, row, content=by_content and not streamed), kept.tolist()))
+
+    def images(places: Labels) -> Images | Pictures:
+        return pictures.part(places) if streamed else np.stack([_same_size(what, items, read, row) for row in kept[places].tolist()])
+
+    x_train, x_test = (images(np.flatnonzero(part)) for part in (~tested, tested))
+    return ImageData(name, x_train, labels[~tested], x_test, labels[tested], len(names), class_names=names)
+
+
+def read_all(config: DataConfig, items: Sequence[Item], shelf: Encoded) -> list[Images]:
+    """These images of one size in memory, whatever their classes and splits.
+
+    Raises:
+        UserError: memory does not hold them, and what ``assemble`` refuses of files.
+    """
+    with quiet():
+        pictures, headers = _pictures(config, items, shelf)
+        if much := _too_much(pictures):
+            raise UserError(f"{much}; set data.size lower, or give fewer images")
+        read = _decoded(pictures, headers)
+    return [_same_size(config.name, items, read, row) for row in _sound(config, read).tolist()]
+
+
+def _pictures(config: DataConfig, items: Sequence[Item], shelf: Encoded) -> tuple[Pictures, list[Header | Broken]]:
+    """The images whose headers are sound, of one size, and all headers; their classes are not numbered yet.
+
+    Raises:
+        UserError: they have several sizes, and ``data.size`` is not set.
+    """
+    headers = _in_threads(config.name, "headers of", lambda row: _header(shelf, row), range(len(items)))
+    rows = np.flatnonzero([isinstance(header, Header) for header in headers])
+    sound = [header for header in headers if isinstance(header, Header)]
+    if config.size is None:
+        for row, header in zip(rows.tolist(), sound, strict=True):
+            if sorted(header.size) != sorted(sound[0].size):  # EXIF may yet turn them
+                _refuse_sizes(config.name, items[rows[0]].name, sound[0].size, items[row].name, header.size)
+    channels = config.channels or (1 if all(header.mode in GREY for header in sound) else 3)
+    width, height = (config.size, config.size) if config.size else sound[0].size if sound else (0, 0)
+    sides = (height, width, channels)
+    return Pictures(config.name, shelf, rows, np.zeros_like(rows), sides, config.size, config.skip_broken), headers
+
+
+def _streamed(config: DataConfig, pictures: Pictures) -> bool:
+    """Whether memory does not hold the images, or is not to.
+
+    Raises:
+        UserError: it does not, and each is too large by itself.
+    """
+    much = "" if config.stream else _too_much(pictures)
+    if not much:
+        return config.stream
+    if config.size is None and math.prod(pictures.sides[:2]) > LARGEST_STREAMED:
+        raise UserError(f"{much}; set data.size=224, or another side to resize them to while they are streamed")
+    say(f"{much}: they are streamed")
+    return True
+
+
+def _too_much(pictures: Pictures) -> str:
+    """What is said of images that memory does not hold; empty where it does."""
+    taken, limit = math.prod(pictures.shape), memory() // 2  # they are held twice: as they are, and padded
+    if taken <= limit:
+        return ""
+    sides = "x".join(map(str, pictures.sides))
+    return f"{pictures.what}: {len(pictures):,} images of {sides} take {taken:,} bytes, over half of this machine's memory ({limit:,})"
+
+
+def _decoded(pictures: Pictures, headers: Sequence[Header | Broken]) -> list[Images | Broken]:
+    """Every image, in the order of the headers."""
+
+    def read(row: int) -> Images | Broken:
+        shelf, channels = pictures.shelf, pictures.sides[2]
+        image = or_broken(shelf.name(row), lambda: np.asarray(pictures.middle(shelf.image(row, channels))))
+        return image if isinstance(image, Broken) else image.reshape(*image.shape[:2], channels)
+
+    found = iter(_in_threads(pictures.what, "decoded", read, pictures.rows.tolist()))
+    return [header if isinstance(header, Broken) else next(found) for header in headers]
+
+
+def _sound(config: DataConfig, read: Sequence[Header | Images | Broken]) -> Labels:
+    """The rows that could be read.
+
+    Raises:
+        UserError: not all, and ``data.skip_broken`` is not set.
+    """
+    what, broken = config.name, [found for found in read if isinstance(found, Broken)]
+    kept = np.flatnonzero([not isinstance(found, Broken) for found in read])
+    if broken:
+        named = some(f"{name} ({why})" for name, why in broken)
+        told = f"{what}: {len(broken):,} of {len(read):,} images can't be read: {named}"
+        if not config.skip_broken:
+            raise UserError(f"{told}; mend or remove them, or skip them with --set data.skip_broken=true")
+        say(f"{told}; skipped")
+    return kept
+
+
+def _same_size(what: str, items: Sequence[Item], read: Sequence[Header | Images | Broken], row: int) -> Images:
+    """A decoded image.
+
+    Raises:
+        UserError: its size is another than the first one's.
+    """
+    (first, its), image = next((row, image) for row, image in enumerate(read) if isinstance(image, np.ndarray)), read[row]
+    assert isinstance(image, np.ndarray)
+    if image.shape != its.shape:
+        _refuse_sizes(what, items[first].name, its.shape[1::-1], items[row].name, image.shape[1::-1])
+    return image
+
+
+def _numbered(labels: Sequence[str], order: Sequence[str]) -> tuple[Labels, tuple[str, ...]]:
+    """Each image's class as a number, and the classes' names in that order."""
+    present = set(labels)
+    names = tuple(name for name in order if name in present) or tuple(sorted(present))
+    numbers = {name: number for number, name in enumerate(names)}
+    return np.array([numbers[label] for label in labels], dtype=np.int64), names
+
+
+def _refuse_gaps(what: str, items: Sequence[Item]) -> None:
+    """Every class has images to train and to test on, and there are two classes."""
+    names = sorted({item.label for item in items})
+    if len(names) < 2:
+        raise UserError(f"{what}: {f'a single class, {names[0]!r}' if names else 'no image is left'}; a classifier needs two")
+    counts = Counter((item.label, item.split) for item in items)
+    splits = sorted({item.split for item in items}, key=("", *SPLITS).index)
+    if splits == [""]:
+        single = [name for name in names if counts[name, ""] < 2]
+        if single:
+            raise UserError(f"{what}: class {single[0]!r} has a single image; it needs one to train on and one to test on")
+        return
+    if "train" not in splits or len(splits) < 2:
+        raise UserError(f"{what}: every image is {splits[0]}; there must be train and test (or val), or no split at all")
+    for name in names:
+        for split in splits:
+            if not counts[name, split]:
+                raise UserError(f"{what}: class {name!r} has no {split} image; every class needs images of {' and '.join(splits)}")
+
+
+def _fifth(labels: Labels, keys: Sequence[bytes]) -> npt.NDArray[np.bool_]:
+    """Which images are test: of each class a fifth, rounded half up and one at least, by the order of their keys."""
+    tested = np.zeros(len(labels), dtype=np.bool_)
+    for label in np.unique(labels):
+        places = sorted(np.flatnonzero(labels == label).tolist(), key=keys.__getitem__)
+        tested[places[: max(1, (2 * len(places) + TEST_PART) // (2 * TEST_PART))]] = True
+    return tested
+
+
+def _key(shelf: Encoded, row: int, *, content: bool) -> bytes:
+    """SHA-256 of a file or, where not all can be read again, of its name."""
+    if not content:
+        return hashlib.sha256(os.fsencode(shelf.name(row))).digest()
+    with shelf.open(row) as file:
+        return hashlib.sha256(file.read()).digest()
+
+
+def _refuse_sizes(what: str, first: str, its: Sequence[int], other: str, size: Sequence[int]) -> None:
+    """Images of two sizes, width and height in pixels, are refused."""
+    one, another = ("x".join(map(str, sides)) for sides in (its, size))
+    raise UserError(
+        f"{what}: its images have several sizes ({first} is {one}, {other} {another}); set data.size=64, or another side to resize them to"
+    )
+
+
+def _header(shelf: Encoded, row: int) -> Header | Broken:
+    def read() -> Header:
+        with shelf.open(row) as file, Image.open(file, formats=FORMATS) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"mode {image.mode}, not 8 bits a channel")
+            if image.width * image.height > LARGEST_IMAGE:
+                raise ValueError(f"{image.width}x{image.height} pixels; at most {LARGEST_IMAGE:,} are read")
+            return Header(image.size, image.mode)
+
+    return or_broken(shelf.name(row), read)
+
+
+def _in_threads(what: str, done: str, work: Callable[[int], T], rows: Sequence[int]) -> list[T]:
+    """``work`` of every row; a line on stderr every few seconds."""
+    last = time.monotonic()
+
+    def tell(count: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PROGRESS_SECONDS and count < len(rows):
+            say(f"{what}: {done} {count:,} of {len(rows):,} images")
+            last = time.monotonic()
+
+    return in_threads(work, rows, tell)
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few names, and how many there are beside them."""
+    shown = list(names)
+    more = f" and {len(shown) - NAMED:,} more" if len(shown) > NAMED else ""
+    return ", ".join(shown[:NAMED]) + more
+
+
+def say(line: str) -> None:
+    """A line on stderr."""
+    print(printable(line), file=sys.stderr, flush=True)

@@ -1,0 +1,186 @@
+"""Hugging Face data sets: ``hf:NAME``, ``hf:NAME:CONFIG``, or ``hf:PATH`` of what ``save_to_disk`` wrote."""
+
+from __future__ import annotations
+
+import io
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import Image
+
+from ..checks import UserError, did_you_mean, first_line
+from ..config import DataConfig
+from .files import OTHER_WORDS, SPLITS, Item, assemble, say, some
+from .images import ImageData
+from .pictures import decode
+
+TAIL = 64  # bytes of an image's file that its identity covers
+IMAGE_NAMES = ("image", "img")
+LABEL_NAMES = ("label", "labels", "fine_label")
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The image column of some tables, their rows counted on from one to the next."""
+
+    names: tuple[str, ...]
+    tables: tuple[Any, ...]  # datasets.Dataset in the format arrow, which gives an image's file as it is stored
+    column: str
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(len(table) for table in self.tables))
+
+    def _at(self, row: int) -> tuple[int, int]:
+        table = bisect_right(self._ends, row)
+        return table, row - (self._ends[table - 1] if table else 0)
+
+    def name(self, row: int) -> str:  # noqa: D102
+        table, own = self._at(row)
+        return f"{self.names[table]}/{own}"
+
+    def identity(self, row: int) -> str:
+        """Name, bytes, and the last of them, for a name is but a number."""
+        with self.open(row) as file:
+            size = file.seek(0, io.SEEK_END)
+            file.seek(-min(size, TAIL), io.SEEK_END)
+            return f"{self.name(row)}\0{size}\0{file.read().hex()}"
+
+    def open(self, row: int) -> BinaryIO:  # noqa: D102
+        import pyarrow
+
+        table, own = self._at(row)
+        cell = self.tables[table][own].column(self.column)[0]
+        if not cell.is_valid:
+            raise ValueError("the row has no image")
+        if cell["bytes"].is_valid:
+            file: BinaryIO = pyarrow.BufferReader(cell["bytes"].as_buffer())  # in its place: a header costs no copy of the file
+            return file
+        return Path(cell["path"].as_py()).open("rb")
+
+    def image(self, row: int, channels: int) -> Image.Image:  # noqa: D102
+        with self.open(row) as file:
+            return decode(file, channels)
+
+
+def read_hub(config: DataConfig) -> ImageData:
+    """Images of a Hugging Face data set.
+
+    Its splits are train, and test or else validation; of train alone a fifth of each class is test, by the SHA-256 of ``train/ROW``. A
+    test split whose labels are hidden (-1) is not read. The images are the column of type Image, the classes ``data.label`` or the
+    column of type ClassLabel, whose names are kept, or integers named label, labels or fine_label. All else is as of ``read_folder``.
+
+    Raises:
+        UserError: datasets is not installed, no such data set, no network, or no such columns; and what ``assemble`` refuses.
+    """
+    what = config.name
+    if find_spec("datasets") is None:
+        raise UserError(f"{what}: hf:NAME needs datasets, which is not installed: pip install datasets")
+    name, found = _opened(what)
+    splits = _splits(what, found)
+    features = next(iter(splits.values())).features
+    image, label = _image_column(what, features), _label_column(what, features, config.label)
+    labels = {split: table.with_format(None)[label][:] for split, table in splits.items()}
+    if "test" in splits and "val" in splits:
+        hidden = _hidden(labels["test"])
+        say(f"{what}: {'val is read, test is not, for its labels are hidden' if hidden else 'test is read, val is not'}")
+        del splits["test" if hidden else "val"]
+    items = list(_items(what, splits, labels, features[label]))
+    tables = Tables(
+        tuple(split or "train" for split in splits),
+        tuple(table.select_columns([image]).with_format("arrow") for table in splits.values()),
+        image,
+    )
+    return assemble(config, name, items, tables, classes=_classes(features[label], items), by_content=False)
+
+
+def _opened(what: str) -> tuple[str, Mapping[str, Any]]:
+    """A name for tables, and the splits."""
+    import datasets
+
+    given = what.removeprefix("hf:")
+    path = Path(given).expanduser()
+    local = path.is_dir()
+    if not given or (not local and given.startswith(("/", ".", "~"))):
+        raise UserError(f"{what}: no such folder; write hf:NAME, hf:NAME:CONFIG, or hf:PATH of what save_to_disk wrote")
+    name, _, variant = given.partition(":")
+    try:
+        found = datasets.load_from_disk(str(path)) if local else datasets.load_dataset(name, variant or None)
+    except Exception as error:  # of the network, of the hub, of Arrow
+        cure = "name a folder that save_to_disk wrote" if local else "is it spelt right, and is there a network?"
+        raise UserError(f"{what}: can't be opened ({first_line(error)}); {cure}") from None
+    return path.resolve().name if local else given.replace("/", "_").replace(":", "_"), found if isinstance(found, dict) else {"": found}
+
+
+def _splits(what: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are read, by our names; a single one has none."""
+    splits = {OTHER_WORDS.get(str(name), str(name)): table for name, table in found.items()}
+    left_out = [name for name in splits if name not in (*SPLITS, "")]
+    if left_out and len(left_out) < len(splits):
+        say(f"{what}: left out, as neither train nor test: {some(left_out)}")
+    splits = {name: table for name, table in splits.items() if name not in left_out}
+    if "train" not in splits and "" not in splits:
+        raise UserError(f"{what}: its splits are {', '.join(map(str, found)) or 'none'}; it needs train")
+    return {"": splits["train"]} if list(splits) == ["train"] else splits
+
+
+def _image_column(what: str, features: Mapping[str, Any]) -> str:
+    import datasets
+
+    there = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    named = [name for name in there if name in IMAGE_NAMES]
+    if len(there) == 1 or len(named) == 1:
+        return (there if len(there) == 1 else named)[0]
+    raise UserError(f"{what}: its columns are {_columns(features)}; it needs one of type Image, or of several one named image")
+
+
+def _label_column(what: str, features: Mapping[str, Any], wanted: str | None) -> str:
+    import datasets
+
+    def kind(name: str) -> str:
+        found = features[name]
+        return "ClassLabel" if isinstance(found, datasets.ClassLabel) else str(getattr(found, "dtype", ""))
+
+    if wanted is not None:
+        if wanted not in features:
+            raise UserError(f"{what}: data.label={wanted} is no column of it: {did_you_mean(wanted, features)}")
+        if kind(wanted) != "ClassLabel" and not kind(wanted).startswith(("int", "uint", "string")):
+            raise UserError(f"{what}: data.label={wanted} is a column of {kind(wanted)}; classes are a ClassLabel, integers or strings")
+        return wanted
+    there = [name for name in features if kind(name) == "ClassLabel" or (name in LABEL_NAMES and kind(name).startswith(("int", "uint")))]
+    named = [name for name in there if name in LABEL_NAMES]
+    if len(there) == 1 or len(named) == 1:
+        return (there if len(there) == 1 else named)[0]
+    raise UserError(f"{what}: its columns are {_columns(features)}; name the one with the classes by --set data.label=COLUMN")
+
+
+def _columns(features: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} ({type(kind).__name__ if type(kind).__name__ != 'Value' else kind.dtype})" for name, kind in features.items())
+
+
+def _hidden(labels: Sequence[Any]) -> bool:
+    return any(label is None or (isinstance(label, int) and label < 0) for label in labels)
+
+
+def _items(what: str, splits: Iterable[str], labels: Mapping[str, Sequence[Any]], kind: Any) -> Iterator[Item]:
+    names = getattr(kind, "names", None)
+    for split in splits:
+        for row, label in enumerate(labels[split]):
+            name = f"{split or 'train'}/{row}"
+            if label is None or (names and label < 0):
+                raise UserError(f"{what}: {name} has no label ({label}); leave such rows out, or choose another column by data.label")
+            yield Item(name, str(names[label] if names else label), split)
+
+
+def _classes(kind: Any, items: Sequence[Item]) -> Sequence[str]:
+    """The order of the classes: that of a ClassLabel, or of the numbers."""
+    if names := getattr(kind, "names", None):
+        return list(names)
+    labels = {item.label for item in items}
+    return sorted(labels, key=int) if str(kind.dtype).startswith(("int", "uint")) else sorted(labels)

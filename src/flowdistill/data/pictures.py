@@ -1,0 +1,217 @@
+"""Images that are decoded when they are asked for, one by one: of files, of the rows of a table, or of an array."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..checks import UserError, first_line, regular_file
+
+T = TypeVar("T")
+Images = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not all that Pillow knows: EPS would start another program
+LARGEST_IMAGE = 1 << 27  # pixels
+BATCH = 64  # images that a thread takes at once
+
+
+class Broken(NamedTuple):
+    """An image that can't be read, and why."""
+
+    name: str
+    why: str
+
+
+class Shelf(Protocol):
+    """Where images lie, by row. It travels to the processes that decode."""
+
+    def name(self, row: int) -> str:
+        """As messages name an image."""
+
+    def identity(self, row: int) -> str:
+        """What tells an image from another before it is decoded."""
+
+    def image(self, row: int, channels: int) -> Image.Image:
+        """The image upright, grey or RGB. Raises anything where it can't be read."""
+
+
+class Encoded(Shelf, Protocol):
+    """A shelf of image files, on disk or elsewhere."""
+
+    def open(self, row: int) -> BinaryIO:
+        """An image's file."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Image files of one folder. ``names``, encoded as the system does, are relative to it."""
+
+    root: str
+    names: npt.NDArray[np.bytes_]  # an array, for a list would be copied into every process
+
+    def path(self, row: int) -> Path:
+        """Where a file is."""
+        return Path(self.root, self.name(row))
+
+    def name(self, row: int) -> str:  # noqa: D102
+        return os.fsdecode(self.names[row])
+
+    def identity(self, row: int) -> str:
+        """Name and bytes."""
+        return f"{self.name(row)}\0{self.path(row).stat().st_size}"
+
+    def open(self, row: int) -> BinaryIO:  # noqa: D102
+        return regular_file(self.path(row), self.name(row)).open("rb")
+
+    def image(self, row: int, channels: int) -> Image.Image:  # noqa: D102
+        with self.open(row) as file:
+            return decode(file, channels)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The images of an array uint8 [N, H, W, C], grey or RGB."""
+
+    array: Images
+
+    def name(self, row: int) -> str:  # noqa: D102
+        return f"image {row}"
+
+    def identity(self, row: int) -> str:  # noqa: D102
+        return self.name(row)
+
+    def image(self, row: int, channels: int) -> Image.Image:  # noqa: D102
+        return Image.fromarray(self.array[row, ..., 0] if channels == 1 else self.array[row])
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Images of a data set that are not held in memory. Indexed, they are decoded as they are evaluated: uint8 [n, H, W, C].
+
+    Attributes:
+        what: the data set, as messages name it.
+        shelf, rows: where they lie.
+        labels: [n] their classes.
+        sides: (H, W, C) of one.
+        size: the short side that they are resized to before the middle is cut out; None where they are taken as they are.
+        skip_broken: one that can't be decoded is replaced by the next of its class, and not refused.
+    """
+
+    what: str
+    shelf: Shelf
+    rows: Labels
+    labels: Labels
+    sides: tuple[int, int, int]
+    size: int | None = None
+    skip_broken: bool = False
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, H, W, C), as an array's."""
+        return len(self.rows), *self.sides
+
+    def __getitem__(self, places: slice | npt.NDArray[np.int64]) -> Images:
+        with quiet():
+            return np.stack(in_threads(lambda place: self.shown(place, self.middle)[0], np.arange(len(self))[places].tolist()))
+
+    def part(self, places: Labels) -> Pictures:
+        """Those at these places."""
+        return replace(self, rows=self.rows[places], labels=self.labels[places])
+
+    def middle(self, image: Image.Image) -> Image.Image:
+        """An image as it is evaluated."""
+        return image if self.size is None else square(image, self.size)
+
+    def shown(self, place: int, show: Callable[[Image.Image], Image.Image]) -> tuple[Images, list[str]]:
+        """What ``show`` makes of an image, uint8 [H, W, C], and the names of those that could not be decoded in its place.
+
+        Raises:
+            UserError: it can't be decoded, or has other sides than its header said.
+        """
+        passed: list[Broken] = []
+        for other in self._in_place_of(place):
+            found = or_broken(self.shelf.name(self.rows[other]), lambda: self._pixels(self.rows[other], show))  # noqa: B023
+            if not isinstance(found, Broken):
+                return found, [broken.name for broken in passed]
+            passed.append(found)
+            if not self.skip_broken:
+                break
+        name, why = passed[0]
+        cure = "no image of its class can be" if self.skip_broken else "mend it, or replace such images with --set data.skip_broken=true"
+        raise UserError(f"{self.what}: {name} can't be decoded ({why}); {cure}")
+
+    def _pixels(self, row: int, show: Callable[[Image.Image], Image.Image]) -> Images:
+        pixels = np.asarray(show(self.shelf.image(row, self.sides[2])))
+        pixels = pixels.reshape(*pixels.shape[:2], self.sides[2])
+        if pixels.shape != self.sides:
+            raise ValueError(f"{pixels.shape[1]}x{pixels.shape[0]} pixels where others have {self.sides[1]}x{self.sides[0]}")
+        return pixels
+
+    def _in_place_of(self, place: int) -> Iterator[int]:
+        """An image's place, then those after it of its class, and round again."""
+        yield place
+        alike = np.flatnonzero(self.labels == self.labels[place])
+        yield from alike[alike > place].tolist()
+        yield from alike[alike < place].tolist()
+
+
+def decode(file: BinaryIO, channels: int) -> Image.Image:
+    """An image file: turned as its EXIF says, grey or RGB."""
+    with Image.open(file, formats=FORMATS) as opened:
+        return ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
+
+
+def square(image: Image.Image, size: int) -> Image.Image:
+    """The middle of an image whose short side is resized to ``size``: the pixels of torchvision's Resize and CenterCrop."""
+    width, height = (size * side // min(image.size) for side in image.size)
+    if width * height > LARGEST_IMAGE:
+        raise ValueError(f"{image.width}x{image.height} pixels, too long and thin to be resized to {size}")
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+
+
+def or_broken(name: str, read: Callable[[], T]) -> T | Broken:
+    """What is read, or why it can't be."""
+    try:
+        return read()
+    except UserError as error:  # regular_file's, which begins with the name
+        return Broken(name, str(error).removeprefix(f"{name}: "))
+    except UnidentifiedImageError:
+        return Broken(name, "no image of a known format")
+    except Exception as error:  # Pillow raises anything on junk
+        return Broken(name, first_line(error))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without Pillow's warnings, on metadata and sizes; what can't be decoded is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def in_threads(work: Callable[[int], T], numbers: Sequence[int], tell: Callable[[int], None] = lambda _: None) -> list[T]:
+    """``work`` of every number, in order. ``tell`` hears every now and then how many are done."""
+    pool, results = ThreadPoolExecutor(os.cpu_count()), list[T]()
+    batches = [numbers[start : start + BATCH] for start in range(0, len(numbers), BATCH)]
+    try:
+        for batch in pool.map(lambda batch: [work(number) for number in batch], batches):
+            results += batch
+            tell(len(results))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return results

@@ -156,7 +156,7 @@ def _root(
 ) -> None: ...
 
 
-def _launch(
+def _described(
     chosen: dict[str, Any],
     methods: str | None,
     *,
@@ -169,24 +169,12 @@ def _launch(
     freeze: FreezeOption = None,
     label_smoothing: LabelSmoothingOption = None,
     precision: PrecisionOption = None,
-    device: DeviceOption = "auto",
-    engine: EngineOption = EngineName.auto,
-    workers: WorkersOption = None,
-    deterministic: DeterministicOption = False,
     holdout: HoldoutOption = False,
-    again: AgainOption = False,
-    dry_run: DryRunOption = False,
     recipe: RecipeOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
-    runs: RunsOption = Path("runs"),
-) -> int:
-    """Train what the options describe: one run for each method and seed."""
-    from .device import resolve_device
-    from .report.progress import Bars
-    from .runner import dry_run as preview
-    from .runner import run
-
+) -> list[RunConfig]:
+    """What the options describe: a run for each method and seed."""
     chosen |= {"data.name": dataset, "train.epochs": epochs, "train.lr": lr, "train.batch_size": batch_size}
     chosen |= {"train.label_smoothing": label_smoothing, "train.precision": precision.value if precision else None}
     chosen |= {"split": "holdout" if holdout else None, "init_from": init_from, "train.freeze": freeze}
@@ -204,7 +192,26 @@ def _launch(
         for place, share in enumerate(shares):
             for below in chosen_recipe.of_run(_in_full(share["method"]), teacher, student):
                 shares[place] = _over(below, shares[place])
-    configs = [parsed for share in shares for parsed in _seeded(share, seeds)]
+    return [parsed for share in shares for parsed in _seeded(share, seeds)]
+
+
+def _launch(
+    configs: list[RunConfig],
+    *,
+    device: DeviceOption = "auto",
+    engine: EngineOption = EngineName.auto,
+    workers: WorkersOption = None,
+    deterministic: DeterministicOption = False,
+    again: AgainOption = False,
+    dry_run: DryRunOption = False,
+    runs: RunsOption = Path("runs"),
+) -> int:
+    """Train these runs."""
+    from .device import resolve_device
+    from .report.progress import Bars
+    from .runner import dry_run as preview
+    from .runner import run
+
     where, ledger = resolve_device(device), Ledger(runs, create=True)
     if dry_run:
         found = preview(configs, ledger, where, engine.value, workers)
@@ -217,24 +224,35 @@ def _launch(
     return _print_done(done)
 
 
-def _training_command(command: Callable[..., int]) -> Callable[..., int]:
-    """A command with options of its own, and those of every training, which it hands to ``_launch``."""
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    shared = [p for p in inspect.signature(_launch, eval_str=True).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own, *shared)]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    return app.command()(command)
+def _with_options_of(*functions: Callable[..., Any]) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """A command with options of its own, and those of these functions, which it gets in a mapping."""
+
+    def command(own: Callable[..., int]) -> Callable[..., int]:
+        named = [p for p in inspect.signature(own, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        for function in functions:
+            named += [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in named]
+        own.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        own.__annotations__ = {p.name: p.annotation for p in parameters}
+        return app.command()(own)
+
+    return command
 
 
-@_training_command
-def train(model: Annotated[str | None, typer.Option(help="A model's name; flowdistill models lists them.")] = None, **shared: Any) -> int:
+def _split(given: dict[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
+    """Of the options those of a function, which are taken out."""
+    return {name: given.pop(name) for name in inspect.signature(function).parameters if name in given}
+
+
+@_with_options_of(_described, _launch)
+def train(model: Annotated[str | None, typer.Option(help="A model's name; flowdistill models lists them.")] = None, **given: Any) -> int:
     """Train networks on the labels alone: teachers and baselines."""
-    return _launch({"student": model, "method": "base"}, "base", **shared)
+    launching = _split(given, _launch)
+    return _launch(_described({"student": model, "method": "base"}, "base", **given), **launching)
 
 
-@_training_command
-def distill(
+def _pair(
+    *,
     method: Annotated[str | None, typer.Option(help="Methods, with + for a composition and commas between runs: base,fsp,at+kd.")] = None,
     student: Annotated[str | None, typer.Option(help="Model name, run number, weights file or MODEL@FILE.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Likewise; by name, a trained one is chosen from the ledger.")] = None,
@@ -244,12 +262,30 @@ def distill(
         str | None,
         typer.Option(help="Images without labels to learn from the teacher on: folder:PATH, files in any folders, or npz:PATH with key x."),
     ] = None,
-    **shared: Any,
-) -> int:
-    """Train students with a teacher: one run for each method and seed."""
+    **given: Any,
+) -> list[RunConfig]:
+    """A student with a teacher, and what else the options describe."""
     tables = {"taps.student": student_taps, "taps.teacher": teacher_taps}
     taps = {key: read_taps(path) for key, path in tables.items() if path is not None}
-    return _launch({"student": student, "teacher": teacher, "data.unlabelled": unlabelled, **taps}, method, **shared)
+    return _described({"student": student, "teacher": teacher, "data.unlabelled": unlabelled, **taps}, method, **given)
+
+
+@_with_options_of(_pair, _described, _launch)
+def distill(**given: Any) -> int:
+    """Train students with a teacher: one run for each method and seed."""
+    launching = _split(given, _launch)
+    return _launch(_pair(**given), **launching)
+
+
+@_with_options_of(_pair, _described)
+def doctor(device: DeviceOption = "auto", format_: FormatOption = TableFormat.table, runs: RunsOption = Path("runs"), **given: Any) -> int:
+    """Before hours of training, in seconds: the teacher's answers, taps, gradients, time and memory, and what looks wrong."""
+    from .device import resolve_device
+    from .runner.doctor import Finding, examine
+
+    findings = examine(_pair(**given), Ledger(runs, create=True), resolve_device(device))
+    print(tables.render([finding._asdict() for finding in findings], format_.value, Finding._fields))
+    return 1 if any(finding.verdict == "wrong" for finding in findings) else 0
 
 
 @app.command()

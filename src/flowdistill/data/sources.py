@@ -18,7 +18,6 @@ from ..config import DataConfig
 from ..env import memory
 from ..registry import Registry
 from .folders import read_csv, read_folder, read_unlabelled
-from .given import recall
 from .hub import read_hub
 from .images import ImageData, Images, Labels, Unlabelled, part
 
@@ -64,6 +63,8 @@ def load(config: DataConfig) -> ImageData:
         UserError: unknown name, file missing or not valid, no network; in one line.
     """
     if config.given:
+        from .given import recall  # brings torch
+
         return recall(config.name)
     if config.name.startswith("npz:"):
         data = read_npz(Path(config.name.removeprefix("npz:")))

@@ -38,11 +38,12 @@ def draw(path: Path, student: Run, alone: Run, ledger: Ledger) -> str:
     data = load(parse_as(DataConfig, student.config["data"]))
     specs = {"student": resolve(str(student.no), ledger).spec(data.spec), "teacher": resolve(str(teacher.no), ledger).spec(data.spec)}
     fsp = FSP(student.config["options"]["fsp"], **specs)
-    normalise = Normalisation.measured(data.x_train, data.y_train).on(torch.device("cpu"))
+    normalisation = Normalisation.measured(data.x_train, data.y_train)
+    normalise = normalisation.on(torch.device("cpu"))
     image = normalise(torch.from_numpy(data.x_test[IMAGE : IMAGE + 1]))
     found: dict[str, list[Tensor]] = {}
     for name, run in {"teacher": teacher, "FSP student": student, "trained alone": alone}.items():
-        net = resolve(str(run.no), ledger).build(data.spec, taps=tuple(sorted(fsp.needs.student))).eval()
+        net = resolve(str(run.no), ledger).build(data.spec, taps=tuple(sorted(fsp.needs.student)), given=normalisation).eval()
         found[f"{name}, run {run.no}"] = _matrices(net(image).maps, fsp)
     _save(path, [_row(pair, [m[at] for m in found.values()], list(found)) for at, pair in enumerate(fsp.pairs)])
     return (

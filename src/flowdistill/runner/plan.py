@@ -139,6 +139,15 @@ def plan(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device, *, 
     Raises:
         UserError: the first config that can't be run.
     """
+    return [checked(job, ledger) for job in drafts(configs, ledger, device, stand_in=stand_in)]
+
+
+def drafts(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device, *, stand_in: bool = False) -> list[Job]:
+    """The jobs, before student and teacher were held together; they have no fingerprint.
+
+    Raises:
+        UserError: a network or the data can't be had.
+    """
     cheap = _with_peers([(config, _settled(config)) for config in configs])  # refused before the data, which may have to be downloaded
     students: dict[object, NetworkRef] = {}
     for config, _ in cheap:
@@ -196,7 +205,7 @@ def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[
             )
         student = as_configured(first_weights(config, ledger), config, "student").on(data)
         teacher = recorded_teacher(run, ledger)
-        job = _job(config, _settled(config), student, teacher, data, data_hash, _initial(student, data, config), ledger, device)
+        job = checked(_job(config, _settled(config), student, teacher, data, data_hash, _initial(student, data, config), device), ledger)
         if job.fingerprint != run.fingerprint:
             raise UserError(
                 f"run {run.no} can't be resumed: its teacher, its first weights, its unlabelled images or the version of its method is not "
@@ -284,7 +293,7 @@ def _planned(
     teacher = None
     if settled.uses_teacher and config.teacher is not None:
         teacher = as_configured(choose_teacher(config.teacher, wanted, ledger, stand_in=stand_in), config, "teacher")
-    return _job(config, settled, student, teacher, data, data_hash, init_hash, ledger, device)
+    return _job(config, settled, student, teacher, data, data_hash, init_hash, device)
 
 
 def _job(
@@ -295,7 +304,6 @@ def _job(
     data: ImageData,
     data_hash: str,
     init_hash: str,
-    ledger: Ledger,
     device: torch.device,
 ) -> Job:
     precision = resolve_precision(config.train.precision, device)
@@ -309,10 +317,20 @@ def _job(
             "weights": settled.weights,
         }
     )
-    peer = resolve(config.peer, ledger) if config.peer is not None else None
-    job = Job(resolved, data, data_hash, settled, student, teacher, precision, init_hash, "")
-    taps = _compared(job, job.method().needs)  # refuses a pair that can't work
-    fingerprint = _fingerprint(resolved, settled, student, teacher, data_hash, peer=peer, unlabelled=data.unlabelled, taps=taps)
+    return Job(resolved, data, data_hash, settled, student, teacher, precision, init_hash, "")
+
+
+def checked(job: Job, ledger: Ledger) -> Job:
+    """The job with its fingerprint.
+
+    Raises:
+        UserError: its method can't work with this pair.
+    """
+    peer = resolve(job.config.peer, ledger) if job.config.peer is not None else None
+    taps = _compared(job, job.method().needs)
+    fingerprint = _fingerprint(
+        job.config, job.settled, job.student, job.teacher, job.data_hash, peer=peer, unlabelled=job.data.unlabelled, taps=taps
+    )
     return replace(job, fingerprint=fingerprint)
 
 

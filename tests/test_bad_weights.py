@@ -122,7 +122,7 @@ STUDENTS: dict[str, tuple[Callable[[], bytes], str]] = {
     "data with more to it": (
         lambda: student(data={"name": "npz:it.npz", "bytes": 3}),
         f"{IT}: unknown key 'data.bytes': choose from: name, root, crop, pad, flip, randaugment, limit_train, "
-        "size, channels, skip_broken, stream, label",
+        "size, channels, skip_broken, unlabelled, stream, label",
     ),
     "a size that npz data has not": (
         lambda: student(data={"name": "npz:it.npz", "size": 3}),

@@ -174,6 +174,8 @@ def test_another_process_does_not_have_them(loaders: Any, keys: dict[str, Any], 
     here = command(keys["runs"].parent, "evaluate", "1", *runs)
     assert here.code == 2
     assert "was trained on a loader's images, which only training reads; Result.module() gives its network to Python" in here.err
+    with pytest.raises(UserError, match="was trained on a loader's images"):
+        result.export("safetensors")
     monkeypatch.setattr(given, "IN_MEMORY", {})
     for words in (["evaluate", "1"], ["card", "1"], ["export", "1", "--to", "safetensors"], ["resume", "2"], ["train", "--dataset", name]):
         said = command(keys["runs"].parent, *words, *runs)

@@ -186,6 +186,15 @@ def test_another_process_can_not_resume_it(keys: dict[str, Any], monkeypatch: py
     assert "was given from Python, and is in no file; give it from Python again" in said.err
 
 
+def test_what_this_process_has_it_exports(keys: dict[str, Any]) -> None:
+    result = flowdistill.train(Tied(), **keys)
+    path = result.export("torch-export", out=keys["runs"] / "it.pt2")
+    images = torch.randint(256, (2, 8, 8, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.export.load(path).module()(images).shape == (2, 10)
+    with pytest.raises(flowdistill.UserError, match="export to 'onx': did you mean 'onnx'"):
+        result.export("onx")
+
+
 class Extra(Tied):
     """A module whose state is not tensors alone."""
 

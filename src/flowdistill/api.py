@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .checks import UserError
+from .checks import UserError, did_you_mean
 from .config import validate
 from .data import given
 from .device import resolve_device
@@ -20,8 +20,9 @@ from .ledger import Ledger, Run
 from .models import Network
 from .models.foreign import adopt
 from .report.progress import Bars
-from .runner import Report, Watcher, load_network
+from .runner import Report, Watcher, export, load_network
 from .runner import run as run_configs
+from .runner.export import FORMATS
 from .runner.networks import STUDENT_FILE
 from .training.weights import hash_weights, save_weights
 
@@ -55,6 +56,16 @@ class Result:
     def module(self) -> nn.Module:
         """The trained network as a plain module, of the class that was given; one of this package is itself."""
         return self.student().release()
+
+    def export(self, to: str, *, out: str | os.PathLike[str] | None = None, int8: bool = False) -> Path:
+        """Write the network as ``onnx``, ``torch-export`` or ``safetensors``, beside the run's files or to ``out``; the file's path.
+
+        Raises:
+            UserError: as ``student``; a package is missing, or the run's images came from a loader.
+        """
+        if to not in FORMATS:
+            raise UserError(f"export to {to!r}: {did_you_mean(to, FORMATS)}")
+        return Path(export(self.folder / STUDENT_FILE, to, out=None if out is None else Path(out), int8=int8).file)
 
 
 Data = str | Mapping[str, Any] | Iterable[Any]

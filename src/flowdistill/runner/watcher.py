@@ -32,6 +32,8 @@ class Report:
 class Watcher:
     """This one is blind, but for what ``on_epoch`` sees. Nothing here may wait for the device."""
 
+    on_epoch: Callable[[Report], object] | None = None
+
     def __init__(self, on_epoch: Callable[[Report], object] | None = None) -> None:
         self.on_epoch = on_epoch
 

@@ -207,9 +207,9 @@ IMAGES, LABELS = torch.zeros(2, 1, 8, 8), torch.tensor([0, 1])
         (gives((IMAGES.byte(), LABELS)), "train_loader: it gives (uint8 [2, 1, 8, 8], int64 [2]); it must give"),
         (gives((IMAGES, LABELS.float())), "train_loader: it gives (float32 [2, 1, 8, 8], float32 [2]); it must give"),
         (gives((IMAGES[:, :, :4], LABELS)), "the loaders give images of 1x4x8 and of 1x8x8; give all one size"),
-        (gives((IMAGES, LABELS + 40)), "the loaders give label 41, of 10 classes; labels are 0 to 9, or give classes="),
+        (gives((IMAGES, LABELS + 40)), "the loaders give label 40, of 10 classes; labels are 0 to 9, or give classes="),
         (gives((IMAGES, LABELS - 1)), "the loaders give label -1, of 10 classes; labels are 0 to 9"),
-        (gives((IMAGES, LABELS), (IMAGES, LABELS + 40)), "the loaders give label 41, of 10 classes"),
+        (gives((IMAGES, LABELS), (IMAGES, LABELS + 40)), "the loaders give label 40, of 10 classes"),
         (gives((IMAGES, LABELS), (IMAGES[..., :4], LABELS)), "the loaders give images of 1x8x8 and of 1x8x4; give all one size"),
         (DataLoader(Endless()), "train_loader: its number of batches is not known (TypeError: "),
     ],
@@ -229,6 +229,13 @@ class Longer(list[Any]):
         return 1
 
 
+class Silent(list[Any]):
+    """Fewer than it says."""
+
+    def __len__(self) -> int:
+        return 3
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [
@@ -241,6 +248,8 @@ class Longer(list[Any]):
         ({"teacher": Tied(8), "method": "crd"}, "this method needs the labels of all training images, which a loader does not tell"),
         ({"teacher": Tied(8), "method": "nd"}, "this method needs all training images as they are, which a loader does not tell"),
         ({"teacher": "resnet14"}, "train one: flowdistill.train('resnet14', train_loader, val_loader, seed=100)"),
+        ({"val_loader": Silent()}, "val_loader: it gives no batch, though it has a length of 3; accuracy is measured on its images"),
+        ({"data": Silent([(IMAGES, LABELS)])}, "train_loader: it gave 1 batches in epoch 1, its length is 3; give it the right length"),
         (
             {"data": Longer([(IMAGES, LABELS)] * 2)},
             "train_loader: it gave more batches in epoch 1, its length is 1; give it the right length",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Subset
@@ -68,42 +69,52 @@ def adopt(train: Any, val: Any, classes: int | None = None) -> GivenData:
     Raises:
         UserError: a loader gives something else, or nothing.
     """
-    steps = _steps(train, TRAIN)
-    _steps(val, VAL)
-    first, _ = checked(next(drawn(train, 0, TRAIN, 0), None), TRAIN)
-    batches = [checked(batch, VAL) for batch in drawn(val, 0, VAL, 0)]
-    if not batches:
-        raise UserError(f"{VAL}: it gives no batch; accuracy is measured on its images")
-    labels, images = torch.cat([known for _, known in batches]).cpu(), batches[0][0]
+    steps, _ = _steps(train, TRAIN), _steps(val, VAL)
+    first, first_labels = checked(next(drawn(train, 0, TRAIN, 0), None), TRAIN)
+    size = _size(first)
+    shown, labels = _measured_on(val, size)
     names = next((names for names in map(_class_names, (train, val)) if names), ())
     count = classes or len(names) or int(labels.max()) + 1
-    _, *size = first.shape
+    for known in (first_labels, labels):
+        refuse_other_labels(known, count)
     n_train = len(train.dataset) if hasattr(getattr(train, "dataset", None), "__len__") else steps * len(first)
-    counts, described = (n_train, len(labels)), f"{_described(train)}\n{_described(val)}"
-    numbers = np.array([*counts, steps, len(first), count])
-    told = digest(labels.numpy(), images.float().cpu().numpy(), numbers, np.frombuffer(described.encode(), np.uint8))
-    nothing = np.empty((0, *size[1:], size[0]), np.uint8), np.full(n_train, NO_LABEL), np.empty(0, np.int64)
+    numbers = np.array([n_train, len(labels), steps, len(first), count])
+    described = np.frombuffer(f"{_described(train)}\n{_described(val)}".encode(), np.uint8)
+    told = digest(labels.numpy(), shown, numbers, described)
+    _, height, width = size
+    nothing = np.empty((0, height, width, size[0]), np.uint8)
     data = GivenData(
         name=f"{PREFIX}{told[:8]}",
-        x_train=nothing[0],
-        y_train=nothing[1],
-        x_test=nothing[0],
-        y_test=nothing[2],
+        x_train=nothing,
+        y_train=np.full(n_train, NO_LABEL),
+        x_test=nothing,
+        y_test=np.empty(0, np.int64),
         classes=count,
         pad=0,
         flip=False,
         class_names=names if len(names) == count else (),
         train=train,
         val=val,
-        size=(size[0], size[1], size[2]),
-        counts=counts,
+        size=size,
+        counts=(n_train, len(labels)),
         batch_size=len(first),
         told=told,
     )
-    for batch in ((first, checked(next(drawn(train, 0, TRAIN, 0)), TRAIN)[1]), *batches):
-        refuse_others(batch, data)
     IN_MEMORY[data.name] = data
     return data
+
+
+def _measured_on(val: Any, size: tuple[int, int, int]) -> tuple[npt.NDArray[np.float32], Tensor]:
+    """The first images of the test images' loader, and all labels."""
+    shown: npt.NDArray[np.float32] = np.empty(0, np.float32)
+    parts: list[Tensor] = []
+    for images, labels in (checked(batch, VAL) for batch in drawn(val, 0, VAL, 0)):
+        refuse_other_sizes(images, size)
+        shown = shown if parts else images.float().cpu().numpy()
+        parts.append(labels.cpu())
+    if not parts:
+        raise UserError(f"{VAL}: it gives no batch, though it has a length of {len(val)}; accuracy is measured on its images")
+    return shown, torch.cat(parts)
 
 
 def recall(name: str) -> GivenData:
@@ -175,19 +186,30 @@ def checked(batch: Any, what: str) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
-def refuse_others(batch: tuple[Tensor, Tensor], data: GivenData) -> None:
-    """Refuse another size, and labels beyond the classes; those that are on a device already are not waited for.
+def refuse_other_sizes(images: Tensor, size: tuple[int, int, int]) -> None:
+    """Refuse images of another size than the first.
 
     Raises:
-        UserError: the first of these.
+        UserError: they are.
     """
-    images, labels = batch
-    if tuple(images.shape[1:]) != data.size:
-        one, other = ("x".join(map(str, size)) for size in (data.size, images.shape[1:]))
+    if _size(images) != size:
+        one, other = ("x".join(map(str, sides)) for sides in (size, _size(images)))
         raise UserError(f"the loaders give images of {one} and of {other}; give all one size")
-    if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < data.classes:
-        wrong = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
-        raise UserError(f"the loaders give label {wrong}, of {data.classes} classes; labels are 0 to {data.classes - 1}, or give classes=")
+
+
+def refuse_other_labels(labels: Tensor, classes: int) -> None:
+    """Refuse labels beyond the classes; those that are on a device already are not waited for.
+
+    Raises:
+        UserError: the first of them.
+    """
+    if labels.device.type == "cpu" and len(wrong := labels[(labels < 0) | (labels >= classes)]):
+        raise UserError(f"the loaders give label {int(wrong[0])}, of {classes} classes; labels are 0 to {classes - 1}, or give classes=")
+
+
+def _size(images: Tensor) -> tuple[int, int, int]:
+    _, channels, height, width = images.shape
+    return channels, height, width
 
 
 def _dataset(loader: Any) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checks import UserError
 from ..taps import Batch
-from .given import TRAIN, VAL, GivenData, checked, drawn, refuse_others
+from .given import TRAIN, VAL, GivenData, checked, drawn, refuse_other_labels, refuse_other_sizes
 from .normalisation import Normalisation
 
 WHOLE = "which a loader does not tell; choose another method, or give the data by name"
@@ -103,7 +103,8 @@ class GivenStream:
 
 def _placed(batch: tuple[Tensor, Tensor], data: GivenData, device: torch.device) -> tuple[Tensor, Tensor]:
     """A batch on the device, float32 in channels_last memory."""
-    refuse_others(batch, data)
     images, labels = batch
+    refuse_other_sizes(images, data.size)
+    refuse_other_labels(labels, data.classes)
     on_device = images.to(device, torch.float32, non_blocking=True).contiguous(memory_format=torch.channels_last)
     return on_device, labels.to(device, torch.int64, non_blocking=True)

@@ -19,6 +19,7 @@ M = TypeVar("M", bound=BaseModel)
 
 LARGEST_FILE = 1_000_000  # bytes of a config
 MOST_EPOCHS = 1_000_000
+LOADER = "loader:"  # before the hash of loaders that were given from Python
 
 Crop = Literal["shift", "resized"]
 Role = Literal["student", "teacher"]
@@ -61,7 +62,7 @@ class DataConfig(Frozen):
     @property
     def given(self) -> bool:
         """Whether they come from loaders that were given from Python."""
-        return self.name.startswith("loader:")
+        return self.name.startswith(LOADER)
 
     @property
     def labelled(self) -> DataConfig:

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from ..checks import UserError, summary
+from ..config import LOADER
 from ..randomness import generator
 from ..taps import NO_LABEL, DataSpec
 from .images import ImageData, digest
 
-PREFIX = "loader:"
 TRAIN, VAL = "train_loader", "val_loader"
 IN_MEMORY: dict[str, GivenData] = {}
 
@@ -84,7 +84,7 @@ def adopt(train: Any, val: Any, classes: int | None = None) -> GivenData:
     _, height, width = size
     nothing = np.empty((0, height, width, size[0]), np.uint8)
     data = GivenData(
-        name=f"{PREFIX}{told[:8]}",
+        name=f"{LOADER}{told[:8]}",
         x_train=nothing,
         y_train=np.full(n_train, NO_LABEL),
         x_test=nothing,

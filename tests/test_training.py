@@ -359,6 +359,13 @@ def test_one_student_diverges_and_the_others_go_on(data: ImageData, small_npz: P
     assert weights_of(single) == weights_of(calm)
 
 
+def test_a_broken_weight_that_no_logit_shows_ends_a_run(data: ImageData, small_npz: Path) -> None:
+    cohort, (student,) = a_cohort(data, [config(small_npz, method="base", teacher="-")])
+    student.net.unused = torch.nn.Parameter(torch.tensor(float("nan")))
+    (report,) = train(cohort)
+    assert "diverged in epoch 1: a weight is not finite" in report.progress[student].error
+
+
 def test_a_cohort_whose_students_all_diverged_stops(data: ImageData, small_npz: Path) -> None:
     cohort, _ = a_cohort(data, [config(small_npz, method="fsp", teacher="-", weights={"fsp": 1e30}, train={"epochs": 5})])
     assert len(list(train(cohort))) == 1

@@ -197,7 +197,7 @@ def _measure(cohort: Cohort, epoch: int, epochs: int) -> dict[Student, Progress]
     found = cohort.engine.evaluate(students, cohort.data)
     figures = [teacher.drift() for teacher in teachers]
     for student, evaluation in zip(students, found, strict=True):
-        figures += [evaluation.correct, evaluation.probabilities.isfinite().all(), *student.sums.values()]
+        figures += [evaluation.correct, evaluation.probabilities.isfinite().all(), student.sound(), *student.sums.values()]
     values = iter(torch.stack([figure.float() for figure in figures]).tolist())
     for teacher in teachers:
         teacher.check_mode()
@@ -205,10 +205,11 @@ def _measure(cohort: Cohort, epoch: int, epochs: int) -> dict[Student, Progress]
             raise RuntimeError("a weight or a buffer of the teacher changed during training")
     progress = {}
     for student, evaluation in zip(students, found, strict=True):
-        correct, sound = int(next(values)), bool(next(values))
+        correct, answers, weights = int(next(values)), bool(next(values)), bool(next(values))
         terms = {term: next(values) / steps for term in student.sums}
         lr = student.learning_rate(epoch, epochs, steps - 1, steps)
-        progress[student] = Progress(terms, lr, correct, evaluation, "" if sound else "its logits are not finite")
+        broken = "its logits are not finite" * (not answers) or "a weight is not finite" * (not weights)
+        progress[student] = Progress(terms, lr, correct, evaluation, broken)
     return progress
 
 

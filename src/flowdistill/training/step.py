@@ -98,6 +98,10 @@ class Student:
                 momentum = torch.empty_like(parameter, requires_grad=False)
                 self.optimizer.state[parameter]["momentum_buffer"] = momentum.copy_(tensors[f"momentum.{number}"])
 
+    def sound(self) -> Tensor:
+        """Whether its weights are finite: a broken one need not show in the logits, behind a ReLU. A scalar that stays on the device."""
+        return torch.stack([parameter.detach().isfinite().all() for parameter in self.net.parameters()]).all()
+
     def trained(self) -> list[nn.Parameter]:
         """What the optimiser moves in this phase."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

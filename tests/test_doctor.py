@@ -38,10 +38,10 @@ def trained(small_npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("doctor") / "runs"
     ledger = Ledger(folder, create=True)
     inputs = {"student": PIXELS["teacher"]}
-    (done,) = run([config(small_npz, student="resnet14", seed=9, inputs=inputs, train={"epochs": 12, "batch_size": 16})], ledger, CPU)
+    (done,) = run([config(small_npz, student="resnet14", seed=9, inputs=inputs, train={"epochs": 9, "batch_size": 16})], ledger, CPU)
     ledger.close()
     assert done.accuracy is not None
-    assert done.accuracy > 80
+    assert done.accuracy > 70
     return folder
 
 
@@ -80,10 +80,10 @@ def folder(small_npz: Path, work: Path) -> Path:
     return work / "digits"
 
 
-def of_folder(path: Path, **keys: Any) -> RunConfig:
+def of_folder(path: Path, teacher: str, *, stream: bool | None = None) -> RunConfig:
     """kd on image files."""
-    one = config(path, method="kd", **keys)
-    return one.model_copy(update={"data": one.data.model_copy(update={"name": f"folder:{path}", "stream": keys.get("stream")})})
+    one = config(path, method="kd", teacher=teacher)
+    return one.model_copy(update={"data": one.data.model_copy(update={"name": f"folder:{path}", "stream": stream})})
 
 
 def told(found: list[Finding], check: str) -> tuple[str, str]:
@@ -122,7 +122,7 @@ def test_a_sound_plan(look: Look) -> None:
     assert told(found, "data")[1] == "small: 300 training and 150 test images 1x8x8, 10 classes"
     assert "parameters, the student has 0.4" in told(found, "teacher")[1]
     assert told(found, "teacher")[1].endswith("sees 1x8x8, its own mean [0] and std [1]")
-    assert re.fullmatch(r"resnet14: [89]\d\.\d% of 150 test images \(chance 1\d\.\d%\)", told(found, "answers")[1])
+    assert re.fullmatch(r"resnet14: [789]\d\.\d% of 150 test images \(chance 1\d\.\d%\)", told(found, "answers")[1])
     assert "stage1: layer1.0 16x8x8 <- layer1.1 16x8x8" in told(found, "fsp: taps")[1]
     assert told(found, "fsp: fsp")[1].startswith("weight 1: gradient ")
     assert told(found, "fsp: cost")[1].startswith("2 epochs: about 0:00:0")
@@ -153,11 +153,11 @@ def test_mistake_class_order_by_its_labels(look: Look, folder: Path, weights: di
     for order, verdict in (([1, 0, *range(2, 10)], "wrong"), (list(range(10)), "ok")):
         about = {"model": "resnet14", "labels": [labels[number] for number in order], "input": [1, 8, 8], "mean": [0.0], "std": [1.0]}
         save_weights(folder / "it.safetensors", reordered(weights, order), about)
-        found = told(look(of_folder(folder, teacher=str(folder / "it.safetensors"))), "answers")
+        found = told(look(of_folder(folder, str(folder / "it.safetensors"))), "answers")
         assert found[0] == verdict
     assert "%" in found[1]
     save_weights(folder / "it.safetensors", weights, about | {"labels": labels[::-1]})
-    assert told(look(of_folder(folder, teacher=str(folder / "it.safetensors"))), "answers") == (
+    assert told(look(of_folder(folder, str(folder / "it.safetensors"))), "answers") == (
         "wrong",
         "resnet14: class 'd9' where the data has 'd0'; wrong class order: number the classes as its training did",
     )
@@ -196,7 +196,7 @@ def test_mistake_a_method_that_wants_what_a_foreign_network_lacks(look: Look, wo
     found = look(student="nets.py:Tiny", method="ofd")
     assert wrong(found) == ["ofd: taps"]
     assert ".pre'" in told(found, "ofd: taps")[1]
-    assert wrong(look(student="nets.py:Tiny", method="at")) == []
+    assert wrong(look(student="nets.py:Tiny", method="at", weights={"at": 1.0})) == []
     foreign = look(teacher="nets.py:Tiny@tiny.pt")
     assert told(foreign, "teacher")[1].startswith("nets.py:Tiny (tiny.pt): 4")
     assert wrong(foreign) == ["answers"]
@@ -339,11 +339,11 @@ def test_uneven_classes(look: Look, small_npz: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "uneven.npz", **parts)
     verdict, said = told(look(data=tmp_path / "uneven.npz", method="base", teacher=None, train={"batch_size": 8}), "data")
     assert verdict == "look"
-    assert re.search(r"; uneven: 3 to 3\d training images a class$", said) or re.search(r"; uneven: \d+ to \d+ training", said)
+    assert re.search(r"10 classes; uneven: [23] to 3\d training images a class$", said)
 
 
 def test_streamed_images(look: Look, folder: Path) -> None:
-    found = look(of_folder(folder, teacher="1", stream=True))
+    found = look(of_folder(folder, "1", stream=True))
     assert wrong(found) == []
     assert told(found, "answers")[0] == "ok"
     assert told(found, "data")[1].startswith("digits: 300 training and 150 test images 1x8x8")

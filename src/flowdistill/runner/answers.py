@@ -26,7 +26,7 @@ from .plan import Job
 SAMPLE = 512  # images that a teacher is measured on, the same share of each class
 ERRORS = 3  # standard errors that tell an accuracy from chance
 GAIN = 0.1  # of accuracy that another normalisation or order of classes must bring, to be what is wrong
-KNOWN = 5  # times chance that a teacher of another order gets right: renaming makes up to 2 times of what an untrained one says
+KNOWN = 5  # times chance, or halfway from chance to all, that renaming must reach: it flatters even answers that know nothing
 SHOWN = 3  # of many classes, so many are named
 
 NORMALISATIONS = {

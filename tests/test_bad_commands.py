@@ -322,6 +322,11 @@ WRONG = [
         "--config junk.txt: neither TOML nor a JSON object (Expected '=' after a key in a key/value pair (at end of document))",
     ),
     ("distill --teacher resnet20 --dataset digits --runs", "Option '--runs' requires an argument (flowdistill --help)"),
+    ("distill --dataset digits --teacher resnet20 --student-taps none.csv", "taps none.csv: no such file"),
+    (
+        "distill --dataset digits --teacher resnet20 --teacher-taps junk.txt",
+        "taps junk.txt: no table with the columns name and module; write one with flowdistill taps MODEL --format csv",
+    ),
     # distill --set: what only a method has
     (
         "distill --teacher resnet20 --dataset digits --method fsp --set options.fsp.pool=min",
@@ -364,6 +369,48 @@ WRONG = [
     (
         "distill --teacher resnet20 --dataset digits --method fsp --set weights.at=1",
         "weights.at: method 'fsp' has no such term; choose from: task, fsp",
+    ),
+    # doctor: what it can look at has findings (tests/test_doctor.py); refused is what can't be understood, or no data or student
+    ("doctor --method ''", "--method is followed by nothing; give a value, or leave it out"),
+    ("doctor --dataset digits --teacher resnet20 --method kd,kd", "--method kd,kd names a method twice; each is trained once a seed"),
+    ("doctor --dataset digits --teacher resnet20 --student resnt8", "unknown model 'resnt8': did you mean 'resnet8'?"),
+    ("doctor --dataset digits --method kd --teacher=", "--teacher is followed by nothing; give a value, or leave it out"),
+    ("doctor --dataset digits --teacher resnet20 --student-taps none.csv", "taps none.csv: no such file"),
+    (
+        "doctor --dataset digits --teacher resnet20 --teacher-taps junk.txt",
+        "taps junk.txt: no table with the columns name and module; write one with flowdistill taps MODEL --format csv",
+    ),
+    (
+        "doctor --teacher resnet20 --method kd --dataset digits --unlabelled more",
+        "data.unlabelled='more': write folder:PATH (image files, below it in any folders) or npz:PATH (uint8 images under the key x)",
+    ),
+    ("doctor --teacher resnet20 --dataset digts", "unknown data set 'digts': did you mean 'digits'?"),
+    ("doctor --teacher resnet20 --dataset digits --seeds 1-", "--seeds '1-': '1-' is no seed; write numbers and ranges such as 0-2,5"),
+    ("doctor --teacher resnet20 --dataset digits --epochs 0", "train.epochs=0: input should be greater than or equal to 1"),
+    ("doctor --teacher resnet20 --dataset digits --lr inf", "train.lr=inf: input should be a finite number"),
+    ("doctor --teacher resnet20 --dataset digits --batch-size 0", "train.batch_size=0: input should be greater than or equal to 1"),
+    (
+        "doctor --teacher resnet20 --dataset digits --init-from resnet8",
+        "init_from=resnet8: a model's name has no weights; name a run or a weights file",
+    ),
+    (
+        "doctor --teacher resnet20 --dataset digits --freeze conv1,,bn1",
+        "train.freeze='conv1,,bn1': a name is empty; write names with commas between them, such as conv1,bn1,layer1",
+    ),
+    ("doctor --teacher resnet20 --dataset digits --label-smoothing 1", "train.label_smoothing=1.0: input should be less than 1"),
+    ("doctor --teacher resnet20 --dataset digits --precision bf8", "--precision='bf8': not one of 'auto', 'bf16', 'fp32'"),
+    ("doctor --teacher resnet20 --dataset digits --holdout=1", "Option '--holdout' does not take a value (flowdistill --help)"),
+    ("doctor --teacher resnet20 --dataset digits --recipe crdd", "unknown recipe 'crdd': did you mean 'crd'?"),
+    ("doctor --teacher resnet20 --dataset digits --config none.toml", "--config none.toml: no such file"),
+    ("doctor --teacher resnet20 --dataset digits --set train.momentun=0.9", "unknown key 'train.momentun': did you mean 'momentum'?"),
+    (
+        "doctor --teacher resnet20 --dataset digits --device tpu",
+        "--device 'tpu' is not available here; use auto, or what this machine has of cpu, cuda, mps",
+    ),
+    ("doctor --teacher resnet20 --dataset digits --format xls", "--format='xls': not one of 'table', 'md', 'csv', 'json'"),
+    (
+        "doctor --teacher resnet20 --dataset digits --runs junk.txt",
+        "junk.txt/ledger.db cannot be used as a ledger (junk.txt is a file); name another folder with --runs",
     ),
     # bench
     ("bench --pairs resnet8", "--pairs 'resnet8': write STUDENT:TEACHER, such as resnet8:resnet20"),
@@ -439,6 +486,13 @@ WRONG = [
     ("models resnet20", "Got unexpected extra argument(s) (resnet20) (flowdistill --help)"),
     ("models --format pdf", "--format='pdf': not one of 'table', 'md', 'csv', 'json'"),
     ("datasets --format pdf", "--format='pdf': not one of 'table', 'md', 'csv', 'json'"),
+    ("taps", "Missing argument 'model' (flowdistill --help)"),
+    ("taps resnt20", "unknown model 'resnt20': did you mean 'resnet20'?"),
+    ("taps resnet20 --size 0", "--size='0': input should be greater than or equal to 1"),
+    ("taps resnet20 --channels 0", "--channels='0': input should be greater than or equal to 1"),
+    ("taps resnet20 --classes 1", "--classes='1': input should be greater than or equal to 2"),
+    ("taps resnet20 --format xls", "--format='xls': not one of 'table', 'md', 'csv', 'json'"),
+    ("taps 1 --runs none", "no ledger in none: train something first (flowdistill demo), or name its folder with --runs"),
     # one run
     ("show", "Missing argument 'run' (flowdistill --help)"),
     ("show one", "run='one': input should be a valid integer, unable to parse string as an integer"),

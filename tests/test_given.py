@@ -213,7 +213,7 @@ IMAGES, LABELS = torch.zeros(2, 1, 8, 8), torch.tensor([0, 1])
         (gives((IMAGES, LABELS), (IMAGES[..., :4], LABELS)), "the loaders give images of 1x8x8 and of 1x8x4; give all one size"),
         (DataLoader(Endless()), "train_loader: its number of batches is not known (TypeError: "),
     ],
-    ids=str,
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
 def test_what_is_no_loader_of_images(loaders: Any, keys: dict[str, Any], train: Any, line: str) -> None:
     with pytest.raises(UserError) as caught:

@@ -281,9 +281,10 @@ def distill(**given: Any) -> int:
 def doctor(device: DeviceOption = "auto", format_: FormatOption = TableFormat.table, runs: RunsOption = Path("runs"), **given: Any) -> int:
     """Before hours of training, in seconds: the teacher's answers, taps, gradients, time and memory, and what looks wrong."""
     from .device import resolve_device
+    from .report.progress import Bars
     from .runner.doctor import Finding, examine
 
-    findings = examine(_pair(**given), Ledger(runs, create=True), resolve_device(device))
+    findings = examine(_pair(**given), Ledger(runs, create=True), resolve_device(device), Bars())
     print(tables.render([finding._asdict() for finding in findings], format_.value, Finding._fields))
     return 1 if any(finding.verdict == "wrong" for finding in findings) else 0
 

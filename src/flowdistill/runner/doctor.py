@@ -3,45 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from ..checks import UserError
 from ..config import RunConfig
-from ..data.images import ImageData, part
-from ..data.loader import place
-from ..data.normalisation import Normalisation
-from ..data.sources import stratified
-from ..data.supply import Supply
-from ..device import describe, peak_memory
+from ..data.images import ImageData
+from ..data.loader import DeviceData, place
+from ..device import describe, peak_memory, sensible_threads, threads
 from ..ledger import Ledger
 from ..models import Network
-from ..models.front import View, front
 from ..training.cohort import first_gradients, seconds_per_epoch
-from ..training.evaluate import predict
-from .assemble import GRADIENT_LIMIT, assemble
+from .answers import another_normalisation, another_order, ask, given, listed, sample
+from .assemble import GRADIENT_LIMIT
+from .estimate import unmeasured
 from .networks import NetworkRef
 from .pairing import told
 from .plan import Job, checked, drafts
+from .watcher import Watcher
 
-SAMPLE = 512  # test images that the teacher is measured on, the same share of each class
-ERRORS = 3  # standard errors that tell an accuracy from chance
-GAIN = 0.1  # of accuracy that another normalisation or order of classes must bring, to be what is wrong
 FEEBLE = 1e-3  # a term whose gradient is smaller than this, relative to the task's, does next to nothing
-SHOWN = 3  # of many classes, so many are named
-
-NORMALISATIONS = {
-    "ImageNet's": Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "pixels from 0 to 1": Normalisation((0.0,), (1.0,)),
-    "pixels from -1 to 1": Normalisation((0.5,), (0.5,)),
-    "pixels from 0 to 255": Normalisation((0.0,), (1 / 255,)),
-}
+UNEVEN = 10  # times as many images of one class as of another
 
 Verdict = Literal["ok", "look", "wrong"]
 
@@ -54,178 +40,176 @@ class Finding(NamedTuple):
     found: str
 
 
-class Answers(NamedTuple):
-    """What a network says of the sample: logits [N, K] and labels [N]."""
+def examine(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device, watcher: Watcher | None = None) -> list[Finding]:
+    """Look at the data, the networks, each teacher's answers, the taps, each term's first gradient, time and memory.
 
-    logits: npt.NDArray[np.float32]
-    labels: npt.NDArray[np.int64]
+    Trains and writes nothing. ``configs`` share data and student; of several seeds the teachers are looked at, and the methods once.
 
-    @property
-    def classes(self) -> npt.NDArray[np.int64]:
-        """[N] the most probable class."""
-        classes: npt.NDArray[np.int64] = self.logits.argmax(1)
-        return classes
-
-    @property
-    def accuracy(self) -> float:
-        """The share that it gets right."""
-        return float((self.classes == self.labels).mean())
-
-
-def examine(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device) -> list[Finding]:
-    """Look at the data, the networks, the teacher's answers, the taps, each term's first gradient, time and memory. Trains nothing.
-
-    ``configs`` share data and networks: one for each method.
+    Raises:
+        UserError: without the data or the student there is nothing to look at.
     """
-    findings: list[Finding] = []
+    with threads(sensible_threads()):
+        return [*_found(configs, ledger, device, watcher or Watcher())]
+
+
+def _found(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device, watcher: Watcher) -> Iterator[Finding]:
+    jobs, refused = _drafted(configs, ledger, device)
+    first = jobs[0] if jobs else drafts([_alone(configs[0])], ledger, device)[0]
+    yield _of_data(first.data)
+    yield from refused
     try:
-        first, *others = drafts(configs, ledger, device)
-        findings += _of_data(first)
-        data = place(_sampled(first.data), first.config.split, device)
-        findings += _of_networks(first)
-        if first.teacher is not None:
-            findings += _of_teacher(first, first.teacher, data)
-        for job in (first, *others):
-            findings += _of_method(job, ledger, data)
+        data = place(first.data, first.config.split, device)
     except UserError as error:
-        findings.append(Finding("set-up", "wrong", str(error)))
-    return findings
-
-
-def _sampled(data: ImageData) -> ImageData:
-    places = stratified(data.y_test, min(SAMPLE, len(data.y_test)), len(data.y_test), least=1)
-    return replace(data, x_test=part(data.x_test, places), y_test=data.y_test[places])
-
-
-def _of_data(job: Job) -> Iterator[Finding]:
-    data, spec = job.data, job.data.spec
-    counts = np.bincount(data.y_train, minlength=data.classes)
-    size = f"{spec.channels}x{spec.height}x{spec.width}"
-    told = f"{data.name}: {len(data.y_train):,} training and {len(data.y_test):,} test images {size}, {data.classes} classes"
-    uneven = counts.max() > 10 * max(1, counts.min())
-    yield Finding("data", "look" if uneven else "ok", told + f"; {counts.min():,} to {counts.max():,} images a class" * bool(uneven))
-    if len(data.y_train) < job.config.train.batch_size:
-        yield Finding("data", "wrong", f"a batch of {job.config.train.batch_size} is more than all images; set --batch-size lower")
-
-
-def _of_networks(job: Job) -> Iterator[Finding]:
-    ours = _parameters(job.student, job)
-    if job.teacher is None:
-        yield Finding("networks", "ok", f"student {job.student.model}: {ours:,} parameters")
+        yield Finding("data", "wrong", str(error))
         return
-    theirs = _parameters(job.teacher, job)
-    verdict: Verdict = "ok" if ours < theirs else "look"
-    share = f"{ours / theirs:.2f} of the teacher's" if ours < theirs else "no fewer than the teacher has"
-    yield Finding(
-        "networks", verdict, f"student {job.student.model}: {ours:,} parameters, {share}; teacher {job.teacher.model}: {theirs:,}"
-    )
+    assert isinstance(data, DeviceData), "no command knows the loaders of another process"
+    yield from _noted("student", _of_student(first, data))
+    for teacher in {job.teacher.origin: job.teacher for job in jobs if job.teacher}.values():
+        watcher.say(f"teacher {teacher.model} ({teacher.origin}): its answers")
+        yield from _noted("teacher", _of_teacher(first, teacher, data))
+    for name, group in _by_method(jobs).items():
+        watcher.say(f"{name}: taps, gradients, cost")
+        yield from _noted(f"{name}: start", _of_method(group, ledger, data))
+
+
+def _noted(check: str, looking: Iterable[Finding]) -> Iterator[Finding]:
+    """What is found, and at last why it can't go on."""
+    try:
+        yield from looking
+    except UserError as error:
+        yield Finding(check, "wrong", str(error))
+
+
+def _drafted(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device) -> tuple[list[Job], list[Finding]]:
+    """The jobs that can be had, with untrained teachers where others are still to be trained, and why the rest can't."""
+    try:
+        return drafts(configs, ledger, device), []
+    except UserError:
+        jobs: list[Job] = []
+    refused: dict[str, list[str]] = {}
+    for config in configs:
+        for stand_in in (False, True):
+            try:
+                jobs += drafts([config], ledger, device, stand_in=stand_in)
+                break
+            except UserError as error:
+                if config.method not in (methods := refused.setdefault(str(error), [])):
+                    methods.append(config.method)
+    return jobs, [Finding(f"{', '.join(methods)}: set-up", "wrong", why) for why, methods in refused.items()]
+
+
+def _alone(config: RunConfig) -> RunConfig:
+    """The student trained on the labels."""
+    plain: dict[str, Any] = {"method": "base", "teacher": None, "options": {}, "weights": {}, "peer": None, "side": 1}
+    train = config.train.model_copy(update={"mixup": False})
+    return config.model_copy(update={**plain, "data": config.data.labelled, "train": train})
+
+
+def _by_method(jobs: Sequence[Job]) -> dict[str, list[Job]]:
+    """The jobs of each method's first seed: one, or the two sides of a pair."""
+    groups: dict[str, list[Job]] = {}
+    for job in jobs:
+        group = groups.setdefault(job.settled.name, [])
+        if all(job.config.seed == other.config.seed for other in group):
+            group.append(job)
+    return groups
+
+
+def _of_data(data: ImageData) -> Finding:
+    spec, counts = data.spec, np.bincount(data.y_train, minlength=data.classes)
+    size = f"{spec.channels}x{spec.height}x{spec.width}"
+    said = f"{data.name}: {len(data.y_train):,} training and {len(data.y_test):,} test images {size}, {data.classes} classes"
+    if counts.max() <= UNEVEN * counts.min():
+        return Finding("data", "ok", said)
+    return Finding("data", "look", f"{said}; uneven: {counts.min():,} to {counts.max():,} training images a class")
+
+
+def _of_student(job: Job, data: DeviceData) -> Iterator[Finding]:
+    yield Finding("student", "ok", f"{job.student.model}: {_parameters(job.student, job):,} parameters; {_seen(job.student, data)}")
 
 
 def _parameters(network: NetworkRef, job: Job) -> int:
     return sum(parameter.numel() for parameter in network.build(job.data.spec).parameters())
 
 
-def _of_teacher(job: Job, teacher: NetworkRef, data: Supply) -> Iterator[Finding]:
-    """Whether it knows these images: a wrong normalisation, another order of classes and a lack of training all look like chance."""
-    name = f"teacher {teacher.model} ({teacher.origin})"
+def _seen(network: NetworkRef, data: DeviceData) -> str:
+    """The images that a network sees."""
+    come = given(data)
+    seen = network.view.over(come)
+    size, before = (f"{view.channels}x{view.height}x{view.width}" for view in (seen, come))
+    made = f" made of {before}" if size != before else ""
+    whose = "the data's" if (seen.mean, seen.std) == (come.mean, come.std) else "its own"
+    return f"sees {size}{made}, {whose} mean {listed(seen.mean)} and std {listed(seen.std)}"
+
+
+def _of_teacher(job: Job, teacher: NetworkRef, data: DeviceData) -> Iterator[Finding]:
+    """Its size, and whether it knows these images: a wrong normalisation, another order of classes and no training all look like chance."""
+    ours, theirs, name = _parameters(job.student, job), _parameters(teacher, job), f"{teacher.model} ({teacher.origin})"
+    share = f"the student has {ours / theirs:.2f} of them" if ours < theirs else "the student has no fewer"
+    yield Finding("teacher", "ok" if ours < theirs else "look", f"{name}: {theirs:,} parameters, {share}; {_seen(teacher, data)}")
+    if teacher.weights is None:
+        return
     if other := teacher.other_classes(job.data):
-        same = sorted(teacher.labels) == sorted(job.data.class_names) and teacher.labels
-        what = "the same classes in another order" if same else "other classes"
-        yield Finding("teacher", "wrong" if same else "look", f"{name} was trained on {what}: {other}")
+        same = bool(teacher.labels) and sorted(teacher.labels) == sorted(job.data.class_names)
+        what = "wrong class order: number the classes as its training did" if same else "other classes; its accuracy can't be measured here"
+        yield Finding("answers", "wrong" if same else "look", f"{teacher.model}: {other}; {what}")
         return
     net = teacher.build(data.spec, given=data.normalisation).to(device=data.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    answers = _answers(net, data, job)
-    images, chance = len(answers.labels), np.bincount(answers.labels).max() / len(answers.labels)
-    told = f"{name}: {answers.accuracy:.1%} of {images} test images (chance {chance:.1%})"
+    yield _of_answers(net, teacher, job, data)
+
+
+def _of_answers(net: Network, teacher: NetworkRef, job: Job, data: DeviceData) -> Finding:
+    shown, which = sample(job, data), "held-out" if job.config.split == "holdout" else "test"
+    answers = ask(net, shown, job.precision)
+    said = f"{teacher.model}: {answers.accuracy:.1%} of {len(answers.labels)} {which} images (chance {answers.chance:.1%})"
     if not np.isfinite(answers.logits).all():
-        yield Finding("teacher", "wrong", f"{name}: its logits are not finite")
-    elif better := _another_normalisation(net, teacher, data, job, answers):
-        yield Finding("teacher", "wrong", f"{told}; wrong normalisation: {better}")
-    elif order := _another_order(answers, job.data.class_names):
-        yield Finding("teacher", "wrong", f"{told}; wrong class order: {order}")
-    elif answers.accuracy < chance + ERRORS * math.sqrt(chance * (1 - chance) / images):
-        often = np.bincount(answers.classes).max() / images
-        yield Finding("teacher", "wrong", f"{told}: chance level, not trained on such images; {often:.0%} of its answers are one class")
-    else:
-        yield Finding("teacher", "look" if answers.accuracy < 2 * chance else "ok", told)
+        return Finding("answers", "wrong", f"{teacher.model}: its logits are not finite; is its file whole?")
+    if better := another_normalisation(net, teacher, data, shown, job.precision, answers):
+        return Finding("answers", "wrong", f"{said}; wrong normalisation: {better}")
+    if order := another_order(answers, job.data.class_names):
+        return Finding("answers", "wrong", f"{said}; wrong class order: {order}")
+    if answers.accuracy < answers.guessed:
+        often = np.bincount(answers.classes).max() / len(answers.labels)
+        why = f"chance level: not trained, or not on such images; {often:.0%} of its answers are one class"
+        return Finding("answers", "wrong", f"{said}; {why}")
+    return Finding("answers", "look" if answers.accuracy < 2 * answers.chance else "ok", said)
 
 
-def _answers(net: Network, data: Supply, job: Job) -> Answers:
-    found = [(logits.cpu(), labels.cpu()) for (logits,), labels in predict([net], data.curve, job.precision)]
-    return Answers(*(torch.cat(parts).numpy() for parts in zip(*found, strict=True)))
-
-
-def _another_normalisation(net: Network, teacher: NetworkRef, data: Supply, job: Job, answers: Answers) -> str:
-    """How much better the teacher is under the best of the usual normalisations, where that is much; else empty."""
-    spec, given = data.spec, data.normalisation
-    seen = View(spec.channels, spec.height, spec.width, given.mean, given.std)
-    own, best = net.front, ("", answers.accuracy, "")
-    for name, other in {"the data's": given, **NORMALISATIONS}.items():
-        channels = teacher.view.channels or spec.channels
-        mean, std = (values * channels if len(values) == 1 else values for values in (other.mean, other.std))
-        if len(mean) != channels:
-            continue
-        net.front = front(seen, replace(teacher.view, mean=mean, std=std))
-        found = _answers(net, data, job).accuracy
-        if found > best[1]:
-            best = name, found, f"--set inputs.teacher.mean={_list(mean)} --set inputs.teacher.std={_list(std)}"
-    net.front = own
-    return f"{best[1]:.1%} with {best[0]} ({best[2]})" if best[1] > answers.accuracy + GAIN else ""
-
-
-def _list(values: Sequence[float]) -> str:
-    return "[" + ",".join(f"{value:.4g}" for value in values) + "]"
-
-
-def _another_order(answers: Answers, names: Sequence[str]) -> str:
-    """Which classes the teacher takes for which, where that explains its answers much better; else empty.
-
-    The order is found on every other image and measured on the rest: of few images a class an order always fits.
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    count = answers.logits.shape[1]
-    confusion = np.zeros((count, count))
-    np.add.at(confusion, (answers.classes[::2], answers.labels[::2]), 1)
-    _, meant = linear_sum_assignment(confusion, maximize=True)
-    accuracy = float((meant[answers.classes[1::2]] == answers.labels[1::2]).mean())
-    if accuracy < answers.accuracy + GAIN or accuracy < 2 / count:
-        return ""
-    changed = [(theirs, ours) for theirs, ours in enumerate(meant.tolist()) if theirs != ours and confusion[theirs].any()]
-    named = [
-        f"what the data calls {names[ours] if names else ours} it calls {names[theirs] if names else theirs}" for theirs, ours in changed
-    ]
-    more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
-    return f"{accuracy:.1%} with its classes renamed: {', '.join(named[:SHOWN])}{more}; number the classes as the teacher's training did"
-
-
-def _of_method(job: Job, ledger: Ledger, data: Supply) -> Iterator[Finding]:
+def _of_method(group: Sequence[Job], ledger: Ledger, data: DeviceData) -> Iterator[Finding]:
     """Its taps, the first gradient of its terms, and what training would take."""
-    name = job.settled.name
+    job, name = group[0], group[0].settled.name
     try:
-        needs = job.method().needs
-        if job.pairing and needs.student:
-            yield Finding(f"{name}: taps", "ok", "; ".join(line.strip() for line in told(job.pairing, needs.student, needs.teacher)))
-        cohort, (member, *_) = assemble([checked(job, ledger)], data, data.device)
+        needs, pairing = job.method().needs, job.pairing
+        if pairing and needs.student:
+            yield Finding(f"{name}: taps", "ok", "; ".join(line.strip() for line in told(pairing, needs.student, needs.teacher)))
+        ready = [checked(one, ledger) for one in group]
     except UserError as error:
         yield Finding(f"{name}: taps", "wrong", str(error))
         return
-    for term, ratio in first_gradients(cohort)[member.student].items():
-        yield _of_gradient(name, term, ratio, job.settled.weights[term])
-    seconds = seconds_per_epoch(cohort) * sum(job.phase_epochs)
+    cohort, members = unmeasured(ready, data, data.device)
+    try:
+        if not (job.teacher and job.teacher.weights is None):
+            ratios = first_gradients(cohort)
+            for member in members:
+                weights = member.job.settled.weights
+                yield from (_of_gradient(name, term, ratio, weights[term]) for term, ratio in ratios[member.student].items())
+        seconds = round(seconds_per_epoch(cohort) * cohort.epochs)
+    finally:
+        for lane in cohort.lanes:
+            lane.stream.close()
     memory = f"{peak_memory(data.device) / 2**20:,.0f} MiB at most so far"
-    duration = timedelta(seconds=round(seconds))
-    yield Finding(f"{name}: cost", "ok", f"{sum(job.phase_epochs)} epochs: about {duration} (h:mm:ss) on {describe(data.device)}; {memory}")
+    duration = f"{cohort.epochs} epochs: about {timedelta(seconds=seconds)} (h:mm:ss) on {describe(data.device)}"
+    yield Finding(f"{name}: cost", "ok", f"{duration}; {memory}")
 
 
 def _of_gradient(method: str, term: str, ratio: float, weight: float) -> Finding:
-    told = f"weight {weight:g}: gradient {ratio:.3g} times the task's"
+    said = f"weight {weight:g}: gradient {ratio:.3g} times the task's"
     check = f"{method}: {term}"
     if not math.isfinite(ratio):
-        return Finding(check, "wrong", f"{told}: not finite")
+        return Finding(check, "wrong", f"{said}: not finite")
     if ratio > GRADIENT_LIMIT:
-        return Finding(check, "wrong", f"{told}; over {GRADIENT_LIMIT:g} training diverges: --set weights.{term}={weight / ratio * 10:.1g}")
+        return Finding(check, "wrong", f"{said}; over {GRADIENT_LIMIT:g} training diverges: --set weights.{term}={weight / ratio * 10:.1g}")
     if ratio < FEEBLE:
         cure = f": --set weights.{term}={weight / ratio / 10:.1g}" if ratio else ""
-        return Finding(check, "look", f"{told}; it does next to nothing{cure}")
-    return Finding(check, "ok", told)
+        return Finding(check, "look", f"{said}; it does next to nothing{cure}")
+    return Finding(check, "ok", said)

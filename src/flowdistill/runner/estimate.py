@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from ..config import RunConfig
-from ..data.loader import place
+from ..data.given_supply import GivenSupply
+from ..data.loader import DeviceData, place
 from ..data.supply import First
 from ..ledger import Ledger
-from ..training.cohort import seconds_per_epoch
-from .assemble import assemble
+from ..training.cohort import Cohort, seconds_per_epoch
+from .assemble import Member, assemble
 from .execute import before
 from .plan import Job, cohorts, plan
 
@@ -44,9 +45,15 @@ def _missing_epochs(job: Job, ledger: Ledger) -> int:
 
 def _epoch_seconds(jobs: Sequence[Job], device: torch.device) -> float:
     """An epoch of these jobs as one cohort."""
-    data = place(jobs[0].data, jobs[0].config.split, device)
-    whole = data.curve
-    data.curve = First(whole, 1)  # assembling measures the teachers: not on all images here
-    cohort, _ = assemble(jobs, data, device)
-    data.curve = whole
+    cohort, _ = unmeasured(jobs, place(jobs[0].data, jobs[0].config.split, device), device)
     return seconds_per_epoch(cohort)
+
+
+def unmeasured(jobs: Sequence[Job], data: DeviceData | GivenSupply, device: torch.device) -> tuple[Cohort, list[Member]]:
+    """The jobs as one cohort, its teachers measured on one image alone: all images take long."""
+    whole = data.curve
+    data.curve = First(whole, 1)
+    try:
+        return assemble(jobs, data, device)
+    finally:
+        data.curve = whole

@@ -24,8 +24,7 @@ def dropping(share: float) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
 
 
-@pytest.fixture
-def name() -> str:
+def named() -> str:
     return adopt(dropping(0.5), "dropping")
 
 
@@ -35,7 +34,8 @@ def test_who_draws(model, draws):
     assert models.build(model, data, seed=5).draws_from == (5 if draws else None)
 
 
-def test_the_look_leaves_statistics_and_generator(name):
+def test_the_look_leaves_statistics_and_generator():
+    name = named()
     torch.manual_seed(1)
     before = torch.get_rng_state()
     net = models.build(name, DATA)
@@ -52,7 +52,8 @@ class Stops(Watcher):
         raise KeyboardInterrupt
 
 
-def test_a_run_repeats_resumes_and_does_not_depend_on_its_company(name, small_npz, tmp_path: Path):
+def test_a_run_repeats_resumes_and_does_not_depend_on_its_company(small_npz, tmp_path: Path):
+    name = named()
     base = config(small_npz, student=name, method="base", seed=1)
     hashes = []
     for folder in "ab":

@@ -8,10 +8,12 @@ import pytest
 import torch
 from small import config
 from test_resume import Cut, Scissors
+from torch import nn
 
 from flowdistill.device import resolve_precision
 from flowdistill.ledger import Ledger, Run
 from flowdistill.methods.fsp import FSP
+from flowdistill.models.foreign import adopt
 from flowdistill.runner import Watcher, evaluate, resume, run
 from flowdistill.training import choice
 
@@ -129,3 +131,26 @@ def test_memory_of_a_captured_cohort_does_not_grow(small_npz: Path, tmp_path: Pa
     run([config(small_npz, train={"epochs": 20})], ledger, CUDA, engine="graph", watcher=Weighing())
     ledger.close()
     assert free[3] - free[-1] < 1 << 20
+
+
+def of_others(small_npz: Path, folder: Path, engine: str, student: str) -> Run:
+    ledger = Ledger(folder, create=True)
+    run([config(small_npz, student="resnet14", seed=9, train={"epochs": 1})], ledger, torch.device("cpu"))
+    keys = {"method": "at+kd", "teacher": "resnet14", "weights": {"at": 20.0}, "train": {"epochs": 2, "precision": "fp32"}}
+    (done,) = run([config(small_npz, student=student, **keys)], ledger, CUDA, engine=engine, deterministic=True)
+    ledger.close()
+    return done
+
+
+def test_a_network_with_hooks_is_captured_bit_for_bit(small_npz: Path, tmp_path: Path) -> None:
+    plain, captured = (of_others(small_npz, tmp_path / engine, engine, "timm:resnet10t") for engine in ("eager", "graph"))
+    assert (plain.engine, captured.engine) == ("eager", "graph")
+    assert plain.weights_hash == captured.weights_hash
+
+
+def test_a_network_with_dropout_is_not_captured_and_repeats(small_npz: Path, tmp_path: Path) -> None:
+    layers = [nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Dropout2d(0.5), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU()]
+    name = adopt(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)), "dropping on a GPU")
+    runs = [of_others(small_npz, tmp_path / str(turn), "graph", name) for turn in range(2)]
+    assert {done.engine for done in runs} == {"eager"}
+    assert len({done.weights_hash for done in runs}) == 1

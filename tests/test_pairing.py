@@ -103,47 +103,54 @@ def test_what_is_told():
     )
 
 
-class TestFront:
-    GIVEN = View(3, 8, 8, (0.5, 0.4, 0.3), (0.25, 0.2, 0.1))
+GIVEN = View(3, 8, 8, (0.5, 0.4, 0.3), (0.25, 0.2, 0.1))
 
-    def pixels(self, channels=3, size=8):
-        return torch.rand(2, channels, size, size, generator=torch.Generator().manual_seed(0))
 
-    def normalised(self, pixels, view):
-        mean, std = (torch.tensor(values)[:, None, None] for values in (view.mean, view.std))
-        return (pixels - mean) / std
+def pixels(channels=3, size=8):
+    return torch.rand(2, channels, size, size, generator=torch.Generator().manual_seed(0))
 
-    def test_nothing_where_nothing_differs(self):
-        assert front(self.GIVEN, View()) is None
-        assert front(self.GIVEN, self.GIVEN) is None
 
-    def test_another_normalisation(self):
-        own = View(mean=(0.1, 0.2, 0.9), std=(0.5, 0.25, 1.0))
-        found = front(self.GIVEN, own)(self.normalised(self.pixels(), self.GIVEN))
-        torch.testing.assert_close(found, self.normalised(self.pixels(), own))
+def normalised(pixels, view):
+    mean, std = (torch.tensor(values)[:, None, None] for values in (view.mean, view.std))
+    return (pixels - mean) / std
 
-    @pytest.mark.parametrize("size", [5, 20])
-    def test_another_size(self, size):
-        own = View(height=size, width=size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-        found = front(self.GIVEN, own)(self.normalised(self.pixels(), self.GIVEN))
-        expected = F.interpolate(self.pixels(), (size, size), mode="bilinear", antialias=True)
-        torch.testing.assert_close(found, expected)
 
-    def test_grey_for_three_channels(self):
-        grey, own = View(1, 8, 8, (0.5,), (0.25,)), View(3, mean=(0.1, 0.2, 0.9), std=(0.5, 0.25, 1.0))
-        found = front(grey, own)(self.normalised(self.pixels(1), grey))
-        torch.testing.assert_close(found, self.normalised(self.pixels(1).expand(-1, 3, -1, -1), own))
+def test_nothing_where_nothing_differs():
+    assert front(GIVEN, View()) is None
+    assert front(GIVEN, GIVEN) is None
 
-    @pytest.mark.parametrize(
-        ("own", "words"),
-        [
-            (View(1), "the network takes 1 channels, the images have 3; set data.channels=1"),
-            (View(mean=(0.5, 0.5)), "inputs: mean has 2 values for 3 channels; give one for each"),
-        ],
-    )
-    def test_refused(self, own, words):
-        with pytest.raises(UserError, match=words):
-            front(self.GIVEN, own)
 
-    def test_it_leaves_no_weights(self):
-        assert front(self.GIVEN, View(height=4, width=4)).state_dict() == {}
+def test_another_normalisation():
+    own = View(mean=(0.1, 0.2, 0.9), std=(0.5, 0.25, 1.0))
+    found = front(GIVEN, own)(normalised(pixels(), GIVEN))
+    torch.testing.assert_close(found, normalised(pixels(), own))
+
+
+@pytest.mark.parametrize("size", [5, 20])
+def test_another_size(size):
+    own = View(height=size, width=size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    found = front(GIVEN, own)(normalised(pixels(), GIVEN))
+    expected = F.interpolate(pixels(), (size, size), mode="bilinear", antialias=True)
+    torch.testing.assert_close(found, expected)
+
+
+def test_grey_for_three_channels():
+    grey, own = View(1, 8, 8, (0.5,), (0.25,)), View(3, mean=(0.1, 0.2, 0.9), std=(0.5, 0.25, 1.0))
+    found = front(grey, own)(normalised(pixels(1), grey))
+    torch.testing.assert_close(found, normalised(pixels(1).expand(-1, 3, -1, -1), own))
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (View(1), "the network takes 1 channels, the images have 3; set data.channels=1"),
+        (View(mean=(0.5, 0.5)), "inputs: mean has 2 values for 3 channels; give one for each"),
+    ],
+)
+def test_images_that_a_network_can_not_take(own, words):
+    with pytest.raises(UserError, match=words):
+        front(GIVEN, own)
+
+
+def test_it_leaves_no_weights():
+    assert front(GIVEN, View(height=4, width=4)).state_dict() == {}

@@ -125,6 +125,24 @@ def test_the_dry_run_leaves_no_trace():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 
+class Attentive(nn.Module):
+    """Each block multiplies its tokens by a softmax over all pairs of them, 196 x 196: nearly as large as the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.softmax = nn.Conv2d(3, 12, 16, 16), nn.Softmax(-1)
+        self.mix, self.fc = nn.Linear(12, 12), nn.Linear(12, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        pairs = self.softmax((x @ x.transpose(1, 2))[:, None])
+        return self.fc(self.mix((pairs @ x[:, None])[:, 0]).mean(1))
+
+
+def test_attention_maps_are_no_stage():
+    assert found(Attentive(), size=224) == {"stem": ("patches", "12x14x14"), "stage1": ("mix", "12x14x14")}
+
+
 class Bare(nn.Module):
     def __init__(self, answer: object) -> None:
         super().__init__()

@@ -67,12 +67,15 @@ def test_no_table(tmp_path, content):
         read_taps(tmp_path / "other.csv")
 
 
-@pytest.fixture
-def ledger(tmp_path, small_npz):
-    """A finished teacher: a ResNet-14 of this package, run 1."""
-    ledger = Ledger(tmp_path / "runs", create=True)
+def with_a_teacher(ledger: Ledger, small_npz: Path) -> Ledger:
+    """A finished ResNet-14 of this package, run 1."""
     run([config(small_npz, student="resnet14", method="base", seed=7)], ledger, CPU)
     return ledger
+
+
+@pytest.fixture
+def taught(tmp_path, small_npz):
+    return with_a_teacher(Ledger(tmp_path / "runs", create=True), small_npz)
 
 
 class Lines(Watcher):
@@ -83,37 +86,37 @@ class Lines(Watcher):
         self.said.append(line)
 
 
-def test_named_taps_are_the_ones_compared_and_part_of_the_fingerprint(ledger, small_npz):
-    taught = {"method": "at", "teacher": 1, "weights": {"at": 1.0}}
+def test_named_taps_are_the_ones_compared_and_part_of_the_fingerprint(taught, small_npz):
+    keys = {"method": "at", "teacher": 1, "weights": {"at": 1.0}}
     named = {"taps": {"student": {"stage1": "stage2", "stage2": "stage3"}, "teacher": {"stage1": "layer2.1", "stage2": "stage3"}}}
-    plain, other = plan([config(small_npz, **taught), config(small_npz, **taught, **named)], ledger, CPU)
+    plain, other = plan([config(small_npz, **keys), config(small_npz, **keys, **named)], taught, CPU)
     assert plain.fingerprint != other.fingerprint
     assert plain.pairing.student.stages == ("stage1", "stage2", "stage3")
     assert [tap.own for tap in other.pairing.teacher.taps] == ["stage2", "stage3"]
     watcher = Lines()
-    done = run([other.config], ledger, CPU, watcher=watcher)[0]
+    done = run([other.config], taught, CPU, watcher=watcher)[0]
     assert done.status == "finished"
     lines = [line for line in watcher.said if line.startswith(("taps", "  stage"))]
     assert lines[0] == "taps of resnet8 <- resnet14"
     assert lines[1].startswith("  stage1: layer2.0 32x")
     assert len(lines) == 3
     again = Lines()
-    assert run([other.config], ledger, CPU, watcher=again)[0].no == done.no
+    assert run([other.config], taught, CPU, watcher=again)[0].no == done.no
 
 
-def test_taps_that_do_not_go_together_are_refused(ledger, small_npz):
+def test_taps_that_do_not_go_together_are_refused(taught, small_npz):
     taps = {"student": {"stage1": "stage2"}, "teacher": {"stage1": "stage1", "stage2": "stage2"}}
     with pytest.raises(UserError, match="are not named alike"):
-        plan([config(small_npz, method="at", teacher=1, taps=taps)], ledger, CPU)
+        plan([config(small_npz, method="at", teacher=1, taps=taps)], taught, CPU)
     with pytest.raises(UserError, match="resnet14 has no tap 'layer9'; it has: stem"):
-        plan([config(small_npz, method="at", teacher=1, taps={"teacher": {"stage1": "layer9"}})], ledger, CPU)
+        plan([config(small_npz, method="at", teacher=1, taps={"teacher": {"stage1": "layer9"}})], taught, CPU)
 
 
-def test_networks_with_other_stages_are_paired(ledger, small_npz):
+def test_networks_with_other_stages_are_paired(taught, small_npz):
     """ResNet-18 has four stages and ResNet-14 three: before, this was refused."""
     watcher = Lines()
     keys = {"student": "resnet18", "method": "at+kd", "teacher": 1, "weights": {"at": 0.01}, "train": {"epochs": 1}}
-    (done,) = run([config(small_npz, **keys)], ledger, CPU, watcher=watcher)
+    (done,) = run([config(small_npz, **keys)], taught, CPU, watcher=watcher)
     assert done.status == "finished"
     assert "taps of resnet18 <- resnet14, stages paired by stride" in watcher.said
 
@@ -130,60 +133,60 @@ class Tiny(nn.Module):
 """
 
 
-def test_a_file_of_ones_own_is_trained_resumed_taught_by_and_evaluated(ledger, small_npz, tmp_path, monkeypatch):
+def test_a_file_of_ones_own_is_trained_resumed_taught_by_and_evaluated(taught, small_npz, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("nets.py").write_text(FILE)
-    (own,) = run([config(small_npz, student="nets.py:Tiny", method="fsp", teacher=1, options={"fsp": {"adapter": "conv1x1"}})], ledger, CPU)
+    (own,) = run([config(small_npz, student="nets.py:Tiny", method="fsp", teacher=1, options={"fsp": {"adapter": "conv1x1"}})], taught, CPU)
     assert (own.status, own.student) == ("finished", "nets.py:Tiny")
-    net, about = load_network(ledger.run_folder(own.no) / "student.safetensors")
+    net, about = load_network(taught.run_folder(own.no) / "student.safetensors")
     assert about.model == "nets.py:Tiny"
     assert set(net.state_dict()) == {"a.weight", "a.bias", "b.weight", "b.bias", "out.weight", "out.bias"}
-    (taught,) = run([config(small_npz, method="kd", teacher=own.no)], ledger, CPU)
-    assert taught.teacher_accuracy == own.accuracy
-    before = plan([config(small_npz, student="nets.py:Tiny", method="base")], ledger, CPU)[0].fingerprint
+    (pupil,) = run([config(small_npz, method="kd", teacher=own.no)], taught, CPU)
+    assert pupil.teacher_accuracy == own.accuracy
+    before = plan([config(small_npz, student="nets.py:Tiny", method="base")], taught, CPU)[0].fingerprint
     Path("nets.py").write_text(FILE + "# changed\n")
-    assert plan([config(small_npz, student="nets.py:Tiny", method="base")], ledger, CPU)[0].fingerprint != before
+    assert plan([config(small_npz, student="nets.py:Tiny", method="base")], taught, CPU)[0].fingerprint != before
 
 
-class TestInputs:
-    """A network with its own size and normalisation."""
+def test_a_teacher_sees_what_it_was_trained_on(ledger, small_npz, tmp_path):
+    """The same weights, told to expect pixels from 0 to 1, answer the same only where that is undone."""
+    with_a_teacher(ledger, small_npz)
+    no = plan([config(small_npz, method="kd", teacher=1)], ledger, CPU)[0]
+    about = load_network(ledger.run_folder(1) / "student.safetensors")[1]
+    weights = dict(load_network(ledger.run_folder(1) / "student.safetensors")[0].state_dict())
+    save_file(weights, tmp_path / "bare.safetensors")
+    foreign = f"resnet14@{tmp_path}/bare.safetensors"
+    inputs = {"teacher": {"mean": [0.0] * len(about.mean), "std": [1.0] * len(about.std)}}
+    accuracies = [
+        run([config(small_npz, method="kd", train={"epochs": 1}, **keys)], ledger, CPU)[0].teacher_accuracy
+        for keys in ({"teacher": 1}, {"teacher": foreign}, {"teacher": foreign, "inputs": inputs})
+    ]
+    assert accuracies[0] == accuracies[1] != accuracies[2]
+    assert no.teacher.view.mean == about.mean
 
-    def test_a_teacher_sees_what_it_was_trained_on(self, ledger, small_npz, tmp_path):
-        """The same weights, told to expect pixels from 0 to 1, answer the same only where that is undone."""
-        no = plan([config(small_npz, method="kd", teacher=1)], ledger, CPU)[0]
-        about = load_network(ledger.run_folder(1) / "student.safetensors")[1]
-        weights = dict(load_network(ledger.run_folder(1) / "student.safetensors")[0].state_dict())
-        save_file(weights, tmp_path / "bare.safetensors")
-        foreign = f"resnet14@{tmp_path}/bare.safetensors"
-        inputs = {"teacher": {"mean": [0.0] * len(about.mean), "std": [1.0] * len(about.std)}}
-        accuracies = [
-            run([config(small_npz, method="kd", train={"epochs": 1}, **keys)], ledger, CPU)[0].teacher_accuracy
-            for keys in ({"teacher": 1}, {"teacher": foreign}, {"teacher": foreign, "inputs": inputs})
-        ]
-        assert accuracies[0] == accuracies[1] != accuracies[2]
-        assert no.teacher.view.mean == about.mean
 
-    def test_a_student_of_another_size_ships_with_it(self, ledger, small_npz):
-        inputs = {"student": {"size": 12, "mean": [0.5], "std": [0.25]}}
-        (done,) = run([config(small_npz, method="base", inputs=inputs)], ledger, CPU)
-        path = ledger.run_folder(done.no) / "student.safetensors"
-        net, about = load_network(path)
-        assert about.front.input == (1, 12, 12)
-        assert about.input != about.front.input
-        assert net.front.size == (12, 12)
-        said = command(ledger.folder.parent, "evaluate", str(done.no), "--format", "json")
-        assert json.loads(said.out)[0]["accuracy"] == done.accuracy
-        (taught,) = run([config(small_npz, method="kd", teacher=done.no, seed=3)], ledger, CPU)
-        assert taught.teacher_accuracy == done.accuracy
+def test_a_student_of_another_size_ships_with_it(taught, small_npz):
+    inputs = {"student": {"size": 12, "mean": [0.5], "std": [0.25]}}
+    (done,) = run([config(small_npz, method="base", inputs=inputs)], taught, CPU)
+    path = taught.run_folder(done.no) / "student.safetensors"
+    net, about = load_network(path)
+    assert about.front.input == (1, 12, 12)
+    assert about.input != about.front.input
+    assert net.front.size == (12, 12)
+    said = command(taught.folder.parent, "evaluate", str(done.no), "--format", "json")
+    assert json.loads(said.out)[0]["accuracy"] == done.accuracy
+    (pupil,) = run([config(small_npz, method="kd", teacher=done.no, seed=3)], taught, CPU)
+    assert pupil.teacher_accuracy == done.accuracy
 
-    @pytest.mark.parametrize(
-        ("inputs", "words"),
-        [
-            ({"pupil": {"size": 3}}, "inputs.pupil"),
-            ({"student": {"std": [0.0]}}, "write numbers above 0"),
-            ({"student": {"sise": 3}}, "did you mean 'size'?"),
-        ],
-    )
-    def test_refused(self, inputs, words):
-        with pytest.raises(UserError, match=words.replace("?", r"\?")):
-            validate({"inputs": inputs})
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"pupil": {"size": 3}}, "inputs.pupil"),
+        ({"student": {"std": [0.0]}}, "write numbers above 0"),
+        ({"student": {"sise": 3}}, "did you mean 'size'?"),
+    ],
+)
+def test_inputs_that_are_none(inputs, words):
+    with pytest.raises(UserError, match=words.replace("?", r"\?")):
+        validate({"inputs": inputs})

@@ -1,0 +1,68 @@
+"""Mistakes with networks of others: their maps, their stages, their images, what their layers draw."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import test_dropout
+import test_pairing
+import test_survey
+import test_tapping
+
+from flowdistill.models import front, survey
+from flowdistill.models.survey import Layout
+from flowdistill.runner import networks, pairing
+from flowdistill.runner.pairing import Pairing
+from flowdistill.training import step
+
+from .bug import bug
+
+
+@bug(Layout, "map", test_survey.test_tokens_keep_their_places)
+def class_token_taken_for_a_position(self, output):
+    """The tokens are cut off at the end, not the beginning: every position moves by one."""
+    positions = output[:, : self.height * self.width].transpose(1, 2)
+    return positions.reshape(-1, self.channels, self.height, self.width)
+
+
+@bug(Layout, "map", test_survey.test_tokens_keep_their_places)
+def columns_taken_for_rows(self, output):
+    """A reshape to W x H: right for square maps of equal numbers alone."""
+    positions = output[:, self.prefix :].transpose(1, 2)
+    return positions.reshape(-1, self.channels, self.width, self.height).transpose(2, 3)
+
+
+@bug(survey, "_transitions", test_survey.test_a_block_that_widens_before_it_shrinks)
+def last_map_of_each_size(maps, level):
+    """The last map of a size lies inside of the next block, where that widens before it shrinks: MobileNet, ResNet-50."""
+    return []
+
+
+@bug(survey, "_levels", test_survey.test_attention_maps_are_no_stage)
+def every_square_is_an_image(maps):
+    """T x T attention of each head has the shape of a map, and is larger than any."""
+    return {size: size for size in sorted({call.size for call in maps}, reverse=True)}
+
+
+@bug(pairing, "pair", test_pairing.test_equal_strides_are_paired)
+def stages_paired_by_number(student, teacher, student_data, teacher_data, *, named=False):
+    """stage1 with stage1, whatever their sizes: a network of one stage more is compared a stage too early all the way."""
+    return Pairing(student, teacher)
+
+
+@bug(networks, "front", test_tapping.test_a_teacher_sees_what_it_was_trained_on)
+def teacher_sees_the_students_normalisation(given, own):
+    """One normalisation for both: a teacher that was trained on another answers at chance level, and nobody asks."""
+    return
+
+
+@bug(front.Front, "forward", test_pairing.test_another_normalisation)
+def shifted_before_it_is_scaled(self, images):
+    """(x + shift) scale: right where both normalisations have one standard deviation."""
+    return (images + self.shift) * self.scale
+
+
+@bug(step, "drawing", test_dropout.test_a_run_repeats_resumes_and_does_not_depend_on_its_company)
+def dropout_of_the_global_generator(group, epoch, step, device):
+    """Masks from whatever the generator holds: no run repeats, and each depends on who trains beside it."""
+    return nullcontext()

@@ -155,3 +155,14 @@ def test_students_of_a_wider_teacher_train_their_adapters_all_the_same(data: Ima
     student = a_student(frozen(small_npz, **adapted), DeviceData(data, "full", CPU), wider=1)
     student.begin_phase(0)
     assert {id(p) for p in student.method.parameters()} <= {id(p) for p in student.trained()}
+
+
+def test_a_network_of_others_is_frozen_by_its_own_names() -> None:
+    net = models.build("timm:resnet10t", DATA)
+    held = freeze(net, ("conv1*", "layer1.*"))
+    names = {name for name, parameter in net.body.named_parameters() if not parameter.requires_grad}
+    assert names
+    assert all(name.startswith(("conv1.", "layer1.")) for name in names)
+    assert net.body.layer1[0].bn1 in held
+    with pytest.raises(UserError, match="nothing in timm:resnet10t is so named; it has: conv1, bn1, "):
+        freeze(net, ("inner",))

@@ -316,3 +316,11 @@ def test_filling_copies():
     fill(net, state, "it")
     state["fc.bias"].add_(1)
     assert not torch.equal(net.fc.bias, state["fc.bias"])
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_of_a_wrapped_network_are_those_of_the_network(tmp_path, prefix):
+    torch.save({"state_dict": {f"{prefix}fc.weight": torch.ones(2), f"{prefix}fc.bias": torch.zeros(1)}}, tmp_path / "w.pt")
+    assert load_weights(tmp_path / "w.pt")[0].keys() == {"fc.weight", "fc.bias"}
+    torch.save({f"{prefix}fc.weight": torch.ones(2), "fc.bias": torch.zeros(1)}, tmp_path / "w.pt")
+    assert load_weights(tmp_path / "w.pt")[0].keys() == {f"{prefix}fc.weight", "fc.bias"}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import sys
 from importlib import metadata
 from pathlib import Path
 
 PACKAGES = ("flowdistill", "torch", "torchvision", "numpy")
+LIBRARIES = ("timm",)  # of networks; they change a number only where they are used
 
 
 def version() -> str:
@@ -32,7 +34,7 @@ def processor() -> str:
 def versions() -> dict[str, str]:
     """Python, the platform and the packages that can change a number."""
     found = {"python": platform.python_version(), "platform": platform.platform(), "cores": str(os.cpu_count())}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *(library for library in LIBRARIES if library in sys.modules)):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

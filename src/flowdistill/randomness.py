@@ -25,8 +25,15 @@ def generator(seed: int, purpose: str, epoch: int = 0) -> torch.Generator:
 
 
 @contextmanager
-def seeded(seed: int, purpose: str, epoch: int = 0) -> Iterator[None]:
-    """What draws from the global generator inside, as initialisers do, sees a private state, and the caller's is left as it was."""
-    with torch.random.fork_rng(devices=[]):
+def seeded(seed: int, purpose: str, epoch: int = 0, device: torch.device | None = None) -> Iterator[None]:
+    """What draws from the global generators inside, as initialisers and dropout do, sees a private state; the caller's stay as they were.
+
+    The CPU's generator, and that of ``device`` where it is a GPU.
+    """
+    gpus = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
         torch.default_generator.manual_seed(derive(seed, purpose, epoch))
+        for gpu in gpus:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(derive(seed, purpose, epoch))
         yield

@@ -28,6 +28,7 @@ class Network(nn.Module):
 
     Attributes:
         front: turns images as the data gives them into those that the network was made for; None where they are that already.
+        draws_from: the seed of what its layers draw in train mode, as dropout does; None where they draw nothing.
         about: what the file that it was loaded from says of it.
     """
 
@@ -38,6 +39,7 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.front: Front | None = None
+        self.draws_from: int | None = None
 
     def forward(self, images: Tensor) -> Outputs:
         """Images [N, C, H, W] -> Outputs."""
@@ -125,6 +127,10 @@ class Factory(Protocol):
         """The network, giving just these of the spec's taps."""
         ...
 
+    def draws(self, data: DataSpec) -> bool:
+        """Whether its layers draw random numbers in train mode."""
+        ...
+
     def declared_view(self) -> View:
         """The images that published weights of it were made for, as far as that is known."""
         ...
@@ -186,6 +192,10 @@ class ImageFactory:
         return replace(
             whole, taps=tuple(replace(tap, name=name, source="" if name == tap.name else tap.name) for name, tap in found.items())
         )
+
+    def draws(self, data: DataSpec) -> bool:  # noqa: ARG002 (others look)
+        """None here does."""
+        return False
 
     def declared_view(self) -> View:
         """Nothing is published."""
@@ -249,7 +259,9 @@ def build(name: str, data: DataSpec, *, taps: tuple[str, ...] = (), seed: int = 
     made = factory(name)
     offered = made.spec(data) if spec is None else spec
     with seeded(seed, "weights"):
-        return made.build(data, offered, taps)
+        net = made.build(data, offered, taps)
+    net.draws_from = seed if made.draws(data) else None
+    return net
 
 
 def declared_view(name: str) -> View:

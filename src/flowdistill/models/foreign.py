@@ -162,6 +162,10 @@ class ForeignFactory:
         taps = tuple(tap for name, pattern in table.items() for tap in self._matching(found, name, pattern))
         return NetSpec(self.name, taps, found.embedding, found.classes, found.head)
 
+    def draws(self, data: DataSpec) -> bool:
+        """As the dry run found."""
+        return self.survey(data).draws
+
     def declared_view(self) -> View:
         """Of a library's network what its configuration says."""
         where, _, name = self.name.partition(":")

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..randomness import seeded
 from ..taps import TapSpec
 
 IMAGES = 2  # of the dry run: with one, a batch could be taken for something else
@@ -82,6 +83,7 @@ class Survey:
         ends: tap name -> module path, as they were found.
         head, embedding, classes: the classifier's path, its inputs and outputs.
         named: whether the network gives an object that holds the logits, not these themselves.
+        draws: whether its layers draw random numbers in train mode, as dropout does.
     """
 
     layouts: dict[str, Layout]
@@ -90,6 +92,7 @@ class Survey:
     embedding: int
     classes: int
     named: bool
+    draws: bool
     taps: tuple[TapSpec, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -123,7 +126,9 @@ def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
     stages = [path for name, path in seen.items() if name != "stem"]
     ends = {name: path for name, path in seen.items() if name == "stem"}
     ends |= {f"stage{number}": path for number, path in enumerate(stages, 1)}
-    return Survey(layouts, ends, head.path, head.inputs[0].shape[1], logits.shape[1], output is not logits)
+    return Survey(
+        layouts, ends, head.path, head.inputs[0].shape[1], logits.shape[1], output is not logits, _draws(net, channels, height, width)
+    )
 
 
 @torch.no_grad()
@@ -156,6 +161,25 @@ def watch(net: nn.Module, channels: int, height: int, width: int) -> tuple[list[
         for module, mode in training.items():
             module.training = mode
     return calls, output
+
+
+@torch.no_grad()
+def _draws(net: nn.Module, channels: int, height: int, width: int) -> bool:
+    """Whether a pass in train mode moves the global generator. The network's statistics stay as they were."""
+    buffers = {name: value.clone() for name, value in net.named_buffers()}
+    modes = {module: module.training for module in net.modules()}
+    with seeded(0, "dry run"):
+        before = torch.get_rng_state()
+        try:
+            net.train()(torch.zeros(IMAGES, channels, height, width))
+            return not torch.equal(torch.get_rng_state(), before)
+        except Exception:  # a batch that is too small for its normalisation: nobody knows
+            return True
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            for name, value in net.named_buffers():
+                value.copy_(buffers[name])
 
 
 def _hooked(module: nn.Module, begin: Any, end: Any) -> Iterator[Any]:

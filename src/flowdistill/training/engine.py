@@ -18,7 +18,7 @@ from ..data.supply import Batches, Supply
 from ..device import Precision
 from ..taps import Batch, Outputs
 from .evaluate import Evaluation, evaluate_all
-from .step import Group, Objective, Student, losses, train_step
+from .step import Group, Objective, Student, drawing, losses, train_step
 from .teacher import Teacher
 
 
@@ -68,7 +68,8 @@ class Eager:
             for lane, (images, batch) in zip(lanes, batches, strict=True):
                 taught = self.teach(lane, images)
                 for group in lane.groups:
-                    train_step(group, images, taught, batch, lr=rates[group[0]][step], precision=self.precision, losses=self.losses)
+                    with drawing(group, number, step, images.device):
+                        train_step(group, images, taught, batch, lr=rates[group[0]][step], precision=self.precision, losses=self.losses)
             yield
 
     def teach(self, lane: Lane, images: Tensor) -> Outputs | None:

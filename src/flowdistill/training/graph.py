@@ -97,6 +97,9 @@ class Graph(Eager):
 
     def ready(self, lanes: Sequence[Lane]) -> Eager:
         """Capture what is new; what can't be captured is trained by the engine inside."""
+        if any(student.net.draws_from is not None for lane in lanes for student in lane.students):
+            self.inner.why = "a student's layers draw random numbers (dropout), which would not be those of its seed in a graph"
+            return self.inner.ready(lanes)
         key = [(student, student.optimizer) for lane in lanes for student in lane.students]
         if key == self._key:
             return self

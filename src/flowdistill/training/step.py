@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from ..device import Precision
 from ..methods import Method, Phase, Settled
 from ..methods.base import full
 from ..models import Network
+from ..randomness import seeded
 from ..taps import NO_LABEL, Batch, Outputs
 from .freeze import freeze
 from .optim import build_optimizer, trained_parameters
@@ -186,6 +188,12 @@ def losses(group: Group, images: Tensor, taught: Outputs | None, batch: Batch, p
     return found
 
 
+def drawing(group: Group, epoch: int, step: int, device: torch.device) -> AbstractContextManager[None]:
+    """What layers of these students draw inside, as dropout does, is a function of (seed, epoch, step) alone."""
+    seeds = [student.net.draws_from for student in group if student.net.draws_from is not None]
+    return seeded(seeds[0], f"layers {step}", epoch, device) if seeds else nullcontext()
+
+
 Losses = Callable[[Group, Tensor, "Outputs | None", Batch, Precision], list[dict[str, Tensor]]]
 
 
@@ -242,7 +250,8 @@ def gradient_ratios(
     buffers = {name: value.clone() for name, value in objective.named_buffers()}
     for student in group:
         student.begin_epoch()
-    found = losses(group, images, taught, batch, precision)
+    with drawing(group, 0, 0, images.device):
+        found = losses(group, images, taught, batch, precision)
 
     def norm(value: Tensor, weights: list[nn.Parameter]) -> float:
         if not value.requires_grad:

@@ -20,6 +20,7 @@ from ..checks import UserError, regular_file
 from ..models import Network
 
 Weights = Mapping[str, Tensor]
+WRAPPERS = ("module.", "_orig_mod.")  # before every name, where DistributedDataParallel or torch.compile held the network
 
 
 def write_whole(path: Path, content: bytes, keep: Path | None = None) -> None:
@@ -97,6 +98,9 @@ def _only_tensors(loaded: Any) -> dict[str, Tensor]:
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(state, dict) or not all(isinstance(name, str) and _plain(value) for name, value in state.items()):
         raise TypeError("something else than named tensors")
+    for prefix in WRAPPERS:
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
 
 

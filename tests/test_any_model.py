@@ -105,7 +105,7 @@ def runs(work: Path) -> list[dict[str, Any]]:
     assert said.code == 0, said.err
     assert "taps of timm:mobilenetv3_small_050 <- timm:resnet10t" in said.err
     assert "  stage2: blocks.1 16x8x8 <- layer2 128x8x8; channels 16 <- 128" in said.err
-    assert "  fsp trains beside the student: adapt.stem.weight" in said.err
+    assert "  fsp trains beside the student: adapters." in said.err
     return [row for row in json.loads(command(work, "runs", "--format", "json").out) if row["student"].startswith("timm:mobile")]
 
 

@@ -227,6 +227,9 @@ def test_seeds_are_one_group_and_recipes_are_not() -> None:
         ("resnet8x4", "resnet32x4", "ResNet32x4>>8x4"),
         ("vgg8", "resnet110", "ResNet110>>VGG8"),
         ("resnet20", "vgg13", "VGG13>>ResNet20"),
+        ("nets/a1.py:Small", "nets/a2.py:Small", "nets/a2.py:Small>>nets/a1.py:Small"),
+        ("timm:resnet18", "timm:resnet34", "timm:resnet34>>timm:resnet18"),
+        ("nets.py:Small", "resnet20", "ResNet20>>nets.py:Small"),
     ],
 )
 def test_pair(student: str, teacher: str, shown: str) -> None:

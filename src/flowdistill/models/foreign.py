@@ -42,10 +42,14 @@ Make = Callable[[DataSpec], nn.Module]
 IN_MEMORY: dict[str, nn.Module] = {}
 
 
+class Seen(dict[str, Tensor]):
+    """What the hooks saw. Of a plain dict that a module holds torch.export leaves a copy there, of which no hook knows."""
+
+
 class Keep:
     """A forward hook that puts a module's output, or what it was given, into ``seen``. A copy of the network gets a copy of it."""
 
-    def __init__(self, seen: dict[str, Tensor], name: str, *, given: bool = False) -> None:
+    def __init__(self, seen: Seen, name: str, *, given: bool = False) -> None:
         self.seen, self.name, self.given = seen, name, given
 
     def __call__(self, _module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -62,7 +66,7 @@ class Foreign(Network):
         self.taps = tuple(spec.tap(name).name for name in taps)
         self.paths = {name: spec.tap(name).module for name in self.taps}
         self.layouts = {path: found.layouts[path] for path in self.paths.values()}
-        self.seen: dict[str, Tensor] = {}
+        self.seen = Seen()
         keepers = [(path, Keep(self.seen, path)) for path in self.layouts] + [(spec.head, Keep(self.seen, HEAD, given=True))]
         self.hooks = [inner.get_submodule(path).register_forward_hook(keep) for path, keep in keepers]
         self.register_state_dict_post_hook(_without_prefix)  # type: ignore[no-untyped-call]

@@ -80,12 +80,14 @@ def group(runs: Sequence[Run], protocol: str) -> list[Group]:
 
 
 def pair(run: Run) -> str:
-    """``ResNet110>>20`` (teacher>>student), ``ResNet110>>VGG8`` across families, ``ResNet20`` without a teacher."""
+    """``ResNet110>>20`` (teacher>>student), ``ResNet110>>VGG8`` across families, ``ResNet20`` without a teacher. A library's or
+    a file's network stands as it is named.
+    """
     student = _display(run.student)
     if run.teacher == "-":
         return student
     teacher = _display(run.teacher)
-    split = [re.fullmatch(r"(\D+)(\d.*)", name) for name in (teacher, student)]
+    split = [re.fullmatch(r"([^\d:]+)(\d[^:]*)", name) for name in (teacher, student)]
     same_family = split[0] and split[1] and split[0][1] == split[1][1]
     return f"{teacher}>>{split[1][2] if same_family and split[1] else student}"
 
@@ -94,6 +96,8 @@ FAMILIES = {"resnet": "ResNet", "vgg": "VGG", "wrn": "WRN", "mobilenetv": "Mobil
 
 
 def _display(model: str) -> str:
+    if ":" in model:
+        return model
     family = re.match(r"[a-z]*", model)[0]  # type: ignore[index]
     return FAMILIES.get(family, family.capitalize()) + model[len(family) :]
 

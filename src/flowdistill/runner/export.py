@@ -188,11 +188,8 @@ def _read_safetensors(content: bytes, program: Program) -> Answer:
 
 
 def _traced(program: Program, image: Tensor) -> torch.export.ExportedProgram:
-    """For any number of images: traced with two, since one would be taken for a constant. No path of this machine stays in it.
-
-    What is traced is a copy: it is left with other dictionaries than those that its hooks write to.
-    """
-    traced = torch.export.export(deepcopy(program), (torch.cat([image, image]),), dynamic_shapes={INPUT: {0: torch.export.Dim(AXIS)}})
+    """For any number of images: traced with two, since one would be taken for a constant. No path of this machine stays in it."""
+    traced = torch.export.export(program, (torch.cat([image, image]),), dynamic_shapes={INPUT: {0: torch.export.Dim(AXIS)}})
     for node in traced.graph.nodes:
         node.meta.pop("stack_trace", None)
     return traced

@@ -68,7 +68,7 @@ def halve(descriptor: int) -> None:
 MOMENTS: dict[str, Callable[[], None]] = {
     "before the first checkpoint": lambda: die_at(engine, "train_step", 3),
     "in a step": lambda: die_at(engine, "train_step", 4 * 4 * 2 + 3),
-    "in evaluation": lambda: die_at(engine, "evaluate", 6),
+    "in evaluation": lambda: die_at(engine, "evaluate_all", 3),
     "between an epoch and the ledger": lambda: die_at(execute, "record_epoch", 3),
     "in the ledger's transaction": lambda: die_at(Ledger, "add_epochs", 3, first=lambda ledger, rows: half_a_transaction(ledger)),
     "between ledger and checkpoint": lambda: die_at(checkpoint, "save", 3),

@@ -11,7 +11,6 @@ from flowdistill.checks import UserError
 from flowdistill.methods import Needs
 from flowdistill.models.foreign import adopt
 from flowdistill.taps import DataSpec
-from flowdistill.training.engine import _compile
 from flowdistill.training.teacher import Teacher
 
 DATA = DataSpec("some", 100, 7, 3, 64, 64)
@@ -80,7 +79,7 @@ def test_hooks_change_nothing_and_survive_a_copy(name):
 def test_compiled_equals_eager(name):
     """In one graph, and a second batch gives its own maps."""
     net = whole(name)
-    compiled = _compile(lambda batch: net(batch), backend="aot_eager")
+    compiled = torch.compile(lambda batch: net(batch), fullgraph=True, dynamic=False, backend="aot_eager")
     with torch.no_grad():
         for batch in (images(DATA), images(DATA) * 0.5 + 1):
             out, expected = compiled(batch), net(batch)

@@ -10,7 +10,7 @@ from pairs import network
 from flowdistill import models
 from flowdistill.checks import UserError
 from flowdistill.models.front import View, front
-from flowdistill.runner.pairing import pair, told
+from flowdistill.runner.pairing import compared, pair
 from flowdistill.taps import DataSpec
 
 SMALL = DataSpec("small", 10, 5, 3, 32, 32)
@@ -90,7 +90,7 @@ def test_without_stages_the_method_says_so():
 
 def test_what_is_told():
     pairing = pair(net("a", 32, 16, 8), net("b", 16, 8), LARGE, LARGE)
-    assert told(pairing, frozenset({"stage1", "stage2", "stem"}), frozenset({"stage1", "stage2"})) == [
+    assert compared(pairing, frozenset({"stage1", "stage2", "stem"}), frozenset({"stage1", "stage2"})) == [
         "taps of a <- b, stages paired by stride",
         "  stage1: layer2.1 4x16x16 <- layer1.1 3x16x16; channels 4 <- 3",
         "  stage2: layer3.1 5x8x8 <- layer2.1 4x8x8; channels 5 <- 4",
@@ -98,7 +98,7 @@ def test_what_is_told():
     ]
     same = pair(net("a", 32, 16), net("b", 16, 16), LARGE, LARGE)
     assert (
-        told(same, frozenset({"stage1"}), frozenset({"stage1"}))[1]
+        compared(same, frozenset({"stage1"}), frozenset({"stage1"}))[1]
         == "  stage1: layer1.1 3x32x32 <- layer1.1 3x16x16; sizes 32x32 <- 16x16"
     )
 

@@ -104,6 +104,31 @@ def test_named_taps_are_the_ones_compared_and_part_of_the_fingerprint(taught, sm
     assert run([other.config], taught, CPU, watcher=again)[0].no == done.no
 
 
+def test_tables_say_which_images_and_taps_were_given(taught, small_npz):
+    """Else a base run on other images would be the baseline of those without."""
+    given = {"inputs": {"student": {"size": 12}}, "taps": {"teacher": {"stage1": "stage2"}, "student": {"stage1": "stage3"}}}
+    plain, other = plan([config(small_npz, method="at", teacher=1), config(small_npz, method="at", teacher=1, **given)], taught, CPU)
+    assert plain.variant == ""
+    assert other.variant == "inputs.student.size=12, taps.teacher.stage1=stage2, taps.student.stage1=stage3"
+
+
+@pytest.mark.parametrize("given", [{"inputs": {"student": {"size": 12}}}, {"taps": {"student": {"stage1": "stage1"}}}])
+def test_a_method_that_builds_another_network_takes_neither(taught, small_npz, given):
+    with pytest.raises(UserError, match="simkd trains another network than resnet8; leave taps and inputs of the student out"):
+        plan([config(small_npz, method="simkd", teacher=1, **given)], taught, CPU)
+
+
+def test_what_two_students_compare_is_told_of_each(taught, small_npz, tmp_path, monkeypatch):
+    """Alike to the letter, but for the name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("one.py", "two.py"):
+        Path(name).write_text(FILE)
+    watcher, keys = Lines(), {"method": "at", "teacher": 1, "weights": {"at": 0.01}, "train": {"epochs": 1}}
+    run([config(small_npz, student=f"{name}.py:Tiny", **keys) for name in ("one", "two")], taught, CPU, watcher=watcher)
+    lines = [line.split(":")[0].strip() for line in watcher.said if line.startswith(("taps", "  stage"))]
+    assert lines == ["taps of one.py", "stage1", "taps of two.py", "stage1"]
+
+
 def test_taps_that_do_not_go_together_are_refused(taught, small_npz):
     taps = {"student": {"stage1": "stage2"}, "teacher": {"stage1": "stage1", "stage2": "stage2"}}
     with pytest.raises(UserError, match="are not named alike"):

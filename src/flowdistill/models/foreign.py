@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,7 @@ class ForeignFactory:
         """
         found = self.survey(data)
         taps = tuple(tap for name, pattern in table.items() for tap in self._matching(found, name, pattern))
-        return NetSpec(self.name, taps, found.embedding, found.classes, found.head)
+        return replace(found.spec(self.name), taps=taps)
 
     def draws(self, data: DataSpec) -> bool:
         """As the dry run found."""

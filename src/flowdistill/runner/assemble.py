@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from ..training.evaluate import evaluate
 from ..training.facts import gather
 from ..training.step import Student
 from ..training.teacher import Teacher
-from .pairing import told
+from .pairing import compared
 from .plan import Job, cohorts, other_side, weights_seed
 from .watcher import Watcher
 
@@ -124,10 +125,10 @@ def _accuracy(net: Network, data: Supply, precision: Precision) -> float:
 
 def check_start(cohort: Cohort, members: Sequence[Member], watcher: Watcher) -> dict[Student, dict[str, float]]:
     """Tell what students begin from, how good the teachers are and how large each term's first gradient is; refuse what would diverge."""
-    lines = [_told_of_first_weights(member.job) for member in members if member.job.student.init]
-    lines += [_told_of_teacher(member) for member in members if member.job.teacher]
-    lines += [line for member in members for line in _told_of_taps(member)]
-    for line in dict.fromkeys(lines):
+    told: list[tuple[str, ...]] = [(_told_of_first_weights(member.job),) for member in members if member.job.student.init]
+    told += [(_told_of_teacher(member),) for member in members if member.job.teacher]
+    told += [_told_of_taps(member) for member in members]
+    for line in itertools.chain(*dict.fromkeys(told)):
         watcher.say(line)
     ratios = first_gradients(cohort)
     for member in members:
@@ -141,14 +142,14 @@ def _told_of_first_weights(job: Job) -> str:
     return f"student {student.model} begins from {student.origin}, {head}"
 
 
-def _told_of_taps(member: Member) -> list[str]:
+def _told_of_taps(member: Member) -> tuple[str, ...]:
     """Which maps are compared, and what is trained for it beside the student."""
     method, pairing = member.student.method, member.job.pairing
     if pairing is None or not method.needs.student:
-        return []
+        return ()
     adapters = [f"{name} {'x'.join(map(str, value.shape))}" for name, value in method.named_parameters()]
     beside = [f"  {member.job.settled.name} trains beside the student: {', '.join(adapters)}"] if adapters else []
-    return [*told(pairing, method.needs.student, method.needs.teacher), *beside]
+    return (*compared(pairing, method.needs.student, method.needs.teacher), *beside)
 
 
 def _told_of_teacher(member: Member) -> str:

@@ -22,7 +22,7 @@ from .answers import another_normalisation, another_order, ask, given, listed, s
 from .assemble import GRADIENT_LIMIT
 from .estimate import unmeasured
 from .networks import NetworkRef
-from .pairing import told
+from .pairing import compared
 from .plan import Job, checked, drafts
 from .watcher import Watcher
 
@@ -181,7 +181,7 @@ def _of_method(group: Sequence[Job], ledger: Ledger, data: DeviceData) -> Iterat
     try:
         needs, pairing = job.method().needs, job.pairing
         if pairing and needs.student:
-            yield Finding(f"{name}: taps", "ok", "; ".join(line.strip() for line in told(pairing, needs.student, needs.teacher)))
+            yield Finding(f"{name}: taps", "ok", "; ".join(line.strip() for line in compared(pairing, needs.student, needs.teacher)))
         ready = [checked(one, ledger) for one in group]
     except UserError as error:
         yield Finding(f"{name}: taps", "wrong", str(error))

@@ -84,7 +84,7 @@ def _under(net: NetSpec, names: Mapping[str, str]) -> NetSpec:
     return replace(net, taps=tuple(taps()))
 
 
-def told(pairing: Pairing, student_taps: frozenset[str], teacher_taps: frozenset[str]) -> list[str]:
+def compared(pairing: Pairing, student_taps: frozenset[str], teacher_taps: frozenset[str]) -> list[str]:
     """A line for each tap that a method compares, and one before them."""
     student, teacher = pairing.student, pairing.teacher
     lines = [f"taps of {student.name} <- {teacher.name}" + (f", stages paired {pairing.why}" if pairing.why else "")]

@@ -66,7 +66,7 @@ class Job:
     @property
     def variant(self) -> str:
         """What differs from the method's defaults, as tables print it; of two that teach each other which one this is, and what ships
-        where that is not the student; and what it begins from, and what of it is frozen.
+        where that is not the student; what it begins from, what of it is frozen, and which images and taps were given to whom.
         """
         notes = [self.settled.variant]
         if self.data.unlabelled is not None:
@@ -79,6 +79,12 @@ class Job:
             notes.append(f"init={self.student.origin}")
         if self.config.train.freeze:
             notes.append(f"freeze={','.join(self.config.train.freeze)}")
+        tables = {
+            "inputs": {role: own.model_dump(mode="json", exclude_none=True) for role, own in self.config.inputs.items()},
+            "taps": self.config.taps,
+        }
+        for name, table in tables.items():
+            notes += [f"{name}.{role}.{key}={value}" for role, values in table.items() for key, value in values.items()]
         return ", ".join(note for note in notes if note)
 
     @property
@@ -94,6 +100,10 @@ class Job:
         Raises:
             UserError: the taps that were named do not go together.
         """
+        if self.trained != self.student.model and (self.student.taps or self.config.inputs.get("student")):
+            raise UserError(
+                f"{self.settled.name} trains another network than {self.student.model}; leave taps and inputs of the student out"
+            )
         if self.teacher is None:
             return None
         ours, theirs = (network.seen(self.data.spec) for network in (self.student, self.teacher))

@@ -152,12 +152,12 @@ def _teaching(teacher: Teacher) -> Callable[[Tensor], Outputs]:
     return teach
 
 
-def _compile(function: Callable[..., Any], **how: Any) -> Callable[..., Any]:
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile of a function with a code object of its own: the compiler counts its versions by that, and gives up after eight."""
     own = types.FunctionType(
         function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
-    return torch.compile(own, fullgraph=True, dynamic=False, **how)
+    return torch.compile(own, fullgraph=True, dynamic=False)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from flowdistill.config import read_taps, validate
 from flowdistill.ledger import Ledger
 from flowdistill.runner import Watcher, load_network, run
 from flowdistill.runner.plan import plan
+from flowdistill.training.weights import save_weights
 
 CPU = torch.device("cpu")
 
@@ -102,6 +103,17 @@ def test_named_taps_are_the_ones_compared_and_part_of_the_fingerprint(taught, sm
     assert len(lines) == 3
     again = Lines()
     assert run([other.config], taught, CPU, watcher=again)[0].no == done.no
+
+
+def test_what_a_teacher_sees_is_part_of_the_fingerprint(taught, small_npz, tmp_path):
+    """Equal weights that expect other images give other numbers; of a teacher on the same images nothing is added."""
+    net, _ = load_network(taught.run_folder(1) / "student.safetensors")
+    found = {}
+    for name, changes in {"same": {}, "other split": {"split": "holdout"}, "other mean": {"split": "holdout", "mean": [0.5]}}.items():
+        save_weights(tmp_path / f"{name}.safetensors", net.state_dict(), {**net.about, **changes})
+        (job,) = plan([config(small_npz, method="kd", teacher=f"{tmp_path}/{name}.safetensors")], taught, CPU)
+        found[name] = job.fingerprint
+    assert len(set(found.values())) == 3
 
 
 def test_tables_say_which_images_and_taps_were_given(taught, small_npz):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..device import Precision, resolve_precision
 from ..ledger import Ledger, Run
 from ..methods import Method, Needs, Settled
 from ..models.foreign import is_foreign
+from ..models.front import View
 from ..randomness import derive, seeded
 from ..taps import NetSpec
 from ..training.weights import hash_weights
@@ -373,6 +374,8 @@ def _fingerprint(
     }
     if student.init:
         covered["init_from"] = student.init
+    if teacher and (sees := _other_images(teacher, data_hash, config.split)):
+        covered["sees"] = sees
     if config.inputs:
         covered["inputs"] = {role: own.model_dump() for role, own in config.inputs.items()}
     if taps:
@@ -382,6 +385,12 @@ def _fingerprint(
     if unlabelled is not None:
         covered["unlabelled"] = unlabelled.hash
     return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
+
+
+def _other_images(teacher: NetworkRef, data_hash: str, split: str) -> list[Any]:
+    """The size and normalisation that it was made for, where they need not be those of the images trained on; else nothing."""
+    same = teacher.saw is not None and (teacher.saw.data_hash, teacher.saw.split) == (data_hash, split)
+    return [] if same or teacher.view == View() else list(astuple(teacher.view))
 
 
 def _compared(job: Job, needs: Needs) -> list[list[str]]:

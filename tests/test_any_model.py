@@ -20,7 +20,6 @@ from flowdistill.runner import execute, run
 from flowdistill.runner.assemble import prepare
 from flowdistill.runner.plan import plan
 from flowdistill.training.cohort import train
-from flowdistill.training.engine import _compile
 
 CPU = torch.device("cpu")
 IMAGES = 96  # half of them are trained on
@@ -188,7 +187,7 @@ PAIRS = [
 @pytest.mark.parametrize("pair", [SMALL, PAIRS[1]], ids=lambda pair: pair["student"])
 def test_a_compiled_step_is_the_eager_one_within_rounding(work, monkeypatch, pair):
     """One step on all images; its losses as tests/test_engines.py holds those of this package's own networks, by a quicker compiler."""
-    monkeypatch.setattr("flowdistill.training.engine._compile", partial(_compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     monkeypatch.chdir(work)
     ledger = Ledger(work / "runs")
     config = keys(**pair, train={"batch_size": IMAGES // 2, "epochs": 2})

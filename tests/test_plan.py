@@ -329,6 +329,23 @@ def test_refused(planned: Planner, changes: dict[str, Any], answer: str) -> None
     assert complaint(planned, **changes) == answer
 
 
+def test_no_bf16_on_a_cpu_where_a_stride_is_larger_than_its_map(planned: Planner, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 16x16 the last stage of timm's network is given maps of one position."""
+    monkeypatch.setattr("flowdistill.device._cpu_computes_bf16", lambda: True)
+    alone: dict[str, Any] = {"method": "base", "teacher": None, "student": "timm:resnet10t"}
+    assert planned(**alone).precision == "fp32"
+    assert planned(**alone, **{"inputs.student.size": 32}).precision == planned().precision == "bf16"
+    both = validate({"method": "dml", "student": "resnet8", "peer": "timm:resnet10t", "data": {"name": "digits"}})
+    assert [job.precision for job in plan([both], ledger, CPU)] == ["fp32", "fp32"]
+    wanted = {**alone, "train.precision": "bf16"}
+    assert complaint(planned, **wanted) == (
+        "train.precision=bf16: the stride of timm:resnet10t's layer4.0.conv1 is larger than the map that it is given, where a CPU's bf16 "
+        "gradients are not sound; use fp32, or larger images"
+    )
+    (elsewhere,) = plan([validate({**alone, "data": {"name": "digits"}, "train": {"precision": "bf16"}})], ledger, torch.device("cuda"))
+    assert elsewhere.precision == "bf16"
+
+
 def test_two_staged_parts_are_refused_and_one_is_not(planned: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
     staged = {"method": "fsp+kd", "options.fsp.schedule": "two-stage", "options.fsp.stage_epochs": 2, "train.epochs": 5}
     assert planned(**staged).phase_epochs == (2, 5)

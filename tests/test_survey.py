@@ -106,6 +106,17 @@ def test_maps_of_one_position_are_left_out():
     assert list(found(Expanding(), size=4)) == ["stem", "stage1", "stage2"]
 
 
+@pytest.mark.parametrize(("size", "path"), [(4, ""), (2, "blocks.2.1.0")])
+def test_a_stride_that_is_larger_than_its_map(size, path):
+    assert survey(Expanding(), 3, size, size).overstepped == path
+
+
+def test_a_depthwise_stride_counts_for_nothing():
+    net = Expanding()
+    net.blocks[2][1][0] = nn.Conv2d(24, 24, 3, 2, padding=1, groups=24)
+    assert survey(net, 3, 2, 2).overstepped == ""
+
+
 def test_the_classifier_is_the_layer_whose_output_the_logits_are():
     net = Functional()
     seen = survey(net, 3, 32, 32)

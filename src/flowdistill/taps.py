@@ -69,6 +69,8 @@ class NetSpec:
         embedding: D, the width of the pooled features.
         classes: K, the number of logits.
         head: path of the module that turns the embedding into logits.
+        overstepped: path of a convolution whose stride is larger than its map, so that some of its weights meet padding alone; empty
+            where there is none, or nobody looked.
     """
 
     name: str
@@ -76,6 +78,7 @@ class NetSpec:
     embedding: int
     classes: int
     head: str = ""
+    overstepped: str = ""
 
     def tap(self, name: str) -> TapSpec:
         """One tap by name.

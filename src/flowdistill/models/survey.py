@@ -84,6 +84,7 @@ class Survey:
         head, embedding, classes: the classifier's path, its inputs and outputs.
         named: whether the network gives an object that holds the logits, not these themselves.
         draws: whether its layers draw random numbers in train mode, as dropout does.
+        overstepped: path of a convolution whose stride is larger than its map, or empty.
     """
 
     layouts: dict[str, Layout]
@@ -93,6 +94,7 @@ class Survey:
     classes: int
     named: bool
     draws: bool
+    overstepped: str
     taps: tuple[TapSpec, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -105,7 +107,7 @@ class Survey:
 
     def spec(self, name: str) -> NetSpec:
         """What a network of that name offers."""
-        return NetSpec(name, self.taps, self.embedding, self.classes, self.head)
+        return NetSpec(name, self.taps, self.embedding, self.classes, self.head, self.overstepped)
 
 
 def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
@@ -130,9 +132,8 @@ def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
     stages = [path for name, path in seen.items() if name != "stem"]
     ends = {name: path for name, path in seen.items() if name == "stem"}
     ends |= {f"stage{number}": path for number, path in enumerate(stages, 1)}
-    return Survey(
-        layouts, ends, head.path, head.inputs[0].shape[1], logits.shape[1], output is not logits, _draws(net, channels, height, width)
-    )
+    draws = _draws(net, channels, height, width)
+    return Survey(layouts, ends, head.path, head.inputs[0].shape[1], logits.shape[1], output is not logits, draws, _overstepped(calls))
 
 
 @torch.no_grad()
@@ -240,6 +241,17 @@ def _head(calls: Sequence[Call], logits: Tensor) -> Call:
     if not fitting:
         raise ValueError(f"its {logits.shape[1]} logits are not those of a linear layer on a vector [N, D]")
     return next((call for call in reversed(fitting) if call.output is logits), fitting[-1])
+
+
+def _overstepped(calls: Sequence[Call]) -> str:
+    """The first convolution with a window whose stride is larger than its map; depthwise ones aside."""
+
+    def steps_over(layer: nn.Module, given: Sequence[Any]) -> bool:
+        if not isinstance(layer, nn.Conv2d) or max(layer.kernel_size) == 1 or layer.groups == layer.in_channels or not given:
+            return False
+        return any(stride > side for stride, side in zip(layer.stride, given[0].shape[-2:], strict=True))
+
+    return next((call.path for call in calls if steps_over(call.module, call.inputs)), "")
 
 
 def find_taps(net: nn.Module, calls: Sequence[Call]) -> dict[str, str]:

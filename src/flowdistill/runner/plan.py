@@ -298,13 +298,33 @@ def _planned(
 ) -> Job:
     student = as_configured(student, config, "student").on(data)
     init_hash = _initial(student, data, config)
-    recipe = config.train.model_dump(mode="json") | {"precision": resolve_precision(config.train.precision, device)}
+    recipe = config.train.model_dump(mode="json") | {"precision": _precision(config, student, data, device)}
     wanted = Wanted(config.data.labelled, data_hash, config.split, config.seed, init_hash, recipe, str(ledger.folder))
     refuse_contaminated(student, wanted)
     teacher = None
     if settled.uses_teacher and config.teacher is not None:
         teacher = as_configured(choose_teacher(config.teacher, wanted, ledger, stand_in=stand_in), config, "teacher")
     return _job(config, settled, student, teacher, data, data_hash, init_hash, device)
+
+
+def _precision(config: RunConfig, student: NetworkRef, data: ImageData, device: torch.device) -> Precision:
+    """As wanted, but no bf16 on a CPU where a stride is larger than the map: such a weight's gradient is memory that nobody wrote.
+
+    Raises:
+        UserError: that is what is wanted.
+    """
+    wanted = config.train.precision
+    precision = resolve_precision(wanted, device)
+    if device.type != "cpu" or precision == "fp32":
+        return precision
+    peers = [models.spec(config.peer, student.seen(data.spec))] if config.peer else []
+    over = next((f"{net.name}'s {net.overstepped}" for net in (student.spec(data.spec), *peers) if net.overstepped), "")
+    if over and wanted == "bf16":
+        raise UserError(
+            f"train.precision=bf16: the stride of {over} is larger than the map that it is given, where a CPU's bf16 gradients are not "
+            f"sound; use fp32, or larger images"
+        )
+    return "fp32" if over else precision
 
 
 def _job(
@@ -317,7 +337,7 @@ def _job(
     init_hash: str,
     device: torch.device,
 ) -> Job:
-    precision = resolve_precision(config.train.precision, device)
+    precision = _precision(config, student, data, device)
     resolved = config.model_copy(
         update={
             "method": settled.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from command import command
 from test_modules import Tied
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, WeightedRandomSampler
 
 import flowdistill
 from flowdistill import UserError
@@ -94,6 +95,76 @@ def test_the_seed_decides_what_a_loader_draws(loaders: Any, keys: dict[str, Any]
     assert terms(0, "own", generator=torch.Generator().manual_seed(5)) == terms(0, "own again", generator=torch.Generator().manual_seed(6))
     workers = {"num_workers": 1}
     assert terms(0, "workers", **workers) == terms(0, "workers again", **workers)
+
+
+class Drawing(Noisy):
+    """Noise from numpy's and Python's global generators."""
+
+    def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
+        image, label = self.inner[place]
+        return image + 0.1 * np.random.randn() + 0.1 * random.random(), label
+
+
+def test_the_seed_decides_what_a_loader_draws_from_numpy_and_python(sets: Any, keys: dict[str, Any]) -> None:
+    def weights(folder: str, seed: int = 0) -> str:
+        numpy_before, before = np.random.get_state()[1], random.getstate()
+        result = flowdistill.train(
+            Tied(), DataLoader(Drawing(sets[0]), 64), DataLoader(sets[1], 100), seed=seed, **(keys | {"runs": folder})
+        )
+        assert (np.random.get_state()[1] == numpy_before).all()
+        assert random.getstate() == before
+        return result.run.weights_hash
+
+    first = weights(keys["runs"] / "first")
+    np.random.seed(len(first))
+    random.seed(len(first))
+    assert weights(keys["runs"] / "again") == first != weights(keys["runs"] / "seed", seed=1)
+
+
+class Scaled(Noisy):
+    """What it prints of itself does not tell the factor."""
+
+    def __init__(self, inner: TensorDataset, factor: float = 1.0) -> None:
+        super().__init__(inner)
+        self.factor = factor
+
+    def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
+        image, label = self.inner[place]
+        return image * self.factor, label
+
+    def __repr__(self) -> str:
+        return "Scaled"
+
+
+def blank(batch: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return torch.zeros(len(batch), 1, 8, 8), torch.stack([label for _, label in batch])
+
+
+def test_other_training_data_are_other_data(sets: Any) -> None:
+    (images, labels), val = sets[0].tensors, DataLoader(sets[1], 100)
+    later = labels.clone()
+    later[-1] = (later[-1] + 1) % 10
+    whole = TensorDataset(images, labels)
+    weighted = WeightedRandomSampler([1.0] * 99 + [0.0] * 51, 150)
+    trained_on = {
+        "as it is": DataLoader(whole, 50),
+        "shuffled": DataLoader(whole, 50, shuffle=True),
+        "drawn": DataLoader(whole, 50, sampler=weighted),
+        "other labels": DataLoader(TensorDataset(images, later), 50),
+        "other images": DataLoader(TensorDataset(images.flip(0), labels), 50),
+        "another last image": DataLoader(Subset(whole, [*range(149), 0]), 50),
+        "blank": DataLoader(whole, 50, collate_fn=blank),
+        "scaled": DataLoader(Scaled(whole), 50),
+        "scaled more": DataLoader(Scaled(whole, 2.0), 50),
+    }
+    hashes = {name: given.adopt(train, val).hash() for name, train in trained_on.items()}
+    assert len(set(hashes.values())) == len(hashes)
+    assert given.adopt(DataLoader(TensorDataset(images.clone(), labels), 50), val).hash() == hashes["as it is"]
+
+
+def test_again_trains_anew(loaders: Any, keys: dict[str, Any]) -> None:
+    numbers = [flowdistill.train(Tied(), *loaders(), again=again, **keys).run.no for again in (False, False, True, False)]
+    assert numbers == [1, 1, 2, 2]
 
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(loaders: Any, keys: dict[str, Any]) -> None:

@@ -88,6 +88,7 @@ def train(
     progress: bool = True,
     on_epoch: Callable[[Report], object] | None = None,
     classes: int | None = None,
+    again: bool = False,
     **config: Any,
 ) -> Result:
     """Train a network on the labels alone; takes what ``distill`` takes."""
@@ -105,6 +106,7 @@ def train(
         progress=progress,
         on_epoch=on_epoch,
         classes=classes,
+        again=again,
         **config,
     )
 
@@ -124,6 +126,7 @@ def distill(
     progress: bool = True,
     on_epoch: Callable[[Report], object] | None = None,
     classes: int | None = None,
+    again: bool = False,
     **config: Any,
 ) -> Result:
     """Train a student with a teacher, record the run, and return it. A finished run of the same config is returned at once,
@@ -148,6 +151,7 @@ def distill(
         on_epoch: called with a Report after every epoch that is trained. What it raises, KeyboardInterrupt for one, comes out of this
             call; the run is then interrupted, and goes on from that epoch when it is called again.
         classes: how many, of loaders; left out, those that the data set has names for (``classes``), else the largest label and one.
+        again: train it even where a run of the same config has finished or was cut off.
         config: further keys of RunConfig as nested mappings (``train={"epochs": 30}, weights={"fsp": 10.0}, split="holdout"``);
             ``init_from`` is named as the student is, or is a module whose weights fit the student that is named.
 
@@ -169,7 +173,7 @@ def distill(
         }
     )
     watcher = (Bars if progress else Watcher)(on_epoch)
-    run = run_configs([parsed], ledger, resolve_device(device), engine=engine, workers=workers, watcher=watcher)[0]
+    run = run_configs([parsed], ledger, resolve_device(device), again=again, engine=engine, workers=workers, watcher=watcher)[0]
     if run.status != "finished":
         raise RuntimeError(f"run {run.no} {run.status}: {run.error}")
     return Result(run, ledger.run_folder(run.no))

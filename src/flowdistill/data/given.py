@@ -1,10 +1,12 @@
 """Loaders given from Python: their batches as they come, under a name for what they hold.
 
-A loader decides order, augmentation and normalisation. What it draws from torch's generators is made a function of (seed, epoch).
+A loader decides order, augmentation and normalisation. What it draws from the generators of torch, numpy and Python is made a function of
+(seed, epoch).
 """
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,12 +21,18 @@ from torch.utils.data import Subset
 
 from ..checks import UserError, summary
 from ..config import LOADER
-from ..randomness import generator
+from ..randomness import derive, generator
 from ..taps import NO_LABEL, DataSpec
 from .images import ImageData, digest
 
 TRAIN, VAL = "train_loader", "val_loader"
 IN_MEMORY: dict[str, GivenData] = {}
+
+
+class Python:
+    """Python's own generator, called as the others are."""
+
+    get_state, set_state = staticmethod(random.getstate), staticmethod(random.setstate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +67,8 @@ class GivenData(ImageData):
 def adopt(train: Any, val: Any, classes: int | None = None) -> GivenData:
     """Two loaders as a data set, from one pass over that of the test images and the first batch of the other.
 
-    Its hash covers the labels and the first images of ``val``, the numbers of images and batches, and what data sets and their transforms
-    print of themselves: not the pixels of all images.
+    Its hash covers the first batch of both, as seed 0 draws it, all labels of ``val``, the numbers of images and batches, what data sets
+    and their transforms print of themselves, and the indices, ``targets`` and ``tensors`` that these hold: not the pixels of all images.
 
     Args:
         train, val: iterables with a length that give (images float [B, C, H, W], labels integer [B]).
@@ -80,7 +88,8 @@ def adopt(train: Any, val: Any, classes: int | None = None) -> GivenData:
     n_train = len(train.dataset) if hasattr(getattr(train, "dataset", None), "__len__") else steps * len(first)
     numbers = np.array([n_train, len(labels), steps, len(first), count])
     described = np.frombuffer(f"{_described(train)}\n{_described(val)}".encode(), np.uint8)
-    told = digest(labels.numpy(), shown, numbers, described)
+    begins = first.float().cpu().numpy(), first_labels.cpu().numpy()
+    told = digest(labels.numpy(), shown, *begins, numbers, described, *_held(train), *_held(val))
     _, height, width = size
     nothing = np.empty((0, height, width, size[0]), np.uint8)
     data = GivenData(
@@ -143,7 +152,9 @@ def drawn(loader: Any, seed: int, purpose: str, epoch: int) -> Iterator[Any]:
     owners = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
     own = [found for owner in owners if isinstance(found := getattr(owner, "generator", None), torch.Generator)]
     lent = dict.fromkeys([torch.default_generator, *own])
-    states = {one: generator(seed, f"{purpose} {place}", epoch).get_state() for place, one in enumerate(lent)}
+    states: dict[Any, Any] = {one: generator(seed, f"{purpose} {place}", epoch).get_state() for place, one in enumerate(lent)}
+    own_seed = derive(seed, purpose, epoch)
+    states |= {np.random: np.random.RandomState(own_seed % 2**32).get_state(), Python: random.Random(own_seed).getstate()}
     with _lending(states):
         batches = iter(loader)
     end = object()
@@ -156,7 +167,7 @@ def drawn(loader: Any, seed: int, purpose: str, epoch: int) -> Iterator[Any]:
 
 
 @contextmanager
-def _lending(states: dict[torch.Generator, Tensor]) -> Iterator[None]:
+def _lending(states: dict[Any, Any]) -> Iterator[None]:
     before = {one: one.get_state() for one in states}
     for one, state in states.items():
         one.set_state(state)
@@ -223,6 +234,18 @@ def _dataset(loader: Any) -> Any:
 def _class_names(loader: Any) -> tuple[str, ...]:
     names = getattr(_dataset(loader), "classes", None)
     return tuple(map(str, names)) if isinstance(names, list | tuple) else ()
+
+
+def _held(loader: Any) -> Iterator[npt.NDArray[Any]]:
+    """What a loader's data set holds as numbers: the places of a subset, labels, tensors."""
+    dataset = getattr(loader, "dataset", None)
+    while isinstance(dataset, Subset):
+        yield np.asarray(dataset.indices)
+        dataset = dataset.dataset
+    for part in (*getattr(dataset, "tensors", ()), getattr(dataset, "targets", ())):
+        numbers = part.detach().cpu().reshape(-1).view(torch.uint8).numpy() if isinstance(part, Tensor) else np.asarray(part)
+        if numbers.dtype.kind in "biuf":
+            yield numbers
 
 
 def _described(loader: Any) -> str:

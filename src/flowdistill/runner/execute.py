@@ -53,7 +53,7 @@ def run(
         if found.status == "running":
             raise UserError(f"{todo[key].label}: another process trains it as run {found.no}; wait for that, or repeat it with --again")
         if found.status == "finished":
-            watcher.say(f"{todo[key].label}: run {found.no} has it already, skipped (--again repeats it)")
+            watcher.say(f"{todo[key].label}: run {found.no} has it already, skipped (--again repeats it, in Python again=True)")
     homes = dict.fromkeys(found.home for found in known.values() if found.cut_off)
     for home in homes:
         recorded(_unfinished(home, ledger), ledger, device)  # refuses before anything is trained

@@ -238,6 +238,12 @@ def test_what_needs_the_whole_of_training(name: str, line: str) -> None:
     assert str(caught.value) == line
 
 
+def test_a_compiled_module_is_refused_with_the_cure() -> None:
+    module = torch.compile(nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)))
+    with pytest.raises(UserError, match=r"student is compiled; give the module itself, and compile the Distiller"):
+        Distiller(None, module, "base", images=(1, 8, 8))
+
+
 def test_mistakes_are_one_line() -> None:
     teacher, student = nets()
     for given, words in [

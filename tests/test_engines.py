@@ -277,7 +277,7 @@ def test_a_convolution_that_is_used_otherwise_too_is_not_folded() -> None:
 
     net = Tapped().eval()
     net.bn.running_mean += 1
-    assert torch.equal(fold(torch.fx.symbolic_trace(net))(IMAGES), net(IMAGES))
+    assert torch.equal(fold(torch.fx.symbolic_trace(net), torch.channels_last)(IMAGES), net(IMAGES))
 
 
 def test_a_teacher_runs_no_further_than_is_needed() -> None:

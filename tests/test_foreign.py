@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowdistill import models
@@ -122,6 +123,72 @@ def test_a_teacher_that_can_not_be_traced_runs_whole():
     teacher = Teacher(net, Needs(teacher=frozenset({"stem"}), logits=True), "fp32")
     assert "control flow" in teacher.whole
     assert torch.equal(teacher.teach(images(DATA)).logits, net(images(DATA)).logits)
+
+
+class Untidy(nn.Module):
+    """It changes its images and its own maps in place, and flattens by ``view``, which takes no channels_last memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, 2, 1)
+        self.fc = nn.Linear(6 * 8 * 8, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x.mul_(2).sub_(0.5)))
+        x = self.second(F.relu(x, inplace=True))
+        x = F.max_pool2d(x, 2)
+        return self.fc(x.view(x.size(0), -1))
+
+
+@pytest.fixture(params=["eager", "compiled", "teacher"])
+def untidy(request):
+    """The network, and how it is called: as training calls a student, compiled, and a teacher."""
+    net = whole(adopt(Untidy(), "untidy")).on(torch.device("cpu"))
+    if request.param == "teacher":
+        teacher = Teacher(deepcopy(net), Needs(teacher=frozenset(net.taps), logits=True), "fp32")
+        assert teacher.whole == ""
+        return net, teacher.teach
+    return net, net if request.param == "eager" else torch.compile(net, backend="aot_eager")
+
+
+def test_a_tap_is_what_its_module_gave_before_that_was_changed_in_place(untidy):
+    net, answer = untidy
+    assert {tap.name: tap.module for tap in net.spec.taps} == {"stem": "norm", "stage1": "second"}
+    given = []
+    net.body.norm.register_forward_hook(lambda module, inputs, output: given.append(output.clone()))
+    with torch.no_grad():
+        net.body(images(DATA))
+        found = answer(images(DATA)).maps["stem"]
+    assert (given[0] < 0).any()
+    torch.testing.assert_close(found, given[0], rtol=1e-4, atol=1e-5)
+
+
+def test_images_are_left_as_they_came(untidy):
+    _, answer = untidy
+    given = images(DATA).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        answer(given)
+    assert torch.equal(given, images(DATA))
+
+
+def test_memory_is_contiguous_where_channels_last_does_not_do(untidy):
+    net, answer = untidy
+    assert net.body.first.weight.is_contiguous()
+    with pytest.raises(RuntimeError, match="view size"):
+        net.body(images(DATA).contiguous(memory_format=torch.channels_last))
+    with torch.no_grad():
+        expected = net.body(images(DATA))
+        found = answer(images(DATA).contiguous(memory_format=torch.channels_last)).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert whole("timm:resnet18").on(torch.device("cpu")).body.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_dry_run_compiles_nothing():
+    net = Untidy()
+    net.first = torch.compile(net.first)
+    torch._dynamo.utils.counters.clear()
+    assert models.spec(adopt(net, "compiled"), DATA).stages
+    assert not torch._dynamo.utils.counters["stats"]
 
 
 def test_weights_have_the_names_that_the_library_gives_them():

@@ -98,6 +98,12 @@ def test_what_was_trained_teaches_and_goes_on(keys: dict[str, Any]) -> None:
     assert again.run.init_hash == teacher.run.weights_hash
 
 
+def test_of_a_compiled_module_what_was_compiled_is_taken(keys: dict[str, Any]) -> None:
+    plain, compiled = (flowdistill.train(module, **keys) for module in (Tied(), torch.compile(Tied())))
+    assert compiled.run.no == plain.run.no == 1
+    assert type(flowdistill.distill(torch.compile(Tied(8)), torch.compile(Tied(seed=2)), method="kd", **keys).module()) is Tied
+
+
 def test_equal_modules_are_one_and_the_run_is_skipped(keys: dict[str, Any]) -> None:
     first = flowdistill.train(Tied(seed=3), **keys)
     assert flowdistill.train(Tied(seed=3), **keys).run.no == first.run.no

@@ -18,7 +18,7 @@ from .data import given
 from .device import resolve_device
 from .ledger import Ledger, Run
 from .models import Network
-from .models.foreign import adopt
+from .models.foreign import adopt, uncompiled
 from .report.progress import Bars
 from .runner import Report, Watcher, export, load_network
 from .runner import run as run_configs
@@ -198,6 +198,7 @@ def _images(data: Data, val_loader: Any, classes: int | None, train: Any) -> dic
 
 def _reference(network: Named, ledger: Ledger) -> str:
     """A network as a config names it. A module in memory is put into a file beside the runs, so that its run can be repeated."""
+    network = uncompiled(network)
     if isinstance(network, str | os.PathLike):
         return os.fspath(network)
     if isinstance(network, int):
@@ -217,6 +218,7 @@ def _reference(network: Named, ledger: Ledger) -> str:
 
 def _first_weights(network: Named, student: Named, ledger: Ledger) -> str:
     """What ``init_from`` names; the weights of a module are those of the student's model, if that is named."""
+    network = uncompiled(network)
     if isinstance(network, nn.Module) and not isinstance(network, Network) and isinstance(student, str):
         return f"{student}@{_saved(_tensors(network), student, {}, ledger)}"
     return _reference(network, ledger)

@@ -14,7 +14,7 @@ from . import methods, models
 from .checks import UserError
 from .methods import Settled
 from .models import Network
-from .models.foreign import Foreign, surveyed
+from .models.foreign import Foreign, surveyed, uncompiled
 from .randomness import seeded
 from .runner.pairing import pair
 from .taps import Batch, DataSpec, NetSpec
@@ -171,6 +171,8 @@ class _Side(NamedTuple):
 def _side(module: nn.Module, size: tuple[int, int, int], role: str) -> _Side:
     if not isinstance(module, nn.Module):
         raise UserError(f"{role}={module!r} is no module; give an nn.Module")
+    if uncompiled(module) is not module:
+        raise UserError(f"{role} is compiled; give the module itself, and compile the Distiller: torch.compile(Distiller(...))")
     front = module.front if isinstance(module, Network) else None
     if front is not None:
         _, *size = front(torch.zeros(1, *size)).shape

@@ -113,7 +113,7 @@ class Work:
         except ValueError as error:
             raise UserError(str(error)) from None
         net = models.build(trained, spec, taps=tuple(sorted(built.needs.student)), seed=seed)
-        return Student(self._placed(net), built.to(self.data.device), settled, config.train)
+        return Student(net.on(self.data.device), built.to(self.data.device), settled, config.train)
 
     def members(self, method: str, seed: int) -> list[Student]:
         """A fresh student, and the one that it teaches and is taught by, where the method has such."""
@@ -126,10 +126,7 @@ class Work:
 
     def network(self, needs: Needs) -> models.Network:
         """The teacher's network, untrained."""
-        return self._placed(models.build(self.teacher, self.data.spec, taps=tuple(sorted(needs.teacher)), seed=99))
-
-    def _placed(self, net: models.Network) -> models.Network:
-        return net.to(device=self.data.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+        return models.build(self.teacher, self.data.spec, taps=tuple(sorted(needs.teacher)), seed=99).on(self.data.device)
 
     def lanes(self, names: Sequence[str], seeds: int, precision: Precision) -> list[Lane]:
         """A lane a seed with a student of each method, at the start of their first phase."""

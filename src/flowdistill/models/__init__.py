@@ -30,16 +30,22 @@ class Network(nn.Module):
         front: turns images as the data gives them into those that the network was made for; None where they are that already.
         draws_from: the seed of what its layers draw in train mode, as dropout does; None where they draw nothing.
         about: what the file that it was loaded from says of it.
+        memory_format: of its weights, and of the images that it works on.
     """
 
     spec: NetSpec
     taps: tuple[str, ...]
     about: Mapping[str, Any] = {}
+    memory_format: torch.memory_format = torch.channels_last
 
     def __init__(self) -> None:
         super().__init__()
         self.front: Front | None = None
         self.draws_from: int | None = None
+
+    def on(self, device: torch.device) -> Network:
+        """The network on a device, its weights in its memory format."""
+        return self.to(device=device, memory_format=self.memory_format)  # type: ignore[call-overload, no-any-return]
 
     def forward(self, images: Tensor) -> Outputs:
         """Images [N, C, H, W] -> Outputs."""

@@ -27,7 +27,7 @@ from ..randomness import seeded
 from ..taps import DataSpec, NetSpec, Outputs, TapSpec
 from . import FORMS, Network
 from .front import View
-from .survey import LARGE, Survey, survey
+from .survey import LARGE, Survey, survey, takes_channels_last
 
 WRITTEN = re.compile(r"(?P<where>timm|torchvision|module|[^@]+\.py|[A-Za-z_][\w.]*):(?P<name>[^:@]+)")
 HEAD = "classifier"  # its row in a table of taps
@@ -48,14 +48,19 @@ class Seen(dict[str, Tensor]):
 
 
 class Keep:
-    """A forward hook that puts a module's output, or what it was given, into ``seen``. A copy of the network gets a copy of it."""
+    """A forward hook that puts a module's output, or what it was given, into ``seen``. A copy of the network gets a copy of it.
 
-    def __init__(self, seen: Seen, name: str, *, given: bool = False) -> None:
-        self.seen, self.name, self.given = seen, name, given
+    Args:
+        overwritten: the output will be changed in place, so what is kept is a copy.
+    """
+
+    def __init__(self, seen: Seen, name: str, *, given: bool = False, overwritten: bool = False) -> None:
+        self.seen, self.name, self.given, self.overwritten = seen, name, given, overwritten
 
     def __call__(self, _module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Keep it."""
-        self.seen[self.name] = inputs[0] if self.given else output
+        kept = inputs[0] if self.given else output
+        self.seen[self.name] = kept.clone() if self.overwritten else kept
 
 
 class Foreign(Network):
@@ -63,12 +68,14 @@ class Foreign(Network):
 
     def __init__(self, inner: nn.Module, spec: NetSpec, taps: tuple[str, ...], found: Survey) -> None:
         super().__init__()
-        self.inner, self.spec, self.named = inner, spec, found.named
+        self.inner, self.spec, self.named, self.overwrites = inner, spec, found.named, found.overwrites
+        self.memory_format = torch.channels_last if found.channels_last else torch.contiguous_format
         self.taps = tuple(spec.tap(name).name for name in taps)
         self.paths = {name: spec.tap(name).module for name in self.taps}
         self.layouts = {path: found.layouts[path] for path in self.paths.values()}
         self.seen = Seen()
-        keepers = [(path, Keep(self.seen, path)) for path in self.layouts] + [(spec.head, Keep(self.seen, HEAD, given=True))]
+        keepers = [(path, Keep(self.seen, path, overwritten=path in found.overwritten)) for path in self.layouts]
+        keepers += [(spec.head, Keep(self.seen, HEAD, given=True))]
         self.hooks = [inner.get_submodule(path).register_forward_hook(keep) for path, keep in keepers]
         self.register_state_dict_post_hook(_without_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_with_prefix)  # type: ignore[no-untyped-call]
@@ -86,7 +93,9 @@ class Foreign(Network):
 
     def answer(self, images: Tensor) -> Outputs:
         """Images [N, C, H, W] -> Outputs."""
-        output = self.inner(images)
+        if self.memory_format is torch.contiguous_format:
+            images = images.contiguous()
+        output = self.inner(images.clone() if self.overwrites else images)
         seen = dict(self.seen)
         self.seen.clear()
         maps = {name: self.layouts[path].map(seen[path]) for name, path in self.paths.items()}
@@ -100,7 +109,7 @@ def surveyed(net: nn.Module, name: str, channels: int, height: int, width: int) 
         UserError: it can't take such images, or is no classifier.
     """
     try:
-        with seeded(0, "survey"):
+        with seeded(0, "survey"), torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
             return survey(net, channels, height, width)
     except Exception as error:  # of the network's own code
         raise UserError(f"{name}: no classifier of images of {channels}x{height}x{width}: {first_line(error)}") from None
@@ -156,8 +165,10 @@ class ForeignFactory:
         """
         key = (data.channels, data.height, data.width, data.classes)
         if key not in self._surveys:
-            with seeded(0, "survey"), torch.device("cpu"):
-                found = surveyed(self.network(data), self.name, data.channels, data.height, data.width)
+            with seeded(0, "survey"), torch.device("cpu"), torch.compiler.set_stance("force_eager"):
+                net = self.network(data)
+                found = surveyed(net, self.name, data.channels, data.height, data.width)
+                found.channels_last = takes_channels_last(net, data.channels, data.height, data.width)
             if found.classes != data.classes:
                 raise UserError(
                     f"{self.name}: gives {found.classes} classes where {data.classes} are wanted; let it take their number as `classes`"
@@ -334,6 +345,11 @@ FORMS[WRITTEN] = foreign
 def is_foreign(name: str) -> bool:
     """Whether a name is written as one of these."""
     return WRITTEN.fullmatch(name) is not None
+
+
+def uncompiled(module: Any) -> Any:
+    """What ``torch.compile`` was given, where the module is what it made of that."""
+    return getattr(module, "_orig_mod", module)
 
 
 def adopt(module: nn.Module, key: str) -> str:

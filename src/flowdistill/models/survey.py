@@ -46,7 +46,11 @@ class Layout(NamedTuple):
 
 @dataclass
 class Call:
-    """A module that was called in the dry run: when it began and ended among all, on what, and what it gave."""
+    """A module that was called in the dry run: when it began and ended among all, on what, and what it gave.
+
+    Attributes:
+        version: of the output as the module gave it; operations in place count it up.
+    """
 
     path: str
     module: nn.Module
@@ -56,6 +60,12 @@ class Call:
     ended: int = 0
     output: Any = None
     layout: Layout | None = None
+    version: int = 0
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether its output was changed in place after it was given."""
+        return isinstance(self.output, Tensor) and self.output._version != self.version
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -85,6 +95,9 @@ class Survey:
         named: whether the network gives an object that holds the logits, not these themselves.
         draws: whether its layers draw random numbers in train mode, as dropout does.
         overstepped: path of a convolution whose stride is larger than its map, or empty.
+        overwrites: whether it changes the images that it is given in place.
+        overwritten: paths of modules whose output is changed in place afterwards.
+        channels_last: whether it takes images and weights in channels_last memory; ``view`` may not.
     """
 
     layouts: dict[str, Layout]
@@ -95,6 +108,9 @@ class Survey:
     named: bool
     draws: bool
     overstepped: str
+    overwrites: bool
+    overwritten: frozenset[str]
+    channels_last: bool = True
     taps: tuple[TapSpec, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -117,14 +133,14 @@ def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
         ValueError: it gives no logits [N, K], or they are not those of a linear layer on a vector.
         Exception: of the network's own, where it can't take such images.
     """
-    calls, output = watch(net, channels, height, width)
+    calls, output, overwrites = watch(net, channels, height, width)
     logits = logits_of(output)
     head = _head(calls, logits)
     larger = calls
     factor = -(-LARGE // min(height, width))
     if factor > 1:
         try:
-            larger, _ = watch(net, channels, height * factor, width * factor)
+            larger, *_ = watch(net, channels, height * factor, width * factor)
         except Exception:  # it takes one size alone
             larger = calls
     layouts = {call.path: call.layout for call in calls if call.layout is not None and call.path}
@@ -132,13 +148,42 @@ def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
     stages = [path for name, path in seen.items() if name != "stem"]
     ends = {name: path for name, path in seen.items() if name == "stem"}
     ends |= {f"stage{number}": path for number, path in enumerate(stages, 1)}
-    draws = _draws(net, channels, height, width)
-    return Survey(layouts, ends, head.path, head.inputs[0].shape[1], logits.shape[1], output is not logits, draws, _overstepped(calls))
+    return Survey(
+        layouts,
+        ends,
+        head.path,
+        head.inputs[0].shape[1],
+        logits.shape[1],
+        named=output is not logits,
+        draws=_draws(net, channels, height, width),
+        overstepped=_overstepped(calls),
+        overwrites=overwrites,
+        overwritten=frozenset(call.path for call in calls if call.overwritten),
+    )
 
 
 @torch.no_grad()
-def watch(net: nn.Module, channels: int, height: int, width: int) -> tuple[list[Call], Any]:
-    """Every call of a module on random images, in the order in which they ended, and the output of the whole."""
+def takes_channels_last(net: nn.Module, channels: int, height: int, width: int) -> bool:
+    """Whether a network takes images and weights in channels_last memory; its weights are left in that."""
+    images = torch.zeros(IMAGES, channels, height, width).contiguous(memory_format=torch.channels_last)
+    try:
+        net.to(memory_format=torch.channels_last).eval()(images)
+    except Exception:  # it took them otherwise
+        return False
+    return True
+
+
+class Watched(NamedTuple):
+    """A pass: every call of a module in the order in which they ended, what the whole gave, and whether the images were changed."""
+
+    calls: list[Call]
+    output: Any
+    overwrites: bool
+
+
+@torch.no_grad()
+def watch(net: nn.Module, channels: int, height: int, width: int) -> Watched:
+    """A pass over random images."""
     calls: list[Call] = []
     open_: list[Call] = []
     clock = iter(range(1 << 62))
@@ -153,12 +198,14 @@ def watch(net: nn.Module, channels: int, height: int, width: int) -> tuple[list[
         call = open_.pop()
         call.ended, call.output = next(clock), output
         call.layout = layout_of(output, net, height, width)
+        call.version = output._version if isinstance(output, Tensor) else 0
         calls.append(call)
 
     handles = [handle for path, module in net.named_modules() for handle in _hooked(module, begin(path), end)]
     images = torch.rand(IMAGES, channels, height, width, generator=torch.Generator().manual_seed(0))
     images = images.to(next((parameter.device for parameter in net.parameters()), images.device))
     training = {module: module.training for module in net.modules()}
+    before = images.clone()
     try:
         output = net.eval()(images)
     finally:
@@ -166,7 +213,7 @@ def watch(net: nn.Module, channels: int, height: int, width: int) -> tuple[list[
             handle.remove()
         for module, mode in training.items():
             module.training = mode
-    return calls, output
+    return Watched(calls, output, not torch.equal(images, before))
 
 
 @torch.no_grad()

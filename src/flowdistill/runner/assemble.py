@@ -74,7 +74,7 @@ def assemble(jobs: Sequence[Job], data: Supply, device: torch.device, engine: st
     lanes: dict[tuple[int, str], Lane] = {}
     members = []
     for job, method in zip(jobs, methods, strict=True):
-        net = _placed(_network(job, tuple(sorted(method.needs.student)), data.normalisation), device)
+        net = _network(job, tuple(sorted(method.needs.student)), data.normalisation).on(device)
         student = Student(net, method.to(device), job.settled, job.config.train)
         member = Member(job, student)
         origin = job.teacher.origin if job.teacher else taught.get(job.config.seed, "")
@@ -84,7 +84,7 @@ def assemble(jobs: Sequence[Job], data: Supply, device: torch.device, engine: st
             if origin not in teachers:
                 spec = job.pairing.teacher if job.pairing else None
                 built = job.teacher.build(data.spec, taps=tuple(sorted(needs.teacher)), spec=spec, given=data.normalisation)
-                teacher = _placed(built, device).eval()
+                teacher = built.on(device).eval()
                 accuracy = None if job.teacher.other_classes(job.data) else _accuracy(teacher, data, job.precision)
                 facts = gather(needs, teacher, data, job.precision)
                 teachers[origin] = Teacher(teacher, needs, job.precision), accuracy, facts
@@ -113,10 +113,6 @@ def _network(job: Job, taps: tuple[str, ...], given: Normalisation) -> Network:
     assert job.teacher is not None
     net.take_over(job.student.build(spec, seed=seed), job.teacher.build(spec))
     return net
-
-
-def _placed(net: Network, device: torch.device) -> Network:
-    return net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 def _accuracy(net: Network, data: Supply, precision: Precision) -> float:

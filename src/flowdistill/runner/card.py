@@ -156,7 +156,7 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
     normalisation = Normalisation.measured(part(data.x_train, trained), data.y_train[trained])
     nets: dict[str, Network] = {}
     for role, network in networks.items():
-        nets[role] = network.build(data.spec, given=normalisation).eval().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        nets[role] = network.build(data.spec, given=normalisation).on(device).eval()
     normalise, labels = normalisation.on(device), data.y_test
     images = normalise(torch.from_numpy(data.x_test[np.arange(batch_size) % len(labels)]).to(device))
     precision = resolve_precision(run.precision, device)

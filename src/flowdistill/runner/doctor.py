@@ -154,7 +154,7 @@ def _of_teacher(job: Job, teacher: NetworkRef, data: DeviceData) -> Iterator[Fin
         what = "wrong class order: number the classes as its training did" if same else "other classes; its accuracy can't be measured here"
         yield Finding("answers", "wrong" if same else "look", f"{teacher.model}: {other}; {what}")
         return
-    net = teacher.build(data.spec, given=data.normalisation).to(device=data.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = teacher.build(data.spec, given=data.normalisation).on(data.device)
     yield _of_answers(net, teacher, job, data)
 
 

@@ -149,7 +149,7 @@ def evaluate(
     """
     net, about = load_network(path)
     data = load_fitting(path, about, dataset)
-    net = net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = net.on(device)
     test = labelled(data.x_test, data.y_test, Normalisation(about.mean, about.std).on(device), device, workers)
     correct = int(measure(net, test, resolve_precision(precision or about.precision, device)).correct)
     images = len(test)

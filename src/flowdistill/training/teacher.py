@@ -32,7 +32,7 @@ class Teacher:
         self.precision, self.whole = precision, ""
         net.eval().requires_grad_(False)
         try:
-            self.net: nn.Module = fold(trim(net, needs))
+            self.net: nn.Module = fold(trim(net, needs), net.memory_format)
         except Exception as error:  # tracing runs the network's own code, which may do anything
             self.net, self.whole = net, summary(error)
         if precision == "bf16" and not self.whole:
@@ -90,7 +90,7 @@ def trim(net: Network, needs: Needs) -> fx.GraphModule:
     return traced.eval()
 
 
-def fold(net: fx.GraphModule) -> fx.GraphModule:
+def fold(net: fx.GraphModule, memory_format: torch.memory_format) -> fx.GraphModule:
     """Every batch normalisation in eval mode that alone follows a convolution becomes part of it.
 
     (conv(x) - mean) / sqrt(var + eps) * weight + bias is a convolution; the numbers agree up to rounding. The convolutions are
@@ -106,7 +106,7 @@ def fold(net: fx.GraphModule) -> fx.GraphModule:
         if type(convolution) is not nn.Conv2d or type(normalisation) is not nn.BatchNorm2d:  # a subclass may do more
             continue
         if calls[before.target] == calls[node.target] == 1:
-            folded = fuse_conv_bn_eval(convolution, normalisation).to(memory_format=torch.channels_last)
+            folded = fuse_conv_bn_eval(convolution, normalisation).to(memory_format=memory_format)
             net.add_submodule(name, folded.requires_grad_(False))
             node.replace_all_uses_with(before)
             net.graph.erase_node(node)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flowdistill import UserError, models
 from flowdistill.config import RunConfig, assign
+from flowdistill.data.supply import Labelled
 from flowdistill.ledger import Ledger
 from flowdistill.runner import run
 from flowdistill.runner.answers import Answers, another_order
@@ -210,11 +211,47 @@ def test_mistake_mismatched_channels(look: Look) -> None:
     assert wrong(look(student="resnet8x4", method="fsp", options={"fsp": {"adapter": "conv1x1"}})) == []
 
 
-# The order of classes, on answers made up
+# Answers made up
 
 
 def answers(labels: np.ndarray[Any, Any], said: np.ndarray[Any, Any], classes: int) -> Answers:
     return Answers(np.eye(classes, dtype=np.float32)[said], labels)
+
+
+@pytest.mark.parametrize(
+    ("common", "right", "verdict"),
+    [
+        (75, 150, "ok"),
+        (75, 149, "ok"),
+        (75, 114, "ok"),
+        (75, 111, "look"),
+        (75, 75, "wrong"),
+        (141, 150, "ok"),
+        (141, 141, "wrong"),
+        (148, 150, "ok"),
+        (148, 148, "wrong"),
+        (150, 150, "ok"),
+    ],
+)
+def test_two_classes_of_which_one_is_common(
+    common: int, right: int, verdict: str, look: Look, work: Path, small_npz: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 150 test images ``common`` are of class 0; a teacher that knows ``right`` of them, the common ones first."""
+    with np.load(small_npz) as whole:
+        np.savez(work / "two.npz", **{**whole, "y_train": np.arange(300) % 2, "y_test": (np.arange(150) >= common) * 1})
+    fresh = models.build("resnet14", DataSpec("", 1, 2, 1, 8, 8), seed=3).state_dict()
+
+    def asked(_net: object, shown: Labelled, _precision: str) -> Answers:
+        labels = torch.cat([labels for _, labels in shown.batches()]).numpy()
+        order = np.argsort(labels, kind="stable")
+        said = labels.copy()
+        said[order[right:]] = 1 - labels[order[right:]]
+        return answers(labels, said, 2)
+
+    monkeypatch.setattr("flowdistill.runner.doctor.ask", asked)
+    found = told(look(data=work / "two.npz", teacher=saved(work / "it.pt", fresh)), "answers")
+    assert found[0] == verdict
+    assert ("chance level" in found[1]) == (verdict == "wrong")
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -62,7 +62,12 @@ class Answers(NamedTuple):
     @property
     def guessed(self) -> float:
         """The most that chance explains."""
-        return self.chance + ERRORS * math.sqrt(self.chance * (1 - self.chance) / len(self.labels))
+        return min(self.chance + ERRORS * math.sqrt(self.chance * (1 - self.chance) / len(self.labels)), self.halfway)
+
+    @property
+    def halfway(self) -> float:
+        """From chance to all right: no more is asked of a teacher, however common its commonest class."""
+        return (1 + self.chance) / 2
 
 
 def given(data: DeviceData) -> View:
@@ -127,7 +132,7 @@ def another_order(answers: Answers, names: Sequence[str]) -> str:
     np.add.at(confusion, (classes[::2], labels[::2]), 1)
     _, meant = linear_sum_assignment(confusion + np.eye(count) / 2, maximize=True)  # where nothing speaks for another order, as it is
     accuracy = float((meant[classes[1::2]] == labels[1::2]).mean())
-    if accuracy < max(answers.accuracy + GAIN, answers.guessed, min(KNOWN * answers.chance, (1 + answers.chance) / 2)):
+    if accuracy < max(answers.accuracy + GAIN, answers.guessed, min(KNOWN * answers.chance, answers.halfway)):
         return ""
     changed = [(theirs, ours) for theirs, ours in enumerate(meant.tolist()) if theirs != ours and confusion[theirs].any()]
     named = [f"what the data calls {_name(names, ours)} it calls {_name(names, theirs)}" for theirs, ours in changed]

@@ -172,7 +172,7 @@ def _of_answers(net: Network, teacher: NetworkRef, job: Job, data: DeviceData) -
         often = np.bincount(answers.classes).max() / len(answers.labels)
         why = f"chance level: not trained, or not on such images; {often:.0%} of its answers are one class"
         return Finding("answers", "wrong", f"{said}; {why}")
-    return Finding("answers", "look" if answers.accuracy < 2 * answers.chance else "ok", said)
+    return Finding("answers", "look" if answers.accuracy < min(2 * answers.chance, answers.halfway) else "ok", said)
 
 
 def _of_method(group: Sequence[Job], ledger: Ledger, data: DeviceData) -> Iterator[Finding]:

@@ -26,6 +26,7 @@ from .plan import Job
 SAMPLE = 512  # images that a teacher is measured on, the same share of each class
 ERRORS = 3  # standard errors that tell an accuracy from chance
 GAIN = 0.1  # of accuracy that another normalisation or order of classes must bring, to be what is wrong
+LEFT = 0.5  # of a teacher's errors that renaming may leave, if the order of its classes is to be all that is wrong
 KNOWN = 5  # times chance, or halfway from chance to all, that renaming must reach: it flatters even answers that know nothing
 SHOWN = 3  # of many classes, so many are named
 
@@ -121,7 +122,8 @@ def listed(values: Sequence[float] | None) -> str:
 def another_order(answers: Answers, names: Sequence[str]) -> str:
     """Which classes the teacher takes for which, where that explains its answers much better; else empty.
 
-    The order is found on every other image of each class and measured on the rest: of few images a class an order always fits.
+    The order is found on every other image of each class and measured on the rest: of few images a class an order always fits. Images
+    of another size or order of channels shift answers from class to class too: where most errors stay, it may be these.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -137,7 +139,10 @@ def another_order(answers: Answers, names: Sequence[str]) -> str:
     changed = [(theirs, ours) for theirs, ours in enumerate(meant.tolist()) if theirs != ours and confusion[theirs].any()]
     named = [f"what the data calls {_name(names, ours)} it calls {_name(names, theirs)}" for theirs, ours in changed]
     more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
-    return f"{accuracy:.1%} with its classes renamed: {', '.join(named[:SHOWN])}{more}; number the classes as its training did"
+    what, cure = "wrong class order", "number the classes"
+    if 1 - accuracy > LEFT * (1 - answers.accuracy):
+        what, cure = f"{what}, or other images than it was trained on (size, channel order)", f"{cure} and make the images"
+    return f"{what}: {accuracy:.1%} with its classes renamed: {', '.join(named[:SHOWN])}{more}; {cure} as its training did"
 
 
 def _name(names: Sequence[str], number: int) -> str:

@@ -167,7 +167,7 @@ def _of_answers(net: Network, teacher: NetworkRef, job: Job, data: DeviceData) -
     if better := another_normalisation(net, teacher, data, shown, job.precision, answers):
         return Finding("answers", "wrong", f"{said}; wrong normalisation: {better}")
     if order := another_order(answers, job.data.class_names):
-        return Finding("answers", "wrong", f"{said}; wrong class order: {order}")
+        return Finding("answers", "wrong", f"{said}; {order}")
     if answers.accuracy < answers.guessed:
         often = np.bincount(answers.classes).max() / len(answers.labels)
         why = f"chance level: not trained, or not on such images; {often:.0%} of its answers are one class"

@@ -329,6 +329,38 @@ def test_a_run_without_a_student_is_refused(work: Path) -> None:
     assert_refused(work, ["export", "3", "--to", "onnx"], "weights file runs/3/student.safetensors: no such file")
 
 
+FORK = """
+from torch import nn
+
+class Fork(nn.Module):
+    def __init__(self, classes, channels):
+        super().__init__()
+        self.stage1 = nn.Sequential(nn.Conv2d(channels, 4, 3), nn.ReLU())
+        self.stage2 = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU())
+        self.fc = nn.Linear(8, classes)
+
+    def forward(self, images):
+        h = self.stage2(self.stage1(images))
+        return self.fc((h if h.sum() > 0 else h * 2).mean((2, 3)))
+"""
+
+
+def test_a_network_that_can_not_be_traced_is_one_line(small_npz: Path, tmp_path: Path) -> None:
+    (tmp_path / "fork.py").write_text(FORK)
+    words = ["--dataset", f"npz:{small_npz}", "--epochs", "1", "--batch-size", "64", "--set", "data.pad=1", "--set", "data.flip=false"]
+    assert command(tmp_path, "train", "--model", "fork.py:Fork", *words).code == 0
+    before = files(tmp_path)
+    for to in ("torch-export", "onnx"):
+        export = [sys.executable, "-m", "flowdistill", "export", "1", "--to", to]
+        said = subprocess.run(export, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert (said.returncode, said.stdout) == (2, "")
+        (line,) = said.stderr.splitlines()
+        assert line.startswith("flowdistill: torch.export can't trace fork.py:Fork: GuardOnDataDependentSymNode: Could not guard on")
+        assert line.endswith("; use --to safetensors")
+        assert files(tmp_path) == before
+    assert command(tmp_path, "export", "1", "--to", "safetensors").code == 0
+
+
 def test_a_full_disk_leaves_the_file_that_was_there(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

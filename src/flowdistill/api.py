@@ -61,7 +61,7 @@ class Result:
         """Write the network as ``onnx``, ``torch-export`` or ``safetensors``, beside the run's files or to ``out``; the file's path.
 
         Raises:
-            UserError: as ``student``; a package is missing, or the run's images came from a loader.
+            UserError: as ``student``; a package is missing, torch.export can't trace it, or the run's images came from a loader.
         """
         if to not in FORMATS:
             raise UserError(f"export to {to!r}: {did_you_mean(to, FORMATS)}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..checks import UserError, obstacle
+from ..checks import UserError, obstacle, summary
 from ..data.images import ImageData, Images
 from ..data.loader import labelled
 from ..data.normalisation import Normalisation
@@ -100,7 +101,8 @@ def export(path: Path, to: str, *, out: Path | None = None, dataset: str | None 
         int8: of ONNX, quantise what was found to agree; its accuracy is measured, not judged.
 
     Raises:
-        UserError: the student or its data can't be read, the file can't be written there, or a package is missing.
+        UserError: the student or its data can't be read, the file can't be written there, a package is missing, or the network does
+            what torch.export can't trace.
         DeviationError: a logit differs by more than ``TOLERANCE`` times the largest, or a most probable class does; nothing was written.
     """
     form = FORMATS[to]
@@ -188,11 +190,31 @@ def _read_safetensors(content: bytes, program: Program) -> Answer:
 
 
 def _traced(program: Program, image: Tensor) -> torch.export.ExportedProgram:
-    """For any number of images: traced with two, since one would be taken for a constant. No path of this machine stays in it."""
-    traced = torch.export.export(program, (torch.cat([image, image]),), dynamic_shapes={INPUT: {0: torch.export.Dim(AXIS)}})
+    """For any number of images: traced with two, since one would be taken for a constant. No path of this machine stays in it.
+
+    Raises:
+        UserError: its code branches on values, or is otherwise none that torch.export can follow.
+    """
+    two, sizes = torch.cat([image, image]), {INPUT: {0: torch.export.Dim(AXIS)}}
+    try:
+        with _unlogged(logging.ERROR), redirect_stderr(io.StringIO()):  # it prints the graph as far as it came
+            traced = torch.export.export(program, (two,), dynamic_shapes=sizes)
+    except Exception as error:  # of the network's own code
+        raise UserError(f"torch.export can't trace {program.net.spec.name}: {summary(error)}; use --to safetensors") from None
     for node in traced.graph.nodes:
         node.meta.pop("stack_trace", None)
     return traced
+
+
+@contextmanager
+def _unlogged(level: int) -> Iterator[None]:
+    """No messages of that level or below it."""
+    before = logging.root.manager.disable
+    logging.disable(level)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _write_torch_export(program: Program, image: Tensor, told: Mapping[str, str]) -> bytes:
@@ -253,16 +275,11 @@ def _quantised(content: bytes, data: ImageData) -> bytes:
     from onnxruntime.quantization import quantize_static
 
     images = data.x_train[stratified(data.y_train, min(CALIBRATION, len(data.y_train)), len(data.y_train), least=1)]
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # it advises to fuse the batch normalisations, which was done
-    try:
-        with TemporaryDirectory() as folder:
-            exact, quantised = Path(folder) / "exact.onnx", Path(folder) / "int8.onnx"
-            exact.write_bytes(content)
-            quantize_static(exact, quantised, _Calibration(images), per_channel=True)
-            return quantised.read_bytes()
-    finally:
-        logging.disable(before)
+    with _unlogged(logging.WARNING), TemporaryDirectory() as folder:  # it advises to fuse the batch normalisations, which was done
+        exact, quantised = Path(folder) / "exact.onnx", Path(folder) / "int8.onnx"
+        exact.write_bytes(content)
+        quantize_static(exact, quantised, _Calibration(images), per_channel=True)
+        return quantised.read_bytes()
 
 
 def _accuracy(answer: Answer, data: ImageData) -> float:

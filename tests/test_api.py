@@ -128,6 +128,15 @@ def test_every_epoch_is_reported_as_it_is_recorded(keys: dict[str, Any]) -> None
     assert len(reports) == 3, "nothing was trained"
 
 
+def test_what_a_callback_raises_comes_out_whole_and_is_recorded_in_one_line(keys: dict[str, Any]) -> None:
+    def full(report: flowdistill.Report) -> None:
+        raise OSError(f"no space\nafter epoch {report.epoch}")
+
+    with pytest.raises(OSError, match=r"^no space\nafter epoch 1$"):
+        flowdistill.train("resnet8", **keys, on_epoch=full)
+    assert Ledger(keys["runs"]).run(1).error == "no space"
+
+
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, StopIteration, ZeroDivisionError])
 @pytest.mark.parametrize("epoch", [2, 4])
 def test_a_callback_stops_a_run_that_goes_on_from_there(keys: dict[str, Any], stop: type[BaseException], epoch: int) -> None:

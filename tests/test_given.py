@@ -183,6 +183,26 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(loaders: Any, keys: dict[str
     assert flowdistill.train(Tied(), *loaders(), **keys).run.no == 1, "what is finished is skipped"
 
 
+class Broken(Noisy):
+    """One image can't be had."""
+
+    def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
+        if place == 200:
+            raise ValueError("broken\n  at 200")
+        return super().__getitem__(place)
+
+
+@pytest.mark.parametrize(("workers", "recorded"), [(0, "broken"), (1, "ValueError: broken")])
+def test_what_a_loader_raises_is_one_line_of_the_record(
+    workers: int, recorded: str, sets: tuple[TensorDataset, TensorDataset], keys: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="broken\n  at 200"):
+        flowdistill.train(Tied(), DataLoader(Broken(sets[0]), 64, num_workers=workers), DataLoader(sets[1], 100), **keys)
+    run = Ledger(keys["runs"]).run(1)
+    assert (run.status, run.error) == ("interrupted", recorded)
+    assert command(tmp_path, "runs").out.splitlines()[1].endswith(f"  {recorded}")
+
+
 def test_engines_see_the_same_batches(loaders: Any, keys: dict[str, Any]) -> None:
     """The last batch is smaller, and compiled for itself."""
     found = [

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 MOST_SEEDS = 10_000
+TRACEBACK = "Traceback (most recent call last):"
 
 
 class UserError(ValueError):
@@ -26,8 +27,13 @@ def did_you_mean(given: str, allowed: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line; its type's name where it says nothing."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """What an exception says, in one line; its type's name where it says nothing.
+
+    One that brings another process's traceback, as a loader's worker does, says the line below that.
+    """
+    _, traced, said = str(error).rpartition(TRACEBACK)
+    told = (line.strip() for line in said.splitlines() if line.strip() and not (traced and line.startswith(" ")))
+    return next(told, type(error).__name__)
 
 
 def printable(line: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..checks import UserError
+from ..checks import UserError, first_line
 from ..config import RunConfig
 from ..device import describe, determinism, reset_peak_memory, sensible_threads, threads
 from ..env import versions
@@ -235,7 +235,7 @@ def _stops_on_record(members: Sequence[Member], ledger: Ledger, watcher: Watcher
         with contextlib.suppress(sqlite3.Error, UserError):
             for member in members:
                 if ledger.run(member.no).status == "running":
-                    ledger.update(member.no, status="interrupted", error=str(error) or type(error).__name__, finished=now())
+                    ledger.update(member.no, status="interrupted", error=first_line(error), finished=now())
         where = f" --runs {ledger.folder}" if str(ledger.folder) != "runs" else ""
         watcher.say(f"{_numbers(members)}: stopped; go on with: flowdistill resume {members[0].no}{where}")
         raise

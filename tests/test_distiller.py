@@ -228,7 +228,7 @@ def test_stages_are_paired_as_a_run_pairs_them() -> None:
         ("crd", "method 'crd' needs the labels of all training images; use flowdistill.distill"),
         ("nd", "method 'nd' needs the class means of all training images; use flowdistill.distill"),
         ("dml", "the students of 'dml' teach each other; use flowdistill.distill"),
-        ("simkd", "method 'simkd' trains another network than the student; use flowdistill.distill"),
+        ("simkd", "method 'simkd' trains another network, made of registered models; use flowdistill.distill, and name two"),
         ("fps", "unknown method 'fps': did you mean 'fsp'?"),
     ],
 )

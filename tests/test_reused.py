@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from small import config
+from test_modules import Tied
+from test_tapping import FILE
 
+import flowdistill
 from flowdistill import models
 from flowdistill.checks import UserError
 from flowdistill.ledger import Ledger
@@ -76,6 +79,34 @@ def test_simkd_trains_body_and_projector_and_leaves_the_teachers_classifier(taug
     assert record["parameters"] == sum(
         value.numel() for name, value in weights.items() if "running" not in name and "num_batches" not in name
     )
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "foreign"),
+    [
+        ("timm:resnet18", "1", "timm:resnet18"),
+        ("resnet8", "timm:resnet18", "timm:resnet18"),
+        ("nets.py:Tiny", "1", "nets.py:Tiny"),
+        ("resnet8", "nets.py:Tiny", "nets.py:Tiny"),
+    ],
+)
+def test_networks_of_others_are_refused(
+    student: str, teacher: str, foreign: str, taught: Ledger, small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("nets.py").write_text(FILE)
+    with pytest.raises(UserError) as caught:
+        plan([config(small_npz, method="simkd", student=student, teacher=teacher)], taught, CPU, stand_in=True)
+    cure = "name two that flowdistill models lists, or choose another method"
+    assert str(caught.value) == f"simkd needs registered models as student and teacher, {foreign} is none; {cure}"
+
+
+def test_modules_are_refused(small_npz: Path, tmp_path: Path) -> None:
+    modules = Tied(8, seed=1), Tied(seed=2)
+    runs = tmp_path / "runs"
+    with pytest.raises(UserError, match=r"^simkd needs registered models as student and teacher, module:Tied-[0-9a-f]{8} is none; "):
+        flowdistill.distill(*modules, f"npz:{small_npz}", method="simkd", runs=runs)
+    assert not (runs / "ledger.db").exists()
 
 
 def test_its_body_begins_where_the_plain_student_of_its_seed_does(small_npz: Path, taught: Ledger) -> None:

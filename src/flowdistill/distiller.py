@@ -207,7 +207,7 @@ def _settled(method: str, options: Mapping[str, Mapping[str, Any]], weights: Map
     if settled.mutual:
         raise UserError(f"the students of {settled.name!r} teach each other; {CURE}")
     if settled.trained_model("student", "teacher") != "student":
-        raise UserError(f"method {settled.name!r} trains another network than the student; {CURE}")
+        raise UserError(f"method {settled.name!r} trains another network, made of registered models; {CURE}, and name two")
     return settled
 
 

@@ -99,17 +99,28 @@ class Job:
         """What is trained and its teacher, with stages of the same names; None without a teacher.
 
         Raises:
-            UserError: the taps that were named do not go together.
+            UserError: the taps that were named do not go together, or what is trained can't be made of these two.
         """
-        if self.trained != self.student.model and (self.student.taps or self.config.inputs.get("student")):
-            raise UserError(
-                f"{self.settled.name} trains another network than {self.student.model}; leave taps and inputs of the student out"
-            )
+        if self.trained != self.student.model:
+            self._refuse_parts()
         if self.teacher is None:
             return None
         ours, theirs = (network.seen(self.data.spec) for network in (self.student, self.teacher))
         named = bool(self.student.taps or self.teacher.taps)
         return pair(self.student_spec, self.teacher.spec(self.data.spec), ours, theirs, named=named)
+
+    def _refuse_parts(self) -> None:
+        """A network that is built of student and teacher is built of registered ones as they are."""
+        parts = [part.model for part in (self.student, self.teacher) if part]
+        if foreign := next(filter(is_foreign, parts), ""):
+            raise UserError(
+                f"{self.settled.name} needs registered models as student and teacher, {foreign} is none; name two that flowdistill models "
+                f"lists, or choose another method"
+            )
+        if self.student.taps or self.config.inputs.get("student"):
+            raise UserError(
+                f"{self.settled.name} trains another network than {self.student.model}; leave taps and inputs of the student out"
+            )
 
     @property
     def student_spec(self) -> NetSpec:

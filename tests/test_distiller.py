@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -146,6 +147,60 @@ def test_images_without_labels() -> None:
             Distiller(*nets(), name, images=SIZE)(images)
 
 
+WANTED = "it must give (images float [B, C, H, W], labels integer [B])"
+
+
+@pytest.mark.parametrize(
+    ("labels", "line"),
+    [
+        (nn.functional.one_hot(torch.arange(8), 10), f"the loop: it gives (float32 [8, 1, 8, 8], int64 [8, 10]); {WANTED}"),
+        (torch.zeros(8, 1, dtype=torch.int64), f"the loop: it gives (float32 [8, 1, 8, 8], int64 [8, 1]); {WANTED}"),
+        (torch.zeros(8), f"the loop: it gives (float32 [8, 1, 8, 8], float32 [8]); {WANTED}"),
+        (torch.zeros(8, dtype=torch.bool), f"the loop: it gives (float32 [8, 1, 8, 8], bool [8]); {WANTED}"),
+        (torch.zeros(7, dtype=torch.int64), f"the loop: it gives (float32 [8, 1, 8, 8], int64 [7]); {WANTED}"),
+        ([0] * 8, f"the loop: it gives (Tensor, list); {WANTED}"),
+        (torch.arange(3, 11), "the loop gives label 10, of 10 classes; labels are 0 to 9, or -1 where an image has none"),
+        (torch.full((8,), -100), "the loop gives label -100, of 10 classes; labels are 0 to 9, or -1 where an image has none"),
+    ],
+    ids=["one-hot", "column", "float", "bool", "short", "list", "beyond", "ignored"],
+)
+def test_labels_that_are_none(labels: Any, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Distiller(*nets(), "kd", images=SIZE)(batch()[0], labels)
+    assert str(caught.value) == line
+
+
+def test_labels_of_any_integer_type() -> None:
+    distiller = Distiller(*nets(), "nkd", images=SIZE)
+    images, labels = batch()
+    expected = distiller(images, labels)[0].item()
+    for kind in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16):
+        assert distiller(images, labels.to(kind))[0].item() == expected
+
+
+def test_an_image_without_a_label_is_not_in_the_task() -> None:
+    """The method's terms are those of the whole batch, the task is that of the labelled images alone; 0 where there is none."""
+    teacher, student = nets()
+    distiller = Distiller(teacher, student, "at+kd", images=SIZE, label_smoothing=0.1).eval()
+    images, labels = batch()
+    some = labels.clone()
+    some[3:] = -1
+    _, terms = distiller(images, some)
+    _, whole = distiller(images, labels)
+    _, first = distiller(images[:3], labels[:3])
+    assert terms["task"].item() == pytest.approx(first["task"].item(), rel=1e-5)
+    assert (terms["at"], terms["kd"]) == (whole["at"], whole["kd"])
+    loss, terms = distiller(images, torch.full_like(labels, -1))
+    assert terms["task"].item() == 0
+    assert loss.item() == distiller(images)[0].item()
+    for name in ("nkd", "at+dkd", "base"):
+        with pytest.raises(UserError) as caught:
+            Distiller(*nets(), name, images=SIZE)(images, some)
+        user = name.removeprefix("at+")
+        cure = "choose one that does not, such as kd, or leave such images out"
+        assert str(caught.value) == f"label -1: this image has none, but method '{user}' learns from labels; {cure}"
+
+
 def test_mixed_precision_is_the_callers() -> None:
     distiller = Distiller(*nets(), "fsp+kd", images=SIZE)
     plain, _ = distiller(*batch())
@@ -163,7 +218,7 @@ def test_mixed_precision_is_the_callers() -> None:
 def test_compiled_equals_eager(foreign: bool) -> None:
     pair = (Tied(8, seed=1), Tied(seed=2)) if foreign else nets()
     distiller = Distiller(*pair, "at+kd", images=SIZE)
-    compiled = torch.compile(distiller, backend="aot_eager")
+    compiled = torch.compile(distiller, backend="aot_eager", fullgraph=True)
     for step in range(2):
         loss, terms = distiller(*batch(step))
         expected = torch.autograd.grad(loss, distiller.trained())

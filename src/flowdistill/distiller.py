@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from . import methods, models
 from .checks import UserError
+from .data.given import checked, refuse_other_labels
 from .methods import Settled
 from .models import Network
 from .models.foreign import Foreign, surveyed, uncompiled
 from .randomness import seeded
 from .runner.pairing import pair
-from .taps import Batch, DataSpec, NetSpec
+from .runner.plan import refuse_users
+from .taps import NO_LABEL, Batch, DataSpec, NetSpec, Targets
 from .training.facts import of_teacher
 from .training.optim import trained_parameters
 from .training.step import TASK, terms
@@ -108,25 +110,42 @@ class Distiller(nn.Module):
 
         Args:
             images: [N, C, H, W] as both networks take them.
-            labels: [N] class numbers; left out, there is no ``task``.
+            labels: [N] class numbers of any integer type; -1 is an image without one, which takes part in the method's terms and not in
+                ``task``. Left out, there is no ``task``.
             epoch: 0-based, for methods with a warm-up or a curriculum; left out, they are past it.
 
         Raises:
-            UserError: no labels, where this phase can't do without.
+            UserError: no labels, or one of -1, where the method learns from them; labels that are none.
         """
         if self.closed:
             raise RuntimeError("this Distiller was closed; make another")
         if labels is None and (self.method.uses_labels or self.weights.keys() == {TASK}):
             raise UserError(f"method {self.settled.name!r} learns from labels in phase {self.phase.name!r}; give them")
+        targets = None if labels is None else self._targets(images, labels)
         own, taught = self.student(images), None
         if self.teacher is not None and any(term != TASK for term in self.weights):
             with torch.no_grad():
                 taught = self.teacher(images)
         number = None if epoch is None else torch.tensor(epoch, device=images.device)
         with torch.autocast(images.device.type, enabled=False):
-            found = terms(self.method, own, taught, Batch(labels, epoch=number), self.smoothing)
+            known = Batch(targets.labels if targets else None, epoch=number, targets=targets)
+            found = terms(self.method, own, taught, known, self.smoothing)
             loss = torch.stack([weight * found[term] for term, weight in self.weights.items() if term in found]).sum()
         return loss, {term: value.detach() for term, value in found.items()}
+
+    def _targets(self, images: Tensor, labels: Tensor) -> Targets:
+        """What the task is computed with. Labels are looked at where they are on the CPU and nothing is compiled: a device is not waited
+        for.
+        """
+        _, labels = checked((images, labels), "the loop")
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            other = f"{NO_LABEL} where an image has none"
+            refuse_other_labels(labels, self.student.spec.classes, least=NO_LABEL, what="the loop gives", other=other)
+            if NO_LABEL in labels:
+                users = [cls for cls in methods.parts(self.settled.name) if cls.uses_labels]
+                refuse_users(users, f"label {NO_LABEL}: this image has none", "leave such images out")
+        labels = labels.to(images.device, non_blocking=True)
+        return Targets(labels, (labels != NO_LABEL).sum().clamp(min=1), None, None)
 
     def begin_phase(self, number: int) -> None:
         """Take up a phase of a method that trains in several, 0-based; its optimiser is made anew, of ``trained()``.

@@ -180,7 +180,7 @@ def _lending(states: dict[Any, Any]) -> Iterator[None]:
 
 
 def checked(batch: Any, what: str) -> tuple[Tensor, Tensor]:
-    """Images and labels of a batch.
+    """Images and labels of a batch; labels of any integer type are int64.
 
     Raises:
         UserError: it is something else.
@@ -190,11 +190,12 @@ def checked(batch: Any, what: str) -> tuple[Tensor, Tensor]:
         kinds = ", ".join(type(part).__name__ for part in batch) if isinstance(batch, tuple | list) else type(batch).__name__
         raise UserError(f"{what}: it gives ({kinds}); {wanted}")
     images, labels = batch
-    fits = images.dim() == 4 and images.is_floating_point() and labels.dim() == 1 and not labels.is_floating_point()
+    integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    fits = images.dim() == 4 and images.is_floating_point() and labels.dim() == 1 and integer
     if not fits or len(images) != len(labels) or not len(labels):
         kinds = ", ".join(f"{str(part.dtype).removeprefix('torch.')} {list(part.shape)}" for part in batch)
         raise UserError(f"{what}: it gives ({kinds}); {wanted}")
-    return images, labels
+    return images, labels.long()
 
 
 def refuse_other_sizes(images: Tensor, size: tuple[int, int, int]) -> None:
@@ -208,14 +209,16 @@ def refuse_other_sizes(images: Tensor, size: tuple[int, int, int]) -> None:
         raise UserError(f"the loaders give images of {one} and of {other}; give all one size")
 
 
-def refuse_other_labels(labels: Tensor, classes: int) -> None:
-    """Refuse labels beyond the classes; those that are on a device already are not waited for.
+def refuse_other_labels(
+    labels: Tensor, classes: int, *, least: int = 0, what: str = "the loaders give", other: str = "give classes="
+) -> None:
+    """Refuse labels below ``least`` or beyond the classes; those that are on a device already are not waited for.
 
     Raises:
         UserError: the first of them.
     """
-    if labels.device.type == "cpu" and len(wrong := labels[(labels < 0) | (labels >= classes)]):
-        raise UserError(f"the loaders give label {int(wrong[0])}, of {classes} classes; labels are 0 to {classes - 1}, or give classes=")
+    if labels.device.type == "cpu" and len(wrong := labels[(labels < least) | (labels >= classes)]):
+        raise UserError(f"{what} label {int(wrong[0])}, of {classes} classes; labels are 0 to {classes - 1}, or {other}")
 
 
 def _size(images: Tensor) -> tuple[int, int, int]:

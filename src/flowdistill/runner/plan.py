@@ -281,18 +281,23 @@ def _refuse_labels(config: RunConfig) -> None:
     """An image that is mixed or unlabelled is of no class that a method could look up; of two labels the task alone is mixed."""
     mixup, users = config.train.mixup, [cls for cls in methods.parts(config.method) if cls.uses_labels]
     if config.data.unlabelled is not None:
-        _refuse_users(users, f"data.unlabelled={config.data.unlabelled}: these images have no labels", "leave unlabelled out")
+        refuse_users(users, f"data.unlabelled={config.data.unlabelled}: these images have no labels", "leave unlabelled out")
     if mixup is True:
         given, cure = "train.mixup=true: mixed images have no labels", "set train.mixup=false"
-        _refuse_users(users, given, cure)
+        refuse_users(users, given, cure)
         if task := methods.settle(config.method, config.options, config.weights).weights["task"]:
             raise UserError(f"{given}, but weights.task={task:g}; set weights.task=0, or {cure}")
     elif mixup:
         given = f"train.mixup={mixup:g}: mixed images have two labels each"
-        _refuse_users([cls for cls in users if cls.terms], given, "set train.mixup=false")
+        refuse_users([cls for cls in users if cls.terms], given, "set train.mixup=false")
 
 
-def _refuse_users(users: Sequence[type[Method]], given: str, cure: str) -> None:
+def refuse_users(users: Sequence[type[Method]], given: str, cure: str) -> None:
+    """Refuse the methods that look at labels, where there are none to look at.
+
+    Raises:
+        UserError: there is such a method; the first of them.
+    """
     if users:
         raise UserError(f"{given}, but method {users[0].name!r} learns from labels; choose one that does not, such as kd, or {cure}")
 

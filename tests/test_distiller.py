@@ -6,6 +6,7 @@ import gc
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_modules import Tied
@@ -307,6 +308,15 @@ def test_mistakes_are_one_line() -> None:
         ({"student": student, "teacher": student}, "teacher and student share weights; give a copy as the teacher"),
         ({"student": nn.Linear(3, 10), "teacher": teacher}, "Linear: no classifier of images of 1x8x8"),
         ({"student": student, "teacher": teacher, "images": (8, 8)}, "images=(8, 8): give a shape (channels, height, width) or a batch"),
+        ({"student": student, "teacher": teacher, "images": 8}, "images=8: give a shape (channels, height, width) or a batch"),
+        ({"student": student, "teacher": teacher, "images": (1.0, 8, 8)}, "images=(1.0, 8, 8): give a shape"),
+        ({"student": student, "teacher": teacher, "images": torch.zeros(SIZE)}, "images=Tensor (1, 8, 8): give a shape"),
+        ({"student": student, "teacher": teacher, "images": np.zeros((3, *SIZE))}, "images=ndarray (3, 1, 8, 8): give a shape"),
+        (
+            {"student": student, "teacher": teacher, "label_smoothing": -1.0},
+            "label_smoothing=-1.0: input should be greater than or equal to 0",
+        ),
+        ({"student": student, "teacher": teacher, "label_smoothing": 1.0}, "label_smoothing=1.0: input should be less than 1"),
         ({"student": student, "teacher": teacher, "options": {"fps": {}}}, "options.fps: method 'fsp' has no such part"),
         ({"student": Tied(8), "teacher": Tied3(), "images": SIZE}, "Tied3: no classifier of images of 1x8x8"),
     ]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import methods, models
 from .checks import UserError
+from .config import TrainConfig, parse_as
 from .data.given import checked, refuse_other_labels
 from .methods import Settled
 from .models import Network
@@ -66,7 +67,8 @@ class Distiller(nn.Module):
             UserError: a pair that can't work, or a method that needs all of the training images, or another student.
         """
         super().__init__()
-        self.settled, self.smoothing, self.closed = _settled(method, options or {}, weights or {}), label_smoothing, False
+        self.settled, self.closed = _settled(method, options or {}, weights or {}), False
+        self.smoothing = parse_as(TrainConfig, {"label_smoothing": label_smoothing}).label_smoothing
         size = _size(images)
         own = _side(student, size, "student")
         taught = self._side_of_teacher(teacher, student, size)
@@ -231,11 +233,13 @@ def _settled(method: str, options: Mapping[str, Mapping[str, Any]], weights: Map
 
 
 def _size(images: Tensor | Sequence[int]) -> tuple[int, int, int]:
-    size = tuple(images.shape[1:] if isinstance(images, Tensor) else images)
-    if len(size) != 3:
-        given = f"a tensor {tuple(images.shape)}" if isinstance(images, Tensor) else images
+    size = images.shape[1:] if isinstance(images, Tensor) else images
+    if not isinstance(size, list | tuple) or len(size) != 3 or not all(isinstance(side, int) and side > 0 for side in size):
+        shape = getattr(images, "shape", None)
+        given = images if shape is None else f"{type(images).__name__} {tuple(shape)}"
         raise UserError(f"images={given}: give a shape (channels, height, width) or a batch of images [N, C, H, W]")
-    return size
+    channels, height, width = size
+    return channels, height, width
 
 
 def _release(*nets: Network | None) -> None:

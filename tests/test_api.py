@@ -10,8 +10,10 @@ import torch
 
 import flowdistill
 from flowdistill import models
+from flowdistill.checks import did_you_mean
 from flowdistill.data.sources import read_npz
 from flowdistill.ledger import Ledger
+from flowdistill.runner.export import FORMATS
 from flowdistill.training.weights import hash_weights
 
 
@@ -65,6 +67,7 @@ def test_a_path_is_a_weights_file(keys: dict[str, Any]) -> None:
 
 
 NO_NETWORK = "is no network; give a model's name, a run, a weights file or an nn.Module"
+NO_DATA = "is no data; give a name such as digits or folder:PATH, a table of keys, or a loader"
 MODELS = ", ".join(models.MODELS)
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"teacher": 3.5}, f"float {NO_NETWORK}"),
@@ -75,7 +78,14 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"teacher": 7}, "no run 7 in runs/ledger.db: it has no runs yet; flowdistill runs lists them"),
     ({"student": None}, f"NoneType {NO_NETWORK}"),
     ({"student": Path("none.pt")}, "weights file none.pt: no such file"),
-    ({"data": 5}, "data=5: must be a table of keys"),
+    ({"data": 5}, f"int {NO_DATA}"),
+    ({"data": None}, f"NoneType {NO_DATA}"),
+    ({"data": None, "val_loader": [1]}, f"NoneType {NO_DATA}"),
+    ({"data": Path("digits")}, f"PosixPath {NO_DATA}"),
+    ({"on_epoch": "x"}, "on_epoch='x': give a function that takes a Report, or leave it out"),
+    ({"workers": -1}, "workers=-1: give an integer from 0 to 256, or leave it out"),
+    ({"workers": 257}, "workers=257: give an integer from 0 to 256, or leave it out"),
+    ({"workers": "2"}, "workers='2': give an integer from 0 to 256, or leave it out"),
     ({"data": {"nam": "digits"}}, "unknown key 'data.nam': did you mean 'name'?"),
     ({"method": 3}, "method=3: input should be a valid string"),
     ({"seed": 1.5}, "seed=1.5: input should be a valid integer"),
@@ -101,6 +111,15 @@ def test_a_mistake_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         flowdistill.distill(**{"teacher": "resnet14", "student": "resnet8", "data": "digits", "progress": False, **mistake})
     assert str(error.value) == line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", [None, 3, ["onnx"]])
+def test_a_format_that_is_none(keys: dict[str, Any], to: Any) -> None:
+    result = flowdistill.Result(run=None, folder=keys["runs"])  # type: ignore[arg-type]
+    with pytest.raises(flowdistill.UserError) as error:
+        result.export(to)
+    assert str(error.value) == f"export to {to!r}: {did_you_mean(str(to), FORMATS)}"
+    assert "onnx" in str(error.value)
 
 
 def test_a_diverged_run_raises_and_is_on_record(keys: dict[str, Any]) -> None:

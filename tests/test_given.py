@@ -297,6 +297,7 @@ IMAGES, LABELS = torch.zeros(2, 1, 8, 8), torch.tensor([0, 1])
         (gives((IMAGES, LABELS, LABELS)), "train_loader: it gives (Tensor, Tensor, Tensor); it must give"),
         (gives((IMAGES.byte(), LABELS)), "train_loader: it gives (uint8 [2, 1, 8, 8], int64 [2]); it must give"),
         (gives((IMAGES, LABELS.float())), "train_loader: it gives (float32 [2, 1, 8, 8], float32 [2]); it must give"),
+        (gives((IMAGES, LABELS.bool())), "train_loader: it gives (float32 [2, 1, 8, 8], bool [2]); it must give"),
         (gives((IMAGES[:, :, :4], LABELS)), "the loaders give images of 1x4x8 and of 1x8x8; give all one size"),
         (gives((IMAGES, LABELS + 40)), "the loaders give label 40, of 10 classes; labels are 0 to 9, or give classes="),
         (gives((IMAGES, LABELS - 1)), "the loaders give label -1, of 10 classes; labels are 0 to 9"),
@@ -311,6 +312,14 @@ def test_what_is_no_loader_of_images(loaders: Any, keys: dict[str, Any], train: 
         flowdistill.train("resnet8", train, loaders()[1], **keys)
     assert line in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_data_set_is_no_loader(loaders: Any, keys: dict[str, Any]) -> None:
+    train, val = loaders()
+    for given_, name in (((train.dataset, val), "data: Noisy"), ((train, val.dataset), "val_loader: TensorDataset")):
+        with pytest.raises(UserError) as caught:
+            flowdistill.train(Tied(), *given_, **keys)
+        assert str(caught.value) == f"{name} gives images one by one, not batches; wrap it in a DataLoader"
 
 
 class Longer(list[Any]):
@@ -333,6 +342,11 @@ class Silent(list[Any]):
         ({"val_loader": None}, "a train_loader needs a val_loader, whose images accuracy is measured on; give it after the train_loader"),
         ({"data": "digits"}, "val_loader belongs to a train_loader; digits has its own, leave val_loader out"),
         ({"data": "digits", "val_loader": None, "classes": 3}, "classes belongs to a train_loader; digits has its own, leave classes out"),
+        ({"classes": "10"}, "classes='10': give an integer of 2 or more, or leave it out"),
+        ({"classes": 10.0}, "classes=10.0: give an integer of 2 or more, or leave it out"),
+        ({"classes": 0}, "classes=0: give an integer of 2 or more, or leave it out"),
+        ({"classes": -1}, "classes=-1: give an integer of 2 or more, or leave it out"),
+        ({"classes": True}, "classes=True: give an integer of 2 or more, or leave it out"),
         ({"split": "holdout"}, "split=holdout: a loader's images are not held out; give the held-out ones as val_loader, with split=full"),
         ({"train": {**TRAIN, "mixup": 0.2}}, "train.mixup=0.2: a loader's images are not mixed; mix them in the loader"),
         ({"train": {**TRAIN, "batch_size": 7}}, "train.batch_size=7: the loader's batches have 64 images; leave batch_size out"),

@@ -7,12 +7,13 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from .checks import UserError, did_you_mean
+from .checks import MOST_WORKERS, UserError, did_you_mean
 from .config import validate
 from .data import given
 from .device import resolve_device
@@ -63,8 +64,8 @@ class Result:
         Raises:
             UserError: as ``student``; a package is missing, torch.export can't trace it, or the run's images came from a loader.
         """
-        if to not in FORMATS:
-            raise UserError(f"export to {to!r}: {did_you_mean(to, FORMATS)}")
+        if str(to) not in FORMATS:
+            raise UserError(f"export to {to!r}: {did_you_mean(str(to), FORMATS)}")
         return Path(export(self.folder / STUDENT_FILE, to, out=None if out is None else Path(out), int8=int8).file)
 
 
@@ -159,6 +160,9 @@ def distill(
         UserError: an argument that can't be used; one line that says what to do.
         RuntimeError: the student diverged; the run is recorded as failed.
     """
+    if on_epoch is not None and not callable(on_epoch):
+        raise UserError(f"on_epoch={on_epoch!r}: give a function that takes a Report, or leave it out")
+    _refuse_number("workers", workers, 0, MOST_WORKERS)
     ledger = Ledger(Path(runs), create=True)
     begun = {"init_from": _first_weights(config["init_from"], student, ledger)} if config.get("init_from") is not None else {}
     parsed = validate(
@@ -181,19 +185,33 @@ def distill(
 
 def _images(data: Data, val_loader: Any, classes: int | None, train: Any) -> dict[str, Any]:
     """The keys of a config that say which images; of loaders their name, and the size of their batches."""
-    if isinstance(data, str | Mapping) or not hasattr(data, "__iter__"):
+    for what, given_data in (("data", data), ("val_loader", val_loader)):
+        if all(hasattr(given_data, name) for name in ("__getitem__", "__len__")) and not hasattr(given_data, "__iter__"):
+            raise UserError(f"{what}: {type(given_data).__name__} gives images one by one, not batches; wrap it in a DataLoader")
+    if not isinstance(data, str | Mapping) and not hasattr(data, "__iter__"):
+        raise UserError(f"{type(data).__name__} is no data; give a name such as digits or folder:PATH, a table of keys, or a loader")
+    if isinstance(data, str | Mapping):
         for name, value in (("val_loader", val_loader), ("classes", classes)):
             if value is not None:
                 raise UserError(f"{name} belongs to a train_loader; {data} has its own, leave {name} out")
         return {"data": {"name": data} if isinstance(data, str) else data}
     if val_loader is None:
         raise UserError("a train_loader needs a val_loader, whose images accuracy is measured on; give it after the train_loader")
+    _refuse_number("classes", classes, 2)
     found = given.adopt(data, val_loader, classes)
     if not isinstance(train, Mapping):
         return {"data": {"name": found.name}}
     if (size := train.get("batch_size", found.batch_size)) != found.batch_size:
         raise UserError(f"train.batch_size={size}: the loader's batches have {found.batch_size} images; leave batch_size out")
     return {"data": {"name": found.name}, "train": {**train, "batch_size": found.batch_size}}
+
+
+def _refuse_number(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Refuse what is neither None nor an integer in this range."""
+    integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if value is not None and not (integer and least <= value and (most is None or value <= most)):
+        allowed = f"of {least} or more" if most is None else f"from {least} to {most}"
+        raise UserError(f"{name}={value!r}: give an integer {allowed}, or leave it out")
 
 
 def _reference(network: Named, ledger: Ledger) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 MOST_SEEDS = 10_000
 TRACEBACK = "Traceback (most recent call last):"
+MOST_WORKERS = 256
 
 
 class UserError(ValueError):

@@ -17,7 +17,7 @@ import typer
 from pydantic import ValidationError
 
 from . import recipes
-from .checks import UserError, did_you_mean, obstacle, parse_seeds
+from .checks import MOST_WORKERS, UserError, did_you_mean, obstacle, parse_seeds
 from .complaints import complain, failure, refuse_empty, usage
 from .config import RunConfig, assign, model_name, one_line, put, read_file, read_taps, validate
 from .env import version
@@ -108,7 +108,8 @@ EngineOption = Annotated[EngineName, typer.Option(help="How steps are computed; 
 InitFromOption = Annotated[str | None, typer.Option(help="Begin from the weights of a run or file; other classes get a fresh classifier.")]
 FreezeOption = Annotated[str | None, typer.Option(help="Modules or parameters that stay as they began, such as conv1,bn1,layer1.")]
 WorkersOption = Annotated[
-    int | None, typer.Option(min=0, max=256, help="Processes that decode streamed images, for each seed; left out, one a core, at most 8.")
+    int | None,
+    typer.Option(min=0, max=MOST_WORKERS, help="Processes that decode streamed images, for each seed; left out, one a core, at most 8."),
 ]
 HoldoutOption = Annotated[bool, typer.Option("--holdout", help="Keep a tenth of train out; it chooses the epoch, test is read once.")]
 DeterministicOption = Annotated[bool, typer.Option("--deterministic", help="Only operations that repeat bit for bit.")]

@@ -336,6 +336,34 @@ class Silent(list[Any]):
         return 3
 
 
+class Waning(list[Any]):
+    """All batches on the first pass, the first few on every other."""
+
+    def __init__(self, batches: Any, kept: int) -> None:
+        super().__init__(batches)
+        self.kept, self.passes = kept, 0
+
+    def __iter__(self) -> Any:
+        self.passes += 1
+        return iter(self[:] if self.passes == 1 else self[: self.kept])
+
+
+def test_a_loader_that_can_be_gone_through_once(loaders: Any, keys: dict[str, Any]) -> None:
+    train, val = loaders()
+    for given_, line in [
+        ((iter(list(train)), val), "train_loader: list_iterator is an iterator, gone through once; "),
+        ((train, (batch for batch in val)), "val_loader: generator is an iterator, gone through once; "),
+        ((iter(train), val), "train_loader: _SingleProcessDataLoaderIter is an iterator, gone through once; "),
+        ((Waning(train, 0), val), "train_loader: it gave 0 batches in epoch 1, its length is 5; give it the right length; "),
+        ((train, Waning(val, 0)), "val_loader: it gave 150 images on its first pass and 0 on another; "),
+        ((train, Waning(val, 1)), "val_loader: it gave 150 images on its first pass and 100 on another; "),
+    ]:
+        with pytest.raises(UserError) as caught:
+            flowdistill.train(Tied(), *given_, **keys)
+        assert str(caught.value).startswith(line)
+        assert str(caught.value).endswith("must give the same images on every pass")
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [

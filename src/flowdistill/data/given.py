@@ -26,6 +26,7 @@ from ..taps import NO_LABEL, DataSpec
 from .images import ImageData, digest
 
 TRAIN, VAL = "train_loader", "val_loader"
+EVERY_PASS = "give the same images on every pass"
 IN_MEMORY: dict[str, GivenData] = {}
 
 
@@ -138,6 +139,8 @@ def recall(name: str) -> GivenData:
 
 
 def _steps(loader: Any, what: str) -> int:
+    if isinstance(loader, Iterator):
+        raise UserError(f"{what}: {type(loader).__name__} is an iterator, gone through once; a loader must {EVERY_PASS}")
     try:
         count = len(loader)
     except Exception as error:  # a data set that is a stream, or anyone's code

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checks import UserError
 from ..taps import Batch
-from .given import TRAIN, VAL, GivenData, checked, drawn, refuse_other_labels, refuse_other_sizes
+from .given import EVERY_PASS, TRAIN, VAL, GivenData, checked, drawn, refuse_other_labels, refuse_other_sizes
 from .normalisation import Normalisation
 
 WHOLE = "which a loader does not tell; choose another method, or give the data by name"
@@ -25,9 +25,18 @@ class GivenSet:
         return self.data.counts[1]
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """As ``Labelled`` says."""
+        """As ``Labelled`` says.
+
+        Raises:
+            UserError: another number of images than on the first pass.
+        """
+        count = 0
         for batch in drawn(self.data.val, 0, VAL, 0):
-            yield _placed(checked(batch, VAL), self.data, self.device)
+            images, labels = _placed(checked(batch, VAL), self.data, self.device)
+            count += len(labels)
+            yield images, labels
+        if count != len(self):
+            raise UserError(f"{VAL}: it gave {len(self)} images on its first pass and {count} on another; it must {EVERY_PASS}")
 
 
 class GivenSupply:
@@ -91,7 +100,8 @@ class GivenStream:
             place += len(labels)
         if step != self.steps:
             what = "more" if step > self.steps else f"{step}"
-            raise UserError(f"{TRAIN}: it gave {what} batches in epoch {epoch + 1}, its length is {self.steps}; give it the right length")
+            cure = f"give it the right length; it must {EVERY_PASS}"
+            raise UserError(f"{TRAIN}: it gave {what} batches in epoch {epoch + 1}, its length is {self.steps}; {cure}")
 
     def with_labels(self) -> GivenStream:
         """As ``Batches`` says."""

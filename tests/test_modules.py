@@ -68,6 +68,56 @@ def test_any_module_teaches_any_module(keys: dict[str, Any]) -> None:
         assert all(inner.training for inner in module.modules())
 
 
+def lazy() -> nn.Module:
+    net = Tied()
+    net.fc = nn.LazyLinear(10)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        (lazy, "Tied: fc.weight has no size yet; run the module once on a batch of images"),
+        (
+            lambda: Tied().to("meta"),
+            "Tied: stem.0.weight is on the meta device, without numbers; put the module on a device with .to_empty",
+        ),
+        (lambda: Tied().half(), "Tied: stem.0.weight is float16, images are float32; give the module in single precision, .float()"),
+        (lambda: Tied().double(), "Tied: stem.0.weight is float64, images are float32; give the module in single precision, .float()"),
+        (
+            lambda: models.build("resnet8", DataSpec("", 0, 10, 1, 8, 8)).bfloat16(),
+            "CifarResNet: conv1.weight is bfloat16, images are float32; give the module in single precision, .float()",
+        ),
+    ],
+    ids=["lazy", "meta", "half", "double", "ours"],
+)
+def test_a_module_that_cannot_be_used_yet(keys: dict[str, Any], module: Any, line: str) -> None:
+    calls = [
+        lambda: flowdistill.train(module(), **keys),
+        lambda: flowdistill.distill(module(), Tied(), method="kd", **keys),
+        lambda: flowdistill.train("resnet8", init_from=module(), **keys),
+        lambda: flowdistill.Distiller(None, module(), "base", images=(1, 8, 8)),
+        lambda: flowdistill.Distiller(module(), Tied(), "kd", images=(1, 8, 8)),
+    ]
+    for call in calls:
+        with pytest.raises(flowdistill.UserError) as caught:
+            call()
+        assert str(caught.value).startswith(line)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_cures_of_modules(keys: dict[str, Any]) -> None:
+    """What the lines say to do works; a buffer may be of any precision."""
+    ready = lazy()
+    ready(torch.zeros(2, 1, 8, 8))
+    single = Tied().half().float()
+    single.register_buffer("table", torch.ones(3, dtype=torch.float64))
+    empty = Tied().to("meta").to_empty(device="cpu")
+    empty.load_state_dict(Tied().state_dict())
+    for module in (ready, single, empty):
+        assert flowdistill.train(module, **keys).run.status == "finished"
+
+
 def test_the_plain_module_comes_back_trained(keys: dict[str, Any]) -> None:
     student = Tied()
     result = flowdistill.train(student, **keys)

@@ -11,7 +11,9 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .checks import MOST_WORKERS, UserError, did_you_mean
 from .config import validate
@@ -229,7 +231,7 @@ def _reference(network: Named, ledger: Ledger) -> str:
     if not isinstance(network, nn.Module):
         raise UserError(f"{type(network).__name__} is no network; give a model's name, a run, a weights file or an nn.Module")
     if isinstance(network, Network):
-        return _saved(network.state_dict(), network.spec.name, network.about, ledger)
+        return _saved(_tensors(network), network.spec.name, network.about, ledger)
     weights = _tensors(network)
     return _saved(weights, adopt(deepcopy(network).cpu(), _key(network, weights)), {}, ledger)
 
@@ -251,7 +253,26 @@ def _saved(weights: Mapping[str, Tensor], model: str, about: Mapping[str, Any], 
     return str(path)
 
 
+def refuse_unready(module: nn.Module) -> None:
+    """Refuse a module whose weights have no size or no numbers yet, or are not in single precision.
+
+    Raises:
+        UserError: it has such a weight; the first of them.
+    """
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(value):
+            what = "has no size yet; run the module once on a batch of images"
+        elif value.is_meta:
+            what = "is on the meta device, without numbers; put the module on a device with .to_empty(device=...) and load its weights"
+        elif isinstance(value, nn.Parameter) and value.is_floating_point() and value.dtype != torch.float32:
+            what = f"is {str(value.dtype).removeprefix('torch.')}, images are float32; give the module in single precision, .float()"
+        else:
+            continue
+        raise UserError(f"{type(module).__name__}: {name} {what}")
+
+
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    refuse_unready(module)
     weights = module.state_dict()
     for name, value in weights.items():
         if not isinstance(value, Tensor):

@@ -33,6 +33,9 @@ class Small(nn.Module):
 def small(classes=3, channels=1):
     return Small(classes, channels)
 
+def three():
+    return Small(3, 1)
+
 def number():
     return 3
 
@@ -272,10 +275,11 @@ def test_a_file_that_fails_is_told_each_time(tmp_path):
             models.spec(f"{tmp_path}/broken.py:small", GREY)
 
 
-def test_other_classes_are_refused():
+def test_a_function_gives_the_classes_that_are_wanted_and_a_module_those_that_it_has(nets):
+    with pytest.raises(UserError, match="gives 3 classes where 7 are wanted; let it take their number as `classes`"):
+        models.spec(f"{nets}:three", GREY)
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 5))
-    with pytest.raises(UserError, match="gives 5 classes where 7 are wanted"):
-        models.spec(adopt(net, "five"), GREY)
+    assert models.spec(adopt(net, "five"), GREY).classes == 5
 
 
 class TestTables:

@@ -237,7 +237,7 @@ def test_classes(sets: Any, keys: dict[str, Any]) -> None:
     assert given.adopt(val, val).classes == 3
     assert given.adopt(val, val, classes=7).classes == 7
     assert given.adopt(DataLoader(Subset(Noisy(sets[1]), few), 10), val).class_names == Noisy.classes, "the names below a subset"
-    with pytest.raises(UserError, match=r"gives 10 classes where 3 are wanted"):
+    with pytest.raises(UserError, match=r"10 classes, the data has 3; give a module with a classifier of the data's"):
         flowdistill.train(Tied(), val, val, **keys)
     assert flowdistill.train(Tied(), val, val, classes=10, **keys).run.status == "finished"
 
@@ -327,6 +327,14 @@ class Longer(list[Any]):
 
     def __len__(self) -> int:
         return 1
+
+
+@pytest.mark.parametrize("what", ["train_loader", "val_loader"])
+def test_images_that_are_not_finite(loaders: Any, what: str) -> None:
+    whole = [(IMAGES, LABELS)]
+    broken = [(torch.where(torch.arange(len(IMAGES)).view(-1, 1, 1, 1) < 2, torch.nan, IMAGES), LABELS)]
+    with pytest.raises(UserError, match=f"{what}: 2 of {len(IMAGES)} images of a batch hold values that are not finite"):
+        given.adopt(*((broken, whole) if what == "train_loader" else (whole, broken)))
 
 
 class Silent(list[Any]):

@@ -13,7 +13,7 @@ from command import command
 from torch import Tensor, nn
 
 import flowdistill
-from flowdistill import models
+from flowdistill import UserError, models
 from flowdistill.models import foreign
 from flowdistill.taps import DataSpec
 from flowdistill.training.weights import hash_weights
@@ -152,6 +152,38 @@ def test_of_a_compiled_module_what_was_compiled_is_taken(keys: dict[str, Any]) -
     plain, compiled = (flowdistill.train(module, **keys) for module in (Tied(), torch.compile(Tied())))
     assert compiled.run.no == plain.run.no == 1
     assert type(flowdistill.distill(torch.compile(Tied(8)), torch.compile(Tied(seed=2)), method="kd", **keys).module()) is Tied
+
+
+@pytest.mark.parametrize("around", [torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)], ids=type)
+def test_what_is_on_around_the_call_stays_outside(keys: dict[str, Any], around: Any) -> None:
+    plain = flowdistill.train(Tied(), **keys)
+    with around:
+        inside = flowdistill.train(Tied(), **keys, again=True)
+    assert inside.run.weights_hash == plain.run.weights_hash
+
+
+def test_a_teacher_of_other_classes_teaches_by_its_features(keys: dict[str, Any]) -> None:
+    teacher = Tied(8)
+    teacher.fc = nn.Linear(8, 7)
+    result = flowdistill.distill(teacher, Tied(), method="at", weights={"at": 1.0}, **keys)
+    assert (result.run.status, result.run.teacher_accuracy) == ("finished", None)
+    with pytest.raises(UserError, match=r"kd: .* has 10 classes, .* 7; logits are compared class by class"):
+        flowdistill.distill(teacher, Tied(), method="kd", **keys)
+    with pytest.raises(UserError, match=r"7 classes, the data has 10; give a module with a classifier of the data's"):
+        flowdistill.train(teacher, **keys)
+
+
+def test_a_broken_student_is_told_from_a_broken_teacher(keys: dict[str, Any]) -> None:
+    broken = Tied()
+    broken.fc.weight.data[0, 0] = float("nan")
+    for teacher, student, whose in ((Tied(8), broken, "student"), (broken, Tied(), "teacher")):
+        with pytest.raises(UserError, match=f"is the {whose} sound"):
+            flowdistill.distill(teacher, student, method="kd", **keys)
+
+
+def test_students_that_teach_each_other_begin_from_fresh_weights(keys: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"the students of 'dml' begin from fresh weights; name a model"):
+        flowdistill.distill(None, Tied(), method="dml", **keys)
 
 
 def test_equal_modules_are_one_and_the_run_is_skipped(keys: dict[str, Any]) -> None:

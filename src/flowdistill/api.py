@@ -178,8 +178,9 @@ def distill(
             "seed": seed,
         }
     )
-    watcher = (Bars if progress else Watcher)(on_epoch)
-    run = run_configs([parsed], ledger, resolve_device(device), again=again, engine=engine, workers=workers, watcher=watcher)[0]
+    watcher, on_device = (Bars if progress else Watcher)(on_epoch), resolve_device(device)
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(on_device.type, enabled=False):  # whatever is on around the call
+        run = run_configs([parsed], ledger, on_device, again=again, engine=engine, workers=workers, watcher=watcher)[0]
     if run.status != "finished":
         raise RuntimeError(f"run {run.no} {run.status}: {run.error}")
     return Result(run, ledger.run_folder(run.no))

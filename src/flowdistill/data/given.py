@@ -80,6 +80,7 @@ def adopt(train: Any, val: Any, classes: int | None = None) -> GivenData:
     """
     steps, _ = _steps(train, TRAIN), _steps(val, VAL)
     first, first_labels = checked(next(drawn(train, 0, TRAIN, 0), None), TRAIN)
+    _refuse_infinite(first, TRAIN)
     size = _size(first)
     shown, labels = _measured_on(val, size)
     names = next((names for names in map(_class_names, (train, val)) if names), ())
@@ -120,6 +121,7 @@ def _measured_on(val: Any, size: tuple[int, int, int]) -> tuple[npt.NDArray[np.f
     parts: list[Tensor] = []
     for images, labels in (checked(batch, VAL) for batch in drawn(val, 0, VAL, 0)):
         refuse_other_sizes(images, size)
+        _refuse_infinite(images, VAL)
         shown = shown if parts else images.float().cpu().numpy()
         parts.append(labels.cpu())
     if not parts:
@@ -222,6 +224,11 @@ def refuse_other_labels(
     """
     if labels.device.type == "cpu" and len(wrong := labels[(labels < least) | (labels >= classes)]):
         raise UserError(f"{what} label {int(wrong[0])}, of {classes} classes; labels are 0 to {classes - 1}, or {other}")
+
+
+def _refuse_infinite(images: Tensor, what: str) -> None:
+    if bad := int((~images.isfinite().flatten(1).all(1)).sum()):
+        raise UserError(f"{what}: {bad} of {len(images)} images of a batch hold values that are not finite; mend them, or leave them out")
 
 
 def _size(images: Tensor) -> tuple[int, int, int]:

@@ -130,12 +130,13 @@ class ForeignFactory:
 
     Attributes:
         code: the hash of the file that makes it, which its numbers depend on; empty for a library's.
+        in_memory: it is a module, and has the classes that it has.
     """
 
     def __init__(self, name: str) -> None:
         written = WRITTEN.fullmatch(name)
         assert written is not None
-        self.name = name
+        self.name, self.in_memory = name, written["where"] == "module"
         self.make, self.about, self.code = _maker(written["where"], written["name"])
         self._surveys: dict[tuple[int, ...], Survey] = {}
 
@@ -169,7 +170,7 @@ class ForeignFactory:
                 net = self.network(data)
                 found = surveyed(net, self.name, data.channels, data.height, data.width)
                 found.channels_last = takes_channels_last(net, data.channels, data.height, data.width)
-            if found.classes != data.classes:
+            if found.classes != data.classes and not self.in_memory:
                 raise UserError(
                     f"{self.name}: gives {found.classes} classes where {data.classes} are wanted; let it take their number as `classes`"
                 )

@@ -163,7 +163,8 @@ def _check_gradients(member: Member, ratios: Mapping[str, float], watcher: Watch
     for term, ratio in ratios.items():
         watcher.say(f"{member.job.label}: gradient of {term} on the first batch {ratio:.3g} x the task's (weight {weights[term]:g})")
         if not math.isfinite(ratio):
-            raise UserError(f"{member.job.label}: the gradient of {term} on the first batch is not finite; is the teacher sound?")
+            whose = "teacher" if member.student.sound() else "student"
+            raise UserError(f"{member.job.label}: the gradient of {term} on the first batch is not finite; is the {whose} sound?")
         if ratio > GRADIENT_LIMIT:
             cure = weights[term] / ratio * 10
             raise UserError(

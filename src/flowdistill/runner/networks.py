@@ -98,6 +98,8 @@ class NetworkRef:
             return replace(self, head=not self.other_classes(data))
         if self.seen(data.spec).classes != data.classes:
             cure = f"begin from its weights with a fresh classifier: --student {self.model} --init-from {self.run or self.origin}"
+            if self.model.startswith("module:"):
+                cure = "give a module with a classifier of the data's"
             raise UserError(f"student {self.model} ({self.origin}): {self.other_classes(data)}; {cure}")
         return self
 

@@ -172,9 +172,11 @@ def drafts(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device, *
     """
     cheap = _with_peers([(config, _settled(config)) for config in configs])  # refused before the data, which may have to be downloaded
     students: dict[object, NetworkRef] = {}
-    for config, _ in cheap:
+    for config, settled in cheap:
         if (config.student, config.init_from) not in students:
-            students[config.student, config.init_from] = first_weights(config, ledger)
+            students[config.student, config.init_from] = first = first_weights(config, ledger)
+            if settled.mutual and first.weights is not None:
+                raise UserError(f"student={config.student}: the students of {settled.name!r} begin from fresh weights; name a model")
     load_once = _Loader()
     return [
         _planned(config, settled, students[config.student, config.init_from], *load_once(config.data), ledger, device, stand_in)

@@ -11,7 +11,7 @@ from small import config
 from test_engines import Taped, trained
 from test_resume import cut_off
 from test_training import a_cohort, a_student, data
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowdistill import models
 from flowdistill.checks import UserError
@@ -19,6 +19,7 @@ from flowdistill.config import RunConfig, validate
 from flowdistill.data.images import ImageData
 from flowdistill.data.loader import DeviceData
 from flowdistill.ledger import Ledger
+from flowdistill.models.foreign import adopt
 from flowdistill.runner import execute, resume, run
 from flowdistill.taps import DataSpec
 from flowdistill.training.cohort import Cohort, first_gradients
@@ -166,3 +167,31 @@ def test_a_network_of_others_is_frozen_by_its_own_names() -> None:
     assert net.body.layer1[0].bn1 in held
     with pytest.raises(UserError, match="nothing in timm:resnet10t is so named; it has: conv1, bn1, "):
         freeze(net, ("inner",))
+
+
+class Tied(nn.Module):
+    """A convolution and a normalisation that have two names each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)
+        self.again, self.third, self.fc = self.norm, nn.Conv2d(4, 4, 3), nn.Linear(4, 4)
+        self.third.weight = self.second.weight
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.third(self.again(self.second(self.norm(self.first(images))))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["second.weight", "third.weight", "third"])
+def test_a_tied_weight_is_held_by_each_of_its_names(name: str) -> None:
+    net = models.build(adopt(Tied(), "tied"), DATA)
+    assert freeze(net, (name,)) == []
+    assert not net.body.second.weight.requires_grad
+    assert net.body.second.bias.requires_grad
+
+
+@pytest.mark.parametrize("names", [("norm",), ("again",), ("norm", "again")])
+def test_a_shared_normalisation_is_held_by_each_of_its_names(names: tuple[str, ...]) -> None:
+    net = models.build(adopt(Tied(), "tied"), DATA)
+    assert freeze(net, names) == [net.body.norm]
+    assert not net.body.norm.weight.requires_grad

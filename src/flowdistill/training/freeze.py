@@ -25,16 +25,15 @@ def freeze(net: Network, names: Sequence[str]) -> list[nn.Module]:
         if not any(_named(entry, name) for entry in body.state_dict()):
             there = ", ".join(path for path, _ in body.named_children())
             raise UserError(f"train.freeze={name}: nothing in {net.spec.name} is so named; it has: {there}, and names below these")
-    for entry, parameter in body.named_parameters():
+    for entry, parameter in body.named_parameters(remove_duplicate=False):  # a tied one has several names
         if any(_named(entry, name) for name in names):
             parameter.requires_grad_(False)
     if names and not any(parameter.requires_grad for parameter in body.parameters()):
         raise UserError(
             f"train.freeze={','.join(names)} is all of {net.spec.name}; leave a part to train, such as its classifier {net.spec.head}"
         )
-    return [
-        module for path, module in body.named_modules() if any(_named(f"{path}.running_mean", name) for name in names) and _counts(module)
-    ]
+    modules = [(f"{path}.running_mean", module) for path, module in body.named_modules(remove_duplicate=False) if _counts(module)]
+    return [*dict.fromkeys(module for entry, module in modules if any(_named(entry, name) for name in names))]
 
 
 def _named(entry: str, name: str) -> bool:

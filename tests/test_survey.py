@@ -1,5 +1,8 @@
 """The dry run: where stages end, what the stem and the classifier are, in networks that nobody prepared."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -154,6 +157,38 @@ def test_attention_maps_are_no_stage():
     assert found(Attentive(), size=224) == {"stem": ("patches", "12x14x14"), "stage1": ("mix", "12x14x14")}
 
 
+class Talking(nn.Module):
+    """Attention whose heads are mixed by a linear layer, [N, T, T, heads], and then dropped, [N, heads, T, T]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.drop, self.out = nn.Linear(4, 4), nn.Dropout(), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.unflatten(2, (4, 3)).transpose(1, 2)
+        pairs = self.mix((heads @ heads.transpose(2, 3)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.out((self.drop(pairs.softmax(-1)) @ heads).transpose(1, 2).flatten(2))
+
+
+class Mixing(nn.Module):
+    """A token for each of 4x4 positions."""
+
+    def __init__(self, depth: int = 2) -> None:
+        super().__init__()
+        self.patches, self.fc = nn.Conv2d(3, 12, 16, 16), nn.Linear(12, 5)
+        self.blocks = nn.Sequential(*(Talking() for _ in range(depth)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.blocks(self.patches(images).flatten(2).transpose(1, 2)).mean(1))
+
+
+def test_attention_maps_of_few_tokens_are_no_stage():
+    """16 tokens, whose pairs are a map of 16x16, a quarter of the image."""
+    taps = {"stem": ("patches", "12x4x4"), "stage1": ("blocks.0", "12x4x4"), "stage2": ("blocks", "12x4x4")}
+    assert found(Mixing(), size=64) == taps
+    assert not {"blocks.0.mix", "blocks.0.drop"} & survey(Mixing(), 3, 64, 64).layouts.keys()
+
+
 class Bare(nn.Module):
     def __init__(self, answer: object) -> None:
         super().__init__()
@@ -175,6 +210,86 @@ def test_what_is_no_classifier(answer, words):
     with pytest.raises(ValueError) as caught:
         survey(Bare(answer), 3, 8, 8)
     assert words in str(caught.value)
+
+
+class Headed(nn.Module):
+    """The logits are some function of two linear layers; a gate has as many outputs as there are classes."""
+
+    def __init__(self, logits: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.gate, self.one, self.other, self.logits = nn.Linear(3, 5), nn.Linear(5, 5), nn.Linear(5, 5), logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.gate(images.mean((2, 3)))
+        return self.logits(self.one(input=x), self.other(x * x))
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [
+        lambda one, _: one,
+        lambda one, _: one[:, None].double().squeeze(1),
+        lambda one, _: 30 * one.half().float(),
+        lambda one, _: one.log_softmax(1),
+    ],
+)
+def test_the_classifier_is_the_layer_that_tells_the_logits(logits):
+    assert survey(Headed(logits), 3, 8, 8).head == "one"
+
+
+def test_of_classifiers_that_are_averaged_it_is_the_last():
+    net = Headed(lambda one, other: (one + other) / 2)
+    net.gate = nn.Linear(3, 6)
+    net.one, net.other = nn.Linear(6, 5), nn.Linear(6, 5)
+    assert survey(net, 3, 8, 8).head == "other"
+
+
+@pytest.mark.parametrize("logits", [lambda one, other: 0.7 * one + 0.3 * other, lambda one, other: torch.maximum(one, other)])
+def test_logits_of_several_layers_are_refused(logits):
+    words = r"its 5 logits are made of several layers' \(gate, one, other\), not those of one linear layer on a vector"
+    with pytest.raises(ValueError, match=words):
+        survey(Headed(logits), 3, 8, 8)
+
+
+class Training(nn.Module):
+    """Gives logits, and in train mode what is made of them."""
+
+    def __init__(self, answer: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.fc, self.norm, self.answer = nn.Linear(3, 5), nn.BatchNorm1d(5), answer
+
+    def forward(self, images: Tensor) -> object:
+        logits = self.fc(images.mean((2, 3)))
+        return self.answer(logits) if self.training else logits
+
+
+class Named(NamedTuple):
+    logits: Tensor
+    auxiliary: Tensor
+
+
+@pytest.mark.parametrize(
+    ("answer", "gives"),
+    [
+        (lambda logits: (logits, logits), "a tuple"),
+        (lambda logits: Named(logits, logits), "a Named"),
+        (lambda logits: {"logits": logits}, "a dict"),
+        (lambda logits: torch.cat([logits, logits]), r"logits \[4, 5\]"),
+    ],
+)
+def test_another_answer_in_train_mode_is_refused(answer, gives):
+    net = Training(answer)
+    cure = r"switch its auxiliary heads off \(such as aux_logits=False\), or wrap it so that it gives logits alone"
+    with pytest.raises(ValueError, match=f"^in train mode it gives {gives}, in eval mode logits \\[2, 5\\]; {cure}$"):
+        survey(net, 3, 8, 8)
+    assert net.training
+
+
+def test_a_batch_that_is_too_small_to_train_on_is_not_judged():
+    def too_small(logits: Tensor) -> Tensor:
+        return nn.functional.batch_norm(logits[:1], None, None, training=True)
+
+    assert survey(Training(too_small), 3, 8, 8).draws
 
 
 @pytest.mark.parametrize(

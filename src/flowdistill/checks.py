@@ -12,6 +12,7 @@ from pathlib import Path
 MOST_SEEDS = 10_000
 TRACEBACK = "Traceback (most recent call last):"
 MOST_WORKERS = 256
+FAILURES = (Exception, SystemExit)  # of anyone's code: by itself SystemExit would end the command without a word
 
 
 class UserError(ValueError):

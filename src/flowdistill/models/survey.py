@@ -11,12 +11,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..checks import FAILURES
 from ..randomness import seeded
 from ..taps import NetSpec, TapSpec
 
 IMAGES = 2  # of the dry run: with one, a batch could be taken for something else
 LARGE = 224  # pixels: at the data's own size the last maps of a deep network may have shrunk to one position
 STRETCHES = 4  # where all maps are of one size, so many taps are spread over the depth
+ROUNDING = 1e-3  # of the largest, in numbers that were cast to half precision and back
 PREFIXES = range(6)  # tokens before those of the positions: class, distillation, registers
 
 
@@ -136,13 +138,16 @@ def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
     calls, output, overwrites = watch(net, channels, height, width)
     logits = logits_of(output)
     head = _head(calls, logits)
+    draws = _draws(net, channels, height, width, output)
     larger = calls
     factor = -(-LARGE // min(height, width))
     if factor > 1:
         try:
             larger, *_ = watch(net, channels, height * factor, width * factor)
-        except Exception:  # it takes one size alone
+        except FAILURES:  # it takes one size alone
             larger = calls
+    for call in [*_attention(calls), *_attention(larger)]:
+        call.layout = None
     layouts = {call.path: call.layout for call in calls if call.layout is not None and call.path}
     seen = {name: path for name, path in find_taps(net, larger).items() if path in layouts and layouts[path].size != (1, 1)}
     stages = [path for name, path in seen.items() if name != "stem"]
@@ -155,7 +160,7 @@ def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
         head.inputs[0].shape[1],
         logits.shape[1],
         named=output is not logits,
-        draws=_draws(net, channels, height, width),
+        draws=draws,
         overstepped=_overstepped(calls),
         overwrites=overwrites,
         overwritten=frozenset(call.path for call in calls if call.overwritten),
@@ -192,7 +197,11 @@ def watch(net: nn.Module, channels: int, height: int, width: int) -> Watched:
         return layout_of(inputs[0], net, height, width) if inputs else None
 
     def begin(path: str) -> Any:
-        return lambda module, inputs: open_.append(Call(path, module, next(clock), inputs, given(inputs)))
+        def open_call(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            inputs = (*inputs, *named.values())
+            open_.append(Call(path, module, next(clock), inputs, given(inputs)))
+
+        return open_call
 
     def end(_module: nn.Module, _inputs: Any, output: Any) -> None:
         call = open_.pop()
@@ -202,8 +211,7 @@ def watch(net: nn.Module, channels: int, height: int, width: int) -> Watched:
         calls.append(call)
 
     handles = [handle for path, module in net.named_modules() for handle in _hooked(module, begin(path), end)]
-    images = torch.rand(IMAGES, channels, height, width, generator=torch.Generator().manual_seed(0))
-    images = images.to(next((parameter.device for parameter in net.parameters()), images.device))
+    images = torch.rand(IMAGES, channels, height, width, generator=torch.Generator().manual_seed(0)).to(_device(net))
     training = {module: module.training for module in net.modules()}
     before = images.clone()
     try:
@@ -217,15 +225,19 @@ def watch(net: nn.Module, channels: int, height: int, width: int) -> Watched:
 
 
 @torch.no_grad()
-def _draws(net: nn.Module, channels: int, height: int, width: int) -> bool:
-    """Whether a pass in train mode moves the global generator. The network's statistics stay as they were."""
+def _draws(net: nn.Module, channels: int, height: int, width: int, evaluated: Any) -> bool:
+    """Whether a pass in train mode moves the global generator. The network's statistics stay as they were.
+
+    Raises:
+        ValueError: it gives something else there than in eval mode.
+    """
     buffers = {name: value.clone() for name, value in net.named_buffers()}
     modes = {module: module.training for module in net.modules()}
-    with seeded(0, "dry run"):
+    device = _device(net)
+    with seeded(0, "dry run", device=device):
         before = torch.get_rng_state()
         try:
-            net.train()(torch.zeros(IMAGES, channels, height, width))
-            return not torch.equal(torch.get_rng_state(), before)
+            trained = net.train()(torch.zeros(IMAGES, channels, height, width, device=device))
         except Exception:  # a batch that is too small for its normalisation: nobody knows
             return True
         finally:
@@ -233,10 +245,24 @@ def _draws(net: nn.Module, channels: int, height: int, width: int) -> bool:
                 module.training = mode
             for name, value in net.named_buffers():
                 value.copy_(buffers[name])
+        draws = not torch.equal(torch.get_rng_state(), before)
+    if isinstance(trained, Tensor) != isinstance(evaluated, Tensor) or _shape(trained) != _shape(evaluated):
+        what = f"logits {list(_shape(trained))}" if isinstance(trained, Tensor) else f"a {type(trained).__name__}"
+        cure = "switch its auxiliary heads off (such as aux_logits=False), or wrap it so that it gives logits alone"
+        raise ValueError(f"in train mode it gives {what}, in eval mode logits {list(_shape(evaluated))}; {cure}")
+    return draws
+
+
+def _shape(output: Any) -> tuple[int, ...]:
+    return tuple(getattr(getattr(output, "logits", output), "shape", ()))
+
+
+def _device(net: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
 
 
 def _hooked(module: nn.Module, begin: Any, end: Any) -> Iterator[Any]:
-    yield module.register_forward_pre_hook(begin)
+    yield module.register_forward_pre_hook(begin, with_kwargs=True)
     yield module.register_forward_hook(end)
 
 
@@ -277,17 +303,35 @@ def layout_of(output: Any, net: nn.Module, height: int, width: int) -> Layout | 
 
 
 def _head(calls: Sequence[Call], logits: Tensor) -> Call:
-    """The layer that gave the logits of a vector: that whose output they are, or else the last with so many outputs."""
+    """The layer that gave the logits of a vector: that whose output they are, or the only one with so many outputs.
+
+    Of several whose mean they are it is the last.
+    """
 
     def fits(call: Call) -> bool:
         given = call.inputs[0] if call.inputs else None
         layer = isinstance(call.module, nn.Linear | nn.Conv2d) and isinstance(call.output, Tensor) and call.output.numel() == logits.numel()
         return layer and isinstance(given, Tensor) and given.flatten(1).shape[1:] == given.shape[1:2]
 
-    fitting = [call for call in calls if fits(call)]
+    fitting = [call for call in reversed(calls) if fits(call)]
     if not fitting:
         raise ValueError(f"its {logits.shape[1]} logits are not those of a linear layer on a vector [N, D]")
-    return next((call for call in reversed(fitting) if call.output is logits), fitting[-1])
+    outputs = [call.output.reshape(logits.shape).double() for call in fitting]
+    found = [call for call in fitting if call.output is logits]
+    found += [call for call, output in zip(fitting, outputs, strict=True) if _tells(output, logits)]
+    if found or len(fitting) == 1 or _tells(torch.stack(outputs).mean(0), logits):
+        return (found or fitting)[0]
+    layers = ", ".join(dict.fromkeys(call.path for call in reversed(fitting)))
+    raise ValueError(
+        f"its {logits.shape[1]} logits are made of several layers' ({layers}), not those of one linear layer on a vector [N, D]"
+    )
+
+
+def _tells(output: Tensor, logits: Tensor) -> bool:
+    """Whether logits are such an output but for their precision, one factor, and a shift of each image, as a log-softmax is."""
+    one, other = (x.double() - x.double().mean(1, keepdim=True) for x in (output, logits))
+    factor = (one * other).sum() / one.square().sum().clamp(min=1e-30)
+    return bool((factor * one - other).abs().max() <= ROUNDING * other.abs().max())
 
 
 def _overstepped(calls: Sequence[Call]) -> str:
@@ -299,6 +343,28 @@ def _overstepped(calls: Sequence[Call]) -> str:
         return any(stride > side for stride, side in zip(layer.stride, given[0].shape[-2:], strict=True))
 
     return next((call.path for call in calls if steps_over(call.module, call.inputs)), "")
+
+
+def _attention(calls: Sequence[Call]) -> list[Call]:
+    """Those that give a number for each pair of T positions, [N, heads, T, T], inside of a module that turns T positions into T."""
+    around: dict[int, list[Call]] = {}
+    for call in calls:
+        count = _positions(call.output, call.layout)
+        if count > 1 and call.inputs and count == _positions(call.inputs[0], call.given):
+            around.setdefault(count, []).append(call)
+
+    def within(call: Call) -> bool:
+        height, width = call.size
+        return height == width and any(outer.began < call.began and call.ended < outer.ended for outer in around.get(height, []))
+
+    return [call for call in calls if call.layout and call.layout.kind != "tokens" and within(call)]
+
+
+def _positions(value: Any, layout: Layout | None) -> int:
+    """How many places a map, or tokens whatever their number, have; 0 of anything else."""
+    if isinstance(value, Tensor) and value.dim() == 3:
+        return value.shape[1]
+    return math.prod(layout.size) if layout else 0
 
 
 def find_taps(net: nn.Module, calls: Sequence[Call]) -> dict[str, str]:

@@ -19,6 +19,7 @@ GREY = DataSpec("grey", 100, 7, 1, 32, 32)
 NAMES = ("timm:resnet18", "timm:mobilenetv3_small_050", "timm:vit_tiny_patch16_224", "timm:convnext_atto", "torchvision:shufflenet_v2_x0_5")
 
 FILE = """
+import sys
 from torch import nn
 
 class Small(nn.Module):
@@ -41,6 +42,27 @@ def number():
 
 def fails(classes):
     raise RuntimeError("no such thing\\nsecond line")
+
+def leaves():
+    sys.exit(0)
+
+class Leaving(Small):
+    def forward(self, images):
+        sys.exit()
+
+class LeavingTraining(Small):
+    def forward(self, images):
+        return sys.exit(3) if self.training else super().forward(images)
+
+class Stated(Small):
+    def get_extra_state(self):
+        return {"steps": 3}
+
+def lazy(classes):
+    return nn.Sequential(nn.LazyConv2d(4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(classes))
+
+def meta(classes):
+    return Small(classes, 1).to("meta")
 """
 
 
@@ -254,6 +276,14 @@ def test_a_function_of_a_package(nets, monkeypatch):
         ("{nets}:smal", "has no function of that name; did you mean 'small'?"),
         ("{nets}:number", "gives a int; it must give an nn.Module"),
         ("{nets}:fails", "can't be made for images of 1x32x32 and 7 classes: RuntimeError: no such thing"),
+        ("{nets}:leaves", "can't be made for images of 1x32x32 and 7 classes: SystemExit: 0"),
+        ("{nets}:Leaving", "no classifier of images of 1x32x32: SystemExit"),
+        ("{nets}:LeavingTraining", "no classifier of images of 1x32x32: SystemExit: 3"),
+        ("{nets}:Stated", "its state has '_extra_state', which is no tensor; give a module whose state_dict holds tensors alone"),
+        ("{nets}:lazy", "its state has '0.weight', which has no values yet; give a module whose weights are initialised"),
+        ("{nets}:meta", "its state has 'body.0.weight', which has no values yet; give a module whose weights are initialised"),
+        ("math:hypot", "math:hypot: does not say what its parameters are; write a function or class in Python"),
+        ("builtins:dict", "builtins:dict: does not say what its parameters are; write a function or class in Python"),
         ("{nets}x.py:small", "no such file"),
         ("no_such_package:small", "can't be imported: ModuleNotFoundError"),
         ("torchvision:resnet18", "takes 3 channels, the images have 1; set data.channels=3"),
@@ -268,11 +298,60 @@ def test_mistakes_are_one_line(nets, name, words):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_file_that_fails_is_told_each_time(tmp_path):
-    (tmp_path / "broken.py").write_text("1 / 0\n")
+@pytest.mark.parametrize(("content", "why"), [("1 / 0\n", "ZeroDivisionError"), ("import sys\nsys.exit(0)\n", "SystemExit: 0")])
+def test_a_file_that_fails_is_told_each_time(tmp_path, content, why):
+    (tmp_path / "broken.py").write_text(content)
     for _ in range(2):
-        with pytest.raises(UserError, match="can't be run: ZeroDivisionError"):
+        with pytest.raises(UserError, match=f"can't be run: {why}"):
             models.spec(f"{tmp_path}/broken.py:small", GREY)
+
+
+def test_a_package_that_leaves_is_told(tmp_path, monkeypatch):
+    (tmp_path / "leaving_package.py").write_text("raise SystemExit(0)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=r"^leaving_package: can't be imported: SystemExit: 0; write FILE.py:FUNCTION for a file$"):
+        models.spec("leaving_package:small", GREY)
+
+
+def test_an_interrupt_goes_through(tmp_path):
+    (tmp_path / "interrupted.py").write_text("raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        models.spec(f"{tmp_path}/interrupted.py:small", GREY)
+
+
+class Skipping(nn.Module):
+    """Its second convolution, or its classifier, is left out once told so; the classifier is called by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.fc = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1), nn.Linear(4, 7)
+        self.skipped = ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = x if self.skipped == "second" else self.second(x)
+        x = x.mean((2, 3))
+        return x.repeat(1, 2)[:, :7] if self.skipped == "fc" else self.fc(input=x)
+
+
+def test_what_is_not_called_is_named():
+    net = models.build(adopt(Skipping(), "skips"), DATA, taps=("stage1",))
+    assert net(images(DATA)).maps["stage1"].shape == (4, 4, 16, 16)
+    net.body.skipped = "second"
+    with pytest.raises(UserError, match=r"^tap stage1=second: module:Skipping-skips did not call it on this batch; name a module"):
+        net(images(DATA))
+    net.body.skipped = "fc"
+    with pytest.raises(UserError, match=r"^module:Skipping-skips did not call its classifier fc on this batch; switch off"):
+        net(images(DATA))
+
+
+def test_a_classifier_that_is_called_by_keyword():
+    net = whole(adopt(Skipping(), "keyword"))
+    out = net(images(DATA))
+    teacher = Teacher(deepcopy(net), Needs(logits=True, embedding=True), "fp32")
+    assert teacher.whole == ""
+    torch.testing.assert_close(teacher.teach(images(DATA)).embedding, out.embedding)
+    torch.testing.assert_close(net.body.fc(out.embedding), out.logits)
 
 
 def test_a_function_gives_the_classes_that_are_wanted_and_a_module_those_that_it_has(nets):

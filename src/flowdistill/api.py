@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from .checks import MOST_WORKERS, UserError, did_you_mean
 from .config import validate
@@ -21,7 +20,7 @@ from .data import given
 from .device import resolve_device
 from .ledger import Ledger, Run
 from .models import Network
-from .models.foreign import adopt, uncompiled
+from .models.foreign import adopt, tensors, uncompiled
 from .report.progress import Bars
 from .runner import Report, Watcher, export, load_network
 from .runner import run as run_configs
@@ -232,8 +231,8 @@ def _reference(network: Named, ledger: Ledger) -> str:
     if not isinstance(network, nn.Module):
         raise UserError(f"{type(network).__name__} is no network; give a model's name, a run, a weights file or an nn.Module")
     if isinstance(network, Network):
-        return _saved(_tensors(network), network.spec.name, network.about, ledger)
-    weights = _tensors(network)
+        return _saved(tensors(network, network.spec.name), network.spec.name, network.about, ledger)
+    weights = tensors(network, type(network).__name__)
     return _saved(weights, adopt(deepcopy(network).cpu(), _key(network, weights)), {}, ledger)
 
 
@@ -241,7 +240,7 @@ def _first_weights(network: Named, student: Named, ledger: Ledger) -> str:
     """What ``init_from`` names; the weights of a module are those of the student's model, if that is named."""
     network = uncompiled(network)
     if isinstance(network, nn.Module) and not isinstance(network, Network) and isinstance(student, str):
-        return f"{student}@{_saved(_tensors(network), student, {}, ledger)}"
+        return f"{student}@{_saved(tensors(network, type(network).__name__), student, {}, ledger)}"
     return _reference(network, ledger)
 
 
@@ -252,34 +251,6 @@ def _saved(weights: Mapping[str, Tensor], model: str, about: Mapping[str, Any], 
     if not path.is_file():
         save_weights(path, weights, {**about, "model": model})
     return str(path)
-
-
-def refuse_unready(module: nn.Module) -> None:
-    """Refuse a module whose weights have no size or no numbers yet, or are not in single precision.
-
-    Raises:
-        UserError: it has such a weight; the first of them.
-    """
-    for name, value in (*module.named_parameters(), *module.named_buffers()):
-        if is_lazy(value):
-            what = "has no size yet; run the module once on a batch of images"
-        elif value.is_meta:
-            what = "is on the meta device, without numbers; put the module on a device with .to_empty(device=...) and load its weights"
-        elif isinstance(value, nn.Parameter) and value.is_floating_point() and value.dtype != torch.float32:
-            what = f"is {str(value.dtype).removeprefix('torch.')}, images are float32; give the module in single precision, .float()"
-        else:
-            continue
-        raise UserError(f"{type(module).__name__}: {name} {what}")
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    refuse_unready(module)
-    weights = module.state_dict()
-    for name, value in weights.items():
-        if not isinstance(value, Tensor):
-            what = f"its state has {name!r}, which is no tensor; give a module whose state_dict holds tensors alone"
-            raise UserError(f"{type(module).__name__}: {what}")
-    return weights
 
 
 def _key(module: nn.Module, weights: Mapping[str, Tensor]) -> str:

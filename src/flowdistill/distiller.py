@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from . import methods, models
-from .api import refuse_unready
 from .checks import UserError
 from .config import TrainConfig, parse_as
 from .data.given import checked, refuse_other_labels
 from .methods import Settled
 from .models import Network
-from .models.foreign import Foreign, surveyed, uncompiled
+from .models.foreign import Foreign, refuse_unready, surveyed, uncompiled
 from .randomness import seeded
 from .runner.pairing import pair
 from .runner.plan import refuse_users
@@ -195,7 +194,7 @@ def _side(module: nn.Module, size: tuple[int, int, int], role: str) -> _Side:
         raise UserError(f"{role}={module!r} is no module; give an nn.Module")
     if uncompiled(module) is not module:
         raise UserError(f"{role} is compiled; give the module itself, and compile the Distiller: torch.compile(Distiller(...))")
-    refuse_unready(module)
+    refuse_unready(module, type(module).__name__)
     front = module.front if isinstance(module, Network) else None
     if front is not None:
         _, *size = front(torch.zeros(1, *size)).shape

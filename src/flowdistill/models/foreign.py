@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from ..checks import UserError, did_you_mean, first_line, regular_file, summary
+from ..checks import FAILURES, UserError, did_you_mean, first_line, regular_file, summary
 from ..randomness import seeded
 from ..taps import DataSpec, NetSpec, Outputs, TapSpec
 from . import FORMS, Network
@@ -57,9 +58,9 @@ class Keep:
     def __init__(self, seen: Seen, name: str, *, given: bool = False, overwritten: bool = False) -> None:
         self.seen, self.name, self.given, self.overwritten = seen, name, given, overwritten
 
-    def __call__(self, _module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, _module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         """Keep it."""
-        kept = inputs[0] if self.given else output
+        kept = next(iter((*inputs, *named.values()))) if self.given else output
         self.seen[self.name] = kept.clone() if self.overwritten else kept
 
 
@@ -76,7 +77,7 @@ class Foreign(Network):
         self.seen = Seen()
         keepers = [(path, Keep(self.seen, path, overwritten=path in found.overwritten)) for path in self.layouts]
         keepers += [(spec.head, Keep(self.seen, HEAD, given=True))]
-        self.hooks = [inner.get_submodule(path).register_forward_hook(keep) for path, keep in keepers]
+        self.hooks = [inner.get_submodule(path).register_forward_hook(keep, with_kwargs=True) for path, keep in keepers]
         self.register_state_dict_post_hook(_without_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_with_prefix)  # type: ignore[no-untyped-call]
 
@@ -98,8 +99,17 @@ class Foreign(Network):
         output = self.inner(images.clone() if self.overwrites else images)
         seen = dict(self.seen)
         self.seen.clear()
+        self._refuse_skipped(seen)
         maps = {name: self.layouts[path].map(seen[path]) for name, path in self.paths.items()}
         return Outputs(output.logits if self.named else output, seen[HEAD].flatten(1), maps)
+
+    def _refuse_skipped(self, seen: Mapping[str, Tensor]) -> None:
+        for name, path in self.paths.items():
+            if path not in seen:
+                cure = "name a module that is called for every batch, or switch off what skips this one"
+                raise UserError(f"tap {name}={path}: {self.spec.name} did not call it on this batch; {cure}")
+        if HEAD not in seen:
+            raise UserError(f"{self.spec.name} did not call its classifier {self.spec.head} on this batch; switch off what skips it")
 
 
 def surveyed(net: nn.Module, name: str, channels: int, height: int, width: int) -> Survey:
@@ -111,8 +121,41 @@ def surveyed(net: nn.Module, name: str, channels: int, height: int, width: int) 
     try:
         with seeded(0, "survey"), torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
             return survey(net, channels, height, width)
-    except Exception as error:  # of the network's own code
-        raise UserError(f"{name}: no classifier of images of {channels}x{height}x{width}: {first_line(error)}") from None
+    except FAILURES as error:  # of the network's own code
+        said = first_line(error) if isinstance(error, ValueError | RuntimeError) else summary(error)
+        raise UserError(f"{name}: no classifier of images of {channels}x{height}x{width}: {said}") from None
+
+
+def refuse_unready(module: nn.Module, name: str) -> None:
+    """Refuse a module whose weights have no size or no numbers yet, or are not in single precision.
+
+    Raises:
+        UserError: it has such a weight; the first of them.
+    """
+    for path, value in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(value):
+            what = "has no size yet; run the module once on a batch of images"
+        elif value.is_meta:
+            what = "is on the meta device, without numbers; put the module on a device with .to_empty(device=...) and load its weights"
+        elif isinstance(value, nn.Parameter) and value.is_floating_point() and value.dtype != torch.float32:
+            what = f"is {str(value.dtype).removeprefix('torch.')}, images are float32; give the module in single precision, .float()"
+        else:
+            continue
+        raise UserError(f"{name}: {path} {what}")
+
+
+def tensors(module: nn.Module, name: str) -> dict[str, Tensor]:
+    """The state of a module that can be used.
+
+    Raises:
+        UserError: it can't, or not all of its state are tensors.
+    """
+    refuse_unready(module, name)
+    weights: dict[str, Any] = module.state_dict()
+    for key, value in weights.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"{name}: its state has {key!r}, which is no tensor; give a module whose state_dict holds tensors alone")
+    return weights
 
 
 def _without_prefix(_net: nn.Module, weights: dict[str, Any], prefix: str, _: Any) -> None:
@@ -151,11 +194,12 @@ class ForeignFactory:
                 net = self.make(data)
         except UserError:
             raise
-        except Exception as error:  # any code of anyone
+        except FAILURES as error:
             size = f"{data.channels}x{data.height}x{data.width}"
             raise UserError(f"{self.name}: can't be made for images of {size} and {data.classes} classes: {summary(error)}") from None
         if not isinstance(net, nn.Module):
             raise UserError(f"{self.name}: gives a {type(net).__name__}; it must give an nn.Module")
+        tensors(net, self.name)
         return net
 
     def survey(self, data: DataSpec) -> Survey:
@@ -245,7 +289,10 @@ def _maker(where: str, name: str) -> tuple[Make, str, str]:
     if not callable(function):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UserError(f"{where}:{name}: {where} has no function of that name; {did_you_mean(name, names)}")
-    return _told(function), f"{name} of {where}", code
+    try:
+        return _told(function), f"{name} of {where}", code
+    except (TypeError, ValueError):  # of C
+        raise UserError(f"{where}:{name}: does not say what its parameters are; write a function or class in Python") from None
 
 
 def _timm(name: str) -> Make:
@@ -303,7 +350,7 @@ def _file(path: Path) -> tuple[Any, str]:
         sys.modules[name] = module
         try:
             spec.loader.exec_module(module)
-        except Exception as error:  # the user's own code
+        except FAILURES as error:
             del sys.modules[name]
             raise UserError(f"{path}: can't be run: {summary(error)}") from None
     return sys.modules[name], code
@@ -312,7 +359,7 @@ def _file(path: Path) -> tuple[Any, str]:
 def _package(name: str) -> tuple[Any, str]:
     try:
         module = importlib.import_module(name)
-    except Exception as error:  # missing, or its own code
+    except FAILURES as error:  # missing, or its own code
         raise UserError(f"{name}: can't be imported: {summary(error)}; write FILE.py:FUNCTION for a file") from None
     file = getattr(module, "__file__", None)
     return module, hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""

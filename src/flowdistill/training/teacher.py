@@ -63,8 +63,9 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         output = super().call_module(m, forward, args, kwargs)
         if self.is_leaf_module(m, self.path_of_module(m)):
-            for hook in m._forward_hooks.values():
-                hook(m, args, output)
+            for number, hook in m._forward_hooks.items():
+                given = (args, kwargs) if number in m._forward_hooks_with_kwargs else (args,)
+                hook(m, *given, output)
         return output
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from command import assert_refused, command
 from safetensors import safe_open
+from safetensors.torch import load, save
 from torch import Tensor
 
 from flowdistill import models
@@ -167,6 +168,29 @@ def test_each_family_of_networks_becomes_a_program(name: str, to: str) -> None:
     program = Program(net, Normalisation((0.5,), (0.25,)))
     difference, allowed = compare(program, FORMATS[to].read(FORMATS[to].write(program, images[:1], {}), program), images, to)
     assert difference <= allowed
+
+
+NORMED = """
+from torch import nn
+
+def old(classes):
+    first, second = nn.utils.weight_norm(nn.Conv2d(1, 6, 3)), nn.utils.spectral_norm(nn.Conv2d(6, 6, 3))
+    return nn.Sequential(first, second, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, classes))
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_weights_that_hooks_compute_are_exported(tmp_path: Path) -> None:
+    """torch copies no module with such; and a file of other weights is still told from the network's own."""
+    (tmp_path / "nets.py").write_text(NORMED)
+    net = models.build(f"{tmp_path}/nets.py:old", DataSpec("some", 0, 10, 1, 28, 28))
+    images = torch.randint(0, 256, (5, 28, 28, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    program, form = Program(net, Normalisation((0.5,), (0.25,))), FORMATS["safetensors"]
+    content = form.write(program, images[:1], {})
+    compare(program, form.read(content, program), images, "safetensors")
+    other = {name: value * 2 for name, value in load(content).items()}
+    with pytest.raises(DeviationError):
+        compare(program, form.read(save(other), program), images, "safetensors")
 
 
 # int8

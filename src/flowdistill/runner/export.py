@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..checks import UserError, obstacle, summary
 from ..data.images import ImageData, Images
@@ -23,7 +23,7 @@ from ..data.loader import labelled
 from ..data.normalisation import Normalisation
 from ..data.sources import stratified
 from ..models import Network
-from ..training.weights import serialised, write_whole
+from ..training.weights import refuse_misfit, serialised, write_whole
 from .evaluate import About, load_fitting, load_network
 
 IMAGES = 64  # test images that a file is compared on, all at once and one by one
@@ -184,9 +184,11 @@ def _write_safetensors(program: Program, _: Tensor, told: Mapping[str, str]) -> 
 
 
 def _read_safetensors(content: bytes, program: Program) -> Answer:
-    copy = deepcopy(program)
-    copy.net.load_state_dict(safetensors.torch.load(content))
-    return copy
+    weights = safetensors.torch.load(content)
+    refuse_misfit(program.net, weights, "the file")
+    body = next(path for path, module in program.named_modules() if module is program.net.body)
+    tensors = {f"{body}.{name}": value for name, value in weights.items()}
+    return lambda images: functional_call(program, tensors, images, tie_weights=False)  # no copy: old weight norms refuse one
 
 
 def _traced(program: Program, image: Tensor) -> torch.export.ExportedProgram:

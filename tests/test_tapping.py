@@ -68,6 +68,20 @@ def test_no_table(tmp_path, content):
         read_taps(tmp_path / "other.csv")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "name,module\nstage1,a\nstage2,b\n stage1,c\n",
+        '[{"name": "stage1", "module": "a"}, {"name": "stage2", "module": "b"}, {"name": "stage1", "module": "c"}]',
+    ],
+)
+def test_a_tap_that_is_named_twice(tmp_path, content):
+    path = tmp_path / "t.csv"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"t\.csv: tap stage1 is named twice, as a and as c; keep one of the rows$"):
+        read_taps(path)
+
+
 def with_a_teacher(ledger: Ledger, small_npz: Path) -> Ledger:
     """A finished ResNet-14 of this package, run 1."""
     run([config(small_npz, student="resnet14", method="base", seed=7)], ledger, CPU)

@@ -293,11 +293,16 @@ def read_taps(path: Path) -> dict[str, str]:
     text = regular_file(path, what).read_text(encoding="utf-8-sig", errors="replace")
     try:
         rows = json.loads(text) if text.lstrip().startswith("[") else list(csv.DictReader(text.splitlines()))
-        table = {row["name"].strip(): row["module"].strip() for row in rows}
-        if not table:
+        pairs = [(row["name"].strip(), row["module"].strip()) for row in rows]
+        if not pairs:
             raise ValueError("no row")
     except (AttributeError, KeyError, TypeError, ValueError, csv.Error):
         raise UserError(f"{what}: no table with the columns name and module; write one with flowdistill taps MODEL --format csv") from None
+    table: dict[str, str] = {}
+    for name, module in pairs:
+        if name in table:
+            raise UserError(f"{what}: tap {name} is named twice, as {table[name]} and as {module}; keep one of the rows")
+        table[name] = module
     return {name: module for name, module in table.items() if name not in ("embedding", "classifier")}
 
 

@@ -99,6 +99,46 @@ def test_a_network_is_built_for_its_own_classes(taught: Ledger, few: Path, tmp_p
         assert ref.seen(data).classes == ref.spec(data).classes == ref.build(data).spec.classes == classes
 
 
+HEADS = """
+from torch import nn
+from torch.nn.utils import parametrizations, weight_norm
+
+class Net(nn.Module):
+    def __init__(self, classes, head):
+        super().__init__()
+        self.conv, self.pool, self.fc = nn.Conv2d(1, 6, 3), nn.AdaptiveAvgPool2d(1), head(classes)
+
+    def forward(self, images):
+        return self.fc(self.pool(self.conv(images))).flatten(1)
+
+def parametrised(classes):
+    return Net(classes, lambda classes: nn.Sequential(nn.Flatten(), parametrizations.weight_norm(nn.Linear(6, classes))))
+
+def spectral(classes):
+    return Net(classes, lambda classes: nn.Sequential(nn.Flatten(), parametrizations.spectral_norm(nn.Linear(6, classes, bias=False))))
+
+def old(classes):
+    return Net(classes, lambda classes: nn.Sequential(nn.Flatten(), weight_norm(nn.Linear(6, classes))))
+
+def convolution(classes):
+    return Net(classes, lambda classes: nn.Conv2d(6, classes, 1))
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("head", ["parametrised", "spectral", "old", "convolution"])
+def test_any_kind_of_head_tells_its_classes(head: str, taught: Ledger, tmp_path: Path) -> None:
+    """And a fresh one of other classes takes its place."""
+    data, model = DataSpec("few", 100, 4, 1, 8, 8), f"{tmp_path}/heads.py:{head}"
+    (tmp_path / "heads.py").write_text(HEADS)
+    torch.save(models.build(model, replace(data, classes=7)).state_dict(), tmp_path / "it.pt")
+    ref = resolve(f"{model}@{tmp_path / 'it.pt'}", taught)
+    assert ref.seen(data).classes == ref.spec(data).classes == ref.build(data).spec.classes == 7
+    fresh = replace(ref, head=False).build(data)
+    assert fresh.spec.classes == 4
+    assert torch.equal(fresh.state_dict()["conv.weight"], ref.weights["conv.weight"])
+
+
 def test_a_head_that_can_not_be_the_models_says_nothing_of_classes(taught: Ledger, tmp_path: Path) -> None:
     """However many rows it claims."""
     state = models.build("resnet8", DataSpec("", 1, 4, 1, 8, 8)).state_dict()

@@ -72,10 +72,10 @@ class NetworkRef:
         own = self.view
         data = replace(data, channels=own.channels or data.channels, height=own.height or data.height, width=own.width or data.width)
         spec = models.spec(self.model, data)
-        weight = (self.weights or {}).get(f"{spec.head}.weight")
-        if not self.head or weight is None or weight.dim() != 2 or weight.shape[1] != spec.embedding or not len(weight):
-            return data
-        return replace(data, classes=len(weight))
+        head = [value for name, value in (self.weights or {}).items() if name.startswith(f"{spec.head}.")]
+        matrices = [value for value in head if value.dim() > 1 and value.numel() == len(value) * spec.embedding]  # whatever their names
+        rows = next((len(value) for value in matrices), 0)
+        return replace(data, classes=rows) if self.head and rows else data
 
     def spec(self, data: DataSpec) -> NetSpec:
         """What the network offers for such data."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from command import command
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import flowdistill
 from flowdistill import UserError, models
@@ -303,3 +304,51 @@ def test_what_is_no_classifier(keys: dict[str, Any], network: Any, line: str) ->
         flowdistill.train(network, **keys)
     assert line in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+class Failing(Tied):
+    """Trains in no way, or not for long: torch's own words, and code of its own."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.passes, self.unused, self.norm = how, 0, nn.Linear(2, 2), nn.BatchNorm1d(4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.passes += self.training
+        x = self.stem(images)
+        if self.training and self.how == "small":
+            raise KeyError("mask")
+        if self.training and self.how == "leaves" and len(images) > 2:
+            raise SystemExit(0)
+        if self.how == "checkpoint":
+            x = checkpoint(self.first, x, use_reentrant=True)
+        elif not (self.how == "skips" and self.passes > 2):
+            x = self.first(x)
+        x = self.second(x.relu()).relu().mean((2, 3))
+        return self.fc(self.norm(x) if self.how == "norm" else x)
+
+
+CANT = "student module:Failing-[0-9a-f]{8} can't be trained on a batch of"
+IDLE = r"train\.freeze=fc,first,norm,second,stem leaves nothing to train that a loss of phase 'joint' depends on; freeze less"
+UNTRAINABLE = [
+    ("norm", {"batch_size": 1}, f"{CANT} 1: ValueError: Expected more than 1 value per channel when training, got input size"),
+    ("small", {}, f"{CANT} 64: KeyError: 'mask'"),
+    ("leaves", {}, f"{CANT} 64: SystemExit: 0"),
+    ("checkpoint", {}, f"{CANT} 64: RuntimeError: When use_reentrant=True, torch.utils.checkpoint is incompatible with"),
+    ("", {"freeze": "stem,first,second,norm,fc"}, f"{IDLE}$"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize(("how", "changed", "line"), UNTRAINABLE, ids=[how or "freeze" for how, *_ in UNTRAINABLE])
+def test_a_student_that_can_not_be_trained_is_told_before_training(keys: dict[str, Any], how: str, changed: Any, line: str) -> None:
+    with pytest.raises(flowdistill.UserError, match=f"^{line}") as caught:
+        flowdistill.train(Failing(how), **keys | {"train": {**keys["train"], **changed}})
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (keys["runs"] / "ledger.db").exists(), "nothing is recorded"
+
+
+def test_a_tap_that_training_skips_is_named(keys: dict[str, Any]) -> None:
+    """The first gradients have it, the second step does not."""
+    with pytest.raises(flowdistill.UserError, match=r"^tap stage\d=first: module:Failing-\w* did not call it on this batch; name a module"):
+        flowdistill.distill(Tied(), Failing("skips"), method="at", weights={"at": 1.0}, engine="eager", **keys)

@@ -440,6 +440,16 @@ def test_gradient_ratios_are_those_of_autograd_and_change_nothing(data: ImageDat
     assert found["logits"] == pytest.approx(float(norms[1] / norms[0]), rel=1e-4)
 
 
+def test_a_mistake_in_a_method_is_not_put_down_to_the_student(data: ImageData, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistaken(*_: object) -> None:
+        raise TypeError("of the method")
+
+    cohort, (student,) = a_cohort(data, [config(small_npz, method="logits", teacher="-")])
+    monkeypatch.setattr(student.method, "forward", mistaken)
+    with pytest.raises(TypeError, match=r"^of the method$"):
+        engine.first_gradients(cohort)
+
+
 def answers(monkeypatch: pytest.MonkeyPatch, correct: list[int]) -> None:
     """Have the epochs' measurements count so many right answers."""
     measured, script = engine._measure, iter(correct)

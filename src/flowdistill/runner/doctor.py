@@ -188,8 +188,8 @@ def _of_method(group: Sequence[Job], ledger: Ledger, data: DeviceData) -> Iterat
         return
     cohort, members = unmeasured(ready, data, data.device)
     try:
+        ratios = first_gradients(cohort)
         if not (job.teacher and job.teacher.weights is None):
-            ratios = first_gradients(cohort)
             for member in members:
                 weights = member.job.settled.weights
                 yield from (_of_gradient(name, term, ratio, weights[term]) for term, ratio in ratios[member.student].items())

@@ -11,7 +11,7 @@ from ..data.given_supply import GivenSupply
 from ..data.loader import DeviceData, place
 from ..data.supply import First
 from ..ledger import Ledger
-from ..training.cohort import Cohort, seconds_per_epoch
+from ..training.cohort import Cohort, first_gradients, seconds_per_epoch
 from .assemble import Member, assemble
 from .execute import before
 from .plan import Job, cohorts, plan
@@ -46,6 +46,7 @@ def _missing_epochs(job: Job, ledger: Ledger) -> int:
 def _epoch_seconds(jobs: Sequence[Job], device: torch.device) -> float:
     """An epoch of these jobs as one cohort."""
     cohort, _ = unmeasured(jobs, place(jobs[0].data, jobs[0].config.split, device), device)
+    first_gradients(cohort)  # what can't be trained is refused
     return seconds_per_epoch(cohort)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import UserError
+from ..checks import FAILURES, UserError, summary
 from ..config import TrainConfig
 from ..device import Precision
 from ..methods import Method, Phase, Settled
@@ -36,8 +36,7 @@ class Student:
         self._still = freeze(net, train.freeze)
         for phase in settled.phases:
             if not trained_parameters(net, method, phase):
-                what = f"train.freeze={','.join(train.freeze)}" if train.freeze else f"requires_grad=False in {net.spec.name}"
-                raise UserError(f"{what} leaves nothing to train in phase {phase.name!r}; freeze less")
+                raise UserError(f"{self._frozen} leaves nothing to train in phase {phase.name!r}; freeze less")
         self.optimizer: torch.optim.SGD
         self.weights: dict[str, float] = {}
         self.sums: dict[str, Tensor] = {}
@@ -45,6 +44,21 @@ class Student:
         self.chosen_epoch = 0
         self.chosen_correct = -1
         self._chosen: dict[str, Tensor] | None = None
+
+    @property
+    def _frozen(self) -> str:
+        """What holds parts of it, as messages name it."""
+        return f"train.freeze={','.join(self.train.freeze)}" if self.train.freeze else f"requires_grad=False in {self.net.spec.name}"
+
+    def refuse_idle(self, terms: Mapping[str, Tensor]) -> None:
+        """Look at a batch's terms with their gradients.
+
+        Raises:
+            UserError: a phase none of whose terms depends on anything that is trained.
+        """
+        for phase in self.settled.phases:
+            if not any(terms[term].requires_grad for term in self.settled.counted(phase) if term in terms):
+                raise UserError(f"{self._frozen} leaves nothing to train that a loss of phase {phase.name!r} depends on; freeze less")
 
     def choose(self, epoch: int, correct: int, *, keep: bool) -> None:
         """This epoch's weights are to ship; with ``keep`` a copy outlives the epochs to come."""
@@ -179,8 +193,15 @@ class Objective(nn.Module):
 
     def forward(self, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> list[dict[str, Tensor]]:
         """Every unweighted term of each student, float32 scalars; the networks run under ``precision``, the losses never in half."""
+        return self.compare(self.answer(images, precision), taught, batch)
+
+    def answer(self, images: Tensor, precision: Precision) -> list[Outputs]:
+        """What each network gives."""
         with autocast(images.device, precision):
-            given: list[Outputs] = [net(images) for net in self.nets]
+            return [net(images) for net in self.nets]
+
+    def compare(self, given: Sequence[Outputs], taught: Outputs | None, batch: Batch) -> list[dict[str, Tensor]]:
+        """Every unweighted term of each student, of what all gave."""
         found = []
         for number, (own, method) in enumerate(zip(given, self.methods, strict=True)):
             assert isinstance(method, Method)
@@ -253,29 +274,48 @@ def gradient_ratios(
     """The norm of each weighted term's gradient on its network's weights, relative to that of the task at weight 1.
 
     Leaves the students as they were, batch statistics and what their methods remember included.
+
+    Raises:
+        UserError: a network's own code fails in train mode, or nothing that is trained has a gradient.
     """
     objective = Objective(group)
     buffers = {name: value.clone() for name, value in objective.named_buffers()}
     for student in group:
         student.begin_epoch()
     with drawing(group, 0, 0, images.device):
-        found = losses(group, images, taught, batch, precision)
+        with _failures_of(group, images):
+            given = objective.answer(images, precision)
+        found = objective.compare(given, taught, batch)
 
     def norm(value: Tensor, weights: list[nn.Parameter]) -> float:
         if not value.requires_grad:
             return 0.0  # it looks at frozen parts alone
-        gradients = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
+        with _failures_of(group, images):
+            gradients = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
         norms = [gradient.norm() for gradient in gradients if gradient is not None]
         return float(torch.stack(norms).norm()) if norms else 0.0  # a term may train the method's own parts alone
 
     ratios = {}
     for student, terms in zip(group, found, strict=True):
+        student.refuse_idle(terms)
         weights = [parameter for parameter in student.net.parameters() if parameter.requires_grad]
         task = max(norm(terms.pop(TASK), weights), 1e-30)
         ratios[student] = {term: norm(student.settled.weights[term] * value, weights) / task for term, value in terms.items()}
     for name, value in objective.named_buffers():
         value.copy_(buffers[name])
     return ratios
+
+
+@contextmanager
+def _failures_of(group: Group, images: Tensor) -> Iterator[None]:
+    """What the networks' own code raises, in one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FAILURES as error:
+        names = ", ".join(dict.fromkeys(student.net.spec.name for student in group))
+        raise UserError(f"student {names} can't be trained on a batch of {len(images)}: {summary(error)}") from None
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

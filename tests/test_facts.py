@@ -12,6 +12,7 @@ import torch
 from test_methods import PAIRS, facts, make
 from test_training import CPU, data
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from flowdistill import models
 from flowdistill.checks import UserError
@@ -72,6 +73,18 @@ def test_head_and_norms_are_the_teachers_own(data: ImageData) -> None:
     assert [torch.equal(a, b) for a, b in zip(found.head, teacher.get_submodule("fc").parameters(), strict=True)] == [True, True]
     assert found.norms.keys() == {"stage1.pre"}
     assert [torch.equal(a, b) for a, b in zip(found.norms["stage1.pre"], norm.parameters(), strict=True)] == [True, True]
+
+
+def test_a_head_without_a_bias_and_one_whose_weight_is_computed(data: ImageData) -> None:
+    on_device = DeviceData(data, "full", CPU)
+    teacher, only = a_teacher(on_device), Needs(facts=frozenset({"head"}))
+    teacher.add_module("fc", weight_norm(nn.Linear(64, 10, bias=False)).requires_grad_(False))
+    with torch.no_grad():
+        teacher.get_submodule("fc").parametrizations.weight.original0.mul_(2)
+    found = gather(only, teacher, on_device, "fp32")
+    assert found.head is not None
+    embedding = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(nn.functional.linear(embedding, *found.head), teacher.get_submodule("fc")(embedding))
 
 
 def test_what_is_not_needed_is_not_gathered(data: ImageData) -> None:

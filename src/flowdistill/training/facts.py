@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,9 +50,10 @@ def _norms(teacher: Network, needs: Needs) -> dict[str, tuple[Tensor, Tensor]]:
     return {tap: _affine(teacher.body.get_submodule(path)) for tap, path in paths.items() if path}
 
 
-def _affine(module: nn.Module) -> tuple[Tensor, Tensor]:
-    """Copies: a teacher in bf16 casts its own."""
-    return module.get_parameter("weight").detach().clone(), module.get_parameter("bias").detach().clone()
+def _affine(module: Any) -> tuple[Tensor, Tensor]:
+    """Copies: a teacher in bf16 casts its own. A weight may be computed of others, and no bias is one of 0."""
+    weight = module.weight.detach().clone()
+    return weight, torch.zeros_like(weight[:, 0]) if module.bias is None else module.bias.detach().clone()
 
 
 def class_means(teacher: Network, data: Supply, precision: Precision) -> Tensor:

@@ -131,6 +131,23 @@ def test_classes_are_numbered_in_their_order(tmp_path: Path, kind: Any, labels: 
     assert data.y_train.tolist() == [names.index(name) for name in order] * 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_labels_of_a_split_are_read_by_the_names_of_its_own_classes(tmp_path: Path, stream: bool) -> None:
+    """The columns' types name the same classes in another order; train's stands, whichever split is stored first."""
+    other = datasets.ClassLabel(names=sorted(NAMES))
+    parts = {"test": table(pixels(6, 1), [0, 1, 2] * 2, other), "train": table(pixels(6), [0, 1, 2] * 2)}
+    data = read(save(tmp_path / "a", **parts), stream=stream)
+    assert data.class_names == tuple(NAMES)
+    assert data.y_train.tolist() == [0, 1, 2] * 2
+    assert [NAMES[label] for label in data.y_test] == sorted(NAMES) * 2
+
+
+def test_a_test_split_without_the_column_of_classes_is_one_whose_labels_are_hidden(tmp_path: Path) -> None:
+    parts = {name: table(pixels(6, seed), [0, 1, 2] * 2) for seed, name in enumerate(("train", "validation", "test"))}
+    parts["test"] = parts["test"].remove_columns("label")
+    np.testing.assert_array_equal(read(save(tmp_path / "a", **parts)).x_test, pixels(6, 1))
+
+
 def test_of_two_kinds_of_classes_one_is_named(tmp_path: Path) -> None:
     """As CIFAR-100 has them."""
     datasets.ClassLabel(names=["x", "y"])
@@ -190,6 +207,7 @@ def test_a_name_and_a_config_are_asked_for_and_no_network_is_told(monkeypatch: p
 
 
 ROWS = [0, 1, 2] * 2
+EMPTY = "{} has no rows; give it some, or leave it out"
 WRONG: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "no image": (
         {"train": datasets.Dataset.from_dict({"x": ROWS, "label": ROWS})},
@@ -211,6 +229,43 @@ WRONG: dict[str, tuple[dict[str, Any], list[str], str]] = {
         ["--set", "data.label=image"],
         "data.label=image is a column of PIL.Image.Image; classes are a ClassLabel, integers or strings",
     ),
+    "a split without classes": (
+        {"train": table(pixels(6), ROWS), "test": table(pixels(6), ROWS).remove_columns("label")},
+        [],
+        "test has no column 'label', as train has, but image (Image); name it as in train",
+    ),
+    "images under another name": (
+        {"train": table(pixels(6), ROWS), "validation": table(pixels(6), ROWS, image="img")},
+        [],
+        "val has no column 'image', as train has, but img (Image), label (ClassLabel); name it as in train",
+    ),
+    "numbers beside classes": (
+        {"train": table(pixels(6), ROWS), "test": table(pixels(6), ROWS, datasets.Value("int64"))},
+        [],
+        "column 'label' is ClassLabel in train and int64 in test; cast both to one type",
+    ),
+    "names beside classes": (
+        {"train": table(pixels(6), ROWS), "test": table(pixels(6), NAMES * 2, datasets.Value("string"))},
+        [],
+        "column 'label' is ClassLabel in train and string in test; cast both to one type",
+    ),
+    "other classes": (
+        {"train": table(pixels(6), ROWS), "test": table(pixels(6), ROWS, datasets.ClassLabel(names=[*NAMES, "dog"]))},
+        [],
+        "the classes of column 'label' are zebra, ant, cow in train and dog, zebra, ant and 1 more in test; give both the same",
+    ),
+    "a split without rows": ({"train": table(pixels(6), ROWS), "test": table(pixels(0), [])}, [], EMPTY.format("test")),
+    "no rows to train on": ({"train": table(pixels(0), []), "test": table(pixels(6), ROWS)}, [], EMPTY.format("train")),
+    "validation twice": (
+        {"train": table(pixels(6), ROWS), "valid": table(pixels(6), ROWS), "validation": table(pixels(6), ROWS)},
+        [],
+        "its splits valid and validation both mean val; leave one of them out",
+    ),
+    "no number": (
+        {"train": table(pixels(4), [0, 1, -1, 0], datasets.Value("int64")), "test": table(pixels(2), [0, 1], datasets.Value("int8"))},
+        [],
+        "train/2 has no label (-1); leave such rows out, or choose another column by data.label",
+    ),
     "no train": ({"test": table(pixels(6), ROWS)}, [], "its splits are test; it needs train"),
     "no label": (
         {"train": table(pixels(6), [0, 1, 2, 0, -1, 2])},
@@ -223,6 +278,14 @@ WRONG: dict[str, tuple[dict[str, Any], list[str], str]] = {
         "class 'cow' has a single image; it needs one to train on and one to test on",
     ),
 }
+
+
+def test_an_empty_split_of_the_hub_is_told_as_a_saved_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is opened, where one that was saved is not."""
+    found = {"train": table(pixels(6), ROWS), "test": table(pixels(0), [])}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: found)
+    with pytest.raises(UserError, match=f"hf:nobody/nothing: {EMPTY.format('test')}"):
+        load(DataConfig(name="hf:nobody/nothing"))
 
 
 @pytest.mark.parametrize(("splits", "words", "line"), WRONG.values(), ids=WRONG.keys())

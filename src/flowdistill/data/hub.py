@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -74,24 +76,27 @@ def read_hub(config: DataConfig) -> ImageData:
 
     Its splits are train, and test or else validation; of train alone a fifth of each class is test, by the SHA-256 of ``train/ROW``. A
     test split whose labels are hidden (-1) is not read. The images are the column of type Image, the classes ``data.label`` or the
-    column of type ClassLabel, whose names are kept, or integers named label, labels or fine_label. All else is as of ``read_folder``.
+    column of type ClassLabel, whose names are kept, or integers named label, labels or fine_label; all of train, and every split has
+    them. All else is as of ``read_folder``.
 
     Raises:
-        UserError: datasets is not installed, no such data set, no network, or no such columns; and what ``assemble`` refuses.
+        UserError: datasets is not installed, no such data set, no network, no such columns, or a split that has no rows, other columns or
+            other classes than train; and what ``assemble`` refuses.
     """
     what = config.name
     if find_spec("datasets") is None:
         raise UserError(f"{what}: hf:NAME needs datasets, which is not installed: pip install datasets")
     name, found = _opened(what)
     splits = _splits(what, found)
-    features = next(iter(splits.values())).features
+    features = splits["train" if "train" in splits else ""].features
     image, label = _image_column(what, features), _label_column(what, features, config.label)
-    labels = {split: table.with_format(None)[label][:] for split, table in splits.items()}
     if "test" in splits and "val" in splits:
-        hidden = _hidden(labels["test"])
+        hidden = _hidden(splits["test"], label)
         say(f"{what}: {'val is read, test is not, for its labels are hidden' if hidden else 'test is read, val is not'}")
         del splits["test" if hidden else "val"]
-    items = list(_items(what, splits, labels, features[label]))
+    for split, table in splits.items():
+        _refuse_other(what, split, table, features, (image, label))
+    items = list(_items(what, splits, label))
     tables = Tables(
         tuple(split or "train" for split in splits),
         tuple(table.select_columns([image]).with_format("arrow") for table in splits.values()),
@@ -113,14 +118,35 @@ def _opened(what: str) -> tuple[str, Mapping[str, Any]]:
     try:
         found = datasets.load_from_disk(str(path)) if local else datasets.load_dataset(name, variant or None)
     except Exception as error:  # of the network, of the hub, of Arrow
+        if local and (split := _saved_empty(path)) is not None:
+            raise _empty(what, split) from None
         cure = "name a folder that save_to_disk wrote" if local else "is it spelt right, and is there a network?"
         raise UserError(f"{what}: can't be opened ({first_line(error)}); {cure}") from None
     return path.resolve().name if local else given.replace("/", "_").replace(":", "_"), found if isinstance(found, dict) else {"": found}
 
 
+def _saved_empty(path: Path) -> str | None:
+    """The split that was saved without a row, so without a file, which datasets can't open."""
+    with contextlib.suppress(OSError, ValueError, LookupError):
+        for state in (*path.glob("state.json"), *sorted(path.glob("*/state.json"))):
+            if json.loads(state.read_text())["_data_files"] == []:
+                return "" if state.parent == path else state.parent.name
+    return None
+
+
+def _empty(what: str, split: str) -> UserError:
+    return UserError(f"{what}: {split or 'it'} has no rows; give it some, or leave it out")
+
+
 def _splits(what: str, found: Mapping[str, Any]) -> dict[str, Any]:
     """Those that are read, by our names; a single one has none."""
-    splits = {OTHER_WORDS.get(str(name), str(name)): table for name, table in found.items()}
+    splits: dict[str, Any] = {}
+    for name, table in found.items():
+        meant = OTHER_WORDS.get(str(name), str(name))
+        if meant in splits:
+            alike = [str(other) for other in found if OTHER_WORDS.get(str(other), str(other)) == meant]
+            raise UserError(f"{what}: its splits {' and '.join(alike)} both mean {meant}; leave one of them out")
+        splits[meant] = table
     left_out = [name for name in splits if name not in (*SPLITS, "")]
     if left_out and len(left_out) < len(splits):
         say(f"{what}: left out, as neither train nor test: {some(left_out)}")
@@ -141,46 +167,77 @@ def _image_column(what: str, features: Mapping[str, Any]) -> str:
 
 
 def _label_column(what: str, features: Mapping[str, Any], wanted: str | None) -> str:
-    import datasets
-
-    def kind(name: str) -> str:
-        found = features[name]
-        return "ClassLabel" if isinstance(found, datasets.ClassLabel) else str(getattr(found, "dtype", ""))
-
+    kinds = {name: _kind(feature) for name, feature in features.items()}
     if wanted is not None:
         if wanted not in features:
             raise UserError(f"{what}: data.label={wanted} is no column of it: {did_you_mean(wanted, features)}")
-        if kind(wanted) != "ClassLabel" and not kind(wanted).startswith(("int", "uint", "string")):
-            raise UserError(f"{what}: data.label={wanted} is a column of {kind(wanted)}; classes are a ClassLabel, integers or strings")
+        if kinds[wanted] not in ("ClassLabel", "integers", "strings"):
+            raise UserError(f"{what}: data.label={wanted} is a column of {kinds[wanted]}; classes are a ClassLabel, integers or strings")
         return wanted
-    there = [name for name in features if kind(name) == "ClassLabel" or (name in LABEL_NAMES and kind(name).startswith(("int", "uint")))]
+    there = [name for name, kind in kinds.items() if kind == "ClassLabel" or (name in LABEL_NAMES and kind == "integers")]
     named = [name for name in there if name in LABEL_NAMES]
     if len(there) == 1 or len(named) == 1:
         return (there if len(there) == 1 else named)[0]
     raise UserError(f"{what}: its columns are {_columns(features)}; name the one with the classes by --set data.label=COLUMN")
 
 
+def _kind(feature: Any) -> str:
+    """What a column's classes are: a ClassLabel, integers or strings, of any width; of another column its type."""
+    found = str(getattr(feature, "dtype", ""))
+    if type(feature).__name__ == "ClassLabel":
+        return "ClassLabel"
+    return "integers" if found.startswith(("int", "uint")) else "strings" if found.startswith("string") else found
+
+
+def _type(feature: Any) -> str:
+    return str(feature.dtype) if type(feature).__name__ == "Value" else type(feature).__name__
+
+
 def _columns(features: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} ({type(kind).__name__ if type(kind).__name__ != 'Value' else kind.dtype})" for name, kind in features.items())
+    return ", ".join(f"{name} ({_type(feature)})" for name, feature in features.items())
 
 
-def _hidden(labels: Sequence[Any]) -> bool:
-    return any(label is None or (isinstance(label, int) and label < 0) for label in labels)
+def _refuse_other(what: str, split: str, table: Any, of_train: Mapping[str, Any], columns: Sequence[str]) -> None:
+    """A split has rows, the same columns as train, and in them the same classes, though perhaps in another order.
+
+    Raises:
+        UserError: it has not.
+    """
+    if not len(table):
+        raise _empty(what, split)
+    for column in columns:
+        own, its = table.features.get(column), of_train[column]
+        if own is None:
+            raise UserError(f"{what}: {split} has no column {column!r}, as train has, but {_columns(table.features)}; name it as in train")
+        if _kind(own) != _kind(its):
+            raise UserError(f"{what}: column {column!r} is {_type(its)} in train and {_type(own)} in {split}; cast both to one type")
+        theirs, ours = getattr(own, "names", ()), getattr(its, "names", ())
+        if set(theirs) != set(ours):
+            one, other = some(sorted(ours, key=theirs.__contains__)), some(sorted(theirs, key=ours.__contains__))  # those that differ first
+            raise UserError(f"{what}: the classes of column {column!r} are {one} in train and {other} in {split}; give both the same")
 
 
-def _items(what: str, splits: Iterable[str], labels: Mapping[str, Sequence[Any]], kind: Any) -> Iterator[Item]:
-    names = getattr(kind, "names", None)
-    for split in splits:
-        for row, label in enumerate(labels[split]):
+def _no_label(label: Any) -> bool:
+    return label is None or (isinstance(label, int) and label < 0)
+
+
+def _hidden(table: Any, label: str) -> bool:
+    return label not in table.features or any(map(_no_label, table.with_format(None)[label][:]))
+
+
+def _items(what: str, splits: Mapping[str, Any], column: str) -> Iterator[Item]:
+    for split, table in splits.items():
+        names = getattr(table.features[column], "names", None)
+        for row, label in enumerate(table.with_format(None)[column][:]):
             name = f"{split or 'train'}/{row}"
-            if label is None or (names and label < 0):
+            if _no_label(label):
                 raise UserError(f"{what}: {name} has no label ({label}); leave such rows out, or choose another column by data.label")
             yield Item(name, str(names[label] if names else label), split)
 
 
 def _classes(kind: Any, items: Sequence[Item]) -> Sequence[str]:
-    """The order of the classes: that of a ClassLabel, or of the numbers."""
+    """The order of the classes: that of train's ClassLabel, or of the numbers."""
     if names := getattr(kind, "names", None):
         return list(names)
     labels = {item.label for item in items}
-    return sorted(labels, key=int) if str(kind.dtype).startswith(("int", "uint")) else sorted(labels)
+    return sorted(labels, key=int) if _kind(kind) == "integers" else sorted(labels)

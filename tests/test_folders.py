@@ -20,6 +20,7 @@ from command import assert_refused, command
 from PIL import Image
 from sklearn.datasets import load_digits
 from small import config
+from test_resume import cut_off
 
 from flowdistill.checks import UserError
 from flowdistill.config import DataConfig, RunConfig, validate
@@ -29,7 +30,7 @@ from flowdistill.data.loader import DeviceData
 from flowdistill.data.sources import load
 from flowdistill.env import memory
 from flowdistill.ledger import Ledger
-from flowdistill.runner import load_network, run
+from flowdistill.runner import load_network, resume, run
 from flowdistill.runner.evaluate import evaluate
 
 CPU = torch.device("cpu")
@@ -566,10 +567,25 @@ def test_training_is_that_on_the_same_arrays_bit_for_bit(small: Path, ledger: Le
     np.savez(small.parent / "same.npz", x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
     names = (f"folder:{small}", f"npz:{small.parent / 'same.npz'}")
     ours, theirs = (run([on(name, split=split)], ledger, CPU, again=True)[0] for name in names)
-    assert (ours.data_hash, ours.fingerprint, ours.weights_hash) == (theirs.data_hash, theirs.fingerprint, theirs.weights_hash)
+    assert (ours.data_hash, ours.weights_hash) == (theirs.data_hash, theirs.weights_hash)
     assert (ours.correct, ours.images, ours.dataset) == (theirs.correct, 30, "birds")
-    (skipped,) = run([on(names[1], split=split)], ledger, CPU)
-    assert skipped.no in (ours.no, theirs.no), "one fingerprint: it is known already"
+    assert [run([on(name, split=split)], ledger, CPU)[0].no for name in names] == [ours.no, theirs.no], "one has names"
+
+
+def test_classes_under_other_names_are_trained_anew_and_not_gone_on_with(small: Path, ledger: Ledger) -> None:
+    """A student's file says its classes: one that was trained before they were renamed has the old names."""
+    (cut,) = cut_off([on(f"folder:{small}")], ledger, 2)
+    (done,) = run([on(f"folder:{small}", seed=1)], ledger, CPU)
+    for split in ("train", "test"):
+        (small / split / "bee").rename(small / split / "bird")
+    (again,) = run([on(f"folder:{small}", seed=1)], ledger, CPU)
+    assert (again.no, again.data_hash, again.weights_hash) == (done.no + 1, done.data_hash, done.weights_hash)
+    assert load_network(ledger.run_folder(again.no) / "student.safetensors")[1].labels == ("ant", "bird", "cat")
+    with pytest.raises(UserError, match=f"run {cut.no} can't be resumed: its teacher, .*, the names of its classes or .*; train it anew"):
+        resume(ledger, CPU)
+    for split in ("train", "test"):
+        (small / split / "bird").rename(small / split / "bee")
+    assert resume(ledger, CPU)[0].status == "finished"
 
 
 def test_holdout_keeps_a_tenth_of_each_class_out(small: Path) -> None:

@@ -182,6 +182,21 @@ def test_the_images_are_covered_and_where_they_lie_is_not(planned: Planner, digi
     assert planned(**{"data.name": changed} | habits).fingerprint != planned().fingerprint
 
 
+def test_names_of_classes_are_covered_and_their_numbers_are_not(
+    planned: Planner, digits: ImageData, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student's file says them. Data without names, or with none but the numbers, keep the fingerprint that they had."""
+
+    def named(*names: str) -> str:
+        monkeypatch.setattr("flowdistill.runner.plan.load", lambda config: replace(digits, class_names=names))
+        return planned().fingerprint
+
+    plain = planned().fingerprint
+    numbers = [str(number) for number in range(10)]
+    assert named(*numbers) == plain
+    assert len({plain, named(*numbers[1:], "0"), named(*"abcdefghij"), named(*"abcdefghji")}) == 4
+
+
 def test_a_wrapped_method_is_planned_and_recorded_under_its_name(planned: Planner) -> None:
     job = planned(method="ls:kd+at", **{"options.ls:kd.T": 3, "weights.ls:kd": 4})
     assert job.config.method == "at+ls:kd"

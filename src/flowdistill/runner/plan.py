@@ -232,8 +232,8 @@ def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[
         job = checked(_job(config, _settled(config), student, teacher, data, data_hash, _initial(student, data, config), device), ledger)
         if job.fingerprint != run.fingerprint:
             raise UserError(
-                f"run {run.no} can't be resumed: its teacher, its first weights, its unlabelled images or the version of its method is not "
-                f"what it began with; train it anew with the command that began it and --again"
+                f"run {run.no} can't be resumed: its teacher, its first weights, its unlabelled images, the names of its classes or the "
+                f"version of its method is not what it began with; train it anew with the command that began it and --again"
             )
         jobs.append(job)
     return jobs
@@ -376,9 +376,16 @@ def checked(job: Job, ledger: Ledger) -> Job:
         UserError: its method can't work with this pair.
     """
     peer = resolve(job.config.peer, ledger) if job.config.peer is not None else None
-    taps = _compared(job, job.method().needs)
     fingerprint = _fingerprint(
-        job.config, job.settled, job.student, job.teacher, job.data_hash, peer=peer, unlabelled=job.data.unlabelled, taps=taps
+        job.config,
+        job.settled,
+        job.student,
+        job.teacher,
+        job.data_hash,
+        peer=peer,
+        unlabelled=job.data.unlabelled,
+        taps=_compared(job, job.method().needs),
+        class_names=job.data.class_names,
     )
     return replace(job, fingerprint=fingerprint)
 
@@ -399,6 +406,7 @@ def _fingerprint(
     peer: NetworkRef | None = None,
     unlabelled: Unlabelled | None = None,
     taps: Sequence[Sequence[str]] = (),
+    class_names: Sequence[str] = (),
 ) -> str:
     covered: dict[str, Any] = {
         "student": _covered(student),
@@ -422,6 +430,8 @@ def _fingerprint(
         covered["peer"] = [*_covered(peer), config.side]
     if unlabelled is not None:
         covered["unlabelled"] = unlabelled.hash
+    if list(class_names) != [str(number) for number in range(len(class_names))]:
+        covered["classes"] = class_names
     return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
 
 

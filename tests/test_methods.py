@@ -471,6 +471,21 @@ def test_who_takes_a_teacher_of_other_classes() -> None:
     assert set(METHODS) - takes == logits | {"base", "simkd", "cat_kd", "irg"}
 
 
+def test_who_takes_a_teacher_of_as_many_classes_in_another_order() -> None:
+    """Those that take one of another number; where one side has no names nobody can know."""
+
+    def refusals(ours: str, theirs: str) -> dict[str, str]:
+        pair = replace(models.spec("resnet8", DATA), labels=tuple(ours)), replace(models.spec("resnet14", DATA), labels=tuple(theirs))
+        found = {name: refused(name, {}, pair) for name in METHODS if name not in ("base", "simkd")}
+        return {name: line for name, line in found.items() if line}
+
+    logits = {name for name in METHODS if get(name).kind == "logits" and get(name).uses_teacher}
+    found = refusals("abcd", "abdc")
+    assert set(found) == (logits | {"cat_kd", "irg"}) - {"simkd"}
+    assert all("class 2 of resnet8 is 'c', of resnet14 'd'; logits are compared class by class" in line for line in found.values())
+    assert refusals("abcd", "") == refusals("", "abcd") == refusals("abcd", "abcd") == {}
+
+
 @each_case
 def test_real_networks_learn_and_the_teacher_stays(name: str, options: dict[str, Any]) -> None:
     pair = real(name, options, "resnet8", "resnet14", DATA)

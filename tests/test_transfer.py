@@ -18,6 +18,7 @@ from test_resume import cut_off
 from torch import Tensor
 
 from flowdistill import UserError, distill, models, train
+from flowdistill.data.sources import load
 from flowdistill.ledger import Ledger, Run
 from flowdistill.report import tables
 from flowdistill.report.card import page
@@ -202,6 +203,24 @@ def test_other_names_of_as_many_classes_are_told(taught: Ledger, few: Path, tmp_
         named = replace(job.data, class_names=names)
         assert job.teacher.other_classes(named) == told
         assert replace(job.teacher, init="so it begins").on(named).head == (not told)
+
+
+@pytest.mark.parametrize("method", ["kd", "simkd", "cat_kd", "at+kd", "fsp"])
+def test_who_compares_classes_refuses_those_in_another_order(
+    method: str, taught: Ledger, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file in whose training the classes were numbered otherwise; one that was trained on the data themselves knows them by any name."""
+    net = models.build("resnet14", DataSpec("few", 100, 4, 1, 8, 8), seed=3)
+    monkeypatch.setattr("flowdistill.runner.plan.load", lambda asked: replace(load(asked), class_names=("six", "seven", "eight", "nine")))
+    about: dict[str, Any] = {"model": "resnet14", "labels": ["six", "eight", "seven", "nine"], "data": {"name": "few"}, "split": "full"}
+    one = config(few, method=method, teacher=str(tmp_path / "it.safetensors"), train={"batch_size": 32})
+    save_weights(tmp_path / "it.safetensors", net.state_dict(), about | {"data_hash": load(one.data).hash()})
+    assert len(plan([one], taught, CPU)) == 1
+    save_weights(tmp_path / "it.safetensors", net.state_dict(), about)
+    if method == "fsp":
+        assert len(plan([one], taught, CPU)) == 1
+    else:
+        assert "is 'seven', of resnet14 'eight'; logits are compared class by class, so train both on the same" in refusal(one, taught)
 
 
 # First weights

@@ -71,6 +71,7 @@ class NetSpec:
         head: path of the module that turns the embedding into logits.
         overstepped: path of a convolution whose stride is larger than its map, so that some of its weights meet padding alone; empty
             where there is none, or nobody looked.
+        labels: the names of those classes, where known.
     """
 
     name: str
@@ -79,6 +80,7 @@ class NetSpec:
     classes: int
     head: str = ""
     overstepped: str = ""
+    labels: tuple[str, ...] = ()
 
     def tap(self, name: str) -> TapSpec:
         """One tap by name.

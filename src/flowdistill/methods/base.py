@@ -239,13 +239,14 @@ def same_classes(student: NetSpec, teacher: NetSpec, method: str) -> None:
     """Refuse a pair whose logits can't be compared.
 
     Raises:
-        ValueError: different numbers of classes.
+        ValueError: different numbers of classes or, where both are known, other names or another order of them.
     """
+    cure = "logits are compared class by class, so train both on the same classes or use a method on feature maps"
     if student.classes != teacher.classes:
-        raise ValueError(
-            f"{method}: {student.name} has {student.classes} classes, {teacher.name} {teacher.classes}; logits are compared class "
-            f"by class, so train both on the same classes or use a method on feature maps"
-        )
+        raise ValueError(f"{method}: {student.name} has {student.classes} classes, {teacher.name} {teacher.classes}; {cure}")
+    for number, (ours, theirs) in enumerate(zip(student.labels, teacher.labels, strict=False)):
+        if ours != theirs:
+            raise ValueError(f"{method}: class {number} of {student.name} is {ours!r}, of {teacher.name} {theirs!r}; {cure}")
 
 
 def paired_stages(student: NetSpec, teacher: NetSpec, method: str) -> tuple[str, ...]:

@@ -134,6 +134,13 @@ class Job:
         """What is trained, its stages named as those of the teacher that they learn from."""
         return self.pairing.student if self.pairing else self.student_spec
 
+    @property
+    def _labels_of_teacher(self) -> tuple[str, ...]:
+        """The names of its classes; the data's own where it learnt from these very images and labels, whatever their names were then."""
+        if self.teacher is None or (self.teacher.saw is not None and self.teacher.saw.data_hash == self.data_hash):
+            return self.data.class_names
+        return self.teacher.labels
+
     def method(self) -> Method:
         """The method's module, its adapters drawn from the seed.
 
@@ -143,12 +150,13 @@ class Job:
         unlabelled = self.data.unlabelled.images if self.data.unlabelled is not None else ()
         n_train = len(trained_positions(self.data.y_train, self.config.split)) + len(unlabelled)
         spec = replace(self.data.spec, n_train=n_train)
+        teacher = replace(self.pairing.teacher, labels=self._labels_of_teacher) if self.pairing else None
         try:
             with seeded(self.config.seed, "adapters"):
                 return methods.build(
                     self.settled,
-                    student=self.student_taps,
-                    teacher=self.pairing.teacher if self.pairing else None,
+                    student=replace(self.student_taps, labels=self.data.class_names),
+                    teacher=teacher,
                     data=spec,
                 )
         except ValueError as error:

@@ -202,11 +202,28 @@ def test_images_are_turned_as_exif_says(tmp_path: Path, orientation: int, kind: 
         Image.fromarray(upright).save(tmp_path / split / label / "upright.png")
         lossless = {"jpg": {"quality": 100}, "webp": {"lossless": True}}.get(kind, {})
         Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / split / label / f"turned.{kind}", exif=exif, **lossless)
-    images = folder_data(tmp_path, channels=1).x_train[..., 0].astype(int)
+    held, streamed = (folder_data(tmp_path, channels=1, stream=stream) for stream in (False, True))
+    np.testing.assert_array_equal(streamed.x_train[:], held.x_train)
+    images = held.x_train[..., 0].astype(int)
     assert images.shape == (6, 48, 64)
     assert np.abs(images - upright).max() <= (1 if kind in ("jpg", "webp") else 0)  # a step of grey is 1, of a row 4
     middles = images[:, 8::16, 8::16]
     assert all(np.array_equal(np.argsort(middle, axis=None), np.arange(12)) for middle in middles)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp", "tif"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_where_all_are_turned_streamed_are_as_held(tmp_path: Path, orientation: int, kind: str) -> None:
+    """The header's size is that of the image as it is seen."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for (split, label), seed in zip(itertools.product(("train", "test"), NAMES), range(6), strict=True):
+        (tmp_path / split / label).mkdir(parents=True)
+        image = np.random.default_rng(seed).integers(0, 256, (6, 9, 3), np.uint8)
+        Image.fromarray(image).save(tmp_path / split / label / f"a.{kind}", exif=exif)
+    held, streamed = (folder_data(tmp_path, stream=stream) for stream in (False, True))
+    assert held.x_train.shape == streamed.x_train.shape == (3, *((9, 6) if orientation > 4 else (6, 9)), 3)
+    np.testing.assert_array_equal(streamed.x_train[:], held.x_train)
 
 
 @pytest.mark.parametrize("size", [5, 8, 16])
@@ -335,9 +352,9 @@ def test_a_class_of_broken_files_is_not_skipped(small: Path) -> None:
 # Refusals
 
 
-def bomb(side: int) -> bytes:
-    """A PNG that claims so many pixels a side."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+def claim(side: int, depth: int = 8, colour: int = 0) -> bytes:
+    """A PNG that claims so many pixels a side, bits a channel and, by its type of colour, channels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, depth, colour, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\0\0IDAT"
 
 
@@ -364,6 +381,20 @@ def all_are(content: bytes) -> Callable[[Path], None]:
             path.write_bytes(content)
 
     return make
+
+
+@pytest.mark.parametrize(("colour", "mode"), [(0, "I;16B"), (2, "RGB;16B"), (4, "LA;16B"), (6, "RGBA;16B")])
+def test_16_bits_a_channel_are_refused(small: Path, colour: int, mode: str) -> None:
+    (small / "train/bee/0050.png").write_bytes(claim(8, 16, colour))
+    with pytest.raises(UserError, match=rf"1 of 12\d images can't be read: train/bee/0050.png \(mode {mode}, not 8 bits a channel\)"):
+        folder_data(small)
+
+
+@pytest.mark.parametrize("kind", ["png", "bmp", "tif", "gif"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
+def test_8_bits_a_channel_or_fewer_are_read(small: Path, mode: str, kind: str) -> None:
+    Image.new(mode, (8, 8)).save(small / f"train/bee/0050.{kind}")
+    folder_data(small)
 
 
 def of_another_size(it: Path) -> None:
@@ -430,12 +461,12 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "them to",
     ),
     "images larger than memory": (
-        all_are(bomb(11_000)),
+        all_are(claim(11_000)),
         f"120 images of 11000x11000x1 take {120 * 11_000**2:,} bytes, over half of this machine's memory ({memory() // 2:,}); set "
         "data.size=224, or another side to resize them to while they are streamed",
     ),
     "images larger than any": (
-        all_are(bomb(12_000)),
+        all_are(claim(12_000)),
         "120 of 120 images can't be read: "
         + ", ".join(f"train/ant/{n:04}.png (12000x12000 pixels; at most 134,217,728 are read)" for n in range(3))
         + " and 117 more; mend or remove them, or skip them with --set data.skip_broken=true",

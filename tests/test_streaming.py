@@ -458,13 +458,14 @@ def test_a_class_of_broken_files_is_told(small: Path) -> None:
 
 
 def test_an_image_of_another_size_than_its_header_said_is_told(small: Path) -> None:
-    """Turned by EXIF: known only when it is decoded."""
+    """A file that was written anew since."""
     shutil.rmtree(small / "test")
     for path in small.rglob("*.png"):
         Image.fromarray(np.zeros((8, 9), np.uint8)).save(path)
+    data = folder_data(small / "train", stream=True)
     Image.fromarray(np.zeros((9, 8), np.uint8)).save(next((small / "train" / "bee").iterdir()))
     with pytest.raises(UserError, match="8x9 pixels where others have 9x8"):
-        place(folder_data(small / "train", stream=True), "full", CPU, 0)
+        place(data, "full", CPU, 0)
 
 
 def test_a_process_that_decodes_holds_no_lock_of_its_parent(ledger: Ledger, mixed: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -14,7 +15,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from ..checks import UserError, printable
 from ..config import DataConfig
@@ -30,6 +31,7 @@ OTHER_WORDS = {"training": "train", "valid": "val", "validation": "val", "testin
 TEST_PART = 5  # where no split is given, a fifth of each class is test
 NAMED = 3  # of many files, so many are named
 PROGRESS_SECONDS = 5.0
+ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF 2.3, orientation
 LARGEST_STREAMED = 1 << 22  # pixels of an image that is neither resized nor held in memory
 
 
@@ -42,7 +44,10 @@ class Item(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What a file says of its image before it is decoded: width and height in pixels, and Pillow's mode."""
+    """What a file says of its image before it is decoded: width and height in pixels, turned as EXIF says, and Pillow's mode.
+
+    The size is that of the file as it lies where images are resized to one square anyway.
+    """
 
     size: tuple[int, int]
     mode: str
@@ -106,12 +111,12 @@ def _pictures(config: DataConfig, items: Sequence[Item], shelf: Encoded) -> tupl
     Raises:
         UserError: they have several sizes, and ``data.size`` is not set.
     """
-    headers = _in_threads(config.name, "headers of", lambda row: _header(shelf, row), range(len(items)))
+    headers = _in_threads(config.name, "headers of", lambda row: _header(shelf, row, turned=config.size is None), range(len(items)))
     rows = np.flatnonzero([isinstance(header, Header) for header in headers])
     sound = [header for header in headers if isinstance(header, Header)]
     if config.size is None:
         for row, header in zip(rows.tolist(), sound, strict=True):
-            if sorted(header.size) != sorted(sound[0].size):  # EXIF may yet turn them
+            if header.size != sound[0].size:
                 _refuse_sizes(config.name, items[rows[0]].name, sound[0].size, items[row].name, header.size)
     channels = config.channels or (1 if all(header.mode in GREY for header in sound) else 3)
     width, height = (config.size, config.size) if config.size else sound[0].size if sound else (0, 0)
@@ -238,16 +243,29 @@ def _refuse_sizes(what: str, first: str, its: Sequence[int], other: str, size: S
     )
 
 
-def _header(shelf: Encoded, row: int) -> Header | Broken:
+def _header(shelf: Encoded, row: int, *, turned: bool) -> Header | Broken:
     def read() -> Header:
         with shelf.open(row) as file, Image.open(file, formats=FORMATS) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"mode {image.mode}, not 8 bits a channel")
+            if (mode := _stored_mode(image)).startswith(("I", "F")) or ";16" in mode:
+                raise ValueError(f"mode {mode}, not 8 bits a channel")
             if image.width * image.height > LARGEST_IMAGE:
                 raise ValueError(f"{image.width}x{image.height} pixels; at most {LARGEST_IMAGE:,} are read")
-            return Header(image.size, image.mode)
+            return Header(_upright(image) if turned else image.size, image.mode)
 
     return or_broken(shelf.name(row), read)
+
+
+def _stored_mode(image: ImageFile.ImageFile) -> str:
+    """Pillow's mode; of 16 bits a channel that of the file, which Pillow would cut to 8 without a word."""
+    found = re.search(r"\w+;16[BLN]", str([tile[3] for tile in image.tile[:1]]))
+    return found[0] if found else image.mode
+
+
+def _upright(image: Image.Image) -> tuple[int, int]:
+    """The size of an image once it is turned; only one that lies on its side is decoded for it, for Pillow may have turned a TIFF's."""
+    if image.width == image.height or image.getexif().get(ExifTags.Base.Orientation) not in ON_ITS_SIDE:
+        return image.size
+    return ImageOps.exif_transpose(image).size
 
 
 def _in_threads(what: str, done: str, work: Callable[[int], T], rows: Sequence[int]) -> list[T]:

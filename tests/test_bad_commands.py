@@ -150,6 +150,7 @@ WRONG = [
         "train.epochs.x=3: 'epochs' is a single value here and has no keys below it; write a table of keys",
     ),
     ("train --dataset digits --set data.pad=16", "data.pad=16: reflection needs less than the image's 16 pixels; set data.pad lower"),
+    ("train --dataset folder:it --set data.size=11586", "data.size=11586: input should be less than or equal to 11585"),
     ("train --dataset digits --set data.pad=-1", "data.pad=-1: input should be greater than or equal to 0"),
     ("train --dataset digits --set seed=-1", "seed=-1: input should be greater than or equal to 0"),
     ("train --dataset digits --set split=test", "split='test': input should be 'full' or 'holdout'"),

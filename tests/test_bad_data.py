@@ -102,6 +102,14 @@ DATA: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: npz(x_test=np.zeros((6, 64), np.uint8)),
         "x_test has shape (6, 64), must be [N, H, W, C] or [N, H, W], none of them 0",
     ),
+    "channels first": (
+        lambda: npz(x_train=np.zeros((12, 3, 5, 8), np.uint8)),
+        "x_train has shape (12, 3, 5, 8), which looks like [N, C, H, W]; transpose it to [N, H, W, C]",
+    ),
+    "one channel first": (
+        lambda: npz(x_test=np.zeros((6, 1, 8, 8), np.uint8)),
+        "x_test has shape (6, 1, 8, 8), which looks like [N, C, H, W]; transpose it to [N, H, W, C]",
+    ),
     "no images": (
         lambda: npz(x_train=np.zeros((0, 8, 8), np.uint8), y_train=np.arange(0)),
         "x_train has shape (0, 8, 8), must be [N, H, W, C] or [N, H, W], none of them 0",
@@ -142,6 +150,12 @@ def test_wrong_data_are_told_in_one_line(tmp_path: Path, make: Callable[[], byte
 def test_the_same_without_the_mistake_is_read(tmp_path: Path, make: Callable[[], bytes]) -> None:
     (tmp_path / "it.npz").write_bytes(make())
     assert read_npz(tmp_path / "it.npz").x_train.tolist() == np.zeros((12, 8, 8, 1)).tolist()
+
+
+@pytest.mark.parametrize("shape", [(12, 3, 8, 4), (12, 1, 9, 3), (12, 5, 8, 8), (12, 8, 8, 5), (12, 3, 4, 8), (12, 3, 8)])
+def test_what_may_be_channels_last_is_read(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    (tmp_path / "it.npz").write_bytes(npz(x_train=np.zeros(shape, np.uint8), x_test=np.zeros((6, *shape[1:]), np.uint8)))
+    assert read_npz(tmp_path / "it.npz").x_train.shape == (shape if len(shape) == 4 else (*shape, 1))
 
 
 @pytest.mark.parametrize(("place", "what"), [("folder", "a folder"), ("pipe", "a device or pipe"), ("/dev/zero", "a device or pipe")])

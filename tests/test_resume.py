@@ -416,6 +416,21 @@ def test_data_that_changed_are_refused_and_nothing_is_lost(taught: Ledger, small
     assert resume(taught, CPU)[0].status == "finished"
 
 
+def test_data_that_are_not_found_are_looked_for_from_where_the_run_began(
+    taught: Ledger, small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own.npz").write_bytes(small_npz.read_bytes())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    cut_off([config(Path("own.npz"))], taught, STEPS + 1)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    line = r"^run 2 can't be resumed: npz:own.npz: no such file; .* a relative path is seen from the folder in which the run began$"
+    with pytest.raises(UserError, match=line):
+        resume(taught, CPU)
+    monkeypatch.chdir(tmp_path)
+    assert resume(taught, CPU)[0].status == "finished"
+
+
 def test_a_method_of_another_version_is_refused(taught: Ledger, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from flowdistill.methods.kd import KD
 

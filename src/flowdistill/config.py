@@ -19,6 +19,8 @@ M = TypeVar("M", bound=BaseModel)
 
 LARGEST_FILE = 1_000_000  # bytes of a config
 MOST_EPOCHS = 1_000_000
+LARGEST_IMAGE = 1 << 27  # pixels
+LARGEST_SIDE = math.isqrt(LARGEST_IMAGE)
 LOADER = "loader:"  # before the hash of loaders that were given from Python
 
 Crop = Literal["shift", "resized"]
@@ -48,7 +50,7 @@ class DataConfig(Frozen):
     flip: bool | None = None  # random horizontal flip
     randaugment: int | None = Field(None, ge=0, le=30, strict=True, exclude_if=lambda magnitude: magnitude is None)  # two operations each
     limit_train: int | None = Field(None, ge=1, strict=True)  # train on a fixed stratified choice of about so many images
-    size: int | None = Field(None, ge=1, strict=True, exclude_if=lambda size: size is None)  # short side, then the middle square
+    size: int | None = Field(None, ge=1, le=LARGEST_SIDE, strict=True, exclude_if=lambda size: size is None)  # short side, cut to a square
     channels: Literal[1, 3] | None = Field(None, exclude_if=lambda channels: channels is None)  # left out: 1 where all files are grey
     skip_broken: bool = Field(False, exclude_if=lambda skip: not skip)  # leave out the files that can't be read
     unlabelled: str | None = Field(None, exclude_if=lambda unlabelled: unlabelled is None)  # images to learn from the teacher on

@@ -18,10 +18,10 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from ..checks import UserError, printable
-from ..config import DataConfig
+from ..config import LARGEST_IMAGE, DataConfig
 from ..env import memory
 from .images import ImageData
-from .pictures import FORMATS, LARGEST_IMAGE, Broken, Encoded, Images, Labels, Pictures, in_threads, or_broken, quiet
+from .pictures import FORMATS, Broken, Encoded, Images, Labels, Pictures, in_threads, or_broken, quiet
 
 T = TypeVar("T")
 

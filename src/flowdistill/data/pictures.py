@@ -16,13 +16,13 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..checks import UserError, first_line, regular_file
+from ..config import LARGEST_IMAGE
 
 T = TypeVar("T")
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not all that Pillow knows: EPS would start another program
-LARGEST_IMAGE = 1 << 27  # pixels
 BATCH = 64  # images that a thread takes at once
 
 

@@ -23,6 +23,7 @@ from .images import ImageData, Images, Labels, Unlabelled, part
 
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 UNLABELLED_KEYS = ("x",)
+MOST_CHANNELS = 4  # of what may be rows of 1 or 3 pixels; with more, and as long, they are channels before height and width
 LARGEST_HEADER = 1 << 14  # bytes; numpy itself refuses one over 10,000
 
 
@@ -243,6 +244,8 @@ def _checked_images(path: Path, key: str, array: npt.NDArray[Any]) -> Images:
         raise UserError(f"npz:{path}: {key} is {array.dtype}, must be uint8 (0 to 255)")
     if array.ndim not in (3, 4) or 0 in array.shape:
         raise UserError(f"npz:{path}: {key} has shape {array.shape}, must be [N, H, W, C] or [N, H, W], none of them 0")
+    if array.ndim == 4 and array.shape[1] in (1, 3) and min(array.shape[2:]) > MOST_CHANNELS:
+        raise UserError(f"npz:{path}: {key} has shape {array.shape}, which looks like [N, C, H, W]; transpose it to [N, H, W, C]")
     return array if array.ndim == 4 else array[..., None]
 
 

@@ -229,7 +229,15 @@ def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[
     jobs = []
     for run in runs:
         config = validate(run.config)
-        data, data_hash = load_once(config.data)
+        try:
+            data, data_hash = load_once(config.data)
+        except UserError as error:
+            if config.data.given:
+                raise
+            raise UserError(
+                f"run {run.no} can't be resumed: {error}; data that were moved must be put back, and a relative path is seen from the "
+                f"folder in which the run began"
+            ) from None
         if data_hash != run.data_hash:
             raise UserError(
                 f"run {run.no} can't be resumed: {config.data.name} is not the data that it began with (hash {data_hash[:8]}, was "

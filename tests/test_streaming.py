@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import itertools
+import multiprocessing
 import os
 import shutil
 import signal
+import time
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from PIL import Image
 from small import config
 from test_folders import NAMES, csv_data, digits, folder_data, on, write
 from test_resume import Cut, Scissors, outcome
+from torch.utils.data._utils import signal_handling
 
 from flowdistill.checks import UserError
 from flowdistill.data import files, normalisation
@@ -484,3 +487,18 @@ def test_a_worker_that_is_killed_is_told_in_one_line(mixed: Path, monkeypatch: p
     monkeypatch.setattr(Pictures, "shown", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(UserError, match=r"a process that decodes was killed \(.*\); resume with fewer --workers, or 0"):
         list(stream.epoch(0))
+
+
+def test_a_worker_that_is_killed_between_two_batches_stops_nothing_else(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that computes may be anywhere, in the ledger's transaction too."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)  # as in a process that had no other loader
+    stream = Stream(place(folder_data(mixed, size=7, stream=True, pad=None), "full", CPU, 1), 0, 4)
+    others = multiprocessing.active_children()
+    list(stream.epoch(0))
+    (worker,) = [child for child in multiprocessing.active_children() if child not in others]
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    time.sleep(0.5)  # torch's handler would raise here
+    with pytest.raises(UserError, match=r"a process that decodes was killed \(.*\); resume with fewer --workers, or 0"):
+        list(stream.epoch(1))

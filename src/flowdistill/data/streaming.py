@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -143,8 +144,13 @@ class Workers:
         )
 
     def _loaded(self, loader: DataLoader[Decoded]) -> Iterator[Decoded]:
+        """A process that dies is noticed where its batch is awaited, not by torch's handler, which raises wherever this process just is."""
         try:
-            yield from loader
+            before = signal.getsignal(signal.SIGCHLD)
+            batches = iter(loader)
+            if signal.getsignal(signal.SIGCHLD) is not before:
+                signal.signal(signal.SIGCHLD, before)
+            yield from batches
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise

@@ -187,6 +187,15 @@ def test_students_that_teach_each_other_begin_from_fresh_weights(keys: dict[str,
         flowdistill.distill(None, Tied(), method="dml", **keys)
 
 
+def test_a_module_that_cannot_be_copied(keys: dict[str, Any]) -> None:
+    module = Tied()
+    module.seen = (torch.ones(2, requires_grad=True) * 2).sum()
+    with pytest.raises(
+        UserError, match=r"^Tied: can't be copied \(Only Tensors created explicitly .*\); give the function .* FILE.py:FUNCTION$"
+    ):
+        flowdistill.train(module, **keys)
+
+
 def test_equal_modules_are_one_and_the_run_is_skipped(keys: dict[str, Any]) -> None:
     first = flowdistill.train(Tied(seed=3), **keys)
     assert flowdistill.train(Tied(seed=3), **keys).run.no == first.run.no

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import MOST_WORKERS, UserError, did_you_mean
+from .checks import MOST_WORKERS, UserError, did_you_mean, first_line
 from .config import validate
 from .data import given
 from .device import resolve_device
@@ -231,9 +231,15 @@ def _reference(network: Named, ledger: Ledger) -> str:
     if not isinstance(network, nn.Module):
         raise UserError(f"{type(network).__name__} is no network; give a model's name, a run, a weights file or an nn.Module")
     if isinstance(network, Network):
-        return _saved(tensors(network, network.spec.name), network.spec.name, network.about, ledger)
+        return _saved(tensors(network, type(network).__name__), network.spec.name, network.about, ledger)
     weights = tensors(network, type(network).__name__)
-    return _saved(weights, adopt(deepcopy(network).cpu(), _key(network, weights)), {}, ledger)
+    try:
+        copied = deepcopy(network).cpu()
+    except Exception as error:  # of its own code, or of tensors that are computed of others, as old weight norms are
+        raise UserError(
+            f"{type(network).__name__}: can't be copied ({first_line(error)}); give the function that makes it by name: FILE.py:FUNCTION"
+        ) from None
+    return _saved(weights, adopt(copied, _key(network, weights)), {}, ledger)
 
 
 def _first_weights(network: Named, student: Named, ledger: Ledger) -> str:

@@ -148,7 +148,7 @@ class Workers:
         try:
             before = signal.getsignal(signal.SIGCHLD)
             batches = iter(loader)
-            if signal.getsignal(signal.SIGCHLD) is not before:
+            if before is not None and signal.getsignal(signal.SIGCHLD) is not before:  # None is another's, not to be put back from here
                 signal.signal(signal.SIGCHLD, before)
             yield from batches
         except RuntimeError as error:

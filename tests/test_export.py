@@ -385,6 +385,24 @@ def test_a_network_that_can_not_be_traced_is_one_line(small_npz: Path, tmp_path:
     assert command(tmp_path, "export", "1", "--to", "safetensors").code == 0
 
 
+def test_an_operation_that_onnx_lacks_is_one_line(small_npz: Path, tmp_path: Path) -> None:
+    (tmp_path / "bessel.py").write_text(
+        FORK.replace("Fork", "Bessel").replace("(h if h.sum() > 0 else h * 2).mean((2, 3))", "torch.special.i0e(h.mean((2, 3)))")
+        + "import torch\n"
+    )
+    words = ["--dataset", f"npz:{small_npz}", "--epochs", "1", "--batch-size", "64", "--set", "data.pad=1", "--set", "data.flip=false"]
+    assert command(tmp_path, "train", "--model", "bessel.py:Bessel", *words).code == 0
+    before = files(tmp_path)
+    said = command(tmp_path, "export", "1", "--to", "onnx")
+    assert (said.code, said.out, files(tmp_path)) == (2, "", before)
+    (line,) = said.err.splitlines()
+    assert line.startswith(
+        "flowdistill: ONNX can't express bessel.py:Bessel: DispatchError: No ONNX function found for <OpOverload(op='prims.bessel_i0e'"
+    )
+    assert line.endswith("; use --to torch-export or safetensors")
+    assert command(tmp_path, "export", "1", "--to", "torch-export").code == 0
+
+
 def test_a_full_disk_leaves_the_file_that_was_there(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

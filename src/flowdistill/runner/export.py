@@ -198,14 +198,24 @@ def _traced(program: Program, image: Tensor) -> torch.export.ExportedProgram:
         UserError: its code branches on values, or is otherwise none that torch.export can follow.
     """
     two, sizes = torch.cat([image, image]), {INPUT: {0: torch.export.Dim(AXIS)}}
-    try:
-        with _unlogged(logging.ERROR), redirect_stderr(io.StringIO()):  # it prints the graph as far as it came
-            traced = torch.export.export(program, (two,), dynamic_shapes=sizes)
-    except Exception as error:  # of the network's own code
-        raise UserError(f"torch.export can't trace {program.net.spec.name}: {summary(error)}; use --to safetensors") from None
+    with _one_line(f"torch.export can't trace {program.net.spec.name}", "--to safetensors"):
+        traced = torch.export.export(program, (two,), dynamic_shapes=sizes)
     for node in traced.graph.nodes:
         node.meta.pop("stack_trace", None)
     return traced
+
+
+@contextmanager
+def _one_line(what: str, cure: str) -> Iterator[None]:
+    """Of all that is raised and printed inside the first cause."""
+    try:
+        with _unlogged(logging.ERROR), redirect_stderr(io.StringIO()):
+            yield
+    except Exception as error:  # of the network's own code, or an operation that is not known
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise UserError(f"{what}: {summary(cause)}; use {cure}") from None
 
 
 @contextmanager
@@ -233,7 +243,8 @@ def _read_torch_export(content: bytes, _: Program) -> Answer:
 def _write_onnx(program: Program, image: Tensor, told: Mapping[str, str]) -> bytes:
     traced = _traced(program, image)
     names: dict[str, Any] = {"input_names": [INPUT], "output_names": [OUTPUT], "dynamic_shapes": {INPUT: {0: AXIS}}}
-    exported = torch.onnx.export(traced, **names, opset_version=OPSET, dynamo=True, verbose=False)
+    with _one_line(f"ONNX can't express {program.net.spec.name}", "--to torch-export or safetensors"):
+        exported = torch.onnx.export(traced, **names, opset_version=OPSET, dynamo=True, verbose=False)
     assert exported is not None
     model = exported.model_proto
     for node in model.graph.node:

@@ -396,9 +396,7 @@ def test_an_operation_that_onnx_lacks_is_one_line(small_npz: Path, tmp_path: Pat
     said = command(tmp_path, "export", "1", "--to", "onnx")
     assert (said.code, said.out, files(tmp_path)) == (2, "", before)
     (line,) = said.err.splitlines()
-    assert line.startswith(
-        "flowdistill: ONNX can't express bessel.py:Bessel: DispatchError: No ONNX function found for <OpOverload(op='prims.bessel_i0e'"
-    )
+    assert line.startswith("flowdistill: ONNX can't express bessel.py:Bessel: DispatchError: No ONNX function found for")
     assert line.endswith("; use --to torch-export or safetensors")
     assert command(tmp_path, "export", "1", "--to", "torch-export").code == 0
 

@@ -230,9 +230,9 @@ def _reference(network: Named, ledger: Ledger) -> str:
         raise UserError(f"{network.__name__} is a class, not a network; call it: {network.__name__}(...)")
     if not isinstance(network, nn.Module):
         raise UserError(f"{type(network).__name__} is no network; give a model's name, a run, a weights file or an nn.Module")
-    if isinstance(network, Network):
-        return _saved(tensors(network, type(network).__name__), network.spec.name, network.about, ledger)
     weights = tensors(network, type(network).__name__)
+    if isinstance(network, Network):
+        return _saved(weights, network.spec.name, network.about, ledger)
     try:
         copied = deepcopy(network).cpu()
     except Exception as error:  # of its own code, or of tensors that are computed of others, as old weight norms are

@@ -60,7 +60,7 @@ class Keep:
 
     def __call__(self, _module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         """Keep it."""
-        kept = next(iter((*inputs, *named.values()))) if self.given else output
+        kept = (*inputs, *named.values())[0] if self.given else output
         self.seen[self.name] = kept.clone() if self.overwritten else kept
 
 

@@ -207,7 +207,7 @@ def _traced(program: Program, image: Tensor) -> torch.export.ExportedProgram:
 
 @contextmanager
 def _one_line(what: str, cure: str) -> Iterator[None]:
-    """Of all that is raised and printed inside the first cause."""
+    """What is raised inside is told in one line, by its first cause; what is printed there is not."""
     try:
         with _unlogged(logging.ERROR), redirect_stderr(io.StringIO()):
             yield

@@ -122,6 +122,8 @@ def test_the_weights_load_with_safetensors_alone_and_can_be_measured(work: Path,
     with safe_open(written, framework="pt") as file:
         told = {key: json.loads(value) for key, value in file.metadata().items() if key not in ("format", "flowdistill")}
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    assert len(told.pop("sha256")) == 64
+    assert told.pop("sealed") is True
     assert told == expected(work, no)[1]
     assert weights.keys() == net.state_dict().keys()
     assert all(torch.equal(weights[name], value) for name, value in net.state_dict().items())

@@ -259,8 +259,10 @@ def test_a_function_or_class_of_a_file(nets, function):
 def test_a_changed_file_is_another_network(nets, tmp_path):
     other = tmp_path / "other.py"
     other.write_text(FILE.replace("nn.ReLU()", "nn.Tanh()"))
-    assert len({models.code(f"{nets}:small"), models.code(f"{other}:small"), models.code("timm:resnet18")}) == 3
-    assert models.code("timm:resnet18") == "" == models.code("resnet20")
+    assert len({models.made_of(name, GREY) for name in (f"{nets}:small", f"{other}:small", "timm:resnet18")}) == 3
+    assert models.made_of("timm:resnet18", GREY) == "" == models.made_of("resnet20", GREY)
+    assert models.own_code(f"{nets}:small").keys() == {"nets.py"}
+    assert models.own_code("timm:resnet18") == {} == models.own_code("resnet20")
 
 
 def test_a_function_of_a_package(nets, monkeypatch):

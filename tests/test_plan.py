@@ -17,7 +17,7 @@ from flowdistill.config import DataConfig, validate
 from flowdistill.data.images import ImageData
 from flowdistill.data.sources import load
 from flowdistill.ledger import Ledger
-from flowdistill.methods import Phase
+from flowdistill.methods import Needs, Phase
 from flowdistill.runner.networks import NetworkRef
 from flowdistill.runner.plan import Job, _fingerprint, cohorts, plan
 from flowdistill.taps import DataSpec, NetSpec
@@ -150,14 +150,15 @@ def test_a_crop_without_a_border_is_not_the_resized_one(planned: Planner) -> Non
         ),
     ],
 )
-def test_recorded_runs_keep_their_fingerprint(values: dict[str, Any], fingerprint: str) -> None:
+def test_recorded_runs_keep_their_fingerprint(values: dict[str, Any], fingerprint: str, digits: ImageData) -> None:
     """As they were before data.crop and train.mixup: what a ledger has is neither trained again nor refused."""
     config = validate(values)
     settled = methods.settle(config.method, config.options, config.weights)
     options = {name: option.model_dump() for name, option in settled.options.items()}
     resolved = config.model_copy(update={"options": options, "weights": settled.weights})
     teacher = NetworkRef("resnet20", fingerprint="of the teacher") if config.teacher else None
-    assert _fingerprint(resolved, settled, NetworkRef(config.student), teacher, "of the data") == fingerprint
+    job = Job(resolved, digits, "of the data", settled, NetworkRef(config.student), teacher, "fp32", "", "")
+    assert _fingerprint(job, Needs(), {"student": [], "teacher": []}) == fingerprint
 
 
 def test_a_new_version_of_the_method_changes_the_fingerprint(planned: Planner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,12 +30,14 @@ class Network(nn.Module):
         front: turns images as the data gives them into those that the network was made for; None where they are that already.
         draws_from: the seed of what its layers draw in train mode, as dropout does; None where they draw nothing.
         about: what the file that it was loaded from says of it.
+        changed: what of it is another than that file says, and was accepted; else empty.
         memory_format: of its weights, and of the images that it works on.
     """
 
     spec: NetSpec
     taps: tuple[str, ...]
     about: Mapping[str, Any] = {}
+    changed: str = ""
     memory_format: torch.memory_format = torch.channels_last
 
     def __init__(self) -> None:
@@ -120,10 +122,21 @@ def stage_by_stage(x: Tensor, *stages: nn.Module) -> dict[str, Tensor]:
 
 
 class Factory(Protocol):
-    """How a model is specified and built; ``code`` is the hash of a user's file that makes it, or empty."""
+    """How a model is specified and built.
+
+    Attributes:
+        about: what it is, in a few words.
+        code: SHA-256 of each file of own code that it needs, by name; of this package's and a library's networks nothing.
+        file_code: SHA-256 of the file that was named alone, as runs of version 0.1.0 recorded it, or empty.
+    """
 
     about: str
-    code: str
+    code: Mapping[str, str]
+    file_code: str
+
+    def made_of(self, data: DataSpec) -> str:
+        """The hash of all that its numbers depend on beside its name, where its code is own code; else empty."""
+        ...
 
     def spec(self, data: DataSpec) -> NetSpec:
         """What the network would offer for images of this size; builds nothing."""
@@ -153,7 +166,8 @@ class ImageFactory:
         make: (image channels, classes) -> the network.
     """
 
-    code = ""
+    code: Mapping[str, str] = {}
+    file_code = ""
 
     def __init__(self, name: str, about: str, make: Callable[[int, int], ImageNetwork]) -> None:
         self.name, self.about, self.make = name, about, make
@@ -202,6 +216,10 @@ class ImageFactory:
         return replace(
             whole, taps=tuple(replace(tap, name=name, source="" if name == tap.name else tap.name) for name, tap in found.items())
         )
+
+    def made_of(self, data: DataSpec) -> str:  # noqa: ARG002 (others look)
+        """Its name says all: what a network here computes changes with a version."""
+        return ""
 
     def draws(self, data: DataSpec) -> bool:  # noqa: ARG002 (others look)
         """None here does."""
@@ -254,9 +272,16 @@ def canonical(name: str) -> str:
     return model_name(name)
 
 
-def code(name: str) -> str:
-    """The hash of the user's file that makes the network, which its numbers depend on; empty for any other."""
+def own_code(name: str) -> Mapping[str, str]:
+    """SHA-256 of each file of own code that the network needs; nothing for one of this package or of a library."""
     return factory(name).code
+
+
+def made_of(name: str, data: DataSpec) -> str:
+    """What tells a network from others of its name: the hash of its code and of what that makes for such data; empty where the name
+    says all.
+    """
+    return factory(name).made_of(data)
 
 
 def spec(name: str, data: DataSpec, table: Mapping[str, str] | None = None) -> NetSpec:

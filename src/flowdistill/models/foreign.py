@@ -6,17 +6,18 @@ Their taps are read by forward hooks, so that no model is edited. A dry run find
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 import importlib.util
 import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from ..checks import FAILURES, UserError, did_you_mean, first_line, regular_file
 from ..randomness import seeded
 from ..taps import DataSpec, NetSpec, Outputs, TapSpec
 from . import FORMS, Network
+from .code import Module, contents, digest, file_hash, hashes, own_modules
 from .front import View
 from .survey import LARGE, Survey, survey, takes_channels_last
 
@@ -172,16 +174,18 @@ class ForeignFactory:
     """A network by the name of what makes it; its sizes and taps are found by running it.
 
     Attributes:
-        code: the hash of the file that makes it, which its numbers depend on; empty for a library's.
+        code, file_code: as ``Factory`` says.
         in_memory: it is a module, and has the classes that it has.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, code: Mapping[str, str]) -> None:
         written = WRITTEN.fullmatch(name)
         assert written is not None
-        self.name, self.in_memory = name, written["where"] == "module"
-        self.make, self.about, self.code = _maker(written["where"], written["name"])
+        self.name, self.in_memory, self.code = name, written["where"] == "module", code
+        self.file_code = next((hashed for label, hashed in code.items() if label == _label(written["where"])), "")
+        self.make, self.about = _maker(written["where"], written["name"])
         self._surveys: dict[tuple[int, ...], Survey] = {}
+        self._contents: dict[tuple[int, ...], str] = {}
 
     def network(self, data: DataSpec) -> nn.Module:
         """The module for such data.
@@ -208,10 +212,11 @@ class ForeignFactory:
         Raises:
             UserError: it can't take such images, or is no classifier of so many classes.
         """
-        key = (data.channels, data.height, data.width, data.classes)
+        key = _sizes(data)
         if key not in self._surveys:
             with seeded(0, "survey"), torch.device("cpu"), torch.compiler.set_stance("force_eager"):
                 net = self.network(data)
+                self._contents[key] = contents(net, exact=False) if self.code else ""  # before it runs, and may keep what it saw
                 found = surveyed(net, self.name, data.channels, data.height, data.width)
                 found.channels_last = takes_channels_last(net, data.channels, data.height, data.width)
             if found.classes != data.classes and not self.in_memory:
@@ -220,6 +225,11 @@ class ForeignFactory:
                 )
             self._surveys[key] = found
         return self._surveys[key]
+
+    def made_of(self, data: DataSpec) -> str:
+        """The hash of its code and of what that makes; empty for a library's, and for a module, whose name has it."""
+        self.survey(data)
+        return digest([dict(self.code), self._contents[_sizes(data)]]) if self.code else ""
 
     def spec(self, data: DataSpec) -> NetSpec:
         """Its taps as the dry run found them."""
@@ -270,27 +280,31 @@ class ForeignFactory:
         return Foreign(self.network(data), spec, taps, self.survey(data))
 
 
-def _maker(where: str, name: str) -> tuple[Make, str, str]:
-    """How a network is made, what it is, and the hash of its code.
+def _sizes(data: DataSpec) -> tuple[int, ...]:
+    return data.channels, data.height, data.width, data.classes
+
+
+def _maker(where: str, name: str) -> tuple[Make, str]:
+    """How a network is made, and what it is.
 
     Raises:
         UserError: no such library, file, function or name.
     """
     if where == "timm":
-        return _timm(name), f"{name} of timm", ""
+        return _timm(name), f"{name} of timm"
     if where == "torchvision":
-        return _torchvision(name), f"{name} of torchvision", ""
+        return _torchvision(name), f"{name} of torchvision"
     if where == "module":
         if name not in IN_MEMORY:
             raise UserError(f"module:{name} was given from Python, and is in no file; give it from Python again")
-        return lambda _: deepcopy(IN_MEMORY[name]), f"{name}, a module given from Python", ""
-    module, code = _file(Path(where)) if where.endswith(".py") else _package(where)
+        return lambda _: deepcopy(IN_MEMORY[name]), f"{name}, a module given from Python"
+    module = _file(Path(where)) if where.endswith(".py") else _package(where)
     function = getattr(module, name, None)
     if not callable(function):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UserError(f"{where}:{name}: {where} has no function of that name; {did_you_mean(name, names)}")
     try:
-        return _told(function), f"{name} of {where}", code
+        return _told(function), f"{name} of {where}"
     except (TypeError, ValueError):  # of C
         raise UserError(f"{where}:{name}: does not say what its parameters are; write a function or class in Python") from None
 
@@ -338,31 +352,90 @@ def _torchvision(name: str) -> Make:
     return make
 
 
-def _file(path: Path) -> tuple[Any, str]:
-    found = regular_file(path, f"{path}")
-    code = hashlib.sha256(found.read_bytes()).hexdigest()
-    name = f"flowdistill_given_{code[:16]}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, found)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        try:
+def _file(path: Path) -> ModuleType:
+    """The module of a file, executed once for each state of its code. Its neighbours can be imported, as ``python FILE.py`` would."""
+    found = regular_file(path, f"{path}").resolve()
+    modules = own_modules(found)
+    name = f"flowdistill_given_{digest([str(found), hashes(modules)])[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    _forget_changed(modules, found.parent, f"{path}")
+    spec = importlib.util.spec_from_file_location(name, found)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        with _beside(found.parent):
             spec.loader.exec_module(module)
-        except FAILURES as error:
-            del sys.modules[name]
-            raise UserError(f"{path}: can't be run: {summary(error)}") from None
-    return sys.modules[name], code
+    except FAILURES as error:
+        del sys.modules[name]
+        raise UserError(f"{path}: can't be run: {summary(error)}") from None
+    _remember(modules)
+    return module
 
 
-def _package(name: str) -> tuple[Any, str]:
+@contextmanager
+def _beside(folder: Path) -> Iterator[None]:
+    """The neighbours of a file are found first inside, and last from then on: its functions may import them when they are called."""
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+
+
+AS_IMPORTED: dict[str, str] = {}
+"""Name of a module of own code -> the hash of its file when it was imported for a network."""
+
+
+def _remember(modules: Mapping[str, Module]) -> None:
+    for label, hashed in hashes(modules).items():
+        if modules[label].name in sys.modules:
+            AS_IMPORTED.setdefault(modules[label].name, hashed)
+
+
+def _forget_changed(modules: Mapping[str, Module], folder: Path | None, what: str) -> None:
+    """Before code is executed: what it imports must be what lies on the disk.
+
+    Neighbours that changed since they were imported are imported anew.
+
+    Raises:
+        UserError: a module of that name is loaded from elsewhere, or one that is no neighbour changed.
+    """
+    beside = {module.name for module in modules.values() if folder and module.file.resolve().is_relative_to(folder)}
+    changed = False
+    for module in modules.values():
+        if (loaded := getattr(sys.modules.get(module.name), "__file__", None)) is None:
+            continue
+        if Path(loaded).resolve() != module.file.resolve() and not _alike(Path(loaded), module.file):
+            other = f"{loaded} of that name is loaded"
+            raise UserError(f"{what}: it imports {module.name} from {module.file}, but {other}; rename one of the two")
+        if AS_IMPORTED.get(module.name, now := file_hash(module.file)) != now:
+            if module.name not in beside:
+                raise UserError(f"{what}: {module.file} changed since it was imported; begin a new process, in a notebook a new kernel")
+            changed = True
+    if changed:
+        for name in beside:
+            sys.modules.pop(name, None)
+            AS_IMPORTED.pop(name, None)
+
+
+def _alike(one: Path, other: Path) -> bool:
+    return one.is_file() and file_hash(one) == file_hash(other)
+
+
+def _package(name: str) -> ModuleType:
+    _forget_changed(own_modules(name), None, name)
     try:
         module = importlib.import_module(name)
     except FAILURES as error:  # missing, or its own code
         raise UserError(f"{name}: can't be imported: {summary(error)}; write FILE.py:FUNCTION for a file") from None
-    file = getattr(module, "__file__", None)
-    return module, hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+    _remember(own_modules(name))
+    return module
 
 
 def _told(function: Callable[..., Any]) -> Make:
@@ -377,14 +450,31 @@ def _told(function: Callable[..., Any]) -> Make:
 
 
 def foreign(name: str) -> ForeignFactory:
-    """The factory of a name that is written as one of these; another one where the file has changed."""
-    file = Path(name.rpartition(":")[0])
-    return _factory(name, file.read_bytes() if file.suffix == ".py" and file.is_file() else b"")
+    """The factory of a name that is written as one of these; another one where its code has changed."""
+    return _factory(name, tuple(_code(name).items()))
+
+
+def _code(name: str) -> dict[str, str]:
+    """SHA-256 of each file of own code that a network needs."""
+    written = WRITTEN.fullmatch(name)
+    assert written is not None
+    where = written["where"]
+    if where in ("timm", "torchvision", "module"):
+        return {}
+    if not where.endswith(".py"):
+        return hashes(own_modules(where))
+    found = Path(where).expanduser()
+    return hashes(own_modules(found.resolve())) if found.is_file() else {}
+
+
+def _label(where: str) -> str:
+    """The name of the file that a network's name says, as its code is listed."""
+    return Path(where).name if where.endswith(".py") else f"{where.replace('.', '/')}.py"
 
 
 @functools.lru_cache(maxsize=64)
-def _factory(name: str, _content: bytes) -> ForeignFactory:
-    return ForeignFactory(name)
+def _factory(name: str, code: tuple[tuple[str, str], ...]) -> ForeignFactory:
+    return ForeignFactory(name, dict(code))
 
 
 FORMS[WRITTEN] = foreign

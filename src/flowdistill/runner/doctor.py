@@ -21,6 +21,7 @@ from ..training.cohort import first_gradients, seconds_per_epoch
 from .answers import another_normalisation, another_order, ask, given, listed, sample
 from .assemble import GRADIENT_LIMIT
 from .estimate import unmeasured
+from .identity import Identities
 from .networks import NetworkRef
 from .pairing import compared
 from .plan import Job, checked, drafts
@@ -182,7 +183,7 @@ def _of_method(group: Sequence[Job], ledger: Ledger, data: DeviceData) -> Iterat
         needs, pairing = job.method().needs, job.pairing
         if pairing and needs.student:
             yield Finding(f"{name}: taps", "ok", "; ".join(line.strip() for line in compared(pairing, needs.student, needs.teacher)))
-        ready = [checked(one, ledger) for one in group]
+        ready = [checked(one, Identities(ledger)) for one in group]
     except UserError as error:
         yield Finding(f"{name}: taps", "wrong", str(error))
         return

@@ -20,6 +20,7 @@ from ..training import checkpoint
 from ..training.cohort import Cohort, train
 from ..training.step import Student
 from .assemble import Member, check_start, prepare
+from .integrity import missing
 from .plan import Job, other_side, plan, recorded
 from .record import finish, now, record_epoch, row, told
 from .watcher import Watcher
@@ -48,7 +49,9 @@ def run(
     watcher, started = watcher or Watcher(), time.perf_counter()
     jobs = plan(configs, ledger, device)
     todo = {job.key: job for job in jobs}
-    known = {} if again else _known(jobs, ledger)
+    for line in dict.fromkeys(network.remark for job in jobs for network in job.networks.values() if network.remark):
+        watcher.say(line)
+    known = {} if again else _known(jobs, ledger, watcher)
     for key, found in known.items():
         if found.status == "running":
             raise UserError(f"{todo[key].label}: another process trains it as run {found.no}; wait for that, or repeat it with --again")
@@ -107,9 +110,15 @@ def before(job: Job, ledger: Ledger) -> Run | None:
     return ranked[-1] if ranked else None
 
 
-def _known(jobs: Sequence[Job], ledger: Ledger) -> dict[tuple[str, int], Run]:
-    """The runs that are skipped or gone on with, by key; of two students that teach each other both or none."""
+def _known(jobs: Sequence[Job], ledger: Ledger, watcher: Watcher) -> dict[tuple[str, int], Run]:
+    """The runs that are skipped or gone on with, by key; of two students that teach each other both or none. A finished run whose
+    files are gone, or are not those that it wrote, is none.
+    """
     found = {job.key: one for job in jobs if (one := before(job, ledger))}
+    for key, one in list(found.items()):
+        if one.status == "finished" and (why := missing(one, ledger)):
+            watcher.say(f"run {one.no} finished, but its {why}: trained anew")
+            del found[key]
     for job in jobs:
         if job.settled.mutual:
             pair = [other.key for other in jobs if other.config in (job.config, other_side(job.config))]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..checks import UserError, obstacle, summary
+from ..checks import Changes, UserError, obstacle, summary
 from ..data.images import ImageData, Images
 from ..data.loader import labelled
 from ..data.normalisation import Normalisation
@@ -90,7 +90,9 @@ class Exported(NamedTuple):
     accuracy_int8: float | None = None
 
 
-def export(path: Path, to: str, *, out: Path | None = None, dataset: str | None = None, int8: bool = False) -> Exported:
+def export(
+    path: Path, to: str, *, out: Path | None = None, dataset: str | None = None, int8: bool = False, changes: Changes | None = None
+) -> Exported:
     """Write a student's file in another format; its answers to test images are compared with the network's first.
 
     Args:
@@ -109,7 +111,7 @@ def export(path: Path, to: str, *, out: Path | None = None, dataset: str | None 
     if int8 and to != "onnx":
         raise UserError(f"--int8 with --to {to}: only ONNX files are quantised; use --to onnx, or leave --int8 out")
     _refuse_missing(to, form.needs)
-    net, about = load_network(path)
+    net, about = load_network(path, changes)
     out = path.with_suffix(".int8.onnx" if int8 else form.suffix) if out is None else out.expanduser()
     _refuse_place(out, path)
     data = load_fitting(path, about, dataset)

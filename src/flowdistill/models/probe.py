@@ -1,0 +1,117 @@
+"""A network's answers to a fixed batch, in a few numbers: whether it still computes what it did."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checks import FAILURES
+from ..randomness import derive, seeded
+from ..taps import Outputs
+from . import Network
+
+Answers = Mapping[str, Sequence[float]]
+"""What was looked at -> its norm and three fixed projections of it. JSON can say it."""
+
+TOLERANCES = {"eval": 1e-4, "train": 1e-3, "buffers": 1e-3, "gradient": 1e-2}
+"""How far two answers may differ, relative to the larger norm: processors, threads and versions of torch round otherwise. In train mode
+batch normalisations divide by the spread of a few images, and a rounding may turn a ReLU's gradient."""
+PIXELS = 8 * 64 * 64  # of a probe batch, where that leaves it two images
+IMAGES = (2, 8)  # at least and at most
+SECONDS = 0.25  # that the answer in eval mode may take; of a slower network nothing else is asked
+FLAT = 1e-2  # of the largest gradient: smaller ones are held against so much of it
+GRADIENTS = 8  # parameters whose gradients are looked at, spread over the depth
+
+
+def probe(net: Network, channels: int, height: int, width: int, *, trains: bool) -> dict[str, list[float]]:
+    """Logits and taps in eval mode; where it ``trains``, also those in train mode, what its buffers become, and gradients. In fp32 on the
+    CPU. The network is of no use afterwards: its batch statistics moved.
+
+    Args:
+        channels, height, width: of the images that the network itself takes, without its front.
+    """
+    count = min(max(PIXELS // (height * width), IMAGES[0]), IMAGES[1])
+    images = torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(0))
+    found: dict[str, list[float]] = {}
+    with _drawing_alike(), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        started = time.perf_counter()
+        try:
+            found |= _signatures("eval", net.eval().answer(images))
+            if trains and time.perf_counter() - started <= SECONDS:
+                found |= _in_training(net, images)
+        except FAILURES:  # of its own code, where it can't answer such images or such a batch: what it said until then
+            pass
+    return found
+
+
+def _in_training(net: Network, images: Tensor) -> Iterator[tuple[str, list[float]]]:
+    outputs = net.train().answer(images)
+    yield from _signatures("train", outputs).items()
+    moved = [value.detach().double().flatten() for _, value in sorted(net.named_buffers()) if value.is_floating_point()]
+    yield "buffers", _signature(torch.cat(moved)) if moved else [0.0]
+    weights = [(name, parameter) for name, parameter in net.named_parameters() if parameter.requires_grad]
+    if outputs.logits.requires_grad:
+        direction = torch.randn(outputs.logits.shape, generator=torch.Generator().manual_seed(1))
+        gradients = torch.autograd.grad((outputs.logits * direction).sum(), [weight for _, weight in weights], allow_unused=True)
+        reached = [(name, gradient) for (name, _), gradient in zip(weights, gradients, strict=True) if gradient is not None]
+        places = {round(place * (len(reached) - 1) / (GRADIENTS - 1)) for place in range(GRADIENTS)} if reached else set()
+        for place in sorted(places):
+            name, gradient = reached[place]
+            yield f"gradient {name}", _signature(gradient)
+
+
+def _signatures(mode: str, outputs: Outputs) -> dict[str, list[float]]:
+    maps = {f"{mode} {name}": _signature(value) for name, value in sorted(outputs.maps.items())}
+    return {f"{mode} logits": _signature(outputs.logits)} | maps
+
+
+def _signature(value: Tensor) -> list[float]:
+    """Norm, and projections on three fixed directions of the norm sqrt(n), divided by that; -inf counts as 0."""
+    flat = value.detach().double().flatten()
+    flat = flat.where(flat != -math.inf, 0.0)
+    places = torch.arange(len(flat), dtype=torch.float64)
+    size = math.sqrt(max(len(flat), 1) / 2)
+    along = [(flat @ torch.cos(rate * places)).item() / size for rate in (1.0, 2.3, 0.7)]
+    return [float(f"{number:.7g}") for number in (flat.norm().item(), *along)]
+
+
+def difference(then: Answers, now: Answers) -> str:
+    """How two answers of one network differ, where they do by more than rounding; else empty. What only one of them has is not compared.
+
+    A gradient is held against the largest: that of a bias before a normalisation is nothing but rounding.
+    """
+    both = [name for name in then if name in now]
+    steepest = max((answers[name][0] for name in both for answers in (then, now) if name.startswith("gradient")), default=0.0)
+    for name in both:
+        kind, _, what = name.partition(" ")
+        size = max(then[name][0], now[name][0], FLAT * steepest if kind == "gradient" else 0.0, 1e-30)
+        found = max(_apart(one, other) for one, other in zip(then[name], now[name], strict=False)) / size
+        if not found <= TOLERANCES[kind]:
+            where = {"eval": f"{what} in eval mode", "train": f"{what} in train mode", "gradient": f"the gradient of {what}"}
+            return f"{where.get(kind, 'batch statistics')}: {found:.2g} of its size apart, up to {TOLERANCES[kind]:g} is rounding"
+    return ""
+
+
+def _apart(one: float, other: float) -> float:
+    return 0.0 if one == other or (math.isnan(one) and math.isnan(other)) else abs(one - other)
+
+
+@contextmanager
+def _drawing_alike() -> Iterator[None]:
+    """What draws inside, from whichever generator, draws the same every time."""
+    states, seed = (random.getstate(), np.random.get_state()), derive(0, "probe")
+    try:
+        with seeded(0, "probe"):
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])

@@ -79,12 +79,13 @@ def own_modules(root: str | Path) -> dict[str, Module]:
 
 def hashes(modules: Mapping[str, Module]) -> dict[str, str]:
     """SHA-256 of each file, by label."""
-    return {label: file_hash(modules[label].file) for label in sorted(modules)}
+    return {label: _code_hash(*_signature(modules[label].file)) for label in sorted(modules)}
 
 
 def file_hash(file: Path) -> str:
-    """SHA-256 of a file, which is read again where it changed."""
-    return _file_hash(*_signature(file))
+    """SHA-256 of a file."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def digest(parts: object) -> str:
@@ -149,9 +150,9 @@ def _signature(file: Path) -> tuple[Path, int, int, int]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _file_hash(file: Path, *_signature: int) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+def _code_hash(file: Path, *_signature: int) -> str:
+    """Of code, which is asked for at every look at a network."""
+    return file_hash(file)
 
 
 @functools.lru_cache(maxsize=4096)

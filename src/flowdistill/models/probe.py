@@ -56,15 +56,13 @@ def _in_training(net: Network, images: Tensor) -> Iterator[tuple[str, list[float
     yield from _signatures("train", outputs).items()
     moved = [value.detach().double().flatten() for _, value in sorted(net.named_buffers()) if value.is_floating_point()]
     yield "buffers", _signature(torch.cat(moved)) if moved else [0.0]
-    weights = [(name, parameter) for name, parameter in net.named_parameters() if parameter.requires_grad]
+    weights = [(name, parameter) for name, parameter in net.body.named_parameters() if parameter.requires_grad]
     if outputs.logits.requires_grad:
         direction = torch.randn(outputs.logits.shape, generator=torch.Generator().manual_seed(1))
         gradients = torch.autograd.grad((outputs.logits * direction).sum(), [weight for _, weight in weights], allow_unused=True)
-        reached = [(name, gradient) for (name, _), gradient in zip(weights, gradients, strict=True) if gradient is not None]
-        places = {round(place * (len(reached) - 1) / (GRADIENTS - 1)) for place in range(GRADIENTS)} if reached else set()
-        for place in sorted(places):
-            name, gradient = reached[place]
-            yield f"gradient {name}", _signature(gradient)
+        for place in sorted({round(place * (len(weights) - 1) / (GRADIENTS - 1)) for place in range(GRADIENTS)}):
+            gradient = gradients[place]
+            yield f"gradient {weights[place][0]}", _signature(torch.zeros(1) if gradient is None else gradient)
 
 
 def _signatures(mode: str, outputs: Outputs) -> dict[str, list[float]]:
@@ -92,15 +90,17 @@ def difference(then: Answers, now: Answers) -> str:
     for name in both:
         kind, _, what = name.partition(" ")
         size = max(then[name][0], now[name][0], FLAT * steepest if kind == "gradient" else 0.0, 1e-30)
-        found = max(_apart(one, other) for one, other in zip(then[name], now[name], strict=False)) / size
-        if not found <= TOLERANCES[kind]:
+        found = max(_apart(one, other) for one, other in zip(then[name], now[name], strict=False))
+        if found and not found / size <= TOLERANCES[kind]:
             where = {"eval": f"{what} in eval mode", "train": f"{what} in train mode", "gradient": f"the gradient of {what}"}
-            return f"{where.get(kind, 'batch statistics')}: {found:.2g} of its size apart, up to {TOLERANCES[kind]:g} is rounding"
+            return f"{where.get(kind, 'batch statistics')}: {found / size:.2g} of its size apart, up to {TOLERANCES[kind]:g} is rounding"
     return ""
 
 
 def _apart(one: float, other: float) -> float:
-    return 0.0 if one == other or (math.isnan(one) and math.isnan(other)) else abs(one - other)
+    if one == other or (math.isnan(one) and math.isnan(other)):
+        return 0.0
+    return abs(one - other) if math.isfinite(one) and math.isfinite(other) else math.inf
 
 
 @contextmanager

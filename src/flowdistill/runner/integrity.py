@@ -142,9 +142,7 @@ def enlist(no: int, ledger: Ledger, file: Path) -> None:
 
     def write() -> str:
         if file_hash(folder / RECORD) != ledger.run(no).record_hash:
-            raise UserError(
-                f"run {no}: {RECORD} is not the file that it wrote, so {file.name} can't be entered there; put a sound copy there"
-            )
+            raise UserError(f"run {no}: {RECORD} is not the file that it wrote, so {file.name} was written and not entered there")
         record = json.loads((folder / RECORD).read_bytes())
         record["files"] |= listed(folder, [file.name])
         return write_record(folder, record)

@@ -134,13 +134,43 @@ def test_a_neighbour_that_is_imported_late_is_found(tmp_path: Path) -> None:
     assert answer(f"{path}:Small").shape == (2, 5)
 
 
-def test_two_neighbours_of_one_name_are_not_taken_for_each_other(tmp_path: Path) -> None:
+def test_neighbours_of_one_name_are_each_files_own(tmp_path: Path) -> None:
     text = net("return self.fc(same.act(self.a(x)).mean((2, 3)))", "import same")
-    one = write(tmp_path / "one", {"nets.py": text, "same.py": "import torch\nact = torch.relu\n"})
-    other = write(tmp_path / "other", {"nets.py": text, "same.py": "import torch\nact = torch.tanh\n"})
+    names = [
+        f"{write(tmp_path / act, {'nets.py': text, 'same.py': f'import torch{chr(10)}act = torch.{act}'})}:Small"
+        for act in ("relu", "tanh")
+    ]
+    relu, tanh, again = (answer(name) for name in (*names, names[0]))
+    assert not torch.equal(relu, tanh)
+    assert torch.equal(relu, again)
+
+
+def test_a_neighbour_leaves_the_callers_module_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = types.ModuleType("taken")
+    monkeypatch.setitem(sys.modules, "taken", own)
+    text = net("return self.fc(taken.act(self.a(x)).mean((2, 3)))", "import taken")
+    answer(f"{write(tmp_path, {'nets.py': text, 'taken.py': 'import torch; act = torch.relu'})}:Small")
+    assert sys.modules["taken"] is own
+
+
+def test_a_compiler_finds_the_neighbour_of_the_file_at_hand(tmp_path: Path) -> None:
+    """It looks functions' globals up by the name of their module."""
+    text = net("return self.fc(twice.act(self.a(x)).mean((2, 3)))", "import twice")
+    parts = "import torch\nby = {}\ndef act(x):\n    return x * by\n"
+    names = [f"{write(tmp_path / str(by), {'nets.py': text, 'twice.py': parts.replace('{}', str(by))})}:Small" for by in (2.0, 3.0)]
+    nets = [models.build(name, DATA, seed=1).eval() for name in names]
+    images = torch.ones(2, 1, 8, 8)
+    for own in nets:
+        compiled = torch.compile(own.body, backend="eager", fullgraph=True)
+        assert torch.allclose(compiled(images), own(images).logits)
+
+
+def test_neighbours_of_one_name_that_are_imported_late_are_refused(tmp_path: Path) -> None:
+    text = net("import later\n        return self.fc(later.act(self.a(x)).mean((2, 3)))")
+    one, other = (write(tmp_path / act, {"nets.py": text, "later.py": f"import torch\nact = torch.{act}\n"}) for act in ("relu", "tanh"))
     answer(f"{one}:Small")
     with pytest.raises(
-        UserError, match=r"imports same from .*/other/same\.py, but .*/one/same\.py of that name is loaded; rename one of the two$"
+        UserError, match=r"/tanh/later\.py and .*/relu/later\.py are both imported as later, one of them inside of a function; rename"
     ):
         answer(f"{other}:Small")
 

@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -359,82 +359,95 @@ def _file(path: Path) -> ModuleType:
     name = f"flowdistill_given_{digest([str(found), hashes(modules)])[:16]}"
     if name in sys.modules:
         return sys.modules[name]
-    _forget_changed(modules, found.parent, f"{path}")
+    beside = {module.name: module for module in modules.values() if module.name and module.file.resolve().is_relative_to(found.parent)}
+    _refuse_changed([module for module in modules.values() if module.name and module.name not in beside], f"{path}")
     spec = importlib.util.spec_from_file_location(name, found)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        with _beside(found.parent):
+        with _beside(found.parent, beside, name):
             spec.loader.exec_module(module)
     except FAILURES as error:
         del sys.modules[name]
-        raise UserError(f"{path}: can't be run: {summary(error)}") from None
-    _remember(modules)
+        raise error if isinstance(error, UserError) else UserError(f"{path}: can't be run: {summary(error)}") from None
+    _remember([module for module in modules.values() if module.name not in beside])
     return module
 
 
 @contextmanager
-def _beside(folder: Path) -> Iterator[None]:
-    """The neighbours of a file are found first inside, and last from then on: its functions may import them when they are called."""
+def _beside(folder: Path, modules: Mapping[str, Module], owner: str) -> Iterator[None]:
+    """The neighbours of a file are found first inside, and executed for this file alone: another folder may have some of the same names.
+
+    Afterwards they are known by a name of their own as well, by which a compiler finds them, and the folder is the last place to look in:
+    the file's functions may import when they are called.
+    """
+    tops = {name.partition(".")[0] for name in modules}
+    others = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in tops}
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
     try:
         yield
+        late = {name: module for name, module in modules.items() if name not in sys.modules}
+        for name, module in late.items():
+            _refuse_ambiguous(name, module)
+        for name in [name for name in sys.modules if name.partition(".")[0] in tops]:
+            _refuse_ambiguous(name, modules.get(name))
+            loaded = sys.modules[name]
+            if hasattr(loaded, "__file__"):
+                vars(loaded)["__name__"] = f"{owner}.{name}"
+                sys.modules[f"{owner}.{name}"] = loaded
+        LATE.update({name: module.file for name, module in late.items()})
     finally:
         sys.path.remove(str(folder))
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
+        sys.modules.update({name: other for name, other in others.items() if not str(other.__name__).startswith("flowdistill_given_")})
 
 
+LATE: dict[str, Path] = {}
+"""Name of a neighbour that is imported when a function is called -> its file: no second one of that name can be told from it then."""
 AS_IMPORTED: dict[str, str] = {}
-"""Name of a module of own code -> the hash of its file when it was imported for a network."""
+"""Name of a module of own code that is no neighbour -> the hash of its file when it was imported for a network."""
 
 
-def _remember(modules: Mapping[str, Module]) -> None:
-    for label, hashed in hashes(modules).items():
-        if modules[label].name in sys.modules:
-            AS_IMPORTED.setdefault(modules[label].name, hashed)
+def _refuse_ambiguous(name: str, module: Module | None) -> None:
+    other = LATE.get(name)
+    if module is not None and other not in (None, module.file) and other.is_file() and file_hash(other) != file_hash(module.file):
+        raise UserError(f"{module.file} and {other} are both imported as {name}, one of them inside of a function; rename one of the two")
 
 
-def _forget_changed(modules: Mapping[str, Module], folder: Path | None, what: str) -> None:
-    """Before code is executed: what it imports must be what lies on the disk.
+def _remember(modules: Iterable[Module]) -> None:
+    for module in modules:
+        if module.name in sys.modules:
+            AS_IMPORTED.setdefault(module.name, file_hash(module.file))
 
-    Neighbours that changed since they were imported are imported anew.
+
+def _refuse_changed(modules: Iterable[Module], what: str) -> None:
+    """What is imported once must be what lies on the disk.
 
     Raises:
-        UserError: a module of that name is loaded from elsewhere, or one that is no neighbour changed.
+        UserError: a module of that name was loaded from elsewhere, or it changed since.
     """
-    beside = {module.name for module in modules.values() if folder and module.file.resolve().is_relative_to(folder)}
-    changed = False
-    for module in modules.values():
-        if (loaded := getattr(sys.modules.get(module.name), "__file__", None)) is None:
-            continue
-        if Path(loaded).resolve() != module.file.resolve() and not _alike(Path(loaded), module.file):
-            other = f"{loaded} of that name is loaded"
-            raise UserError(f"{what}: it imports {module.name} from {module.file}, but {other}; rename one of the two")
+    for module in modules:
+        loaded = getattr(sys.modules.get(module.name), "__file__", None)
+        if loaded is not None and Path(loaded).resolve() != module.file.resolve():
+            raise UserError(
+                f"{what}: it imports {module.name} from {module.file}, but {loaded} of that name is loaded; rename one of the two"
+            )
         if AS_IMPORTED.get(module.name, now := file_hash(module.file)) != now:
-            if module.name not in beside:
-                raise UserError(f"{what}: {module.file} changed since it was imported; begin a new process, in a notebook a new kernel")
-            changed = True
-    if changed:
-        for name in beside:
-            sys.modules.pop(name, None)
-            AS_IMPORTED.pop(name, None)
-
-
-def _alike(one: Path, other: Path) -> bool:
-    return one.is_file() and file_hash(one) == file_hash(other)
+            raise UserError(f"{what}: {module.file} changed since it was imported; begin a new process, in a notebook a new kernel")
 
 
 def _package(name: str) -> ModuleType:
-    _forget_changed(own_modules(name), None, name)
+    modules = own_modules(name).values()
+    _refuse_changed(modules, name)
     try:
         module = importlib.import_module(name)
     except FAILURES as error:  # missing, or its own code
         raise UserError(f"{name}: can't be imported: {summary(error)}; write FILE.py:FUNCTION for a file") from None
-    _remember(own_modules(name))
+    _remember(modules)
     return module
 
 

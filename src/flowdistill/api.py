@@ -28,7 +28,7 @@ from .runner import run as run_configs
 from .runner.evaluate import weights_path
 from .runner.export import FORMATS
 from .runner.integrity import STUDENT_FILE, enlist
-from .training.weights import hash_weights, save_weights
+from .training.weights import hash_weights, save_weights, whole
 
 
 @dataclass(frozen=True)
@@ -268,6 +268,6 @@ def _saved(weights: Mapping[str, Tensor], model: str, about: Mapping[str, Any], 
     """The path of a file with these weights, which says that they are those of the model."""
     name = hashlib.sha256(f"{model}\n{hash_weights(weights)}".encode()).hexdigest()[:16]
     path = ledger.folder / "networks" / f"{name}.safetensors"
-    if not path.is_file():
+    if not path.is_file() or not whole(path):
         save_weights(path, weights, {**about, "model": model})
     return str(path)

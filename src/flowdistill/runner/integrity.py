@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -48,12 +48,14 @@ def write_record(folder: Path, record: dict[str, Any]) -> str:
     return file_hash(folder / RECORD)
 
 
-def examine(run: Run, ledger: Ledger) -> list[Finding]:
-    """Every file of a run: of a finished one those that ``run.json`` lists, of one that was cut off its checkpoint."""
-    return list(_examined(run, ledger.run_folder(run.no), ledger))
+def examine(run: Run, ledger: Ledger, only: Sequence[str] = ()) -> list[Finding]:
+    """Every file of a run: of a finished one those that ``run.json`` lists, or ``only`` some of them; of one that was cut off its
+    checkpoint.
+    """
+    return [found for found in _examined(run, ledger.run_folder(run.no), ledger, only) if not only or found.file in only]
 
 
-def _examined(run: Run, folder: Path, ledger: Ledger) -> Iterator[Finding]:
+def _examined(run: Run, folder: Path, ledger: Ledger, only: Sequence[str]) -> Iterator[Finding]:
     if run.status != "finished":
         yield from _of_checkpoint(run, ledger)
         return
@@ -70,6 +72,8 @@ def _examined(run: Run, folder: Path, ledger: Ledger) -> Iterator[Finding]:
         return
     yield Finding(run.no, RECORD, "as written")
     for name, known in json.loads(record.read_bytes())["files"].items():
+        if only and name not in only:
+            continue
         if not (folder / name).is_file():
             if name not in OWN:
                 yield Finding(run.no, name, "gone")
@@ -111,8 +115,8 @@ def meet_damage(run: Run, ledger: Ledger) -> str:
     Raises:
         UserError: it differs, and that is not accepted.
     """
-    for found in examine(run, ledger):
-        if found.file in (STUDENT_FILE, RECORD) and found.verdict in ("changed", "gone") and not _missing_student(found):
+    for found in examine(run, ledger, (STUDENT_FILE, RECORD)):
+        if not found.sound and not _missing_student(found):
             what = "is gone" if found.verdict == "gone" else f"is not the file that it wrote ({found.found})"
             ledger.changes.meet(f"run {run.no}: {found.file} {what}", "put a sound copy there, train it again with --again")
             return f"{found.file} of run {run.no} changed"
@@ -126,7 +130,7 @@ def _missing_student(found: Finding) -> bool:
 
 def missing(run: Run, ledger: Ledger) -> str:
     """Why a finished run is as good as not there: a file of its own is gone or changed; else empty."""
-    found = next((one for one in examine(run, ledger) if one.file in OWN and not one.sound), None)
+    found = next((one for one in examine(run, ledger, OWN) if not one.sound), None)
     return f"{found.file} is {'gone' if found.verdict == 'gone' else 'not what it wrote'}" if found else ""
 
 

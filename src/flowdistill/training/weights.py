@@ -89,6 +89,14 @@ def load_weights(path: Path, changes: Changes | None = None) -> tuple[dict[str, 
     return weights, about
 
 
+def whole(path: Path) -> bool:
+    """Whether a file can be read, and holds what was written."""
+    try:
+        return bool(load_weights(path))
+    except UserError:
+        return False
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], bool]:
     path = regular_file(path, f"weights file {path}")
     try:

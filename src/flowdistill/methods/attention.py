@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..taps import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, paired_stages, register, same_shape
+from .base import LEAST_PRODUCT, Method, MethodOptions, Needs, Paper, full, paired_stages, register, same_shape, unit
 
 Mode = Literal["code", "paper"]
 
@@ -20,7 +20,7 @@ def attention_map(features: Tensor) -> Tensor:
     Zagoruyko and Komodakis 2017, section 3.1, F_sum^2 up to the factor C, which the normalisation removes. A map of zeros gives
     zeros. Computed in at least float32.
     """
-    return F.normalize(full(features).square().mean(1).flatten(1), dim=1)
+    return unit(full(features).square().mean(1).flatten(1), 1, LEAST_PRODUCT)
 
 
 def attention_loss(student: Tensor, teacher: Tensor, mode: Mode = "code") -> Tensor:

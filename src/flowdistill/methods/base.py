@@ -193,13 +193,20 @@ class Method(nn.Module):
 
 
 class LogitMethod(Method):
-    """Base of the methods that compare logits, class by class."""
+    """Base of the methods that compare logits, class by class.
+
+    Class facts:
+        probabilities: whether it compares those, of which there must be two.
+    """
 
     kind = "logits"
+    probabilities: ClassVar[bool] = True
 
     def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
         super().__init__(options)
         same_classes(student, teacher, self.name)
+        if self.probabilities:
+            two_classes(student, self.name)
         self.needs = Needs(logits=True)
 
 
@@ -225,6 +232,41 @@ def full(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+LEAST = 1e-12  # a norm up to which there is no direction, as F.normalize and every other collection have it
+LEAST_PRODUCT = 1e-18  # the same where what is normalised are products of features, whose scale is the features' squared
+
+
+def unit(x: Tensor, dim: int, least: float = LEAST) -> Tensor:
+    """x over its L2 norm along a dimension. What is no longer than ``least`` has no direction: it gives zeros, without a gradient.
+
+    Dividing by max(norm, least) in its place would give a zero a gradient of 1 / least.
+    """
+    norm: Tensor = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+    return x / torch.where(norm <= least, torch.inf, norm)
+
+
+def expectation(log_p: Tensor, values: Tensor) -> Tensor:
+    """sum_k p[k] v[k] along the last dimension, where a class without probability counts for nothing: [..., K], [..., K] -> [...].
+
+    A logit of -inf, a class that a network never says, gives log p = -inf and p = 0. Its term is 0 whatever the value, as 0 log 0 is, and
+    neither side gets a gradient by it.
+
+    Args:
+        log_p: log-probabilities.
+        values: such as log p - log q for the divergence KL(p || q), or log q for a cross-entropy.
+    """
+    p = log_p.exp()
+    return (p * torch.where(p > 0, values, 0.0)).sum(-1)
+
+
+def divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL(p || q) = sum_k p[k] (log p[k] - log q[k]), q the student's and p the teacher's: log-probabilities [..., K] -> [...].
+
+    0 log 0 = 0; infinite where q has no probability for a class for which p has some.
+    """
+    return expectation(log_p, log_p - log_q)
+
+
 def same_shape(student: Tensor, teacher: Tensor) -> None:
     """Refuse tensors that torch would silently broadcast.
 
@@ -247,6 +289,18 @@ def same_classes(student: NetSpec, teacher: NetSpec, method: str) -> None:
     for number, (ours, theirs) in enumerate(zip(student.labels, teacher.labels, strict=False)):
         if ours != theirs:
             raise ValueError(f"{method}: class {number} of {student.name} is {ours!r}, of {teacher.name} {theirs!r}; {cure}")
+
+
+def two_classes(student: NetSpec, method: str) -> None:
+    """Refuse a student of a single class.
+
+    Raises:
+        ValueError: it has no other.
+    """
+    if student.classes < 2:
+        raise ValueError(
+            f"{method}: {student.name} has one class, whose probability is 1 whatever its logit, so nothing would be learned; choose other data"
+        )
 
 
 def paired_stages(student: NetSpec, teacher: NetSpec, method: str) -> tuple[str, ...]:

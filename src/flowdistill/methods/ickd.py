@@ -11,18 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..taps import Batch, NetSpec, Outputs
-from .base import Method, Needs, Paper, full, paired_stages, register, same_shape
-
-LEAST = 1e-12  # squared norm below which a row has no direction
+from .base import LEAST_PRODUCT, Method, Needs, Paper, full, paired_stages, register, same_shape, unit
 
 
 def correlation(features: Tensor) -> Tensor:
     """Inner products of the channels over the image, each row L2-normalised: [N, C, H, W] -> [N, C, C]. A row of zeros stays so."""
     x = full(features).flatten(2)
     with torch.autocast(x.device.type, enabled=False):
-        gram = x @ x.transpose(1, 2)
-    square = gram.square().sum(2, keepdim=True)
-    return gram * torch.where(square > LEAST, square, 1.0).rsqrt()
+        return unit(x @ x.transpose(1, 2), 2, LEAST_PRODUCT)
 
 
 def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:

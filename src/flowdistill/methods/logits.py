@@ -36,6 +36,7 @@ class Logits(LogitMethod):
     name = "logits"
     paper = Paper("J. Ba, R. Caruana", "Do Deep Nets Really Need to be Deep?", "NIPS", 2014, "https://arxiv.org/abs/1312.6184")
     terms = ("logits",)
+    probabilities = False
 
     @classmethod
     def default_weights(cls, options: Any) -> dict[str, float]:

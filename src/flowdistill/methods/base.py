@@ -116,7 +116,8 @@ class Method(nn.Module):
 
     Class facts:
         paper: where the formula comes from.
-        version: raised when the number it computes changes; part of every run's fingerprint.
+        version: raised when the number it computes changes; part of every run's fingerprint. An instance keeps an older one where for its
+            pair the number is still that.
         kind: what it compares: ``logits``, ``features`` of an image, or ``relations`` between images.
         terms: the keys of what ``forward`` returns.
         vanishes_at_match: every term is 0, with gradient 0, where student equals teacher.
@@ -128,7 +129,7 @@ class Method(nn.Module):
 
     name: ClassVar[str]
     paper: ClassVar[Paper]
-    version: ClassVar[int] = 1
+    version: int = 1
     kind: ClassVar[Literal["logits", "features", "relations"]] = "features"
     terms: tuple[str, ...] = ()
     vanishes_at_match: bool = True
@@ -158,6 +159,11 @@ class Method(nn.Module):
     def default_weights(cls, options: Any) -> dict[str, float]:
         """The factor of each term, for these options."""
         raise NotImplementedError
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """The version of each part, for this pair: what a fingerprint holds."""
+        return {self.name: self.version}
 
     @classmethod
     def phases(cls, options: Any) -> tuple[Phase, ...]:
@@ -299,7 +305,8 @@ def two_classes(student: NetSpec, method: str) -> None:
     """
     if student.classes < 2:
         raise ValueError(
-            f"{method}: {student.name} has one class, whose probability is 1 whatever its logit, so nothing would be learned; choose other data"
+            f"{method}: {student.name} has one class, whose probability is 1 whatever its logit, so nothing would be learned; choose other "
+            f"data"
         )
 
 
@@ -316,6 +323,12 @@ def paired_stages(student: NetSpec, teacher: NetSpec, method: str) -> tuple[str,
             f"stages, or a method on logits such as kd"
         )
     return student.stages
+
+
+def after_relu(spec: NetSpec, stages: tuple[str, ...]) -> tuple[str, ...]:
+    """The taps of stage ends after a ReLU: the ends themselves, but where those are plain sums what the next layer's ReLU makes of them."""
+    taps = {tap.name for tap in spec.taps}
+    return tuple(f"{stage}.post" if f"{stage}.post" in taps else stage for stage in stages)
 
 
 def before_relu(spec: NetSpec, stages: tuple[str, ...], method: str) -> tuple[str, ...]:

@@ -18,8 +18,8 @@ from .base import LogitMethod, MethodOptions, Paper, full, register, same_shape
 
 
 def varies(x: Tensor, dim: int) -> Tensor:
-    """Whether it is no constant along a dimension, of which it loses that. A constant less its rounded mean need not be 0."""
-    return x.amax(dim) > x.amin(dim)
+    """Whether it is no constant along a dimension; what is NaN is none. A constant less its mean is 0 or the rounding of that mean."""
+    return x.amax(dim) != x.amin(dim)
 
 
 def correlation(first: Tensor, second: Tensor, dim: int) -> Tensor:

@@ -51,8 +51,8 @@ def decoupled(student: Tensor, teacher: Tensor, labels: Tensor, temperature: flo
     """T^2 KL(b_t || b_s) and T^2 KL(q_t || q_s) of every sample.
 
     With p = softmax(z / T): b = (p[y], 1 - p[y]), the target against all others, and q = softmax over the classes k != y of z / T. Zhao et
-    al. 2022, section 3.1: kd of a sample is the first plus (1 - p_t[y]) times the second. A class for which the teacher's logit is -inf has no
-    probability, and its term is 0; where that is every other class, so is the second. Computed in at least float32.
+    al. 2022, section 3.1: kd of a sample is the first plus (1 - p_t[y]) times the second. A class for which the teacher's logit is -inf has
+    no probability, and its term is 0; where that is every other class, so is the second. Computed in at least float32.
 
     Args:
         student, teacher: [N, K] logits.

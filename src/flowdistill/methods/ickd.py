@@ -1,6 +1,7 @@
 """ickd: inter-channel correlation. Which channels of the last stage are active together.
 
-The authors' code for ImageNet, and torchdistill, divide by N once more than the authors' code for CIFAR, which is followed here.
+The authors' code for ImageNet, and torchdistill, divide by N once more than the authors' code for CIFAR, which is followed here. Of a WRN
+it takes the last map after the ReLU that follows its sums, which feeds the classifier, and so does this.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..taps import Batch, NetSpec, Outputs
-from .base import LEAST_PRODUCT, Method, Needs, Paper, full, paired_stages, register, same_shape, unit
+from .base import LEAST_PRODUCT, Method, Needs, Paper, after_relu, full, paired_stages, register, same_shape, unit
 
 
 def correlation(features: Tensor) -> Tensor:
@@ -58,10 +59,11 @@ class ICKD(Method):
 
     def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
         super().__init__(options)
-        self.stage = paired_stages(student, teacher, self.name)[-1]
-        self.needs = Needs(frozenset({self.stage}), frozenset({self.stage}))
-        channels = teacher.tap(self.stage).channels
-        self.convolution = nn.Conv2d(student.tap(self.stage).channels, channels, 1, bias=False)
+        last = paired_stages(student, teacher, self.name)[-1:]
+        (self.ours,), (self.theirs,) = after_relu(student, last), after_relu(teacher, last)
+        self.needs = Needs(frozenset({self.ours}), frozenset({self.theirs}))
+        channels = teacher.tap(self.theirs).channels
+        self.convolution = nn.Conv2d(student.tap(self.ours).channels, channels, 1, bias=False)
         self.normalisation = nn.BatchNorm2d(channels)
 
     @classmethod
@@ -71,7 +73,7 @@ class ICKD(Method):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``ickd``."""
-        features = student.maps[self.stage]
+        features = student.maps[self.ours]
         with torch.autocast(features.device.type, enabled=False):
             embedded = self.normalisation(self.convolution(features.to(self.convolution.weight.dtype)))
-        return {"ickd": ickd_loss(embedded, teacher.maps[self.stage])}
+        return {"ickd": ickd_loss(embedded, teacher.maps[self.theirs])}

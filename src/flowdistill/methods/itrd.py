@@ -48,7 +48,8 @@ def mutual_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """What the student's relations have that the teacher's do not: L = ||G_s||_F^2 - ||G_st||_F^2.
 
     G_s is the matrix of the cosines between the student's samples, G_st its product with the teacher's, entry by entry, each divided by its
-    trace (by 1 where the trace is below 1). 0 or more, and 0 for a batch of one. Miles et al. 2022, the authors' code. Computed in at least float32.
+    trace (by 1 where the trace is below 1). 0 or more, and 0 for a batch of one. Miles et al. 2022, the authors' code. Computed in at least
+    float32.
 
     Args:
         student: [N, D].

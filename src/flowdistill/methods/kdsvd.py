@@ -24,9 +24,9 @@ CLOSE = 1e-5  # share of the largest eigenvalue: two that are closer have no dir
 def right_vectors(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The first right singular vectors of a map as an HW x C matrix a sample, and their singular values, largest first.
 
-    They are the eigenvectors of the C x C Gram matrix G; NaN where that is not finite, which no decomposition takes. Their gradient is that of first-order perturbation:
-    dv_i = sum_{j != i} v_j (v_j^T dG v_i) / (l_i - l_j), without the terms of (nearly) equal eigenvalues, where it has no limit.
-    Computed in at least float32.
+    They are the eigenvectors of the C x C Gram matrix G, NaN where that is not finite, which no decomposition takes. Their gradient is that
+    of first-order perturbation: dv_i = sum_{j != i} v_j (v_j^T dG v_i) / (l_i - l_j), without the terms of (nearly) equal eigenvalues,
+    where it has no limit. Computed in at least float32.
 
     Args:
         features: [N, C, H, W].

@@ -42,7 +42,7 @@ def nd_loss(student: Tensor, teacher: Tensor, means: Tensor) -> Tensor:
     ours, theirs = full(student), full(teacher)
     longer = torch.maximum(torch.linalg.vector_norm(ours, dim=1), torch.linalg.vector_norm(theirs, dim=1))
     along = (ours * unit(full(means), 1)).sum(1)
-    return 1 - (along / torch.where(longer > LEAST, longer, 1.0)).mean()
+    return 1 - (along / torch.where(longer <= LEAST, torch.inf, longer)).mean()
 
 
 class Embedder(nn.Module):

@@ -47,7 +47,7 @@ def margins(weight: Tensor, bias: Tensor) -> Tensor:
 def partial_distance(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
     """Squared distance from the teacher's responses, none below the margin: mean over the batch, sum over the rest.
 
-    l = (r - t^)^2 where r > t^ or t^ > 0, else 0, with t^ = max(t, M). Heo et al. 2019. Computed in at least float32.
+    l = 0 where r <= t^ <= 0, else (r - t^)^2, with t^ = max(t, M). Heo et al. 2019. Computed in at least float32.
 
     Args:
         student: [N, C, H, W] before ReLU, r.
@@ -62,8 +62,8 @@ def partial_distance(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor
     """
     same_shape(student, teacher)
     response, target = full(student), torch.maximum(full(teacher), margin[:, None, None])
-    counts = (response > target) | (target > 0)
-    return torch.where(counts, response - target, 0.0).square().flatten(1).sum(1).mean()
+    below = (response <= target) & (target <= 0)  # which a NaN is not
+    return torch.where(below, 0.0, response - target).square().flatten(1).sum(1).mean()
 
 
 def ofd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], margin: Sequence[Tensor]) -> Tensor:

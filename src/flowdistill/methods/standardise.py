@@ -27,8 +27,9 @@ BY_AUTHORS = ("kd", "dkd", "mlkd", "ctkd")
 def standardise(logits: Tensor) -> Tensor:
     """(z - mean(z)) / (std(z) + 1e-7) of every row, with the unbiased standard deviation; zeros for a constant row.
 
-    Sun et al. 2024, with the standard deviation of the authors' code, which divides by K - 1. A logit of -inf, a class that the network never
-    says, is no part of mean and standard deviation, which then are of so many classes fewer, and stays -inf. Computed in at least float32.
+    Sun et al. 2024, with the standard deviation of the authors' code, which divides by K - 1. A logit of -inf, a class that the network
+    never says, is no part of mean and standard deviation, which then are those of the other classes, and stays -inf. Computed in at least
+    float32.
 
     Args:
         logits: [N, K], K above 1.

@@ -90,6 +90,10 @@ def test_what_is_no_number_is_not_hidden(name: str, options: dict[str, Any]) -> 
             given = scene(pair)
             getattr(given, role).maps[tap][0, 0, 0, 0] = torch.nan
             assert total(method(*given)).isnan(), (role, tap)
+    if method.needs.logits:
+        given = scene(pair)
+        given.teacher.logits[0, -1] = torch.nan
+        assert total(method(*given)).isnan()
     for role, looks in (("student", "embedding" in wanted(method)), ("teacher", method.needs.embedding)):
         given = scene(pair)
         getattr(given, role).embedding[0, 0] = torch.nan

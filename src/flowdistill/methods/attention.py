@@ -1,4 +1,8 @@
-"""at: attention transfer. Where in the image a stage is active, not how."""
+"""at: attention transfer. Where in the image a stage is active, not how.
+
+The authors, RepDistiller and mdistiller add the stages up and take a WRN's as the plain sums that they end in, and so does this. KD-Zoo has
+the mean over the stages, 1/3 of the sum over three.
+"""
 
 from __future__ import annotations
 

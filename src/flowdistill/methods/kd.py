@@ -1,4 +1,8 @@
-"""kd: soft targets."""
+"""kd: soft targets.
+
+torchdistill leaves the factor T^2 out where its alpha is 0 or it is given no labels: its loss is T^2 times smaller there. The authors of
+tf_kd average over the classes too, which makes their kd K times smaller.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""logits: regression on the teacher's logits."""
+"""logits: regression on the teacher's logits.
+
+This is the mean over batch and classes, as KD-Zoo has it. The paper sums over the classes and halves: K/2 times as much.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """ofd: the overhaul of feature distillation. Stages before ReLU, compared only where the teacher fires or the student is above its margin.
 
 The authors keep the teacher in train mode, so that the batch normalises its maps and moves its running statistics; here it is in eval
-mode, as for every method. KD-Zoo's margin is the mean of the batch's own negative responses.
+mode, as for every method. KD-Zoo's margin is the mean of the batch's own negative responses, and it
+averages over the elements where the authors add them up: its loss is C H W times smaller, beside a weight of its own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """ls: the logits of student and teacher are standardised, row by row, before another method sees them; ``ls:kd`` is kd on those.
 
-In the authors' code of mlkd only the kd part sees standardised logits; here ``ls:mlkd`` does as a whole. A row whose standard deviation is
-not above 1e-7 counts as constant and gets zeros without a gradient: the formula's gradient grows to 1e7 there.
+In the authors' code of mlkd only the kd part sees standardised logits; here ``ls:mlkd`` does as a whole. The standard deviation is the one
+divided by K - 1, as in their code. A row where it is not above 1e-7 counts as constant and gets zeros without a gradient: the formula's
+gradient grows to 1e7 there. A logit of -inf, a class that the network never says, is no part of it and stays -inf.
 """
 
 from __future__ import annotations

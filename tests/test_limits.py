@@ -225,6 +225,13 @@ def test_the_scale_of_a_map_is_nothing_to_what_compares_directions(name: str, fa
                 assert (found[leaf] * factor - gradient).norm() <= 2e-3 * gradient.norm(), leaf
 
 
+@pytest.mark.parametrize("name", ["sp", "nst", "at", "cc", "rkd", "cat_kd"])
+def test_what_float32_can_not_hold_is_not_taken_for_zeros(name: str) -> None:
+    """The square of 1e30 is infinite, and a map over that is 0: a finite loss of nothing."""
+    method, given = make(name, {}, EVEN), both(scene(EVEN), Tensor.float)
+    assert not total(method(*given._replace(student=scaled(given.student, 1e30)))).isfinite()
+
+
 @pytest.mark.parametrize("name", [*PROBABILITIES, "dml", "ls:kd", "ls:dkd", "ls:logits", "tf_kd"])
 def test_a_single_class_is_refused_when_the_method_is_built(name: str) -> None:
     one = network("small", classes=1)

@@ -245,10 +245,11 @@ LEAST_PRODUCT = 1e-18  # the same where what is normalised are products of featu
 def unit(x: Tensor, dim: int, least: float = LEAST) -> Tensor:
     """x over its L2 norm along a dimension. What is no longer than ``least`` has no direction: it gives zeros, without a gradient.
 
-    Dividing by max(norm, least) in its place would give a zero a gradient of 1 / least.
+    Dividing by max(norm, least) in its place would give a zero a gradient of 1 / least. What is too long for its norm to be a number gives
+    NaN, and not the zeros that a division by infinity would.
     """
     norm: Tensor = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
-    return x / torch.where(norm <= least, torch.inf, norm)
+    return x / torch.where(norm <= least, torch.inf, torch.where(norm == torch.inf, torch.nan, norm))
 
 
 def expectation(log_p: Tensor, values: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from flowdistill.data.images import ImageData
 from flowdistill.data.sources import load
 from flowdistill.ledger import Ledger
 from flowdistill.methods import Needs, Phase
+from flowdistill.models.wide_resnet import WideResNet
 from flowdistill.runner.networks import NetworkRef
 from flowdistill.runner.plan import Job, _fingerprint, cohorts, plan
 from flowdistill.taps import DataSpec, NetSpec
@@ -224,7 +225,29 @@ def test_recorded_runs_keep_their_fingerprint(values: dict[str, Any], fingerprin
     resolved = config.model_copy(update={"options": options, "weights": settled.weights})
     teacher = NetworkRef("resnet20", fingerprint="of the teacher") if config.teacher else None
     job = Job(resolved, digits, "of the data", settled, NetworkRef(config.student), teacher, "fp32", "", "")
-    assert _fingerprint(job, Needs(), {"student": [], "teacher": []}) == fingerprint
+    assert _fingerprint(job, Needs(), settled.versions, {"student": [], "teacher": []}) == fingerprint
+
+
+@pytest.mark.parametrize(("method", "changes"), [("at", True), ("fsp", True), ("kd", False), ("base", False)])
+def test_a_new_version_of_a_networks_taps_changes_the_fingerprint_where_they_are_compared(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, method: str, changes: bool
+) -> None:
+    def fingerprint() -> str:
+        models.factory("wrn-16-1")._specs.clear()  # type: ignore[attr-defined]
+        values = {"student": "wrn-16-1", "teacher": "wrn-16-1", "method": method, "data": {"name": "digits"}}
+        return plan([validate(values)], ledger, CPU, stand_in=True)[0].fingerprint
+
+    before = fingerprint()
+    monkeypatch.setattr(WideResNet, "taps_version", 3)
+    assert (fingerprint() != before) == changes
+    models.factory("wrn-16-1")._specs.clear()  # type: ignore[attr-defined]
+
+
+def test_fitnets_keeps_its_fingerprint_where_its_hint_is_what_it_was(planned: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three stages the second was and is the middle one; of four it was the third."""
+    three = planned(method="fitnets").fingerprint
+    monkeypatch.setattr(methods.get("fitnets"), "version", 1)
+    assert planned(method="fitnets").fingerprint == three
 
 
 def test_a_new_version_of_the_method_changes_the_fingerprint(planned: Planner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import test_dropout
+import test_models
 import test_pairing
 import test_survey
 import test_tapping
 
-from flowdistill.models import front, survey
+from flowdistill.models import front, survey, wide_resnet
 from flowdistill.models.survey import Layout
 from flowdistill.runner import networks, pairing
 from flowdistill.runner.pairing import Pairing
@@ -66,3 +67,18 @@ def shifted_before_it_is_scaled(self, images):
 def dropout_of_the_global_generator(group, epoch, step, device):
     """Masks from whatever the generator holds: no run repeats, and each depends on who trains beside it."""
     return nullcontext()
+
+
+_features = wide_resnet.WideResNet.features
+
+
+@bug(
+    wide_resnet.WideResNet,
+    "features",
+    test_models.test_the_stages_of_a_wrn_are_the_plain_sums_that_publications_compare,
+    {"name": "wrn-16-1"},
+)
+def stages_of_a_wrn_after_the_next_relu(self, images):
+    """All other networks are tapped after a ReLU; a WRN's stages end before the next layer's, and at, fsp and others compare the sums."""
+    maps, last = _features(self, images)
+    return {tap: maps.get(f"{tap}.post", value) for tap, value in maps.items()}, last

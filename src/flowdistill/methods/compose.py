@@ -141,6 +141,15 @@ class Composed(Method):
         self.mutual = any(method.mutual for method in methods)
         self.needs = functools.reduce(operator.or_, (method.needs for method in methods))
 
+    @property
+    def versions(self) -> dict[str, int]:
+        """Of every part."""
+        found: dict[str, int] = {}
+        for method in self.methods:
+            assert isinstance(method, Method)
+            found |= method.versions
+        return found
+
     def know(self, facts: Facts) -> None:
         """Tell every part."""
         for method in self.methods.children():

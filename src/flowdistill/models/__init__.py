@@ -71,9 +71,13 @@ class ImageNetwork(Network):
     """Base of the networks here: ``features`` gives every tap, and an instance those that it was asked for.
 
     Taps are after ReLU: ``stem``; ``stage1``, ..., the ends of the stages; ``stage1.first``, ..., the first convolution,
-    normalisation and ReLU inside each. ``stage1.pre``, ... are the ends before their ReLU. ``cam`` are the class activation maps: the
+    normalisation and ReLU inside each. ``stage1.pre``, ... are the ends before their ReLU; where the ends are plain sums, which the layer
+    after them normalises, ``stage1.pre`` and ``stage1.post``, ... are before and after its ReLU. ``cam`` are the class activation maps: the
     classifier, without its bias, at every position of the map whose mean is the embedding. What differs stands with the network.
     """
+
+    taps_version: int = 1
+    """Raised when a tap gives another map under its name."""
 
     head: ClassVar[str] = "fc"
     paths: Mapping[str, str] = {}
@@ -193,7 +197,7 @@ class ImageFactory:
                 taps.append(TapSpec(tap, channels, height, width, path, net.norms.get(tap, "")))
             _, width_of_embedding, height, width = last.shape
             taps.append(TapSpec(CAM, data.classes, height, width, net.head))
-            self._specs[key] = NetSpec(self.name, tuple(taps), width_of_embedding, data.classes, net.head)
+            self._specs[key] = NetSpec(self.name, tuple(taps), width_of_embedding, data.classes, net.head, version=net.taps_version)
         return self._specs[key]
 
     def tapped(self, data: DataSpec, table: Mapping[str, str]) -> NetSpec:
@@ -206,8 +210,8 @@ class ImageFactory:
 
         def own(name: str, source: str) -> TapSpec:
             at = [tap for tap in whole.taps if tap.module == source]
-            named = [tap for tap in at if tap.name == name] + [tap for tap in at if "." not in tap.name]
-            return named[0] if named else whole.tap(source)
+            at.sort(key=lambda tap: (tap.name != name, "." in tap.name, tap.name.endswith(".pre")))  # else the stage, and after its ReLU
+            return at[0] if at else whole.tap(source)
 
         try:
             found = {name: own(name, source) for name, source in table.items()}

@@ -43,7 +43,7 @@ def probe(net: Network, channels: int, height: int, width: int, *, trains: bool)
     with _drawing_alike(), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         started = time.perf_counter()
         try:
-            found |= _signatures("eval", net.eval().answer(images))
+            found |= _signatures("eval", net.eval().answer(images), net.spec.version)
             if trains and time.perf_counter() - started <= SECONDS:
                 found |= _in_training(net, images)
         except FAILURES:  # of its own code, where it can't answer such images or such a batch: what it said until then
@@ -53,7 +53,7 @@ def probe(net: Network, channels: int, height: int, width: int, *, trains: bool)
 
 def _in_training(net: Network, images: Tensor) -> Iterator[tuple[str, list[float]]]:
     outputs = net.train().answer(images)
-    yield from _signatures("train", outputs).items()
+    yield from _signatures("train", outputs, net.spec.version).items()
     moved = [value.detach().double().flatten() for _, value in sorted(net.named_buffers()) if value.is_floating_point()]
     yield "buffers", _signature(torch.cat(moved)) if moved else [0.0]
     weights = [(name, parameter) for name, parameter in net.body.named_parameters() if parameter.requires_grad]
@@ -65,8 +65,10 @@ def _in_training(net: Network, images: Tensor) -> Iterator[tuple[str, list[float
             yield f"gradient {weights[place][0]}", _signature(torch.zeros(1) if gradient is None else gradient)
 
 
-def _signatures(mode: str, outputs: Outputs) -> dict[str, list[float]]:
-    maps = {f"{mode} {name}": _signature(value) for name, value in sorted(outputs.maps.items())}
+def _signatures(mode: str, outputs: Outputs, version: int) -> dict[str, list[float]]:
+    """Of each output; of taps with the version of what their names give."""
+    again = f" (version {version})" if version > 1 else ""
+    maps = {f"{mode} {name}{again}": _signature(value) for name, value in sorted(outputs.maps.items())}
     return {f"{mode} logits": _signature(outputs.logits)} | maps
 
 

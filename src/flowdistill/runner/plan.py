@@ -398,7 +398,8 @@ def checked(job: Job, known: Identities) -> Job:
     Raises:
         UserError: its method can't work with this pair.
     """
-    needs = job.method().needs
+    method = job.method()
+    needs = method.needs
     if not (needs.student or needs.teacher):
         job = replace(job, config=job.config.model_copy(update={"taps": {}}))
     networks = {"student": known(job.student, job.data.spec, trains=True)}
@@ -408,14 +409,15 @@ def checked(job: Job, known: Identities) -> Job:
     if job.config.peer is not None:
         made_of = models.made_of(job.config.peer, job.student.seen(job.data.spec))
         covered["peer"] = [made_of] if made_of else []
-    return replace(job, networks=networks, fingerprint=_fingerprint(job, needs, covered))
+    return replace(job, networks=networks, fingerprint=_fingerprint(job, needs, method.versions, covered))
 
 
 def _as_recorded(job: Job) -> str:
     """The fingerprint that version 0.1.0 gave this job: of code it knew the file that was named alone."""
     named = {"student": job.student.model, "teacher": job.teacher and job.teacher.model, "peer": job.config.peer}
     files = {role: models.factory(model).file_code for role, model in named.items() if model}
-    return _fingerprint(job, job.method().needs, {role: [code] if code else [] for role, code in files.items()})
+    method = job.method()
+    return _fingerprint(job, method.needs, method.versions, {role: [code] if code else [] for role, code in files.items()})
 
 
 def _what_changed(job: Job, run: Run) -> str:
@@ -440,14 +442,19 @@ def _resolved(data: ImageData) -> dict[str, Any]:
     return {"pad": data.pad, "flip": data.flip, "crop": crop} | ({"stream": True} if data.streamed else {})
 
 
-def _fingerprint(job: Job, needs: Needs, made_of: Mapping[str, list[Any]]) -> str:
-    """What a run's numbers depend on, without the seed. ``made_of``, by role: what of a network its name and weights do not say."""
+def _fingerprint(job: Job, needs: Needs, versions: Mapping[str, int], made_of: Mapping[str, list[Any]]) -> str:
+    """What a run's numbers depend on, without the seed.
+
+    Args:
+        needs, versions: of the method, for this pair.
+        made_of: by role, what of a network its name and weights do not say.
+    """
     config, student, teacher, unlabelled = job.config, job.student, job.teacher, job.data.unlabelled
     covered: dict[str, Any] = {
         "student": _covered(student, made_of["student"]),
         "teacher": _covered(teacher, made_of["teacher"]) if teacher else None,
         "data": [job.data_hash, config.data.pad, config.data.flip, *config.data.model_dump(include={"crop", "randaugment"}).values()],
-        "method": job.settled.versions,
+        "method": versions,
         "options": config.options,
         "weights": config.weights,
         "train": config.train.model_dump(),
@@ -461,6 +468,8 @@ def _fingerprint(job: Job, needs: Needs, made_of: Mapping[str, list[Any]]) -> st
         covered["inputs"] = {role: own.model_dump() for role, own in config.inputs.items()}
     if taps := _compared(job, needs):
         covered["taps"] = taps
+    if newer := _versions_of_taps(job, needs):
+        covered["versions of taps"] = newer
     if config.peer is not None:
         covered["peer"] = [models.canonical(config.peer), "", *made_of["peer"], config.side]
     if unlabelled is not None:
@@ -485,6 +494,12 @@ def _compared(job: Job, needs: Needs) -> list[list[str]]:
     if not any(tap.source or is_foreign(net.name) for net, tap in found):
         return []
     return [[net.name, tap.name, tap.module, tap.own] for net, tap in found]
+
+
+def _versions_of_taps(job: Job, needs: Needs) -> dict[str, int]:
+    """By role, where taps are compared and their names gave other maps before."""
+    given = {"student": (job.student_taps, needs.student)} | ({"teacher": (job.pairing.teacher, needs.teacher)} if job.pairing else {})
+    return {role: net.version for role, (net, names) in given.items() if names and net.version > 1}
 
 
 def _covered(network: NetworkRef, made_of: Sequence[Any]) -> list[Any]:

@@ -50,13 +50,12 @@ def parts(name: str) -> list[type[Method]]:
 
 @dataclass(frozen=True)
 class Settled:
-    """A method with every option and weight filled in: what a run records and what its fingerprint covers."""
+    """A method with every option and weight filled in: what a run records, and what its fingerprint covers beside the versions."""
 
     name: str
     options: dict[str, MethodOptions]
     weights: dict[str, float]
     phases: tuple[Phase, ...]
-    versions: dict[str, int]
     uses_teacher: bool
     mutual: bool
     variant: str
@@ -107,7 +106,6 @@ def settle(name: str, options: Mapping[str, Mapping[str, Any]], weights: Mapping
         options=filled,
         weights=settled,
         phases=phases,
-        versions={cls.name: cls.version for cls in classes},
         uses_teacher=any(cls.uses_teacher for cls in classes),
         mutual=any(cls.mutual for cls in classes),
         variant=", ".join(note for note in notes if note),

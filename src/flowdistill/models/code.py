@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from ..checks import FAILURES
+
 INSTALLED = {"site-packages", "dist-packages"}  # folders of what an installer put there
 LARGEST = 64 << 20  # bytes of a file that counts as code
 LONGEST = 10_000  # characters of what a library's object prints of itself
@@ -215,7 +217,10 @@ class _Contents:
             self.say("again", self.met[id(value)][0])
         else:
             self.met[id(value)] = len(self.met), value  # held, so that no other gets its id
-            self._taker(value)(value)
+            try:
+                self._taker(value)(value)
+            except FAILURES:  # of its own code, or nested without end
+                self._printed(value)
 
     def _taker(self, value: object) -> Callable[[Any], None]:
         takers: list[tuple[Any, Callable[[Any], None]]] = [
@@ -283,6 +288,7 @@ class _Contents:
         self.each("module", type(net), dict(sorted(net._parameters.items())), dict(sorted(net._buffers.items())))
         self.each("inner", *(part for name, inner in net._modules.items() for part in (name, inner)))
         hooks = [*net._forward_pre_hooks.values(), *net._forward_hooks.values()]
+        hooks += [*net._backward_pre_hooks.values(), *net._backward_hooks.values()]
         self.each("hooks", *(hook for hook in hooks if not _of_this_package(hook)))
         self.take({name: value for name, value in sorted(vars(net).items()) if name not in MODULE_STATE})
         if isinstance(net, fx.GraphModule):

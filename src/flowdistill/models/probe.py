@@ -40,9 +40,9 @@ def probe(net: Network, channels: int, height: int, width: int, *, trains: bool)
         channels, height, width: of the images that the network itself takes, without its front.
     """
     count = min(max(PIXELS // (height * width), IMAGES[0]), IMAGES[1])
-    images = torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(0))
     found: dict[str, list[float]] = {}
-    with _drawing_alike(), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+    with _drawing_alike(), torch.device("cpu"), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        images = torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(0))
         started = time.process_time()
         try:
             found |= _signatures("eval", net.eval().answer(images), net.spec.version)

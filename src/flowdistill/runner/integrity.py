@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from .. import models
 from ..checks import Changes, UserError
+from ..config import SEAL, record_seal
 from ..env import versions
 from ..ledger import Ledger, Run
 from ..models.code import file_hash
@@ -39,12 +40,13 @@ class Finding(NamedTuple):
 
 def listed(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of files, by name, as ``run.json`` has them."""
-    return {name: {"bytes": (folder / name).stat().st_size, "sha256": file_hash(folder / name)} for name in names}
+    return {name: {"size": (folder / name).stat().st_size, "sha256": file_hash(folder / name)} for name in names}
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> str:
-    """Write ``run.json``; its hash."""
-    write_whole(folder / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+    """Write ``run.json`` with a seal, for it is read as a config too; its hash."""
+    sealed = record | {SEAL: record_seal(record)}
+    write_whole(folder / RECORD, (json.dumps(sealed, indent=2) + "\n").encode())
     return file_hash(folder / RECORD)
 
 
@@ -79,7 +81,7 @@ def _examined(run: Run, folder: Path, ledger: Ledger, only: Sequence[str]) -> It
                 yield Finding(run.no, name, "gone")
             continue
         now = listed(folder, [name])[name]
-        told = f"{now['bytes']:,} bytes, SHA-256 {now['sha256'][:8]}, recorded {known['bytes']:,}, {known['sha256'][:8]}"
+        told = f"{now['size']:,} bytes, SHA-256 {now['sha256'][:8]}, recorded {known['size']:,}, {known['sha256'][:8]}"
         yield Finding(run.no, name, "as written") if now == known else Finding(run.no, name, "changed", told)
 
 

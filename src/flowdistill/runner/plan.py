@@ -427,8 +427,8 @@ def _what_changed(job: Job, run: Run) -> str:
             return f"{changed} since it began"
         if role in job.networks and job.networks[role].remark:
             return job.networks[role].remark
-    those = "its teacher, its first weights, its unlabelled images, the names of its classes or the version of its method"
-    return f"{those} is not what it began with"
+    those = "its teacher, its first weights, its unlabelled images, the names of its classes"
+    return f"{those}, or the version of its method or of its networks' taps is not what it began with"
 
 
 def _of_student(table: Mapping[Role, Any]) -> dict[Role, Any]:

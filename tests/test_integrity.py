@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -181,19 +182,21 @@ def test_a_teacher_that_was_accepted_is_another_one(made: Path, work: Path, smal
     accepting.close()
 
 
-@pytest.mark.parametrize(("gone", "why"), [("student.safetensors", "gone"), ("run.json", "gone"), ("predictions.npz", "gone")])
-def test_a_finished_run_whose_files_are_gone_is_trained_anew(made: Path, work: Path, small_npz: Path, gone: str, why: str) -> None:
-    (work / "runs/1" / gone).unlink()
+@pytest.mark.parametrize("gone", ["student.safetensors", "run.json", "predictions.npz"])
+def test_a_finished_run_whose_files_are_gone_is_trained_anew(made: Path, tmp_path: Path, small_npz: Path, gone: str) -> None:
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    shutil.copytree(made / "runs", folder, dirs_exist_ok=True)
+    (folder / "1" / gone).unlink()
     lines: list[str] = []
 
     class Listening(Watcher):
         def say(self, line: str) -> None:
             lines.append(line)
 
-    ledger = Ledger(work / "runs")
+    ledger = Ledger(folder)
     found = run([config(small_npz, student=f"{made}/nets.py:Tiny", method="base")], ledger, CPU, watcher=Listening())[0]
     assert (found.no, found.weights_hash) == (3, ledger.run(1).weights_hash)
-    assert f"run 1 finished, but its {gone} is {why}: trained anew" in lines
+    assert f"run 1 finished, but its {gone} is gone: trained anew" in lines
     ledger.close()
 
 

@@ -118,16 +118,11 @@ def meet_damage(run: Run, ledger: Ledger) -> str:
         UserError: it differs, and that is not accepted.
     """
     for found in examine(run, ledger, (STUDENT_FILE, RECORD)):
-        if not found.sound and not _missing_student(found):
+        if not found.sound and (found.file, found.verdict) != (STUDENT_FILE, "gone"):  # whoever reads it tells that
             what = "is gone" if found.verdict == "gone" else f"is not the file that it wrote ({found.found})"
             ledger.changes.meet(f"run {run.no}: {found.file} {what}", "put a sound copy there, train it again with --again")
             return f"{found.file} of run {run.no} changed"
     return ""
-
-
-def _missing_student(found: Finding) -> bool:
-    """Told by whoever reads it."""
-    return found.file == STUDENT_FILE and found.verdict == "gone"
 
 
 def missing(run: Run, ledger: Ledger) -> str:

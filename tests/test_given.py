@@ -333,7 +333,7 @@ class Longer(list[Any]):
 def test_images_that_are_not_finite(loaders: Any, what: str) -> None:
     whole = [(IMAGES, LABELS)]
     broken = [(torch.where(torch.arange(len(IMAGES)).view(-1, 1, 1, 1) < 2, torch.nan, IMAGES), LABELS)]
-    with pytest.raises(UserError, match=f"{what}: 2 of {len(IMAGES)} images of a batch hold values that are not finite"):
+    with pytest.raises(UserError, match=f"{what}: 2 of {len(IMAGES)} images of batch 1 hold values that are not finite"):
         given.adopt(*((broken, whole) if what == "train_loader" else (whole, broken)))
 
 

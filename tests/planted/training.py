@@ -145,7 +145,7 @@ def gradients_of_earlier_steps_kept(group, images, taught, batch, *, lr, precisi
     sum(weight * terms[term] for term, weight in student.weights.items()).backward()
     student.optimizer.param_groups[0]["lr"] = lr
     student.optimizer.step()
-    student.sums = {term: student.sums[term] + value.detach() for term, value in terms.items()}
+    student.tally.add({term: value.detach() for term, value in terms.items()})
 
 
 @bug(Student, "begin_phase", PLAIN)
@@ -177,8 +177,7 @@ def momentum_carried_into_stage_two(self, number):
 def student_trained_in_eval_mode(self):
     """eval() of the last evaluation never taken back: batch statistics stand still."""
     self.method.train()
-    for value in self.sums.values():
-        value.zero_()
+    self.tally.reset()
     self.net.eval()
 
 
@@ -195,7 +194,7 @@ def weighted_terms_reported(group, images, taught, batch, *, lr, precision, loss
     sum(terms[term] for term in student.weights).backward()
     student.optimizer.param_groups[0]["lr"] = lr
     student.optimizer.step()
-    student.sums = {term: student.sums[term] + value.detach() for term, value in terms.items()}
+    student.tally.add({term: value.detach() for term, value in terms.items()})
 
 
 @bug(Student, "begin_epoch", suite.test_reported_terms_are_unweighted_means_over_the_steps_of_their_epoch)

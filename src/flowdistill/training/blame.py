@@ -55,8 +55,8 @@ def fault(student: Student, seen: Seen, peers: Sequence[Seen] = ()) -> str:
     if seen.weights and not seen.unanswered:
         return ""
     answers = f"its logits are not finite for {seen.unanswered:,} of {seen.images:,} images that it is measured on"
-    what = answers if seen.unanswered else f"its {are([student.broken_weight()])} not finite"
-    return f"diverged in epoch {seen.epoch}: {what}, though its losses are; lower train.lr or weights.{[*seen.terms][-1]}"
+    parts = [f"its {part} is not finite" for part in student.broken_parts()] + [answers] * bool(seen.unanswered)
+    return f"diverged in epoch {seen.epoch}: {', '.join(parts)}, though its losses are; lower train.lr or weights.{[*seen.terms][-1]}"
 
 
 def refuse_first(images: Tensor, teacher: Teacher | None, said: Outputs | None) -> None:

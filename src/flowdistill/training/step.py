@@ -69,11 +69,11 @@ class Student:
         """
         name, when = self.net.spec.name, "on the first batch, before any step"
         if not self.sound():
-            raise UserError(f"student {name}: its {self.broken_weight()} is not finite; is its file whole?")
+            raise UserError(f"student {name}: its {self.broken_parts()[0]} is not finite; is its file whole?")
         if not own.logits.detach().amax(1).isfinite().all():  # one may rule classes out by -inf
             raise UserError(f"student {name}: its logits are not finite {when}, though its weights are; mend it, or choose another")
         if broken := [term for term, value in terms.items() if not value.isfinite()]:
-            whose = "the logits of teacher and student are" if self.taught else "its logits are"
+            whose = "what teacher and student give is" if self.method.uses_teacher else "its logits are"
             cure = f"give {self.settled.name} other options, or choose another method or student"
             raise UserError(f"{self.settled.name} {name}: {are(broken)} not finite {when}, though {whose}; {cure}")
 
@@ -138,9 +138,14 @@ class Student:
         """Whether its weights are finite: a broken one need not show in the logits, behind a ReLU. A scalar that stays on the device."""
         return torch.stack([parameter.detach().isfinite().all() for parameter in self.net.parameters()]).all()
 
-    def broken_weight(self) -> str:
-        """The first weight that is not finite, as messages name it; waits for the device."""
-        return next(f"weight {name}" for name, value in self.net.named_parameters() if not value.isfinite().all())
+    def broken_parts(self) -> list[str]:
+        """Its first weight and its first buffer that are not finite, as messages name them; a buffer may mask by -inf.
+
+        Waits for the device.
+        """
+        weights = (f"weight {name}" for name, value in self.net.named_parameters() if not value.isfinite().all())
+        buffers = (f"buffer {name}" for name, value in self.net.named_buffers() if not (value < torch.inf).all())
+        return [found for found in (next(weights, ""), next(buffers, "")) if found]
 
     def trained(self) -> list[nn.Parameter]:
         """What the optimiser moves in this phase."""

@@ -66,8 +66,9 @@ class Teacher:
             raise RuntimeError("the teacher is no longer frozen")
 
     def drift(self) -> Tensor:
-        """How many of its tensors changed; a scalar that stays on the device."""
-        return torch.stack([(value != self._kept[name]).any() for name, value in self.net.state_dict().items()]).sum()
+        """How many of its tensors changed; a scalar that stays on the device. What is no number and was none did not."""
+        pairs = [(value, self._kept[name]) for name, value in self.net.state_dict().items()]
+        return torch.stack([((value != kept) & ((value == value) | (kept == kept))).any() for value, kept in pairs]).sum()
 
 
 ANSWER, EMBEDDING, MAP = "answer (logits)", "embedding", "map "

@@ -24,6 +24,7 @@ from ..config import LOADER
 from ..randomness import derive, generator
 from ..taps import NO_LABEL, DataSpec
 from .images import ImageData, digest
+from .names import in_order, names_below, refuse_other_names
 
 TRAIN, VAL = "train_loader", "val_loader"
 EVERY_PASS = "give the same images on every pass"
@@ -76,7 +77,7 @@ def adopt(train: Any, val: Any, classes: int | None = None) -> GivenData:
         classes: left out, those that a data set has names for (``classes``), or else the largest label of ``val`` and one more.
 
     Raises:
-        UserError: a loader gives something else, or nothing.
+        UserError: a loader gives something else, or nothing, or the two name classes otherwise.
     """
     steps, _ = _steps(train, TRAIN), _steps(val, VAL)
     first, first_labels = checked(next(drawn(train, 0, TRAIN, 0), None), TRAIN)
@@ -85,7 +86,9 @@ def adopt(train: Any, val: Any, classes: int | None = None) -> GivenData:
     finite.end()
     size = _size(first)
     shown, labels = _measured_on(val, size)
-    names = next((names for names in map(_class_names, (train, val)) if names), ())
+    sets = [(what, getattr(loader, "dataset", None)) for what, loader in ((TRAIN, train), (VAL, val))]
+    refuse_other_names([(what, names) for what, dataset in sets for names in names_below(dataset)])
+    names = next((names for _, dataset in sets if (names := in_order(dataset))), ())
     count = classes or len(names) or int(labels.max()) + 1
     for known in (first_labels, labels):
         refuse_other_labels(known, count)
@@ -283,11 +286,6 @@ def _dataset(loader: Any) -> Any:
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     return dataset
-
-
-def _class_names(loader: Any) -> tuple[str, ...]:
-    names = getattr(_dataset(loader), "classes", None)
-    return tuple(map(str, names)) if isinstance(names, list | tuple) else ()
 
 
 def _held(loader: Any) -> Iterator[npt.NDArray[Any]]:

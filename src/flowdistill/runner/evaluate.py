@@ -73,13 +73,14 @@ class About(Taken):
 
 
 class Measured(NamedTuple):
-    """A network's accuracy on a test set."""
+    """A network's accuracy on a test set, and the arithmetic that it was measured in."""
 
     model: str
     dataset: str
     images: int
     correct: int
     accuracy: float
+    precision: str
     recorded: float | None
     data: str
 
@@ -145,14 +146,18 @@ def evaluate(
     """Accuracy on all test images, with the normalisation and, unless told otherwise, the data and precision of training.
 
     Raises:
-        UserError: the file or the data can't be read, or the data has other sizes, classes or names of classes.
+        UserError: the file or the data can't be read, the data has other sizes, classes or names of classes, or the network's logits
+            are not finite.
     """
     net, about = load_network(path)
     data = load_fitting(path, about, dataset)
     net = net.on(device)
     test = labelled(data.x_test, data.y_test, Normalisation(about.mean, about.std).on(device), device, workers)
-    correct = int(measure(net, test, resolve_precision(precision or about.precision, device)).correct)
-    images = len(test)
+    arithmetic, images = resolve_precision(precision or about.precision, device), len(test)
+    found = measure(net, test, arithmetic)
+    if broken := int(found.unanswered):
+        raise UserError(f"{path}: its logits are not finite for {broken:,} of {images:,} test images; is the file whole?")
+    correct = int(found.correct)
     same = data.hash() == about.data_hash
     return Measured(
         model=about.model,
@@ -160,6 +165,7 @@ def evaluate(
         images=images,
         correct=correct,
         accuracy=100 * correct / images,
+        precision=arithmetic,
         recorded=100 * about.correct / about.images if same else None,
         data="as trained" if same else "other than trained on",
     )

@@ -18,6 +18,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 import flowdistill
 from flowdistill import UserError
 from flowdistill.data import given
+from flowdistill.data.given_supply import GivenSupply
 from flowdistill.ledger import Ledger
 from flowdistill.training.weights import load_weights
 
@@ -476,6 +477,16 @@ def test_images_that_are_not_finite_in_a_later_batch(
     assert str(caught.value) == f"{what}: {which} hold values that are not finite; mend them, or leave them out"
     (stopped,) = Ledger(keys["runs"]).runs()
     assert (stopped.status, stopped.error) == ("interrupted", str(caught.value)), "mended, it goes on"
+
+
+def test_every_batch_is_looked_at() -> None:
+    batches = [(IMAGES, LABELS)] * 3
+    data = given.adopt(Late(batches, 3, 1, torch.nan), batches)
+    with pytest.raises(UserError, match=r"^train_loader: 2 of 2 images of batch 3 in epoch 6 hold values that are not finite"):
+        list(GivenSupply(data, torch.device("cpu")).stream(0, 2).epoch(5))
+    data = given.adopt(batches, Late(batches, 2, 2, torch.inf))
+    with pytest.raises(UserError, match=r"^val_loader: 2 of 2 images of batch 2 hold values that are not finite"):
+        list(GivenSupply(data, torch.device("cpu")).test.batches())
 
 
 def test_images_whose_sum_overflows_are_finite() -> None:

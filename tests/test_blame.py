@@ -12,6 +12,7 @@ from small import config
 from test_training import a_cohort
 from torch import Tensor, nn
 
+import flowdistill
 from flowdistill.checks import UserError
 from flowdistill.data.images import ImageData
 from flowdistill.data.sources import read_npz
@@ -262,3 +263,10 @@ def test_a_teacher_that_is_broken_from_the_start(taught: Ledger, small_npz: Path
     with pytest.raises(UserError) as caught:
         engine.first_gradients(cohort)
     assert str(caught.value) == f"teacher resnet14: its {name} is not finite on the first batch; mend the teacher, or choose another"
+
+
+def test_a_modules_weight_has_its_own_name(small_npz: Path, tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    module.get_parameter("4.bias").data[3] = torch.nan
+    with pytest.raises(UserError, match=r"^student module:Sequential-\w+: its weight 4\.bias is not finite; is its file whole\?$"):
+        flowdistill.train(module, f"npz:{small_npz}", train={"epochs": 1, "batch_size": 64}, runs=tmp_path / "runs", progress=False)

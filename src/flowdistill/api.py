@@ -167,7 +167,7 @@ def distill(
 
     Raises:
         UserError: an argument that can't be used; one line that says what to do.
-        RuntimeError: the student diverged; the run is recorded as failed.
+        RuntimeError: the student diverged, or what the teacher says is not finite; the run is recorded as failed.
     """
     if on_epoch is not None and not callable(on_epoch):
         raise UserError(f"on_epoch={on_epoch!r}: give a function that takes a Report, or leave it out")

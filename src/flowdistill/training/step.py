@@ -143,8 +143,9 @@ class Student:
 
         Waits for the device.
         """
-        weights = (f"weight {name}" for name, value in self.net.named_parameters() if not value.isfinite().all())
-        buffers = (f"buffer {name}" for name, value in self.net.named_buffers() if not (value < torch.inf).all())
+        places = (self.net.body, self.net)  # the names of the body are the user's own
+        weights = (f"weight {name}" for it in places for name, value in it.named_parameters() if not value.isfinite().all())
+        buffers = (f"buffer {name}" for it in places for name, value in it.named_buffers() if not (value < torch.inf).all())
         return [found for found in (next(weights, ""), next(buffers, "")) if found]
 
     def trained(self) -> list[nn.Parameter]:

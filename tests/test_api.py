@@ -13,6 +13,7 @@ from flowdistill import models
 from flowdistill.checks import did_you_mean
 from flowdistill.data.sources import read_npz
 from flowdistill.ledger import Ledger
+from flowdistill.runner import evaluate
 from flowdistill.runner.export import FORMATS
 from flowdistill.training.weights import hash_weights
 
@@ -33,6 +34,17 @@ def test_train_then_distill_from_the_result_the_number_or_the_name(keys: dict[st
     assert by_name.run.no != by_number.run.no, "whichever teacher the rule chooses is not this very one"
     assert by_name.run.weights_hash == by_number.run.weights_hash
     assert by_result.accuracy == pytest.approx(100 * by_result.run.correct / 150)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_accuracy_says_its_arithmetic(keys: dict[str, Any], precision: str, capsys: pytest.CaptureFixture[str]) -> None:
+    result = flowdistill.train("resnet8", **{**keys, "train": {**keys["train"], "precision": precision}, "progress": True})
+    assert result.precision == precision
+    assert f"{result.accuracy:.2f} % of 150 test images in {precision} (epoch 1 of 1" in capsys.readouterr().err
+    measured = evaluate(result.folder / "student.safetensors", torch.device("cpu"))
+    assert (measured.accuracy, measured.precision) == (result.accuracy, precision)
+    other = evaluate(result.folder / "student.safetensors", torch.device("cpu"), precision="fp32")
+    assert other.precision == "fp32"
 
 
 def test_a_module_of_ours_teaches_and_a_module_is_where_a_student_starts(keys: dict[str, Any], small_npz: Path) -> None:

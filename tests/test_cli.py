@@ -111,6 +111,7 @@ def test_evaluate_by_number_and_by_file_agree(work: Path) -> None:
     )
     assert by_number == by_file
     assert by_number["accuracy"] == by_number["recorded"]
+    assert by_number["precision"] == "fp32"
 
 
 def test_a_runs_own_record_repeats_it(work: Path) -> None:

@@ -170,3 +170,19 @@ def test_bf16_runs_the_network_in_bf16_and_the_softmax_in_float32():
     assert half.probabilities.dtype == torch.float32
     assert (half.probabilities - whole.probabilities).abs().max() < 0.1
     assert (half.classes == whole.classes).float().mean() > 0.95
+
+
+def test_an_answer_that_is_no_number_is_never_right():
+    """Softmax and argmax of NaN give class 0, which may be the label."""
+    net, on = a_net(), resident(some(6).images, torch.zeros(6, dtype=torch.long))
+    hit = torch.tensor([1, 0, 1, 0, 0, 0], dtype=torch.bool)[:, None]
+    for value, unanswered in ((torch.nan, 2), (torch.inf, 2)):
+        hook = net.fc.register_forward_hook(lambda _, __, out, value=value: out.masked_fill(hit, value))
+        found = evaluate(net, on, "fp32")
+        hook.remove()
+        assert int(found.unanswered) == unanswered
+        assert not found.probabilities.isfinite()[[0, 2]].any()
+        assert int(found.correct) == int((evaluate(net, on, "fp32").classes[~hit[:, 0]] == 0).sum())
+    hook = net.fc.register_forward_hook(lambda _, __, out: torch.cat([out[:, :1], torch.full_like(out[:, 1:], -torch.inf)], 1))
+    assert int(evaluate(net, on, "fp32").unanswered) == 0, "a class may be ruled out"
+    hook.remove()

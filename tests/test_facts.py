@@ -169,3 +169,22 @@ def test_a_class_without_images_pulls_nowhere() -> None:
     loss = nd_loss(embedding, torch.ones(1, 4), torch.zeros(1, 4))
     assert loss.item() == 1
     assert torch.autograd.grad(loss, embedding)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("broken", "what"),
+    [
+        ("fc.weight", "classifier"),
+        ("layer1.0.bn2.weight", "batch normalisation before the ReLU of stage1"),
+        ("layer3.0.conv2.weight", "mean embedding of a class"),
+    ],
+)
+def test_what_a_teacher_tells_before_training_is_finite(data: ImageData, broken: str, what: str) -> None:
+    """A margin of NaN is on neither side of a map: ofd and ab would learn from nothing without a word."""
+    on_device = DeviceData(data, "full", CPU)
+    teacher = a_teacher(on_device)
+    needs = Needs(teacher=frozenset({"stage1.pre"}), facts=frozenset({"class_means" if "mean" in what else "head", "norms"}))
+    teacher.get_parameter(broken).data.view(-1)[3] = torch.nan
+    with pytest.raises(UserError) as caught:
+        gather(needs, teacher, on_device, "fp32")
+    assert str(caught.value) == f"teacher resnet8: its {what} is not finite; mend the teacher, or choose another"

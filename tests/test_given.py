@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,11 +13,12 @@ import torch
 from command import command
 from test_modules import Tied
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset, WeightedRandomSampler
 
 import flowdistill
 from flowdistill import UserError
 from flowdistill.data import given
+from flowdistill.data.given_supply import GivenSupply
 from flowdistill.ledger import Ledger
 from flowdistill.training.weights import load_weights
 
@@ -242,6 +243,114 @@ def test_classes(sets: Any, keys: dict[str, Any]) -> None:
     assert flowdistill.train(Tied(), val, val, classes=10, **keys).run.status == "finished"
 
 
+class Named(TensorDataset):
+    """Twelve images, and whatever says how their classes are named."""
+
+    def __init__(self, **said: Any) -> None:
+        super().__init__(torch.arange(12.0).view(-1, 1, 1, 1).expand(-1, 1, 8, 8), torch.arange(12) % 2)
+        for name, value in said.items():
+            setattr(self, name, value)
+
+
+class Wrapped(Dataset[Any]):
+    """A data set around another, as a split with transforms of its own has it."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, place: int) -> Any:
+        return self.dataset[place]
+
+
+class ClassLabel:
+    """As datasets.ClassLabel is seen."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = list(names)
+
+
+class Reader:
+    class_to_idx: ClassVar = {"cat": 1, "dog": 0}
+
+
+MANY = [f"c{number:02}" for number in range(30)]
+CURE = "number both alike, and let classes or class_to_idx of the data sets say so"
+OTHERWISE = {
+    "one lacks a class": (["a", "b", "c"], ["a", "c"], "class 1 is 'b' in train_loader and 'c' in val_loader (a, b, c against a, c)"),
+    "another order": (["a", "b"], ("b", "a"), "class 0 is 'a' in train_loader and 'b' in val_loader (a, b against b, a)"),
+    "another spelling": (["a", "b"], ["a", "B"], "class 1 is 'b' in train_loader and 'B' in val_loader (a, b against a, B)"),
+    "many": (
+        MANY,
+        [*MANY[:7], *MANY[8:]],
+        f"class 7 is 'c07' in train_loader and 'c08' in val_loader ({', '.join(MANY[:10])} and 20 more against "
+        f"{', '.join([*MANY[:7], *MANY[8:11]])} and 19 more)",
+    ),
+    "class_to_idx alone": (
+        {"class_to_idx": {"a": 0, "b": 1}},
+        {"class_to_idx": {"b": 0, "a": 1}},
+        "class 0 is 'a' in train_loader and 'b' in val_loader (a, b against b, a)",
+    ),
+    "class_to_idx against the order of classes": (
+        {"classes": ["a", "b"], "class_to_idx": {"b": 0, "a": 1}},
+        ["a", "b"],
+        "class 0 is 'b' in train_loader and 'a' in val_loader (b, a against a, b)",
+    ),
+    "a table with a gap": (
+        {"class_to_idx": {"a": 0, "c": 1}},
+        {"class_to_idx": {"a": 0, "c": 2}},
+        "class 1 is 'c' in train_loader and none in val_loader (a, c against a, c)",
+    ),
+    "a column of Hugging Face": (
+        {"features": {"image": 0, "label": ClassLabel("dog", "cat")}},
+        ["cat", "dog"],
+        "class 0 is 'dog' in train_loader and 'cat' in val_loader (dog, cat against cat, dog)",
+    ),
+    "timm": ({"reader": Reader()}, ["cat", "dog"], "class 0 is 'dog' in train_loader and 'cat' in val_loader (dog, cat against cat, dog)"),
+}
+
+
+def a_loader(said: Any, wrap: Callable[[Any], Any] = lambda dataset: dataset) -> DataLoader[Any]:
+    return DataLoader(wrap(Named(**said) if isinstance(said, dict) else Named(classes=said)), 4)
+
+
+@pytest.mark.parametrize(("train", "val", "line"), OTHERWISE.values(), ids=OTHERWISE)
+def test_classes_that_the_loaders_name_otherwise(train: Any, val: Any, line: str) -> None:
+    wraps = [lambda dataset: dataset, Wrapped, lambda dataset: Subset(Wrapped(Subset(dataset, range(8))), range(4))]
+    for wrap in wraps:
+        with pytest.raises(UserError) as caught:
+            given.adopt(a_loader(train), a_loader(val, wrap))
+        assert str(caught.value) == f"{line}; {CURE}"
+
+
+def test_classes_that_one_loader_names_otherwise_in_its_parts() -> None:
+    parts = ConcatDataset([Named(classes=["a", "b"]), Wrapped(Named(classes=["b", "a"]))])
+    with pytest.raises(UserError) as caught:
+        given.adopt(DataLoader(parts, 4), a_loader(["a", "b"]))
+    assert str(caught.value) == f"class 0 is 'a' in one data set of train_loader and 'b' in another (a, b against b, a); {CURE}"
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "names"),
+    [
+        (["a", "b", "c"], ["a", "b"], ("a", "b", "c")),
+        (["0", "1"], [0, 1], ("0", "1")),
+        (["a", "b"], {"class_to_idx": {"b": 1, "a": 0}}, ("a", "b")),
+        (["a", "b", "c"], {"class_to_idx": {"a": 0, "c": 2}}, ("a", "b", "c")),
+        ({"classes": ["a", "b"], "class_to_idx": {"b": 0, "a": 1}}, {}, ("b", "a")),
+        ({"classes": [("crane", "bird"), ("crane",)], "class_to_idx": {"crane": 1, "bird": 0}}, {}, ("('crane', 'bird')", "('crane',)")),
+        (["crane", "boat", "crane"], ["crane", "boat"], ("crane", "boat", "crane")),
+        ({"features": {"a": ClassLabel("x", "y"), "b": ClassLabel("y", "x")}}, ["a", "b"], ("a", "b")),
+        ({"class_to_idx": {"a": "zero"}}, ["b", "a"], ("b", "a")),
+        ({}, {}, ()),
+    ],
+)
+def test_classes_that_the_loaders_name_alike(train: Any, val: Any, names: tuple[str, ...]) -> None:
+    assert given.adopt(a_loader(train), a_loader(val)).class_names == names
+
+
 def test_the_name_follows_what_is_known_of_the_images(sets: Any) -> None:
     def name(train: Any = sets[0], val: Any = sets[1], size: int = 50) -> str:
         return given.adopt(DataLoader(train, size), DataLoader(val, 100)).name
@@ -333,8 +442,55 @@ class Longer(list[Any]):
 def test_images_that_are_not_finite(loaders: Any, what: str) -> None:
     whole = [(IMAGES, LABELS)]
     broken = [(torch.where(torch.arange(len(IMAGES)).view(-1, 1, 1, 1) < 2, torch.nan, IMAGES), LABELS)]
-    with pytest.raises(UserError, match=f"{what}: 2 of {len(IMAGES)} images of a batch hold values that are not finite"):
+    with pytest.raises(UserError, match=f"{what}: 2 of {len(IMAGES)} images of batch 1 hold values that are not finite"):
         given.adopt(*((broken, whole) if what == "train_loader" else (whole, broken)))
+
+
+class Late(list[Any]):
+    """Batches of which one is broken from a pass on."""
+
+    def __init__(self, batches: Any, number: int, on_pass: int, value: float) -> None:
+        super().__init__(batches)
+        self.number, self.left, self.value = number, on_pass, value
+
+    def __iter__(self) -> Any:
+        self.left -= 1
+        for number, (images, labels) in enumerate(super().__iter__(), 1):
+            hit = torch.arange(len(images)).view(-1, 1, 1, 1) < 3 if self.left < 1 and number == self.number else torch.tensor(False)
+            yield torch.where(hit, self.value, images), labels
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    ("what", "number", "on_pass", "when"),
+    [("train_loader", 3, 1, " in epoch 1"), ("train_loader", 1, 4, " in epoch 2"), ("val_loader", 2, 3, "")],
+)
+def test_images_that_are_not_finite_in_a_later_batch(
+    loaders: Any, keys: dict[str, Any], value: float, what: str, number: int, on_pass: int, when: str
+) -> None:
+    train, val = map(list, loaders())
+    pair = (Late(train, number, on_pass, value), val) if what == "train_loader" else (train, Late(val, number, on_pass, value))
+    with pytest.raises(UserError) as caught:
+        flowdistill.train("resnet8", *pair, **keys)
+    size = len((train if what == "train_loader" else val)[number - 1][0])
+    which = f"3 of {size} images of batch {number}{when}"
+    assert str(caught.value) == f"{what}: {which} hold values that are not finite; mend them, or leave them out"
+    (stopped,) = Ledger(keys["runs"]).runs()
+    assert (stopped.status, stopped.error) == ("interrupted", str(caught.value)), "mended, it goes on"
+
+
+def test_every_batch_is_looked_at() -> None:
+    batches = [(IMAGES, LABELS)] * 3
+    data = given.adopt(Late(batches, 3, 1, torch.nan), batches)
+    with pytest.raises(UserError, match=r"^train_loader: 2 of 2 images of batch 3 in epoch 6 hold values that are not finite"):
+        list(GivenSupply(data, torch.device("cpu")).stream(0, 2).epoch(5))
+    data = given.adopt(batches, Late(batches, 2, 2, torch.inf))
+    with pytest.raises(UserError, match=r"^val_loader: 2 of 2 images of batch 2 hold values that are not finite"):
+        list(GivenSupply(data, torch.device("cpu")).test.batches())
+
+
+def test_images_whose_sum_overflows_are_finite() -> None:
+    given.Finite("train_loader").look(torch.full((2, 1, 8, 8), 3e38))
 
 
 class Silent(list[Any]):

@@ -112,7 +112,7 @@ def test_where_one_diverges_both_are_failed_and_others_go_on(ledger: Ledger, sma
     def harmed(cohort: engine.Cohort, report: engine.EpochReport) -> None:
         for student, progress in report.progress.items():
             if student.peers and student is cohort.lanes[0].students[0]:
-                progress.terms["dml"] = float("nan")
+                progress.error = "diverged in epoch 1: dml is not finite"
         original(cohort, report)
 
     monkeypatch.setattr(engine, "_dismiss_diverged", harmed)

@@ -363,7 +363,7 @@ def test_a_broken_weight_that_no_logit_shows_ends_a_run(data: ImageData, small_n
     cohort, (student,) = a_cohort(data, [config(small_npz, method="base", teacher="-")])
     student.net.unused = torch.nn.Parameter(torch.tensor(float("nan")))
     (report,) = train(cohort)
-    assert "diverged in epoch 1: a weight is not finite" in report.progress[student].error
+    assert "diverged in epoch 1: its weight unused is not finite" in report.progress[student].error
 
 
 def test_a_cohort_whose_students_all_diverged_stops(data: ImageData, small_npz: Path) -> None:

@@ -45,9 +45,17 @@ class Result:
 
     @property
     def accuracy(self) -> float:
-        """Percent of the test images that the student gets right: last epoch, or the epoch the holdout chose."""
+        """Percent of the test images that the student gets right, measured in ``precision``: last epoch, or the epoch the holdout chose."""
         assert self.run.accuracy is not None
         return self.run.accuracy
+
+    @property
+    def precision(self) -> str:
+        """The arithmetic that ``accuracy`` was measured in, which is that of training: ``bf16`` or ``fp32``.
+
+        ``student()`` and ``module()`` compute in float32, where a student of ``bf16`` may get a few images more or fewer right.
+        """
+        return self.run.precision
 
     def student(self, *, accept_changes: bool = False) -> Network:
         """The trained network, in eval mode on the CPU; called on images it gives logits, embedding and maps.
@@ -173,7 +181,7 @@ def distill(
 
     Raises:
         UserError: an argument that can't be used; one line that says what to do.
-        RuntimeError: the student diverged; the run is recorded as failed.
+        RuntimeError: the student diverged, or what the teacher says is not finite; the run is recorded as failed.
     """
     if on_epoch is not None and not callable(on_epoch):
         raise UserError(f"on_epoch={on_epoch!r}: give a function that takes a Report, or leave it out")

@@ -46,6 +46,13 @@ def mean_of_the_batches_accuracies(net, on, precision):
     return found._replace(correct=(mean * len(hits)).round())
 
 
+@bug(evaluation, "evaluate", test_evaluate.test_an_answer_that_is_no_number_is_never_right)
+def no_number_counted_as_the_first_class(net, on, precision):
+    """argmax of NaN is 0, and so is a label in ten."""
+    found = evaluate(net, on, precision)
+    return found._replace(correct=(found.classes == on.labels).sum())
+
+
 @bug(evaluation, "evaluate", test_evaluate.test_mode_is_put_back, {"training": True})
 def evaluation_in_train_mode(net, on, precision):
     """No eval(): the batch's statistics in place of the network's."""

@@ -7,6 +7,8 @@ import secrets
 
 import numpy as np
 import test_augment
+import test_blame
+import test_given
 import test_loader
 import test_runner
 import test_schedule
@@ -14,8 +16,9 @@ import test_training as suite
 import torch
 
 from flowdistill import models, randomness
-from flowdistill.data import augment, loader
-from flowdistill.training import cohort, engine, optim, schedule, step
+from flowdistill.data import augment, loader, names
+from flowdistill.data.given import Finite
+from flowdistill.training import blame, cohort, engine, optim, schedule, step
 from flowdistill.training.engine import Eager
 from flowdistill.training.optim import build_optimizer
 from flowdistill.training.schedule import lr_factor
@@ -145,7 +148,7 @@ def gradients_of_earlier_steps_kept(group, images, taught, batch, *, lr, precisi
     sum(weight * terms[term] for term, weight in student.weights.items()).backward()
     student.optimizer.param_groups[0]["lr"] = lr
     student.optimizer.step()
-    student.sums = {term: student.sums[term] + value.detach() for term, value in terms.items()}
+    student.tally.add({term: value.detach() for term, value in terms.items()})
 
 
 @bug(Student, "begin_phase", PLAIN)
@@ -177,8 +180,7 @@ def momentum_carried_into_stage_two(self, number):
 def student_trained_in_eval_mode(self):
     """eval() of the last evaluation never taken back: batch statistics stand still."""
     self.method.train()
-    for value in self.sums.values():
-        value.zero_()
+    self.tally.reset()
     self.net.eval()
 
 
@@ -195,7 +197,7 @@ def weighted_terms_reported(group, images, taught, batch, *, lr, precision, loss
     sum(terms[term] for term in student.weights).backward()
     student.optimizer.param_groups[0]["lr"] = lr
     student.optimizer.step()
-    student.sums = {term: student.sums[term] + value.detach() for term, value in terms.items()}
+    student.tally.add({term: value.detach() for term, value in terms.items()})
 
 
 @bug(Student, "begin_epoch", suite.test_reported_terms_are_unweighted_means_over_the_steps_of_their_epoch)
@@ -344,3 +346,38 @@ evaluate_all = engine.evaluate_all
 def logits_that_are_not_finite_unnoticed(nets, on, precision):
     """The losses of the epoch were still finite; the weights after its last step are not."""
     return [found._replace(probabilities=found.probabilities.nan_to_num()) for found in evaluate_all(nets, on, precision)]
+
+
+# What is not finite, and whose fault it is
+
+look, fault = Finite.look, blame.fault
+SAID = test_blame.test_what_a_teacher_says_is_named_whatever_the_method_makes_of_it
+
+
+@bug(Teacher, "measure", SAID, {"method": "ofd"})
+def teachers_map_not_looked_at(self, outputs):
+    """A method that compares and masks swallows NaN: the loss stays finite, and the student learns from garbage."""
+    return {name: torch.zeros(()) for name in self.said}
+
+
+@bug(blame, "fault", SAID, {"method": "kd"})
+def rate_blamed_for_the_teacher(student, seen, peers=()):
+    """Whatever is not finite, a lower learning rate is the advice."""
+    return fault(student, seen._replace(teacher={}), peers)
+
+
+@bug(Finite, "look", test_given.test_every_batch_is_looked_at)
+def first_batch_alone_looked_at(self, images):
+    """What holds for the first batch of a loader is taken to hold for all."""
+    if not self._batches:
+        look(self, images)
+
+
+@bug(
+    names,
+    "refuse_other_names",
+    test_given.test_classes_that_the_loaders_name_otherwise,
+    dict(zip(("train", "val", "line"), test_given.OTHERWISE["one lacks a class"], strict=True)),
+)
+def names_of_the_first_loader_taken_for_both(sources):
+    """ImageFolder numbers the classes that it finds: a folder that lacks one has others from there on."""

@@ -24,6 +24,7 @@ from ..config import LOADER
 from ..randomness import derive, generator
 from ..taps import NO_LABEL, DataSpec
 from .images import ImageData, digest
+from .names import in_order, names_below, refuse_other_names
 
 TRAIN, VAL = "train_loader", "val_loader"
 EVERY_PASS = "give the same images on every pass"
@@ -76,14 +77,18 @@ def adopt(train: Any, val: Any, classes: int | None = None) -> GivenData:
         classes: left out, those that a data set has names for (``classes``), or else the largest label of ``val`` and one more.
 
     Raises:
-        UserError: a loader gives something else, or nothing.
+        UserError: a loader gives something else, or nothing, or the two name classes otherwise.
     """
     steps, _ = _steps(train, TRAIN), _steps(val, VAL)
     first, first_labels = checked(next(drawn(train, 0, TRAIN, 0), None), TRAIN)
-    _refuse_infinite(first, TRAIN)
+    finite = Finite(TRAIN)
+    finite.look(first)
+    finite.end()
     size = _size(first)
     shown, labels = _measured_on(val, size)
-    names = next((names for names in map(_class_names, (train, val)) if names), ())
+    sets = [(what, getattr(loader, "dataset", None)) for what, loader in ((TRAIN, train), (VAL, val))]
+    refuse_other_names([(what, names) for what, dataset in sets for names in names_below(dataset)])
+    names = next((names for _, dataset in sets if (names := in_order(dataset))), ())
     count = classes or len(names) or int(labels.max()) + 1
     for known in (first_labels, labels):
         refuse_other_labels(known, count)
@@ -119,11 +124,13 @@ def _measured_on(val: Any, size: tuple[int, int, int]) -> tuple[npt.NDArray[np.f
     """The first images of the test images' loader, and all labels."""
     shown: npt.NDArray[np.float32] = np.empty(0, np.float32)
     parts: list[Tensor] = []
+    finite = Finite(VAL)
     for images, labels in (checked(batch, VAL) for batch in drawn(val, 0, VAL, 0)):
         refuse_other_sizes(images, size)
-        _refuse_infinite(images, VAL)
+        finite.look(images)
         shown = shown if parts else images.float().cpu().numpy()
         parts.append(labels.cpu())
+    finite.end()
     if not parts:
         raise UserError(f"{VAL}: it gives no batch, though it has a length of {len(val)}; accuracy is measured on its images")
     return shown, torch.cat(parts)
@@ -226,9 +233,46 @@ def refuse_other_labels(
         raise UserError(f"{what} label {int(wrong[0])}, of {classes} classes; labels are 0 to {classes - 1}, or {other}")
 
 
-def _refuse_infinite(images: Tensor, what: str) -> None:
-    if bad := int((~images.isfinite().flatten(1).all(1)).sum()):
-        raise UserError(f"{what}: {bad} of {len(images)} images of a batch hold values that are not finite; mend them, or leave them out")
+class Finite:
+    """A look at the images of one pass through a loader: at those in the host's memory as they come, at those on a device after the
+    last, so that nothing waits for it.
+    """
+
+    def __init__(self, what: str, epoch: int | None = None) -> None:
+        self.what, self.when = what, "" if epoch is None else f" in epoch {epoch + 1}"
+        self._batches = 0
+        self._later: list[tuple[str, Tensor]] = []
+
+    def look(self, images: Tensor) -> None:
+        """Take the next batch.
+
+        Raises:
+            UserError: an image holds a value that is not finite.
+        """
+        self._batches += 1
+        which, here = f"of {len(images)} images of batch {self._batches}{self.when}", images.device.type == "cpu"
+        if here and images.sum().isfinite():  # by far the cheapest look; it may overflow, and then each value counts
+            return
+        broken = (~images.isfinite().flatten(1).all(1)).sum()
+        if not here:
+            self._later.append((which, broken))
+        else:
+            self._refuse(int(broken), which)
+
+    def end(self) -> None:
+        """After the last batch: the device is waited for.
+
+        Raises:
+            UserError: as ``look``.
+        """
+        if self._later:
+            counts = torch.stack([broken for _, broken in self._later]).tolist()
+            for (which, _), broken in zip(self._later, counts, strict=True):
+                self._refuse(broken, which)
+
+    def _refuse(self, broken: int, which: str) -> None:
+        if broken:
+            raise UserError(f"{self.what}: {broken} {which} hold values that are not finite; mend them, or leave them out")
 
 
 def _size(images: Tensor) -> tuple[int, int, int]:
@@ -242,11 +286,6 @@ def _dataset(loader: Any) -> Any:
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     return dataset
-
-
-def _class_names(loader: Any) -> tuple[str, ...]:
-    names = getattr(_dataset(loader), "classes", None)
-    return tuple(map(str, names)) if isinstance(names, list | tuple) else ()
 
 
 def _held(loader: Any) -> Iterator[npt.NDArray[Any]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checks import UserError
 from ..taps import Batch
-from .given import EVERY_PASS, TRAIN, VAL, GivenData, checked, drawn, refuse_other_labels, refuse_other_sizes
+from .given import EVERY_PASS, TRAIN, VAL, Finite, GivenData, checked, drawn, refuse_other_labels, refuse_other_sizes
 from .normalisation import Normalisation
 
 WHOLE = "which a loader does not tell; choose another method, or give the data by name"
@@ -28,13 +28,14 @@ class GivenSet:
         """As ``Labelled`` says.
 
         Raises:
-            UserError: another number of images than on the first pass.
+            UserError: another number of images than on the first pass, or values that are not finite.
         """
-        count = 0
+        count, finite = 0, Finite(VAL)
         for batch in drawn(self.data.val, 0, VAL, 0):
-            images, labels = _placed(checked(batch, VAL), self.data, self.device)
+            images, labels = _placed(checked(batch, VAL), self.data, self.device, finite)
             count += len(labels)
             yield images, labels
+        finite.end()
         if count != len(self):
             raise UserError(f"{VAL}: it gave {len(self)} images on its first pass and {count} on another; it must {EVERY_PASS}")
 
@@ -88,16 +89,18 @@ class GivenStream:
         """The epoch's batches.
 
         Raises:
-            UserError: other batches than the first one was, or another number of them than the loader's length.
+            UserError: other batches than the first one was, values that are not finite, or another number of batches than the loader's
+                length.
         """
-        device, given = self.data.device, self.data.data
+        device, given, finite = self.data.device, self.data.data, Finite(TRAIN, epoch)
         number, step, place = torch.tensor(epoch, device=device), 0, 0
         for step, batch in enumerate(drawn(given.train, self.seed, TRAIN, epoch), 1):
             if step > self.steps:
                 break
-            images, labels = _placed(checked(batch, TRAIN), given, device)
+            images, labels = _placed(checked(batch, TRAIN), given, device, finite)
             yield images, Batch(labels, torch.arange(place, place + len(labels), device=device), number)
             place += len(labels)
+        finite.end()
         if step != self.steps:
             what = "more" if step > self.steps else f"{step}"
             cure = f"give it the right length; it must {EVERY_PASS}"
@@ -111,10 +114,11 @@ class GivenStream:
         """Nothing is kept."""
 
 
-def _placed(batch: tuple[Tensor, Tensor], data: GivenData, device: torch.device) -> tuple[Tensor, Tensor]:
+def _placed(batch: tuple[Tensor, Tensor], data: GivenData, device: torch.device, finite: Finite) -> tuple[Tensor, Tensor]:
     """A batch on the device, float32 in channels_last memory."""
     images, labels = batch
     refuse_other_sizes(images, data.size)
+    finite.look(images)
     refuse_other_labels(labels, data.classes)
     on_device = images.to(device, torch.float32, non_blocking=True).contiguous(memory_format=torch.channels_last)
     return on_device, labels.to(device, torch.int64, non_blocking=True)

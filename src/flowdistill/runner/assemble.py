@@ -116,7 +116,16 @@ def _network(job: Job, taps: tuple[str, ...], given: Normalisation) -> Network:
 
 
 def _accuracy(net: Network, data: Supply, precision: Precision) -> float:
-    return 100 * int(evaluate(net, data.curve, precision).correct) / len(data.curve)
+    """A teacher's, in percent.
+
+    Raises:
+        UserError: its logits are not all finite.
+    """
+    found, images = evaluate(net, data.curve, precision), len(data.curve)
+    if broken := int(found.unanswered):
+        which = f"{broken:,} of {images:,} images that it is measured on"
+        raise UserError(f"teacher {net.spec.name}: its answer (logits) is not finite for {which}; mend it, or choose another")
+    return 100 * int(found.correct) / images
 
 
 def check_start(cohort: Cohort, members: Sequence[Member], watcher: Watcher) -> dict[Student, dict[str, float]]:
@@ -163,8 +172,8 @@ def _check_gradients(member: Member, ratios: Mapping[str, float], watcher: Watch
     for term, ratio in ratios.items():
         watcher.say(f"{member.job.label}: gradient of {term} on the first batch {ratio:.3g} x the task's (weight {weights[term]:g})")
         if not math.isfinite(ratio):
-            whose = "teacher" if member.student.sound() else "student"
-            raise UserError(f"{member.job.label}: the gradient of {term} on the first batch is not finite; is the {whose} sound?")
+            why = "though images, teacher, student and the term itself are"
+            raise UserError(f"{member.job.label}: the gradient of {term} on the first batch is not finite, {why}; choose another method")
         if ratio > GRADIENT_LIMIT:
             cure = weights[term] / ratio * 10
             raise UserError(

@@ -79,6 +79,7 @@ class Measured(NamedTuple):
     """A network's accuracy on a test set.
 
     Attributes:
+        precision: the arithmetic that it was measured in.
         recorded: percent, as the run measured it; None on other data.
         data: whether it is that of the run.
         verdict: ``as recorded``, or by how many points it differs and what is another than it was.
@@ -89,6 +90,7 @@ class Measured(NamedTuple):
     images: int
     correct: int
     accuracy: float
+    precision: str
     recorded: float | None
     data: str
     verdict: str
@@ -181,24 +183,28 @@ def evaluate(
         changed: what of the file is known to be another than was recorded.
 
     Raises:
-        UserError: the file or the data can't be read, or the data has other sizes, classes or names of classes.
+        UserError: the file or the data can't be read, the data has other sizes, classes or names of classes, or the network's logits
+            are not finite.
     """
     net, about = load_network(path, changes)
     data = load_fitting(path, about, dataset)
     net = net.on(device)
     test = labelled(data.x_test, data.y_test, Normalisation(about.mean, about.std).on(device), device, workers)
-    computed = resolve_precision(precision or about.precision, device)
-    correct = int(measure(net, test, computed).correct)
-    images = len(test)
+    arithmetic, images = resolve_precision(precision or about.precision, device), len(test)
+    found = measure(net, test, arithmetic)
+    if broken := int(found.unanswered):
+        raise UserError(f"{path}: its logits are not finite for {broken:,} of {images:,} test images; is the file whole?")
+    correct = int(found.correct)
     same = data.hash() == about.data_hash
     accuracy, recorded = 100 * correct / images, 100 * about.correct / about.images
-    why = ", ".join(_others(about, net.about, device, computed, changed or net.changed))
+    why = ", ".join(_others(about, net.about, device, arithmetic, changed or net.changed))
     return Measured(
         model=about.model,
         dataset=data.name,
         images=images,
         correct=correct,
         accuracy=accuracy,
+        precision=arithmetic,
         recorded=recorded if same else None,
         data="as trained" if same else "other than trained on",
         verdict=_verdict(accuracy - recorded, why, verified="network" in net.about) if same else "not comparable: other data",

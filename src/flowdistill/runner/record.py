@@ -134,7 +134,7 @@ def told(run: Run) -> str:
     """A finished run in one line."""
     return (
         f"run {run.no}: {run.method} {run.student} seed {run.seed}: {run.accuracy:.2f} % of {run.images:,} test images "
-        f"(epoch {run.epoch} of {run.nepoch}, {run.split} split), {run.train_seconds:.1f} s of training"
+        f"in {run.precision} (epoch {run.epoch} of {run.nepoch}, {run.split} split), {run.train_seconds:.1f} s of training"
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,10 +20,12 @@ from ..config import TrainConfig
 from ..data.supply import BATCH, Batches, First, Supply
 from ..device import Precision, Stopwatch, synchronize
 from ..taps import NO_LABEL, Batch
+from .blame import Seen, fault, refuse_first
 from .choice import choose
 from .engine import Eager, Lane
 from .evaluate import Evaluation, evaluate
 from .step import Student, gradient_ratios
+from .tally import Tally
 
 
 @dataclass
@@ -136,16 +137,16 @@ def train(cohort: Cohort, on_step: Callable[[], None] = lambda: None) -> Iterato
 def ready(cohort: Cohort) -> float:
     """Let the engine set up what is new in this phase, or fall back; the seconds that took."""
     started = time.perf_counter()
-    for student in cohort.students:
-        student.begin_epoch()
+    for lane in cohort.lanes:
+        lane.begin_epoch()
     cohort.engine = cohort.engine.ready(cohort.lanes)
     return time.perf_counter() - started
 
 
 def _train_epoch(cohort: Cohort, epoch: int, epochs: int, on_step: Callable[[], None]) -> None:
     """``epoch`` epochs of this phase of ``epochs`` are done."""
-    for student in cohort.students:
-        student.begin_epoch()
+    for lane in cohort.lanes:
+        lane.begin_epoch()
     steps = cohort.lanes[0].stream.steps
     rates = {student: student.rates(epoch, epochs, steps) for student in cohort.students}
     for _ in cohort.engine.epoch(cohort.lanes, cohort.done, rates):
@@ -192,35 +193,38 @@ def _evaluation_seconds(cohort: Cohort) -> float:
 
 def _measure(cohort: Cohort, epoch: int, epochs: int) -> dict[Student, Progress]:
     """Evaluate every student, check the teachers, and read all figures in one transfer from the device."""
-    students, steps = cohort.students, cohort.lanes[0].stream.steps
-    teachers = [lane.teacher for lane in cohort.lanes if lane.teacher is not None]
+    students, steps, images = cohort.students, cohort.lanes[0].stream.steps, len(cohort.data.curve)
+    taught = [(lane.teacher, lane.heard) for lane in cohort.lanes if lane.teacher is not None and lane.heard is not None]
     found = cohort.engine.evaluate(students, cohort.data)
-    figures = [teacher.drift() for teacher in teachers]
+    figures = [figure for teacher, heard in taught for figure in (teacher.drift(), heard.sound)]
     for student, evaluation in zip(students, found, strict=True):
-        figures += [evaluation.correct, evaluation.probabilities.isfinite().all(), student.sound(), *student.sums.values()]
-    values = iter(torch.stack([figure.float() for figure in figures]).tolist())
-    for teacher in teachers:
+        figures += [evaluation.correct, evaluation.unanswered, student.sound(), *student.tally.tensors]
+    values = iter(torch.cat([figure.float().reshape(-1) for figure in figures]).tolist())
+    sound: dict[Tally, dict[str, int]] = {}
+    for teacher, heard in taught:
         teacher.check_mode()
         if next(values):
             raise RuntimeError("a weight or a buffer of the teacher changed during training")
-    progress = {}
+        sound[heard] = {name: int(next(values)) for name in heard.names}
+    progress, seen = {}, {}
     for student, evaluation in zip(students, found, strict=True):
-        correct, answers, weights = int(next(values)), bool(next(values)), bool(next(values))
-        terms = {term: next(values) / steps for term in student.sums}
+        correct, unanswered, weights = int(next(values)), int(next(values)), bool(next(values))
+        terms = {term: next(values) / steps for term in student.tally.names}
+        whole = {term: int(next(values)) for term in student.tally.names}
         lr = student.learning_rate(epoch, epochs, steps - 1, steps)
-        broken = "its logits are not finite" * (not answers) or "a weight is not finite" * (not weights)
-        progress[student] = Progress(terms, lr, correct, evaluation, broken)
+        progress[student] = Progress(terms, lr, correct, evaluation)
+        seen[student] = Seen(cohort.done + 1, steps, {}, whole, weights, images, unanswered)
+    for lane in cohort.lanes:
+        for student in lane.students:
+            if student.taught and lane.teacher is not None and lane.heard is not None:
+                said = {name: sound[lane.heard][name] for name in lane.teacher.looked_at(student.method.needs)}
+                seen[student] = seen[student]._replace(teacher=said)
+            progress[student].error = fault(student, seen[student], [seen[peer] for peer in student.peers])
     return progress
 
 
 def _dismiss_diverged(cohort: Cohort, report: EpochReport) -> None:
     for lane in cohort.lanes:
-        for student in lane.students:
-            progress = report.progress[student]
-            broken = [term for term, value in progress.terms.items() if not math.isfinite(value)]
-            if broken or progress.error:
-                what = f"{', '.join(broken)} is not finite" if broken else progress.error
-                progress.error = f"diverged in epoch {report.epoch}: {what}; lower train.lr or weights.{[*progress.terms][-1]}"
         for group in lane.groups:
             if any(report.progress[student].error for student in group):
                 for student in group:
@@ -242,11 +246,15 @@ def first_gradients(cohort: Cohort) -> dict[Student, dict[str, float]]:
     """Each student's gradient norms relative to the task's, on its first batch with a label; changes nothing.
 
     A batch that would be mixed without labels is not mixed, for the task needs them.
+
+    Raises:
+        UserError: images, a teacher's answer, a student's or a term is not finite; and what ``gradient_ratios`` refuses.
     """
     found: dict[Student, dict[str, float]] = {}
     for lane in cohort.lanes:
         images, batch = _first_labelled(lane.stream.with_labels())
         taught = lane.teacher.teach(images) if lane.teacher else None
+        refuse_first(images, lane.teacher, taught)
         for group in lane.groups:
             found |= gradient_ratios(group, images, taught, batch, cohort.precision)
     return found

@@ -19,16 +19,30 @@ from ..device import Precision
 from ..taps import Batch, Outputs
 from .evaluate import Evaluation, evaluate_all
 from .step import Group, Objective, Student, drawing, losses, train_step
+from .tally import Tally
 from .teacher import Teacher
 
 
 @dataclass
 class Lane:
-    """One seed: its stream of batches, its teacher, and the students that share both."""
+    """One seed: its stream of batches, its teacher, and the students that share both.
+
+    Attributes:
+        heard: whether what the teacher says is finite; None before the first epoch.
+    """
 
     stream: Batches
     teacher: Teacher | None
     students: list[Student]
+    heard: Tally | None = None
+
+    def begin_epoch(self) -> None:
+        """Students in train mode, and all sums at zero."""
+        for student in self.students:
+            student.begin_epoch()
+        if self.teacher is not None:
+            self.heard = self.heard or Tally(self.teacher.said, self.stream.data.device)
+            self.heard.reset()
 
     @property
     def groups(self) -> list[Group]:
@@ -74,7 +88,16 @@ class Eager:
 
     def teach(self, lane: Lane, images: Tensor) -> Outputs | None:
         """What the teacher says of a batch, once for all students of the lane."""
-        return lane.teacher.teach(images) if lane.teacher is not None and lane.taught else None
+        if lane.teacher is None or not lane.taught:
+            return None
+        said = self.ask(lane.teacher, images)
+        if lane.heard is not None:
+            lane.heard.add(lane.teacher.measure(said))
+        return said
+
+    def ask(self, teacher: Teacher, images: Tensor) -> Outputs:
+        """A teacher's outputs."""
+        return teacher.teach(images)
 
     def losses(self, group: Group, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> list[dict[str, Tensor]]:
         """Each student's terms on a batch."""
@@ -109,13 +132,11 @@ class Compiled(Eager):
         self._tried |= new
         return self
 
-    def teach(self, lane: Lane, images: Tensor) -> Outputs | None:
+    def ask(self, teacher: Teacher, images: Tensor) -> Outputs:
         """Compiled once a teacher."""
-        if lane.teacher is None or not lane.taught:
-            return None
-        if lane.teacher not in self._teachers:
-            self._teachers[lane.teacher] = _compile(_teaching(lane.teacher))
-        return self._teachers[lane.teacher](images)
+        if teacher not in self._teachers:
+            self._teachers[teacher] = _compile(_teaching(teacher))
+        return self._teachers[teacher](images)
 
     def losses(self, group: Group, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> list[dict[str, Tensor]]:
         """Compiled once a kind of student; weights and statistics are its inputs."""
@@ -164,7 +185,9 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 def taken_back(lanes: Sequence[Lane]) -> Iterator[None]:
     """What is trained inside leaves no trace: every tensor gets its value back in its place."""
     students = [student for lane in lanes for student in lane.students]
-    tensors = [value for student in students for value in (*student.state()[0].values(), *student.sums.values())]
+    tallies = [*(student.tally for student in students), *(lane.heard for lane in lanes if lane.heard is not None)]
+    tensors = [value for student in students for value in student.state()[0].values()]
+    tensors += [value for tally in tallies for value in tally.tensors]
     kept = [(value, value.detach().clone()) for value in tensors]
     try:
         yield

@@ -21,12 +21,17 @@ class Evaluation(NamedTuple):
     Attributes:
         correct: scalar, images whose most probable class is their label; still on the device.
         classes: [N] most probable class.
-        probabilities: [N] its probability; NaN where the network gave no finite logits.
+        probabilities: [N] its probability; NaN where the network gave no finite logits, which is never right.
     """
 
     correct: Tensor
     classes: Tensor
     probabilities: Tensor
+
+    @property
+    def unanswered(self) -> Tensor:
+        """Scalar, images for which the logits are not finite; still on the device."""
+        return (~self.probabilities.isfinite()).sum()
 
 
 def evaluate(net: Network, on: Labelled, precision: Precision) -> Evaluation:
@@ -53,7 +58,8 @@ def evaluate_all(nets: Sequence[Network], on: Labelled, precision: Precision) ->
         probabilities, classes = (torch.cat(parts) for parts in zip(*top, strict=True))
         if not len(classes) == len(truth) == len(on):
             raise RuntimeError(f"evaluation gave {len(classes)} answers for {len(on)} images")
-        found.append(Evaluation((classes == truth).sum(), classes, probabilities))
+        right = (classes == truth) & probabilities.isfinite()
+        found.append(Evaluation(right.sum(), classes, probabilities))
     return found
 
 

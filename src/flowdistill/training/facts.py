@@ -21,13 +21,19 @@ def gather(needs: Needs, teacher: Network | None, data: Supply, precision: Preci
     """The facts that are needed; of a teacher only where there is one.
 
     Raises:
-        UserError: the teacher's classifier is no linear layer.
+        UserError: the teacher's classifier is no linear layer, or what it tells is not finite.
     """
     labels = data.labels if "labels" in needs.facts else None
     if teacher is None:
         return Facts(labels=labels)
     means = class_means(teacher, data, precision) if "class_means" in needs.facts else None
-    return replace(of_teacher(needs, teacher), class_means=means, labels=labels)
+    facts = replace(of_teacher(needs, teacher), class_means=means, labels=labels)
+    told = {"classifier": facts.head or (), "mean embedding of a class": () if means is None else (means,)}
+    told |= {f"batch normalisation before the ReLU of {tap.removesuffix('.pre')}": pair for tap, pair in facts.norms.items()}
+    for what, tensors in told.items():
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise UserError(f"teacher {teacher.spec.name}: its {what} is not finite; mend the teacher, or choose another")
+    return facts
 
 
 def of_teacher(needs: Needs, teacher: Network) -> Facts:

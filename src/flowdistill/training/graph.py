@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class Tape:
     """One step of a cohort on memory of fixed place."""
 
     def __init__(self, inner: Eager, lanes: Sequence[Lane], streams: Sequence[torch.cuda.Stream] = ()) -> None:
-        self.inner, self.lanes, self.streams = inner, [Lane(lane.stream, lane.teacher, list(lane.students)) for lane in lanes], streams
+        self.inner, self.lanes, self.streams = inner, [replace(lane, students=list(lane.students)) for lane in lanes], streams
         device = lanes[0].stream.data.device
         self.sources = [_drawn(lane.stream) for lane in lanes]
         self.draws = [stream.draws(0) for stream in self.sources]
@@ -140,7 +140,7 @@ class Graph(Eager):
         device, count = lanes[0].stream.data.device, sum(len(lane.students) for lane in lanes)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        first = Lane(lanes[0].stream, lanes[0].teacher, lanes[0].students[:1])
+        first = replace(lanes[0], students=lanes[0].students[:1])
         tape = Tape(self.inner, [first])
         tape.step()
         needed = max(torch.cuda.max_memory_allocated(device) - before, 1)

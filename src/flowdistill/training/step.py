@@ -20,6 +20,7 @@ from ..taps import NO_LABEL, Batch, Outputs
 from .freeze import freeze
 from .optim import build_optimizer, trained_parameters
 from .schedule import WARMUP, lr_factor
+from .tally import Tally, are
 
 TASK = "task"  # the cross-entropy with the labels
 
@@ -39,7 +40,7 @@ class Student:
                 raise UserError(f"{self._frozen} leaves nothing to train in phase {phase.name!r}; freeze less")
         self.optimizer: torch.optim.SGD
         self.weights: dict[str, float] = {}
-        self.sums: dict[str, Tensor] = {}
+        self.tally = Tally((), next(net.parameters()).device)
         self.peers: tuple[Student, ...] = ()
         self.chosen_epoch = 0
         self.chosen_correct = -1
@@ -60,6 +61,22 @@ class Student:
             if not any(terms[term].requires_grad for term in self.settled.counted(phase) if term in terms):
                 raise UserError(f"{self._frozen} leaves nothing to train that a loss of phase {phase.name!r} depends on; freeze less")
 
+    def refuse_broken(self, own: Outputs, terms: Mapping[str, Tensor]) -> None:
+        """Look at its weights before any step, at its outputs of a batch that is finite, and at the terms; waits for the device.
+
+        Raises:
+            UserError: something is not finite, though the teacher's outputs are.
+        """
+        name, when = self.net.spec.name, "on the first batch, before any step"
+        if not self.sound():
+            raise UserError(f"student {name}: its {self.broken_parts()[0]} is not finite; is its file whole?")
+        if not own.logits.detach().amax(1).isfinite().all():  # one may rule classes out by -inf
+            raise UserError(f"student {name}: its logits are not finite {when}, though its weights are; mend it, or choose another")
+        if broken := [term for term, value in terms.items() if not value.isfinite()]:
+            whose = "what teacher and student give is" if self.method.uses_teacher else "its logits are"
+            cure = f"give {self.settled.name} other options, or choose another method or student"
+            raise UserError(f"{self.settled.name} {name}: {are(broken)} not finite {when}, though {whose}; {cure}")
+
     def choose(self, epoch: int, correct: int, *, keep: bool) -> None:
         """This epoch's weights are to ship; with ``keep`` a copy outlives the epochs to come."""
         self.chosen_epoch, self.chosen_correct = epoch, correct
@@ -77,7 +94,12 @@ class Student:
         self.weights = self.settled.counted(self.phase)
         task = () if self.train.mixup is True else (TASK,)
         terms = (*task, *self.method.terms) if self.taught or not self.method.uses_teacher else task
-        self.sums = {term: torch.zeros((), device=next(self.net.parameters()).device) for term in terms}
+        self.tally = Tally(terms, next(self.net.parameters()).device)
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """Each unweighted term's sum over the epoch; scalars on the device."""
+        return dict(zip(self.tally.names, self.tally.totals.unbind(), strict=True))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """All that the epochs to come depend on, between two epochs: tensors and counters. The tensors are not copies."""
@@ -116,6 +138,16 @@ class Student:
         """Whether its weights are finite: a broken one need not show in the logits, behind a ReLU. A scalar that stays on the device."""
         return torch.stack([parameter.detach().isfinite().all() for parameter in self.net.parameters()]).all()
 
+    def broken_parts(self) -> list[str]:
+        """Its first weight and its first buffer that are not finite, as messages name them; a buffer may mask by -inf.
+
+        Waits for the device.
+        """
+        places = (self.net.body, self.net)  # the names of the body are the user's own
+        weights = (f"weight {name}" for it in places for name, value in it.named_parameters() if not value.isfinite().all())
+        buffers = (f"buffer {name}" for it in places for name, value in it.named_buffers() if not (value < torch.inf).all())
+        return [found for found in (next(weights, ""), next(buffers, "")) if found]
+
     def trained(self) -> list[nn.Parameter]:
         """What the optimiser moves in this phase."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -131,8 +163,7 @@ class Student:
         for module in self._still:
             module.eval()
         self.method.train()
-        for value in self.sums.values():
-            value.zero_()
+        self.tally.reset()
 
     def learning_rate(self, epoch: int, epochs: int, step: int, steps: int) -> float:
         """The rate of a step; ``epoch`` and ``step`` are 0-based within the phase and the epoch."""
@@ -251,8 +282,7 @@ def train_step(
         for parameters in student.optimizer.param_groups:
             parameters["lr"] = lr
         student.optimizer.step()
-        for term, value in terms.items():
-            student.sums[term].add_(value.detach())
+        student.tally.add({term: value.detach() for term, value in terms.items()})
 
 
 def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
@@ -276,7 +306,7 @@ def gradient_ratios(
     Leaves the students as they were, batch statistics and what their methods remember included.
 
     Raises:
-        UserError: a network's own code fails in train mode, or nothing that is trained has a gradient.
+        UserError: a network's own code fails in train mode, something is not finite, or nothing that is trained has a gradient.
     """
     objective = Objective(group)
     buffers = {name: value.clone() for name, value in objective.named_buffers()}
@@ -296,7 +326,8 @@ def gradient_ratios(
         return float(torch.stack(norms).norm()) if norms else 0.0  # a term may train the method's own parts alone
 
     ratios = {}
-    for student, terms in zip(group, found, strict=True):
+    for student, own, terms in zip(group, given, found, strict=True):
+        student.refuse_broken(own, terms)
         student.refuse_idle(terms)
         weights = [parameter for parameter in student.net.parameters() if parameter.requires_grad]
         task = max(norm(terms.pop(TASK), weights), 1e-30)

@@ -26,10 +26,14 @@ class Teacher:
 
     Attributes:
         whole: why it could not be made cheaper, or empty.
+        name: its model's.
+        said: what of its outputs methods look at, as messages name it: its maps in the order in which it computes them, then the rest.
     """
 
     def __init__(self, net: Network, needs: Needs, precision: Precision) -> None:
         self.precision, self.whole = precision, ""
+        self.name, self._taps = net.spec.name, [tap.name for tap in net.spec.taps]
+        self.said = self.looked_at(needs)
         net.eval().requires_grad_(False)
         try:
             self.net: nn.Module = fold(trim(net, needs), net.memory_format)
@@ -45,6 +49,15 @@ class Teacher:
         """Its outputs for images [N, C, H, W]; None for logits and embedding that no method needs."""
         return teach(self.net, images, self.precision)
 
+    def looked_at(self, needs: Needs) -> tuple[str, ...]:
+        """What of its outputs these needs name."""
+        maps = [f"{MAP}{tap}" for tap in self._taps if tap in needs.teacher]
+        return (*maps, *[EMBEDDING] * needs.embedding, *[ANSWER] * needs.logits)
+
+    def measure(self, outputs: Outputs) -> dict[str, Tensor]:
+        """A scalar for each of ``said``, not finite where a value of that output is not. Nothing waits for the device."""
+        return {name: _sum(outputs, name) for name in self.said}
+
     def check_mode(self) -> None:
         """Raise RuntimeError if the teacher left eval mode or is no longer frozen."""
         if any(module.training for module in self.net.modules()):
@@ -53,8 +66,23 @@ class Teacher:
             raise RuntimeError("the teacher is no longer frozen")
 
     def drift(self) -> Tensor:
-        """How many of its tensors changed; a scalar that stays on the device."""
-        return torch.stack([(value != self._kept[name]).any() for name, value in self.net.state_dict().items()]).sum()
+        """How many of its tensors changed; a scalar that stays on the device. What is no number and was none did not."""
+        pairs = [(value, self._kept[name]) for name, value in self.net.state_dict().items()]
+        return torch.stack([((value != kept) & ((value == value) | (kept == kept))).any() for value, kept in pairs]).sum()
+
+
+ANSWER, EMBEDDING, MAP = "answer (logits)", "embedding", "map "
+
+
+def _sum(outputs: Outputs, name: str) -> Tensor:
+    """The sum of an output's values, the cheapest look at them all: not finite where one is not, or where all are beyond reason (1e32).
+
+    Logits of -inf rule classes out: of an image all but one may.
+    """
+    if name == ANSWER:
+        return outputs.logits.detach().amax(1).sum(dtype=torch.float32)
+    value = outputs.embedding if name == EMBEDDING else outputs.maps[name.removeprefix(MAP)]
+    return value.detach().sum(dtype=torch.float32)
 
 
 class _Tracer(fx.Tracer):

@@ -1,0 +1,101 @@
+"""How the data sets of loaders name their classes, and whether they all mean the same by a number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from numbers import Integral
+from typing import Any
+
+from torch.utils.data import ConcatDataset, Subset
+
+from ..checks import UserError
+
+Names = Mapping[int, str]
+"""Class number -> name."""
+
+SHOWN = 10  # names of a list that a message shows
+
+
+def own_names(dataset: Any) -> Names:
+    """How a data set itself names its classes; nothing where it does not.
+
+    ``class_to_idx`` says which number a name has, as torchvision's and timm's have it. Where it lists other names than ``classes``, the
+    latter are by number. Of a Hugging Face data set the one column of type ClassLabel.
+    """
+    listed = getattr(dataset, "classes", None)
+    names = dict(enumerate(map(str, listed))) if isinstance(listed, list | tuple) else {}
+    for owner in (dataset, getattr(dataset, "reader", None)):
+        table = getattr(owner, "class_to_idx", None)
+        if not isinstance(table, Mapping) or not table or not all(isinstance(number, Integral) for number in table.values()):
+            continue
+        numbered = {int(number): str(name) for name, number in table.items()}
+        if len(numbered) == len(table) and (not names or sorted(names.values()) == sorted(numbered.values())):
+            return numbered
+    if names:
+        return names
+    features = getattr(dataset, "features", None)
+    columns = [kind for kind in features.values() if type(kind).__name__ == "ClassLabel"] if isinstance(features, Mapping) else []
+    return dict(enumerate(map(str, columns[0].names))) if len(columns) == 1 else {}
+
+
+def names_below(dataset: Any) -> Iterator[Names]:
+    """The names that a data set has, or those of what it is made of: of a subset, of several put together, or of what it wraps."""
+    for _ in range(100):  # one that holds itself has no end
+        if names := own_names(dataset):
+            yield names
+            return
+        if isinstance(dataset, ConcatDataset):
+            for part in dataset.datasets:
+                yield from names_below(part)
+            return
+        if (dataset := getattr(dataset, "dataset", None)) is None:
+            return
+
+
+def in_order(dataset: Any) -> tuple[str, ...]:
+    """The names of ``classes`` by number, below subsets; empty where a data set has none."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    listed = getattr(dataset, "classes", None)
+    if not isinstance(listed, list | tuple):
+        return ()
+    names = own_names(dataset)
+    return tuple(names[number] for number in range(len(listed))) if set(names) == set(range(len(listed))) else tuple(map(str, listed))
+
+
+def refuse_other_names(sources: Sequence[tuple[str, Names]]) -> None:
+    """Compare what sources name, each with every other: a number has one name, and a name one number. One may name fewer classes.
+
+    Raises:
+        UserError: the first two that differ, with both lists.
+    """
+    distinct = {(what, tuple(sorted(names.items()))): names for what, names in sources}
+    for ((one, _), ours), ((other, _), theirs) in combinations(distinct.items(), 2):
+        number = _first_difference(ours, theirs)
+        if number is not None:
+            places = (one, other) if one != other else (f"one data set of {one}", "another")
+            said = " and ".join(f"{_said(names, number)} in {where}" for names, where in zip((ours, theirs), places, strict=True))
+            lists = " against ".join(map(_listed, (ours, theirs)))
+            cure = "number both alike, and let classes or class_to_idx of the data sets say so"
+            raise UserError(f"class {number} is {said} ({lists}); {cure}")
+
+
+def _first_difference(ours: Names, theirs: Names) -> int | None:
+    """The first number with two names, or else the first whose name stands only under another number there."""
+    both = sorted(ours.keys() & theirs.keys())
+    agreed = {ours[number] for number in both if ours[number] == theirs[number]}
+    shared = {*ours.values()} & {*theirs.values()} - agreed
+    lone = sorted(number for number, name in {**ours, **theirs}.items() if number not in both and name in shared)
+    return next((number for number in both if ours[number] != theirs[number]), lone[0] if lone else None)
+
+
+def _said(names: Names, number: int) -> str:
+    return repr(names[number]) if number in names else "none"
+
+
+def _listed(names: Names) -> str:
+    """The names in the order of their numbers."""
+    ordered = [names[number] for number in sorted(names)]
+    more = f" and {len(ordered) - SHOWN:,} more" if len(ordered) > SHOWN else ""
+    return ", ".join(ordered[:SHOWN]) + more

@@ -1,0 +1,79 @@
+"""What is not finite, and whose fault that is: the teacher's, a term's, the student's; the learning rate's only where it can be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..checks import UserError
+from ..taps import Outputs
+from .step import TASK, Student
+from .tally import are
+from .teacher import Teacher
+
+MEND = "mend the teacher, or choose another"
+
+
+class Seen(NamedTuple):
+    """What was seen of a student in an epoch.
+
+    Attributes:
+        epoch: 1-based.
+        steps: of an epoch.
+        teacher: of each output of the teacher that its method looks at, how many steps it was finite for.
+        terms: of each of its terms, likewise.
+        weights: whether all are finite after the epoch.
+        images: that it was measured on.
+        unanswered: of these, those for which its logits are not finite.
+    """
+
+    epoch: int
+    steps: int
+    teacher: Mapping[str, int]
+    terms: Mapping[str, int]
+    weights: bool
+    images: int
+    unanswered: int
+
+
+def fault(student: Student, seen: Seen, peers: Sequence[Seen] = ()) -> str:
+    """Why a student is given up, in one line; empty where it is not, or where a peer is the cause."""
+    (heard, said), (first, broken) = (_earliest(of, seen.steps) for of in (seen.teacher, seen.terms))
+    if said and heard <= first:
+        return f"stopped in epoch {seen.epoch}: the teacher's {are(said)} not finite on batch {heard + 1} of {seen.steps}; {MEND}"
+    if broken:
+        if TASK not in broken and any(peer.terms.get(TASK, seen.steps) <= first for peer in peers):
+            return ""
+        if seen.epoch == 1 and first == 0:
+            return f"stopped in epoch 1: its {are(broken)} not finite on the first batch, before any step; is the student sound?"
+        lower = [f"weights.{broken[-1]}", "train.lr"]
+        alone = TASK in seen.terms and TASK not in broken
+        what = f"{are(broken)} not finite from batch {first + 1} of {seen.steps} on{', where task still is' * alone}"
+        return f"diverged in epoch {seen.epoch}: {what}; lower {' or '.join(lower if alone else lower[::-1])}"
+    if seen.weights and not seen.unanswered:
+        return ""
+    answers = f"its logits are not finite for {seen.unanswered:,} of {seen.images:,} images that it is measured on"
+    parts = [f"its {part} is not finite" for part in student.broken_parts()] + [answers] * bool(seen.unanswered)
+    return f"diverged in epoch {seen.epoch}: {', '.join(parts)}, though its losses are; lower train.lr or weights.{[*seen.terms][-1]}"
+
+
+def refuse_first(images: Tensor, teacher: Teacher | None, said: Outputs | None) -> None:
+    """Look at a first batch, and at what a teacher says of it; waits for the device.
+
+    Raises:
+        UserError: not all of it is finite.
+    """
+    if bad := int((~images.isfinite().flatten(1).all(1)).sum()):
+        raise UserError(f"{bad} of {len(images)} images of the first batch hold values that are not finite; mend them, or leave them out")
+    if teacher is not None and said is not None:
+        broken = [name for name, value in teacher.measure(said).items() if not value.isfinite()]
+        if broken:
+            raise UserError(f"teacher {teacher.name}: its {are(broken)} not finite on the first batch; {MEND}")
+
+
+def _earliest(sound: Mapping[str, int], steps: int) -> tuple[int, list[str]]:
+    """The first step, 0-based, at which something was not finite, and what; the number of steps and nothing where all was."""
+    first = min(sound.values(), default=steps)
+    return first, [name for name, count in sound.items() if count == first < steps]

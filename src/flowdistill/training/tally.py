@@ -1,0 +1,47 @@
+"""Sums over the steps of an epoch, and since when they are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+
+class Tally:
+    """Sums of named scalars over the steps of an epoch, and how many steps went by before each was no longer finite.
+
+    A sum that is not finite stays so, so that counting needs no number of the step. All is on the device, in fixed places, as a graph
+    wants it.
+
+    Attributes:
+        totals: float32, one a name.
+        sound: float32, how many steps each total has been finite for.
+    """
+
+    def __init__(self, names: Iterable[str], device: torch.device) -> None:
+        self.names = tuple(names)
+        self.totals = torch.zeros(len(self.names), device=device)
+        self.sound = torch.zeros_like(self.totals)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """What a step moves."""
+        return self.totals, self.sound
+
+    def reset(self) -> None:
+        """No step was taken."""
+        for value in self.tensors:
+            value.zero_()
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """A step's scalars."""
+        if self.names:
+            self.totals.add_(torch.stack([values[name] for name in self.names]))
+            self.sound.add_(self.totals.abs() < torch.inf)
+
+
+def are(names: Iterable[str]) -> str:
+    """``task and kd are``, ``kd is``."""
+    *before, last = names
+    return f"{', '.join(before)} and {last} are" if before else f"{last} is"

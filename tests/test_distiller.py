@@ -341,3 +341,47 @@ def test_phases_are_numbered() -> None:
 def test_it_is_there() -> None:
     assert flowdistill.Distiller is Distiller
     assert "Distiller" in dir(flowdistill)
+
+
+class Probabilities(Tied):
+    """It answers with probabilities: always, or in one mode."""
+
+    def __init__(self, mode: bool | None = None, width: int = 4, seed: int = 0) -> None:
+        super().__init__(width, seed)
+        self.mode = mode
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        return logits.softmax(1) if self.mode in (None, self.training) else logits
+
+
+GIVES = "probabilities, not the logits of its classifier fc; leave the softmax out"
+
+
+@pytest.mark.parametrize("mode", [None, True, False])
+def test_probabilities_are_not_taken_for_logits(mode: bool | None) -> None:
+    gives = f"{'in train mode ' if mode else ''}it gives {GIVES}"
+    altered = Probabilities(mode)
+    for name, method in (("kd", "kd"), ("dkd", "dkd"), ("at+kd", "kd"), ("srrl", "srrl"), ("ls:kd", "ls:kd"), ("irg", "irg")):
+        with pytest.raises(UserError) as caught:
+            Distiller(altered, Tied(), name, images=SIZE)
+        cure = "or choose a method on feature maps, such as at"
+        assert str(caught.value) == f"{method}: teacher Probabilities: {gives}, {cure}"
+    for name in ("base", "kd", "at"):
+        with pytest.raises(UserError) as caught:
+            Distiller(Tied(8), altered, name, images=SIZE)
+        assert str(caught.value) == f"student Probabilities: {gives}"
+    assert Distiller(altered, Tied(), "at", images=SIZE)(*batch())[1]["at"] > 0, "its maps are its maps"
+
+
+def test_a_teacher_whose_logits_its_classifier_alone_does_not_make() -> None:
+    class Cold(Tied):
+        def forward(self, images: Tensor) -> Tensor:
+            return 4 * super().forward(images)
+
+    line = "its logits are not what the weights of its classifier fc make of the embedding, and srrl teaches by these; choose kd"
+    with pytest.raises(UserError) as caught:
+        Distiller(Cold(), Tied(), "srrl", images=SIZE)
+    assert str(caught.value) == f"srrl: teacher Cold: {line}"
+    plain, cold = (Distiller(net, Tied(seed=2), "kd", images=SIZE, options={"kd": {"T": T}}) for net, T in ((Tied(), 1.0), (Cold(), 4.0)))
+    assert cold.teacher(batch()[0]).logits.tolist() == (4 * plain.teacher(batch()[0]).logits).tolist()

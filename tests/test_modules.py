@@ -361,3 +361,21 @@ def test_a_tap_that_training_skips_is_named(keys: dict[str, Any]) -> None:
     """The first gradients have it, the second step does not."""
     with pytest.raises(flowdistill.UserError, match=r"^tap stage\d=first: module:Failing-\w* did not call it on this batch; name a module"):
         flowdistill.distill(Tied(), Failing("skips"), method="at", weights={"at": 1.0}, engine="eager", **keys)
+
+
+class Softmaxed(Tied):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).softmax(1)
+
+
+def test_probabilities_are_not_taken_for_logits(keys: dict[str, Any]) -> None:
+    gives = "it gives probabilities, not the logits of its classifier fc; leave the softmax out"
+    with pytest.raises(
+        UserError, match=rf"^kd: teacher module:Softmaxed-\w{{8}}: {gives}, or choose a method on feature maps, such as at$"
+    ):
+        flowdistill.distill(Softmaxed(), Tied(), method="kd", **keys)
+    with pytest.raises(UserError, match=rf"^student module:Softmaxed-\w{{8}}: {gives}$"):
+        flowdistill.train(Softmaxed(), **keys)
+    assert not (keys["runs"] / "ledger.db").exists(), "nothing is recorded"
+    result = flowdistill.distill(Softmaxed(), Tied(), method="at", weights={"at": 1.0}, **keys)
+    assert result.run.status == "finished"

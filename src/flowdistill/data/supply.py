@@ -69,6 +69,7 @@ class Supply(Protocol):
 class Batches(Protocol):
     """The batches of one seed: every student of that seed sees the same images in the same order, cropped and mixed alike."""
 
+    seed: int
     steps: int
     batch_size: int
 

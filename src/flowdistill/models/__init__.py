@@ -29,6 +29,8 @@ class Network(nn.Module):
     Attributes:
         front: turns images as the data gives them into those that the network was made for; None where they are that already.
         draws_from: the seed of what its layers draw in train mode, as dropout does; None where they draw nothing.
+        draws_always: whether they draw in eval mode too.
+        grown: names of the buffers that take another shape, or are there at all, after the first pass.
         about: what the file that it was loaded from says of it.
         memory_format: of its weights, and of the images that it works on.
     """
@@ -42,6 +44,7 @@ class Network(nn.Module):
         super().__init__()
         self.front: Front | None = None
         self.draws_from: int | None = None
+        self.draws_always, self.grown = False, frozenset[str]()
 
     def on(self, device: torch.device) -> Network:
         """The network on a device, its weights in its memory format."""

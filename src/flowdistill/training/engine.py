@@ -18,7 +18,7 @@ from ..data.supply import Batches, Supply
 from ..device import Precision
 from ..taps import Batch, Outputs
 from .evaluate import Evaluation, evaluate_all
-from .step import Group, Objective, Student, drawing, losses, train_step
+from .step import Group, Objective, Student, answering, drawing, losses, train_step
 from .teacher import Teacher
 
 
@@ -45,6 +45,12 @@ class Lane:
         """Whether a student needs the teacher in this phase."""
         return self.teacher is not None and any(student.taught for student in self.students)
 
+    def teaching(self, epoch: int, step: int) -> contextlib.AbstractContextManager[None]:
+        """What its teacher's layers draw inside, where they draw in eval mode, is a function of (seed, epoch, step) alone."""
+        if self.teacher is None:
+            return contextlib.nullcontext()
+        return answering(self.teacher.given, "teacher", step, self.stream.data.device, seed=self.stream.seed, epoch=epoch)
+
 
 class Eager:
     """Operation by operation: the plain, readable engine that the others are held to.
@@ -66,7 +72,8 @@ class Eager:
         """Train every student for one epoch (0-based ``number`` over all phases), a step at a time."""
         for step, batches in enumerate(zip(*(lane.stream.epoch(number) for lane in lanes), strict=True)):
             for lane, (images, batch) in zip(lanes, batches, strict=True):
-                taught = self.teach(lane, images)
+                with lane.teaching(number, step):
+                    taught = self.teach(lane, images)
                 for group in lane.groups:
                     with drawing(group, number, step, images.device):
                         train_step(group, images, taught, batch, lr=rates[group[0]][step], precision=self.precision, losses=self.losses)

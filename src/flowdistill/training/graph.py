@@ -100,6 +100,9 @@ class Graph(Eager):
         if any(student.net.draws_from is not None for lane in lanes for student in lane.students):
             self.inner.why = "a student's layers draw random numbers (dropout), which would not be those of its seed in a graph"
             return self.inner.ready(lanes)
+        if any(lane.taught and lane.teacher is not None and lane.teacher.given.draws_always for lane in lanes):
+            self.inner.why = "a teacher's layers draw random numbers in eval mode, which would not be those of its seed in a graph"
+            return self.inner.ready(lanes)
         key = [(student, student.optimizer) for lane in lanes for student in lane.students]
         if key == self._key:
             return self
@@ -161,7 +164,7 @@ class Graph(Eager):
 
     def _evaluate(self, student: Student, data: Supply) -> Evaluation:
         """Captured at the second time: the first, which is plain, warms up."""
-        if student not in self._warm:
+        if student not in self._warm or student.net.draws_always:
             self._warm.add(student)
             return super().evaluate([student], data)[0]
         if student not in self._measured:

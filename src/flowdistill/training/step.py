@@ -223,6 +223,13 @@ def drawing(group: Group, epoch: int, step: int, device: torch.device) -> Abstra
     return seeded(seeds[0], f"layers {step}", epoch, device) if seeds else nullcontext()
 
 
+def answering(
+    net: Network, purpose: str, step: int, device: torch.device, *, seed: int = 0, epoch: int = 0
+) -> AbstractContextManager[None]:
+    """What the layers of a network in eval mode draw inside, where they do, is a function of (seed, purpose, epoch, step) alone."""
+    return seeded(seed, f"{purpose} {step}", epoch, device) if net.draws_always else nullcontext()
+
+
 Losses = Callable[[Group, Tensor, "Outputs | None", Batch, Precision], list[dict[str, Tensor]]]
 
 

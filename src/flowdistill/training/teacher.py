@@ -25,16 +25,21 @@ class Teacher:
     convolution folded into it, and under bf16 with the weights of its convolutions and linear layers cast once.
 
     Attributes:
+        given: the network that was given.
         whole: why it could not be made cheaper, or empty.
     """
 
     def __init__(self, net: Network, needs: Needs, precision: Precision) -> None:
-        self.precision, self.whole = precision, ""
+        self.given, self.precision, self.whole = net, precision, ""
         net.eval().requires_grad_(False)
+        self.net: nn.Module = net
         try:
-            self.net: nn.Module = fold(trim(net, needs), net.memory_format)
+            if net.draws_always:
+                self.whole = "it draws random numbers in eval mode, some of which a trace would keep"
+            else:
+                self.net = fold(trim(net, needs), net.memory_format)
         except Exception as error:  # tracing runs the network's own code, which may do anything
-            self.net, self.whole = net, summary(error)
+            self.whole = summary(error)
         if precision == "bf16" and not self.whole:
             for module in self.net.modules():
                 if isinstance(module, nn.Conv2d | nn.Linear):

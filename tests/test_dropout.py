@@ -230,4 +230,4 @@ def test_a_graph_does_not_hold_what_a_teacher_draws(nets: Path):
     teacher = Teacher(models.build(f"{nets}:Torch", DATA, seed=7).eval(), Needs(logits=True), "fp32")
     engine = Graph(Eager("fp32", "inside"), "outside").ready([Lane(None, teacher, [Taught()])])
     assert type(engine) is Eager
-    assert engine.why == "a teacher's layers draw random numbers in eval mode, which would not be those of its seed in a graph"
+    assert engine.why == "a teacher draws random numbers in eval mode, or moves its buffers, which a graph would not hold to its seed"

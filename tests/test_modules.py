@@ -11,6 +11,8 @@ import pytest
 import torch
 from command import command
 from torch import Tensor, nn
+from torch.ao import quantization
+from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from torch.utils.checkpoint import checkpoint
 
 import flowdistill
@@ -379,3 +381,81 @@ def test_probabilities_are_not_taken_for_logits(keys: dict[str, Any]) -> None:
     assert not (keys["runs"] / "ledger.db").exists(), "nothing is recorded"
     result = flowdistill.distill(Softmaxed(), Tied(), method="at", weights={"at": 1.0}, **keys)
     assert result.run.status == "finished"
+
+
+class Observing(Tied):
+    """A buffer takes the shape of what it sees, another is made in the first pass, a third is replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(0))
+        self.register_buffer("largest", None)
+        self.register_buffer("mean", torch.zeros(1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            channels = self.stem(images).detach().mean((0, 2, 3))
+            self.seen.resize_(len(channels)).copy_(channels)
+            self.largest = channels.amax() if self.largest is None else torch.maximum(self.largest, channels.amax())
+            self.mean = self.mean.mean() * 0.9 + channels * 0.1
+            if not hasattr(self, "made"):
+                self.register_buffer("made", torch.ones(3))
+            self.made += 1
+        return super().forward(images)
+
+
+def quantised() -> nn.Module:
+    net = Tied().train()
+    net.qconfig = quantization.get_default_qat_qconfig("x86")  # of weights a scale for each channel
+    return quantization.prepare_qat(net)
+
+
+def traced_and_quantised() -> nn.Module:
+    return prepare_qat_fx(Tied().train(), quantization.get_default_qat_qconfig_mapping("x86"), (torch.zeros(2, 1, 8, 8),))
+
+
+GROWING = [quantised, traced_and_quantised, Observing]
+noisy = pytest.mark.filterwarnings("ignore")  # torch.ao is said to be moving
+
+
+@noisy
+@pytest.mark.parametrize("engine", ["eager", "compiled"])
+@pytest.mark.parametrize("make", GROWING)
+def test_buffers_may_take_another_shape_in_the_first_pass(keys: dict[str, Any], make: Any, engine: str) -> None:
+    """Trained, chosen among epochs, measured again and written: as any other."""
+    student = make()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    result = flowdistill.distill(Tied(8, seed=1), student, method="at+kd", weights={"at": 1.0}, engine=engine, split="holdout", **keys)
+    assert {name: value.shape for name, value in student.state_dict().items()} == {name: value.shape for name, value in before.items()}
+    trained = result.module().state_dict()
+    grown = {name for name, value in trained.items() if name not in before or value.shape != before[name].shape}
+    assert grown
+    assert hash_weights(trained) == result.run.weights_hash
+    path = result.folder / "student.safetensors"
+    assert flowdistill.runner.evaluate(path, torch.device("cpu")).correct == result.run.correct
+    assert result.export("safetensors").is_file()
+    teaching = flowdistill.distill(result, Tied(), method="kd", **keys)
+    assert teaching.run.status == "finished"
+
+
+@noisy
+@pytest.mark.parametrize("make", GROWING)
+def test_buffers_of_another_shape_go_on_where_they_were(keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
+    keys["train"] |= {"epochs": 3}
+    straight = flowdistill.train(make(), **{**keys, "runs": keys["runs"] / "straight"})
+    monkeypatch.setattr("flowdistill.runner.execute.CHECKPOINT_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr("flowdistill.runner.execute._save", _then_stop)
+        with pytest.raises(KeyboardInterrupt):
+            flowdistill.train(make(), **keys)
+    result = flowdistill.train(make(), **keys)
+    assert (result.run.no, result.run.resumed) == (1, 1)
+    assert result.run.weights_hash == straight.run.weights_hash
+
+
+@noisy
+def test_what_was_hashed_can_still_be_resized() -> None:
+    """numpy keeps the memory that it is shown from being resized, which an observer does."""
+    module = quantised()
+    hash_weights(module.state_dict())
+    module(torch.zeros(2, 1, 8, 8))

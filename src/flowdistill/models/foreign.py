@@ -70,7 +70,7 @@ class Foreign(Network):
     def __init__(self, inner: nn.Module, spec: NetSpec, taps: tuple[str, ...], found: Survey) -> None:
         super().__init__()
         self.inner, self.spec, self.named, self.overwrites = inner, spec, found.named, found.overwrites
-        self.draws_always, self.grown = found.draws_always, found.grown
+        self.draws_always, self.unsettled, self.grown = found.draws_always, found.unsettled, found.grown
         self.memory_format = torch.channels_last if found.channels_last else torch.contiguous_format
         self.taps = tuple(spec.tap(name).name for name in taps)
         self.paths = {name: spec.tap(name).module for name in self.taps}

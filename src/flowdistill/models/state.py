@@ -17,6 +17,12 @@ def shapes(module: nn.Module) -> Shapes:
     return {name: tuple(value.shape) for name, value in module.named_buffers(remove_duplicate=False) if name in saved}
 
 
+def buffers(module: nn.Module) -> dict[str, tuple[tuple[int, ...], bytes]]:
+    """Shapes and values of all."""
+    values = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in module.named_buffers()}
+    return {name: (tuple(value.shape), value.flatten().view(torch.uint8).numpy().tobytes()) for name, value in values.items()}
+
+
 @contextmanager
 def kept(module: nn.Module) -> Iterator[None]:
     """What happens inside leaves no trace in buffers: each gets its value and shape back in its place; what came new is gone."""
@@ -37,14 +43,13 @@ def _shaped(value: Tensor, like: Tensor) -> Tensor:
     return value if value.shape == like.shape else value.resize_(like.shape)
 
 
-def load(module: nn.Module, weights: Mapping[str, Tensor], grown: frozenset[str]) -> None:
-    """``load_state_dict``, where the buffers named in ``grown`` take the shapes that they come with."""
+def shape_buffers(module: nn.Module, weights: Mapping[str, Tensor], grown: frozenset[str]) -> None:
+    """Give the buffers that are named in ``grown`` the shapes that they have in a state, and make those that are not there yet."""
     for name in sorted(grown & weights.keys()):
         path, _, own = name.rpartition(".")
         owner, value = module.get_submodule(path), weights[name]
         if (there := owner._buffers.get(own)) is None:
             device = next((one.device for one in (*module.parameters(), *module.buffers())), value.device)
-            owner.register_buffer(own, torch.empty_like(value, device=device))
+            owner.register_buffer(own, torch.zeros_like(value, device=device))
         else:
             _shaped(there, value)
-    module.load_state_dict(dict(weights))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..checks import FAILURES
 from ..randomness import seeded, states
 from ..taps import NetSpec, TapSpec
-from .state import kept, shapes
+from .state import buffers, kept, shapes
 
 IMAGES = 2  # of the dry run: with one, a batch could be taken for something else
 LARGE = 224  # pixels: at the data's own size the last maps of a deep network may have shrunk to one position
@@ -106,6 +106,7 @@ class Survey:
         apart: why the classifier's weights do not make the logits of the embedding, or empty.
         draws: whether its layers draw random numbers in train mode, as dropout does.
         draws_always: whether they do so in eval mode.
+        unsettled: whether a pass in eval mode moves its buffers, as observers of quantisation do.
         grown: names of the buffers that have another shape, or are there at all, after a pass.
         overstepped: path of a convolution whose stride is larger than its map, or empty.
         overwrites: whether it changes the images that it is given in place.
@@ -123,6 +124,7 @@ class Survey:
     apart: str
     draws: bool
     draws_always: bool
+    unsettled: bool
     grown: frozenset[str]
     overstepped: str
     overwrites: bool
@@ -154,11 +156,16 @@ def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
     """
     size = (channels, height, width)
     with _as_it_was(net) as grown:
+        before = buffers(net)
         calls, output, overwrites, draws_always = watch(net, *size)
-        logits = logits_of(output)
+        unsettled = buffers(net) != before
+    logits = logits_of(output)
+    with _as_it_was(net):
         _refuse_forgetful(net, size, logits)
+    with _as_it_was(net):
         head, altered = _head(net, size, _fitting(calls, logits), logits.shape[1])
-        draws = _draws(net, size, output)  # the last, for it moves statistics
+    with _as_it_was(net) as grown_in_training:
+        draws = _draws(net, size, output)
     larger = calls
     factor = -(-LARGE // min(height, width))
     if factor > 1:
@@ -185,7 +192,8 @@ def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
         apart=_apart(head, logits),
         draws=draws,
         draws_always=draws_always,
-        grown=frozenset(grown),
+        unsettled=unsettled,
+        grown=frozenset(grown | grown_in_training),
         overstepped=_overstepped(calls),
         overwrites=overwrites,
         overwritten=frozenset(call.path for call in calls if call.overwritten),
@@ -283,9 +291,10 @@ def _refuse_forgetful(net: nn.Module, size: Sequence[int], logits: Tensor) -> No
         ValueError: the answer is another one.
     """
     images = _images(net, size)
-    with kept(net), seeded(0, "dry run", device=images.device):
+    with seeded(0, "dry run", device=images.device):
         again = logits_of(net.eval()(images))
-    if not torch.allclose(again, logits, rtol=ROUNDING, atol=SAME * float(logits.abs().max()), equal_nan=True):
+    largest = float(logits.nan_to_num(0, 0, 0).abs().max())
+    if not torch.allclose(again, logits, rtol=ROUNDING, atol=SAME * largest, equal_nan=True):
         raise ValueError(
             "in eval mode it answers the same images otherwise when it is asked again; let it draw from the global generators of torch, "
             "numpy or Python, which are seeded, and remember nothing of a pass"
@@ -551,7 +560,7 @@ def _apart(head: Call, logits: Tensor) -> str:
     layer: Any = head.module
     bias = None if layer.bias is None else layer.bias.double()
     made = F.linear(head.inputs[0].flatten(1).double(), layer.weight.flatten(1).double(), bias)
-    if bool((made - logits.double()).abs().max() <= ROUNDING * made.abs().max()):
+    if not made.isfinite().all() or bool((made - logits.double()).abs().max() <= ROUNDING * made.abs().max()):
         return ""
     return f"its logits are not what the weights of its classifier {head.path} make of the embedding"
 

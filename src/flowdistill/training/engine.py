@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..checks import summary
 from ..data.supply import Batches, Supply
 from ..device import Precision
+from ..models.state import kept
 from ..taps import Batch, Outputs
 from .evaluate import Evaluation, evaluate_all
 from .step import Group, Objective, Student, answering, drawing, losses, train_step
@@ -46,7 +47,7 @@ class Lane:
         return self.teacher is not None and any(student.taught for student in self.students)
 
     def teaching(self, epoch: int, step: int) -> contextlib.AbstractContextManager[None]:
-        """What its teacher's layers draw inside, where they draw in eval mode, is a function of (seed, epoch, step) alone."""
+        """Its teacher answers inside: what that draws is a function of (seed, epoch, step) alone, and nothing of it moves."""
         if self.teacher is None:
             return contextlib.nullcontext()
         return answering(self.teacher.given, "teacher", step, self.stream.data.device, seed=self.stream.seed, epoch=epoch)
@@ -169,16 +170,19 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def taken_back(lanes: Sequence[Lane]) -> Iterator[None]:
-    """What is trained inside leaves no trace: every tensor gets its value back in its place."""
+    """What is trained inside leaves no trace: every tensor gets its value back in its place, and buffers the shape that they had."""
     students = [student for lane in lanes for student in lane.students]
-    tensors = [value for student in students for value in (*student.state()[0].values(), *student.sums.values())]
-    kept = [(value, value.detach().clone()) for value in tensors]
+    modules = nn.ModuleList(module for student in students for module in (student.net, student.method))
+    momenta = [value for student in students for name, value in student.state()[0].items() if name.startswith("momentum.")]
+    sums = [value for student in students for value in student.sums.values()]
+    before = [(value, value.detach().clone()) for value in (*modules.parameters(), *momenta, *sums)]
     try:
-        yield
+        with kept(modules):
+            yield
     finally:
         with torch.no_grad():
-            for value, before in kept:
-                value.copy_(before)
+            for value, old in before:
+                value.copy_(old)
 
 
 def standing_still(lanes: Sequence[Lane]) -> dict[Student, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -15,6 +16,7 @@ from ..device import Precision
 from ..methods import Method, Phase, Settled
 from ..methods.base import full
 from ..models import Network
+from ..models.state import kept
 from ..randomness import seeded
 from ..taps import NO_LABEL, Batch, Outputs
 from .freeze import freeze
@@ -68,7 +70,7 @@ class Student:
     def restore_chosen(self) -> None:
         """Put the chosen weights back."""
         if self._chosen is not None:
-            self.net.load_state_dict(self._chosen)
+            self.net.take(self._chosen)
 
     def begin_phase(self, number: int) -> None:
         """A fresh optimiser, and the weights of the terms that count."""
@@ -99,7 +101,7 @@ class Student:
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
-        self.net.load_state_dict(part("net."))
+        self.net.take(part("net."))
         self.method.load_state_dict(part("method."))
         self.chosen_epoch, self.chosen_correct = counters["chosen_epoch"], counters["chosen_correct"]
         chosen, device = part("chosen."), next(self.net.parameters()).device
@@ -223,11 +225,15 @@ def drawing(group: Group, epoch: int, step: int, device: torch.device) -> Abstra
     return seeded(seeds[0], f"layers {step}", epoch, device) if seeds else nullcontext()
 
 
-def answering(
-    net: Network, purpose: str, step: int, device: torch.device, *, seed: int = 0, epoch: int = 0
-) -> AbstractContextManager[None]:
-    """What the layers of a network in eval mode draw inside, where they do, is a function of (seed, purpose, epoch, step) alone."""
-    return seeded(seed, f"{purpose} {step}", epoch, device) if net.draws_always else nullcontext()
+@contextmanager
+def answering(net: Network, purpose: str, step: int, device: torch.device, *, seed: int = 0, epoch: int = 0) -> Iterator[None]:
+    """A network in eval mode answers inside: what it draws is a function of (seed, purpose, epoch, step) alone, and no buffer moves."""
+    with contextlib.ExitStack() as stack:
+        if net.draws_always:
+            stack.enter_context(seeded(seed, f"{purpose} {step}", epoch, device))
+        if net.unsettled:
+            stack.enter_context(kept(net))
+        yield
 
 
 Losses = Callable[[Group, Tensor, "Outputs | None", Batch, Precision], list[dict[str, Tensor]]]
@@ -286,13 +292,17 @@ def gradient_ratios(
         UserError: a network's own code fails in train mode, or nothing that is trained has a gradient.
     """
     objective = Objective(group)
-    buffers = {name: value.clone() for name, value in objective.named_buffers()}
     for student in group:
         student.begin_epoch()
-    with drawing(group, 0, 0, images.device):
+    with kept(objective), drawing(group, 0, 0, images.device):
         with _failures_of(group, images):
             given = objective.answer(images, precision)
         found = objective.compare(given, taught, batch)
+        return _ratios(group, images, found)
+
+
+def _ratios(group: Group, images: Tensor, found: Sequence[dict[str, Tensor]]) -> dict[Student, dict[str, float]]:
+    """See ``gradient_ratios``, from the terms of each student."""
 
     def norm(value: Tensor, weights: list[nn.Parameter]) -> float:
         if not value.requires_grad:
@@ -308,8 +318,6 @@ def gradient_ratios(
         weights = [parameter for parameter in student.net.parameters() if parameter.requires_grad]
         task = max(norm(terms.pop(TASK), weights), 1e-30)
         ratios[student] = {term: norm(student.settled.weights[term] * value, weights) / task for term, value in terms.items()}
-    for name, value in objective.named_buffers():
-        value.copy_(buffers[name])
     return ratios
 
 

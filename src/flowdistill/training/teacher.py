@@ -34,8 +34,8 @@ class Teacher:
         net.eval().requires_grad_(False)
         self.net: nn.Module = net
         try:
-            if net.draws_always:
-                self.whole = "it draws random numbers in eval mode, some of which a trace would keep"
+            if net.draws_always or net.unsettled:
+                self.whole = "in eval mode it draws random numbers, some of which a trace would keep, or its buffers move"
             else:
                 self.net = fold(trim(net, needs), net.memory_format)
         except Exception as error:  # tracing runs the network's own code, which may do anything

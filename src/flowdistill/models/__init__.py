@@ -65,6 +65,9 @@ class Network(nn.Module):
         """The module whose parameters and modules have the names that the spec and a weights file give them."""
         return self
 
+    def refuse_cut(self, outputs: Outputs, *, embedding: bool) -> None:
+        """Refuse outputs from which no gradient goes where it should; of a network made here one goes."""
+
     def take(self, weights: Mapping[str, Tensor]) -> None:
         """Put weights into it, named as its state dict names them."""
         shape_buffers(self.body, weights, self.grown)

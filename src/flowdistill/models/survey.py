@@ -108,6 +108,7 @@ class Survey:
         draws_always: whether they do so in eval mode.
         unsettled: whether a pass in eval mode moves its buffers, as observers of quantisation do.
         grown: names of the buffers that have another shape, or are there at all, after a pass.
+        order: module path -> when its last call ended, among all.
         overstepped: path of a convolution whose stride is larger than its map, or empty.
         overwrites: whether it changes the images that it is given in place.
         overwritten: paths of modules whose output is changed in place afterwards.
@@ -126,6 +127,7 @@ class Survey:
     draws_always: bool
     unsettled: bool
     grown: frozenset[str]
+    order: dict[str, int]
     overstepped: str
     overwrites: bool
     overwritten: frozenset[str]
@@ -194,6 +196,7 @@ def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
         draws_always=draws_always,
         unsettled=unsettled,
         grown=frozenset(grown | grown_in_training),
+        order={call.path: call.ended for call in calls},
         overstepped=_overstepped(calls),
         overwrites=overwrites,
         overwritten=frozenset(call.path for call in calls if call.overwritten),

@@ -297,6 +297,8 @@ def gradient_ratios(
     with kept(objective), drawing(group, 0, 0, images.device):
         with _failures_of(group, images):
             given = objective.answer(images, precision)
+        for student, outputs in zip(group, given, strict=True):
+            student.net.refuse_cut(outputs, embedding=student.method.needs.embedding)
         found = objective.compare(given, taught, batch)
         return _ratios(group, images, found)
 

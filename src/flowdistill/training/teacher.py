@@ -66,11 +66,12 @@ class _Tracer(fx.Tracer):
     """Forward hooks of layers are called as well, which the plain one leaves out: the taps of a foreign network are such."""
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        output = super().call_module(m, forward, args, kwargs)
+        output: Any = super().call_module(m, forward, args, kwargs)
         if self.is_leaf_module(m, self.path_of_module(m)):
             for number, hook in m._forward_hooks.items():
                 given = (args, kwargs) if number in m._forward_hooks_with_kwargs else (args,)
-                hook(m, *given, output)
+                if (changed := hook(m, *given, output)) is not None:
+                    output = changed
         return output
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.ao import quantization
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import flowdistill
 from flowdistill import UserError, models
@@ -459,3 +460,36 @@ def test_what_was_hashed_can_still_be_resized() -> None:
     module = quantised()
     hash_weights(module.state_dict())
     module(torch.zeros(2, 1, 8, 8))
+
+
+FEW = (
+    r"^student module:Failing-\w{8} can't be trained on a batch of 1: ValueError: Expected more than 1 value per channel when training, "
+    r"got input size torch.Size\(\[1, 4\]\); so few images has the smallest batch: let the loader drop its last one \(drop_last=True\)$"
+)
+
+
+@pytest.mark.parametrize("kind", ["rest", "list", "sampler", "dropped", "even"])
+def test_a_last_batch_that_its_layers_can_not_take(tmp_path: Path, kind: str) -> None:
+    """Told before training; a loader that drops it, or has none, trains."""
+    chance = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(33, 1, 8, 8, generator=chance), torch.arange(33) % 10)
+    val = DataLoader(data, batch_size=16)
+    train: Any = DataLoader(data, batch_size=16, shuffle=True, drop_last=kind == "dropped")
+    if kind == "list":
+        train = [(images, labels) for images, labels in val]
+    elif kind == "sampler":
+        train = DataLoader(data, batch_size=8, sampler=RandomSampler(data, num_samples=17))
+    elif kind == "even":
+        train = DataLoader(data, batch_size=8, sampler=RandomSampler(data, num_samples=16))
+    keys: dict[str, Any] = {"runs": tmp_path / "runs", "train": {"epochs": 1, "precision": "fp32"}, "progress": False}
+    calls = [
+        lambda: flowdistill.train(Failing("norm"), train, val, **keys),
+        lambda: flowdistill.distill(Tied(8), Failing("norm"), train, val, method="at+kd", weights={"at": 1.0}, **keys),
+    ]
+    for call in calls:
+        if kind in ("dropped", "even"):
+            assert call().run.status == "finished"
+        else:
+            with pytest.raises(UserError, match=FEW):
+                call()
+            assert not (tmp_path / "runs" / "ledger.db").exists(), "nothing is recorded"

@@ -24,7 +24,7 @@ from ..taps import NO_LABEL, Batch
 from .choice import choose
 from .engine import Eager, Lane
 from .evaluate import Evaluation, evaluate
-from .step import Student, gradient_ratios
+from .step import Student, gradient_ratios, refuse_short
 
 
 @dataclass
@@ -250,6 +250,8 @@ def first_gradients(cohort: Cohort) -> dict[Student, dict[str, float]]:
             taught = lane.teacher.teach(images) if lane.teacher else None
         for group in lane.groups:
             found |= gradient_ratios(group, images, taught, batch, cohort.precision)
+            if lane.stream.least < len(images):
+                refuse_short(group, images, taught, batch, cohort.precision, lane.stream.least)
     return found
 
 

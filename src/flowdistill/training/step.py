@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -321,6 +322,27 @@ def _ratios(group: Group, images: Tensor, found: Sequence[dict[str, Tensor]]) ->
         task = max(norm(terms.pop(TASK), weights), 1e-30)
         ratios[student] = {term: norm(student.settled.weights[term] * value, weights) / task for term, value in terms.items()}
     return ratios
+
+
+def refuse_short(group: Group, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision, count: int) -> None:
+    """Compute the terms of the first ``count`` images of a batch, as many as the smallest batch to come will have; changes nothing.
+
+    Raises:
+        UserError: the students' layers or methods can't take so few.
+    """
+
+    def few(value: Tensor | None) -> Any:
+        return None if value is None else value[:count]
+
+    short = Batch(few(batch.labels), few(batch.indices), batch.epoch)
+    if taught is not None:
+        taught = Outputs(few(taught.logits), few(taught.embedding), {name: few(value) for name, value in taught.maps.items()})
+    objective = Objective(group)
+    try:
+        with torch.no_grad(), kept(objective), drawing(group, 0, 0, images.device), _failures_of(group, images[:count]):
+            objective(images[:count], taught, short, precision)
+    except UserError as error:
+        raise UserError(f"{error}; so few images has the smallest batch: let the loader drop its last one (drop_last=True)") from None
 
 
 @contextmanager

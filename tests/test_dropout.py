@@ -123,7 +123,11 @@ class One(Net):
 
 @pytest.fixture
 def nets(tmp_path: Path) -> Path:
-    path = tmp_path / "nets.py"
+    return written(tmp_path)
+
+
+def written(folder: Path) -> Path:
+    path = folder / "nets.py"
     path.write_text(ALWAYS)
     return path
 
@@ -166,8 +170,9 @@ def test_a_teacher_that_always_draws(small_npz, tmp_path: Path, nets: Path, name
     assert len(accuracies) == 1
 
 
-def test_a_teacher_draws_by_seed_epoch_and_step(small_npz, tmp_path: Path, nets: Path):
+def test_a_teacher_draws_by_seed_epoch_and_step(small_npz, tmp_path: Path):
     """Of two batches alike, of two epochs and of two seeds no two are answered alike."""
+    nets = written(tmp_path)
 
     data = place(load(config(small_npz).data), "full", CPU)
     teacher = Teacher(models.build(f"{nets}:Torch", DATA, seed=7).eval(), Needs(logits=True), "fp32")

@@ -517,6 +517,17 @@ def test_no_batch_is_held(owner: str) -> None:
     assert distiller.student.seen == {}
 
 
+def test_a_student_that_is_compiled_in_place_afterwards() -> None:
+    """The compiler does not look at hooks again: what its owner called first serves the Distiller too."""
+    student = Tied(seed=2)
+    distiller = Distiller(Tied(8, seed=1), student, "at+kd", images=SIZE)
+    expected = distiller(*batch())[0].item()
+    student.compile(backend="aot_eager")
+    student(batch(1)[0])
+    assert distiller(*batch())[0].item() == pytest.approx(expected, rel=1e-5)
+    assert distiller.student.seen == {}
+
+
 def test_hooks_of_the_owner_are_left_and_obey_it() -> None:
     """Those from before and those from after, with and without a Distiller."""
     student, calls = Tied(seed=2), list[str]()

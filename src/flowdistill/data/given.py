@@ -157,7 +157,7 @@ def smallest(loader: Any, batch_size: int) -> int:
 
     Of another loader, or one whose batches are made by a sampler of its owner's, nobody knows before they are drawn.
     """
-    if isinstance(loader, list | tuple):
+    if type(loader) in (list, tuple):
         return min(len(checked(batch, TRAIN)[1]) for batch in loader)
     if not isinstance(loader, DataLoader) or type(loader.batch_sampler) is not BatchSampler or loader.drop_last:
         return batch_size

@@ -89,6 +89,7 @@ class Foreign(Network):
         """Images [N, C, H, W] -> Outputs."""
         if self.memory_format is torch.contiguous_format:
             images = images.contiguous()
+        self.seen.clear()
         self.seen.watching = True
         try:
             output = self.inner(images.clone() if self.overwrites else images)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from copy import deepcopy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -31,8 +32,8 @@ class Keep:
         self.seen, self.name, self.given, self.overwritten = seen, name, given, overwritten
 
     def __call__(self, _module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        """Keep it."""
-        if self.seen.watching:
+        """Keep it. What is compiled keeps always: one graph serves whoever calls, for the compiler does not look at hooks again."""
+        if self.seen.watching or torch.compiler.is_compiling():
             kept = (*inputs, *named.values())[0] if self.given else output
             self.seen[self.name] = kept.clone() if self.overwritten else kept
 

@@ -299,6 +299,10 @@ def test_a_wrong_file_is_an_error_and_nothing_is_left(work: Path, to: str, wrong
 class Rows(torch.nn.Module):
     """A network whose logits are the pixels of an image's first row."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = models.Network()
+
     def forward(self, images: Tensor) -> Tensor:
         return images[:, 0, :, 0].float()
 

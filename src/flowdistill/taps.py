@@ -74,6 +74,8 @@ class NetSpec:
         labels: the names of those classes, where known.
         version: of its taps, raised when a name gives another map than before. Where taps are compared and it is above 1, it is part of a
             run's fingerprint.
+        altered: why its answer is not the logits that the head gives, or empty.
+        apart: why the head's weights do not make the logits of the embedding, or empty.
     """
 
     name: str
@@ -84,6 +86,8 @@ class NetSpec:
     overstepped: str = ""
     labels: tuple[str, ...] = ()
     version: int = 1
+    altered: str = ""
+    apart: str = ""
 
     def tap(self, name: str) -> TapSpec:
         """One tap by name.

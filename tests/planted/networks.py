@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
+import test_distiller
 import test_dropout
 import test_models
 import test_pairing
 import test_survey
 import test_tapping
 
-from flowdistill.models import front, survey, wide_resnet
+from flowdistill import distiller
+from flowdistill.models import front, hooks, survey, wide_resnet
 from flowdistill.models.survey import Layout
 from flowdistill.runner import networks, pairing
 from flowdistill.runner.pairing import Pairing
@@ -82,3 +84,32 @@ def stages_of_a_wrn_after_the_next_relu(self, images):
     """All other networks are tapped after a ReLU; a WRN's stages end before the next layer's, and at, fsp and others compare the sums."""
     maps, last = _features(self, images)
     return {tap: maps.get(f"{tap}.post", value) for tap, value in maps.items()}, last
+
+
+@bug(survey, "_answered", test_distiller.test_probabilities_are_not_taken_for_logits, {"mode": None})
+def the_only_layer_of_so_many_outputs_is_the_head(puts, rounding=0.0):
+    """What becomes of its numbers is not asked: probabilities teach as logits do, 13 times too weakly."""
+    return puts[-1].calls[-1][0]
+
+
+@bug(step, "answering", test_dropout.test_a_teacher_draws_by_seed_epoch_and_step)
+def teacher_draws_as_it_comes(net, purpose, step, device, *, seed=0, epoch=0):
+    """Dropout that is on in eval mode: two equal runs end in different weights."""
+    return nullcontext()
+
+
+@bug(
+    distiller.Distiller,
+    "_taught",
+    test_distiller.test_the_teacher_teaches_in_eval_mode_whatever_its_owner_does,
+    {"foreign": True, "compiled": False},
+)
+def teacher_in_the_mode_its_owner_put_it_in(self, teacher, images):
+    """A LightningModule that holds it calls train() on all: it normalises by the batch, and its statistics move."""
+    return teacher(images)
+
+
+@bug(hooks.Hooks, "__deepcopy__", test_distiller.test_copies_are_bare, {"called": "directly"})
+def copies_have_the_hooks_too(self, memo):
+    """A copy of the student holds hooks that write into nobody's dict, and with a batch in it can't be made at all."""
+    return hooks.OrderedDict(self.items())

@@ -116,11 +116,28 @@ def build(settled: Settled, *, student: NetSpec, teacher: NetSpec | None, data: 
     """The module that training calls: the method, or the composition of its parts.
 
     Raises:
-        ValueError: this student and this teacher can't be paired.
+        ValueError: this student and this teacher can't be paired, or one gives something else than logits.
     """
     networks = {"student": student, "teacher": teacher, "data": data}
     built = [get(name)(options, **networks) for name, options in settled.options.items()]
+    if student.altered:
+        raise ValueError(f"student {student.name}: {student.altered}")
+    if teacher is not None:
+        for method in built:
+            _refuse_other_logits(method, teacher)
     return built[0] if len(built) == 1 else Composed(built)
+
+
+def _refuse_other_logits(method: Method, teacher: NetSpec) -> None:
+    """Refuse a teacher whose answer is not the logits of its classifier, where these are used.
+
+    Raises:
+        ValueError: it is such a one.
+    """
+    if method.needs.logits and teacher.altered:
+        raise ValueError(f"{method.name}: teacher {teacher.name}: {teacher.altered}, or choose a method on feature maps, such as at")
+    if "head" in method.needs.facts and teacher.apart:
+        raise ValueError(f"{method.name}: teacher {teacher.name}: {teacher.apart}, and {method.name} teaches by these; choose kd")
 
 
 class Composed(Method):

@@ -19,6 +19,7 @@ from ..randomness import seeded
 from ..registry import Registry
 from ..taps import DataSpec, NetSpec, Outputs, TapSpec
 from .front import Front, View
+from .state import shape_buffers
 
 CAM = "cam"
 
@@ -29,6 +30,9 @@ class Network(nn.Module):
     Attributes:
         front: turns images as the data gives them into those that the network was made for; None where they are that already.
         draws_from: the seed of what its layers draw in train mode, as dropout does; None where they draw nothing.
+        draws_always: whether they draw in eval mode too.
+        unsettled: whether a pass in eval mode moves its buffers, as observers of quantisation do.
+        grown: names of the buffers that take another shape, or are there at all, after the first pass.
         about: what the file that it was loaded from says of it.
         changed: what of it is another than that file says, and was accepted; else empty.
         memory_format: of its weights, and of the images that it works on.
@@ -44,6 +48,7 @@ class Network(nn.Module):
         super().__init__()
         self.front: Front | None = None
         self.draws_from: int | None = None
+        self.draws_always, self.unsettled, self.grown = False, False, frozenset[str]()
 
     def on(self, device: torch.device) -> Network:
         """The network on a device, its weights in its memory format."""
@@ -61,6 +66,14 @@ class Network(nn.Module):
     def body(self) -> nn.Module:
         """The module whose parameters and modules have the names that the spec and a weights file give them."""
         return self
+
+    def refuse_cut(self, outputs: Outputs, *, embedding: bool) -> None:
+        """Refuse outputs from which no gradient goes where it should; of a network made here one goes."""
+
+    def take(self, weights: Mapping[str, Tensor]) -> None:
+        """Put weights into it, named as its state dict names them."""
+        shape_buffers(self.body, weights, self.grown)
+        self.load_state_dict(dict(weights))
 
     def release(self) -> nn.Module:
         """The body as it is without this wrapping, which is of no use afterwards."""

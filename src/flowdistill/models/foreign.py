@@ -30,6 +30,7 @@ from ..taps import DataSpec, NetSpec, Outputs, TapSpec
 from . import FORMS, Network
 from .code import Module, contents, digest, file_hash, hashes, own_modules
 from .front import View
+from .hooks import Keep, Seen, hook, remove_all
 from .survey import LARGE, Survey, survey, takes_channels_last
 
 WRITTEN = re.compile(r"(?P<where>timm|torchvision|module|[^@]+\.py|[A-Za-z_][\w.]*):(?P<name>[^:@]+)")
@@ -46,42 +47,35 @@ Make = Callable[[DataSpec], nn.Module]
 IN_MEMORY: dict[str, nn.Module] = {}
 
 
-class Seen(dict[str, Tensor]):
-    """What the hooks saw. Of a plain dict that a module holds torch.export leaves a copy there, of which no hook knows."""
-
-
-class Keep:
-    """A forward hook that puts a module's output, or what it was given, into ``seen``. A copy of the network gets a copy of it.
-
-    Args:
-        overwritten: the output will be changed in place, so what is kept is a copy.
-    """
-
-    def __init__(self, seen: Seen, name: str, *, given: bool = False, overwritten: bool = False) -> None:
-        self.seen, self.name, self.given, self.overwritten = seen, name, given, overwritten
-
-    def __call__(self, _module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        """Keep it."""
-        kept = (*inputs, *named.values())[0] if self.given else output
-        self.seen[self.name] = kept.clone() if self.overwritten else kept
-
-
 class Foreign(Network):
     """A module with hooks at its taps and at its classifier. Its weights keep the names that they have in the module alone."""
 
     def __init__(self, inner: nn.Module, spec: NetSpec, taps: tuple[str, ...], found: Survey) -> None:
         super().__init__()
         self.inner, self.spec, self.named, self.overwrites = inner, spec, found.named, found.overwrites
+        self.draws_always, self.unsettled, self.grown = found.draws_always, found.unsettled, found.grown
         self.memory_format = torch.channels_last if found.channels_last else torch.contiguous_format
         self.taps = tuple(spec.tap(name).name for name in taps)
         self.paths = {name: spec.tap(name).module for name in self.taps}
         self.layouts = {path: found.layouts[path] for path in self.paths.values()}
-        self.seen = Seen()
-        keepers = [(path, Keep(self.seen, path, overwritten=path in found.overwritten)) for path in self.layouts]
-        keepers += [(spec.head, Keep(self.seen, HEAD, given=True))]
-        self.hooks = [inner.get_submodule(path).register_forward_hook(keep, with_kwargs=True) for path, keep in keepers]
+        self.overwritten, self.order = found.overwritten & self.layouts.keys(), found.order
+        self._hook()
         self.register_state_dict_post_hook(_without_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_with_prefix)  # type: ignore[no-untyped-call]
+
+    def _hook(self) -> None:
+        self.seen = Seen()
+        keepers = [(path, Keep(self.seen, path, overwritten=path in self.overwritten)) for path in self.layouts]
+        keepers += [(self.spec.head, Keep(self.seen, HEAD, given=True))]
+        self.hooks = [hook(self.inner.get_submodule(path), keep) for path, keep in keepers]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("hooks", "seen")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has hooks of its own: what it holds came without any."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._hook()
 
     @property
     def body(self) -> nn.Module:
@@ -90,20 +84,49 @@ class Foreign(Network):
 
     def release(self) -> nn.Module:
         """The module without the hooks."""
-        for hook in self.hooks:
-            hook.remove()
+        remove_all(self.hooks)
         return self.inner
 
     def answer(self, images: Tensor) -> Outputs:
         """Images [N, C, H, W] -> Outputs."""
         if self.memory_format is torch.contiguous_format:
             images = images.contiguous()
-        output = self.inner(images.clone() if self.overwrites else images)
-        seen = dict(self.seen)
         self.seen.clear()
+        self.seen.watching = True
+        try:
+            output = self.inner(images.clone() if self.overwrites else images)
+        finally:
+            seen = dict(self.seen)
+            self.seen.clear()
+            self.seen.watching = False
         self._refuse_skipped(seen)
         maps = {name: self.layouts[path].map(seen[path]) for name, path in self.paths.items()}
         return Outputs(output.logits if self.named else output, seen[HEAD].flatten(1), maps)
+
+    def refuse_cut(self, outputs: Outputs, *, embedding: bool) -> None:
+        """Look at what it gave, with gradients on.
+
+        Raises:
+            UserError: no gradient would go from a tap, or from the embedding, to what is trained before it.
+        """
+        given = [(f"tap {name}={path}", path, outputs.maps[name]) for name, path in self.paths.items()]
+        given += [("the embedding", self.spec.head, outputs.embedding)] * embedding
+        for what, path, value in given:
+            if not value.requires_grad and (trained := self._trained_before(path)):
+                raise UserError(
+                    f"{what}: {self.spec.name} gives it without a gradient, though {trained} before it is trained; name another, let go of "
+                    f"what cuts it off (detach, no_grad, checkpoint with use_reentrant=True), or freeze what is before it"
+                )
+
+    def _trained_before(self, path: str) -> str:
+        """The first parameter that is trained among those of the modules that ended no later than this one; of the classifier before it."""
+        last = self.order[path]
+        for place, end in self.order.items():
+            if end < last or (end == last and path != self.spec.head):
+                for name, parameter in self.inner.get_submodule(place).named_parameters(place, recurse=False):
+                    if parameter.requires_grad:
+                        return name
+        return ""
 
     def _refuse_skipped(self, seen: Mapping[str, Tensor]) -> None:
         for name, path in self.paths.items():

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..checks import FAILURES
-from ..randomness import derive, seeded
+from ..randomness import seeded
 from ..taps import Outputs
 from . import Network
 
@@ -41,7 +38,7 @@ def probe(net: Network, channels: int, height: int, width: int, *, trains: bool)
     """
     count = min(max(PIXELS // (height * width), IMAGES[0]), IMAGES[1])
     found: dict[str, list[float]] = {}
-    with _drawing_alike(), torch.device("cpu"), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+    with seeded(0, "probe"), torch.device("cpu"), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         images = torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(0))
         started = time.process_time()
         try:
@@ -110,17 +107,3 @@ def _apart(one: float, other: float) -> float:
     if one == other or (math.isnan(one) and math.isnan(other)):
         return 0.0
     return abs(one - other) if math.isfinite(one) and math.isfinite(other) else math.inf
-
-
-@contextmanager
-def _drawing_alike() -> Iterator[None]:
-    """What draws inside, from whichever generator, draws the same every time."""
-    states, seed = (random.getstate(), np.random.get_state()), derive(0, "probe")
-    try:
-        with seeded(0, "probe"):
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])

@@ -5,20 +5,27 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import FAILURES
-from ..randomness import seeded
+from ..randomness import seeded, states
 from ..taps import NetSpec, TapSpec
+from .state import buffers, kept, shapes
 
 IMAGES = 2  # of the dry run: with one, a batch could be taken for something else
 LARGE = 224  # pixels: at the data's own size the last maps of a deep network may have shrunk to one position
 STRETCHES = 4  # where all maps are of one size, so many taps are spread over the depth
-ROUNDING = 1e-3  # of the largest, in numbers that were cast to half precision and back
+ROUNDING = 5e-3  # of the largest, in numbers that were cast to half precision or to 8 bits and back
+COARSE = 2e-2  # likewise, where what is rounded once more stays as it is
+WIDE = 50.0  # what is put in the place of logits: larger than a softmax, a tanh or a cap lets pass, within what quantisers hold
+MASKED = -1e4  # a logit below this is that of a class that is masked
+SAME = 1e-4  # of the largest, in two answers that are one
 PREFIXES = range(6)  # tokens before those of the positions: class, distillation, registers
 
 
@@ -95,7 +102,13 @@ class Survey:
         ends: tap name -> module path, as they were found.
         head, embedding, classes: the classifier's path, its inputs and outputs.
         named: whether the network gives an object that holds the logits, not these themselves.
+        altered: why its answer is not what its classifier gives, or empty.
+        apart: why the classifier's weights do not make the logits of the embedding, or empty.
         draws: whether its layers draw random numbers in train mode, as dropout does.
+        draws_always: whether they do so in eval mode.
+        unsettled: whether a pass in eval mode moves its buffers, as observers of quantisation do.
+        grown: names of the buffers that have another shape, or are there at all, after a pass.
+        order: module path -> when its last call ended, among all.
         overstepped: path of a convolution whose stride is larger than its map, or empty.
         overwrites: whether it changes the images that it is given in place.
         overwritten: paths of modules whose output is changed in place afterwards.
@@ -108,7 +121,13 @@ class Survey:
     embedding: int
     classes: int
     named: bool
+    altered: str
+    apart: str
     draws: bool
+    draws_always: bool
+    unsettled: bool
+    grown: frozenset[str]
+    order: dict[str, int]
     overstepped: str
     overwrites: bool
     overwritten: frozenset[str]
@@ -125,25 +144,36 @@ class Survey:
 
     def spec(self, name: str) -> NetSpec:
         """What a network of that name offers."""
-        return NetSpec(name, self.taps, self.embedding, self.classes, self.head, self.overstepped)
+        return NetSpec(name, self.taps, self.embedding, self.classes, self.head, self.overstepped, altered=self.altered, apart=self.apart)
 
 
 def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
     """Run a network on random images of this size, and once more on larger ones where it takes them: there stages are told apart best.
 
+    Its modes and buffers stay as they were.
+
     Raises:
-        ValueError: it gives no logits [N, K], or they are not those of a linear layer on a vector.
+        ValueError: it gives no logits [N, K], or they are not those of a linear layer on a vector, or others when it is asked again.
         Exception: of the network's own, where it can't take such images.
     """
-    calls, output, overwrites = watch(net, channels, height, width)
+    size = (channels, height, width)
+    with _as_it_was(net) as grown:
+        before = buffers(net)
+        calls, output, overwrites, draws_always = watch(net, *size)
+        unsettled = buffers(net) != before
     logits = logits_of(output)
-    head = _head(calls, logits)
-    draws = _draws(net, channels, height, width, output)
+    with _as_it_was(net):
+        _refuse_forgetful(net, size, logits)
+    with _as_it_was(net):
+        head, altered = _head(net, size, _fitting(calls, logits), logits.shape[1])
+    with _as_it_was(net) as grown_in_training:
+        draws = _draws(net, size, output)
     larger = calls
     factor = -(-LARGE // min(height, width))
     if factor > 1:
         try:
-            larger, *_ = watch(net, channels, height * factor, width * factor)
+            with _as_it_was(net):
+                larger, *_ = watch(net, channels, height * factor, width * factor)
         except FAILURES:  # it takes one size alone
             larger = calls
     for call in [*_attention(calls), *_attention(larger)]:
@@ -160,11 +190,30 @@ def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
         head.inputs[0].shape[1],
         logits.shape[1],
         named=output is not logits,
+        altered=altered,
+        apart=_apart(head, logits),
         draws=draws,
+        draws_always=draws_always,
+        unsettled=unsettled,
+        grown=frozenset(grown | grown_in_training),
+        order={call.path: call.ended for call in calls},
         overstepped=_overstepped(calls),
         overwrites=overwrites,
         overwritten=frozenset(call.path for call in calls if call.overwritten),
     )
+
+
+@contextmanager
+def _as_it_was(net: nn.Module) -> Iterator[set[str]]:
+    """Modes and buffers are put back afterwards; the names of the buffers that had another shape then."""
+    modes, before, grown = {module: module.training for module in net.modules()}, shapes(net), set[str]()
+    with kept(net):
+        try:
+            yield grown
+        finally:
+            grown |= {name for name, shape in shapes(net).items() if before.get(name) != shape}
+            for module, mode in modes.items():
+                module.training = mode
 
 
 @torch.no_grad()
@@ -179,11 +228,19 @@ def takes_channels_last(net: nn.Module, channels: int, height: int, width: int) 
 
 
 class Watched(NamedTuple):
-    """A pass: every call of a module in the order in which they ended, what the whole gave, and whether the images were changed."""
+    """A pass in eval mode.
+
+    Attributes:
+        calls: every call of a module in the order in which they ended.
+        output: what the whole gave.
+        overwrites: whether the images were changed.
+        draws: whether a global generator was moved.
+    """
 
     calls: list[Call]
     output: Any
     overwrites: bool
+    draws: bool
 
 
 @torch.no_grad()
@@ -211,41 +268,57 @@ def watch(net: nn.Module, channels: int, height: int, width: int) -> Watched:
         calls.append(call)
 
     handles = [handle for path, module in net.named_modules() for handle in _hooked(module, begin(path), end)]
-    images = torch.rand(IMAGES, channels, height, width, generator=torch.Generator().manual_seed(0)).to(_device(net))
-    training = {module: module.training for module in net.modules()}
+    images = _images(net, (channels, height, width))
     before = images.clone()
     try:
-        output = net.eval()(images)
+        with seeded(0, "dry run", device=images.device):
+            began = states()
+            output = net.eval()(images)
+            draws = states() != began
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
-    return Watched(calls, output, not torch.equal(images, before))
+    return Watched(calls, output, not torch.equal(images, before), draws)
+
+
+def _images(net: nn.Module, size: Sequence[int], seed: int = 0) -> Tensor:
+    """Random images, where the network is."""
+    return torch.rand(IMAGES, *size, generator=torch.Generator().manual_seed(seed)).to(_device(net))
 
 
 @torch.no_grad()
-def _draws(net: nn.Module, channels: int, height: int, width: int, evaluated: Any) -> bool:
-    """Whether a pass in train mode moves the global generator. The network's statistics stay as they were.
+def _refuse_forgetful(net: nn.Module, size: Sequence[int], logits: Tensor) -> None:
+    """Ask again, in eval mode, from the same state of every generator that is known.
+
+    Raises:
+        ValueError: the answer is another one.
+    """
+    images = _images(net, size)
+    with seeded(0, "dry run", device=images.device):
+        again = logits_of(net.eval()(images))
+    largest = float(logits.nan_to_num(0, 0, 0).abs().max())
+    if not torch.allclose(again, logits, rtol=ROUNDING, atol=SAME * largest, equal_nan=True):
+        raise ValueError(
+            "in eval mode it answers the same images otherwise when it is asked again; let it draw from the global generators of torch, "
+            "numpy or Python, which are seeded, and remember nothing of a pass"
+        )
+
+
+@torch.no_grad()
+def _draws(net: nn.Module, size: Sequence[int], evaluated: Any) -> bool:
+    """Whether a pass in train mode moves a global generator.
 
     Raises:
         ValueError: it gives something else there than in eval mode.
     """
-    buffers = {name: value.clone() for name, value in net.named_buffers()}
-    modes = {module: module.training for module in net.modules()}
     device = _device(net)
     with seeded(0, "dry run", device=device):
-        before = torch.get_rng_state()
+        began = states()
         try:
-            trained = net.train()(torch.zeros(IMAGES, channels, height, width, device=device))
+            trained = net.train()(torch.zeros(IMAGES, *size, device=device))
         except Exception:  # a batch that is too small for its normalisation: nobody knows
             return True
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-            for name, value in net.named_buffers():
-                value.copy_(buffers[name])
-        draws = not torch.equal(torch.get_rng_state(), before)
+        draws = states() != began
     if isinstance(trained, Tensor) != isinstance(evaluated, Tensor) or _shape(trained) != _shape(evaluated):
         what = f"logits {list(_shape(trained))}" if isinstance(trained, Tensor) else f"a {type(trained).__name__}"
         cure = "switch its auxiliary heads off (such as aux_logits=False), or wrap it so that it gives logits alone"
@@ -302,10 +375,11 @@ def layout_of(output: Any, net: nn.Module, height: int, width: int) -> Layout | 
     return None
 
 
-def _head(calls: Sequence[Call], logits: Tensor) -> Call:
-    """The layer that gave the logits of a vector: that whose output they are, or the only one with so many outputs.
+def _fitting(calls: Sequence[Call], logits: Tensor) -> list[Call]:
+    """The layers that may have given the logits of a vector, the last ones first.
 
-    Of several whose mean they are it is the last.
+    Raises:
+        ValueError: there is none.
     """
 
     def fits(call: Call) -> bool:
@@ -313,25 +387,185 @@ def _head(calls: Sequence[Call], logits: Tensor) -> Call:
         layer = isinstance(call.module, nn.Linear | nn.Conv2d) and isinstance(call.output, Tensor) and call.output.numel() == logits.numel()
         return layer and isinstance(given, Tensor) and given.flatten(1).shape[1:] == given.shape[1:2]
 
-    fitting = [call for call in reversed(calls) if fits(call)]
-    if not fitting:
-        raise ValueError(f"its {logits.shape[1]} logits are not those of a linear layer on a vector [N, D]")
-    outputs = [call.output.reshape(logits.shape).double() for call in fitting]
-    found = [call for call in fitting if call.output is logits]
-    found += [call for call, output in zip(fitting, outputs, strict=True) if _tells(output, logits)]
-    if found or len(fitting) == 1 or _tells(torch.stack(outputs).mean(0), logits):
-        return (found or fitting)[0]
-    layers = ", ".join(dict.fromkeys(call.path for call in reversed(fitting)))
-    raise ValueError(
-        f"its {logits.shape[1]} logits are made of several layers' ({layers}), not those of one linear layer on a vector [N, D]"
-    )
+    if found := [call for call in reversed(calls) if fits(call)]:
+        return found
+    raise ValueError(f"its {logits.shape[1]} logits are not those of a linear layer on a vector [N, D]")
 
 
-def _tells(output: Tensor, logits: Tensor) -> bool:
-    """Whether logits are such an output but for their precision, one factor, and a shift of each image, as a log-softmax is."""
-    one, other = (x.double() - x.double().mean(1, keepdim=True) for x in (output, logits))
-    factor = (one * other).sum() / one.square().sum().clamp(min=1e-30)
-    return bool((factor * one - other).abs().max() <= ROUNDING * other.abs().max())
+def _head(net: nn.Module, size: Sequence[int], fitting: Sequence[Call], classes: int) -> tuple[Call, str]:
+    """The layer that gives the logits, of several whose mean they are the last; and why the answer is not what it gives, or empty.
+
+    Other numbers are put in the place of what the layers give, small and large ones: the answer must be these, but for one positive
+    factor, a shift of each image, as a log-softmax is, rounding, and classes that are masked.
+
+    Raises:
+        ValueError: the answer depends on more than one of the layers in another way, or on more than what they give.
+    """
+    layers = {call.path: call.module for call in reversed(fitting)}
+    largest = max(float(_centred(call.output.double().reshape(-1, classes)).abs().max()) for call in fitting)
+    near = largest if SAME < largest < WIDE else 1.0
+
+    def asked(training: bool) -> tuple[str, Put]:
+        """The layer whose numbers the answer is, or nothing; and what was answered to large numbers."""
+        if path := _answered((mixed := _put(net, size, layers, near, WIDE, training=training)).rows):
+            return path, mixed
+        small, large = (_put(net, size, layers, scale, scale, training=training) for scale in (near, WIDE))  # quantisers look at them all
+        path = _answered([small, large])
+        if not path and not _answered([small], SAME) and (path := _answered([small], COARSE)):  # it rounds, perhaps
+            again = _put(net, size, layers, given=small.answer, training=training)
+            path = path if bool((again.answer - small.answer).abs().max() <= SAME * near) else ""
+        return path, large
+
+    path, large = asked(training=False)
+    if not path:
+        path = _only(net, size, layers, large)
+        altered = f"it gives {_described(large, path)}"
+    else:
+        try:
+            trained, large = asked(training=True)
+            altered = "" if trained else f"in train mode it gives {_described(large, path)}"
+        except Exception:  # a batch that is too small for its normalisation: nobody knows
+            altered = ""
+    return next(call for call in fitting if call.path == path), altered
+
+
+class Put(NamedTuple):
+    """What a network answered where other numbers stood in the place of what layers give.
+
+    Attributes:
+        calls: the path and the numbers [N, K] of each call of such a layer.
+        answer: [N, K].
+    """
+
+    calls: list[tuple[str, Tensor]]
+    answer: Tensor
+
+    @property
+    def rows(self) -> list[Put]:
+        """The same, an image each."""
+        return [Put([(path, numbers[row, None]) for path, numbers in self.calls], self.answer[row, None]) for row in range(IMAGES)]
+
+
+@torch.no_grad()
+def _put(
+    net: nn.Module,
+    size: Sequence[int],
+    layers: Mapping[str, nn.Module],
+    *scales: float,
+    given: Tensor | None = None,
+    training: bool = False,
+    other: str = "",
+    images: int = 0,
+) -> Put:
+    """A pass with other numbers, after the layers' own hooks; quantisers are switched off.
+
+    Args:
+        scales: how large they are at most, for each image.
+        given: the numbers themselves.
+        other: the layer that gets other numbers than it got without this.
+        images: the seed of the images.
+    """
+    calls: list[tuple[str, Tensor]] = []
+
+    def putting(path: str) -> Any:
+        def put(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            chance = torch.Generator().manual_seed(2 * len(calls) + (path == other))
+            drawn = (
+                torch.tensor(scales)[:, None] * (2 * torch.rand(IMAGES, output[0].numel(), generator=chance) - 1)
+                if given is None
+                else given
+            )
+            numbers = drawn.reshape(output.shape).to(output)
+            calls.append((path, numbers.reshape(IMAGES, -1).double().cpu()))
+            return numbers
+
+        return put
+
+    handles = [layer.register_forward_hook(putting(path)) for path, layer in layers.items()]
+    shown = _images(net, size, images)
+    try:
+        with kept(net), seeded(0, "dry run", device=shown.device):
+            for quantiser in net.modules():
+                for switch in ("fake_quant_enabled", "observer_enabled"):
+                    if isinstance(value := getattr(quantiser, switch, None), Tensor):
+                        value.zero_()
+            answer = logits_of(net.train(training)(shown))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Put(calls, answer.double().cpu())
+
+
+def _centred(logits: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Less the mean of each image over the classes that are counted; 0 for the others."""
+    counted = torch.ones_like(logits, dtype=torch.bool) if counted is None else counted
+    values = logits.where(counted, 0)
+    return (values - values.sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)).where(counted, 0)
+
+
+def _answered(puts: Sequence[Put], rounding: float = ROUNDING) -> str:
+    """The layer whose numbers were answered, of several whose mean was the last; empty where there is none."""
+    paths = [path for path, _ in puts[-1].calls]
+    if not paths or any([path for path, _ in put.calls] != paths for put in puts):
+        return ""
+    pairs = []
+    for calls, answer in puts:
+        counted = answer > MASKED
+        if not answer.where(counted, 0).isfinite().all() or answer.isnan().any() or not bool((counted.sum(1) > 1).all()):
+            return ""
+        pairs.append((torch.stack([_centred(numbers, counted) for _, numbers in calls]), _centred(answer, counted)))
+    numbers, answer = pairs[-1]
+    shares = torch.linalg.lstsq(numbers.flatten(1).T, answer.reshape(-1, 1), driver="gelsd").solution[:, 0]
+    meant = shares > shares.max() / 2
+    factor = shares[meant].sum()
+    if factor <= 0:
+        return ""
+    for numbers, answer in pairs:
+        told = factor * numbers[meant].mean(0)
+        if not bool((told - answer).abs().max() <= rounding * told.abs().max()):
+            return ""
+    return [path for path, own in zip(paths, meant.tolist(), strict=True) if own][-1]
+
+
+def _only(net: nn.Module, size: Sequence[int], layers: Mapping[str, nn.Module], large: Put) -> str:
+    """The one layer that decides the answer, and nothing beside it.
+
+    Raises:
+        ValueError: there is none.
+    """
+
+    def moves(**changed: Any) -> bool:
+        before, after = (put.answer.nan_to_num(0, 0, 0) for put in (large, _put(net, size, layers, WIDE, WIDE, **changed)))
+        return not bool((after - before).abs().max() <= SAME * before.abs().max())
+
+    deciding = [path for path in layers if moves(other=path)]
+    if len(deciding) == 1 and not moves(images=1):
+        return deciding[0]
+    classes = large.answer.shape[1]
+    made = f"are made of several layers' ({', '.join(layers)}), not those of one linear layer on a vector [N, D]"
+    alone = "are not those of a linear layer on a vector [N, D]"
+    raise ValueError(f"its {classes} logits {made if len(layers) > 1 else alone}")
+
+
+def _described(large: Put, path: str) -> str:
+    """What a network gives that are not the logits of that layer, and what to do."""
+    answer, logits = large.answer, f"not the logits of its classifier {path}"
+    if bool(((answer >= 0) & (answer <= 1)).all()):
+        if bool(((answer.sum(1) - 1).abs() < ROUNDING).all()):
+            return f"probabilities, {logits}; leave the softmax out"
+        return f"numbers from 0 to 1, {logits}; leave the sigmoid out"
+    return f"something else than the logits of its classifier {path} (a positive factor and a shift of each image aside); let it give these"
+
+
+@torch.no_grad()
+def _apart(head: Call, logits: Tensor) -> str:
+    """Why the weights of a layer do not make the logits of what it was given, or empty."""
+    layer: Any = head.module
+    bias = None if layer.bias is None else layer.bias.double()
+    made = F.linear(head.inputs[0].flatten(1).double(), layer.weight.flatten(1).double(), bias)
+    if not made.isfinite().all() or bool((made - logits.double()).abs().max() <= ROUNDING * made.abs().max()):
+        return ""
+    return f"its logits are not what the weights of its classifier {head.path} make of the embedding"
 
 
 def _overstepped(calls: Sequence[Call]) -> str:

@@ -155,8 +155,8 @@ def refuse_misfit(net: Network, weights: Weights, origin: str) -> None:
     Raises:
         UserError: names or shapes do not fit; the first of them.
     """
-    own = net.state_dict()
-    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    own = {name: value for name, value in net.state_dict().items() if name not in net.grown}
+    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys() - net.grown)
     if missing or extra:
         what = f"lacks {missing[0]!r}" if missing else f"has {extra[0]!r}, which the network has not"
         raise UserError(f"{origin} does not fit {net.spec.name}: it {what}; name the model as MODEL@FILE")
@@ -175,14 +175,14 @@ def fill(net: Network, weights: Weights, origin: str) -> None:
         UserError: names or shapes do not fit; the first of them.
     """
     refuse_misfit(net, weights, origin)
-    net.load_state_dict(dict(weights))
+    net.take(weights)
 
 
 def hash_weights(weights: Weights) -> str:
     """SHA-256 over names, shapes and values, whatever the memory layout."""
     digest = hashlib.sha256()
     for name in sorted(weights):
-        value = weights[name].detach().to("cpu").contiguous()
+        value = weights[name].detach().to("cpu", copy=True).contiguous()  # numpy keeps what it sees from being resized, as observers are
         digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowdistill.models.survey import Layout, layout_of, survey
+from flowdistill.models.survey import survey
+from flowdistill.models.watching import Layout, layout_of
 from flowdistill.randomness import states
 
 

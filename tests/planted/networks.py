@@ -12,8 +12,8 @@ import test_survey
 import test_tapping
 
 from flowdistill import distiller
-from flowdistill.models import front, hooks, survey, wide_resnet
-from flowdistill.models.survey import Layout
+from flowdistill.models import front, head, hooks, stages, wide_resnet
+from flowdistill.models.watching import Layout
 from flowdistill.runner import networks, pairing
 from flowdistill.runner.pairing import Pairing
 from flowdistill.training import step
@@ -35,13 +35,13 @@ def columns_taken_for_rows(self, output):
     return positions.reshape(-1, self.channels, self.width, self.height).transpose(2, 3)
 
 
-@bug(survey, "_transitions", test_survey.test_a_block_that_widens_before_it_shrinks)
+@bug(stages, "_transitions", test_survey.test_a_block_that_widens_before_it_shrinks)
 def last_map_of_each_size(maps, level):
     """The last map of a size lies inside of the next block, where that widens before it shrinks: MobileNet, ResNet-50."""
     return []
 
 
-@bug(survey, "_levels", test_survey.test_attention_maps_are_no_stage)
+@bug(stages, "_levels", test_survey.test_attention_maps_are_no_stage)
 def every_square_is_an_image(maps):
     """T x T attention of each head has the shape of a map, and is larger than any."""
     return {size: size for size in sorted({call.size for call in maps}, reverse=True)}
@@ -86,7 +86,7 @@ def stages_of_a_wrn_after_the_next_relu(self, images):
     return {tap: maps.get(f"{tap}.post", value) for tap, value in maps.items()}, last
 
 
-@bug(survey, "_answered", test_distiller.test_probabilities_are_not_taken_for_logits, {"mode": None})
+@bug(head, "_answered", test_distiller.test_probabilities_are_not_taken_for_logits, {"mode": None})
 def the_only_layer_of_so_many_outputs_is_the_head(puts, rounding=0.0):
     """What becomes of its numbers is not asked: probabilities teach as logits do, 13 times too weakly."""
     return puts[-1].calls[-1][0]

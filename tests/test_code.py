@@ -165,14 +165,26 @@ def test_a_compiler_finds_the_neighbour_of_the_file_at_hand(tmp_path: Path) -> N
         assert torch.allclose(compiled(images), own(images).logits)
 
 
-def test_neighbours_of_one_name_that_are_imported_late_are_refused(tmp_path: Path) -> None:
+def test_neighbours_that_are_imported_late_are_each_files_own(tmp_path: Path) -> None:
     text = net("import later\n        return self.fc(later.act(self.a(x)).mean((2, 3)))")
-    one, other = (write(tmp_path / act, {"nets.py": text, "later.py": f"import torch\nact = torch.{act}\n"}) for act in ("relu", "tanh"))
-    answer(f"{one}:Small")
-    with pytest.raises(
-        UserError, match=r"/tanh/later\.py and .*/relu/later\.py are both imported as later, one of them inside of a function; rename"
-    ):
-        answer(f"{other}:Small")
+    names = [
+        f"{write(tmp_path / act, {'nets.py': text, 'later.py': f'import torch{chr(10)}act = torch.{act}'})}:Small"
+        for act in ("relu", "tanh")
+    ]
+    nets = [models.build(name, DATA, seed=1).eval() for name in names]
+    relu, tanh, again = (nets[place](torch.ones(2, 1, 8, 8)).logits for place in (0, 1, 0))
+    assert not torch.equal(relu, tanh)
+    assert torch.equal(relu, again)
+    assert "later" not in sys.modules
+    copied = copy.deepcopy(nets[0])
+    assert torch.equal(copied(torch.ones(2, 1, 8, 8)).logits, relu)
+
+
+def test_a_file_and_a_neighbour_that_import_each_other(tmp_path: Path) -> None:
+    text = net("return self.fc(circle.act(self.a(x)).mean((2, 3)))", "import circle")
+    name = f"{write(tmp_path, {'nets.py': text, 'circle.py': 'import nets, torch; act = torch.relu'})}:Small"
+    assert answer(name).shape == (2, 5)
+    assert {"circle", "nets"} & sys.modules.keys() == set()
 
 
 def test_a_package_that_changed_since_it_was_imported_is_not_taken_for_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

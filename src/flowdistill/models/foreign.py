@@ -6,31 +6,28 @@ Their taps are read by forward hooks, so that no model is edited. A dry run find
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import inspect
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..checks import FAILURES, UserError, did_you_mean, first_line, regular_file, summary
+from ..checks import FAILURES, UserError, did_you_mean, first_line, summary
 from ..randomness import seeded
 from ..taps import DataSpec, NetSpec, Outputs, TapSpec
 from . import FORMS, Network
-from .code import Module, contents, digest, file_hash, hashes, own_modules
+from .code import contents, digest, hashes, own_modules
 from .front import View
 from .hooks import Keep, Seen, hook, remove_all
+from .loading import Neighbours, of_file, of_package
 from .survey import LARGE, Survey, survey, takes_channels_last
 
 WRITTEN = re.compile(r"(?P<where>timm|torchvision|module|[^@]+\.py|[A-Za-z_][\w.]*):(?P<name>[^:@]+)")
@@ -50,8 +47,9 @@ IN_MEMORY: dict[str, nn.Module] = {}
 class Foreign(Network):
     """A module with hooks at its taps and at its classifier. Its weights keep the names that they have in the module alone."""
 
-    def __init__(self, inner: nn.Module, spec: NetSpec, taps: tuple[str, ...], found: Survey) -> None:
+    def __init__(self, inner: nn.Module, spec: NetSpec, taps: tuple[str, ...], found: Survey, beside: Neighbours | None = None) -> None:
         super().__init__()
+        self.beside = beside or Neighbours()
         self.inner, self.spec, self.named, self.overwrites = inner, spec, found.named, found.overwrites
         self.draws_always, self.unsettled, self.grown = found.draws_always, found.unsettled, found.grown
         self.memory_format = torch.channels_last if found.channels_last else torch.contiguous_format
@@ -94,7 +92,8 @@ class Foreign(Network):
         self.seen.clear()
         self.seen.watching = True
         try:
-            output = self.inner(images.clone() if self.overwrites else images)
+            with self.beside.at_hand() if self.beside.late else nullcontext():
+                output = self.inner(images.clone() if self.overwrites else images)
         finally:
             seen = dict(self.seen)
             self.seen.clear()
@@ -206,7 +205,7 @@ class ForeignFactory:
         assert written is not None
         self.name, self.in_memory, self.code = name, written["where"] == "module", code
         self.file_code = next((hashed for label, hashed in code.items() if label == _label(written["where"])), "")
-        self.make, self.about = _maker(written["where"], written["name"])
+        self.make, self.about, self.beside = _maker(written["where"], written["name"])
         self._surveys: dict[tuple[int, ...], Survey] = {}
         self._contents: dict[tuple[int, ...], str] = {}
 
@@ -217,7 +216,7 @@ class ForeignFactory:
             UserError: what makes it fails.
         """
         try:
-            with torch.device("cpu"):  # on meta tensors, which hold no numbers, some can't be made
+            with self.beside.at_hand(), torch.device("cpu"):  # on meta tensors, which hold no numbers, some can't be made
                 net = self.make(data)
         except UserError:
             raise
@@ -237,7 +236,7 @@ class ForeignFactory:
         """
         key = _sizes(data)
         if key not in self._surveys:
-            with seeded(0, "survey"), torch.device("cpu"), torch.compiler.set_stance("force_eager"):
+            with self.beside.at_hand(), seeded(0, "survey"), torch.device("cpu"), torch.compiler.set_stance("force_eager"):
                 net = self.network(data)
                 self._contents[key] = contents(net, exact=False) if self.code else ""  # before it runs, and may keep what it saw
                 found = surveyed(net, self.name, data.channels, data.height, data.width)
@@ -300,34 +299,34 @@ class ForeignFactory:
 
     def build(self, data: DataSpec, spec: NetSpec, taps: tuple[str, ...]) -> Foreign:
         """The network with the weights that it is made with."""
-        return Foreign(self.network(data), spec, taps, self.survey(data))
+        return Foreign(self.network(data), spec, taps, self.survey(data), self.beside)
 
 
 def _sizes(data: DataSpec) -> tuple[int, ...]:
     return data.channels, data.height, data.width, data.classes
 
 
-def _maker(where: str, name: str) -> tuple[Make, str]:
-    """How a network is made, and what it is.
+def _maker(where: str, name: str) -> tuple[Make, str, Neighbours]:
+    """How a network is made, what it is, and which modules lie beside its file.
 
     Raises:
         UserError: no such library, file, function or name.
     """
     if where == "timm":
-        return _timm(name), f"{name} of timm"
+        return _timm(name), f"{name} of timm", Neighbours()
     if where == "torchvision":
-        return _torchvision(name), f"{name} of torchvision"
+        return _torchvision(name), f"{name} of torchvision", Neighbours()
     if where == "module":
         if name not in IN_MEMORY:
             raise UserError(f"module:{name} was given from Python, and is in no file; give it from Python again")
-        return lambda _: deepcopy(IN_MEMORY[name]), f"{name}, a module given from Python"
-    module = _file(Path(where)) if where.endswith(".py") else _package(where)
+        return lambda _: deepcopy(IN_MEMORY[name]), f"{name}, a module given from Python", Neighbours()
+    module, beside = of_file(Path(where)) if where.endswith(".py") else (of_package(where), Neighbours())
     function = getattr(module, name, None)
     if not callable(function):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UserError(f"{where}:{name}: {where} has no function of that name; {did_you_mean(name, names)}")
     try:
-        return _told(function), f"{name} of {where}"
+        return _told(function), f"{name} of {where}", beside
     except (TypeError, ValueError):  # of C
         raise UserError(f"{where}:{name}: does not say what its parameters are; write a function or class in Python") from None
 
@@ -373,105 +372,6 @@ def _torchvision(name: str) -> Make:
         return net
 
     return make
-
-
-def _file(path: Path) -> ModuleType:
-    """The module of a file, executed once for each state of its code. Its neighbours can be imported, as ``python FILE.py`` would."""
-    found = regular_file(path, f"{path}").resolve()
-    modules = own_modules(found)
-    name = f"flowdistill_given_{digest([str(found), hashes(modules)])[:16]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    beside = {module.name: module for module in modules.values() if module.name and module.file.resolve().is_relative_to(found.parent)}
-    _refuse_changed([module for module in modules.values() if module.name and module.name not in beside], f"{path}")
-    spec = importlib.util.spec_from_file_location(name, found)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        with _beside(found.parent, beside, name):
-            spec.loader.exec_module(module)
-    except FAILURES as error:
-        del sys.modules[name]
-        raise error if isinstance(error, UserError) else UserError(f"{path}: can't be run: {summary(error)}") from None
-    _remember([module for module in modules.values() if module.name not in beside])
-    return module
-
-
-@contextmanager
-def _beside(folder: Path, modules: Mapping[str, Module], owner: str) -> Iterator[None]:
-    """The neighbours of a file are found first inside, and executed for this file alone: another folder may have some of the same names.
-
-    Afterwards they are known by a name of their own as well, by which a compiler finds them, and the folder is the last place to look in:
-    the file's functions may import when they are called.
-    """
-    tops = {name.partition(".")[0] for name in modules}
-    others = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in tops}
-    sys.path.insert(0, str(folder))
-    importlib.invalidate_caches()
-    try:
-        yield
-        late = {name: module for name, module in modules.items() if name not in sys.modules}
-        for name, module in late.items():
-            _refuse_ambiguous(name, module)
-        for name in [name for name in sys.modules if name.partition(".")[0] in tops]:
-            _refuse_ambiguous(name, modules.get(name))
-            loaded = sys.modules[name]
-            if hasattr(loaded, "__file__"):
-                vars(loaded)["__name__"] = f"{owner}.{name}"
-                sys.modules[f"{owner}.{name}"] = loaded
-        LATE.update({name: module.file for name, module in late.items()})
-    finally:
-        sys.path.remove(str(folder))
-        if str(folder) not in sys.path:
-            sys.path.append(str(folder))
-        sys.modules.update({name: other for name, other in others.items() if not str(other.__name__).startswith("flowdistill_given_")})
-
-
-LATE: dict[str, Path] = {}
-"""Name of a neighbour that is imported when a function is called -> its file: no second one of that name can be told from it then."""
-AS_IMPORTED: dict[str, str] = {}
-"""Name of a module of own code that is no neighbour -> the hash of its file when it was imported for a network."""
-
-
-def _refuse_ambiguous(name: str, module: Module | None) -> None:
-    other = LATE.get(name)
-    if module is not None and other not in (None, module.file) and other.is_file() and file_hash(other) != file_hash(module.file):
-        raise UserError(f"{module.file} and {other} are both imported as {name}, one of them inside of a function; rename one of the two")
-
-
-def _remember(modules: Iterable[Module]) -> None:
-    for module in modules:
-        if module.name in sys.modules:
-            AS_IMPORTED.setdefault(module.name, file_hash(module.file))
-
-
-def _refuse_changed(modules: Iterable[Module], what: str) -> None:
-    """What is imported once must be what lies on the disk.
-
-    Raises:
-        UserError: a module of that name was loaded from elsewhere, or it changed since.
-    """
-    for module in modules:
-        loaded = getattr(sys.modules.get(module.name), "__file__", None)
-        if loaded is not None and Path(loaded).resolve() != module.file.resolve():
-            raise UserError(
-                f"{what}: it imports {module.name} from {module.file}, but {loaded} of that name is loaded; rename one of the two"
-            )
-        if AS_IMPORTED.get(module.name, now := file_hash(module.file)) != now:
-            raise UserError(f"{what}: {module.file} changed since it was imported; begin a new process, in a notebook a new kernel")
-
-
-def _package(name: str) -> ModuleType:
-    modules = own_modules(name).values()
-    _refuse_changed(modules, name)
-    try:
-        module = importlib.import_module(name)
-    except FAILURES as error:  # missing, or its own code
-        raise UserError(f"{name}: can't be imported: {summary(error)}; write FILE.py:FUNCTION for a file") from None
-    _remember(modules)
-    return module
 
 
 def _told(function: Callable[..., Any]) -> Make:

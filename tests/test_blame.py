@@ -26,7 +26,7 @@ from flowdistill.training import cohort as engine
 from flowdistill.training.cohort import Cohort, Progress, train
 from flowdistill.training.engine import Compiled, Eager
 from flowdistill.training.evaluate import Evaluation
-from flowdistill.training.teacher import ANSWER, EMBEDDING, MAP
+from flowdistill.training.said import ANSWER, EMBEDDING, MAP
 
 CPU = torch.device("cpu")
 FEW = {"limit_train": 48, "train": {"epochs": 1, "batch_size": 16}}  # three batches

@@ -141,14 +141,14 @@ def rate_of_the_epoch_before(self, epoch, epochs, step, steps):
 
 
 @bug(step, "train_step", PLAIN)
-def gradients_of_earlier_steps_kept(group, images, taught, batch, *, lr, precision, losses):
+def gradients_of_earlier_steps_kept(group, images, taught, batch, *, lr, precision, losses, heard):
     """No zero_grad."""
     (student,) = group
     (terms,) = losses(group, images, taught if student.taught else None, batch, precision)
     sum(weight * terms[term] for term, weight in student.weights.items()).backward()
     student.optimizer.param_groups[0]["lr"] = lr
     student.optimizer.step()
-    student.tally.add({term: value.detach() for term, value in terms.items()})
+    student.tally.add(terms | heard)
 
 
 @bug(Student, "begin_phase", PLAIN)
@@ -188,7 +188,7 @@ def student_trained_in_eval_mode(self):
 
 
 @bug(step, "train_step", suite.test_reported_terms_are_unweighted_means_over_the_steps_of_their_epoch)
-def weighted_terms_reported(group, images, taught, batch, *, lr, precision, losses):
+def weighted_terms_reported(group, images, taught, batch, *, lr, precision, losses, heard):
     """Curves of two weights can't be compared: most loops print the product."""
     (student,) = group
     (terms,) = losses(group, images, taught if student.taught else None, batch, precision)
@@ -197,7 +197,7 @@ def weighted_terms_reported(group, images, taught, batch, *, lr, precision, loss
     sum(terms[term] for term in student.weights).backward()
     student.optimizer.param_groups[0]["lr"] = lr
     student.optimizer.step()
-    student.tally.add({term: value.detach() for term, value in terms.items()})
+    student.tally.add(terms | heard)
 
 
 @bug(Student, "begin_epoch", suite.test_reported_terms_are_unweighted_means_over_the_steps_of_their_epoch)
@@ -363,7 +363,8 @@ def teachers_map_not_looked_at(self, outputs):
 @bug(blame, "fault", SAID, {"method": "kd"})
 def rate_blamed_for_the_teacher(student, seen, peers=()):
     """Whatever is not finite, a lower learning rate is the advice."""
-    return fault(student, seen._replace(teacher={}), peers)
+    sound = {name: count if name in student.tally.terms else seen.steps for name, count in seen.sound.items()}
+    return fault(student, seen._replace(sound=sound), peers)
 
 
 @bug(Finite, "look", test_given.test_every_batch_is_looked_at)

@@ -147,7 +147,7 @@ class Work:
             for student in lane.students:
                 student.method.know(facts)
                 student.begin_phase(0)
-            lane.begin_epoch()
+                student.begin_epoch()
         return lanes
 
 

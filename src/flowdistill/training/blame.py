@@ -22,8 +22,7 @@ class Seen(NamedTuple):
     Attributes:
         epoch: 1-based.
         steps: of an epoch.
-        teacher: of each output of the teacher that its method looks at, how many steps it was finite for.
-        terms: of each of its terms, likewise.
+        sound: of each of its terms, and of each output of the teacher that its method looks at, how many steps it was finite for.
         weights: whether all are finite after the epoch.
         images: that it was measured on.
         unanswered: of these, those for which its logits are not finite.
@@ -31,8 +30,7 @@ class Seen(NamedTuple):
 
     epoch: int
     steps: int
-    teacher: Mapping[str, int]
-    terms: Mapping[str, int]
+    sound: Mapping[str, int]
     weights: bool
     images: int
     unanswered: int
@@ -40,23 +38,24 @@ class Seen(NamedTuple):
 
 def fault(student: Student, seen: Seen, peers: Sequence[Seen] = ()) -> str:
     """Why a student is given up, in one line; empty where it is not, or where a peer is the cause."""
-    (heard, said), (first, broken) = (_earliest(of, seen.steps) for of in (seen.teacher, seen.terms))
+    terms, looks_at = student.tally.terms, student.looks_at
+    (heard, said), (first, broken) = (_earliest({name: seen.sound[name] for name in names}, seen.steps) for names in (looks_at, terms))
     if said and heard <= first:
         return f"stopped in epoch {seen.epoch}: the teacher's {are(said)} not finite on batch {heard + 1} of {seen.steps}; {MEND}"
     if broken:
-        if TASK not in broken and any(peer.terms.get(TASK, seen.steps) <= first for peer in peers):
+        if TASK not in broken and any(peer.sound.get(TASK, seen.steps) <= first for peer in peers):
             return ""
         if seen.epoch == 1 and first == 0:
             return f"stopped in epoch 1: its {are(broken)} not finite on the first batch, before any step; is the student sound?"
         lower = [f"weights.{broken[-1]}", "train.lr"]
-        alone = TASK in seen.terms and TASK not in broken
+        alone = TASK in terms and TASK not in broken
         what = f"{are(broken)} not finite from batch {first + 1} of {seen.steps} on{', where task still is' * alone}"
         return f"diverged in epoch {seen.epoch}: {what}; lower {' or '.join(lower if alone else lower[::-1])}"
     if seen.weights and not seen.unanswered:
         return ""
     answers = f"its logits are not finite for {seen.unanswered:,} of {seen.images:,} images that it is measured on"
     parts = [f"its {part} is not finite" for part in student.broken_parts()] + [answers] * bool(seen.unanswered)
-    return f"diverged in epoch {seen.epoch}: {', '.join(parts)}, though its losses are; lower train.lr or weights.{[*seen.terms][-1]}"
+    return f"diverged in epoch {seen.epoch}: {', '.join(parts)}, though its losses are; lower train.lr or weights.{terms[-1]}"
 
 
 def refuse_first(images: Tensor, teacher: Teacher | None, said: Outputs | None) -> None:

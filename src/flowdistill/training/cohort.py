@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,6 @@ from .choice import choose
 from .engine import Eager, Lane
 from .evaluate import Evaluation, evaluate
 from .step import Student, gradient_ratios, refuse_short
-from .tally import Tally
 
 
 @dataclass
@@ -137,16 +137,16 @@ def train(cohort: Cohort, on_step: Callable[[], None] = lambda: None) -> Iterato
 def ready(cohort: Cohort) -> float:
     """Let the engine set up what is new in this phase, or fall back; the seconds that took."""
     started = time.perf_counter()
-    for lane in cohort.lanes:
-        lane.begin_epoch()
+    for student in cohort.students:
+        student.begin_epoch()
     cohort.engine = cohort.engine.ready(cohort.lanes)
     return time.perf_counter() - started
 
 
 def _train_epoch(cohort: Cohort, epoch: int, epochs: int, on_step: Callable[[], None]) -> None:
     """``epoch`` epochs of this phase of ``epochs`` are done."""
-    for lane in cohort.lanes:
-        lane.begin_epoch()
+    for student in cohort.students:
+        student.begin_epoch()
     steps = cohort.lanes[0].stream.steps
     rates = {student: student.rates(epoch, epochs, steps) for student in cohort.students}
     for _ in cohort.engine.epoch(cohort.lanes, cohort.done, rates):
@@ -194,32 +194,26 @@ def _evaluation_seconds(cohort: Cohort) -> float:
 def _measure(cohort: Cohort, epoch: int, epochs: int) -> dict[Student, Progress]:
     """Evaluate every student, check the teachers, and read all figures in one transfer from the device."""
     students, steps, images = cohort.students, cohort.lanes[0].stream.steps, len(cohort.data.curve)
-    taught = [(lane.teacher, lane.heard) for lane in cohort.lanes if lane.teacher is not None and lane.heard is not None]
+    teachers = [lane.teacher for lane in cohort.lanes if lane.teacher is not None]
     found = cohort.engine.evaluate(students, cohort.data)
-    figures = [figure for teacher, heard in taught for figure in (teacher.drift(), heard.sound)]
+    figures = [teacher.drift() for teacher in teachers]
     for student, evaluation in zip(students, found, strict=True):
         figures += [evaluation.correct, evaluation.unanswered, student.sound(), *student.tally.tensors]
     values = iter(torch.cat([figure.float().reshape(-1) for figure in figures]).tolist())
-    sound: dict[Tally, dict[str, int]] = {}
-    for teacher, heard in taught:
+    for teacher in teachers:
         teacher.check_mode()
         if next(values):
             raise RuntimeError("a weight or a buffer of the teacher changed during training")
-        sound[heard] = {name: int(next(values)) for name in heard.names}
     progress, seen = {}, {}
     for student, evaluation in zip(students, found, strict=True):
         correct, unanswered, weights = int(next(values)), int(next(values)), bool(next(values))
-        terms = {term: next(values) / steps for term in student.tally.names}
-        whole = {term: int(next(values)) for term in student.tally.names}
+        means = {name: next(values) / steps for name in student.tally.names}
+        sound = {name: min(int(next(values)), steps if math.isfinite(mean) else steps - 1) for name, mean in means.items()}
         lr = student.learning_rate(epoch, epochs, steps - 1, steps)
-        progress[student] = Progress(terms, lr, correct, evaluation)
-        seen[student] = Seen(cohort.done + 1, steps, {}, whole, weights, images, unanswered)
-    for lane in cohort.lanes:
-        for student in lane.students:
-            if student.taught and lane.teacher is not None and lane.heard is not None:
-                said = {name: sound[lane.heard][name] for name in lane.teacher.looked_at(student.method.needs)}
-                seen[student] = seen[student]._replace(teacher=said)
-            progress[student].error = fault(student, seen[student], [seen[peer] for peer in student.peers])
+        progress[student] = Progress({term: means[term] for term in student.tally.terms}, lr, correct, evaluation)
+        seen[student] = Seen(cohort.done + 1, steps, sound, weights, images, unanswered)
+    for student in students:
+        progress[student].error = fault(student, seen[student], [seen[peer] for peer in student.peers])
     return progress
 
 

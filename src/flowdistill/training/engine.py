@@ -20,30 +20,16 @@ from ..models.state import kept
 from ..taps import Batch, Outputs
 from .evaluate import Evaluation, evaluate_all
 from .step import Group, Objective, Student, answering, drawing, losses, train_step
-from .tally import Tally
 from .teacher import Teacher
 
 
 @dataclass
 class Lane:
-    """One seed: its stream of batches, its teacher, and the students that share both.
-
-    Attributes:
-        heard: whether what the teacher says is finite; None before the first epoch.
-    """
+    """One seed: its stream of batches, its teacher, and the students that share both."""
 
     stream: Batches
     teacher: Teacher | None
     students: list[Student]
-    heard: Tally | None = None
-
-    def begin_epoch(self) -> None:
-        """Students in train mode, and all sums at zero."""
-        for student in self.students:
-            student.begin_epoch()
-        if self.teacher is not None:
-            self.heard = self.heard or Tally(self.teacher.said, self.stream.data.device)
-            self.heard.reset()
 
     @property
     def groups(self) -> list[Group]:
@@ -59,6 +45,10 @@ class Lane:
     def taught(self) -> bool:
         """Whether a student needs the teacher in this phase."""
         return self.teacher is not None and any(student.taught for student in self.students)
+
+    def heard(self, taught: Outputs | None) -> dict[str, Tensor]:
+        """Whether what the teacher said is finite, a scalar for each output, once for all students."""
+        return {} if taught is None or self.teacher is None else self.teacher.measure(taught)
 
     def teaching(self, epoch: int, step: int) -> contextlib.AbstractContextManager[None]:
         """Its teacher answers inside: what that draws is a function of (seed, epoch, step) alone, and nothing of it moves."""
@@ -89,19 +79,16 @@ class Eager:
             for lane, (images, batch) in zip(lanes, batches, strict=True):
                 with lane.teaching(number, step):
                     taught = self.teach(lane, images)
+                heard = lane.heard(taught)
                 for group in lane.groups:
+                    lr = rates[group[0]][step]
                     with drawing(group, number, step, images.device):
-                        train_step(group, images, taught, batch, lr=rates[group[0]][step], precision=self.precision, losses=self.losses)
+                        train_step(group, images, taught, batch, lr=lr, precision=self.precision, losses=self.losses, heard=heard)
             yield
 
     def teach(self, lane: Lane, images: Tensor) -> Outputs | None:
         """What the teacher says of a batch, once for all students of the lane."""
-        if lane.teacher is None or not lane.taught:
-            return None
-        said = self.ask(lane.teacher, images)
-        if lane.heard is not None:
-            lane.heard.add(lane.teacher.measure(said))
-        return said
+        return self.ask(lane.teacher, images) if lane.teacher is not None and lane.taught else None
 
     def ask(self, teacher: Teacher, images: Tensor) -> Outputs:
         """A teacher's outputs."""
@@ -193,10 +180,9 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 def taken_back(lanes: Sequence[Lane]) -> Iterator[None]:
     """What is trained inside leaves no trace: every tensor gets its value back in its place, and buffers the shape that they had."""
     students = [student for lane in lanes for student in lane.students]
-    tallies = [*(student.tally for student in students), *(lane.heard for lane in lanes if lane.heard is not None)]
     modules = nn.ModuleList(module for student in students for module in (student.net, student.method))
     momenta = [value for student in students for name, value in student.state()[0].items() if name.startswith("momentum.")]
-    sums = [value for tally in tallies for value in tally.tensors]
+    sums = [value for student in students for value in student.tally.tensors]
     before = [(value, value.detach().clone()) for value in (*modules.parameters(), *momenta, *sums)]
     try:
         with kept(modules):

@@ -60,11 +60,13 @@ class Tape:
         for lane, source, draws in zip(self.lanes, self.sources, self.draws, strict=True):
             images, batch = source.batch(draws, shown, self.number)
             taught = self.inner.teach(lane, images)
-            alive.append((images, batch, taught))
+            heard = lane.heard(taught)
+            alive.append((images, batch, taught, heard))
             for group in lane.groups:
                 with self._beside(turn):
                     lr = self.rates[group[0]].index_select(0, self.counter).view(())
-                    train_step(group, images, taught, batch, lr=lr, precision=self.inner.precision, losses=self.inner.losses)
+                    precision, losses = self.inner.precision, self.inner.losses
+                    train_step(group, images, taught, batch, lr=lr, precision=precision, losses=losses, heard=heard)
                 turn += 1
         for stream in self.streams:
             torch.cuda.current_stream().wait_stream(stream)

@@ -22,6 +22,7 @@ from ..randomness import seeded
 from ..taps import NO_LABEL, Batch, Outputs
 from .freeze import freeze
 from .optim import build_optimizer, trained_parameters
+from .said import looked_at
 from .schedule import WARMUP, lr_factor
 from .tally import Tally, are
 
@@ -43,7 +44,7 @@ class Student:
                 raise UserError(f"{self._frozen} leaves nothing to train in phase {phase.name!r}; freeze less")
         self.optimizer: torch.optim.SGD
         self.weights: dict[str, float] = {}
-        self.tally = Tally((), next(net.parameters()).device)
+        self.tally = Tally((), (), next(net.parameters()).device)
         self.peers: tuple[Student, ...] = ()
         self.chosen_epoch = 0
         self.chosen_correct = -1
@@ -97,12 +98,17 @@ class Student:
         self.weights = self.settled.counted(self.phase)
         task = () if self.train.mixup is True else (TASK,)
         terms = (*task, *self.method.terms) if self.taught or not self.method.uses_teacher else task
-        self.tally = Tally(terms, next(self.net.parameters()).device)
+        self.tally = Tally(terms, self.looks_at, next(self.net.parameters()).device)
+
+    @property
+    def looks_at(self) -> tuple[str, ...]:
+        """What of the teacher's outputs its method looks at in this phase."""
+        return looked_at(self.method.needs) if self.taught else ()
 
     @property
     def sums(self) -> dict[str, Tensor]:
         """Each unweighted term's sum over the epoch; scalars on the device."""
-        return dict(zip(self.tally.names, self.tally.totals.unbind(), strict=True))
+        return dict(zip(self.tally.names, self.tally.totals, strict=False))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """All that the epochs to come depend on, between two epochs: tensors and counters. The tensors are not copies."""
@@ -280,11 +286,13 @@ def train_step(
     lr: Tensor,
     precision: Precision,
     losses: Losses = losses,
+    heard: Mapping[str, Tensor] = {},
 ) -> None:
     """Move the students of a group by one step, and add their terms to their sums. Nothing here waits for the device.
 
-    ``lr`` is a scalar on the device. Gradients are asked for, not accumulated, so that a graph may hold this step on any stream. No term
-    has a gradient for another student's weights, so that one backward pass of the sum serves all.
+    ``lr`` is a scalar on the device, ``heard`` says whether what the teacher said is finite. Gradients are asked for, not accumulated, so
+    that a graph may hold this step on any stream. No term has a gradient for another student's weights, so that one backward pass of the
+    sum serves all.
     """
     found = losses(group, images, taught if group[0].taught else None, batch, precision)
     weighted = [weight * terms[term] for student, terms in zip(group, found, strict=True) for term, weight in student.weights.items()]
@@ -296,7 +304,7 @@ def train_step(
         for parameters in student.optimizer.param_groups:
             parameters["lr"] = lr
         student.optimizer.step()
-        student.tally.add({term: value.detach() for term, value in terms.items()})
+        student.tally.add({**terms, **heard})
 
 
 def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:

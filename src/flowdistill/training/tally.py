@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 
 class Tally:
-    """Sums of named scalars over the steps of an epoch, and how many steps went by before each was no longer finite.
+    """Sums of a student's terms over the steps of an epoch, and how many steps went by before each was no longer finite.
 
-    A sum that is not finite stays so, so that counting needs no number of the step. All is on the device, in fixed places, as a graph
-    wants it.
+    A sum that is not finite stays so, so that counting needs no number of the step. The same is counted of what it looks at of its
+    teacher, whose sums mean nothing else. All is on the device, in fixed places, as a graph wants it.
 
     Attributes:
+        names: the terms, then what is looked at.
         totals: float32, one a name.
-        sound: float32, how many steps each total has been finite for.
+        sound: float32, how many steps each total was finite for; of -inf it knows nothing.
     """
 
-    def __init__(self, names: Iterable[str], device: torch.device) -> None:
-        self.names = tuple(names)
+    def __init__(self, terms: Sequence[str], looked_at: Sequence[str], device: torch.device) -> None:
+        self.terms, self.names = tuple(terms), (*terms, *looked_at)
         self.totals = torch.zeros(len(self.names), device=device)
         self.sound = torch.zeros_like(self.totals)
 
@@ -34,11 +35,12 @@ class Tally:
         for value in self.tensors:
             value.zero_()
 
+    @torch.no_grad()
     def add(self, values: Mapping[str, Tensor]) -> None:
         """A step's scalars."""
         if self.names:
             self.totals.add_(torch.stack([values[name] for name in self.names]))
-            self.sound.add_(self.totals.abs() < torch.inf)
+            self.sound.add_(self.totals < torch.inf)
 
 
 def are(names: Iterable[str]) -> str:

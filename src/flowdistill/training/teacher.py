@@ -15,6 +15,7 @@ from ..device import Precision
 from ..methods import Needs
 from ..models import Network
 from ..taps import Outputs
+from .said import looked_at, measure
 from .step import teach
 
 
@@ -33,8 +34,7 @@ class Teacher:
 
     def __init__(self, net: Network, needs: Needs, precision: Precision) -> None:
         self.given, self.precision, self.whole = net, precision, ""
-        self.name, self._taps = net.spec.name, [tap.name for tap in net.spec.taps]
-        self.said = self.looked_at(needs)
+        self.name, self.said = net.spec.name, looked_at(needs, [tap.name for tap in net.spec.taps])
         net.eval().requires_grad_(False)
         self.net: nn.Module = net
         try:
@@ -54,14 +54,9 @@ class Teacher:
         """Its outputs for images [N, C, H, W]; None for logits and embedding that no method needs."""
         return teach(self.net, images, self.precision)
 
-    def looked_at(self, needs: Needs) -> tuple[str, ...]:
-        """What of its outputs these needs name."""
-        maps = [f"{MAP}{tap}" for tap in self._taps if tap in needs.teacher]
-        return (*maps, *[EMBEDDING] * needs.embedding, *[ANSWER] * needs.logits)
-
     def measure(self, outputs: Outputs) -> dict[str, Tensor]:
         """A scalar for each of ``said``, not finite where a value of that output is not. Nothing waits for the device."""
-        return {name: _sum(outputs, name) for name in self.said}
+        return measure(outputs, self.said)
 
     def check_mode(self) -> None:
         """Raise RuntimeError if the teacher left eval mode or is no longer frozen."""
@@ -74,20 +69,6 @@ class Teacher:
         """How many of its tensors changed; a scalar that stays on the device. What is no number and was none did not."""
         pairs = [(value, self._kept[name]) for name, value in self.net.state_dict().items()]
         return torch.stack([((value != kept) & ((value == value) | (kept == kept))).any() for value, kept in pairs]).sum()
-
-
-ANSWER, EMBEDDING, MAP = "answer (logits)", "embedding", "map "
-
-
-def _sum(outputs: Outputs, name: str) -> Tensor:
-    """The sum of an output's values, the cheapest look at them all: not finite where one is not, or where all are beyond reason (1e32).
-
-    Logits of -inf rule classes out: of an image all but one may.
-    """
-    if name == ANSWER:
-        return outputs.logits.detach().amax(1).sum(dtype=torch.float32)
-    value = outputs.embedding if name == EMBEDDING else outputs.maps[name.removeprefix(MAP)]
-    return value.detach().sum(dtype=torch.float32)
 
 
 class _Tracer(fx.Tracer):

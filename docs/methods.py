@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import test_golden  # noqa: E402
 
 from flowdistill import methods, models  # noqa: E402
-from flowdistill.methods import METHODS, Method  # noqa: E402
+from flowdistill.methods import METHODS, Method, standardise  # noqa: E402
 from flowdistill.taps import DataSpec  # noqa: E402
 
 PAGE = ROOT / "docs" / "METHODS.md"
@@ -29,6 +29,31 @@ Every method here went through every check of [VERIFICATION.md](VERIFICATION.md)
 promises, gradients, half precision, extremes, torch.compile, and the expected values of the formula sheet (the last column counts
 them). Defaults say whose they are. A weight means something together with the reduction of its term alone.
 """
+
+VERSIONS = """## Versions
+
+A version rises when the number for an ordinary pair changes by more than rounding. It is part of a run's fingerprint: what was trained
+before is not taken for what would be trained now.
+
+| what | version | what changed |
+|---|---|---|
+"""
+CHANGED = (
+    (
+        "`fitnets`",
+        2,
+        "The hint is the second stage. It was the middle one, of four stages the third; of up to three it is the same, and the version "
+        "stays 1.",
+    ),
+    ("`mgd`", 2, "The masks depend on the seed."),
+    (
+        "the taps of WRNs",
+        2,
+        "`stage1`, ... are the plain sums at the ends of the stages and `stem` is the plain first convolution, as the authors of `at`, "
+        "RepDistiller and mdistiller have it. What stood under these names, after the normalisation and ReLU of the layer that follows, is "
+        "`stage1.post`, ... and `stem.post`. `ab`, `ickd`, `simkd` and `srrl` go on with that, and `ofd` with `stage1.pre`, ....",
+    ),
+)
 
 LEFT_OUT = """## Left out
 
@@ -76,7 +101,13 @@ def page() -> str:
             f"{wants(method)} | {weights(method)} | {met} |"
         )
         cards.append(card(name, method))
-    return "\n".join([HEAD, "\n".join(table), "", *cards, LEFT_OUT])
+    changed = "".join(f"| {what} | {version} | {how} |\n" for what, version, how in CHANGED)
+    return "\n".join([HEAD, "\n".join(table), "", *cards, standardised(), VERSIONS + changed, LEFT_OUT])
+
+
+def prose(documented: object) -> str:
+    """Its docstring as one paragraph."""
+    return " ".join((inspect.getdoc(documented) or "").split())
 
 
 def card(name: str, method: Method) -> str:
@@ -84,7 +115,7 @@ def card(name: str, method: Method) -> str:
     cls: Any = type(method)
     module = sys.modules[cls.__module__]
     paper = cls.paper
-    defaults = " ".join((inspect.getdoc(cls.default_weights) or "").split())
+    defaults = prose(cls.default_weights)
     options = ", ".join(f"{key}={value!r}" for key, value in cls.Options().model_dump().items()) or "none"
     kept = (("0 at a match", cls.vanishes_at_match), ("a sample at a time", cls.per_sample), ("no labels", not cls.uses_labels))
     promises = [word for word, is_kept in kept if is_kept]
@@ -92,11 +123,33 @@ def card(name: str, method: Method) -> str:
         [
             f"## {name}",
             "",
-            " ".join((inspect.getdoc(module) or "").split()),
+            prose(module),
             "",
             f"- {paper.authors}: [{paper.title}]({paper.url}). {paper.venue} {paper.year}.",
             f"- Options: {options}. Weight: {defaults}",
             f"- Promises: {', '.join(promises) or 'none'}. Version {cls.version}.",
+            "",
+        ]
+    )
+
+
+def standardised() -> str:
+    """What ``ls:`` puts before a method on logits."""
+    wrapped: Any = [methods.get(f"{standardise.PREFIX}{name}") for name in standardise.BY_AUTHORS]
+    temperatures = ", ".join(f"`{cls.name}` T={cls.Options().T:g}" for cls in wrapped if "T" in cls.Options.model_fields)
+    paper = wrapped[0].paper
+    met = sum(key.startswith("ls+") for key in test_golden.FORMULAS)
+    return "\n".join(
+        [
+            "## ls:",
+            "",
+            prose(standardise),
+            "",
+            f"- {paper.authors}: [{paper.title}]({paper.url}). {paper.venue} {paper.year}.",
+            f"- Before any method that compares the logits of two networks: `ls:kd`, `ls:dist`. Expected values met: {met}.",
+            f"- Options: those of the method, by the authors' defaults where they wrapped it: {temperatures}. Weight: "
+            f"{prose(standardise.Standardised.default_weights)}",
+            f"- Version {standardise.VERSION}, beside that of the method.",
             "",
         ]
     )

@@ -57,6 +57,8 @@ def row(**changes: Any) -> dict[str, Any]:
         "cohort": None,
         "threads": 2,
         "resumed": 0,
+        "networks": None,
+        "record_hash": None,
     }
     found = columns | given | changes | {"config": config}
     assert found.keys() == set(COLUMNS) - {"no"}, f"unknown columns {sorted(found.keys() - set(COLUMNS))}"

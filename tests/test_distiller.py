@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import gc
-from copy import deepcopy
+import io
+import pickle
+import subprocess
+import sys
+import weakref
+from copy import copy, deepcopy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +17,8 @@ import pytest
 import torch
 from test_modules import Tied
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
 import flowdistill
 from flowdistill import Distiller, UserError, methods, models
@@ -341,3 +349,292 @@ def test_phases_are_numbered() -> None:
 def test_it_is_there() -> None:
     assert flowdistill.Distiller is Distiller
     assert "Distiller" in dir(flowdistill)
+
+
+class Probabilities(Tied):
+    """It answers with probabilities: always, or in one mode."""
+
+    def __init__(self, mode: bool | None = None, width: int = 4, seed: int = 0) -> None:
+        super().__init__(width, seed)
+        self.mode = mode
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        return logits.softmax(1) if self.mode in (None, self.training) else logits
+
+
+GIVES = "probabilities, not the logits of its classifier fc; leave the softmax out"
+
+
+@pytest.mark.parametrize("mode", [None, True, False])
+def test_probabilities_are_not_taken_for_logits(mode: bool | None) -> None:
+    gives = f"{'in train mode ' if mode else ''}it gives {GIVES}"
+    altered = Probabilities(mode)
+    for name, method in (("kd", "kd"), ("dkd", "dkd"), ("at+kd", "kd"), ("srrl", "srrl"), ("ls:kd", "ls:kd"), ("irg", "irg")):
+        with pytest.raises(UserError) as caught:
+            Distiller(altered, Tied(), name, images=SIZE)
+        cure = "or choose a method on feature maps, such as at"
+        assert str(caught.value) == f"{method}: teacher Probabilities: {gives}, {cure}"
+    for name in ("base", "kd", "at"):
+        with pytest.raises(UserError) as caught:
+            Distiller(Tied(8), altered, name, images=SIZE)
+        assert str(caught.value) == f"student Probabilities: {gives}"
+    assert Distiller(altered, Tied(), "at", images=SIZE)(*batch())[1]["at"] > 0, "its maps are its maps"
+
+
+def test_a_teacher_whose_logits_its_classifier_alone_does_not_make() -> None:
+    class Cold(Tied):
+        def forward(self, images: Tensor) -> Tensor:
+            return 4 * super().forward(images)
+
+    line = "its logits are not what the weights of its classifier fc make of the embedding, and srrl teaches by these; choose kd"
+    with pytest.raises(UserError) as caught:
+        Distiller(Cold(), Tied(), "srrl", images=SIZE)
+    assert str(caught.value) == f"srrl: teacher Cold: {line}"
+    plain, cold = (Distiller(net, Tied(seed=2), "kd", images=SIZE, options={"kd": {"T": T}}) for net, T in ((Tied(), 1.0), (Cold(), 4.0)))
+    assert cold.teacher(batch()[0]).logits.tolist() == (4 * plain.teacher(batch()[0]).logits).tolist()
+
+
+class Whole(nn.Module):
+    """What holds student, teacher and Distiller as a LightningModule does."""
+
+    def __init__(self, distiller: Distiller, **modules: nn.Module) -> None:
+        super().__init__()
+        self.distiller = distiller
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_teacher_teaches_in_eval_mode_whatever_its_owner_does(foreign: bool, compiled: bool) -> None:
+    teacher, student = (Tied(8, seed=1), Tied(seed=2)) if foreign else nets()
+    distiller = Distiller(teacher, student, "at+kd", images=SIZE)
+    call = torch.compile(distiller, backend="aot_eager", fullgraph=True) if compiled else distiller
+    before = deepcopy(teacher.state_dict())
+    expected = call(*batch())[1]
+    part = teacher.get_submodule("stem" if foreign else "bn1")
+    disturbances = [
+        lambda: Whole(distiller, teacher=teacher).train(),
+        lambda: distiller.train(),
+        lambda: part.train(),
+        lambda: distiller.teacher.train(),
+        lambda: teacher.train().requires_grad_(True),
+    ]
+    for disturb in disturbances[: 2 if compiled else None]:  # each is compiled anew
+        disturb()
+        found = call(*batch())[1]
+        assert {term: value.item() for term, value in found.items()} == {term: value.item() for term, value in expected.items()}
+        assert not any(module.training for module in teacher.modules())
+        assert all(module.training for module in student.modules())
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert _reached(teacher) == []
+
+
+class Observing(Tied):
+    """It counts its passes, in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("passes", torch.tensor(0.0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.passes += 1
+        return super().forward(images)
+
+
+def test_nothing_of_a_teacher_moves_that_moves_by_itself() -> None:
+    teacher = Observing()
+    distiller = Distiller(teacher, Tied(seed=2), "kd", images=SIZE)
+    distiller(*batch())
+    assert teacher.passes == 0
+
+
+def _bare(module: nn.Module) -> bool:
+    return not any(table for one in module.modules() for table in (one._forward_hooks, one._forward_hooks_with_kwargs))
+
+
+@pytest.mark.parametrize("called", ["not", "directly", "by the Distiller", "by a Distiller that fails"])
+def test_copies_are_bare(called: str) -> None:
+    teacher, student = Tied(8, seed=1), Tied(seed=2)
+    distiller = Distiller(teacher, student, "at+kd", images=SIZE)
+    images, labels = batch()
+    if called == "directly":
+        student(images)
+    elif called == "by the Distiller":
+        distiller(images, labels)[0].backward()
+    elif called == "by a Distiller that fails":
+        failing = student.fc.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            distiller(images, labels)
+        failing.remove()
+    expected = student.eval()(images)
+    for module in (student, teacher, student.stem, teacher.fc):
+        buffer = io.BytesIO()
+        torch.save(module, buffer)
+        buffer.seek(0)
+        for made in (deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(buffer, weights_only=False), deepcopy(copy(module))):
+            assert type(made) is type(module)
+            assert _bare(made)
+            assert b"flowdistill" not in pickle.dumps(made).replace(b"flowdistill-", b"")
+        assert b"flowdistill" not in pickle.dumps(module)
+    assert torch.equal(deepcopy(student)(images), expected)
+    assert not _bare(student), "the Distiller is open"
+    average = AveragedModel(student)
+    average.update_parameters(student)
+    assert torch.equal(average.eval()(images), expected)
+    distiller.train()
+    assert set(distiller(images, labels)[1]) == {"task", "at", "kd"}
+    distiller.close()
+    assert _bare(student)
+    assert type(student.fc._forward_hooks) is type(nn.Linear(1, 1)._forward_hooks)
+
+
+def test_a_process_without_this_package_loads_what_was_saved_beside_it(tmp_path: Path) -> None:
+    student = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    distiller = Distiller(Tied(), student, "kd", images=SIZE)
+    distiller(*batch())
+    torch.save(student, tmp_path / "student.pt")
+    load = "torch.load(sys.argv[1], weights_only=False)(torch.zeros(2, 1, 8, 8)).shape"
+    code = f"import sys, torch; sys.modules['flowdistill'] = None; print({load})"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "student.pt")], capture_output=True, text=True, check=True)
+    assert done.stdout == "torch.Size([2, 10])\n"
+
+
+@pytest.mark.parametrize("owner", ["student", "Distiller"])
+def test_no_batch_is_held(owner: str) -> None:
+    student = Tied(seed=2)
+    distiller = Distiller(Tied(8, seed=1), student, "at+kd", images=SIZE)
+    images, labels = batch()
+    kept = weakref.ref(images)
+    if owner == "student":
+        student(images)
+    else:
+        distiller(images, labels)[0].backward()
+    del images
+    gc.collect()
+    assert kept() is None
+    assert distiller.student.seen == {}
+
+
+def test_a_student_that_is_compiled_in_place_afterwards() -> None:
+    """The compiler does not look at hooks again: what its owner called first serves the Distiller too."""
+    student = Tied(seed=2)
+    distiller = Distiller(Tied(8, seed=1), student, "at+kd", images=SIZE)
+    expected = distiller(*batch())[0].item()
+    student.compile(backend="aot_eager")
+    student(batch(1)[0])
+    assert distiller(*batch())[0].item() == pytest.approx(expected, rel=1e-5)
+    assert distiller.student.seen == {}
+
+
+def test_hooks_of_the_owner_are_left_and_obey_it() -> None:
+    """Those from before and those from after, with and without a Distiller."""
+    student, calls = Tied(seed=2), list[str]()
+    before = student.fc.register_forward_hook(lambda *_: calls.append("before"))
+    stays = student.fc.register_forward_hook(lambda *_: calls.append("stays"), with_kwargs=False)
+    distiller = Distiller(Tied(8, seed=1), student, "at+kd", images=SIZE)
+    other = Distiller(Tied(8, seed=1), student, "fsp", images=SIZE, options={"fsp": {"adapter": "conv1x1"}})
+    after = student.fc.register_forward_hook(lambda *_: calls.append("after"))
+
+    def called(net: nn.Module) -> list[str]:
+        calls.clear()
+        net(batch()[0])
+        return list(calls)
+
+    assert called(student) == called(distiller) == called(other) == called(deepcopy(student)) == ["before", "stays", "after"]
+    before.remove()
+    assert called(student) == called(distiller) == called(deepcopy(student)) == ["stays", "after"]
+    other.close()
+    distiller.close()
+    assert called(student) == ["stays", "after"]
+    after.remove()
+    stays.remove()
+    assert called(student) == []
+    assert _bare(student)
+
+
+def test_images_of_another_size() -> None:
+    """Refused where maps are compared; logits go with any size that the networks take."""
+    larger = torch.randn(2, 1, 16, 16), torch.tensor([1, 2])
+    for name in ("at", "fsp", "at+kd"):
+        options = {"fsp": {"adapter": "conv1x1"}} if name == "fsp" else {}
+        distiller = Distiller(Tied(8), Tied(seed=2), name, images=SIZE, options=options)
+        with pytest.raises(UserError) as caught:
+            distiller(*larger)
+        assert str(caught.value) == "images 2x1x16x16: this Distiller was made for Nx1x8x8; make another with images= of that size"
+        assert Distiller(Tied(8), Tied(seed=2), name, images=larger[0], options=options)(*larger)[0] > 0
+    assert Distiller(Tied(8), Tied(seed=2), "kd", images=SIZE)(*larger)[1]["kd"] > 0
+    for shape in ((2, 3, 8, 8), (1, 8, 8), (2, 64)):
+        with pytest.raises(UserError, match=f"images {'x'.join(map(str, shape))}: this Distiller was made for Nx1x8x8"):
+            Distiller(Tied(8), Tied(seed=2), "kd", images=SIZE)(torch.zeros(shape))
+
+
+class Cut(Tied):
+    """Its first stage is given without a gradient."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(seed=2)
+        self.how = how
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.how == "no_grad":
+            with torch.no_grad():
+                x = self.first(self.stem(images))
+        elif self.how.startswith("checkpoint"):
+            x = checkpoint(lambda x: self.first(x).relu(), self.stem(images), use_reentrant="reentrant" in self.how)
+        else:
+            x = self.first(self.stem(images))
+        x = x.detach() if self.how == "detached later" else x
+        return self.fc(self.second(x.relu()).relu().mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_gradients_arrive_or_are_refused() -> None:
+    images, labels = batch()
+    for how in ("no_grad", "checkpoint, reentrant"):
+        student = Cut(how)
+        distiller = Distiller(Tied(8), student, "at", images=SIZE)
+        with pytest.raises(UserError, match=r"^tap stage1=first: Cut gives it without a gradient, though stem.0.weight before it"):
+            distiller(images, labels)
+        with torch.no_grad():
+            assert distiller(images, labels)[1]["at"] > 0
+        assert Distiller(Tied(8), student, "kd", images=SIZE)(images, labels)[0] > 0, "its logits do"
+    for how in ("", "detached later", "checkpoint"):
+        student = Cut(how)
+        Distiller(Tied(8), student, "at", images=SIZE)(images)[0].backward()
+        assert student.stem[0].weight.grad.abs().sum() > 0
+    frozen = Cut("no_grad")
+    frozen.stem.requires_grad_(False)
+    frozen.first.weight.requires_grad_(False)
+    assert Distiller(Tied(8), frozen, "at", images=SIZE)(images, labels)[0] > 0, "nothing before it is trained"
+
+
+def test_gradients_of_a_checkpoint_are_those_without_it() -> None:
+    """In the backward pass the hooks are called again; what is kept is of the forward pass."""
+    images, labels = batch()
+    found = []
+    for how in ("", "checkpoint"):
+        student = Cut(how)
+        distiller = Distiller(Tied(8), student, "at+kd", images=SIZE)
+        for _ in range(2):
+            distiller.zero_grad()
+            distiller(images, labels)[0].backward()
+        found.append([parameter.grad for parameter in student.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+class Headless(Tied):
+    """Its embedding is cut off from what made it."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.second(self.first(self.stem(images)).relu()).relu().mean((2, 3)).detach())
+
+
+def test_an_embedding_that_is_cut_off() -> None:
+    with pytest.raises(UserError, match=r"^the embedding: Headless gives it without a gradient, though stem.0.weight before it is trained"):
+        Distiller(Tied(4), Headless(), "rkd", images=SIZE)(*batch())
+    student = Tied()
+    student.requires_grad_(False).fc.requires_grad_(True)
+    assert Distiller(Tied(4, seed=1), student, "rkd", images=SIZE)(*batch())[0] > 0

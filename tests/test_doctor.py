@@ -427,3 +427,30 @@ class TestCommand:
             path for path in before if not path.name.startswith("ledger.db-")
         ]
         assert len(Ledger(work / "runs").runs()) == 1
+
+
+SOFTMAXED = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, classes, channels):
+        super().__init__(nn.Conv2d(channels, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
+
+class Softmaxed(Net):
+    def forward(self, images):
+        return super().forward(images).softmax(1)
+"""
+
+
+def test_probabilities_in_the_place_of_logits(look: Look, work: Path) -> None:
+    (work / "nets.py").write_text(SOFTMAXED)
+    altered = f"{work}/nets.py:Softmaxed"
+    save_weights(work / "it.safetensors", models.build(altered, DIGITS).state_dict(), {})
+    gives = "it gives probabilities, not the logits of its classifier 4; leave the softmax out"
+    found = look(student=f"{work}/nets.py:Net", teacher=f"{altered}@{work}/it.safetensors")
+    assert Finding("teacher", "look", f"{altered}: {gives}; methods on logits refuse it") in found
+    cure = "or choose a method on feature maps, such as at"
+    assert told(found, "kd: taps") == ("wrong", f"kd: teacher {altered}: {gives}, {cure}")
+    found = look(student=altered)
+    assert Finding("student", "wrong", f"{altered}: {gives}") in found
+    assert told(found, "kd: taps") == ("wrong", f"student {altered}: {gives}")

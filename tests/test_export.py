@@ -122,6 +122,8 @@ def test_the_weights_load_with_safetensors_alone_and_can_be_measured(work: Path,
     with safe_open(written, framework="pt") as file:
         told = {key: json.loads(value) for key, value in file.metadata().items() if key not in ("format", "flowdistill")}
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    assert len(told.pop("sha256")) == 64
+    assert told.pop("sealed") is True
     assert told == expected(work, no)[1]
     assert weights.keys() == net.state_dict().keys()
     assert all(torch.equal(weights[name], value) for name, value in net.state_dict().items())
@@ -296,6 +298,10 @@ def test_a_wrong_file_is_an_error_and_nothing_is_left(work: Path, to: str, wrong
 
 class Rows(torch.nn.Module):
     """A network whose logits are the pixels of an image's first row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = models.Network()
 
     def forward(self, images: Tensor) -> Tensor:
         return images[:, 0, :, 0].float()

@@ -150,6 +150,20 @@ def test_a_teacher_that_can_not_be_traced_runs_whole():
     assert torch.equal(teacher.teach(images(DATA)).logits, net(images(DATA)).logits)
 
 
+def test_what_a_teachers_own_hooks_change_stays_changed():
+    """Hooks of layers are called when it is traced; what they give is what the layer gave."""
+    inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 7))
+    inner[0].register_forward_hook(lambda _m, _i, x: 2 * x)
+    inner[4].register_forward_hook(lambda _m, _a, _k, x: x - 1, with_kwargs=True)
+    net = whole(adopt(inner, "hooked"))
+    expected = net(images(DATA))
+    teacher = Teacher(net, Needs(logits=True, embedding=True), "fp32")
+    assert teacher.whole == ""
+    found = teacher.teach(images(DATA))
+    torch.testing.assert_close(found.logits, expected.logits)
+    torch.testing.assert_close(found.embedding, expected.embedding)
+
+
 class Untidy(nn.Module):
     """It changes its images and its own maps in place, and flattens by ``view``, which takes no channels_last memory."""
 
@@ -259,8 +273,10 @@ def test_a_function_or_class_of_a_file(nets, function):
 def test_a_changed_file_is_another_network(nets, tmp_path):
     other = tmp_path / "other.py"
     other.write_text(FILE.replace("nn.ReLU()", "nn.Tanh()"))
-    assert len({models.code(f"{nets}:small"), models.code(f"{other}:small"), models.code("timm:resnet18")}) == 3
-    assert models.code("timm:resnet18") == "" == models.code("resnet20")
+    assert len({models.made_of(name, GREY) for name in (f"{nets}:small", f"{other}:small", "timm:resnet18")}) == 3
+    assert models.made_of("timm:resnet18", GREY) == "" == models.made_of("resnet20", GREY)
+    assert models.own_code(f"{nets}:small").keys() == {"nets.py"}
+    assert models.own_code("timm:resnet18") == {} == models.own_code("resnet20")
 
 
 def test_a_function_of_a_package(nets, monkeypatch):

@@ -130,7 +130,8 @@ def test_reopening_at_an_epoch_that_is_not_on_record_is_refused_and_changes_noth
 
 
 def test_a_ledger_of_the_first_schema_is_migrated_and_keeps_its_runs(tmp_path: Path) -> None:
-    old = {key: value for key, value in row().items() if key not in ("cohort", "threads", "resumed")}
+    added = {"cohort": None, "threads": None, "resumed": 0, "networks": None, "record_hash": None}
+    old = {key: value for key, value in row().items() if key not in added}
     with sqlite3.connect(tmp_path / "ledger.db") as db:
         for statement in MIGRATIONS[0]:
             db.execute(statement)
@@ -139,7 +140,7 @@ def test_a_ledger_of_the_first_schema_is_migrated_and_keeps_its_runs(tmp_path: P
         db.execute(f"INSERT INTO runs ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})", list(values.values()))
     db.close()
     ledger = Ledger(tmp_path)
-    assert vars(ledger.run(1)) == {**old, "no": 1, "cohort": None, "threads": None, "resumed": 0}
+    assert vars(ledger.run(1)) == {**old, "no": 1, **added}
     assert ledger.run(1).home == 1
     ledger.close()
 

@@ -157,11 +157,12 @@ def test_a_stage_before_its_relu(name):
     net = lived(models.build(name, CIFAR, taps=tuple(tap.name for tap in spec.taps)))
     maps = net(images(CIFAR)).maps
     signed = [stage for stage in spec.stages if maps[stage].min() < 0]
-    assert signed == (list(spec.stages) if name == "mobilenetv2" else [])
+    sums = name.startswith("wrn")
+    assert signed == (list(spec.stages) if name == "mobilenetv2" or sums else [])
     pres = [tap for tap in maps if tap.endswith(".pre")]
     assert len(pres) == (0 if name == "mobilenetv2" else len(spec.stages))
     for tap in pres:
-        assert torch.equal(F.relu(maps[tap]), maps[tap.removesuffix(".pre")])
+        assert torch.equal(F.relu(maps[tap]), maps[tap.removesuffix(".pre") + (".post" if sums else "")])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -270,6 +271,54 @@ def he_resnet(weights: dict[str, Tensor], x: Tensor, depth: int, *, training: bo
             x = before.relu()
         maps[f"stage{stage}.pre"], maps[f"stage{stage}"] = before, x
     return x.mean((2, 3)) @ weights["fc.weight"].T + weights["fc.bias"], maps
+
+
+@pytest.mark.parametrize("name", ["wrn-16-1", "wrn-16-2"])
+def test_the_stages_of_a_wrn_are_the_plain_sums_that_publications_compare(name):
+    """Zagoruyko and Komodakis 2016 written again from the paper and a state_dict: stem and stages before the normalisation that follows."""
+    net = lived(models.build(name, CIFAR, taps=tuple(tap.name for tap in models.spec(name, CIFAR).taps if tap.name != "cam"))).double()
+    weights, batch = net.state_dict(), images(CIFAR, 4).double()
+
+    def conv(x: Tensor, name: str, stride: int = 1) -> Tensor:
+        return F.conv2d(x, weights[f"{name}.weight"], stride=stride, padding=weights[f"{name}.weight"].shape[-1] // 2)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        scale, shift, mean, var = (weights[f"{name}.{part}"][:, None, None] for part in ("weight", "bias", "running_mean", "running_var"))
+        return (x - mean) / (var + 1e-5).sqrt() * scale + shift
+
+    x = conv(batch, "conv1")
+    expected = {"stem": x, "stem.post": norm(x, "layer1.0.bn1").relu()}
+    for stage in (1, 2, 3):
+        for block in (0, 1):
+            own, stride = f"layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+            active = norm(x, f"{own}.bn1").relu()
+            first = norm(conv(active, f"{own}.conv1", stride), f"{own}.bn2").relu()
+            expected.setdefault(f"stage{stage}.first", first)
+            shortcut = conv(active, f"{own}.shortcut", stride) if f"{own}.shortcut.weight" in weights else x
+            x = conv(first, f"{own}.conv2") + shortcut
+        after = norm(x, f"layer{stage + 1}.0.bn1" if stage < 3 else "bn1")
+        expected |= {f"stage{stage}": x, f"stage{stage}.pre": after, f"stage{stage}.post": after.relu()}
+    out = net(batch)
+    assert out.maps.keys() == expected.keys()
+    for tap, value in expected.items():
+        torch.testing.assert_close(out.maps[tap], value, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(out.embedding, out.maps["stage3.post"].mean((2, 3)))
+
+
+def test_the_taps_of_a_wrn_have_a_version_and_keep_it_under_other_names():
+    assert models.spec("wrn-16-1", CIFAR).version == models.spec("reused(wrn-16-1,resnet8,2)", CIFAR).version == 2
+    assert models.spec("wrn-16-1", CIFAR, {"stage1": "stage1.post"}).version == 2
+    others = [name for name in models.MODELS if not name.startswith("wrn")]
+    assert {models.spec(name, CIFAR).version for name in others} == {1}
+
+
+@pytest.mark.parametrize(
+    ("source", "own"),
+    [("stage2", "stage2"), ("stage2.post", "stage2.post"), ("layer3.0.bn1", "stage2.post"), ("layer2.1", "stage2"), ("bn1", "stage3.post")],
+)
+def test_a_wrns_taps_by_name_or_by_module(source, own):
+    """A module is named for what it gives, a ReLU after it included."""
+    assert models.spec("wrn-16-1", CIFAR, {"stage1": source}).tap("stage1").own == own
 
 
 @pytest.mark.parametrize("training", [False, True])

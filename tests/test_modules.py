@@ -11,7 +11,10 @@ import pytest
 import torch
 from command import command
 from torch import Tensor, nn
+from torch.ao import quantization
+from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import flowdistill
 from flowdistill import UserError, models
@@ -362,3 +365,132 @@ def test_a_tap_that_training_skips_is_named(keys: dict[str, Any]) -> None:
     """The first gradients have it, the second step does not."""
     with pytest.raises(flowdistill.UserError, match=r"^tap stage\d=first: module:Failing-\w* did not call it on this batch; name a module"):
         flowdistill.distill(Tied(), Failing("skips"), method="at", weights={"at": 1.0}, engine="eager", **keys)
+
+
+class Softmaxed(Tied):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).softmax(1)
+
+
+def test_probabilities_are_not_taken_for_logits(keys: dict[str, Any]) -> None:
+    gives = "it gives probabilities, not the logits of its classifier fc; leave the softmax out"
+    with pytest.raises(
+        UserError, match=rf"^kd: teacher module:Softmaxed-\w{{8}}: {gives}, or choose a method on feature maps, such as at$"
+    ):
+        flowdistill.distill(Softmaxed(), Tied(), method="kd", **keys)
+    with pytest.raises(UserError, match=rf"^student module:Softmaxed-\w{{8}}: {gives}$"):
+        flowdistill.train(Softmaxed(), **keys)
+    assert not (keys["runs"] / "ledger.db").exists(), "nothing is recorded"
+    result = flowdistill.distill(Softmaxed(), Tied(), method="at", weights={"at": 1.0}, **keys)
+    assert result.run.status == "finished"
+
+
+class Observing(Tied):
+    """A buffer takes the shape of what it sees, another is made in the first pass, a third is replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(0))
+        self.register_buffer("largest", None)
+        self.register_buffer("mean", torch.zeros(1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            channels = self.stem(images).detach().mean((0, 2, 3))
+            self.seen.resize_(len(channels)).copy_(channels)
+            self.largest = channels.amax() if self.largest is None else torch.maximum(self.largest, channels.amax())
+            self.mean = self.mean.mean() * 0.9 + channels * 0.1
+            if not hasattr(self, "made"):
+                self.register_buffer("made", torch.ones(3))
+            self.made += 1
+        return super().forward(images)
+
+
+def quantised() -> nn.Module:
+    net = Tied().train()
+    net.qconfig = quantization.get_default_qat_qconfig("x86")  # of weights a scale for each channel
+    return quantization.prepare_qat(net)
+
+
+def traced_and_quantised() -> nn.Module:
+    return prepare_qat_fx(Tied().train(), quantization.get_default_qat_qconfig_mapping("x86"), (torch.zeros(2, 1, 8, 8),))
+
+
+GROWING = [quantised, traced_and_quantised, Observing]
+noisy = pytest.mark.filterwarnings("ignore")  # torch.ao is said to be moving
+
+
+@noisy
+@pytest.mark.parametrize("engine", ["eager", "compiled"])
+@pytest.mark.parametrize("make", GROWING)
+def test_buffers_may_take_another_shape_in_the_first_pass(keys: dict[str, Any], make: Any, engine: str) -> None:
+    """Trained, chosen among epochs, measured again and written: as any other."""
+    student = make()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    result = flowdistill.distill(Tied(8, seed=1), student, method="at+kd", weights={"at": 1.0}, engine=engine, split="holdout", **keys)
+    assert {name: value.shape for name, value in student.state_dict().items()} == {name: value.shape for name, value in before.items()}
+    trained = result.module().state_dict()
+    grown = {name for name, value in trained.items() if name not in before or value.shape != before[name].shape}
+    assert grown
+    assert hash_weights(trained) == result.run.weights_hash
+    path = result.folder / "student.safetensors"
+    assert flowdistill.runner.evaluate(path, torch.device("cpu")).correct == result.run.correct
+    assert result.export("safetensors").is_file()
+    teaching = flowdistill.distill(result, Tied(), method="kd", **keys)
+    assert teaching.run.status == "finished"
+
+
+@noisy
+@pytest.mark.parametrize("make", GROWING)
+def test_buffers_of_another_shape_go_on_where_they_were(keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
+    keys["train"] |= {"epochs": 3}
+    straight = flowdistill.train(make(), **{**keys, "runs": keys["runs"] / "straight"})
+    monkeypatch.setattr("flowdistill.runner.execute.CHECKPOINT_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr("flowdistill.runner.execute._save", _then_stop)
+        with pytest.raises(KeyboardInterrupt):
+            flowdistill.train(make(), **keys)
+    result = flowdistill.train(make(), **keys)
+    assert (result.run.no, result.run.resumed) == (1, 1)
+    assert result.run.weights_hash == straight.run.weights_hash
+
+
+@noisy
+def test_what_was_hashed_can_still_be_resized() -> None:
+    """numpy keeps the memory that it is shown from being resized, which an observer does."""
+    module = quantised()
+    hash_weights(module.state_dict())
+    module(torch.zeros(2, 1, 8, 8))
+
+
+FEW = (
+    r"^student module:Failing-\w{8} can't be trained on a batch of 1: ValueError: Expected more than 1 value per channel when training, "
+    r"got input size torch.Size\(\[1, 4\]\); so few images has the smallest batch: let the loader drop its last one \(drop_last=True\)$"
+)
+
+
+@pytest.mark.parametrize("kind", ["rest", "list", "sampler", "dropped", "even"])
+def test_a_last_batch_that_its_layers_can_not_take(tmp_path: Path, kind: str) -> None:
+    """Told before training; a loader that drops it, or has none, trains."""
+    chance = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(33, 1, 8, 8, generator=chance), torch.arange(33) % 10)
+    val = DataLoader(data, batch_size=16)
+    train: Any = DataLoader(data, batch_size=16, shuffle=True, drop_last=kind == "dropped")
+    if kind == "list":
+        train = [(images, labels) for images, labels in val]
+    elif kind == "sampler":
+        train = DataLoader(data, batch_size=8, sampler=RandomSampler(data, num_samples=17))
+    elif kind == "even":
+        train = DataLoader(data, batch_size=8, sampler=RandomSampler(data, num_samples=16))
+    keys: dict[str, Any] = {"runs": tmp_path / "runs", "train": {"epochs": 1, "precision": "fp32"}, "progress": False}
+    calls = [
+        lambda: flowdistill.train(Failing("norm"), train, val, **keys),
+        lambda: flowdistill.distill(Tied(8), Failing("norm"), train, val, method="at+kd", weights={"at": 1.0}, **keys),
+    ]
+    for call in calls:
+        if kind in ("dropped", "even"):
+            assert call().run.status == "finished"
+        else:
+            with pytest.raises(UserError, match=FEW):
+                call()
+            assert not (tmp_path / "runs" / "ledger.db").exists(), "nothing is recorded"

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from keys import CHANGED, every_key, put
+from PIL import Image
 
 from flowdistill import methods, models
 from flowdistill.checks import UserError
@@ -17,7 +19,8 @@ from flowdistill.config import DataConfig, validate
 from flowdistill.data.images import ImageData
 from flowdistill.data.sources import load
 from flowdistill.ledger import Ledger
-from flowdistill.methods import Phase
+from flowdistill.methods import Needs, Phase
+from flowdistill.models.wide_resnet import WideResNet
 from flowdistill.runner.networks import NetworkRef
 from flowdistill.runner.plan import Job, _fingerprint, cohorts, plan
 from flowdistill.taps import DataSpec, NetSpec
@@ -120,6 +123,70 @@ def test_a_student_with_weights_of_its_own_changes_the_fingerprint(planned: Plan
     assert (started.student.model, started.init_hash) == ("resnet8", planned(student=teachers["other"], seed=5).init_hash)
 
 
+NOT_COVERED = {
+    "seed": "it is beside the fingerprint: runs of one are a group",
+    "data.name": "the hash of the data says what they are, wherever they lie",
+    "data.root": "likewise",
+    "data.skip_broken": "the hash of the data says which files were read",
+}
+"""Key of a RunConfig that no fingerprint has -> why."""
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Image files of 12x12, grey, in two classes."""
+    folder, numbers = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for split, count in (("train", 8), ("test", 4)):
+        for name in "ab":
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                Image.fromarray(numbers.integers(0, 256, (12, 12), dtype=np.uint8)).save(folder / split / name / f"{number}.png")
+    return f"folder:{folder}"
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Hugging Face data set with two columns of classes."""
+    datasets = pytest.importorskip("datasets")
+    folder, numbers = tmp_path_factory.mktemp("hub"), np.random.default_rng(0)
+    images = [Image.fromarray(numbers.integers(0, 256, (12, 12), dtype=np.uint8)) for _ in range(8)]
+    classes = datasets.ClassLabel(names=["a", "b"])
+    features = datasets.Features({"image": datasets.Image(), "label": classes, "other": classes})
+    rows = {"image": images, "label": [0, 1] * 4, "other": [0, 0, 1, 1] * 2}
+    part = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict({"train": part, "test": part}).save_to_disk(folder / "saved")
+    return f"hf:{folder / 'saved'}"
+
+
+def test_every_key_of_a_config_is_known_here() -> None:
+    assert set(CHANGED) == every_key()
+    assert set(NOT_COVERED) <= every_key()
+
+
+@pytest.mark.parametrize("key", sorted(CHANGED))
+def test_every_key_changes_the_fingerprint_or_says_why_not(
+    key: str, teachers: dict[str, str], digits: ImageData, ledger: Ledger, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    plain: dict[str, Any] = {"student": "resnet8", "teacher": teachers["one"], "method": "fsp", "data": {"name": "digits"}}
+    values = {"OTHER": teachers["other"], "NPZ": f"npz:{tmp_path}/same.npz", "UNLABELLED": f"npz:{tmp_path}/more.npz"}
+    if key == "data.name":
+        save_npz(tmp_path / "same.npz", digits)
+        plain["data"] |= {"pad": digits.pad, "flip": digits.flip}
+    elif key == "data.unlabelled":
+        np.savez(tmp_path / "more.npz", x=digits.x_test[:50])
+    elif key in ("peer", "side"):
+        plain = {"student": "resnet8", "method": "dml", "data": {"name": "digits"}, "peer": "resnet8"}
+    elif key in ("data.size", "data.channels", "data.skip_broken", "data.stream"):
+        plain = {"student": "resnet8", "method": "base", "data": {"name": request.getfixturevalue("pictures"), "size": 12}}
+    elif key == "data.label":
+        plain = {"student": "resnet8", "method": "base", "data": {"name": request.getfixturevalue("hub"), "label": "label"}}
+    value = CHANGED[key]
+    changed = put(plain, key, values.get(value, value) if isinstance(value, str) else value)
+    one, other = (plan([validate(given)], ledger, CPU)[0] for given in (plain, changed))
+    assert one.config != other.config, "the value is another"
+    assert (one.fingerprint == other.fingerprint) == (key in NOT_COVERED)
+
+
 def test_mixing_changes_the_fingerprint(planned: Planner) -> None:
     jobs = [planned(method="kd", **{"weights.task": 0, "train.mixup": mixup}) for mixup in (False, True, 1.0, 0.2)]
     assert len({job.fingerprint for job in jobs}) == len(together(*jobs)) == 4
@@ -150,14 +217,37 @@ def test_a_crop_without_a_border_is_not_the_resized_one(planned: Planner) -> Non
         ),
     ],
 )
-def test_recorded_runs_keep_their_fingerprint(values: dict[str, Any], fingerprint: str) -> None:
+def test_recorded_runs_keep_their_fingerprint(values: dict[str, Any], fingerprint: str, digits: ImageData) -> None:
     """As they were before data.crop and train.mixup: what a ledger has is neither trained again nor refused."""
     config = validate(values)
     settled = methods.settle(config.method, config.options, config.weights)
     options = {name: option.model_dump() for name, option in settled.options.items()}
     resolved = config.model_copy(update={"options": options, "weights": settled.weights})
     teacher = NetworkRef("resnet20", fingerprint="of the teacher") if config.teacher else None
-    assert _fingerprint(resolved, settled, NetworkRef(config.student), teacher, "of the data") == fingerprint
+    job = Job(resolved, digits, "of the data", settled, NetworkRef(config.student), teacher, "fp32", "", "")
+    assert _fingerprint(job, Needs(), dict.fromkeys(settled.options, 1), {"student": [], "teacher": []}) == fingerprint
+
+
+@pytest.mark.parametrize(("method", "changes"), [("at", True), ("fsp", True), ("kd", False), ("base", False)])
+def test_a_new_version_of_a_networks_taps_changes_the_fingerprint_where_they_are_compared(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, method: str, changes: bool
+) -> None:
+    def fingerprint() -> str:
+        models.factory("wrn-16-1")._specs.clear()  # type: ignore[attr-defined]
+        values = {"student": "wrn-16-1", "teacher": "wrn-16-1", "method": method, "data": {"name": "digits"}}
+        return plan([validate(values)], ledger, CPU, stand_in=True)[0].fingerprint
+
+    before = fingerprint()
+    monkeypatch.setattr(WideResNet, "taps_version", 3)
+    assert (fingerprint() != before) == changes
+    models.factory("wrn-16-1")._specs.clear()  # type: ignore[attr-defined]
+
+
+def test_fitnets_keeps_its_fingerprint_where_its_hint_is_what_it_was(planned: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three stages the second was and is the middle one; of four it was the third."""
+    three = planned(method="fitnets").fingerprint
+    monkeypatch.setattr(methods.get("fitnets"), "version", 1)
+    assert planned(method="fitnets").fingerprint == three
 
 
 def test_a_new_version_of_the_method_changes_the_fingerprint(planned: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,6 +318,19 @@ def test_no_two_of_these_share_a_fingerprint(planned: Planner) -> None:
 )
 def test_a_default_that_is_said_changes_nothing(planned: Planner, said: dict[str, Any]) -> None:
     assert planned(**said).fingerprint == planned().fingerprint
+
+
+@pytest.mark.parametrize("key", ["teacher", "inputs.teacher.size", "inputs.teacher.mean", "taps.teacher", "taps.student"])
+def test_what_a_base_run_does_not_use_is_dropped(planned: Planner, teachers: dict[str, str], ledger: Ledger, key: str) -> None:
+    """Else it would be a variant, and nobody's base: ``--method base,kd --set inputs.teacher.size=8`` is one command."""
+    plain = {"student": "resnet8", "method": "base", "data": {"name": "digits"}}
+    given = put(plain, key, teachers["other"] if key == "teacher" else CHANGED[key])
+    one, other = (plan([validate(values)], ledger, CPU)[0] for values in (plain, given))
+    assert (one.config, one.variant, one.fingerprint) == (other.config, other.variant, other.fingerprint)
+
+
+def test_taps_that_no_method_looks_at_are_dropped(planned: Planner) -> None:
+    assert planned(method="kd", **{"taps.student": CHANGED["taps.student"]}).variant == planned(method="kd").variant == ""
 
 
 def test_a_base_run_does_not_look_at_the_teacher(planned: Planner, teachers: dict[str, str]) -> None:

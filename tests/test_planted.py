@@ -12,13 +12,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import test_identity
+import test_integrity
+import test_plan
 import test_resume
 import test_training
 from planted import BUGS, Bug
 
 from flowdistill.ledger import Ledger
 
-data = test_training.data  # a fixture of the checks that train
+data = test_training.data  # fixtures of the checks
+made, work, nets = test_integrity.made, test_integrity.work, test_identity.nets
+digits, teachers, planned = test_plan.digits, test_plan.teachers, test_plan.planned
 _a_checkpoint_every_epoch = test_resume._a_checkpoint_every_epoch
 passed: set[str] = set()
 

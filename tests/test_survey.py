@@ -1,14 +1,19 @@
 """The dry run: where stages end, what the stem and the classifier are, in networks that nobody prepared."""
 
+import random
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowdistill.models.survey import Layout, layout_of, survey
+from flowdistill.models.survey import survey
+from flowdistill.models.watching import Layout, layout_of
+from flowdistill.randomness import states
 
 
 def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -249,6 +254,233 @@ def test_logits_of_several_layers_are_refused(logits):
     words = r"its 5 logits are made of several layers' \(gate, one, other\), not those of one linear layer on a vector"
     with pytest.raises(ValueError, match=words):
         survey(Headed(logits), 3, 8, 8)
+
+
+class Answering(nn.Module):
+    """One classifier, and what becomes of the numbers that it gives; in one mode, where that is said."""
+
+    def __init__(self, become: Callable[[Tensor], Tensor], *, mode: bool | None = None, size: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.fc, self.become, self.mode = nn.BatchNorm2d(3), nn.Linear(3, 5), become, mode
+        self.fc.weight.data.mul_(size)
+        self.fc.bias.data.mul_(size)
+        self.after = nn.BatchNorm1d(5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.fc(self.norm(images).mean((2, 3)))
+        return self.become(logits) if self.mode in (None, self.training) else logits
+
+
+ALLOWED = {
+    "itself": lambda z: z,
+    "colder": lambda z: z / 4,
+    "hotter": lambda z: 100 * z,
+    "log-softmax": lambda z: z.log_softmax(1),
+    "log-softmax of warmer": lambda z: (z / 4).log_softmax(1),
+    "centred": lambda z: z - z.mean(1, keepdim=True),
+    "less the largest": lambda z: z - z.amax(1, keepdim=True),
+    "float16": lambda z: z.half().float(),
+    "bfloat16": lambda z: z.bfloat16(),
+    "float64": lambda z: z.double(),
+    "8 bits": lambda z: torch.fake_quantize_per_tensor_affine(z, float(z.detach().abs().max()) / 127, 0, -127, 127),
+    "masked": lambda z: z.masked_fill(torch.arange(5) == 2, -torch.inf),
+    "masked by a number": lambda z: z.masked_fill(torch.arange(5) == 2, -1e9),
+    "in place": lambda z: z.mul_(2.0),
+}
+
+
+@pytest.mark.parametrize("size", [1e-2, 1.0, 30.0])
+@pytest.mark.parametrize("become", ALLOWED.values(), ids=ALLOWED)
+def test_what_may_become_of_logits(become, size):
+    found = survey(Answering(become, size=size), 3, 8, 8)
+    assert (found.head, found.altered) == ("fc", "")
+
+
+def test_eight_bits_that_hold_these_logits_and_no_larger_ones():
+    found = survey(Answering(lambda z: torch.fake_quantize_per_tensor_affine(z, 0.01, 0, -128, 127)), 3, 8, 8)
+    assert (found.head, found.altered) == ("fc", "")
+
+
+OTHERWISE = r"something else than the logits of its classifier fc \(a positive factor and a shift of each image aside\); let it give these"
+PROBABILITIES = "probabilities, not the logits of its classifier fc; leave the softmax out"
+UNIT = "numbers from 0 to 1, not the logits of its classifier fc; leave the sigmoid out"
+REFUSED = {
+    "softmax": (lambda z: z.softmax(1), PROBABILITIES),
+    "softmax of warmer": (lambda z: (z / 20).softmax(1), PROBABILITIES),
+    "softmax in half": (lambda z: z.softmax(1).half(), PROBABILITIES),
+    "sigmoid": (lambda z: z.sigmoid(), UNIT),
+    "hard sigmoid": (F.hardsigmoid, UNIT),
+    "softmax in percent": (lambda z: 100 * z.softmax(1), OTHERWISE),
+    "square root of softmax": (lambda z: z.softmax(1).sqrt(), PROBABILITIES),
+    "normalised": (lambda z: F.normalize(z), OTHERWISE),
+    "standardised": (lambda z: F.layer_norm(z, (5,)), OTHERWISE),
+    "tanh": (lambda z: z.tanh(), OTHERWISE),
+    "capped": (lambda z: 30 * (z / 30).tanh(), OTHERWISE),
+    "ReLU": (lambda z: z.relu(), OTHERWISE),
+    "leaky ReLU": (lambda z: F.leaky_relu(z, 0.5), OTHERWISE),
+    "log-sigmoid": (F.logsigmoid, OTHERWISE),
+    "clamped": (lambda z: z.clamp(-10, 10), OTHERWISE),
+    "turned": (lambda z: -z, OTHERWISE),
+    "softmin": (lambda z: (-z).softmax(1), PROBABILITIES),
+    "a factor of each class": (lambda z: z * torch.tensor([1.0, 1.0, 1.1, 1.0, 1.0]), OTHERWISE),
+    "another order": (lambda z: z[:, [1, 0, 2, 3, 4]], OTHERWISE),
+    "sorted": (lambda z: z.sort(1).values, OTHERWISE),
+    "a number of each class": (lambda z: z + torch.tensor([0.5, 0.0, 0.0, 0.0, 0.0]), OTHERWISE),
+    "exponential": (lambda z: z.exp(), OTHERWISE),
+    "squared": (lambda z: z.square(), OTHERWISE),
+    "the largest alone": (lambda z: F.one_hot(z.argmax(1), 5).float(), PROBABILITIES),
+    "dropped": (lambda z: F.dropout(z, 0.5), OTHERWISE),
+    "by the batch": (lambda z: z - z.mean(0), OTHERWISE),
+}
+
+
+@pytest.mark.parametrize("size", [1e-2, 1.0, 30.0])
+@pytest.mark.parametrize(("become", "gives"), REFUSED.values(), ids=REFUSED)
+def test_what_is_no_longer_logits(become, gives, size):
+    """However small the logits are: a softmax of numbers near 0 is a factor and a shift, but for what training makes of it."""
+    found = survey(Answering(become, size=size), 3, 8, 8)
+    assert found.head == "fc"
+    assert re.fullmatch(f"it gives {gives}", found.altered)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_probabilities_in_one_mode_are_seen(training):
+    found = survey(Answering(lambda z: z.softmax(1), mode=training), 3, 8, 8)
+    assert found.altered == f"{'in train mode ' * training}it gives {PROBABILITIES}"
+
+
+def test_a_normalisation_of_logits_is_seen_before_it_has_learnt_anything():
+    net = Answering(lambda z: z)
+    net.become = net.after
+    assert re.fullmatch(f"in train mode it gives {OTHERWISE}", survey(net, 3, 8, 8).altered)
+
+
+def test_the_layers_own_hooks_come_first():
+    """What a hook makes of the output is the output; the weights alone do not make these logits."""
+    net = Answering(lambda z: z)
+    assert survey(net, 3, 8, 8).apart == ""
+    hook = net.fc.register_forward_hook(lambda _m, _i, logits: logits.softmax(1))
+    found = survey(net, 3, 8, 8)
+    assert (found.altered, found.apart) == ("", "its logits are not what the weights of its classifier fc make of the embedding")
+    hook.remove()
+    for normed in (torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.parametrizations.spectral_norm):
+        net = Answering(lambda z: z)
+        normed(net.fc)
+        found = survey(net, 3, 8, 8)
+        assert (found.head, found.altered, found.apart) == ("fc", "", "")
+
+
+def test_logits_that_its_weights_do_not_make():
+    assert survey(Answering(lambda z: z.half().float()), 3, 8, 8).apart == ""
+    for become in (lambda z: 2 * z, lambda z: z.log_softmax(1)):
+        assert "make of the embedding" in survey(Answering(become), 3, 8, 8).apart
+
+
+class Gate(nn.Module):
+    """A layer with as many outputs as there are classes that is none: the classifier is no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.weight = nn.Linear(3, 5), nn.Parameter(torch.randn(5, 5))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.linear(self.gate(images.mean((2, 3))), self.weight)
+
+
+class Beside(nn.Module):
+    """Its classifier, and something of the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.factor = nn.Linear(3, 5), nn.Parameter(torch.randn(5))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(images.mean((2, 3))) + images.mean((1, 2, 3))[:, None] * self.factor
+
+
+def test_the_only_layer_of_so_many_outputs_need_not_be_the_classifier():
+    with pytest.raises(ValueError, match=r"its 5 logits are not those of a linear layer on a vector \[N, D\]"):
+        survey(Beside(), 3, 8, 8)
+    assert survey(Gate(), 3, 8, 8).altered
+
+
+class Crops(nn.Module):
+    """The mean over an image and its mirror image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        one, other = (self.fc(self.conv(x).relu().mean((2, 3))) for x in (images, images.flip(3)))
+        return (one + other) / 2
+
+
+def test_the_mean_of_two_crops():
+    found = survey(Crops(), 3, 8, 8)
+    assert (found.head, found.altered) == ("fc", "")
+
+
+class Forgetful(nn.Module):
+    """Draws from a generator of its own in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.chance = nn.Linear(3, 5), torch.Generator()
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.mean((2, 3))
+        return self.fc(x * torch.rand(x.shape, generator=self.chance))
+
+
+def test_draws_that_nobody_can_seed_are_refused():
+    with pytest.raises(ValueError, match=r"^in eval mode it answers the same images otherwise when it is asked again; let it draw from"):
+        survey(Forgetful(), 3, 8, 8)
+
+
+DRAWING = {
+    "torch": lambda x: F.dropout(x, 0.5),
+    "numpy": lambda x: x * float(np.random.rand()),
+    "python": lambda x: x * random.random(),
+    "nothing": lambda x: x,
+}
+
+
+@pytest.mark.parametrize(("draw", "draws"), [(draw, name != "nothing") for name, draw in DRAWING.items()], ids=DRAWING)
+def test_who_draws_in_eval_mode(draw, draws):
+    net = Answering(lambda z: z)
+    net.norm.register_forward_hook(lambda _m, _i, x: draw(x))
+    before = states()
+    found = survey(net, 3, 8, 8)
+    assert states() == before
+    assert (found.draws, found.draws_always, found.head, found.altered) == (draws, draws, "fc", "")
+
+
+class Counting(nn.Module):
+    """Observes: one buffer takes the shape of what it sees, another is not there before a pass, a third is a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 5)
+        self.register_buffer("seen", torch.zeros(0))
+        self.register_buffer("later", None)
+        self.register_buffer("passes", torch.tensor(0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.mean((2, 3))
+        self.seen.resize_(3).copy_(x[0])
+        self.later = x[1].detach()
+        self.passes += 1
+        return self.fc(x)
+
+
+def test_buffers_that_take_another_shape():
+    net = Counting()
+    seen = net.seen
+    assert survey(net, 3, 8, 8).grown == {"seen", "later"}
+    assert net.seen is seen
+    assert (net.seen.shape, net.later, net.passes) == ((0,), None, 0)
 
 
 class Training(nn.Module):

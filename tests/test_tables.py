@@ -8,15 +8,18 @@ import io
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from keys import CHANGED, every_key, put
 from rows import run
 
 from flowdistill import stats
 from flowdistill.checks import UserError
-from flowdistill.ledger import Epoch, Run
+from flowdistill.ledger import MAY_DIFFER, Epoch, Run, baseline_key
 from flowdistill.report import pages, tables
+from flowdistill.report.tables import summary_rows
 
 IMAGES = 9_984  # the reference log dropped the last partial batch of 10,000 test images
 LOG = {
@@ -531,3 +534,54 @@ def test_summary_rows_that_differ_in_recipe_say_so() -> None:
     runs = [run(no, method="base", config={"train": {"lr": lr}}) for no, lr in ((1, 0.1), (2, 0.01))]
     assert [row["differs"] for row in tables.summary_rows(runs, "last")] == ["train.lr=0.1", "train.lr=0.01"]
     assert "train.lr=0.01" in tables.summary_table(runs, "last", "md")
+
+
+# What is compared with what
+
+
+@pytest.mark.parametrize("key", sorted(CHANGED))
+def test_runs_are_compared_with_a_base_run_that_differs_in_nothing_but_what_may(key: str) -> None:
+    """A key that nobody thought of gives ``-``, never a number."""
+    base, plain = (run(method=method, config={"data": {"flip": False}}) for method in ("base", "kd"))
+    other = replace(plain, config=put(plain.config, key, CHANGED[key]))
+    assert baseline_key(plain) == baseline_key(base)
+    assert (baseline_key(other) == baseline_key(base)) == any(f"{key}.".startswith(f"{may}.") for may in MAY_DIFFER)
+
+
+def test_every_exception_names_a_key() -> None:
+    assert all(any(f"{key}.".startswith(f"{may}.") for key in every_key()) for may in MAY_DIFFER)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"student": "resnet32"},
+        {"data_hash": "other"},
+        {"student_fingerprint": "12/0"},
+        {"networks": {"student": {"made_of": "x", "number": 0}}},
+        {"networks": {"student": {"made_of": "", "number": 1}}},
+    ],
+)
+def test_another_network_or_other_data_are_not_compared(changed: dict[str, Any]) -> None:
+    base = run(method="base")
+    assert baseline_key(replace(base, **changed)) != baseline_key(base)
+
+
+def test_a_base_run_of_other_images_is_the_base_of_students_that_see_those() -> None:
+    """inputs.student=8x8 beside 16x16: each is compared with its own."""
+    seen = {"inputs": {"student": {"size": 8}}}
+    runs = [run(no=no, method="base", seed=no, correct=9000) for no in range(3)]
+    runs += [run(no=3 + no, method="base", seed=no, correct=5000, config=seen, variant="inputs.student.size=8") for no in range(3)]
+    runs += [run(no=6 + no, method="kd", seed=no, correct=5100 + no, config=seen, variant="inputs.student.size=8") for no in range(3)]
+    rows = {(row["method"], row["variant"]): row for row in summary_rows(runs, "last")}
+    assert rows["kd", "inputs.student.size=8"]["base"] == 50.0
+    assert rows["base", "inputs.student.size=8"]["difference"] is None
+    alone = [one for one in runs if one.method == "kd" or not one.variant]
+    assert {row["method"]: row["difference"] for row in summary_rows(alone, "last")} == {"base": None, "kd": None}
+
+
+@pytest.mark.parametrize("changed", [{"train": {"freeze": ["bn1"]}}, {"init_from": "12"}, {"weights": {"task": 0.5}}])
+def test_a_base_run_that_is_not_plain_is_nobodys_base(changed: dict[str, Any]) -> None:
+    runs = [run(no=no, method="base", seed=no, config=changed, variant="x") for no in range(3)]
+    runs += [run(no=3 + no, method="kd", seed=no) for no in range(3)]
+    assert all(row["base"] is None for row in summary_rows(runs, "last") if row["method"] == "kd")

@@ -14,19 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import MOST_WORKERS, UserError, did_you_mean, first_line
+from .checks import MOST_WORKERS, Changes, UserError, did_you_mean, first_line
 from .config import validate
 from .data import given
 from .device import resolve_device
 from .ledger import Ledger, Run
 from .models import Network
+from .models.code import contents
 from .models.foreign import adopt, tensors, uncompiled
 from .report.progress import Bars
 from .runner import Report, Watcher, export, load_network
 from .runner import run as run_configs
+from .runner.evaluate import weights_path
 from .runner.export import FORMATS
-from .runner.networks import STUDENT_FILE
-from .training.weights import hash_weights, save_weights
+from .runner.integrity import STUDENT_FILE, enlist
+from .training.weights import hash_weights, save_weights, whole
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,18 @@ class Result:
         """
         return self.run.precision
 
-    def student(self) -> Network:
+    def student(self, *, accept_changes: bool = False) -> Network:
         """The trained network, in eval mode on the CPU; called on images it gives logits, embedding and maps.
 
         Raises:
-            UserError: a module given from Python in another process; give it again to the call that trained it.
+            UserError: a module given from Python in another process; give it again to the call that trained it. Or its file is not what
+                the run wrote, or its code answers otherwise, and that is not accepted.
         """
-        return load_network(self.folder / STUDENT_FILE)[0]
+        changes = Changes(accept_changes)
+        path, changed = weights_path(str(self.run.no), self.folder.parent, changes)
+        network, _ = load_network(path, changes)
+        network.changed = network.changed or changed
+        return network
 
     def module(self) -> nn.Module:
         """The trained network as a plain module, of the class that was given; one of this package is itself."""
@@ -75,7 +82,10 @@ class Result:
         """
         if str(to) not in FORMATS:
             raise UserError(f"export to {to!r}: {did_you_mean(str(to), FORMATS)}")
-        return Path(export(self.folder / STUDENT_FILE, to, out=None if out is None else Path(out), int8=int8).file)
+        path, _ = weights_path(str(self.run.no), self.folder.parent)
+        file = Path(export(path, to, out=None if out is None else Path(out), int8=int8).file)
+        enlist(self.run.no, Ledger(self.folder.parent), file)
+        return file
 
 
 Data = str | Mapping[str, Any] | Iterable[Any]
@@ -99,6 +109,7 @@ def train(
     on_epoch: Callable[[Report], object] | None = None,
     classes: int | None = None,
     again: bool = False,
+    accept_changes: bool = False,
     **config: Any,
 ) -> Result:
     """Train a network on the labels alone; takes what ``distill`` takes."""
@@ -117,6 +128,7 @@ def train(
         on_epoch=on_epoch,
         classes=classes,
         again=again,
+        accept_changes=accept_changes,
         **config,
     )
 
@@ -137,6 +149,7 @@ def distill(
     on_epoch: Callable[[Report], object] | None = None,
     classes: int | None = None,
     again: bool = False,
+    accept_changes: bool = False,
     **config: Any,
 ) -> Result:
     """Train a student with a teacher, record the run, and return it. A finished run of the same config is returned at once,
@@ -162,6 +175,7 @@ def distill(
             call; the run is then interrupted, and goes on from that epoch when it is called again.
         classes: how many, of loaders; left out, those that the data set has names for (``classes``), else the largest label and one.
         again: train it even where a run of the same config has finished or was cut off.
+        accept_changes: take a teacher, or first weights, whose file, code or library is not what was recorded.
         config: further keys of RunConfig as nested mappings (``train={"epochs": 30}, weights={"fsp": 10.0}, split="holdout"``);
             ``init_from`` is named as the student is, or is a module whose weights fit the student that is named.
 
@@ -172,7 +186,7 @@ def distill(
     if on_epoch is not None and not callable(on_epoch):
         raise UserError(f"on_epoch={on_epoch!r}: give a function that takes a Report, or leave it out")
     _refuse_number("workers", workers, 0, MOST_WORKERS)
-    ledger = Ledger(Path(runs), create=True)
+    ledger = Ledger(Path(runs), create=True, changes=Changes(accept_changes))
     begun = {"init_from": _first_weights(config["init_from"], student, ledger)} if config.get("init_from") is not None else {}
     parsed = validate(
         {
@@ -247,7 +261,7 @@ def _reference(network: Named, ledger: Ledger) -> str:
         raise UserError(
             f"{type(network).__name__}: can't be copied ({first_line(error)}); give the function that makes it by name: FILE.py:FUNCTION"
         ) from None
-    return _saved(weights, adopt(copied, _key(network, weights)), {}, ledger)
+    return _saved(weights, adopt(copied, contents(copied)[:8]), {}, ledger)
 
 
 def _first_weights(network: Named, student: Named, ledger: Ledger) -> str:
@@ -262,13 +276,6 @@ def _saved(weights: Mapping[str, Tensor], model: str, about: Mapping[str, Any], 
     """The path of a file with these weights, which says that they are those of the model."""
     name = hashlib.sha256(f"{model}\n{hash_weights(weights)}".encode()).hexdigest()[:16]
     path = ledger.folder / "networks" / f"{name}.safetensors"
-    if not path.is_file():
+    if not path.is_file() or not whole(path):
         save_weights(path, weights, {**about, "model": model})
     return str(path)
-
-
-def _key(module: nn.Module, weights: Mapping[str, Tensor]) -> str:
-    """What tells a module from others: its class, layers and weights, and which of these are frozen."""
-    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
-    told = f"{type(module).__module__}.{type(module).__qualname__}\n{module!r}\n{frozen}\n{hash_weights(weights)}"
-    return hashlib.sha256(told.encode()).hexdigest()[:8]

@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,6 +18,34 @@ FAILURES = (Exception, SystemExit)  # of anyone's code: by itself SystemExit wou
 
 class UserError(ValueError):
     """A mistake that the user can mend. The command line prints it as one line and exits with 2."""
+
+
+class Changes:
+    """What is used again and is not what was recorded: refused in one line, unless the user takes it as it is.
+
+    Args:
+        accepted: it is taken, and told; None: it can't be taken here, and nobody is told that it could.
+    """
+
+    def __init__(self, accepted: bool | None = False) -> None:
+        self.accepted, self.told = accepted, list[str]()
+
+    def meet(self, line: str, cure: str = "put the old one back") -> None:
+        """There is such a difference.
+
+        Raises:
+            UserError: it is not accepted.
+        """
+        if not self.accepted:
+            offer = "" if self.accepted is None else ", or take it as it is with --accept-changes (in Python accept_changes=True)"
+            raise UserError(f"{line}; {cure}{offer}")
+        self.tell(f"taken as it is: {line}")
+
+    def tell(self, line: str) -> None:
+        """A line, once."""
+        if line not in self.told:
+            self.told.append(line)
+            print(f"flowdistill: {printable(line)}", file=sys.stderr)
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ import typer
 from pydantic import ValidationError
 
 from . import recipes
-from .checks import MOST_WORKERS, UserError, did_you_mean, obstacle, parse_seeds
+from .checks import MOST_WORKERS, Changes, UserError, did_you_mean, obstacle, parse_seeds
 from .complaints import complain, failure, refuse_empty, usage
 from .config import RunConfig, assign, model_name, one_line, put, read_file, read_taps, validate
 from .env import version
@@ -113,6 +113,9 @@ WorkersOption = Annotated[
 ]
 HoldoutOption = Annotated[bool, typer.Option("--holdout", help="Keep a tenth of train out; it chooses the epoch, test is read once.")]
 DeterministicOption = Annotated[bool, typer.Option("--deterministic", help="Only operations that repeat bit for bit.")]
+AcceptOption = Annotated[
+    bool, typer.Option("--accept-changes", help="Take files, code and libraries as they are, where they are not what was recorded.")
+]
 AgainOption = Annotated[bool, typer.Option("--again", help="Train even what the ledger has already.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config, the taps and a time estimate; train nothing.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML, or the run.json of a run; options given here win.")]
@@ -204,6 +207,7 @@ def _launch(
     workers: WorkersOption = None,
     deterministic: DeterministicOption = False,
     again: AgainOption = False,
+    accept_changes: AcceptOption = False,
     dry_run: DryRunOption = False,
     runs: RunsOption = Path("runs"),
 ) -> int:
@@ -213,7 +217,7 @@ def _launch(
     from .runner import dry_run as preview
     from .runner import run
 
-    where, ledger = resolve_device(device), Ledger(runs, create=True)
+    where, ledger = resolve_device(device), Ledger(runs, create=True, changes=Changes(accept_changes))
     if dry_run:
         found = preview(configs, ledger, where, engine.value, workers)
         print(tables.render(found, "json", ()))
@@ -279,13 +283,20 @@ def distill(**given: Any) -> int:
 
 
 @_with_options_of(_pair, _described)
-def doctor(device: DeviceOption = "auto", format_: FormatOption = TableFormat.table, runs: RunsOption = Path("runs"), **given: Any) -> int:
+def doctor(
+    device: DeviceOption = "auto",
+    accept_changes: AcceptOption = False,
+    format_: FormatOption = TableFormat.table,
+    runs: RunsOption = Path("runs"),
+    **given: Any,
+) -> int:
     """Before hours of training, in seconds: the teacher's answers, taps, gradients, time and memory, and what looks wrong."""
     from .device import resolve_device
     from .report.progress import Bars
     from .runner.doctor import Finding, examine
 
-    findings = examine(_pair(**given), Ledger(runs, create=True), resolve_device(device), Bars())
+    ledger = Ledger(runs, create=True, changes=Changes(accept_changes))
+    findings = examine(_pair(**given), ledger, resolve_device(device), Bars())
     print(tables.render([finding._asdict() for finding in findings], format_.value, Finding._fields))
     return 1 if any(finding.verdict == "wrong" for finding in findings) else 0
 
@@ -302,7 +313,7 @@ def resume(
     from .report.progress import Bars
     from .runner import resume as go_on
 
-    done = go_on(Ledger(runs), resolve_device(device), no=run, workers=workers, watcher=Bars())
+    done = go_on(Ledger(runs, changes=Changes(None)), resolve_device(device), no=run, workers=workers, watcher=Bars())
     if not done:
         print("nothing was cut off; flowdistill runs lists all", file=sys.stderr)
         return 0
@@ -493,19 +504,38 @@ def evaluate(
     precision: Annotated[PrecisionName | None, typer.Option(help="Other precision than it was trained in.")] = None,
     device: DeviceOption = "auto",
     workers: WorkersOption = None,
+    accept_changes: AcceptOption = False,
     format_: FormatOption = TableFormat.table,
     runs: RunsOption = Path("runs"),
 ) -> int:
-    """Measure a student again, from its file alone."""
+    """Measure a student again, from its file alone; verdict: whether that is what was recorded."""
     from .device import resolve_device
     from .runner import evaluate as measure
     from .runner.evaluate import weights_path
 
-    path = weights_path(target, runs)
+    changes = Changes(accept_changes)
+    path, changed = weights_path(target, runs, changes)
     told = precision.value if precision else None
-    measured = measure(path, resolve_device(device), dataset=dataset, precision=told, workers=workers)
+    given: dict[str, Any] = {"dataset": dataset, "precision": told, "workers": workers, "changed": changed, "changes": changes}
+    measured = measure(path, resolve_device(device), **given)
     print(tables.render([measured._asdict()], format_.value, measured._fields))
     return 0
+
+
+@app.command()
+def check(
+    run: Annotated[int | None, typer.Argument(help="A run's number; left out, all that finished or were cut off.")] = None,
+    format_: FormatOption = TableFormat.table,
+    runs: RunsOption = Path("runs"),
+) -> int:
+    """Whether every file of the runs is the one that was written: size and SHA-256 against the record, and that against the ledger."""
+    from .runner.integrity import Finding, examine
+
+    ledger = Ledger(runs)
+    wanted = ledger.runs() if run is None else [ledger.run(run)]
+    found = [finding for one in wanted for finding in examine(one, ledger)]
+    print(tables.render([finding._asdict() for finding in found], format_.value, Finding._fields))
+    return 0 if all(finding.sound for finding in found) else 1
 
 
 @app.command()
@@ -515,6 +545,7 @@ def card(
     out: Annotated[Path | None, typer.Option(help="Write it to this file; else it is printed.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Images of the second latency; the first is of one image.")] = 64,
     device: DeviceOption = "auto",
+    accept_changes: AcceptOption = False,
     runs: RunsOption = Path("runs"),
 ) -> int:
     """The compression card of a finished run: cost, accuracy, agreement and calibration beside its teacher and a student alone."""
@@ -525,7 +556,8 @@ def card(
 
     if out and (hindrance := obstacle(out)):
         raise UserError(f"{out}: the card cannot be written there ({hindrance}); name another file with --out")
-    text = page(measure(run, Ledger(runs), resolve_device(device), batch_size=batch_size), format_.value)
+    ledger = Ledger(runs, changes=Changes(accept_changes))
+    text = page(measure(run, ledger, resolve_device(device), batch_size=batch_size), format_.value)
     if out:
         write_whole(out, f"{text}\n".encode())
     else:
@@ -540,6 +572,7 @@ def export(
     out: Annotated[Path | None, typer.Option(help="The file to write; else beside the student's.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Images of other data than it was trained on, to compare it on.")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Quantise ONNX after training, calibrated on training images.")] = False,
+    accept_changes: AcceptOption = False,
     format_: FormatOption = TableFormat.table,
     runs: RunsOption = Path("runs"),
 ) -> int:
@@ -547,11 +580,16 @@ def export(
     from .runner import export as write
     from .runner.evaluate import weights_path
     from .runner.export import DeviationError
+    from .runner.integrity import enlist
+    from .runner.networks import run_number
 
+    changes = Changes(accept_changes)
     try:
-        written = write(weights_path(target, runs), to.value, out=out, dataset=dataset, int8=int8)
+        written = write(weights_path(target, runs, changes).path, to.value, out=out, dataset=dataset, int8=int8, changes=changes)
     except DeviationError as error:
         return complain(str(error), 1)
+    if (no := run_number(target)) is not None:
+        enlist(no, Ledger(runs), Path(written.file))
     told = {key: value for key, value in written._asdict().items() if value is not None}
     print(tables.render([told], format_.value, tuple(told)))
     return 0

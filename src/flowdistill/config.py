@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import re
@@ -21,6 +22,7 @@ LARGEST_FILE = 1_000_000  # bytes of a config
 MOST_EPOCHS = 1_000_000
 LARGEST_IMAGE = 1 << 27  # pixels
 LARGEST_SIDE = math.isqrt(LARGEST_IMAGE)
+SEAL = "seal"  # key of a run.json
 LOADER = "loader:"  # before the hash of loaders that were given from Python
 
 Crop = Literal["shift", "resized"]
@@ -278,11 +280,19 @@ def read_file(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: neither TOML nor a JSON object ({error})") from None
     except ValueError:
         raise UserError(f"--config {path}: a number in it has thousands of digits") from None
+    if {SEAL, "files"} & values.keys() and values.get(SEAL) != record_seal(values):
+        raise UserError(f"--config {path}: it is not what its run wrote; take the run's own run.json, or write a table of keys")
     config = values.get("config", values)
     if not isinstance(config, dict) or not config:
         what = "has no keys" if config in ({}, None) else f"'config' is {config!r}"
         raise UserError(f"--config {path}: {what}; write a table of keys, such as student, data, train")
     return config
+
+
+def record_seal(record: Mapping[str, Any]) -> str:
+    """SHA-256 over all that a ``run.json`` says but the seal itself; ``files``, which only a sealed one has, says that there is one."""
+    told = {key: value for key, value in json.loads(json.dumps(record)).items() if key != SEAL}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def read_taps(path: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
@@ -17,10 +18,11 @@ from .data.given import checked, refuse_other_labels
 from .methods import Settled
 from .models import Network
 from .models.foreign import Foreign, refuse_unready, surveyed, uncompiled
+from .models.state import kept
 from .randomness import seeded
 from .runner.pairing import pair
 from .runner.plan import refuse_users
-from .taps import NO_LABEL, Batch, DataSpec, NetSpec, Targets
+from .taps import NO_LABEL, Batch, DataSpec, NetSpec, Outputs, Targets
 from .training.facts import of_teacher
 from .training.optim import trained_parameters
 from .training.step import TASK, terms
@@ -84,6 +86,7 @@ class Distiller(nn.Module):
         if unknown := sorted(needs.facts - {"head", "norms"}):
             what = unknown[0].replace("_", " ")
             raise UserError(f"method {self.settled.name!r} needs the {what} of all training images; {CURE}")
+        self.size = size
         self.student = own.build(own.spec, tuple(sorted(needs.student)))
         self.teacher = taught.build(taught.spec, tuple(sorted(needs.teacher))) if taught else None
         self._given = (student, teacher if taught else None)
@@ -121,19 +124,44 @@ class Distiller(nn.Module):
         """
         if self.closed:
             raise RuntimeError("this Distiller was closed; make another")
+        self._refuse_other_sizes(images)
         if labels is None and (self.method.uses_labels or self.weights.keys() == {TASK}):
             raise UserError(f"method {self.settled.name!r} learns from labels in phase {self.phase.name!r}; give them")
         targets = None if labels is None else self._targets(images, labels)
         own, taught = self.student(images), None
+        if torch.is_grad_enabled():
+            self.student.refuse_cut(own, embedding=self.method.needs.embedding)
         if self.teacher is not None and any(term != TASK for term in self.weights):
-            with torch.no_grad():
-                taught = self.teacher(images)
+            taught = self._taught(self.teacher, images)
         number = None if epoch is None else torch.tensor(epoch, device=images.device)
         with torch.autocast(images.device.type, enabled=False):
             known = Batch(targets.labels if targets else None, epoch=number, targets=targets)
             found = terms(self.method, own, taught, known, self.smoothing)
             loss = torch.stack([weight * found[term] for term, weight in self.weights.items() if term in found]).sum()
         return loss, {term: value.detach() for term, value in found.items()}
+
+    def _taught(self, teacher: Network, images: Tensor) -> Outputs:
+        """In eval mode, whatever its owner made of it since; nothing of it moves."""
+        _, given = self._given
+        for whole in (teacher, given):  # of a network made here the first is a view of the other
+            if whole is not None and any(module.training for module in whole.modules()):
+                whole.eval()
+        with torch.no_grad(), kept(teacher) if teacher.unsettled else contextlib.nullcontext():
+            taught: Outputs = teacher(images)
+        return taught
+
+    def _refuse_other_sizes(self, images: Tensor) -> None:
+        """Taps and adapters are those of one size of image; logits and embedding go with any.
+
+        Raises:
+            UserError: it is another one.
+        """
+        size = tuple(images.shape[1:])
+        needs = self.method.needs
+        same = size == self.size if needs.student | needs.teacher else size[:1] == self.size[:1]
+        if images.dim() != 4 or not same:
+            made, given = ("x".join(map(str, sides)) for sides in (self.size, images.shape))
+            raise UserError(f"images {given}: this Distiller was made for Nx{made}; make another with images= of that size")
 
     def _targets(self, images: Tensor, labels: Tensor) -> Targets:
         """What the task is computed with. Labels are looked at where they are on the CPU and nothing is compiled: a device is not waited

@@ -11,7 +11,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .checks import UserError, obstacle
+from .checks import Changes, UserError, obstacle
+from .config import validate
 from .lock import Lock, held
 
 BUSY_SECONDS = 30
@@ -83,6 +84,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE runs ADD COLUMN threads INTEGER",  # of PyTorch's operations on a CPU; another number rounds otherwise
         "ALTER TABLE runs ADD COLUMN resumed INTEGER NOT NULL DEFAULT 0",  # how often it was taken up again
     ),
+    (
+        "ALTER TABLE runs ADD COLUMN networks TEXT",  # JSON, by role: which network it began with, its code and answers; NULL: unknown
+        "ALTER TABLE runs ADD COLUMN record_hash TEXT",  # SHA-256 of run.json, which lists all files with theirs; NULL: not verified
+    ),
 )
 """One tuple of statements for each version of the schema; a shipped one is never edited."""
 
@@ -135,6 +140,8 @@ class Run:
     cohort: int | None
     threads: int | None
     resumed: int
+    networks: dict[str, Any] | None
+    record_hash: str | None
 
     @property
     def accuracy(self) -> float | None:
@@ -153,7 +160,7 @@ class Run:
 
 
 COLUMNS = tuple(field.name for field in fields(Run))
-JSON_COLUMNS = ("config", "versions")
+JSON_COLUMNS = ("config", "versions", "networks")
 
 
 @dataclass(frozen=True)
@@ -172,13 +179,15 @@ class Epoch:
 class Ledger:
     """The runs below one folder: ``ledger.db`` and a folder for each run's files."""
 
-    def __init__(self, folder: Path, *, create: bool = False) -> None:
+    def __init__(self, folder: Path, *, create: bool = False, changes: Changes | None = None) -> None:
         """Open the ledger of a folder. With ``create`` there need be none yet: the first run that registers makes it.
+
+        ``changes`` is asked about what was recorded and is used again, and is not what it was; left out, it is refused.
 
         Raises:
             UserError: there is none and ``create`` is False, or the file is no ledger, or a newer version made it.
         """
-        self.folder, self.path = folder, folder / "ledger.db"
+        self.folder, self.path, self.changes = folder, folder / "ledger.db", changes or Changes()
         self._on_disk = False
         if self.path.is_file():
             self._open()
@@ -296,6 +305,13 @@ class Ledger:
             if changed != 1:
                 raise KeyError(f"no run {no} to update in {self.path}")
 
+    def write_record(self, no: int, write: Callable[[], str], **values: Any) -> None:
+        """Have a run's record written, which gives its hash, and enter that and further columns; nobody else writes meanwhile."""
+        with self._write():
+            columns = _encoded(values) | {"record_hash": write(), "no": no}
+            assignments = ", ".join(f"{column} = :{column}" for column in columns if column != "no")
+            self._db.execute(f"UPDATE runs SET {assignments} WHERE no = :no", columns)
+
     def _read(self, query: str, values: Mapping[str, Any] | tuple[Any, ...]) -> list[sqlite3.Row]:
         """The rows of a query; a damaged file is often found out only here."""
         try:
@@ -345,14 +361,54 @@ def newest(runs: Iterable[Run]) -> list[Run]:
     return sorted(by_key.values(), key=lambda run: run.no)
 
 
-def baseline_key(run: Run) -> object:
-    """What a run has in common with the ``base`` runs that it is compared with: student, data, split and recipe, the seed aside.
+MAY_DIFFER: Mapping[str, str] = {
+    "method": "what is compared",
+    "options": "of the method",
+    "weights": "of the method's terms; the task has weight 1 in a base run",
+    "teacher": "a base run has none",
+    "taps": "maps that methods look at; a base run looks at none",
+    "inputs.teacher": "images of a network that a base run has not",
+    "peer": "the other student of a method; a base run has none",
+    "side": "which of two students it is",
+    "seed": "means are over seeds",
+    "init_from": "what it began from is part of what is compared",
+    "train.freeze": "likewise what of it is trained",
+    "data.unlabelled": "images that a base run can't use",
+    "data.name": "where the data lie; the hash of the data says what they are",
+    "data.root": "likewise",
+    "data.skip_broken": "likewise: which files were left out",
+    "student": "how it was named; the model, its first weights and its code are compared",
+}
+"""Key of a RunConfig -> why students may differ in it from the ``base`` runs that they are compared with. In all others they agree."""
 
-    What it began from by ``init_from`` and what of it is frozen are not among it: a base run has neither.
+
+def baseline_key(run: Run) -> str:
+    """What a run has in common with the ``base`` runs that it is compared with: all of its resolved config but ``MAY_DIFFER``, and what
+    student, code and data were.
     """
-    data = json.dumps([run.config["data"].get(key) for key in ("crop", "pad", "flip", "randaugment")])
-    train = json.dumps({key: value for key, value in run.config["train"].items() if key != "freeze"}, sort_keys=True)
-    return run.student, run.student_fingerprint, run.data_hash, data, train, run.split
+    try:
+        config = validate(run.config).model_dump(mode="json")  # with the keys that have come since
+    except UserError:
+        config = run.config
+    alike = {key: value for key, value in flattened(config).items() if not any(f"{key}.".startswith(f"{may}.") for may in MAY_DIFFER)}
+    network = (run.networks or {}).get("student", {})
+    made = [run.student, run.student_fingerprint, network.get("made_of", ""), network.get("number", 0)]
+    return json.dumps([made, run.data_hash, alike], sort_keys=True)
+
+
+def is_baseline(run: Run) -> bool:
+    """Whether others are compared with a run: trained from fresh weights, all of them, on the labels alone, at weight 1."""
+    own = run.config
+    plain = own.get("init_from") is None and not own["train"].get("freeze") and own.get("weights", {}).get("task", 1.0) == 1.0
+    return run.method == "base" and plain
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, with dotted keys; an empty table is nothing."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _connect(path: Path | str) -> sqlite3.Connection:
@@ -385,4 +441,4 @@ def _insert(table: str, values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
 
 
 def _run(row: sqlite3.Row) -> Run:
-    return Run(**{name: json.loads(row[name]) if name in JSON_COLUMNS else row[name] for name in COLUMNS})
+    return Run(**{name: json.loads(row[name]) if name in JSON_COLUMNS and row[name] else row[name] for name in COLUMNS})

@@ -7,9 +7,11 @@ alone, an adapter cannot change a student's initial weights, and a run does not 
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -28,12 +30,25 @@ def generator(seed: int, purpose: str, epoch: int = 0) -> torch.Generator:
 def seeded(seed: int, purpose: str, epoch: int = 0, device: torch.device | None = None) -> Iterator[None]:
     """What draws from the global generators inside, as initialisers and dropout do, sees a private state; the caller's stay as they were.
 
-    The CPU's generator, and that of ``device`` where it is a GPU.
+    The CPU's generator, that of ``device`` where it is a GPU, numpy's and Python's.
     """
     gpus = [device] if device is not None and device.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpus):
-        torch.default_generator.manual_seed(derive(seed, purpose, epoch))
-        for gpu in gpus:
-            with torch.cuda.device(gpu):
-                torch.cuda.manual_seed(derive(seed, purpose, epoch))
-        yield
+    own, others = derive(seed, purpose, epoch), (random.getstate(), np.random.get_state())
+    try:
+        with torch.random.fork_rng(devices=gpus):
+            torch.default_generator.manual_seed(own)
+            for gpu in gpus:
+                with torch.cuda.device(gpu):
+                    torch.cuda.manual_seed(own)
+            random.seed(own)
+            np.random.seed(own % 2**32)
+            yield
+    finally:
+        random.setstate(others[0])
+        np.random.set_state(others[1])
+
+
+def states() -> tuple[object, ...]:
+    """Where the CPU's global generators stand: torch's, numpy's and Python's."""
+    _, numbers, *place = np.random.get_state()
+    return torch.get_rng_state().numpy().tobytes(), np.asarray(numbers).tobytes(), *place, random.getstate()

@@ -72,6 +72,10 @@ class NetSpec:
         overstepped: path of a convolution whose stride is larger than its map, so that some of its weights meet padding alone; empty
             where there is none, or nobody looked.
         labels: the names of those classes, where known.
+        version: of its taps, raised when a name gives another map than before. Where taps are compared and it is above 1, it is part of a
+            run's fingerprint.
+        altered: why its answer is not the logits that the head gives, or empty.
+        apart: why the head's weights do not make the logits of the embedding, or empty.
     """
 
     name: str
@@ -81,6 +85,9 @@ class NetSpec:
     head: str = ""
     overstepped: str = ""
     labels: tuple[str, ...] = ()
+    version: int = 1
+    altered: str = ""
+    apart: str = ""
 
     def tap(self, name: str) -> TapSpec:
         """One tap by name.

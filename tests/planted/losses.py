@@ -7,6 +7,7 @@ import math
 import test_facts
 import test_fsp
 import test_golden
+import test_limits
 import test_methods as suite
 import torch
 import torch.nn.functional as F
@@ -711,3 +712,49 @@ class method_without_a_reference(Method):  # noqa: N801 (the bug's name)
 def teacher_gets_gradients(teacher, images, precision):
     """No no_grad around the teacher: twice the memory, and a teacher that an optimiser can reach."""
     return teacher(images)
+
+
+@bug(base, "divergence", test_limits.test_kd_of_a_masked_class_by_hand)
+def zero_times_minus_infinity(log_q, log_p):
+    """F.kl_div of logarithms, as kd is written everywhere: a class that the teacher never says gives NaN."""
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+
+CLOSE_ANGLES = {"spread": 1e-4}
+
+
+@bug(rkd, "angles", test_limits.test_angles_of_wide_embeddings_nearly_alike, CLOSE_ANGLES)
+def angles_from_a_gram_matrix(embedding):
+    """Inner products of differences as differences of inner products: of two images nearly alike the rounding is left."""
+    centred = full(embedding) - full(embedding).mean(0)
+    gram = centred @ centred.T
+    inner = gram - gram[:, :, None] - gram[:, None, :] + gram.diagonal()[:, None, None]
+    apart = rkd.distances(embedding)
+    scale = torch.where(apart > 0, 1 / apart.where(apart > 0, 1), 0)
+    return inner * scale[:, :, None] * scale[:, None, :]
+
+
+@bug(base, "unit", test_limits.test_the_scale_of_a_map_is_nothing_to_what_compares_directions, {"name": "sp", "factor": 1e-4})
+def norms_kept_from_zero_by_a_millionth(x, dim, least=1e-12):
+    """1e-6 on the norm of a Gram matrix's row, which is the map's scale squared: small maps have small directions."""
+    return F.normalize(x, dim=dim, eps=1e-6)
+
+
+@bug(dist, "varies", test_limits.test_what_is_no_number_is_not_hidden, {"name": "dist", "options": {}})
+def nan_taken_for_a_constant(x, dim):
+    """A comparison with NaN is false: a class that is NaN in one image counts as one that never changes, and the loss stays finite."""
+    return x.amax(dim) > x.amin(dim)
+
+
+@bug(
+    fitnets.FitNets,
+    "__init__",
+    test_limits.test_the_hint_is_the_second_stage_or_the_only_one,
+    {"count": 4, "stage": "stage2", "version": 2},
+)
+def hint_in_the_middle(self, options=None, *, student, teacher, **_):
+    """The middle of the stages is the third of four, where every source of the weight takes the second."""
+    Method.__init__(self, options)
+    self.stage = student.stages[len(student.stages) // 2]
+    self.needs = base.Needs(frozenset({self.stage}), frozenset({self.stage}))
+    self.regressor = torch.nn.Sequential()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
+import test_distiller
 import test_dropout
+import test_models
 import test_pairing
 import test_survey
 import test_tapping
 
-from flowdistill.models import front, survey
-from flowdistill.models.survey import Layout
+from flowdistill import distiller
+from flowdistill.models import front, head, hooks, stages, wide_resnet
+from flowdistill.models.watching import Layout
 from flowdistill.runner import networks, pairing
 from flowdistill.runner.pairing import Pairing
 from flowdistill.training import step
@@ -32,13 +35,13 @@ def columns_taken_for_rows(self, output):
     return positions.reshape(-1, self.channels, self.width, self.height).transpose(2, 3)
 
 
-@bug(survey, "_transitions", test_survey.test_a_block_that_widens_before_it_shrinks)
+@bug(stages, "_transitions", test_survey.test_a_block_that_widens_before_it_shrinks)
 def last_map_of_each_size(maps, level):
     """The last map of a size lies inside of the next block, where that widens before it shrinks: MobileNet, ResNet-50."""
     return []
 
 
-@bug(survey, "_levels", test_survey.test_attention_maps_are_no_stage)
+@bug(stages, "_levels", test_survey.test_attention_maps_are_no_stage)
 def every_square_is_an_image(maps):
     """T x T attention of each head has the shape of a map, and is larger than any."""
     return {size: size for size in sorted({call.size for call in maps}, reverse=True)}
@@ -66,3 +69,47 @@ def shifted_before_it_is_scaled(self, images):
 def dropout_of_the_global_generator(group, epoch, step, device):
     """Masks from whatever the generator holds: no run repeats, and each depends on who trains beside it."""
     return nullcontext()
+
+
+_features = wide_resnet.WideResNet.features
+
+
+@bug(
+    wide_resnet.WideResNet,
+    "features",
+    test_models.test_the_stages_of_a_wrn_are_the_plain_sums_that_publications_compare,
+    {"name": "wrn-16-1"},
+)
+def stages_of_a_wrn_after_the_next_relu(self, images):
+    """All other networks are tapped after a ReLU; a WRN's stages end before the next layer's, and at, fsp and others compare the sums."""
+    maps, last = _features(self, images)
+    return {tap: maps.get(f"{tap}.post", value) for tap, value in maps.items()}, last
+
+
+@bug(head, "_answered", test_distiller.test_probabilities_are_not_taken_for_logits, {"mode": None})
+def the_only_layer_of_so_many_outputs_is_the_head(puts, rounding=0.0):
+    """What becomes of its numbers is not asked: probabilities teach as logits do, 13 times too weakly."""
+    return puts[-1].calls[-1][0]
+
+
+@bug(step, "answering", test_dropout.test_a_teacher_draws_by_seed_epoch_and_step)
+def teacher_draws_as_it_comes(net, purpose, step, device, *, seed=0, epoch=0):
+    """Dropout that is on in eval mode: two equal runs end in different weights."""
+    return nullcontext()
+
+
+@bug(
+    distiller.Distiller,
+    "_taught",
+    test_distiller.test_the_teacher_teaches_in_eval_mode_whatever_its_owner_does,
+    {"foreign": True, "compiled": False},
+)
+def teacher_in_the_mode_its_owner_put_it_in(self, teacher, images):
+    """A LightningModule that holds it calls train() on all: it normalises by the batch, and its statistics move."""
+    return teacher(images)
+
+
+@bug(hooks.Hooks, "__deepcopy__", test_distiller.test_copies_are_bare, {"called": "directly"})
+def copies_have_the_hooks_too(self, memo):
+    """A copy of the student holds hooks that write into nobody's dict, and with a batch in it can't be made at all."""
+    return hooks.OrderedDict(self.items())

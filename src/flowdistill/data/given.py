@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import BatchSampler, DataLoader, Subset
 
 from ..checks import UserError, summary
 from ..config import LOADER
@@ -157,6 +157,21 @@ def _steps(loader: Any, what: str) -> int:
     if not count:
         raise UserError(f"{what}: it has no batch; with drop_last its images may be fewer than batch_size")
     return count
+
+
+def smallest(loader: Any, batch_size: int) -> int:
+    """Images of a loader's smallest batch, of which the first has ``batch_size``: of a list of batches that, of a DataLoader its last one.
+
+    Of another loader, or one whose batches are made by a sampler of its owner's, nobody knows before they are drawn.
+    """
+    if type(loader) in (list, tuple):
+        return min(len(checked(batch, TRAIN)[1]) for batch in loader)
+    if not isinstance(loader, DataLoader) or type(loader.batch_sampler) is not BatchSampler or loader.drop_last:
+        return batch_size
+    try:
+        return len(loader.sampler) % batch_size or batch_size  # type: ignore[arg-type]
+    except TypeError:  # it has no length
+        return batch_size
 
 
 def drawn(loader: Any, seed: int, purpose: str, epoch: int) -> Iterator[Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checks import UserError
 from ..taps import Batch
-from .given import EVERY_PASS, TRAIN, VAL, Finite, GivenData, checked, drawn, refuse_other_labels, refuse_other_sizes
+from .given import EVERY_PASS, TRAIN, VAL, Finite, GivenData, checked, drawn, refuse_other_labels, refuse_other_sizes, smallest
 from .normalisation import Normalisation
 
 WHOLE = "which a loader does not tell; choose another method, or give the data by name"
@@ -84,6 +84,7 @@ class GivenStream:
     def __init__(self, data: GivenSupply, seed: int) -> None:
         self.data, self.seed = data, seed
         self.steps, self.batch_size = len(data.data.train), data.data.batch_size
+        self.least = smallest(data.data.train, self.batch_size)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Batch]]:
         """The epoch's batches.

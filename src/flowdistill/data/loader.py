@@ -214,7 +214,7 @@ class Stream:
     def __init__(self, data: DeviceData, seed: int, batch_size: int, *, mixup: float = False) -> None:
         self.data, self.seed, self.batch_size, self.mixup = data, seed, batch_size, mixup
         self._fetch = None if data.resident else data.fetch(seed)
-        self.steps = len(data.labels) // batch_size  # the last partial batch is dropped
+        self.steps, self.least = len(data.labels) // batch_size, batch_size  # the last partial batch is dropped
         if self.steps == 0:
             raise UserError(f"train.batch_size={batch_size} is more than the {len(data.labels)} training images; set --batch-size lower")
 

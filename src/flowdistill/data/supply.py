@@ -67,10 +67,16 @@ class Supply(Protocol):
 
 
 class Batches(Protocol):
-    """The batches of one seed: every student of that seed sees the same images in the same order, cropped and mixed alike."""
+    """The batches of one seed: every student of that seed sees the same images in the same order, cropped and mixed alike.
 
+    Attributes:
+        least: images of the smallest batch, as far as it is known before an epoch.
+    """
+
+    seed: int
     steps: int
     batch_size: int
+    least: int
 
     @property
     def data(self) -> Supply:

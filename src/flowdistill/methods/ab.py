@@ -1,8 +1,9 @@
 """ab: activation boundaries. Which neurons of the teacher fire, not how strongly.
 
-The paper compares maps before ReLU. The taps are after it: a neuron of the teacher is above 0 there exactly where it is before. On
-the student's side a connector (convolution and batch normalisation), which RepDistiller leaves out where the shapes agree, stands at
-every stage and gives the response that is compared. torchdistill has no factor 3/1000; KD-Zoo averages over the elements and the stages.
+The paper compares maps before ReLU. The taps are after it (of a WRN after the one that follows its sums, which RepDistiller normalises): a
+neuron of the teacher is above 0 there exactly where it is before. On the student's side a connector (convolution and batch normalisation),
+which RepDistiller leaves out where the shapes agree, stands at every stage and gives the response that is compared. torchdistill has no
+factor 3/1000; KD-Zoo averages over the elements and the stages.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ..config import MOST_EPOCHS
 from ..taps import Batch, NetSpec, Outputs
-from .base import Method, Needs, Paper, Phase, StagedOptions, full, paired_stages, register, same_shape, then_the_task
+from .base import Method, Needs, Paper, Phase, StagedOptions, after_relu, full, paired_stages, register, same_shape, then_the_task
 from .fitnets import connector
 
 
@@ -39,7 +40,8 @@ def boundary_loss(student: Tensor, teacher: Tensor, margin: float = 1.0) -> Tens
     """
     same_shape(student, teacher)
     s = full(student)
-    return F.relu(torch.where(teacher > 0, margin - s, s + margin)).square().flatten(1).sum(1).mean()
+    side = torch.where(teacher.isnan(), torch.nan, torch.where(teacher > 0, -s, s))  # what is no number is on no side
+    return F.relu(margin + side).square().flatten(1).sum(1).mean()
 
 
 def ab_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], margin: float = 1.0) -> Tensor:
@@ -81,9 +83,11 @@ class AB(Method):
 
     def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
         super().__init__(options)
-        self.stages = paired_stages(student, teacher, self.name)
-        self.needs = Needs(frozenset(self.stages), frozenset(self.stages))
-        self.connectors = nn.ModuleList(connector(student.tap(stage), teacher.tap(stage)) for stage in self.stages)
+        stages = paired_stages(student, teacher, self.name)
+        self.ours, self.theirs = after_relu(student, stages), after_relu(teacher, stages)
+        self.needs = Needs(frozenset(self.ours), frozenset(self.theirs))
+        pairs = zip(self.ours, self.theirs, strict=True)
+        self.connectors = nn.ModuleList(connector(student.tap(one), teacher.tap(other)) for one, other in pairs)
 
     @classmethod
     def default_weights(cls, options: Any) -> dict[str, float]:
@@ -100,10 +104,10 @@ class AB(Method):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``ab``."""
-        theirs = [teacher.maps[stage] for stage in self.stages]
+        theirs = [teacher.maps[tap] for tap in self.theirs]
         ours = []
-        for stage, connect, wanted in zip(self.stages, self.connectors, theirs, strict=True):
-            features = full(student.maps[stage])
+        for tap, connect, wanted in zip(self.ours, self.connectors, theirs, strict=True):
+            features = full(student.maps[tap])
             with torch.autocast(features.device.type, enabled=False):
                 response: Tensor = connect(features)
             size = (wanted.shape[2], wanted.shape[3])

@@ -1,4 +1,8 @@
-"""at: attention transfer. Where in the image a stage is active, not how."""
+"""at: attention transfer. Where in the image a stage is active, not how.
+
+The authors, RepDistiller and mdistiller add the stages up and take a WRN's as the plain sums that they end in, and so does this. KD-Zoo has
+the mean over the stages, 1/3 of the sum over three.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..taps import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, paired_stages, register, same_shape
+from .base import LEAST_PRODUCT, Method, MethodOptions, Needs, Paper, full, paired_stages, register, same_shape, unit
 
 Mode = Literal["code", "paper"]
 
@@ -20,7 +24,7 @@ def attention_map(features: Tensor) -> Tensor:
     Zagoruyko and Komodakis 2017, section 3.1, F_sum^2 up to the factor C, which the normalisation removes. A map of zeros gives
     zeros. Computed in at least float32.
     """
-    return F.normalize(full(features).square().mean(1).flatten(1), dim=1)
+    return unit(full(features).square().mean(1).flatten(1), 1, LEAST_PRODUCT)
 
 
 def attention_loss(student: Tensor, teacher: Tensor, mode: Mode = "code") -> Tensor:

@@ -116,7 +116,8 @@ class Method(nn.Module):
 
     Class facts:
         paper: where the formula comes from.
-        version: raised when the number it computes changes; part of every run's fingerprint.
+        version: raised when the number it computes changes; part of every run's fingerprint. An instance keeps an older one where for its
+            pair the number is still that.
         kind: what it compares: ``logits``, ``features`` of an image, or ``relations`` between images.
         terms: the keys of what ``forward`` returns.
         vanishes_at_match: every term is 0, with gradient 0, where student equals teacher.
@@ -128,7 +129,7 @@ class Method(nn.Module):
 
     name: ClassVar[str]
     paper: ClassVar[Paper]
-    version: ClassVar[int] = 1
+    version: int = 1
     kind: ClassVar[Literal["logits", "features", "relations"]] = "features"
     terms: tuple[str, ...] = ()
     vanishes_at_match: bool = True
@@ -158,6 +159,11 @@ class Method(nn.Module):
     def default_weights(cls, options: Any) -> dict[str, float]:
         """The factor of each term, for these options."""
         raise NotImplementedError
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """The version of each part, for this pair: what a fingerprint holds."""
+        return {self.name: self.version}
 
     @classmethod
     def phases(cls, options: Any) -> tuple[Phase, ...]:
@@ -193,13 +199,20 @@ class Method(nn.Module):
 
 
 class LogitMethod(Method):
-    """Base of the methods that compare logits, class by class."""
+    """Base of the methods that compare logits, class by class.
+
+    Class facts:
+        probabilities: whether it compares those, of which there must be two.
+    """
 
     kind = "logits"
+    probabilities: ClassVar[bool] = True
 
     def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
         super().__init__(options)
         same_classes(student, teacher, self.name)
+        if self.probabilities:
+            two_classes(student, self.name)
         self.needs = Needs(logits=True)
 
 
@@ -223,6 +236,42 @@ def get(name: str) -> type[Method]:
 def full(x: Tensor) -> Tensor:
     """At least float32: sums, norms, exp and log are never taken in half precision."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+LEAST = 1e-12  # a norm up to which there is no direction, as F.normalize and every other collection have it
+LEAST_PRODUCT = 1e-18  # the same where what is normalised are products of features, whose scale is the features' squared
+
+
+def unit(x: Tensor, dim: int, least: float = LEAST) -> Tensor:
+    """x over its L2 norm along a dimension. What is no longer than ``least`` has no direction: it gives zeros, without a gradient.
+
+    Dividing by max(norm, least) in its place would give a zero a gradient of 1 / least. What is too long for its norm to be a number gives
+    NaN, and not the zeros that a division by infinity would.
+    """
+    norm: Tensor = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+    return x / torch.where(norm <= least, torch.inf, torch.where(norm == torch.inf, torch.nan, norm))
+
+
+def expectation(log_p: Tensor, values: Tensor) -> Tensor:
+    """sum_k p[k] v[k] along the last dimension, where a class without probability counts for nothing: [..., K], [..., K] -> [...].
+
+    A logit of -inf, a class that a network never says, gives log p = -inf and p = 0. Its term is 0 whatever the value, as 0 log 0 is, and
+    neither side gets a gradient by it.
+
+    Args:
+        log_p: log-probabilities.
+        values: such as log p - log q for the divergence KL(p || q), or log q for a cross-entropy.
+    """
+    p = log_p.exp()
+    return (p * torch.where(p > 0, values, 0.0)).sum(-1)
+
+
+def divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL(p || q) = sum_k p[k] (log p[k] - log q[k]), q the student's and p the teacher's: log-probabilities [..., K] -> [...].
+
+    0 log 0 = 0; infinite where q has no probability for a class for which p has some.
+    """
+    return expectation(log_p, log_p - log_q)
 
 
 def same_shape(student: Tensor, teacher: Tensor) -> None:
@@ -249,6 +298,19 @@ def same_classes(student: NetSpec, teacher: NetSpec, method: str) -> None:
             raise ValueError(f"{method}: class {number} of {student.name} is {ours!r}, of {teacher.name} {theirs!r}; {cure}")
 
 
+def two_classes(student: NetSpec, method: str) -> None:
+    """Refuse a student of a single class.
+
+    Raises:
+        ValueError: it has no other.
+    """
+    if student.classes < 2:
+        raise ValueError(
+            f"{method}: {student.name} has one class, whose probability is 1 whatever its logit, so nothing would be learned; choose other "
+            f"data"
+        )
+
+
 def paired_stages(student: NetSpec, teacher: NetSpec, method: str) -> tuple[str, ...]:
     """The stage ends that both networks have.
 
@@ -262,6 +324,12 @@ def paired_stages(student: NetSpec, teacher: NetSpec, method: str) -> tuple[str,
             f"stages, or a method on logits such as kd"
         )
     return student.stages
+
+
+def after_relu(spec: NetSpec, stages: tuple[str, ...]) -> tuple[str, ...]:
+    """The taps of stage ends after a ReLU: the ends themselves, but where those are plain sums what the next layer's ReLU makes of them."""
+    taps = {tap.name for tap in spec.taps}
+    return tuple(f"{stage}.post" if f"{stage}.post" in taps else stage for stage in stages)
 
 
 def before_relu(spec: NetSpec, stages: tuple[str, ...], method: str) -> tuple[str, ...]:

@@ -13,17 +13,17 @@ from pydantic import Field
 from torch import Tensor
 
 from ..taps import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, register, same_classes, same_shape
+from .base import Method, MethodOptions, Needs, Paper, full, register, same_classes, same_shape, unit
 from .fsp import pooled
 
 
 def class_attention(cam: Tensor, r: int = 2, *, normalise: bool = True) -> Tensor:
     """Class activation maps, averaged to r x r and there L2-normalised class by class: [N, K, H, W] -> [N, K, r r].
 
-    Guo et al. 2023. A norm below 1e-6 counts as 1e-6, so that a map of zeros stays one. Computed in at least float32.
+    Guo et al. 2023. A map of zeros stays one. Computed in at least float32.
     """
     attention = pooled(full(cam), (r, r), "avg").flatten(2)
-    return F.normalize(attention, dim=2, eps=1e-6) if normalise else attention
+    return unit(attention, 2) if normalise else attention
 
 
 def cat_loss(student: Tensor, teacher: Tensor, r: int = 2, *, normalise: bool = True) -> Tensor:

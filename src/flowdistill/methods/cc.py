@@ -15,21 +15,21 @@ from pydantic import Field
 from torch import Tensor
 
 from ..taps import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, register, same_shape
+from .base import Method, MethodOptions, Needs, Paper, full, register, same_shape, unit
 
 
 def cosines(embedding: Tensor) -> Tensor:
-    """Between the samples of a batch, a norm below 1e-6 counted as 1e-6: [N, D] -> [N, N], in at least float32."""
-    unit = F.normalize(full(embedding), dim=1, eps=1e-6)
-    with torch.autocast(unit.device.type, enabled=False):
-        return unit @ unit.T
+    """Between the samples of a batch, 0 with a sample of zeros: [N, D] -> [N, N], in at least float32."""
+    directions = unit(full(embedding), 1)
+    with torch.autocast(directions.device.type, enabled=False):
+        return directions @ directions.T
 
 
 def correlation(embedding: Tensor, gamma: float = 0.4, order: int = 2) -> Tensor:
     """The Gaussian kernel of L2-normalised embeddings by its Taylor series: [N, D] -> [N, N].
 
-    Peng et al. 2019, section 3.3: C[i, j] = sum_{p=0..P} exp(-2 gamma) (2 gamma)^p / p! <u_i, u_j>^p with u = e / ||e||. A norm below 1e-6
-    counts as 1e-6, so that a sample of zeros has u = 0. Computed in at least float32.
+    Peng et al. 2019, section 3.3: C[i, j] = sum_{p=0..P} exp(-2 gamma) (2 gamma)^p / p! <u_i, u_j>^p with u = e / ||e||. A sample of
+    zeros has u = 0. Computed in at least float32.
     """
     cosine = cosines(embedding)
     factors = [math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p) for p in range(order + 1)]

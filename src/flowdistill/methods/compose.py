@@ -50,13 +50,12 @@ def parts(name: str) -> list[type[Method]]:
 
 @dataclass(frozen=True)
 class Settled:
-    """A method with every option and weight filled in: what a run records and what its fingerprint covers."""
+    """A method with every option and weight filled in: what a run records, and what its fingerprint covers beside the versions."""
 
     name: str
     options: dict[str, MethodOptions]
     weights: dict[str, float]
     phases: tuple[Phase, ...]
-    versions: dict[str, int]
     uses_teacher: bool
     mutual: bool
     variant: str
@@ -107,7 +106,6 @@ def settle(name: str, options: Mapping[str, Mapping[str, Any]], weights: Mapping
         options=filled,
         weights=settled,
         phases=phases,
-        versions={cls.name: cls.version for cls in classes},
         uses_teacher=any(cls.uses_teacher for cls in classes),
         mutual=any(cls.mutual for cls in classes),
         variant=", ".join(note for note in notes if note),
@@ -118,11 +116,28 @@ def build(settled: Settled, *, student: NetSpec, teacher: NetSpec | None, data: 
     """The module that training calls: the method, or the composition of its parts.
 
     Raises:
-        ValueError: this student and this teacher can't be paired.
+        ValueError: this student and this teacher can't be paired, or one gives something else than logits.
     """
     networks = {"student": student, "teacher": teacher, "data": data}
     built = [get(name)(options, **networks) for name, options in settled.options.items()]
+    if student.altered:
+        raise ValueError(f"student {student.name}: {student.altered}")
+    if teacher is not None:
+        for method in built:
+            _refuse_other_logits(method, teacher)
     return built[0] if len(built) == 1 else Composed(built)
+
+
+def _refuse_other_logits(method: Method, teacher: NetSpec) -> None:
+    """Refuse a teacher whose answer is not the logits of its classifier, where these are used.
+
+    Raises:
+        ValueError: it is such a one.
+    """
+    if method.needs.logits and teacher.altered:
+        raise ValueError(f"{method.name}: teacher {teacher.name}: {teacher.altered}, or choose a method on feature maps, such as at")
+    if "head" in method.needs.facts and teacher.apart:
+        raise ValueError(f"{method.name}: teacher {teacher.name}: {teacher.apart}, and {method.name} teaches by these; choose kd")
 
 
 class Composed(Method):
@@ -140,6 +155,15 @@ class Composed(Method):
         self.uses_teacher = any(method.uses_teacher for method in methods)
         self.mutual = any(method.mutual for method in methods)
         self.needs = functools.reduce(operator.or_, (method.needs for method in methods))
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """Of every part."""
+        found: dict[str, int] = {}
+        for method in self.methods:
+            assert isinstance(method, Method)
+            found |= method.versions
+        return found
 
     def know(self, facts: Facts) -> None:
         """Tell every part."""

@@ -11,12 +11,11 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from ..taps import Batch, DataSpec, Facts, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, register
+from .base import Method, MethodOptions, Needs, Paper, full, register, unit
 from .dkd import given_labels
 from .hashed import of_batch, salt, words
 
@@ -61,7 +60,7 @@ def nce_loss(scores: Tensor, images: int) -> Tensor:
 
 def moved(bank: Tensor, places: Tensor, latest: Tensor, momentum: float) -> Tensor:
     """The rows [N, D] of the bank at ``places`` [N] after a step: momentum of the old, the rest of the latest [N, D], to norm 1."""
-    return F.normalize(momentum * bank[places] + (1 - momentum) * latest, dim=1, eps=1e-6)
+    return unit(momentum * bank[places] + (1 - momentum) * latest, 1)
 
 
 class CRDOptions(MethodOptions):
@@ -140,8 +139,8 @@ class CRD(Method):
         indices, epoch = of_batch(batch, student.embedding)
         places = torch.cat([indices[:, None], self.negatives(labels, indices, epoch)], 1)
         with torch.autocast(student.embedding.device.type, enabled=False):
-            ours = F.normalize(self.embed_student(full(student.embedding)), dim=1, eps=1e-6)
-            theirs = F.normalize(self.embed_teacher(full(teacher.embedding)), dim=1, eps=1e-6)
+            ours = unit(self.embed_student(full(student.embedding)), 1)
+            theirs = unit(self.embed_teacher(full(teacher.embedding)), 1)
         losses = []
         for anchors, bank, mean in ((ours, "bank_teacher", "mean_student"), (theirs, "bank_student", "mean_teacher")):
             turned = self.kept(bank).T.contiguous()  # a copy, for the bank moves before the backward pass; inductor drops a plain clone

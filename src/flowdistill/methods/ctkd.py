@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import MOST_EPOCHS
 from ..taps import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, register, same_classes
+from .base import LogitMethod, MethodOptions, Paper, full, register
 from .kd import kd_loss
 
 
@@ -40,6 +40,13 @@ def scaled_gradient(x: Tensor, factor: Tensor | float) -> Tensor:
     return constant + factor * (x - constant)
 
 
+def softened(logits: Tensor, temperature: Tensor) -> Tensor:
+    """z / T in at least float32. A logit of -inf stays so and gives the temperature no gradient, which would be 0 times infinity."""
+    z = full(logits)
+    never = z == -torch.inf
+    return (z.masked_fill(never, 0) / temperature).masked_fill(never, -torch.inf)
+
+
 def ctkd_loss(student: Tensor, teacher: Tensor, theta: Tensor, start: float = 1.0, end: float = 20.0) -> Tensor:
     """kd with a learned temperature: T^2 KL(p_t || p_s), T = t_start + t_end sigmoid(theta), mean over the batch, sum over the classes.
 
@@ -57,7 +64,7 @@ def ctkd_loss(student: Tensor, teacher: Tensor, theta: Tensor, start: float = 1.
         ValueError: the shapes differ.
     """
     temperature = start + end * full(theta).sigmoid()
-    return kd_loss(full(student) / temperature, full(teacher) / temperature, 1.0) * temperature.square()
+    return kd_loss(softened(student, temperature), softened(teacher, temperature), 1.0) * temperature.square()
 
 
 class CTKDOptions(MethodOptions):
@@ -69,7 +76,7 @@ class CTKDOptions(MethodOptions):
 
 
 @register
-class CTKD(Method):
+class CTKD(LogitMethod):
     """The student matches the teacher's softened probabilities at a temperature that learns to make that hard."""
 
     name = "ctkd"
@@ -80,15 +87,12 @@ class CTKD(Method):
         2023,
         "https://arxiv.org/abs/2211.16231",
     )
-    kind = "logits"
     terms = ("ctkd",)
     Options = CTKDOptions
     options: CTKDOptions
 
     def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
-        super().__init__(options)
-        same_classes(student, teacher, self.name)
-        self.needs = Needs(logits=True)
+        super().__init__(options, student=student, teacher=teacher)
         self.theta = nn.Parameter(torch.tensor(1.0))  # the authors' code
 
     @classmethod

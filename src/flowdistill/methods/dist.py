@@ -17,6 +17,11 @@ from ..taps import Batch, Outputs
 from .base import LogitMethod, MethodOptions, Paper, full, register, same_shape
 
 
+def varies(x: Tensor, dim: int) -> Tensor:
+    """Whether it is no constant along a dimension; what is NaN is none. A constant less its mean is 0 or the rounding of that mean."""
+    return x.amax(dim) != x.amin(dim)
+
+
 def correlation(first: Tensor, second: Tensor, dim: int) -> Tensor:
     """Pearson's correlation along a dimension: <a, b> / (||a|| ||b|| + 1e-8), a and b less their means.
 
@@ -24,8 +29,7 @@ def correlation(first: Tensor, second: Tensor, dim: int) -> Tensor:
     """
     a, b = first - first.mean(dim, keepdim=True), second - second.mean(dim, keepdim=True)
     norms = torch.linalg.vector_norm(a, dim=dim) * torch.linalg.vector_norm(b, dim=dim)
-    varying = (first.amax(dim) > first.amin(dim)) & (second.amax(dim) > second.amin(dim))
-    return torch.where(varying, (a * b).sum(dim) / (norms + 1e-8), 0)
+    return torch.where(varies(first, dim) & varies(second, dim), (a * b).sum(dim) / (norms + 1e-8), 0)
 
 
 class Relations(NamedTuple):

@@ -14,13 +14,19 @@ from pydantic import Field
 from torch import Tensor
 
 from ..taps import Batch, Outputs
-from .base import LogitMethod, MethodOptions, Paper, full, register, same_shape
+from .base import LogitMethod, MethodOptions, Paper, divergence, full, register, same_shape
 
 
 def other_logits(logits: Tensor, labels: Tensor) -> Tensor:
     """The logits without those of the labels: [N, K], [N] -> [N, K-1], in the order of the classes."""
     places = torch.arange(logits.shape[1] - 1, device=logits.device)
     return logits.gather(1, places + (places >= labels[:, None]))
+
+
+def log_others(others: Tensor) -> Tensor:
+    """Log-probabilities among the classes beside the label: [N, K-1] logits -> [N, K-1]. Where all are -inf they stay so."""
+    nothing = (others == -torch.inf).all(1, keepdim=True)
+    return F.log_softmax(others.masked_fill(nothing, 0), dim=1).masked_fill(nothing, -torch.inf)
 
 
 def given_labels(batch: Batch | None, method: str) -> Tensor:
@@ -45,7 +51,8 @@ def decoupled(student: Tensor, teacher: Tensor, labels: Tensor, temperature: flo
     """T^2 KL(b_t || b_s) and T^2 KL(q_t || q_s) of every sample.
 
     With p = softmax(z / T): b = (p[y], 1 - p[y]), the target against all others, and q = softmax over the classes k != y of z / T. Zhao et
-    al. 2022, section 3.1: kd of a sample is the first plus (1 - p_t[y]) times the second. Computed in at least float32.
+    al. 2022, section 3.1: kd of a sample is the first plus (1 - p_t[y]) times the second. A class for which the teacher's logit is -inf has
+    no probability, and its term is 0; where that is every other class, so is the second. Computed in at least float32.
 
     Args:
         student, teacher: [N, K] logits.
@@ -65,8 +72,8 @@ def decoupled(student: Tensor, teacher: Tensor, labels: Tensor, temperature: flo
         others = other_logits(scaled, labels)
         margin = scaled.gather(1, labels[:, None]).squeeze(1) - others.logsumexp(1)
         log_b.append(torch.stack([F.logsigmoid(margin), F.logsigmoid(-margin)], dim=1))
-        log_q.append(F.log_softmax(others, dim=1))
-    target, rest = (F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1) * temperature**2 for ours, theirs in (log_b, log_q))
+        log_q.append(log_others(others))
+    target, rest = (divergence(ours, theirs) * temperature**2 for ours, theirs in (log_b, log_q))
     return Decoupled(target, rest)
 
 

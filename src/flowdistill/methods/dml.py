@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..taps import Batch, NetSpec, Outputs
-from .base import Method, Paper, register
+from .base import Method, Paper, register, two_classes
 from .kd import kd_loss
 
 
@@ -47,6 +47,7 @@ class DML(Method):
 
     def __init__(self, options: Any = None, *, student: NetSpec, **_: Any) -> None:
         super().__init__(options)
+        two_classes(student, self.name)
 
     @classmethod
     def default_weights(cls, options: Any) -> dict[str, float]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..config import MOST_EPOCHS
 from ..taps import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, Phase, full, paired_stages, register, same_shape
+from .base import Method, MethodOptions, Needs, Paper, Phase, full, paired_stages, register, same_shape, unit
 from .fsp import match_sizes
 
 SLOPE = 0.1  # of every LeakyReLU
@@ -39,7 +39,7 @@ def ft_loss(student: Tensor, teacher: Tensor, p: int = 1) -> Tensor:
     Raises:
         ValueError: batch or channels differ.
     """
-    ours, theirs = (F.normalize(full(x).flatten(1), dim=1, eps=1e-6) for x in match_sizes(student, teacher, "avg"))
+    ours, theirs = (unit(full(x).flatten(1), 1) for x in match_sizes(student, teacher, "avg"))
     same_shape(ours, theirs)
     return F.l1_loss(ours, theirs) if p == 1 else F.mse_loss(ours, theirs)
 

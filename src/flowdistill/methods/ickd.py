@@ -1,6 +1,7 @@
 """ickd: inter-channel correlation. Which channels of the last stage are active together.
 
-The authors' code for ImageNet, and torchdistill, divide by N once more than the authors' code for CIFAR, which is followed here.
+The authors' code for ImageNet, and torchdistill, divide by N once more than the authors' code for CIFAR, which is followed here. Of a WRN
+it takes the last map after the ReLU that follows its sums, which feeds the classifier, and so does this.
 """
 
 from __future__ import annotations
@@ -11,18 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..taps import Batch, NetSpec, Outputs
-from .base import Method, Needs, Paper, full, paired_stages, register, same_shape
-
-LEAST = 1e-12  # squared norm below which a row has no direction
+from .base import LEAST_PRODUCT, Method, Needs, Paper, after_relu, full, paired_stages, register, same_shape, unit
 
 
 def correlation(features: Tensor) -> Tensor:
     """Inner products of the channels over the image, each row L2-normalised: [N, C, H, W] -> [N, C, C]. A row of zeros stays so."""
     x = full(features).flatten(2)
     with torch.autocast(x.device.type, enabled=False):
-        gram = x @ x.transpose(1, 2)
-    square = gram.square().sum(2, keepdim=True)
-    return gram * torch.where(square > LEAST, square, 1.0).rsqrt()
+        return unit(x @ x.transpose(1, 2), 2, LEAST_PRODUCT)
 
 
 def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -62,10 +59,11 @@ class ICKD(Method):
 
     def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
         super().__init__(options)
-        self.stage = paired_stages(student, teacher, self.name)[-1]
-        self.needs = Needs(frozenset({self.stage}), frozenset({self.stage}))
-        channels = teacher.tap(self.stage).channels
-        self.convolution = nn.Conv2d(student.tap(self.stage).channels, channels, 1, bias=False)
+        last = paired_stages(student, teacher, self.name)[-1:]
+        (self.ours,), (self.theirs,) = after_relu(student, last), after_relu(teacher, last)
+        self.needs = Needs(frozenset({self.ours}), frozenset({self.theirs}))
+        channels = teacher.tap(self.theirs).channels
+        self.convolution = nn.Conv2d(student.tap(self.ours).channels, channels, 1, bias=False)
         self.normalisation = nn.BatchNorm2d(channels)
 
     @classmethod
@@ -75,7 +73,7 @@ class ICKD(Method):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``ickd``."""
-        features = student.maps[self.stage]
+        features = student.maps[self.ours]
         with torch.autocast(features.device.type, enabled=False):
             embedded = self.normalisation(self.convolution(features.to(self.convolution.weight.dtype)))
-        return {"ickd": ickd_loss(embedded, teacher.maps[self.stage])}
+        return {"ickd": ickd_loss(embedded, teacher.maps[self.theirs])}

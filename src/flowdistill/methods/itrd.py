@@ -11,20 +11,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from ..taps import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, register, same_shape
+from .base import Method, MethodOptions, Needs, Paper, full, register, same_shape, unit
 from .cc import cosines
+from .dist import varies
 
 
 def correlation_loss(projected: Tensor, teacher: Tensor, alpha: float = 1.01) -> Tensor:
     """Logarithm of a sum of powers over the dimensions: L = log2 sum_d (1 - v_d)^(2 alpha), v_d = (1 - 1/N) r_d.
 
-    r_d is the correlation of dimension d of the two over the batch, 0 where one of the two is constant (a norm below 1e-6 counts as 1e-6),
-    so that a batch of one gives log2 D, with gradient 0. Miles et al. 2022, the authors' code. Computed in at least float32.
+    r_d is the correlation of dimension d of the two over the batch, 0 without gradient where one of the two is constant, so that a batch of
+    one gives log2 D. Miles et al. 2022, the authors' code. Computed in at least float32.
 
     Args:
         projected: [N, D].
@@ -38,9 +38,9 @@ def correlation_loss(projected: Tensor, teacher: Tensor, alpha: float = 1.01) ->
         ValueError: the shapes differ.
     """
     same_shape(projected, teacher)
-    centred = (full(x) - full(x).mean(0) for x in (projected, teacher))
-    ours, theirs = (F.normalize(x, dim=0, eps=1e-6) for x in centred)
-    v = (1 - 1 / len(projected)) * (ours * theirs).sum(0)
+    ours, theirs = (unit(x - x.mean(0), 0) for x in (full(projected), full(teacher)))
+    correlation = torch.where(varies(projected, 0) & varies(teacher, 0), (ours * theirs).sum(0), 0.0)
+    v = (1 - 1 / len(projected)) * correlation
     return (1 - v).pow(2 * alpha).sum().log2()
 
 
@@ -48,8 +48,8 @@ def mutual_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """What the student's relations have that the teacher's do not: L = ||G_s||_F^2 - ||G_st||_F^2.
 
     G_s is the matrix of the cosines between the student's samples, G_st its product with the teacher's, entry by entry, each divided by its
-    trace (by 1 where the trace is below 1). 0 or more, and 0 for a batch of one. A norm below 1e-6 counts as 1e-6. Miles et al. 2022, the
-    authors' code. Computed in at least float32.
+    trace (by 1 where the trace is below 1). 0 or more, and 0 for a batch of one. Miles et al. 2022, the authors' code. Computed in at least
+    float32.
 
     Args:
         student: [N, D].

@@ -1,4 +1,8 @@
-"""kd: soft targets."""
+"""kd: soft targets.
+
+torchdistill leaves the factor T^2 out where its alpha is 0 or it is given no labels: its loss is T^2 times smaller there. The authors of
+tf_kd average over the classes too, which makes their kd K times smaller.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,15 @@ from pydantic import Field
 from torch import Tensor
 
 from ..taps import Batch, Outputs
-from .base import LogitMethod, MethodOptions, Paper, full, register, same_shape
+from .base import LogitMethod, MethodOptions, Paper, divergence, full, register, same_shape
 
 
 def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
     """T^2 KL(p_t || p_s) of the softened class probabilities, mean over the batch, sum over the classes.
 
     L = T^2/N sum_n sum_k p_t[k] (log p_t[k] - log p_s[k]) with p = softmax(z / T). Hinton, Vinyals, Dean 2015, section 2: the
-    factor T^2 keeps the size of the gradient when T changes. Computed in at least float32.
+    factor T^2 keeps the size of the gradient when T changes. A class for which the teacher's logit is -inf has p_t = 0, and its term is 0.
+    Computed in at least float32.
 
     Args:
         student, teacher: [N, K] logits.
@@ -31,7 +36,7 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tenso
     same_shape(student, teacher)
     log_s = F.log_softmax(full(student) / temperature, dim=1)
     log_t = F.log_softmax(full(teacher) / temperature, dim=1)
-    return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * temperature**2
+    return divergence(log_s, log_t).mean() * temperature**2
 
 
 class KDOptions(MethodOptions):

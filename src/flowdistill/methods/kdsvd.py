@@ -12,12 +12,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from ..taps import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, paired_stages, register
+from .base import Method, MethodOptions, Needs, Paper, full, paired_stages, register, unit
 
 CLOSE = 1e-5  # share of the largest eigenvalue: two that are closer have no directions of their own, and no gradient between them
 
@@ -25,9 +24,9 @@ CLOSE = 1e-5  # share of the largest eigenvalue: two that are closer have no dir
 def right_vectors(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The first right singular vectors of a map as an HW x C matrix a sample, and their singular values, largest first.
 
-    They are the eigenvectors of the C x C Gram matrix G. Their gradient is that of first-order perturbation:
-    dv_i = sum_{j != i} v_j (v_j^T dG v_i) / (l_i - l_j), without the terms of (nearly) equal eigenvalues, where it has no limit.
-    Computed in at least float32.
+    They are the eigenvectors of the C x C Gram matrix G, NaN where that is not finite, which no decomposition takes. Their gradient is that
+    of first-order perturbation: dv_i = sum_{j != i} v_j (v_j^T dG v_i) / (l_i - l_j), without the terms of (nearly) equal eigenvalues,
+    where it has no limit. Computed in at least float32.
 
     Args:
         features: [N, C, H, W].
@@ -39,10 +38,13 @@ def right_vectors(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
     x = full(features).flatten(2)
     with torch.autocast(x.device.type, enabled=False):
         gram = x @ x.transpose(1, 2)
-        values, vectors = (found.flip(-1) for found in torch.linalg.eigh(gram.detach()))
+        held = gram.detach()
+        finite = held.isfinite().flatten(1).all(1)[:, None, None]
+        values, vectors = (found.flip(-1) for found in torch.linalg.eigh(torch.where(finite, held, 0.0)))
+        vectors = torch.where(finite, vectors, torch.nan)
         first = vectors[:, :, :count]
         gaps = values[:, None, :count] - values[:, :, None]
-        apart = gaps.abs() > CLOSE * values[:, :1, None].clamp(min=1e-6)
+        apart = gaps.abs() > CLOSE * values[:, :1, None]
         turn = vectors.transpose(1, 2) @ gram @ first
         moved = vectors @ torch.where(apart, (turn - turn.detach()) / torch.where(apart, gaps, 1.0), 0.0)
     return first + moved, values[:, :count].clamp(min=0).sqrt()
@@ -75,7 +77,7 @@ def kdsvd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], k: int = 1)
             raise ValueError(f"student gives {tuple(s.shape)}, teacher {tuple(t.shape)}; batch and channels must agree")
         wanted, strength = right_vectors(t.detach(), k)
         wanted = torch.where(wanted.sum(1, keepdim=True) < 0, -wanted, wanted)
-        strength = F.normalize(strength, dim=1, eps=1e-6)[:, None]
+        strength = unit(strength, 1)[:, None]
         ours.append(_aligned(right_vectors(s, min(k + 3, s.shape[1], s[0, 0].numel()))[0], wanted) * strength)
         theirs.append(wanted * strength)
     return torch.stack([(r - q).square().sum((1, 2, 3)).mean() for r, q in zip(_relations(ours), _relations(theirs), strict=True)]).sum()

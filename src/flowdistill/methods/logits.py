@@ -1,4 +1,7 @@
-"""logits: regression on the teacher's logits."""
+"""logits: regression on the teacher's logits.
+
+This is the mean over batch and classes, as KD-Zoo has it. The paper sums over the classes and halves: K/2 times as much.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,7 @@ class Logits(LogitMethod):
     name = "logits"
     paper = Paper("J. Ba, R. Caruana", "Do Deep Nets Really Need to be Deep?", "NIPS", 2014, "https://arxiv.org/abs/1312.6184")
     terms = ("logits",)
+    probabilities = False
 
     @classmethod
     def default_weights(cls, options: Any) -> dict[str, float]:

@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..taps import Batch, Facts, NetSpec, Outputs
-from .base import Method, Needs, Paper, full, register, same_shape
+from .base import LEAST, Method, Needs, Paper, full, register, same_shape, unit
 from .dkd import given_labels
 from .hashed import channel_mask, salt
 from .reviewkd import batch_normalised
@@ -24,7 +23,7 @@ DROPOUT = 0.5  # the authors' code
 def nd_loss(student: Tensor, teacher: Tensor, means: Tensor) -> Tensor:
     """How far the student falls short, in the class's direction, of the longer of the two norms.
 
-    L = 1/N sum_n (1 - <e_s, c> / (||c|| max(||e_s||, ||e_t||))). Wang et al. 2023. Norms below 1e-6 count as 1e-6. Not 0
+    L = 1/N sum_n (1 - <e_s, c> / (||c|| max(||e_s||, ||e_t||))). Wang et al. 2023. Zeros have no direction: the loss is 1. Not 0
     where the student equals the teacher. Computed in at least float32.
 
     Args:
@@ -41,9 +40,9 @@ def nd_loss(student: Tensor, teacher: Tensor, means: Tensor) -> Tensor:
     same_shape(student, teacher)
     same_shape(student, means)
     ours, theirs = full(student), full(teacher)
-    longer = torch.maximum(torch.linalg.vector_norm(ours, dim=1), torch.linalg.vector_norm(theirs, dim=1)).clamp(min=1e-6)
-    along = (ours * F.normalize(full(means), dim=1, eps=1e-6)).sum(1)
-    return 1 - (along / longer).mean()
+    longer = torch.maximum(torch.linalg.vector_norm(ours, dim=1), torch.linalg.vector_norm(theirs, dim=1))
+    along = (ours * unit(full(means), 1)).sum(1)
+    return 1 - (along / torch.where(longer <= LEAST, torch.inf, longer)).mean()
 
 
 class Embedder(nn.Module):

@@ -12,8 +12,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ..taps import Batch, Outputs
-from .base import LogitMethod, MethodOptions, Paper, full, register, same_shape
-from .dkd import given_labels, other_logits
+from .base import LogitMethod, MethodOptions, Paper, expectation, full, register, same_shape
+from .dkd import given_labels, log_others, other_logits
 
 
 def nkd_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 3.0, gamma: float = 3.5) -> Tensor:
@@ -36,9 +36,9 @@ def nkd_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: floa
     """
     same_shape(student, teacher)
     ours, theirs = full(student), full(teacher)
-    log_p_s, log_p_t = (F.log_softmax(logits, dim=1).gather(1, labels[:, None]).squeeze(1) for logits in (ours, theirs))
-    log_q_s, log_q_t = (F.log_softmax(other_logits(logits / temperature, labels), dim=1) for logits in (ours, theirs))
-    target, others = log_p_t.exp() * log_p_s, (log_q_t.exp() * log_q_s).sum(1)
+    log_p_s, log_p_t = (F.log_softmax(logits, dim=1).gather(1, labels[:, None]) for logits in (ours, theirs))
+    log_q_s, log_q_t = (log_others(other_logits(logits / temperature, labels)) for logits in (ours, theirs))
+    target, others = expectation(log_p_t, log_p_s), expectation(log_q_t, log_q_s)
     return -(target + gamma * temperature**2 * others).mean()
 
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..taps import Batch, NetSpec, Outputs
-from .base import Method, Needs, Paper, full, paired_stages, register
+from .base import Method, Needs, Paper, full, paired_stages, register, unit
 from .fsp import match_sizes
 
 
@@ -37,7 +36,7 @@ def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     if student.shape[0] != teacher.shape[0]:
         raise ValueError(f"student gives {tuple(student.shape)}, teacher {tuple(teacher.shape)}; the batches must agree")
-    ours, theirs = (F.normalize(full(x).flatten(2), dim=2, eps=1e-6) for x in match_sizes(student, teacher, "avg"))
+    ours, theirs = (unit(full(x).flatten(2), 2) for x in match_sizes(student, teacher, "avg"))
     with torch.autocast(ours.device.type, enabled=False):
         if ours.shape[2] <= max(ours.shape[1], theirs.shape[1]):
             s, t = (x.transpose(1, 2) @ x / x.shape[1] for x in (ours, theirs))

@@ -1,7 +1,8 @@
 """ofd: the overhaul of feature distillation. Stages before ReLU, compared only where the teacher fires or the student is above its margin.
 
 The authors keep the teacher in train mode, so that the batch normalises its maps and moves its running statistics; here it is in eval
-mode, as for every method. KD-Zoo's margin is the mean of the batch's own negative responses.
+mode, as for every method. KD-Zoo's margin is the mean of the batch's own negative responses, and it
+averages over the elements where the authors add them up: its loss is C H W times smaller, beside a weight of its own.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def margins(weight: Tensor, bias: Tensor) -> Tensor:
 def partial_distance(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
     """Squared distance from the teacher's responses, none below the margin: mean over the batch, sum over the rest.
 
-    l = (r - t^)^2 where r > t^ or t^ > 0, else 0, with t^ = max(t, M). Heo et al. 2019. Computed in at least float32.
+    l = 0 where r <= t^ <= 0, else (r - t^)^2, with t^ = max(t, M). Heo et al. 2019. Computed in at least float32.
 
     Args:
         student: [N, C, H, W] before ReLU, r.
@@ -62,8 +63,8 @@ def partial_distance(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor
     """
     same_shape(student, teacher)
     response, target = full(student), torch.maximum(full(teacher), margin[:, None, None])
-    counts = (response > target) | (target > 0)
-    return torch.where(counts, response - target, 0.0).square().flatten(1).sum(1).mean()
+    below = (response <= target) & (target <= 0)  # which a NaN is not
+    return torch.where(below, 0.0, response - target).square().flatten(1).sum(1).mean()
 
 
 def ofd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], margin: Sequence[Tensor]) -> Tensor:

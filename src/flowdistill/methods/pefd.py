@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..taps import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, register, same_shape
+from .base import Method, MethodOptions, Needs, Paper, full, register, same_shape, unit
 
 
 def ensemble(embedding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def ensemble(embedding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def direction_loss(projected: Tensor, teacher: Tensor) -> Tensor:
     """1 less the cosine, mean over the batch: L = 1/N sum_n (1 - <g_n, e_n> / (||g_n|| ||e_n||)).
 
-    Chen et al. 2022, section 3. A norm below 1e-6 counts as 1e-6, so that zeros give the loss 1. Computed in at least float32.
+    Chen et al. 2022, section 3. Zeros, which have no direction, give the loss 1. Computed in at least float32.
 
     Args:
         projected: [N, D'] from ``ensemble``.
@@ -50,7 +50,7 @@ def direction_loss(projected: Tensor, teacher: Tensor) -> Tensor:
         ValueError: the shapes differ.
     """
     same_shape(projected, teacher)
-    ours, theirs = (F.normalize(full(x), dim=1, eps=1e-6) for x in (projected, teacher))
+    ours, theirs = (unit(full(x), 1) for x in (projected, teacher))
     return 1 - (ours * theirs).sum(1).mean()
 
 

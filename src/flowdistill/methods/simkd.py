@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..taps import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, register, same_classes, same_shape
+from .base import Method, MethodOptions, Needs, Paper, after_relu, full, register, same_classes, same_shape
 from .fsp import match_sizes
 
 
@@ -60,7 +60,7 @@ class SimKD(Method):
     def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
         super().__init__(options)
         same_classes(student, teacher, self.name)
-        last = teacher.tap(teacher.stages[-1]) if teacher.stages else None
+        last = teacher.tap(*after_relu(teacher, teacher.stages[-1:])) if teacher.stages else None
         if last is None or last.channels != teacher.embedding:
             raise ValueError(
                 f"simkd: the embedding of {teacher.name} ({teacher.embedding} wide) is not the mean of a stage, whose map the student "

@@ -12,19 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..taps import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, paired_stages, register, same_shape
+from .base import LEAST_PRODUCT, Method, MethodOptions, Needs, Paper, full, paired_stages, register, same_shape, unit
 
 
 def similarity(features: Tensor) -> Tensor:
     """Inner products of the samples of a batch, every row L2-normalised: [N, ...] -> [N, N].
 
-    Tung and Mori 2019, section 3: G = Q Q^T with Q the features reshaped to [N, C H W], then G[i, :] / ||G[i, :]||_2. A norm below
-    1e-6 counts as 1e-6, so that a sample of zeros gives zeros. Computed in at least float32.
+    Tung and Mori 2019, section 3: G = Q Q^T with Q the features reshaped to [N, C H W], then G[i, :] / ||G[i, :]||_2. A sample of zeros
+    gives zeros. Computed in at least float32.
     """
     flat = full(features).flatten(1)
     with torch.autocast(flat.device.type, enabled=False):
         gram = flat @ flat.T
-    return F.normalize(gram, dim=1, eps=1e-6)
+    return unit(gram, 1, LEAST_PRODUCT)
 
 
 def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:

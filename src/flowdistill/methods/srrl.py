@@ -1,7 +1,7 @@
 """srrl: softmax regression representation learning. The student's features must do for the teacher's own classifier.
 
-The authors connect the map whose mean is the student's embedding; here it is the student's last stage, which in MobileNetV2 and
-ShuffleNetV2 comes one convolution before it. Other code connects the embedding, which the ReLU makes another loss.
+The authors connect the map whose mean is the student's embedding; here it is the student's last stage after its ReLU, which in MobileNetV2
+and ShuffleNetV2 comes one convolution before it. Other code connects the embedding, which the ReLU makes another loss.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..taps import Batch, Facts, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, register, same_shape
+from .base import Method, MethodOptions, Needs, Paper, after_relu, full, register, same_shape
 
 
 def srrl_loss(student: Tensor, teacher: Tensor, student_logits: Tensor, teacher_logits: Tensor, beta: float = 1.0) -> Tensor:
@@ -70,7 +70,7 @@ class SRRL(Method):
         super().__init__(options)
         if not student.stages:
             raise ValueError(f"srrl: {student.name} has no stages, and its last one is connected; choose a student that has, or kd")
-        self.stage = student.stages[-1]
+        (self.stage,) = after_relu(student, student.stages[-1:])
         self.needs = Needs(frozenset({self.stage}), logits=True, embedding=True, facts=frozenset({"head"}))
         convolution = nn.Conv2d(student.tap(self.stage).channels, teacher.embedding, 1, bias=False)
         self.connector = nn.Sequential(convolution, nn.BatchNorm2d(teacher.embedding), nn.ReLU())

@@ -1,7 +1,8 @@
 """ls: the logits of student and teacher are standardised, row by row, before another method sees them; ``ls:kd`` is kd on those.
 
-In the authors' code of mlkd only the kd part sees standardised logits; here ``ls:mlkd`` does as a whole. A row whose standard deviation is
-not above 1e-7 counts as constant and gets zeros without a gradient: the formula's gradient grows to 1e7 there.
+In the authors' code of mlkd only the kd part sees standardised logits; here ``ls:mlkd`` does as a whole. The standard deviation is the one
+divided by K - 1, as in their code. A row where it is not above 1e-7 counts as constant and gets zeros without a gradient: the formula's
+gradient grows to 1e7 there. A logit of -inf, a class that the network never says, is no part of it and stays -inf.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ BY_AUTHORS = ("kd", "dkd", "mlkd", "ctkd")
 def standardise(logits: Tensor) -> Tensor:
     """(z - mean(z)) / (std(z) + 1e-7) of every row, with the unbiased standard deviation; zeros for a constant row.
 
-    Sun et al. 2024, with the standard deviation of the authors' code, which divides by K - 1. Computed in at least float32.
+    Sun et al. 2024, with the standard deviation of the authors' code, which divides by K - 1. A logit of -inf, a class that the network
+    never says, is no part of mean and standard deviation, which then are those of the other classes, and stays -inf. Computed in at least
+    float32.
 
     Args:
         logits: [N, K], K above 1.
@@ -41,11 +44,14 @@ def standardise(logits: Tensor) -> Tensor:
     if logits.shape[1] < 2:
         raise ValueError(f"the logits {tuple(logits.shape)} are of one class; a standard deviation needs two or more")
     values = full(logits)
-    centred = values - values.mean(1, keepdim=True)
-    variance = centred.square().sum(1, keepdim=True) / (logits.shape[1] - 1)
+    never = values == -torch.inf
+    said = (~never).sum(1, keepdim=True)
+    values = values.masked_fill(never, 0)
+    centred = (values - values.sum(1, keepdim=True) / said).masked_fill(never, 0)
+    variance = centred.square().sum(1, keepdim=True) / (said - 1).clamp(min=1)
     constant = variance <= EPS**2
     deviation = torch.where(constant, 1.0, variance).sqrt()
-    return torch.where(constant, 0.0, centred / (deviation + EPS))
+    return torch.where(constant, 0.0, centred / (deviation + EPS)).masked_fill(never, -torch.inf)
 
 
 class Standardised(Method):

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..taps import Batch, Outputs
-from .base import LogitMethod, MethodOptions, Paper, full, register, same_shape
+from .base import LogitMethod, MethodOptions, Paper, divergence, full, register, same_shape
 
 PAPER = Paper(
     "K. Zheng, E.-H. Yang", "Knowledge Distillation Based on Transformed Teacher Matching", "ICLR", 2024, "https://arxiv.org/abs/2402.11148"
@@ -25,7 +25,7 @@ def divergences(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     same_shape(student, teacher)
     log_q = F.log_softmax(full(student), dim=1)
     log_p = F.log_softmax(full(teacher) / temperature, dim=1)
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+    return divergence(log_q, log_p)
 
 
 def ttm_loss(student: Tensor, teacher: Tensor, temperature: float = 5.0) -> Tensor:

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..taps import Batch, Outputs
-from .base import LogitMethod, MethodOptions, Paper, full, register, same_shape
+from .base import LogitMethod, MethodOptions, Paper, expectation, full, register, same_shape
 from .dkd import given_labels
 
 
@@ -38,7 +38,8 @@ def wsld_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: flo
     ours, theirs = full(student), full(teacher)
     error_s, error_t = (F.cross_entropy(logits, labels, reduction="none") for logits in (ours, theirs))
     weight = -(-error_s / (error_t + 1e-7)).expm1()
-    soft = F.cross_entropy(ours / temperature, (theirs / temperature).softmax(1), reduction="none")
+    log_p_s, log_p_t = (F.log_softmax(logits / temperature, dim=1) for logits in (ours, theirs))
+    soft = -expectation(log_p_t, log_p_s)
     return (weight.detach() * soft).mean() * temperature**2
 
 

@@ -19,6 +19,7 @@ from ..randomness import seeded
 from ..registry import Registry
 from ..taps import DataSpec, NetSpec, Outputs, TapSpec
 from .front import Front, View
+from .state import shape_buffers
 
 CAM = "cam"
 
@@ -29,19 +30,25 @@ class Network(nn.Module):
     Attributes:
         front: turns images as the data gives them into those that the network was made for; None where they are that already.
         draws_from: the seed of what its layers draw in train mode, as dropout does; None where they draw nothing.
+        draws_always: whether they draw in eval mode too.
+        unsettled: whether a pass in eval mode moves its buffers, as observers of quantisation do.
+        grown: names of the buffers that take another shape, or are there at all, after the first pass.
         about: what the file that it was loaded from says of it.
+        changed: what of it is another than that file says, and was accepted; else empty.
         memory_format: of its weights, and of the images that it works on.
     """
 
     spec: NetSpec
     taps: tuple[str, ...]
     about: Mapping[str, Any] = {}
+    changed: str = ""
     memory_format: torch.memory_format = torch.channels_last
 
     def __init__(self) -> None:
         super().__init__()
         self.front: Front | None = None
         self.draws_from: int | None = None
+        self.draws_always, self.unsettled, self.grown = False, False, frozenset[str]()
 
     def on(self, device: torch.device) -> Network:
         """The network on a device, its weights in its memory format."""
@@ -60,6 +67,14 @@ class Network(nn.Module):
         """The module whose parameters and modules have the names that the spec and a weights file give them."""
         return self
 
+    def refuse_cut(self, outputs: Outputs, *, embedding: bool) -> None:
+        """Refuse outputs from which no gradient goes where it should; of a network made here one goes."""
+
+    def take(self, weights: Mapping[str, Tensor]) -> None:
+        """Put weights into it, named as its state dict names them."""
+        shape_buffers(self.body, weights, self.grown)
+        self.load_state_dict(dict(weights))
+
     def release(self) -> nn.Module:
         """The body as it is without this wrapping, which is of no use afterwards."""
         return self.body
@@ -69,9 +84,13 @@ class ImageNetwork(Network):
     """Base of the networks here: ``features`` gives every tap, and an instance those that it was asked for.
 
     Taps are after ReLU: ``stem``; ``stage1``, ..., the ends of the stages; ``stage1.first``, ..., the first convolution,
-    normalisation and ReLU inside each. ``stage1.pre``, ... are the ends before their ReLU. ``cam`` are the class activation maps: the
+    normalisation and ReLU inside each. ``stage1.pre``, ... are the ends before their ReLU; where the ends are plain sums, which the layer
+    after them normalises, ``stage1.pre`` and ``stage1.post``, ... are before and after its ReLU. ``cam`` are the class activation maps: the
     classifier, without its bias, at every position of the map whose mean is the embedding. What differs stands with the network.
     """
+
+    taps_version: int = 1
+    """Raised when a tap gives another map under its name."""
 
     head: ClassVar[str] = "fc"
     paths: Mapping[str, str] = {}
@@ -120,10 +139,21 @@ def stage_by_stage(x: Tensor, *stages: nn.Module) -> dict[str, Tensor]:
 
 
 class Factory(Protocol):
-    """How a model is specified and built; ``code`` is the hash of a user's file that makes it, or empty."""
+    """How a model is specified and built.
+
+    Attributes:
+        about: what it is, in a few words.
+        code: SHA-256 of each file of own code that it needs, by name; of this package's and a library's networks nothing.
+        file_code: SHA-256 of the file that was named alone, as runs of version 0.1.0 recorded it, or empty.
+    """
 
     about: str
-    code: str
+    code: Mapping[str, str]
+    file_code: str
+
+    def made_of(self, data: DataSpec) -> str:
+        """The hash of all that its numbers depend on beside its name, where its code is own code; else empty."""
+        ...
 
     def spec(self, data: DataSpec) -> NetSpec:
         """What the network would offer for images of this size; builds nothing."""
@@ -153,7 +183,8 @@ class ImageFactory:
         make: (image channels, classes) -> the network.
     """
 
-    code = ""
+    code: Mapping[str, str] = {}
+    file_code = ""
 
     def __init__(self, name: str, about: str, make: Callable[[int, int], ImageNetwork]) -> None:
         self.name, self.about, self.make = name, about, make
@@ -179,7 +210,7 @@ class ImageFactory:
                 taps.append(TapSpec(tap, channels, height, width, path, net.norms.get(tap, "")))
             _, width_of_embedding, height, width = last.shape
             taps.append(TapSpec(CAM, data.classes, height, width, net.head))
-            self._specs[key] = NetSpec(self.name, tuple(taps), width_of_embedding, data.classes, net.head)
+            self._specs[key] = NetSpec(self.name, tuple(taps), width_of_embedding, data.classes, net.head, version=net.taps_version)
         return self._specs[key]
 
     def tapped(self, data: DataSpec, table: Mapping[str, str]) -> NetSpec:
@@ -192,8 +223,8 @@ class ImageFactory:
 
         def own(name: str, source: str) -> TapSpec:
             at = [tap for tap in whole.taps if tap.module == source]
-            named = [tap for tap in at if tap.name == name] + [tap for tap in at if "." not in tap.name]
-            return named[0] if named else whole.tap(source)
+            at.sort(key=lambda tap: (tap.name != name, "." in tap.name, tap.name.endswith(".pre")))  # else the stage, and after its ReLU
+            return at[0] if at else whole.tap(source)
 
         try:
             found = {name: own(name, source) for name, source in table.items()}
@@ -202,6 +233,10 @@ class ImageFactory:
         return replace(
             whole, taps=tuple(replace(tap, name=name, source="" if name == tap.name else tap.name) for name, tap in found.items())
         )
+
+    def made_of(self, data: DataSpec) -> str:  # noqa: ARG002 (others look)
+        """Its name says all: what a network here computes changes with a version."""
+        return ""
 
     def draws(self, data: DataSpec) -> bool:  # noqa: ARG002 (others look)
         """None here does."""
@@ -254,9 +289,16 @@ def canonical(name: str) -> str:
     return model_name(name)
 
 
-def code(name: str) -> str:
-    """The hash of the user's file that makes the network, which its numbers depend on; empty for any other."""
+def own_code(name: str) -> Mapping[str, str]:
+    """SHA-256 of each file of own code that the network needs; nothing for one of this package or of a library."""
     return factory(name).code
+
+
+def made_of(name: str, data: DataSpec) -> str:
+    """What tells a network from others of its name: the hash of its code and of what that makes for such data; empty where the name
+    says all.
+    """
+    return factory(name).made_of(data)
 
 
 def spec(name: str, data: DataSpec, table: Mapping[str, str] | None = None) -> NetSpec:

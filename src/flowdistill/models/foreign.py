@@ -6,17 +6,18 @@ Their taps are read by forward hooks, so that no model is edited. A dry run find
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ from ..checks import FAILURES, UserError, did_you_mean, first_line, regular_file
 from ..randomness import seeded
 from ..taps import DataSpec, NetSpec, Outputs, TapSpec
 from . import FORMS, Network
+from .code import Module, contents, digest, file_hash, hashes, own_modules
 from .front import View
+from .hooks import Keep, Seen, hook, remove_all
 from .survey import LARGE, Survey, survey, takes_channels_last
 
 WRITTEN = re.compile(r"(?P<where>timm|torchvision|module|[^@]+\.py|[A-Za-z_][\w.]*):(?P<name>[^:@]+)")
@@ -44,42 +47,35 @@ Make = Callable[[DataSpec], nn.Module]
 IN_MEMORY: dict[str, nn.Module] = {}
 
 
-class Seen(dict[str, Tensor]):
-    """What the hooks saw. Of a plain dict that a module holds torch.export leaves a copy there, of which no hook knows."""
-
-
-class Keep:
-    """A forward hook that puts a module's output, or what it was given, into ``seen``. A copy of the network gets a copy of it.
-
-    Args:
-        overwritten: the output will be changed in place, so what is kept is a copy.
-    """
-
-    def __init__(self, seen: Seen, name: str, *, given: bool = False, overwritten: bool = False) -> None:
-        self.seen, self.name, self.given, self.overwritten = seen, name, given, overwritten
-
-    def __call__(self, _module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        """Keep it."""
-        kept = (*inputs, *named.values())[0] if self.given else output
-        self.seen[self.name] = kept.clone() if self.overwritten else kept
-
-
 class Foreign(Network):
     """A module with hooks at its taps and at its classifier. Its weights keep the names that they have in the module alone."""
 
     def __init__(self, inner: nn.Module, spec: NetSpec, taps: tuple[str, ...], found: Survey) -> None:
         super().__init__()
         self.inner, self.spec, self.named, self.overwrites = inner, spec, found.named, found.overwrites
+        self.draws_always, self.unsettled, self.grown = found.draws_always, found.unsettled, found.grown
         self.memory_format = torch.channels_last if found.channels_last else torch.contiguous_format
         self.taps = tuple(spec.tap(name).name for name in taps)
         self.paths = {name: spec.tap(name).module for name in self.taps}
         self.layouts = {path: found.layouts[path] for path in self.paths.values()}
-        self.seen = Seen()
-        keepers = [(path, Keep(self.seen, path, overwritten=path in found.overwritten)) for path in self.layouts]
-        keepers += [(spec.head, Keep(self.seen, HEAD, given=True))]
-        self.hooks = [inner.get_submodule(path).register_forward_hook(keep, with_kwargs=True) for path, keep in keepers]
+        self.overwritten, self.order = found.overwritten & self.layouts.keys(), found.order
+        self._hook()
         self.register_state_dict_post_hook(_without_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_with_prefix)  # type: ignore[no-untyped-call]
+
+    def _hook(self) -> None:
+        self.seen = Seen()
+        keepers = [(path, Keep(self.seen, path, overwritten=path in self.overwritten)) for path in self.layouts]
+        keepers += [(self.spec.head, Keep(self.seen, HEAD, given=True))]
+        self.hooks = [hook(self.inner.get_submodule(path), keep) for path, keep in keepers]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("hooks", "seen")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has hooks of its own: what it holds came without any."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._hook()
 
     @property
     def body(self) -> nn.Module:
@@ -88,20 +84,49 @@ class Foreign(Network):
 
     def release(self) -> nn.Module:
         """The module without the hooks."""
-        for hook in self.hooks:
-            hook.remove()
+        remove_all(self.hooks)
         return self.inner
 
     def answer(self, images: Tensor) -> Outputs:
         """Images [N, C, H, W] -> Outputs."""
         if self.memory_format is torch.contiguous_format:
             images = images.contiguous()
-        output = self.inner(images.clone() if self.overwrites else images)
-        seen = dict(self.seen)
         self.seen.clear()
+        self.seen.watching = True
+        try:
+            output = self.inner(images.clone() if self.overwrites else images)
+        finally:
+            seen = dict(self.seen)
+            self.seen.clear()
+            self.seen.watching = False
         self._refuse_skipped(seen)
         maps = {name: self.layouts[path].map(seen[path]) for name, path in self.paths.items()}
         return Outputs(output.logits if self.named else output, seen[HEAD].flatten(1), maps)
+
+    def refuse_cut(self, outputs: Outputs, *, embedding: bool) -> None:
+        """Look at what it gave, with gradients on.
+
+        Raises:
+            UserError: no gradient would go from a tap, or from the embedding, to what is trained before it.
+        """
+        given = [(f"tap {name}={path}", path, outputs.maps[name]) for name, path in self.paths.items()]
+        given += [("the embedding", self.spec.head, outputs.embedding)] * embedding
+        for what, path, value in given:
+            if not value.requires_grad and (trained := self._trained_before(path)):
+                raise UserError(
+                    f"{what}: {self.spec.name} gives it without a gradient, though {trained} before it is trained; name another, let go of "
+                    f"what cuts it off (detach, no_grad, checkpoint with use_reentrant=True), or freeze what is before it"
+                )
+
+    def _trained_before(self, path: str) -> str:
+        """The first parameter that is trained among those of the modules that ended no later than this one; of the classifier before it."""
+        last = self.order[path]
+        for place, end in self.order.items():
+            if end < last or (end == last and path != self.spec.head):
+                for name, parameter in self.inner.get_submodule(place).named_parameters(place, recurse=False):
+                    if parameter.requires_grad:
+                        return name
+        return ""
 
     def _refuse_skipped(self, seen: Mapping[str, Tensor]) -> None:
         for name, path in self.paths.items():
@@ -172,16 +197,18 @@ class ForeignFactory:
     """A network by the name of what makes it; its sizes and taps are found by running it.
 
     Attributes:
-        code: the hash of the file that makes it, which its numbers depend on; empty for a library's.
+        code, file_code: as ``Factory`` says.
         in_memory: it is a module, and has the classes that it has.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, code: Mapping[str, str]) -> None:
         written = WRITTEN.fullmatch(name)
         assert written is not None
-        self.name, self.in_memory = name, written["where"] == "module"
-        self.make, self.about, self.code = _maker(written["where"], written["name"])
+        self.name, self.in_memory, self.code = name, written["where"] == "module", code
+        self.file_code = next((hashed for label, hashed in code.items() if label == _label(written["where"])), "")
+        self.make, self.about = _maker(written["where"], written["name"])
         self._surveys: dict[tuple[int, ...], Survey] = {}
+        self._contents: dict[tuple[int, ...], str] = {}
 
     def network(self, data: DataSpec) -> nn.Module:
         """The module for such data.
@@ -208,10 +235,11 @@ class ForeignFactory:
         Raises:
             UserError: it can't take such images, or is no classifier of so many classes.
         """
-        key = (data.channels, data.height, data.width, data.classes)
+        key = _sizes(data)
         if key not in self._surveys:
             with seeded(0, "survey"), torch.device("cpu"), torch.compiler.set_stance("force_eager"):
                 net = self.network(data)
+                self._contents[key] = contents(net, exact=False) if self.code else ""  # before it runs, and may keep what it saw
                 found = surveyed(net, self.name, data.channels, data.height, data.width)
                 found.channels_last = takes_channels_last(net, data.channels, data.height, data.width)
             if found.classes != data.classes and not self.in_memory:
@@ -220,6 +248,11 @@ class ForeignFactory:
                 )
             self._surveys[key] = found
         return self._surveys[key]
+
+    def made_of(self, data: DataSpec) -> str:
+        """The hash of its code and of what that makes; empty for a library's, and for a module, whose name has it."""
+        self.survey(data)
+        return digest([dict(self.code), self._contents[_sizes(data)]]) if self.code else ""
 
     def spec(self, data: DataSpec) -> NetSpec:
         """Its taps as the dry run found them."""
@@ -270,27 +303,31 @@ class ForeignFactory:
         return Foreign(self.network(data), spec, taps, self.survey(data))
 
 
-def _maker(where: str, name: str) -> tuple[Make, str, str]:
-    """How a network is made, what it is, and the hash of its code.
+def _sizes(data: DataSpec) -> tuple[int, ...]:
+    return data.channels, data.height, data.width, data.classes
+
+
+def _maker(where: str, name: str) -> tuple[Make, str]:
+    """How a network is made, and what it is.
 
     Raises:
         UserError: no such library, file, function or name.
     """
     if where == "timm":
-        return _timm(name), f"{name} of timm", ""
+        return _timm(name), f"{name} of timm"
     if where == "torchvision":
-        return _torchvision(name), f"{name} of torchvision", ""
+        return _torchvision(name), f"{name} of torchvision"
     if where == "module":
         if name not in IN_MEMORY:
             raise UserError(f"module:{name} was given from Python, and is in no file; give it from Python again")
-        return lambda _: deepcopy(IN_MEMORY[name]), f"{name}, a module given from Python", ""
-    module, code = _file(Path(where)) if where.endswith(".py") else _package(where)
+        return lambda _: deepcopy(IN_MEMORY[name]), f"{name}, a module given from Python"
+    module = _file(Path(where)) if where.endswith(".py") else _package(where)
     function = getattr(module, name, None)
     if not callable(function):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UserError(f"{where}:{name}: {where} has no function of that name; {did_you_mean(name, names)}")
     try:
-        return _told(function), f"{name} of {where}", code
+        return _told(function), f"{name} of {where}"
     except (TypeError, ValueError):  # of C
         raise UserError(f"{where}:{name}: does not say what its parameters are; write a function or class in Python") from None
 
@@ -338,31 +375,103 @@ def _torchvision(name: str) -> Make:
     return make
 
 
-def _file(path: Path) -> tuple[Any, str]:
-    found = regular_file(path, f"{path}")
-    code = hashlib.sha256(found.read_bytes()).hexdigest()
-    name = f"flowdistill_given_{code[:16]}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, found)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        try:
+def _file(path: Path) -> ModuleType:
+    """The module of a file, executed once for each state of its code. Its neighbours can be imported, as ``python FILE.py`` would."""
+    found = regular_file(path, f"{path}").resolve()
+    modules = own_modules(found)
+    name = f"flowdistill_given_{digest([str(found), hashes(modules)])[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    beside = {module.name: module for module in modules.values() if module.name and module.file.resolve().is_relative_to(found.parent)}
+    _refuse_changed([module for module in modules.values() if module.name and module.name not in beside], f"{path}")
+    spec = importlib.util.spec_from_file_location(name, found)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        with _beside(found.parent, beside, name):
             spec.loader.exec_module(module)
-        except FAILURES as error:
-            del sys.modules[name]
-            raise UserError(f"{path}: can't be run: {summary(error)}") from None
-    return sys.modules[name], code
+    except FAILURES as error:
+        del sys.modules[name]
+        raise error if isinstance(error, UserError) else UserError(f"{path}: can't be run: {summary(error)}") from None
+    _remember([module for module in modules.values() if module.name not in beside])
+    return module
 
 
-def _package(name: str) -> tuple[Any, str]:
+@contextmanager
+def _beside(folder: Path, modules: Mapping[str, Module], owner: str) -> Iterator[None]:
+    """The neighbours of a file are found first inside, and executed for this file alone: another folder may have some of the same names.
+
+    Afterwards they are known by a name of their own as well, by which a compiler finds them, and the folder is the last place to look in:
+    the file's functions may import when they are called.
+    """
+    tops = {name.partition(".")[0] for name in modules}
+    others = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in tops}
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+        late = {name: module for name, module in modules.items() if name not in sys.modules}
+        for name, module in late.items():
+            _refuse_ambiguous(name, module)
+        for name in [name for name in sys.modules if name.partition(".")[0] in tops]:
+            _refuse_ambiguous(name, modules.get(name))
+            loaded = sys.modules[name]
+            if hasattr(loaded, "__file__"):
+                vars(loaded)["__name__"] = f"{owner}.{name}"
+                sys.modules[f"{owner}.{name}"] = loaded
+        LATE.update({name: module.file for name, module in late.items()})
+    finally:
+        sys.path.remove(str(folder))
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+        sys.modules.update({name: other for name, other in others.items() if not str(other.__name__).startswith("flowdistill_given_")})
+
+
+LATE: dict[str, Path] = {}
+"""Name of a neighbour that is imported when a function is called -> its file: no second one of that name can be told from it then."""
+AS_IMPORTED: dict[str, str] = {}
+"""Name of a module of own code that is no neighbour -> the hash of its file when it was imported for a network."""
+
+
+def _refuse_ambiguous(name: str, module: Module | None) -> None:
+    other = LATE.get(name)
+    if module is not None and other not in (None, module.file) and other.is_file() and file_hash(other) != file_hash(module.file):
+        raise UserError(f"{module.file} and {other} are both imported as {name}, one of them inside of a function; rename one of the two")
+
+
+def _remember(modules: Iterable[Module]) -> None:
+    for module in modules:
+        if module.name in sys.modules:
+            AS_IMPORTED.setdefault(module.name, file_hash(module.file))
+
+
+def _refuse_changed(modules: Iterable[Module], what: str) -> None:
+    """What is imported once must be what lies on the disk.
+
+    Raises:
+        UserError: a module of that name was loaded from elsewhere, or it changed since.
+    """
+    for module in modules:
+        loaded = getattr(sys.modules.get(module.name), "__file__", None)
+        if loaded is not None and Path(loaded).resolve() != module.file.resolve():
+            raise UserError(
+                f"{what}: it imports {module.name} from {module.file}, but {loaded} of that name is loaded; rename one of the two"
+            )
+        if AS_IMPORTED.get(module.name, now := file_hash(module.file)) != now:
+            raise UserError(f"{what}: {module.file} changed since it was imported; begin a new process, in a notebook a new kernel")
+
+
+def _package(name: str) -> ModuleType:
+    modules = own_modules(name).values()
+    _refuse_changed(modules, name)
     try:
         module = importlib.import_module(name)
     except FAILURES as error:  # missing, or its own code
         raise UserError(f"{name}: can't be imported: {summary(error)}; write FILE.py:FUNCTION for a file") from None
-    file = getattr(module, "__file__", None)
-    return module, hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+    _remember(modules)
+    return module
 
 
 def _told(function: Callable[..., Any]) -> Make:
@@ -377,14 +486,31 @@ def _told(function: Callable[..., Any]) -> Make:
 
 
 def foreign(name: str) -> ForeignFactory:
-    """The factory of a name that is written as one of these; another one where the file has changed."""
-    file = Path(name.rpartition(":")[0])
-    return _factory(name, file.read_bytes() if file.suffix == ".py" and file.is_file() else b"")
+    """The factory of a name that is written as one of these; another one where its code has changed."""
+    return _factory(name, tuple(_code(name).items()))
+
+
+def _code(name: str) -> dict[str, str]:
+    """SHA-256 of each file of own code that a network needs."""
+    written = WRITTEN.fullmatch(name)
+    assert written is not None
+    where = written["where"]
+    if where in ("timm", "torchvision", "module"):
+        return {}
+    if not where.endswith(".py"):
+        return hashes(own_modules(where))
+    found = Path(where).expanduser()
+    return hashes(own_modules(found.resolve())) if found.is_file() else {}
+
+
+def _label(where: str) -> str:
+    """The name of the file that a network's name says, as its code is listed."""
+    return Path(where).name if where.endswith(".py") else f"{where.replace('.', '/')}.py"
 
 
 @functools.lru_cache(maxsize=64)
-def _factory(name: str, _content: bytes) -> ForeignFactory:
-    return ForeignFactory(name)
+def _factory(name: str, code: tuple[tuple[str, str], ...]) -> ForeignFactory:
+    return ForeignFactory(name, dict(code))
 
 
 FORMS[WRITTEN] = foreign

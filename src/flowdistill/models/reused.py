@@ -36,7 +36,7 @@ class Reused(ImageNetwork):
 
     def __init__(self, student: ImageNetwork, inputs: int, shape: tuple[int, int, int], classes: int, factor: int) -> None:
         super().__init__()
-        self.student, self.size = student, shape[1:]
+        self.student, self.size, self.taps_version = student, shape[1:], student.taps_version
         delattr(student, student.head)
         self.projector = projector(inputs, shape[0], factor)
         self.classifier = nn.Linear(shape[0], classes).requires_grad_(False)

@@ -1,8 +1,9 @@
 """Wide ResNets of Zagoruyko and Komodakis 2016 (arXiv 1605.07146), without dropout: depth 6n+4, width k.
 
-Blocks begin with batch normalisation and ReLU. A stage therefore ends in a plain sum, and the normalisation and ReLU of the layer
-after it turn that into the map which ``stage1`` gives; ``stage1.pre`` is that map before the ReLU. (The CRD benchmark's code takes the
-plain sums.) ``stem`` is after the ReLU of the first block.
+Blocks begin with batch normalisation and ReLU. A stage therefore ends in a plain sum, and ``stage1`` is that: the map that the authors of
+attention transfer, the CRD benchmark's code and mdistiller compare. What the layer after it makes of the sum are ``stage1.pre``, after its
+normalisation, and ``stage1.post``, after its ReLU too. In the same way ``stem`` is the plain first convolution, and ``stem.post`` is after
+the normalisation and ReLU of the first block. ``stage3.post`` is the map whose mean is the embedding.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class PreActivationBlock(nn.Module):
 class WideResNet(ImageNetwork):
     """Three stages of 16k, 32k and 64k channels at full, half and quarter size."""
 
+    taps_version = 2  # 1 had ``stage1.post`` under the name of ``stage1``, and ``stem.post`` under that of ``stem``
+
     def __init__(self, depth: int, width: int, channels: int, classes: int) -> None:
         super().__init__()
         blocks, widths = (depth - 4) // 6, (16, 16 * width, 32 * width, 64 * width)
@@ -46,10 +49,11 @@ class WideResNet(ImageNetwork):
         self.layer3 = self._stage(widths[2], widths[3], blocks, stride=2)
         self.bn1 = nn.BatchNorm2d(widths[3])
         self.fc = nn.Linear(widths[3], classes)
-        self.paths, self.norms = {"stem": "layer1.0.bn1"}, {}
+        self.paths, self.norms = {"stem": "conv1", "stem.post": "layer1.0.bn1"}, {}
         for stage in (1, 2, 3):
             end = f"layer{stage + 1}.0.bn1" if stage < 3 else "bn1"
-            self.paths |= {f"stage{stage}.first": f"layer{stage}.0.bn2", f"stage{stage}.pre": end, f"stage{stage}": end}
+            self.paths |= {f"stage{stage}.first": f"layer{stage}.0.bn2", f"stage{stage}": f"layer{stage}.{blocks - 1}"}
+            self.paths |= {f"stage{stage}.pre": end, f"stage{stage}.post": end}
             self.norms |= {f"stage{stage}.pre": end}
 
     @staticmethod
@@ -61,7 +65,7 @@ class WideResNet(ImageNetwork):
         stages = by_stage(self.layer1, self.layer2, self.layer3)
         x = self.conv1(images)
         activated = F.relu(stages[0][0].bn1(x))
-        maps = {"stem": activated}
+        maps = {"stem": x, "stem.post": activated}
         for number, stage in enumerate(stages, 1):
             for position, block in enumerate(stage):
                 x, first = block(x, activated)
@@ -72,7 +76,7 @@ class WideResNet(ImageNetwork):
                 if position == 0:
                     maps[f"stage{number}.first"] = first
                 if last:
-                    maps[f"stage{number}.pre"], maps[f"stage{number}"] = normalised, activated
+                    maps |= {f"stage{number}": x, f"stage{number}.pre": normalised, f"stage{number}.post": activated}
         return maps, activated
 
 

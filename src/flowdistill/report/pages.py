@@ -29,6 +29,7 @@ def runs_list(runs: Sequence[Run], format_: str) -> str:
 def run_page(run: Run, curve: Sequence[Epoch], format_: str) -> str:
     """Config, curve and environment of a run; json is an array of one object with the curve inside, csv the curve alone."""
     facts = dataclasses.asdict(run)
+    networks = {role: {key: value for key, value in network.items() if key != "answers"} for role, network in (run.networks or {}).items()}
     if format_ == "json":
         return render([facts | {"curve": [dataclasses.asdict(epoch) for epoch in curve]}], "json", ())
     terms = list(dict.fromkeys(term for epoch in curve for term in epoch.terms))
@@ -36,7 +37,8 @@ def run_page(run: Run, curve: Sequence[Epoch], format_: str) -> str:
     table = render(points, format_, ("epoch", "phase", "lr", "acc", *terms, "seconds"))
     if format_ == "csv":
         return table
-    rows = [{"fact": name, "value": json.dumps(value) if isinstance(value, dict) else value} for name, value in facts.items()]
+    short = facts | {"networks": networks or None}  # the answers are many numbers
+    rows = [{"fact": name, "value": json.dumps(value) if isinstance(value, dict) else value} for name, value in short.items()]
     return f"{render(rows, format_, ('fact', 'value'))}\n\n{table}"
 
 

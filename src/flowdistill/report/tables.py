@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..checks import UserError
-from ..ledger import Run, baseline_key, newest
+from ..ledger import Run, baseline_key, flattened, is_baseline, newest
 from ..stats import CONFIDENCE, LEAST_N, Difference, sample_std, welch
 
 Row = Mapping[str, Any]
@@ -125,16 +125,9 @@ def _notes(run: Run, among: Sequence[Run]) -> list[str]:
 
 
 def _differing(run: Run, among: Sequence[Run]) -> list[str]:
-    flat = [_flatten(other.config) for other in among]
-    mine, keys = _flatten(run.config), {key for values in flat for key in values} - {"seed", "data.root"}
+    flat = [flattened(other.config) for other in among]
+    mine, keys = flattened(run.config), {key for values in flat for key in values} - {"seed", "data.root"}
     return [f"{key}={mine.get(key)}" for key in sorted(keys) if len({json.dumps(values.get(key)) for values in flat}) > 1]
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def log_rows(group_: Group) -> list[Row]:
@@ -199,13 +192,12 @@ def summary_rows(runs: Sequence[Run], protocol: str, only: Mapping[str, str] | N
     ``only`` (column -> value) chooses rows; the baselines they are compared with may be others.
     """
     groups = group(runs, protocol)
-    bases = {baseline_key(g.first): g for g in reversed(groups) if g.first.method == "base" and not g.first.variant}
+    bases = {baseline_key(g.first): g for g in reversed(groups) if is_baseline(g.first)}
     shown = [g for g in groups if all(getattr(g.first, column) == value for column, value in (only or {}).items())]
     rows = []
     for group_ in shown:
         alike = [g.first for g in shown if (g.first.method, g.first.variant, pair(g.first)) == _row_key(group_.first)]
-        alone = group_.first.method == "base" and not group_.first.variant
-        base = None if alone else bases.get(baseline_key(group_.first))
+        base = None if is_baseline(group_.first) else bases.get(baseline_key(group_.first))
         reference = base.accuracies if base else []
         rows.append(
             {

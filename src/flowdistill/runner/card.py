@@ -22,11 +22,12 @@ from ..data.normalisation import Normalisation
 from ..data.sources import load
 from ..device import describe, resolve_precision, sensible_threads, synchronize, threads
 from ..env import processor
-from ..ledger import Ledger, Run, baseline_key
+from ..ledger import Ledger, Run, baseline_key, is_baseline
 from ..models import Network
 from ..stats import Agreement, agreement, calibration_error, negative_log_likelihood
 from ..training.evaluate import predict
-from .networks import STUDENT_FILE, NetworkRef, recorded_teacher, resolve
+from .integrity import STUDENT_FILE
+from .networks import NetworkRef, recorded_teacher, resolve
 
 TEACHER, STUDENT, ALONE = "teacher", "student", "student alone"
 WARM_UP = 10  # forward passes that are not timed
@@ -194,7 +195,7 @@ def baseline(run: Run, ledger: Ledger) -> Run | None:
     """The newest finished ``base`` run of the run's student, data, split and recipe whose file is there; None for a ``base`` run itself."""
     if run.method == "base":
         return None
-    found = [one for one in ledger.runs(status="finished", method="base", variant="") if baseline_key(one) == baseline_key(run)]
+    found = [one for one in ledger.runs(status="finished", method="base") if is_baseline(one) and baseline_key(one) == baseline_key(run)]
     return next((one for one in reversed(found) if (ledger.run_folder(one.no) / STUDENT_FILE).is_file()), None)
 
 
@@ -254,7 +255,7 @@ def _data(run: Run, config: RunConfig) -> ImageData:
 def _teacher(run: Run, ledger: Ledger) -> NetworkRef | None:
     teacher = recorded_teacher(run, ledger)
     if teacher and teacher.fingerprint != run.teacher_fingerprint:
-        raise UserError(f"run {run.no}: its teacher {run.config['teacher']} is not the one that it learned from; put the old one back")
+        ledger.changes.meet(f"run {run.no}: its teacher {run.config['teacher']} is not the one that it learned from")
     return teacher
 
 

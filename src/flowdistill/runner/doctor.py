@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from .. import models
 from ..checks import UserError
 from ..config import RunConfig
 from ..data.images import ImageData
@@ -21,6 +22,7 @@ from ..training.cohort import first_gradients, seconds_per_epoch
 from .answers import another_normalisation, another_order, ask, given, listed, sample
 from .assemble import GRADIENT_LIMIT
 from .estimate import unmeasured
+from .identity import Identities
 from .networks import NetworkRef
 from .pairing import compared
 from .plan import Job, checked, drafts
@@ -126,6 +128,13 @@ def _of_data(data: ImageData) -> Finding:
 
 def _of_student(job: Job, data: DeviceData) -> Iterator[Finding]:
     yield Finding("student", "ok", f"{job.student.model}: {_parameters(job.student, job):,} parameters; {_seen(job.student, data)}")
+    if altered := _altered(job.student, job):
+        yield Finding("student", "wrong", f"{job.student.model}: {altered}")
+
+
+def _altered(network: NetworkRef, job: Job) -> str:
+    """Why what it answers are no logits, or empty."""
+    return models.spec(network.model, network.seen(job.data.spec)).altered
 
 
 def _parameters(network: NetworkRef, job: Job) -> int:
@@ -147,6 +156,8 @@ def _of_teacher(job: Job, teacher: NetworkRef, data: DeviceData) -> Iterator[Fin
     ours, theirs, name = _parameters(job.student, job), _parameters(teacher, job), f"{teacher.model} ({teacher.origin})"
     share = f"the student has {ours / theirs:.2f} of them" if ours < theirs else "the student has no fewer"
     yield Finding("teacher", "ok" if ours < theirs else "look", f"{name}: {theirs:,} parameters, {share}; {_seen(teacher, data)}")
+    if altered := _altered(teacher, job):
+        yield Finding("teacher", "look", f"{teacher.model}: {altered}; methods on logits refuse it")
     if teacher.weights is None:
         return
     if other := teacher.other_classes(job.data):
@@ -182,7 +193,7 @@ def _of_method(group: Sequence[Job], ledger: Ledger, data: DeviceData) -> Iterat
         needs, pairing = job.method().needs, job.pairing
         if pairing and needs.student:
             yield Finding(f"{name}: taps", "ok", "; ".join(line.strip() for line in compared(pairing, needs.student, needs.teacher)))
-        ready = [checked(one, ledger) for one in group]
+        ready = [checked(one, Identities(ledger)) for one in group]
     except UserError as error:
         yield Finding(f"{name}: taps", "wrong", str(error))
         return

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .. import models
-from ..checks import UserError
+from ..checks import Changes, UserError
 from ..config import DataConfig, parse_as
 from ..data.given import GivenData
 from ..data.images import ImageData
 from ..data.loader import labelled
 from ..data.normalisation import Normalisation
 from ..data.sources import load
-from ..device import resolve_precision
+from ..device import Precision, describe, resolve_precision
+from ..env import processor
 from ..ledger import Ledger
 from ..models import Network
 from ..models.front import View, front
 from ..taps import DataSpec
 from ..training.evaluate import evaluate as measure
 from ..training.weights import fill, load_weights, refuse_misfit
-from .networks import STUDENT_FILE, run_number
+from .integrity import STUDENT_FILE, meet_changes, meet_damage, newer
+from .networks import run_number
 
 Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
 
@@ -73,7 +76,14 @@ class About(Taken):
 
 
 class Measured(NamedTuple):
-    """A network's accuracy on a test set, and the arithmetic that it was measured in."""
+    """A network's accuracy on a test set.
+
+    Attributes:
+        precision: the arithmetic that it was measured in.
+        recorded: percent, as the run measured it; None on other data.
+        data: whether it is that of the run.
+        verdict: ``as recorded``, or by how many points it differs and what is another than it was.
+    """
 
     model: str
     dataset: str
@@ -83,24 +93,40 @@ class Measured(NamedTuple):
     precision: str
     recorded: float | None
     data: str
+    verdict: str
 
 
-def weights_path(target: str, runs: Path) -> Path:
-    """The weights file of a run's number, below the ledger's folder, or the file itself."""
+class Named(NamedTuple):
+    """A student's file that was named, and what of it was accepted though it is not what was recorded."""
+
+    path: Path
+    changed: str = ""
+
+
+def weights_path(target: str, runs: Path, changes: Changes | None = None) -> Named:
+    """The weights file of a run's number, below the ledger's folder, or the file itself.
+
+    Raises:
+        UserError: no such run, or its file is not what it wrote and that is not accepted.
+    """
     number = run_number(target)
     if number is None:
-        return Path(target)
-    ledger = Ledger(runs)
-    return ledger.run_folder(ledger.run(number).no) / STUDENT_FILE
+        return Named(Path(target))
+    ledger = Ledger(runs, changes=changes)
+    run = ledger.run(number)
+    changed = meet_damage(run, ledger) if run.status == "finished" else ""
+    return Named(ledger.run_folder(run.no) / STUDENT_FILE, changed)
 
 
-def load_network(path: Path) -> tuple[Network, About]:
+def load_network(path: Path, changes: Changes | None = None) -> tuple[Network, About]:
     """A student from its file alone, in eval mode, with what the file says of it.
 
     Raises:
-        UserError: not a file that this package wrote, or damaged.
+        UserError: not a file that this package wrote, or damaged; or its network answers otherwise than when it was trained, and that
+            is not accepted.
     """
-    weights, told = load_weights(path)
+    changes = changes or Changes()
+    weights, told = load_weights(path, changes)
     if not {name for name, field in About.model_fields.items() if field.is_required()} <= told.keys():
         raise UserError(f"weights file {path} does not say its model and data; evaluate a run's student.safetensors or a run's number")
     try:
@@ -116,6 +142,7 @@ def load_network(path: Path) -> tuple[Network, About]:
     fill(net, weights, str(path))
     net.front = front(about.view, own.view)
     net.about = told
+    net.changed = meet_changes(str(path), about.model, spec, weights, told, changes)
     return net.eval(), about
 
 
@@ -141,15 +168,25 @@ def load_fitting(path: Path, about: About, dataset: str | None) -> ImageData:
 
 
 def evaluate(
-    path: Path, device: torch.device, *, dataset: str | None = None, precision: str | None = None, workers: int | None = None
+    path: Path,
+    device: torch.device,
+    *,
+    dataset: str | None = None,
+    precision: str | None = None,
+    workers: int | None = None,
+    changed: str = "",
+    changes: Changes | None = None,
 ) -> Measured:
     """Accuracy on all test images, with the normalisation and, unless told otherwise, the data and precision of training.
+
+    Args:
+        changed: what of the file is known to be another than was recorded.
 
     Raises:
         UserError: the file or the data can't be read, the data has other sizes, classes or names of classes, or the network's logits
             are not finite.
     """
-    net, about = load_network(path)
+    net, about = load_network(path, changes)
     data = load_fitting(path, about, dataset)
     net = net.on(device)
     test = labelled(data.x_test, data.y_test, Normalisation(about.mean, about.std).on(device), device, workers)
@@ -159,13 +196,36 @@ def evaluate(
         raise UserError(f"{path}: its logits are not finite for {broken:,} of {images:,} test images; is the file whole?")
     correct = int(found.correct)
     same = data.hash() == about.data_hash
+    accuracy, recorded = 100 * correct / images, 100 * about.correct / about.images
+    why = ", ".join(_others(about, net.about, device, arithmetic, changed or net.changed))
     return Measured(
         model=about.model,
         dataset=data.name,
         images=images,
         correct=correct,
-        accuracy=100 * correct / images,
+        accuracy=accuracy,
         precision=arithmetic,
-        recorded=100 * about.correct / about.images if same else None,
+        recorded=recorded if same else None,
         data="as trained" if same else "other than trained on",
+        verdict=_verdict(accuracy - recorded, why, verified="network" in net.about) if same else "not comparable: other data",
     )
+
+
+def _verdict(points: float, why: str, *, verified: bool) -> str:
+    if points:
+        return f"differs by {points:+.2f} points ({why or 'for no reason that is on record'})"
+    return "as recorded" if verified else "as recorded (its code and answers are not verified: no record of them)"
+
+
+def _others(about: About, told: Mapping[str, Any], device: torch.device, precision: Precision, changed: str) -> Iterator[str]:
+    """What may be why a student is measured otherwise than it was."""
+    if changed:
+        yield changed
+    if precision != about.precision:
+        yield f"{precision}, was {about.precision}"
+    if told.get("device", describe(device)) != describe(device):
+        yield f"another device: {describe(device)}, was {told['device']}"
+    if told.get("processor", processor()) != processor():
+        yield f"another processor: {processor()}, was {told['processor']}"
+    if other := newer(told.get("network", {}).get("versions", {})):
+        yield other.removeprefix("; ")

@@ -20,6 +20,7 @@ from ..training import checkpoint
 from ..training.cohort import Cohort, train
 from ..training.step import Student
 from .assemble import Member, check_start, prepare
+from .integrity import missing
 from .plan import Job, other_side, plan, recorded
 from .record import finish, now, record_epoch, row, told
 from .watcher import Watcher
@@ -48,7 +49,12 @@ def run(
     watcher, started = watcher or Watcher(), time.perf_counter()
     jobs = plan(configs, ledger, device)
     todo = {job.key: job for job in jobs}
+    for line in dict.fromkeys(network.remark for job in jobs for network in job.networks.values() if network.remark):
+        watcher.say(line)
     known = {} if again else _known(jobs, ledger)
+    for line in [] if again else dict.fromkeys(_lost(job, ledger) for job in jobs if job.key not in known):
+        if line:
+            watcher.say(line)
     for key, found in known.items():
         if found.status == "running":
             raise UserError(f"{todo[key].label}: another process trains it as run {found.no}; wait for that, or repeat it with --again")
@@ -101,10 +107,19 @@ def _cut_off(one: Run) -> Run:
 
 
 def before(job: Job, ledger: Ledger) -> Run | None:
-    """The newest run that did this job, or else the newest that began it; a failed one counts for nothing."""
+    """The newest run that did this job, or else the newest that began it; a failed one counts for nothing, nor does a finished one whose
+    files are gone, or are not those that it wrote.
+    """
     found = ledger.runs(fingerprint=job.fingerprint, seed=job.config.seed)
-    ranked = [one for one in found if one.status == "finished"] or [one for one in found if one.status != "failed"]
+    done = [one for one in found if one.status == "finished" and not missing(one, ledger)]
+    ranked = done or [one for one in found if one.status not in ("failed", "finished")]
     return ranked[-1] if ranked else None
+
+
+def _lost(job: Job, ledger: Ledger) -> str:
+    """Of a job that is done again, which run did it and why that does not count; else empty."""
+    finished = ledger.runs(fingerprint=job.fingerprint, seed=job.config.seed, status="finished")
+    return f"run {finished[-1].no} finished, but its {missing(finished[-1], ledger)}: trained anew" if finished else ""
 
 
 def _known(jobs: Sequence[Job], ledger: Ledger) -> dict[tuple[str, int], Run]:

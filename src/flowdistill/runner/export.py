@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..checks import UserError, obstacle, summary
+from ..checks import Changes, UserError, obstacle, summary
 from ..data.images import ImageData, Images
 from ..data.loader import labelled
 from ..data.normalisation import Normalisation
 from ..data.sources import stratified
 from ..models import Network
+from ..training.step import answering
 from ..training.weights import refuse_misfit, serialised, write_whole
 from .evaluate import About, load_fitting, load_network
 
@@ -90,7 +91,9 @@ class Exported(NamedTuple):
     accuracy_int8: float | None = None
 
 
-def export(path: Path, to: str, *, out: Path | None = None, dataset: str | None = None, int8: bool = False) -> Exported:
+def export(
+    path: Path, to: str, *, out: Path | None = None, dataset: str | None = None, int8: bool = False, changes: Changes | None = None
+) -> Exported:
     """Write a student's file in another format; its answers to test images are compared with the network's first.
 
     Args:
@@ -109,11 +112,15 @@ def export(path: Path, to: str, *, out: Path | None = None, dataset: str | None 
     if int8 and to != "onnx":
         raise UserError(f"--int8 with --to {to}: only ONNX files are quantised; use --to onnx, or leave --int8 out")
     _refuse_missing(to, form.needs)
-    net, about = load_network(path)
+    net, about = load_network(path, changes)
     out = path.with_suffix(".int8.onnx" if int8 else form.suffix) if out is None else out.expanduser()
     _refuse_place(out, path)
     data = load_fitting(path, about, dataset)
     images = torch.from_numpy(data.x_test[:IMAGES])
+    if to == "onnx" and net.draws_always:
+        raise UserError(
+            f"{about.model} draws random numbers in eval mode, which an ONNX file can't do alike; use --to torch-export or safetensors"
+        )
     program, told = Program(net, Normalisation(about.mean, about.std)), metadata(net, about)
     content = form.write(program, images[:1], told)
     answer = form.read(content, program)
@@ -150,14 +157,25 @@ def metadata(net: Network, about: About) -> dict[str, str]:
 def compare(program: Program, answer: Answer, images: Tensor, to: str) -> tuple[float, float]:
     """The largest absolute difference of a logit, in a batch of all images and in batches of one, and how much is allowed.
 
+    A network that draws random numbers in eval mode draws the same in both, and one whose buffers move then begins from the same.
+
     Raises:
         DeviationError: more than is allowed, or another most probable class.
     """
-    expected = program(images)
-    allowed = TOLERANCE * expected.abs().max().item()
-    answers = [answer(images), torch.cat([answer(image[None]) for image in images])]
-    difference = max((found - expected).abs().max().item() for found in answers)
-    changed = max(int((found.argmax(1) != expected.argmax(1)).sum()) for found in answers)
+
+    def ask(one: Answer, batches: Sequence[Tensor]) -> Tensor:
+        answers = []
+        for step, batch in enumerate(batches):
+            with answering(program.net, "export", step, images.device):
+                answers.append(one(batch))
+        return torch.cat(answers)
+
+    alone = program.net.draws_always or program.net.unsettled  # then an image is answered otherwise than among others
+    expected = ask(program, [images])
+    allowed, ones = TOLERANCE * expected.abs().max().item(), [image[None] for image in images]
+    pairs = [(ask(answer, [images]), expected), (ask(answer, ones), ask(program, ones) if alone else expected)]
+    difference = max((found - right).abs().max().item() for found, right in pairs)
+    changed = max(int((found.argmax(1) != right.argmax(1)).sum()) for found, right in pairs)
     if changed or not difference <= allowed:  # NaN is no agreement
         raise DeviationError(
             f"the {to} file does not answer as the network does: on {len(images)} test images a logit differs by {difference:.2g} "
@@ -188,7 +206,14 @@ def _read_safetensors(content: bytes, program: Program) -> Answer:
     refuse_misfit(program.net, weights, "the file")
     body = next(path for path, module in program.named_modules() if module is program.net.body)
     tensors = {f"{body}.{name}": value for name, value in weights.items()}
-    return lambda images: functional_call(program, tensors, images, tie_weights=False)  # no copy: old weight norms refuse one
+    given = dict(program.named_parameters(remove_duplicate=False))
+
+    def answer(images: Tensor) -> Tensor:
+        own = {name: value if name in given else value.clone() for name, value in tensors.items()}  # buffers may move
+        logits: Tensor = functional_call(program, own, images, tie_weights=False)  # no copy of it: old weight norms refuse one
+        return logits
+
+    return answer
 
 
 def _traced(program: Program, image: Tensor) -> torch.export.ExportedProgram:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .. import models
-from ..checks import UserError
+from ..checks import Changes, UserError
 from ..config import DataConfig, InputConfig, Role, RunConfig, validate
 from ..data.images import ImageData
 from ..data.normalisation import Normalisation
@@ -22,8 +22,7 @@ from ..models.foreign import is_foreign
 from ..models.front import View, front
 from ..taps import DataSpec, NetSpec
 from ..training.weights import fill, hash_weights, load_weights
-
-STUDENT_FILE = "student.safetensors"
+from .integrity import STUDENT_FILE, meet_changes, meet_damage
 
 
 class Saw(NamedTuple):
@@ -138,30 +137,34 @@ def resolve(reference: str, ledger: Ledger) -> NetworkRef:
     if (number := run_number(reference)) is not None:
         run = ledger.run(number)
         return _of_run(run, ledger, f"{run.fingerprint}/{run.seed}")
-    return named(reference)
+    return named(reference, ledger.changes)
 
 
-def named(reference: str) -> NetworkRef:
+def named(reference: str, changes: Changes | None = None) -> NetworkRef:
     """What a reference means that is no run's number.
 
     Raises:
-        UserError: no such model or file, or a file that does not say its model.
+        UserError: no such model or file, a file that does not say its model, or one that is not what was written, or whose network is
+            another now.
     """
+    changes = changes or Changes()
     model, at, path = reference.partition("@")
     if at:
-        return _from_file(Path(path), models.canonical(model))
+        return _from_file(Path(path), models.canonical(model), changes)
     if is_foreign(reference):
         return NetworkRef(models.canonical(reference))
     if "/" in reference or Path(reference).suffix in (".safetensors", ".pt", ".pth"):
-        return _from_file(Path(reference), None)
+        return _from_file(Path(reference), None, changes)
     return NetworkRef(models.canonical(reference))
 
 
-def _from_file(path: Path, model: str | None) -> NetworkRef:
-    weights, about = load_weights(path)
+def _from_file(path: Path, model: str | None, changes: Changes) -> NetworkRef:
+    weights, about = load_weights(path, changes)
     named = model or about.get("model")
     if not isinstance(named, str) or not named:
         raise UserError(f"weights file {path} does not say its model; write MODEL@{path} with one of: {', '.join(models.MODELS)}")
+    if about.get("model") == named and (sizes := trained_on(about)) is not None:
+        meet_changes(str(path), named, sizes, weights, about, changes)
     return NetworkRef(
         model=models.canonical(named),
         weights=weights,
@@ -191,6 +194,14 @@ def _view(about: Mapping[str, Any]) -> View | None:
         return None
 
 
+def trained_on(about: Mapping[str, Any]) -> DataSpec | None:
+    """The sizes of the images and the classes that a file's network itself takes; None where it does not say."""
+    view, classes = _view(about), about.get("classes")
+    if view is None or not isinstance(classes, int):
+        return None
+    return DataSpec("", 0, classes, view.channels or 0, view.height or 0, view.width or 0)
+
+
 def _labels(about: Mapping[str, Any]) -> tuple[str, ...]:
     labels = about.get("labels")
     return tuple(map(str, labels)) if isinstance(labels, list) else ()
@@ -199,7 +210,12 @@ def _labels(about: Mapping[str, Any]) -> tuple[str, ...]:
 def _of_run(run: Run, ledger: Ledger, fingerprint: str) -> NetworkRef:
     if run.status != "finished":
         raise UserError(f"run {run.no} is {run.status}, not finished; choose a finished one (flowdistill runs)")
-    weights, about = load_weights(ledger.run_folder(run.no) / STUDENT_FILE)
+    damage = meet_damage(run, ledger)
+    weights, about = load_weights(ledger.run_folder(run.no) / STUDENT_FILE, ledger.changes)
+    sizes = trained_on(about)
+    other = meet_changes(f"run {run.no}", about["model"], sizes, weights, about, ledger.changes) if sizes is not None else ""
+    if damage or other:  # it was accepted, and is not the network whose fingerprint that is
+        fingerprint = f"file:{hash_weights(weights)}/{other}"
     saw = Saw(run.config["data"]["name"], run.split, run.data_hash)
     labels, origin, view = _labels(about), f"run {run.no}", _view(about) or View()
     return NetworkRef(about["model"], weights, run.no, fingerprint, run.init_hash, saw, labels, origin, view=view)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 
 from .. import methods, models
 from ..checks import UserError
-from ..config import DataConfig, RunConfig, validate
-from ..data.images import ImageData, Unlabelled
+from ..config import DataConfig, Role, RunConfig, validate
+from ..data.images import ImageData
 from ..data.loader import trained_positions
 from ..data.sources import load, load_unlabelled
 from ..device import Precision, resolve_precision
@@ -25,7 +25,9 @@ from ..models.front import View
 from ..randomness import derive, seeded
 from ..taps import NetSpec
 from ..training.weights import hash_weights
-from .networks import NetworkRef, Wanted, as_configured, choose_teacher, first_weights, recorded_teacher, refuse_contaminated, resolve
+from .identity import Identities, Identity
+from .integrity import changed_files
+from .networks import NetworkRef, Wanted, as_configured, choose_teacher, first_weights, recorded_teacher, refuse_contaminated
 from .pairing import Pairing, pair
 
 
@@ -37,6 +39,7 @@ class Job:
         config: with every default filled in.
         init_hash: of the student's initial weights.
         fingerprint: what the run's numbers depend on, without the seed.
+        networks: student and teacher, by role, as they are now.
     """
 
     config: RunConfig
@@ -48,6 +51,7 @@ class Job:
     precision: Precision
     init_hash: str
     fingerprint: str
+    networks: Mapping[str, Identity] = field(default_factory=dict)
 
     @property
     def phase_epochs(self) -> tuple[int, ...]:
@@ -169,7 +173,8 @@ def plan(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device, *, 
     Raises:
         UserError: the first config that can't be run.
     """
-    return [checked(job, ledger) for job in drafts(configs, ledger, device, stand_in=stand_in)]
+    known = Identities(ledger)
+    return [checked(job, known) for job in drafts(configs, ledger, device, stand_in=stand_in)]
 
 
 def drafts(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device, *, stand_in: bool = False) -> list[Job]:
@@ -225,7 +230,7 @@ def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[
     Raises:
         UserError: something that the numbers depend on has changed since.
     """
-    load_once = _Loader()
+    load_once, known = _Loader(), Identities(ledger)
     jobs = []
     for run in runs:
         config = validate(run.config)
@@ -245,11 +250,12 @@ def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[
             )
         student = as_configured(first_weights(config, ledger), config, "student").on(data)
         teacher = recorded_teacher(run, ledger)
-        job = checked(_job(config, _settled(config), student, teacher, data, data_hash, _initial(student, data, config), device), ledger)
+        job = checked(_job(config, _settled(config), student, teacher, data, data_hash, _initial(student, data, config), device), known)
+        if run.fingerprint != job.fingerprint and run.networks is None and run.fingerprint == _as_recorded(job):
+            job = replace(job, fingerprint=run.fingerprint)
         if job.fingerprint != run.fingerprint:
             raise UserError(
-                f"run {run.no} can't be resumed: its teacher, its first weights, its unlabelled images, the names of its classes or the "
-                f"version of its method is not what it began with; train it anew with the command that began it and --again"
+                f"run {run.no} can't be resumed: {_what_changed(job, run)}; train it anew with the command that began it and --again"
             )
         jobs.append(job)
     return jobs
@@ -376,6 +382,7 @@ def _job(
         update={
             "method": settled.name,
             "teacher": config.teacher if teacher else None,
+            **({} if teacher else {key: _of_student(getattr(config, key)) for key in ("taps", "inputs")}),
             "data": config.data.model_copy(update=_resolved(data)),
             "train": config.train.model_copy(update={"precision": precision}),
             "options": {name: options.model_dump() for name, options in settled.options.items()},
@@ -385,25 +392,48 @@ def _job(
     return Job(resolved, data, data_hash, settled, student, teacher, precision, init_hash, "")
 
 
-def checked(job: Job, ledger: Ledger) -> Job:
-    """The job with its fingerprint.
+def checked(job: Job, known: Identities) -> Job:
+    """The job with its fingerprint, and without the taps that nothing looks at.
 
     Raises:
         UserError: its method can't work with this pair.
     """
-    peer = resolve(job.config.peer, ledger) if job.config.peer is not None else None
-    fingerprint = _fingerprint(
-        job.config,
-        job.settled,
-        job.student,
-        job.teacher,
-        job.data_hash,
-        peer=peer,
-        unlabelled=job.data.unlabelled,
-        taps=_compared(job, job.method().needs),
-        class_names=job.data.class_names,
-    )
-    return replace(job, fingerprint=fingerprint)
+    method = job.method()
+    needs = method.needs
+    if not (needs.student or needs.teacher):
+        job = replace(job, config=job.config.model_copy(update={"taps": {}}))
+    networks = {"student": known(job.student, job.data.spec, trains=True)}
+    if job.teacher is not None:
+        networks["teacher"] = known(job.teacher, job.data.spec, trains=False)
+    covered = {role: network.covered for role, network in networks.items()}
+    if job.config.peer is not None:
+        made_of = models.made_of(job.config.peer, job.student.seen(job.data.spec))
+        covered["peer"] = [made_of] if made_of else []
+    return replace(job, networks=networks, fingerprint=_fingerprint(job, needs, method.versions, covered))
+
+
+def _as_recorded(job: Job) -> str:
+    """The fingerprint that version 0.1.0 gave this job: of code it knew the file that was named alone."""
+    named = {"student": job.student.model, "teacher": job.teacher and job.teacher.model, "peer": job.config.peer}
+    files = {role: models.factory(model).file_code for role, model in named.items() if model}
+    method = job.method()
+    return _fingerprint(job, method.needs, method.versions, {role: [code] if code else [] for role, code in files.items()})
+
+
+def _what_changed(job: Job, run: Run) -> str:
+    """Why a run can't go on as it began."""
+    for role, then in (run.networks or {}).items():
+        if role in job.networks and (changed := ", ".join(changed_files(then["code"], job.networks[role].code))):
+            return f"{changed} since it began"
+        if role in job.networks and job.networks[role].remark:
+            return job.networks[role].remark
+    those = "its teacher, its first weights, its unlabelled images, the names of its classes"
+    return f"{those}, or the version of its method or of its networks' taps is not what it began with"
+
+
+def _of_student(table: Mapping[Role, Any]) -> dict[Role, Any]:
+    """Of a table by role what a run without a teacher uses."""
+    return {role: value for role, value in table.items() if role == "student"}
 
 
 def _resolved(data: ImageData) -> dict[str, Any]:
@@ -412,23 +442,19 @@ def _resolved(data: ImageData) -> dict[str, Any]:
     return {"pad": data.pad, "flip": data.flip, "crop": crop} | ({"stream": True} if data.streamed else {})
 
 
-def _fingerprint(
-    config: RunConfig,
-    settled: Settled,
-    student: NetworkRef,
-    teacher: NetworkRef | None,
-    data_hash: str,
-    *,
-    peer: NetworkRef | None = None,
-    unlabelled: Unlabelled | None = None,
-    taps: Sequence[Sequence[str]] = (),
-    class_names: Sequence[str] = (),
-) -> str:
+def _fingerprint(job: Job, needs: Needs, versions: Mapping[str, int], made_of: Mapping[str, list[Any]]) -> str:
+    """What a run's numbers depend on, without the seed.
+
+    Args:
+        needs, versions: of the method, for this pair.
+        made_of: by role, what of a network its name and weights do not say.
+    """
+    config, student, teacher, unlabelled = job.config, job.student, job.teacher, job.data.unlabelled
     covered: dict[str, Any] = {
-        "student": _covered(student),
-        "teacher": _covered(teacher) if teacher else None,
-        "data": [data_hash, config.data.pad, config.data.flip, *config.data.model_dump(include={"crop", "randaugment"}).values()],
-        "method": settled.versions,
+        "student": _covered(student, made_of["student"]),
+        "teacher": _covered(teacher, made_of["teacher"]) if teacher else None,
+        "data": [job.data_hash, config.data.pad, config.data.flip, *config.data.model_dump(include={"crop", "randaugment"}).values()],
+        "method": versions,
         "options": config.options,
         "weights": config.weights,
         "train": config.train.model_dump(),
@@ -436,18 +462,20 @@ def _fingerprint(
     }
     if student.init:
         covered["init_from"] = student.init
-    if teacher and (sees := _other_images(teacher, data_hash, config.split)):
+    if teacher and (sees := _other_images(teacher, job.data_hash, config.split)):
         covered["sees"] = sees
     if config.inputs:
         covered["inputs"] = {role: own.model_dump() for role, own in config.inputs.items()}
-    if taps:
+    if taps := _compared(job, needs):
         covered["taps"] = taps
-    if peer is not None:
-        covered["peer"] = [*_covered(peer), config.side]
+    if newer := _versions_of_taps(job, needs):
+        covered["versions of taps"] = newer
+    if config.peer is not None:
+        covered["peer"] = [models.canonical(config.peer), "", *made_of["peer"], config.side]
     if unlabelled is not None:
         covered["unlabelled"] = unlabelled.hash
-    if list(class_names) != [str(number) for number in range(len(class_names))]:
-        covered["classes"] = class_names
+    if list(job.data.class_names) != [str(number) for number in range(len(job.data.class_names))]:
+        covered["classes"] = job.data.class_names
     return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
 
 
@@ -468,9 +496,14 @@ def _compared(job: Job, needs: Needs) -> list[list[str]]:
     return [[net.name, tap.name, tap.module, tap.own] for net, tap in found]
 
 
-def _covered(network: NetworkRef) -> list[str]:
-    code = models.code(network.model)
-    return [network.model, network.fingerprint, *([code] if code else [])]
+def _versions_of_taps(job: Job, needs: Needs) -> dict[str, int]:
+    """By role, where taps are compared and their names gave other maps before."""
+    given = {"student": (job.student_taps, needs.student)} | ({"teacher": (job.pairing.teacher, needs.teacher)} if job.pairing else {})
+    return {role: net.version for role, (net, names) in given.items() if names and net.version > 1}
+
+
+def _covered(network: NetworkRef, made_of: Sequence[Any]) -> list[Any]:
+    return [network.model, network.fingerprint, *made_of]
 
 
 def cohorts(jobs: Sequence[Job]) -> list[list[Job]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -13,15 +12,16 @@ import numpy as np
 import torch
 
 from ..data.supply import Supply
-from ..device import peak_memory
-from ..env import versions
+from ..device import describe, peak_memory
+from ..env import processor, versions
 from ..ledger import Epoch, Ledger, Run
 from ..models import Network
 from ..training.cohort import Cohort, EpochReport
 from ..training.evaluate import Evaluation, evaluate
 from ..training.weights import hash_weights, save_weights, write_whole
 from .assemble import Member
-from .networks import STUDENT_FILE
+from .integrity import PREDICTIONS, STUDENT_FILE, listed, made_with, write_record
+from .networks import trained_on
 from .plan import Job
 from .watcher import Report, Watcher
 
@@ -50,6 +50,7 @@ def row(member: Member) -> dict[str, Any]:
         "precision": job.precision,
         "deterministic": int(torch.are_deterministic_algorithms_enabled()),
         "init_hash": job.init_hash,
+        "networks": {role: network.record for role, network in job.networks.items()},
         "parameters": sum(p.numel() for p in member.student.net.parameters()),
         "versions": versions(),
         "started": now(),
@@ -100,8 +101,11 @@ def finish(member: Member, cohort: Cohort, ledger: Ledger, device: torch.device)
     weights = student.net.state_dict()
     folder = ledger.run_folder(member.no)
     about = _about(job, data, int(final.correct)) | _own_input(student.net)
+    sizes = trained_on(about)
+    assert sizes is not None, "it was just written"
+    about |= {"network": made_with(job.trained, sizes, weights), "device": describe(device), "processor": processor()}
     save_weights(folder / STUDENT_FILE, weights, about)
-    write_whole(folder / "predictions.npz", _predictions(final))
+    write_whole(folder / PREDICTIONS, _predictions(final))
     images = cohort.lanes[0].stream.steps * job.config.train.batch_size * sum(job.phase_epochs)
     values: dict[str, Any] = {
         "epoch": student.chosen_epoch,
@@ -121,8 +125,9 @@ def finish(member: Member, cohort: Cohort, ledger: Ledger, device: torch.device)
         best = max(curve, key=lambda epoch: (epoch.correct or 0, -epoch.epoch))
         values |= {"best_epoch": best.epoch, "best_correct": best.correct}
     record = dataclasses.asdict(ledger.run(member.no)) | values | {"status": "finished", "about": about}
-    write_whole(folder / "run.json", (json.dumps(record, indent=2) + "\n").encode())
-    ledger.update(member.no, status="finished", **values)
+    record |= {"files": listed(folder, (STUDENT_FILE, PREDICTIONS))}
+    del record["record_hash"]
+    ledger.write_record(member.no, lambda: write_record(folder, record), status="finished", **values)
 
 
 def told(run: Run) -> str:

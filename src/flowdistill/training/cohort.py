@@ -25,7 +25,7 @@ from .blame import Seen, fault, refuse_first
 from .choice import choose
 from .engine import Eager, Lane
 from .evaluate import Evaluation, evaluate
-from .step import Student, gradient_ratios
+from .step import Student, gradient_ratios, refuse_short
 
 
 @dataclass
@@ -247,10 +247,13 @@ def first_gradients(cohort: Cohort) -> dict[Student, dict[str, float]]:
     found: dict[Student, dict[str, float]] = {}
     for lane in cohort.lanes:
         images, batch = _first_labelled(lane.stream.with_labels())
-        taught = lane.teacher.teach(images) if lane.teacher else None
+        with lane.teaching(0, 0):
+            taught = lane.teacher.teach(images) if lane.teacher else None
         refuse_first(images, lane.teacher, taught)
         for group in lane.groups:
             found |= gradient_ratios(group, images, taught, batch, cohort.precision)
+            if lane.stream.least < len(images):
+                refuse_short(group, images, taught, batch, cohort.precision, lane.stream.least)
     return found
 
 

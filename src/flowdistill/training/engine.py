@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..checks import summary
 from ..data.supply import Batches, Supply
 from ..device import Precision
+from ..models.state import kept
 from ..taps import Batch, Outputs
 from .evaluate import Evaluation, evaluate_all
-from .step import Group, Objective, Student, drawing, losses, train_step
+from .step import Group, Objective, Student, answering, drawing, losses, train_step
 from .teacher import Teacher
 
 
@@ -49,6 +50,12 @@ class Lane:
         """Whether what the teacher said is finite, a scalar for each output, once for all students."""
         return {} if taught is None or self.teacher is None else self.teacher.measure(taught)
 
+    def teaching(self, epoch: int, step: int) -> contextlib.AbstractContextManager[None]:
+        """Its teacher answers inside: what that draws is a function of (seed, epoch, step) alone, and nothing of it moves."""
+        if self.teacher is None:
+            return contextlib.nullcontext()
+        return answering(self.teacher.given, "teacher", step, self.stream.data.device, seed=self.stream.seed, epoch=epoch)
+
 
 class Eager:
     """Operation by operation: the plain, readable engine that the others are held to.
@@ -70,7 +77,8 @@ class Eager:
         """Train every student for one epoch (0-based ``number`` over all phases), a step at a time."""
         for step, batches in enumerate(zip(*(lane.stream.epoch(number) for lane in lanes), strict=True)):
             for lane, (images, batch) in zip(lanes, batches, strict=True):
-                taught = self.teach(lane, images)
+                with lane.teaching(number, step):
+                    taught = self.teach(lane, images)
                 heard = lane.heard(taught)
                 for group in lane.groups:
                     lr = rates[group[0]][step]
@@ -170,16 +178,19 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def taken_back(lanes: Sequence[Lane]) -> Iterator[None]:
-    """What is trained inside leaves no trace: every tensor gets its value back in its place."""
+    """What is trained inside leaves no trace: every tensor gets its value back in its place, and buffers the shape that they had."""
     students = [student for lane in lanes for student in lane.students]
-    tensors = [value for student in students for value in (*student.state()[0].values(), *student.tally.tensors)]
-    kept = [(value, value.detach().clone()) for value in tensors]
+    modules = nn.ModuleList(module for student in students for module in (student.net, student.method))
+    momenta = [value for student in students for name, value in student.state()[0].items() if name.startswith("momentum.")]
+    sums = [value for student in students for value in student.tally.tensors]
+    before = [(value, value.detach().clone()) for value in (*modules.parameters(), *momenta, *sums)]
     try:
-        yield
+        with kept(modules):
+            yield
     finally:
         with torch.no_grad():
-            for value, before in kept:
-                value.copy_(before)
+            for value, old in before:
+                value.copy_(old)
 
 
 def standing_still(lanes: Sequence[Lane]) -> dict[Student, Tensor]:

@@ -12,7 +12,7 @@ from ..data.supply import Labelled
 from ..device import Precision
 from ..models import Network
 from ..taps import Outputs
-from .step import autocast
+from .step import answering, autocast
 
 
 class Evaluation(NamedTuple):
@@ -65,15 +65,18 @@ def evaluate_all(nets: Sequence[Network], on: Labelled, precision: Precision) ->
 
 @torch.no_grad()
 def predict(nets: Sequence[Network], on: Labelled, precision: Precision) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Logits float32 [B, K] of each network in eval mode and labels [B], a batch after the other; their modes are put back after."""
+    """Logits float32 [B, K] of each network in eval mode and labels [B], a batch after the other; their modes are put back after.
+
+    What layers draw in eval mode is a function of the batch's number alone: to be measured again gives the same.
+    """
     modes = [net.training for net in nets]
     for net in nets:
         net.eval()
     try:
-        for images, labels in on.batches():
+        for step, (images, labels) in enumerate(on.batches()):
             answers = []
             for net in nets:
-                with autocast(images.device, precision):
+                with answering(net, "evaluation", step, images.device), autocast(images.device, precision):
                     outputs: Outputs = net(images)
                 answers.append(outputs.logits.float())
             yield answers, labels

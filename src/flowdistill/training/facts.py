@@ -14,7 +14,7 @@ from ..device import Precision
 from ..methods import Needs
 from ..models import Network
 from ..taps import Facts
-from .step import teach
+from .step import answering, teach
 
 
 def gather(needs: Needs, teacher: Network | None, data: Supply, precision: Precision) -> Facts:
@@ -67,7 +67,8 @@ def class_means(teacher: Network, data: Supply, precision: Precision) -> Tensor:
     assert not teacher.training
     sums = torch.zeros(data.spec.classes, teacher.spec.embedding, device=data.device)
     counts = torch.zeros_like(sums[:, 0], dtype=torch.int64)
-    for images, labels in data.trained.batches():
-        sums.index_add_(0, labels, teach(teacher, images, precision).embedding.float())
+    for step, (images, labels) in enumerate(data.trained.batches()):
+        with answering(teacher, "class means", step, data.device):
+            sums.index_add_(0, labels, teach(teacher, images, precision).embedding.float())
         counts += torch.bincount(labels, minlength=len(counts))
     return sums / counts.clamp(min=1)[:, None]

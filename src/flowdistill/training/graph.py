@@ -102,6 +102,10 @@ class Graph(Eager):
         if any(student.net.draws_from is not None for lane in lanes for student in lane.students):
             self.inner.why = "a student's layers draw random numbers (dropout), which would not be those of its seed in a graph"
             return self.inner.ready(lanes)
+        taught_by = [lane.teacher.given for lane in lanes if lane.taught and lane.teacher is not None]
+        if any(teacher.draws_always or teacher.unsettled for teacher in taught_by):
+            self.inner.why = "a teacher draws random numbers in eval mode, or moves its buffers, which a graph would not hold to its seed"
+            return self.inner.ready(lanes)
         key = [(student, student.optimizer) for lane in lanes for student in lane.students]
         if key == self._key:
             return self
@@ -120,6 +124,8 @@ class Graph(Eager):
 
     def _capture(self, lanes: Sequence[Lane]) -> tuple[Tape, torch.cuda.CUDAGraph]:
         device = lanes[0].stream.data.device
+        if growing := next((student.net for lane in lanes for student in lane.students if student.net.grown), None):
+            raise ValueError(f"buffers of {growing.spec.name} take another shape in a first pass, and a graph's have their place")
         tape = Tape(self.inner, lanes, [_stream(device) for _ in range(self._width(lanes))])
         tape.fill(0, standing_still(lanes))
         aside = _stream(device)
@@ -163,7 +169,7 @@ class Graph(Eager):
 
     def _evaluate(self, student: Student, data: Supply) -> Evaluation:
         """Captured at the second time: the first, which is plain, warms up."""
-        if student not in self._warm:
+        if student not in self._warm or student.net.draws_always or student.net.unsettled:
             self._warm.add(student)
             return super().evaluate([student], data)[0]
         if student not in self._measured:

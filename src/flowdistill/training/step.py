@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from ..device import Precision
 from ..methods import Method, Phase, Settled
 from ..methods.base import full
 from ..models import Network
+from ..models.state import kept
 from ..randomness import seeded
 from ..taps import NO_LABEL, Batch, Outputs
 from .freeze import freeze
@@ -86,7 +89,7 @@ class Student:
     def restore_chosen(self) -> None:
         """Put the chosen weights back."""
         if self._chosen is not None:
-            self.net.load_state_dict(self._chosen)
+            self.net.take(self._chosen)
 
     def begin_phase(self, number: int) -> None:
         """A fresh optimiser, and the weights of the terms that count."""
@@ -127,7 +130,7 @@ class Student:
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
-        self.net.load_state_dict(part("net."))
+        self.net.take(part("net."))
         self.method.load_state_dict(part("method."))
         self.chosen_epoch, self.chosen_correct = counters["chosen_epoch"], counters["chosen_correct"]
         chosen, device = part("chosen."), next(self.net.parameters()).device
@@ -260,6 +263,17 @@ def drawing(group: Group, epoch: int, step: int, device: torch.device) -> Abstra
     return seeded(seeds[0], f"layers {step}", epoch, device) if seeds else nullcontext()
 
 
+@contextmanager
+def answering(net: Network, purpose: str, step: int, device: torch.device, *, seed: int = 0, epoch: int = 0) -> Iterator[None]:
+    """A network in eval mode answers inside: what it draws is a function of (seed, purpose, epoch, step) alone, and no buffer moves."""
+    with contextlib.ExitStack() as stack:
+        if net.draws_always:
+            stack.enter_context(seeded(seed, f"{purpose} {step}", epoch, device))
+        if net.unsettled:
+            stack.enter_context(kept(net))
+        yield
+
+
 Losses = Callable[[Group, Tensor, "Outputs | None", Batch, Precision], list[dict[str, Tensor]]]
 
 
@@ -317,13 +331,21 @@ def gradient_ratios(
         UserError: a network's own code fails in train mode, something is not finite, or nothing that is trained has a gradient.
     """
     objective = Objective(group)
-    buffers = {name: value.clone() for name, value in objective.named_buffers()}
     for student in group:
         student.begin_epoch()
-    with drawing(group, 0, 0, images.device):
+    with kept(objective), drawing(group, 0, 0, images.device):
         with _failures_of(group, images):
             given = objective.answer(images, precision)
+        for student, outputs in zip(group, given, strict=True):
+            student.net.refuse_cut(outputs, embedding=student.method.needs.embedding)
         found = objective.compare(given, taught, batch)
+        for student, outputs, terms in zip(group, given, found, strict=True):
+            student.refuse_broken(outputs, terms)
+        return _ratios(group, images, found)
+
+
+def _ratios(group: Group, images: Tensor, found: Sequence[dict[str, Tensor]]) -> dict[Student, dict[str, float]]:
+    """See ``gradient_ratios``, from the terms of each student."""
 
     def norm(value: Tensor, weights: list[nn.Parameter]) -> float:
         if not value.requires_grad:
@@ -334,15 +356,33 @@ def gradient_ratios(
         return float(torch.stack(norms).norm()) if norms else 0.0  # a term may train the method's own parts alone
 
     ratios = {}
-    for student, own, terms in zip(group, given, found, strict=True):
-        student.refuse_broken(own, terms)
+    for student, terms in zip(group, found, strict=True):
         student.refuse_idle(terms)
         weights = [parameter for parameter in student.net.parameters() if parameter.requires_grad]
         task = max(norm(terms.pop(TASK), weights), 1e-30)
         ratios[student] = {term: norm(student.settled.weights[term] * value, weights) / task for term, value in terms.items()}
-    for name, value in objective.named_buffers():
-        value.copy_(buffers[name])
     return ratios
+
+
+def refuse_short(group: Group, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision, count: int) -> None:
+    """Compute the terms of the first ``count`` images of a batch, as many as the smallest batch to come will have; changes nothing.
+
+    Raises:
+        UserError: the students' layers or methods can't take so few.
+    """
+
+    def few(value: Tensor | None) -> Any:
+        return None if value is None else value[:count]
+
+    short = Batch(few(batch.labels), few(batch.indices), batch.epoch)
+    if taught is not None:
+        taught = Outputs(few(taught.logits), few(taught.embedding), {name: few(value) for name, value in taught.maps.items()})
+    objective = Objective(group)
+    try:
+        with torch.no_grad(), kept(objective), drawing(group, 0, 0, images.device), _failures_of(group, images[:count]):
+            objective(images[:count], taught, short, precision)
+    except UserError as error:
+        raise UserError(f"{error}; so few images has the smallest batch: let the loader drop its last one (drop_last=True)") from None
 
 
 @contextmanager

@@ -26,19 +26,24 @@ class Teacher:
     convolution folded into it, and under bf16 with the weights of its convolutions and linear layers cast once.
 
     Attributes:
+        given: the network that was given.
         whole: why it could not be made cheaper, or empty.
         name: its model's.
         said: what of its outputs methods look at, as messages name it: its maps in the order in which it computes them, then the rest.
     """
 
     def __init__(self, net: Network, needs: Needs, precision: Precision) -> None:
-        self.precision, self.whole = precision, ""
+        self.given, self.precision, self.whole = net, precision, ""
         self.name, self.said = net.spec.name, looked_at(needs, [tap.name for tap in net.spec.taps])
         net.eval().requires_grad_(False)
+        self.net: nn.Module = net
         try:
-            self.net: nn.Module = fold(trim(net, needs), net.memory_format)
+            if net.draws_always or net.unsettled:
+                self.whole = "in eval mode it draws random numbers, some of which a trace would keep, or its buffers move"
+            else:
+                self.net = fold(trim(net, needs), net.memory_format)
         except Exception as error:  # tracing runs the network's own code, which may do anything
-            self.net, self.whole = net, summary(error)
+            self.whole = summary(error)
         if precision == "bf16" and not self.whole:
             for module in self.net.modules():
                 if isinstance(module, nn.Conv2d | nn.Linear):
@@ -70,11 +75,12 @@ class _Tracer(fx.Tracer):
     """Forward hooks of layers are called as well, which the plain one leaves out: the taps of a foreign network are such."""
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        output = super().call_module(m, forward, args, kwargs)
+        output: Any = super().call_module(m, forward, args, kwargs)
         if self.is_leaf_module(m, self.path_of_module(m)):
             for number, hook in m._forward_hooks.items():
                 given = (args, kwargs) if number in m._forward_hooks_with_kwargs else (args,)
-                hook(m, *given, output)
+                if (changed := hook(m, *given, output)) is not None:
+                    output = changed
         return output
 
 

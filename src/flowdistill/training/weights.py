@@ -16,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..checks import UserError, regular_file
+from ..checks import Changes, UserError, regular_file
 from ..models import Network
 
 Weights = Mapping[str, Tensor]
+SEAL, SEALED = "sha256", "sealed"  # metadata: the hash of all content, and that there is one, so that no single bit takes it away
 WRAPPERS = ("module.", "_orig_mod.")  # before every name, where DistributedDataParallel or torch.compile held the network
 
 
@@ -60,30 +61,67 @@ def save_weights(path: Path, weights: Weights, about: Mapping[str, Any], keep: P
 def serialised(weights: Weights, about: Mapping[str, Any], beside: Mapping[str, str] | None = None) -> bytes:
     """The content of such a file; ``beside`` are further metadata, for readers other than this package."""
     tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in weights.items()}
-    return save(tensors, {"format": "pt", **(beside or {}), "flowdistill": json.dumps(about)})
+    metadata = {"format": "pt", **(beside or {}), "flowdistill": json.dumps(about), SEALED: "true"}
+    return save(tensors, metadata | {SEAL: json.dumps(seal(tensors, metadata))})
 
 
-def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def seal(weights: Weights, metadata: Mapping[str, str]) -> str:
+    """SHA-256 over all weights and all metadata but the seal itself."""
+    told = json.dumps({key: value for key, value in metadata.items() if key != SEAL}, sort_keys=True)
+    return hashlib.sha256(f"{hash_weights(weights)}\n{told}".encode()).hexdigest()
+
+
+def is_whole(weights: Weights, metadata: Mapping[str, str]) -> bool:
+    """Whether a file holds what was written; true of one without a seal, whose content nobody recorded in it."""
+    return not {SEAL, SEALED} & metadata.keys() or metadata.get(SEAL) == json.dumps(seal(weights, metadata))
+
+
+def load_weights(path: Path, changes: Changes | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and metadata of a safetensors file, or the weights of a ``.pt``/``.pth`` file that holds nothing but tensors.
 
     Raises:
-        UserError: missing, damaged, or a pickle with anything but tensors in it (it is not executed).
+        UserError: missing, damaged, or a pickle with anything but tensors in it (it is not executed); or its content is not what was
+            written, and such ``changes`` are not accepted.
     """
+    weights, about, whole = _read(path)
+    if not whole:
+        (changes or Changes()).meet(f"weights file {path}: its content is not what was written into it", "put a sound copy there")
+    return weights, about
+
+
+def whole(path: Path) -> bool:
+    """Whether a file can be read, and holds what was written."""
+    try:
+        return bool(load_weights(path))
+    except UserError:
+        return False
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], bool]:
     path = regular_file(path, f"weights file {path}")
     try:
         if path.suffix in (".pt", ".pth"):
             _refuse_inflating(path)
             with warnings.catch_warnings(action="ignore"):  # they tell of what is refused below
-                return _only_tensors(torch.load(path, map_location="cpu", weights_only=True)), {}
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("flowdistill", "{}"))
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-            return weights, about if isinstance(about, dict) else {}
+                return _only_tensors(torch.load(path, map_location="cpu", weights_only=True)), {}, True
+        weights, metadata = read_safetensors(path)
+        about = json.loads(metadata.get("flowdistill", "{}"))
+        return weights, about if isinstance(about, dict) else {}, is_whole(weights, metadata)
     except SafetensorError:
         raise UserError(f"weights file {path}: not a valid safetensors file (damaged, truncated, or something else)") from None
     except Exception:  # torch.load raises anything on junk, and its words advise to load pickles
         cause = "damaged, or with something else in it, which is never executed"
         raise UserError(f"weights file {path}: cannot be read as a dictionary of named tensors ({cause})") from None
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata, as they lie there.
+
+    Raises:
+        Exception: of safetensors, where it is no such file.
+    """
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (safe_open is no mapping)
 
 
 def _refuse_inflating(path: Path) -> None:
@@ -117,8 +155,8 @@ def refuse_misfit(net: Network, weights: Weights, origin: str) -> None:
     Raises:
         UserError: names or shapes do not fit; the first of them.
     """
-    own = net.state_dict()
-    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    own = {name: value for name, value in net.state_dict().items() if name not in net.grown}
+    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys() - net.grown)
     if missing or extra:
         what = f"lacks {missing[0]!r}" if missing else f"has {extra[0]!r}, which the network has not"
         raise UserError(f"{origin} does not fit {net.spec.name}: it {what}; name the model as MODEL@FILE")
@@ -137,14 +175,14 @@ def fill(net: Network, weights: Weights, origin: str) -> None:
         UserError: names or shapes do not fit; the first of them.
     """
     refuse_misfit(net, weights, origin)
-    net.load_state_dict(dict(weights))
+    net.take(weights)
 
 
 def hash_weights(weights: Weights) -> str:
     """SHA-256 over names, shapes and values, whatever the memory layout."""
     digest = hashlib.sha256()
     for name in sorted(weights):
-        value = weights[name].detach().to("cpu").contiguous()
+        value = weights[name].detach().to("cpu", copy=True).contiguous()  # numpy keeps what it sees from being resized, as observers are
         digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,0 +1,99 @@
+"""Forward hooks on modules that belong to others: copies and pickles of these are without them, and a call of theirs keeps nothing."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Seen(dict[str, Tensor]):
+    """What the hooks saw. Of a plain dict that a module holds torch.export leaves a copy there, of which no hook knows.
+
+    Attributes:
+        watching: whether the network that asked is running; a module that is called by its owner leaves nothing here.
+    """
+
+    watching = False
+
+
+class Keep:
+    """A forward hook that puts a module's output, or what it was given, into ``seen``.
+
+    Args:
+        overwritten: the output will be changed in place, so what is kept is a copy.
+    """
+
+    def __init__(self, seen: Seen, name: str, *, given: bool = False, overwritten: bool = False) -> None:
+        self.seen, self.name, self.given, self.overwritten = seen, name, given, overwritten
+
+    def __call__(self, _module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        """Keep it. What is compiled keeps always: one graph serves whoever calls, for the compiler does not look at hooks again."""
+        if self.seen.watching or torch.compiler.is_compiling():
+            kept = (*inputs, *named.values())[0] if self.given else output
+            self.seen[self.name] = kept.clone() if self.overwritten else kept
+
+
+class Hooks(OrderedDict[int, Any]):
+    """In the place of a module's table of hooks: with some of ours among them, of which copies and pickles know nothing.
+
+    Attributes:
+        before: the table that the module had; the handles that its owner has of hooks in it still remove them.
+        own: the numbers of ours.
+    """
+
+    def __init__(self, before: OrderedDict[int, Any]) -> None:
+        super().__init__(before)
+        self.before, self.inherited, self.own = before, frozenset(before), set[int]()
+
+    def items(self) -> Any:
+        """Those that were there before as long as their owner leaves them."""
+        if not self.inherited:
+            return super().items()
+        return [(number, hook) for number, hook in super().items() if number not in self.inherited or number in self.before]
+
+    def __len__(self) -> int:
+        return super().__len__() - len([number for number in self.inherited if number not in self.before])
+
+    def bare(self) -> list[tuple[int, Any]]:
+        """Those of the owner."""
+        return [(number, hook) for number, hook in self.items() if number not in self.own]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OrderedDict[int, Any]:
+        return OrderedDict(deepcopy(self.bare(), memo))
+
+    def __reduce__(self) -> Any:
+        return OrderedDict, (self.bare(),)
+
+
+TABLES = ("_forward_hooks", "_forward_hooks_with_kwargs")  # of a module
+
+
+def hook(module: nn.Module, keep: Keep) -> Callable[[], None]:
+    """Register a hook; what is returned removes it."""
+    for table in TABLES:
+        if not isinstance(getattr(module, table), Hooks):
+            setattr(module, table, Hooks(getattr(module, table)))
+    handle = module.register_forward_hook(keep, with_kwargs=True)
+    tables: list[Hooks] = [getattr(module, table) for table in TABLES]
+    for own in tables:
+        own.own.add(handle.id)
+
+    def remove() -> None:
+        handle.remove()
+        for table, own in zip(TABLES, tables, strict=True):
+            own.own.discard(handle.id)
+            if getattr(module, table) is own and own.keys() <= own.inherited:
+                setattr(module, table, own.before)
+
+    return remove
+
+
+def remove_all(hooks: Iterable[Callable[[], None]]) -> None:
+    """Remove hooks that ``hook`` made."""
+    for remove in hooks:
+        remove()

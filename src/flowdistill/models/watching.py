@@ -1,0 +1,184 @@
+"""A pass through a network with a look at every module: what it was given and gave, and which outputs are maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..randomness import seeded, states
+
+IMAGES = 2  # of the dry run: with one, a batch could be taken for something else
+PREFIXES = range(6)  # tokens before those of the positions: class, distillation, registers
+
+
+class Layout(NamedTuple):
+    """How a module's output is a map: [N, C, H, W], [N, H, W, C], or [N, prefix + H W, C] tokens."""
+
+    kind: Literal["nchw", "nhwc", "tokens"]
+    channels: int
+    height: int
+    width: int
+    prefix: int = 0
+
+    def map(self, output: Tensor) -> Tensor:
+        """The output as [N, C, H, W]."""
+        if self.kind == "nchw":
+            return output
+        if self.kind == "nhwc":
+            return output.permute(0, 3, 1, 2)
+        positions = output[:, self.prefix :].transpose(1, 2)
+        return positions.reshape(-1, self.channels, self.height, self.width)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.height, self.width
+
+
+@dataclass
+class Call:
+    """A module that was called in the dry run: when it began and ended among all, on what, and what it gave.
+
+    Attributes:
+        version: of the output as the module gave it; operations in place count it up.
+    """
+
+    path: str
+    module: nn.Module
+    began: int
+    inputs: tuple[Any, ...]
+    given: Layout | None
+    ended: int = 0
+    output: Any = None
+    layout: Layout | None = None
+    version: int = 0
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether its output was changed in place after it was given."""
+        return isinstance(self.output, Tensor) and self.output._version != self.version
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the map that it gave."""
+        assert self.layout is not None
+        return self.layout.channels, *self.layout.size
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the map that it gave."""
+        return self.shape[1:]
+
+    @property
+    def pools(self) -> bool:
+        """Whether it is a pooling layer."""
+        return "Pool" in type(self.module).__name__
+
+
+class Watched(NamedTuple):
+    """A pass in eval mode.
+
+    Attributes:
+        calls: every call of a module in the order in which they ended.
+        output: what the whole gave.
+        overwrites: whether the images were changed.
+        draws: whether a global generator was moved.
+    """
+
+    calls: list[Call]
+    output: Any
+    overwrites: bool
+    draws: bool
+
+
+@torch.no_grad()
+def watch(net: nn.Module, channels: int, height: int, width: int) -> Watched:
+    """A pass over random images."""
+    calls: list[Call] = []
+    open_: list[Call] = []
+    clock = iter(range(1 << 62))
+
+    def given(inputs: tuple[Any, ...]) -> Layout | None:
+        return layout_of(inputs[0], net, height, width) if inputs else None
+
+    def begin(path: str) -> Any:
+        def open_call(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            inputs = (*inputs, *named.values())
+            open_.append(Call(path, module, next(clock), inputs, given(inputs)))
+
+        return open_call
+
+    def end(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        call = open_.pop()
+        call.ended, call.output = next(clock), output
+        call.layout = layout_of(output, net, height, width)
+        call.version = output._version if isinstance(output, Tensor) else 0
+        calls.append(call)
+
+    handles = [handle for path, module in net.named_modules() for handle in _hooked(module, begin(path), end)]
+    images = images_for(net, (channels, height, width))
+    before = images.clone()
+    try:
+        with seeded(0, "dry run", device=images.device):
+            began = states()
+            output = net.eval()(images)
+            draws = states() != began
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Watched(calls, output, not torch.equal(images, before), draws)
+
+
+def images_for(net: nn.Module, size: Sequence[int], seed: int = 0) -> Tensor:
+    """Random images, where the network is."""
+    return torch.rand(IMAGES, *size, generator=torch.Generator().manual_seed(seed)).to(device_of(net))
+
+
+def device_of(net: nn.Module) -> torch.device:
+    """Where its parameters are."""
+    return next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
+
+
+def _hooked(module: nn.Module, begin: Any, end: Any) -> Iterator[Any]:
+    yield module.register_forward_pre_hook(begin, with_kwargs=True)
+    yield module.register_forward_hook(end)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits of what a network gives: a tensor, or an object that holds one as ``logits``.
+
+    Raises:
+        ValueError: neither.
+    """
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        what = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(output).__name__}"
+        raise ValueError(f"it gives {what}, not logits [N, classes]")
+    return logits
+
+
+def layout_of(output: Any, net: nn.Module, height: int, width: int) -> Layout | None:
+    """How an output is a map of images of this size, or None."""
+    if not isinstance(output, Tensor) or output.dim() not in (3, 4) or output.shape[0] != IMAGES:
+        return None
+
+    def fits(h: int, w: int) -> bool:
+        """Whether both sides shrank alike, up to rounding."""
+        return 0 < h <= height and 0 < w <= width and abs(h * width - w * height) < max(height, width)
+
+    _, *sides = output.shape
+    if len(sides) == 3:
+        if fits(*sides[1:]):
+            return Layout("nchw", sides[0], *sides[1:])
+        return Layout("nhwc", sides[2], *sides[:2]) if fits(*sides[:2]) else None
+    declared = getattr(net, "num_prefix_tokens", None)
+    for prefix in [declared] if isinstance(declared, int) else PREFIXES:
+        positions = sides[0] - prefix
+        for w in range(1, width + 1):
+            if positions % w == 0 and fits(positions // w, w):
+                return Layout("tokens", sides[1], positions // w, w, prefix)
+    return None

@@ -1,0 +1,201 @@
+"""What is used again is checked: whether a run's files are those that it wrote, and its network computes what it did."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from .. import models
+from ..checks import Changes, UserError
+from ..config import SEAL, record_seal
+from ..env import versions
+from ..ledger import Ledger, Run
+from ..models.code import file_hash
+from ..models.probe import Answers, difference, probe
+from ..taps import DataSpec
+from ..training import checkpoint
+from ..training.weights import Weights, fill, hash_weights, load_weights, write_whole
+
+STUDENT_FILE, RECORD, PREDICTIONS = "student.safetensors", "run.json", "predictions.npz"
+OWN = (STUDENT_FILE, PREDICTIONS, RECORD)  # what every finished run has; what is exported comes beside it
+
+Verdict = Literal["as written", "changed", "gone", "not verified"]
+
+
+class Finding(NamedTuple):
+    """A file of a run, and what is with it."""
+
+    run: int
+    file: str
+    verdict: Verdict
+    found: str = ""
+
+    @property
+    def sound(self) -> bool:
+        """Nothing speaks against it."""
+        return self.verdict in ("as written", "not verified")
+
+
+def listed(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of files, by name, as ``run.json`` has them."""
+    return {name: {"size": (folder / name).stat().st_size, "sha256": file_hash(folder / name)} for name in names}
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> str:
+    """Write ``run.json`` with a seal, for it is read as a config too; its hash."""
+    sealed = record | {SEAL: record_seal(record)}
+    write_whole(folder / RECORD, (json.dumps(sealed, indent=2) + "\n").encode())
+    return file_hash(folder / RECORD)
+
+
+def examine(run: Run, ledger: Ledger, only: Sequence[str] = ()) -> list[Finding]:
+    """Every file of a run: of a finished one those that ``run.json`` lists, or ``only`` some of them; of one that was cut off its
+    checkpoint.
+    """
+    return [found for found in _examined(run, ledger.run_folder(run.no), ledger, only) if not only or found.file in only]
+
+
+def _examined(run: Run, folder: Path, ledger: Ledger, only: Sequence[str]) -> Iterator[Finding]:
+    if run.status != "finished":
+        yield from _of_checkpoint(run, ledger)
+        return
+    for name in OWN:
+        if not (folder / name).is_file():
+            yield Finding(run.no, name, "gone")
+    record = folder / RECORD
+    if run.record_hash is None or not record.is_file():
+        yield from _unlisted(run, folder)
+        return
+    if (found := file_hash(record)) != run.record_hash:
+        yield Finding(run.no, RECORD, "changed", f"SHA-256 {found[:8]}, recorded {run.record_hash[:8]}")
+        yield from _unlisted(run, folder)
+        return
+    yield Finding(run.no, RECORD, "as written")
+    for name, known in json.loads(record.read_bytes())["files"].items():
+        if only and name not in only:
+            continue
+        if not (folder / name).is_file():
+            if name not in OWN:
+                yield Finding(run.no, name, "gone")
+            continue
+        now = listed(folder, [name])[name]
+        told = f"{now['size']:,} bytes, SHA-256 {now['sha256'][:8]}, recorded {known['size']:,}, {known['sha256'][:8]}"
+        yield Finding(run.no, name, "as written") if now == known else Finding(run.no, name, "changed", told)
+
+
+def _unlisted(run: Run, folder: Path) -> Iterator[Finding]:
+    """What a run without a list of its files wrote, as version 0.1.0 did; the ledger knows the hash of its weights."""
+    for name in (STUDENT_FILE, PREDICTIONS, *([RECORD] if run.record_hash is None else [])):
+        if (folder / name).is_file():
+            weights = _weights(folder / name) if name == STUDENT_FILE else None
+            if weights is not None and weights != run.weights_hash:
+                yield Finding(run.no, name, "changed", f"weights {weights[:8]}, recorded {(run.weights_hash or '')[:8]}")
+            else:
+                yield Finding(
+                    run.no, name, "not verified", "it was recorded without hashes of its files" if run.record_hash is None else ""
+                )
+
+
+def _weights(path: Path) -> str:
+    try:
+        return hash_weights(load_weights(path)[0])
+    except UserError as error:
+        return str(error)
+
+
+def _of_checkpoint(run: Run, ledger: Ledger) -> Iterator[Finding]:
+    if run.no == run.home and run.cut_off and (saved := checkpoint.load(ledger.run_folder(run.no))) is not None:
+        yield Finding(run.no, checkpoint.FILE, "changed" if saved.damage else "as written", saved.damage)
+
+
+def meet_damage(run: Run, ledger: Ledger) -> str:
+    """Hold the student's file of a finished run, and the record that lists it, against what was written. How it differs, where that is
+    accepted; else empty.
+
+    Raises:
+        UserError: it differs, and that is not accepted.
+    """
+    for found in examine(run, ledger, (STUDENT_FILE, RECORD)):
+        if not found.sound and (found.file, found.verdict) != (STUDENT_FILE, "gone"):  # whoever reads it tells that
+            what = "is gone" if found.verdict == "gone" else f"is not the file that it wrote ({found.found})"
+            ledger.changes.meet(f"run {run.no}: {found.file} {what}", "put a sound copy there, train it again with --again")
+            return f"{found.file} of run {run.no} changed"
+    return ""
+
+
+def missing(run: Run, ledger: Ledger) -> str:
+    """Why a finished run is as good as not there: a file of its own is gone or changed; else empty."""
+    found = next((one for one in examine(run, ledger, OWN) if not one.sound), None)
+    return f"{found.file} is {'gone' if found.verdict == 'gone' else 'not what it wrote'}" if found else ""
+
+
+def enlist(no: int, ledger: Ledger, file: Path) -> None:
+    """Add a file in a run's folder to those that its record lists.
+
+    Raises:
+        UserError: the record is not the one that the run wrote.
+    """
+    run, folder = ledger.run(no), ledger.run_folder(no)
+    if run.record_hash is None or file.resolve().parent != folder.resolve():
+        return
+
+    def write() -> str:
+        if file_hash(folder / RECORD) != ledger.run(no).record_hash:
+            raise UserError(f"run {no}: {RECORD} is not the file that it wrote, so {file.name} was written and not entered there")
+        record = json.loads((folder / RECORD).read_bytes())
+        record["files"] |= listed(folder, [file.name])
+        return write_record(folder, record)
+
+    ledger.write_record(no, write)
+
+
+def answers(model: str, sizes: DataSpec, weights: Weights) -> Answers:
+    """What a trained network answers, with the taps that it has by itself."""
+    spec = models.spec(model, sizes)
+    net = models.build(model, sizes, taps=tuple(tap.name for tap in spec.taps), spec=spec)
+    fill(net, weights, model)
+    return probe(net, sizes.channels, sizes.height, sizes.width, trains=False)
+
+
+def made_with(model: str, sizes: DataSpec, weights: Weights) -> dict[str, Any]:
+    """What a file says of the network whose weights it holds: its code, its answers, and the versions that these came of."""
+    return {"code": dict(models.own_code(model)), "answers": answers(model, sizes, weights), "versions": versions()}
+
+
+def meet_changes(origin: str, model: str, sizes: DataSpec, weights: Weights, told: Mapping[str, Any], changes: Changes) -> str:
+    """Hold a network against what its file says of it. How it differs, where that is accepted; else empty.
+
+    Code that changed, and answers as it did, is told.
+
+    Raises:
+        UserError: it answers otherwise, and that is not accepted.
+    """
+    then = told.get("network")
+    if not isinstance(then, Mapping):
+        return ""  # of version 0.1.0, or of others
+    changed = ", ".join(changed_files(then.get("code", {}), models.own_code(model)))
+    apart = difference(then.get("answers", {}), answers(model, sizes, weights))
+    if not apart:
+        if changed:
+            changes.tell(f"{origin}: {changed} since it was trained; the answer to a fixed batch is what it was")
+        return ""
+    others = newer(then.get("versions", {}))
+    why = f"{changed} since it was trained" if changed else f"other versions than it was trained with{others}"
+    changes.meet(f"{origin}: {why}: another answer to a fixed batch ({apart})", "put back what it was trained with")
+    return why
+
+
+def changed_files(then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
+    """Which files of code changed, are gone or new, as the parts of a phrase."""
+    for name in dict.fromkeys([*then, *now]):
+        if then.get(name) != now.get(name):
+            yield f"{name} {'changed' if name in then and name in now else 'is gone' if name in then else 'is new'}"
+
+
+def newer(then: Mapping[str, str]) -> str:
+    """Which versions are others than they were, as the end of a phrase."""
+    now = versions()
+    others = [f"{name} {then[name]} -> {now[name]}" for name in then if name in now and now[name] != then[name] and name != "platform"]
+    return f"; {', '.join(others)}" if others else ""

@@ -80,7 +80,8 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "after the first epoch of a phase": lambda: die_at(checkpoint, "save", 3, after=True),
     "before anything is finished": lambda: die_at(execute, "finish", 1),
     "with half a student's file written": lambda: die_at(record, "save_weights", 1, first=lambda path, *_: half_a_file(path)),
-    "between a student's file and the ledger": lambda: die_at(Ledger, "update", 1),
+    "between a student's file and its record": lambda: die_at(Ledger, "write_record", 1),
+    "between a run's record and the ledger": lambda: die_at(record, "write_record", 1, after=True),
     "between two students": lambda: die_at(execute, "finish", 2),
     "before the checkpoint is cleared": lambda: die_at(checkpoint, "clear", 2),
 }

@@ -16,7 +16,7 @@ from flowdistill.training.weights import load_weights
 
 KILL = Path(__file__).with_name("kill.py")
 RANDOM_KILLS = 20
-MOMENTS = 17
+MOMENTS = 18
 
 
 def killed(data: Path, folder: Path, *how: str) -> tuple[dict[str, int], str]:

@@ -494,3 +494,14 @@ def test_a_last_batch_that_its_layers_can_not_take(tmp_path: Path, kind: str) ->
             with pytest.raises(UserError, match=FEW):
                 call()
             assert not (tmp_path / "runs" / "ledger.db").exists(), "nothing is recorded"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("part", [False, True])
+def test_torchscript_is_told_so(keys: dict[str, Any], part: bool) -> None:
+    traced = torch.jit.trace(Tied(), torch.zeros(1, 1, 8, 8))
+    given = nn.Sequential(traced) if part else traced
+    with pytest.raises(
+        flowdistill.UserError, match=r"(its 0 is|: is) TorchScript, whose maps can't be looked at; give the nn.Module that it was"
+    ):
+        flowdistill.distill(given, Tied(seed=2), method="kd", **keys)

@@ -151,11 +151,15 @@ def surveyed(net: nn.Module, name: str, channels: int, height: int, width: int) 
 
 
 def refuse_unready(module: nn.Module, name: str) -> None:
-    """Refuse a module whose weights have no size or no numbers yet, or are not in single precision.
+    """Refuse a module whose weights have no size or no numbers yet, or are not in single precision, or that is TorchScript.
 
     Raises:
-        UserError: it has such a weight; the first of them.
+        UserError: it has such a weight, or such a part; the first of them.
     """
+    for path, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            what = f"its {path} is" if path else "is"
+            raise UserError(f"{name}: {what} TorchScript, whose maps can't be looked at; give the nn.Module that it was made of")
     for path, value in (*module.named_parameters(), *module.named_buffers()):
         if is_lazy(value):
             what = "has no size yet; run the module once on a batch of images"

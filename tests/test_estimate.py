@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,7 @@ def _cut(ledger: Ledger, whole: Run, epochs: int, status: str) -> None:
     """Enter a run of the same config and seed that ended after these epochs; the whole one becomes another seed's."""
     ledger.update(whole.no, seed=99)
     (no,) = ledger.register([{name: value for name, value in vars(whole).items() if name != "no"} | {"status": status}])
+    shutil.copytree(ledger.run_folder(whole.no), ledger.run_folder(no), dirs_exist_ok=True)  # else a finished one is as good as not there
     for epoch in range(1, epochs + 1):
         ledger.add_epochs({no: Epoch(epoch, "joint", 0.1, {"task": 1.0}, 10, 150, 0.5)})
 

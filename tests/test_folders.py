@@ -612,7 +612,7 @@ def test_classes_under_other_names_are_trained_anew_and_not_gone_on_with(small: 
     (again,) = run([on(f"folder:{small}", seed=1)], ledger, CPU)
     assert (again.no, again.data_hash, again.weights_hash) == (done.no + 1, done.data_hash, done.weights_hash)
     assert load_network(ledger.run_folder(again.no) / "student.safetensors")[1].labels == ("ant", "bird", "cat")
-    with pytest.raises(UserError, match=f"run {cut.no} can't be resumed: its teacher, .*, the names of its classes or .*; train it anew"):
+    with pytest.raises(UserError, match=f"run {cut.no} can't be resumed: its teacher, .*, the names of its classes, or .*; train it anew"):
         resume(ledger, CPU)
     for split in ("train", "test"):
         (small / split / "bird").rename(small / split / "bee")

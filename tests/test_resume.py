@@ -436,7 +436,7 @@ def test_a_method_of_another_version_is_refused(taught: Ledger, small_npz: Path,
 
     cut_off([config(small_npz, method="kd", teacher="1")], taught, STEPS + 1)
     monkeypatch.setattr(KD, "version", KD.version + 1)
-    with pytest.raises(UserError, match="the version of its method is not what it began with"):
+    with pytest.raises(UserError, match="or the version of its method or of its networks' taps is not what it began with"):
         resume(taught, CPU)
 
 

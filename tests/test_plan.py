@@ -494,3 +494,16 @@ def test_one_bad_config_stops_the_whole_plan(ledger: Ledger) -> None:
     with pytest.raises(UserError, match="unknown method"):
         plan([good, good.model_copy(update={"method": "nothing"})], ledger, CPU)
     assert ledger.runs() == []
+
+
+def test_a_student_that_goes_on_with_its_classifier_has_the_names_of_the_data(digits: ImageData) -> None:
+    """Else class 0 of what it learned would be another class 0 of what it learns on."""
+    names = tuple("abcdefghij")
+    weights = models.build("resnet8", digits.spec, seed=3).state_dict()
+    student = NetworkRef("resnet8", weights, 12, labels=names, origin="run 12")
+    assert student.on(replace(digits, class_names=names)) == student
+    assert student.on(digits) == student, "data without names"
+    with pytest.raises(
+        UserError, match=r"^student resnet8 \(run 12\): class 'a' where the data has 'b'; begin from its weights with a fresh"
+    ):
+        student.on(replace(digits, class_names=("b", "a", *names[2:])))

@@ -91,15 +91,15 @@ class NetworkRef:
         """The student of a run on these data: one that begins from another network gets a fresh classifier where the classes differ.
 
         Raises:
-            UserError: a student that is to go on with its own classifier has another number of classes.
+            UserError: a student that is to go on with its own classifier has another number of classes, or other names for them.
         """
         if self.init:
             return replace(self, head=not self.other_classes(data))
-        if self.seen(data.spec).classes != data.classes:
+        if other := self.other_classes(data):
             cure = f"begin from its weights with a fresh classifier: --student {self.model} --init-from {self.run or self.origin}"
             if self.model.startswith("module:"):
                 cure = "give a module with a classifier of the data's"
-            raise UserError(f"student {self.model} ({self.origin}): {self.other_classes(data)}; {cure}")
+            raise UserError(f"student {self.model} ({self.origin}): {other}; {cure}")
         return self
 
     def build(

@@ -21,8 +21,9 @@ from flowdistill.data.sources import load
 from flowdistill.ledger import Ledger
 from flowdistill.methods import Needs, Phase
 from flowdistill.models.wide_resnet import WideResNet
+from flowdistill.runner.fingerprint import fingerprint as fingerprinted
 from flowdistill.runner.networks import NetworkRef
-from flowdistill.runner.plan import Job, _fingerprint, cohorts, plan
+from flowdistill.runner.plan import Job, cohorts, plan
 from flowdistill.taps import DataSpec, NetSpec
 from flowdistill.training.weights import save_weights
 
@@ -225,7 +226,7 @@ def test_recorded_runs_keep_their_fingerprint(values: dict[str, Any], fingerprin
     resolved = config.model_copy(update={"options": options, "weights": settled.weights})
     teacher = NetworkRef("resnet20", fingerprint="of the teacher") if config.teacher else None
     job = Job(resolved, digits, "of the data", settled, NetworkRef(config.student), teacher, "fp32", "", "")
-    assert _fingerprint(job, Needs(), dict.fromkeys(settled.options, 1), {"student": [], "teacher": []}) == fingerprint
+    assert fingerprinted(job, Needs(), dict.fromkeys(settled.options, 1), {"student": [], "teacher": []}) == fingerprint
 
 
 @pytest.mark.parametrize(("method", "changes"), [("at", True), ("fsp", True), ("kd", False), ("base", False)])

@@ -17,7 +17,7 @@ from flowdistill.training import checkpoint, weights
 
 from .bug import bug
 
-own_code, fingerprint = foreign._code, plan._fingerprint
+own_code, fingerprint = foreign._code, plan.fingerprint
 
 
 @bug(
@@ -32,7 +32,7 @@ def what_must_agree_listed_by_hand(run):
     return json.dumps([run.student, run.student_fingerprint, run.data_hash, data, run.config["train"], run.split])
 
 
-@bug(plan, "_fingerprint", test_plan.test_every_key_changes_the_fingerprint_or_says_why_not, {"key": "train.weight_decay"})
+@bug(plan, "fingerprint", test_plan.test_every_key_changes_the_fingerprint_or_says_why_not, {"key": "train.weight_decay"})
 def a_key_left_out_of_the_fingerprint(job, needs, versions, made_of):
     """A recipe's key that no hash has: the run of another value is given back."""
     train = job.config.train.model_copy(update={"weight_decay": 0.0})

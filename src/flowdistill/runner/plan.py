@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,12 +17,12 @@ from ..data.loader import trained_positions
 from ..data.sources import load, load_unlabelled
 from ..device import Precision, resolve_precision
 from ..ledger import Ledger, Run
-from ..methods import Method, Needs, Settled
+from ..methods import Method, Settled
 from ..models.foreign import is_foreign
-from ..models.front import View
 from ..randomness import derive, seeded
 from ..taps import NetSpec
 from ..training.weights import hash_weights
+from .fingerprint import fingerprint
 from .identity import Identities, Identity
 from .integrity import changed_files
 from .networks import NetworkRef, Wanted, as_configured, choose_teacher, first_weights, recorded_teacher, refuse_contaminated
@@ -409,7 +407,7 @@ def checked(job: Job, known: Identities) -> Job:
     if job.config.peer is not None:
         made_of = models.made_of(job.config.peer, job.student.seen(job.data.spec))
         covered["peer"] = [made_of] if made_of else []
-    return replace(job, networks=networks, fingerprint=_fingerprint(job, needs, method.versions, covered))
+    return replace(job, networks=networks, fingerprint=fingerprint(job, needs, method.versions, covered))
 
 
 def _as_recorded(job: Job) -> str:
@@ -417,7 +415,7 @@ def _as_recorded(job: Job) -> str:
     named = {"student": job.student.model, "teacher": job.teacher and job.teacher.model, "peer": job.config.peer}
     files = {role: models.factory(model).file_code for role, model in named.items() if model}
     method = job.method()
-    return _fingerprint(job, method.needs, method.versions, {role: [code] if code else [] for role, code in files.items()})
+    return fingerprint(job, method.needs, method.versions, {role: [code] if code else [] for role, code in files.items()})
 
 
 def _what_changed(job: Job, run: Run) -> str:
@@ -440,70 +438,6 @@ def _resolved(data: ImageData) -> dict[str, Any]:
     """Keys of the config that the data decide. What is streamed now is streamed when it goes on, even where it fits into memory."""
     crop = data.crop if data.streamed or data.crop != "shift" else None
     return {"pad": data.pad, "flip": data.flip, "crop": crop} | ({"stream": True} if data.streamed else {})
-
-
-def _fingerprint(job: Job, needs: Needs, versions: Mapping[str, int], made_of: Mapping[str, list[Any]]) -> str:
-    """What a run's numbers depend on, without the seed.
-
-    Args:
-        needs, versions: of the method, for this pair.
-        made_of: by role, what of a network its name and weights do not say.
-    """
-    config, student, teacher, unlabelled = job.config, job.student, job.teacher, job.data.unlabelled
-    covered: dict[str, Any] = {
-        "student": _covered(student, made_of["student"]),
-        "teacher": _covered(teacher, made_of["teacher"]) if teacher else None,
-        "data": [job.data_hash, config.data.pad, config.data.flip, *config.data.model_dump(include={"crop", "randaugment"}).values()],
-        "method": versions,
-        "options": config.options,
-        "weights": config.weights,
-        "train": config.train.model_dump(),
-        "split": config.split,
-    }
-    if student.init:
-        covered["init_from"] = student.init
-    if teacher and (sees := _other_images(teacher, job.data_hash, config.split)):
-        covered["sees"] = sees
-    if config.inputs:
-        covered["inputs"] = {role: own.model_dump() for role, own in config.inputs.items()}
-    if taps := _compared(job, needs):
-        covered["taps"] = taps
-    if newer := _versions_of_taps(job, needs):
-        covered["versions of taps"] = newer
-    if config.peer is not None:
-        covered["peer"] = [models.canonical(config.peer), "", *made_of["peer"], config.side]
-    if unlabelled is not None:
-        covered["unlabelled"] = unlabelled.hash
-    if list(job.data.class_names) != [str(number) for number in range(len(job.data.class_names))]:
-        covered["classes"] = job.data.class_names
-    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
-
-
-def _other_images(teacher: NetworkRef, data_hash: str, split: str) -> list[Any]:
-    """The size and normalisation that it was made for, where they need not be those of the images trained on; else nothing."""
-    same = teacher.saw is not None and (teacher.saw.data_hash, teacher.saw.split) == (data_hash, split)
-    return [] if same or teacher.view == View() else list(astuple(teacher.view))
-
-
-def _compared(job: Job, needs: Needs) -> list[list[str]]:
-    """The taps that are compared, where they are not this package's own under their own names."""
-    sides = [(job.student_taps, needs.student)]
-    if job.pairing:
-        sides.append((job.pairing.teacher, needs.teacher))
-    found = [(net, net.tap(name)) for net, names in sides for name in sorted(names)]
-    if not any(tap.source or is_foreign(net.name) for net, tap in found):
-        return []
-    return [[net.name, tap.name, tap.module, tap.own] for net, tap in found]
-
-
-def _versions_of_taps(job: Job, needs: Needs) -> dict[str, int]:
-    """By role, where taps are compared and their names gave other maps before."""
-    given = {"student": (job.student_taps, needs.student)} | ({"teacher": (job.pairing.teacher, needs.teacher)} if job.pairing else {})
-    return {role: net.version for role, (net, names) in given.items() if names and net.version > 1}
-
-
-def _covered(network: NetworkRef, made_of: Sequence[Any]) -> list[Any]:
-    return [network.model, network.fingerprint, *made_of]
 
 
 def cohorts(jobs: Sequence[Job]) -> list[list[Job]]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from flowdistill import trust
 from flowdistill.ledger import Ledger
 
 torch.set_num_threads(1)
@@ -39,6 +40,28 @@ def _any_processor() -> Iterator[None]:
     """Precision auto is fp32 in the tests, whatever the processor computes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flowdistill.device._cpu_computes_bf16", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What trainings of the tests ran is recorded for this session alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(trust.STATE, str(tmp_path_factory.getbasetemp() / "state"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _nothing_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test has named no code yet, as a new process has not."""
+    monkeypatch.setattr(trust, "_named", set())
+    monkeypatch.setattr(trust, "_origins", {})
+
+
+@pytest.fixture
+def own_code() -> Iterator[None]:
+    """The test vouches for all code that it uses: it wrote it."""
+    with trust.code(True):
         yield
 
 

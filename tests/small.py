@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from flowdistill import trust
 from flowdistill.config import RunConfig, validate
 
 
 def config(data: Path, *, limit_train: int | None = None, crop: str = "shift", **keys: Any) -> RunConfig:
-    """ResNet-8 on the small data, two epochs of 16 images a step; ``train`` keys are merged."""
+    """ResNet-8 on the small data, two epochs of 16 images a step; ``train`` keys are merged. The networks are named."""
     train = {"epochs": 2, "batch_size": 64, "lr": 0.05, "precision": "fp32", **keys.pop("train", {})}
     images = {"name": f"npz:{data}", "crop": crop, "pad": 1 if crop == "shift" else 0, "flip": False, "limit_train": limit_train}
-    return validate({"student": "resnet8", "data": images, "train": train, **keys})
+    made = validate({"student": "resnet8", "data": images, "train": train, **keys})
+    trust.name(*made.networks)
+    return made

@@ -20,6 +20,8 @@ from flowdistill.models.code import contents, hashes, own_modules
 from flowdistill.models.probe import difference, probe
 from flowdistill.taps import DataSpec
 
+pytestmark = pytest.mark.usefixtures("own_code")
+
 DATA = DataSpec("data", 100, 5, 1, 8, 8)
 scale = 2.0
 

@@ -22,6 +22,8 @@ FILE = """
 import sys
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("own_code")
+
 class Small(nn.Module):
     def __init__(self, num_classes, in_chans):
         super().__init__()

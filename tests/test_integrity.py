@@ -271,7 +271,7 @@ def test_the_verdict_says_what_differs(made: Path, work: Path) -> None:
 
 
 @pytest.fixture
-def former(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def former(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_code: None) -> Path:
     with tarfile.open(Path(__file__).parent / "ledgers/6ed4590.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)

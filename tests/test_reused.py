@@ -22,6 +22,8 @@ from flowdistill.runner.plan import plan
 from flowdistill.taps import DataSpec
 from flowdistill.training.weights import load_weights
 
+pytestmark = pytest.mark.usefixtures("own_code")
+
 CPU = torch.device("cpu")
 CIFAR = DataSpec("cifar100", 50_000, 100, 3, 32, 32)
 NAME = "reused(resnet8,resnet14,2)"

@@ -18,6 +18,8 @@ from flowdistill.runner import Watcher, load_network, run
 from flowdistill.runner.plan import plan
 from flowdistill.training.weights import save_weights
 
+pytestmark = pytest.mark.usefixtures("own_code")
+
 CPU = torch.device("cpu")
 
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import trust
 from .checks import MOST_WORKERS, Changes, UserError, did_you_mean, first_line
-from .config import validate
+from .config import NETWORKS, validate
 from .data import given
 from .device import resolve_device
 from .ledger import Ledger, Run
@@ -57,16 +58,18 @@ class Result:
         """
         return self.run.precision
 
-    def student(self, *, accept_changes: bool = False) -> Network:
+    def student(self, *, accept_changes: bool = False, trust_code: bool = False) -> Network:
         """The trained network, in eval mode on the CPU; called on images it gives logits, embedding and maps.
 
         Raises:
             UserError: a module given from Python in another process; give it again to the call that trained it. Or its file is not what
-                the run wrote, or its code answers otherwise, and that is not accepted.
+                the run wrote, or its code answers otherwise, and that is not accepted. Or it is code that neither this program nor a
+            training of yours named, and ``trust_code`` is not given.
         """
         changes = Changes(accept_changes)
         path, changed = weights_path(str(self.run.no), self.folder.parent, changes)
-        network, _ = load_network(path, changes)
+        with trust.code(trust_code):
+            network, _ = load_network(path, changes)
         network.changed = network.changed or changed
         return network
 
@@ -110,6 +113,7 @@ def train(
     classes: int | None = None,
     again: bool = False,
     accept_changes: bool = False,
+    trust_code: bool = False,
     **config: Any,
 ) -> Result:
     """Train a network on the labels alone; takes what ``distill`` takes."""
@@ -129,6 +133,7 @@ def train(
         classes=classes,
         again=again,
         accept_changes=accept_changes,
+        trust_code=trust_code,
         **config,
     )
 
@@ -150,6 +155,7 @@ def distill(
     classes: int | None = None,
     again: bool = False,
     accept_changes: bool = False,
+    trust_code: bool = False,
     **config: Any,
 ) -> Result:
     """Train a student with a teacher, record the run, and return it. A finished run of the same config is returned at once,
@@ -176,6 +182,7 @@ def distill(
         classes: how many, of loaders; left out, those that the data set has names for (``classes``), else the largest label and one.
         again: train it even where a run of the same config has finished or was cut off.
         accept_changes: take a teacher, or first weights, whose file, code or library is not what was recorded.
+        trust_code: run code that a file names as its network, though neither this program nor a training of yours named it.
         config: further keys of RunConfig as nested mappings (``train={"epochs": 30}, weights={"fsp": 10.0}, split="holdout"``);
             ``init_from`` is named as the student is, or is a module whose weights fit the student that is named.
 
@@ -200,7 +207,13 @@ def distill(
         }
     )
     watcher, on_device = (Bars if progress else Watcher)(on_epoch), resolve_device(device)
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(on_device.type, enabled=False):  # whatever is on around the call
+    trust.name(*(getattr(parsed, key) for key in NETWORKS))
+    with (  # whatever is on around the call
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(on_device.type, enabled=False),
+        trust.code(trust_code),
+    ):
         run = run_configs([parsed], ledger, on_device, again=again, engine=engine, workers=workers, watcher=watcher)[0]
     if run.status != "finished":
         raise RuntimeError(f"run {run.no} {run.status}: {run.error}")

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from . import recipes
+from . import recipes, trust
 from .checks import MOST_WORKERS, Changes, UserError, did_you_mean, obstacle, parse_seeds
 from .complaints import complain, failure, refuse_empty, usage
-from .config import RunConfig, assign, model_name, one_line, put, read_file, read_taps, validate
+from .config import NETWORKS, RunConfig, assign, model_name, one_line, put, read_file, read_taps, validate
 from .env import version
 from .ledger import Ledger
 from .report import pages, tables
@@ -116,6 +116,9 @@ DeterministicOption = Annotated[bool, typer.Option("--deterministic", help="Only
 AcceptOption = Annotated[
     bool, typer.Option("--accept-changes", help="Take files, code and libraries as they are, where they are not what was recorded.")
 ]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-code", help="Run code that files name as a network, though this command and your trainings did not.")
+]
 AgainOption = Annotated[bool, typer.Option("--again", help="Train even what the ledger has already.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config, the taps and a time estimate; train nothing.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML, or the run.json of a run; options given here win.")]
@@ -208,6 +211,7 @@ def _launch(
     deterministic: DeterministicOption = False,
     again: AgainOption = False,
     accept_changes: AcceptOption = False,
+    trust_code: TrustOption = False,
     dry_run: DryRunOption = False,
     runs: RunsOption = Path("runs"),
 ) -> int:
@@ -219,13 +223,15 @@ def _launch(
 
     where, ledger = resolve_device(device), Ledger(runs, create=True, changes=Changes(accept_changes))
     if dry_run:
-        found = preview(configs, ledger, where, engine.value, workers)
+        with trust.code(trust_code):
+            found = preview(configs, ledger, where, engine.value, workers)
         print(tables.render(found, "json", ()))
         todo = [one for one in found if again or not one["finished_run"]]
         seconds = sum(one["cohort_seconds"] / one["cohort_size"] for one in todo)
         print(f"{len(todo)} runs to do, about {timedelta(seconds=round(seconds))} (h:mm:ss) on {found[0]['device']}", file=sys.stderr)
         return 0
-    done = run(configs, ledger, where, deterministic=deterministic, again=again, engine=engine.value, workers=workers, watcher=Bars())
+    with trust.code(trust_code):
+        done = run(configs, ledger, where, deterministic=deterministic, again=again, engine=engine.value, workers=workers, watcher=Bars())
     return _print_done(done)
 
 
@@ -286,6 +292,7 @@ def distill(**given: Any) -> int:
 def doctor(
     device: DeviceOption = "auto",
     accept_changes: AcceptOption = False,
+    trust_code: TrustOption = False,
     format_: FormatOption = TableFormat.table,
     runs: RunsOption = Path("runs"),
     **given: Any,
@@ -296,7 +303,8 @@ def doctor(
     from .runner.doctor import Finding, examine
 
     ledger = Ledger(runs, create=True, changes=Changes(accept_changes))
-    findings = examine(_pair(**given), ledger, resolve_device(device), Bars())
+    with trust.code(trust_code):
+        findings = examine(_pair(**given), ledger, resolve_device(device), Bars())
     print(tables.render([finding._asdict() for finding in findings], format_.value, Finding._fields))
     return 1 if any(finding.verdict == "wrong" for finding in findings) else 0
 
@@ -306,6 +314,7 @@ def resume(
     run: Annotated[int | None, typer.Argument(help="A run's number; its whole cohort goes on. Left out: all that was cut off.")] = None,
     device: DeviceOption = "auto",
     workers: WorkersOption = None,
+    trust_code: TrustOption = False,
     runs: RunsOption = Path("runs"),
 ) -> int:
     """Go on with runs that were cut off (interrupted or dead), from their last checkpoint."""
@@ -313,7 +322,8 @@ def resume(
     from .report.progress import Bars
     from .runner import resume as go_on
 
-    done = go_on(Ledger(runs, changes=Changes(None)), resolve_device(device), no=run, workers=workers, watcher=Bars())
+    with trust.code(trust_code):
+        done = go_on(Ledger(runs, changes=Changes(None)), resolve_device(device), no=run, workers=workers, watcher=Bars())
     if not done:
         print("nothing was cut off; flowdistill runs lists all", file=sys.stderr)
         return 0
@@ -327,12 +337,16 @@ def _print_done(done: Sequence[Run]) -> int:
 
 def _values(config: Path | None, assignments: Sequence[str] | None, chosen: dict[str, Any]) -> dict[str, Any]:
     """A config file, overridden by --set, overridden by the options that were given."""
-    values = read_file(config) if config else {}
-    for assignment in assignments or ():
-        assign(values, assignment)
-    for key, value in chosen.items():
-        if value is not None:
-            put(values, key, value)
+    values, given = read_file(config) if config else {}, dict[str, Any]()
+    for key in NETWORKS:
+        trust.came_from(values.get(key), f"--config {config}")
+    for table in (values, given):
+        for assignment in assignments or ():
+            assign(table, assignment)
+        for key, value in chosen.items():
+            if value is not None:
+                put(table, key, value)
+    trust.name(*(given.get(key) for key in NETWORKS))
     return values
 
 
@@ -446,6 +460,7 @@ def table(
     only = {key: model_name(value) for key, value in wanted.items() if value is not None}
     ledger = Ledger(runs)
     for key, value in only.items():
+        trust.name(value)
         _refuse_unknown(key, value, {getattr(run, key) for run in ledger.runs()})
     found = ledger.runs(**only)
     if not any(tables.read(run, protocol.value) for run in found) and format_.value in ("table", "md"):
@@ -505,6 +520,7 @@ def evaluate(
     device: DeviceOption = "auto",
     workers: WorkersOption = None,
     accept_changes: AcceptOption = False,
+    trust_code: TrustOption = False,
     format_: FormatOption = TableFormat.table,
     runs: RunsOption = Path("runs"),
 ) -> int:
@@ -517,7 +533,8 @@ def evaluate(
     path, changed = weights_path(target, runs, changes)
     told = precision.value if precision else None
     given: dict[str, Any] = {"dataset": dataset, "precision": told, "workers": workers, "changed": changed, "changes": changes}
-    measured = measure(path, resolve_device(device), **given)
+    with trust.code(trust_code):
+        measured = measure(path, resolve_device(device), **given)
     print(tables.render([measured._asdict()], format_.value, measured._fields))
     return 0
 
@@ -546,6 +563,7 @@ def card(
     batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Images of the second latency; the first is of one image.")] = 64,
     device: DeviceOption = "auto",
     accept_changes: AcceptOption = False,
+    trust_code: TrustOption = False,
     runs: RunsOption = Path("runs"),
 ) -> int:
     """The compression card of a finished run: cost, accuracy, agreement and calibration beside its teacher and a student alone."""
@@ -557,7 +575,8 @@ def card(
     if out and (hindrance := obstacle(out)):
         raise UserError(f"{out}: the card cannot be written there ({hindrance}); name another file with --out")
     ledger = Ledger(runs, changes=Changes(accept_changes))
-    text = page(measure(run, ledger, resolve_device(device), batch_size=batch_size), format_.value)
+    with trust.code(trust_code):
+        text = page(measure(run, ledger, resolve_device(device), batch_size=batch_size), format_.value)
     if out:
         write_whole(out, f"{text}\n".encode())
     else:
@@ -573,6 +592,7 @@ def export(
     dataset: Annotated[str | None, typer.Option(help="Images of other data than it was trained on, to compare it on.")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Quantise ONNX after training, calibrated on training images.")] = False,
     accept_changes: AcceptOption = False,
+    trust_code: TrustOption = False,
     format_: FormatOption = TableFormat.table,
     runs: RunsOption = Path("runs"),
 ) -> int:
@@ -585,7 +605,8 @@ def export(
 
     changes = Changes(accept_changes)
     try:
-        written = write(weights_path(target, runs, changes).path, to.value, out=out, dataset=dataset, int8=int8, changes=changes)
+        with trust.code(trust_code):
+            written = write(weights_path(target, runs, changes).path, to.value, out=out, dataset=dataset, int8=int8, changes=changes)
     except DeviationError as error:
         return complain(str(error), 1)
     if (no := run_number(target)) is not None:
@@ -677,13 +698,16 @@ def taps(
     size: Annotated[int | None, typer.Option(min=1, help="Pixels of a side; left out, what the network declares.")] = None,
     channels: Annotated[int | None, typer.Option(min=1, help="Of the images; left out, 3.")] = None,
     classes: Annotated[int, typer.Option(min=2, help="Of the classifier, where it is fresh.")] = 1000,
+    trust_code: TrustOption = False,
     format_: FormatOption = TableFormat.table,
     runs: RunsOption = Path("runs"),
 ) -> int:
     """Where a network's stages end, found by a dry run: a table to edit (--format csv) and to give back to distill."""
     from .runner.tapping import COLUMNS, rows
 
-    found = rows(model, runs, size=size, channels=channels, classes=classes)
+    trust.name(model)
+    with trust.code(trust_code):
+        found = rows(model, runs, size=size, channels=channels, classes=classes)
     print(tables.render(found, format_.value, COLUMNS))
     return 0
 

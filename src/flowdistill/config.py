@@ -23,6 +23,7 @@ MOST_EPOCHS = 1_000_000
 LARGEST_IMAGE = 1 << 27  # pixels
 LARGEST_SIDE = math.isqrt(LARGEST_IMAGE)
 SEAL = "seal"  # key of a run.json
+NETWORKS = ("student", "teacher", "init_from", "peer")  # keys that name one
 LOADER = "loader:"  # before the hash of loaders that were given from Python
 
 Crop = Literal["shift", "resized"]
@@ -200,6 +201,11 @@ class RunConfig(Frozen):
     weights: dict[str, float] = {}
     taps: dict[Role, dict[str, str]] = Field({}, exclude_if=lambda taps: not taps)
     inputs: dict[Role, InputConfig] = Field({}, exclude_if=lambda inputs: not inputs)
+
+    @property
+    def networks(self) -> list[str]:
+        """The networks that it names."""
+        return [named for key in NETWORKS if (named := getattr(self, key)) is not None]
 
     @model_validator(mode="after")
     def _loaders_do_it_themselves(self) -> RunConfig:

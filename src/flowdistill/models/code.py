@@ -79,6 +79,14 @@ def own_modules(root: str | Path) -> dict[str, Module]:
     return found
 
 
+def place_of(where: str) -> str:
+    """Where the code of a name lies: the path of a file, or of the module or package that a dotted name begins with. Nothing is run."""
+    if where.endswith(".py"):
+        return str(Path(where).expanduser().resolve())
+    spec = _top(where.partition(".")[0], None)
+    return spec.origin if spec and spec.origin and Path(spec.origin).is_file() else where
+
+
 def hashes(modules: Mapping[str, Module]) -> dict[str, str]:
     """SHA-256 of each file, by label."""
     return {label: _code_hash(*_signature(modules[label].file)) for label in sorted(modules)}

@@ -20,17 +20,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .. import trust
 from ..checks import FAILURES, UserError, did_you_mean, first_line, summary
 from ..randomness import seeded
 from ..taps import DataSpec, NetSpec, Outputs, TapSpec
 from . import FORMS, Network
-from .code import contents, digest, hashes, own_modules
+from .code import contents, digest, hashes, own_modules, place_of
 from .front import View
 from .hooks import Keep, Seen, hook, remove_all
 from .loading import Neighbours, of_file, of_package
 from .survey import LARGE, Survey, survey, takes_channels_last
 
 WRITTEN = re.compile(r"(?P<where>timm|torchvision|module|[^@]+\.py|[A-Za-z_][\w.]*):(?P<name>[^:@]+)")
+LIBRARIES = ("timm", "torchvision", "module")
 HEAD = "classifier"  # its row in a table of taps
 SIZES = {
     "classes": ("classes", "num_classes"),
@@ -390,16 +392,33 @@ def _told(function: Callable[..., Any]) -> Make:
 
 
 def foreign(name: str) -> ForeignFactory:
-    """The factory of a name that is written as one of these; another one where its code has changed."""
+    """The factory of a name that is written as one of these; another one where its code has changed.
+
+    Raises:
+        UserError: the name is code that nobody vouches for; it is not run.
+    """
+    if where := own_place(name):
+        trust.meet(name, where, lambda: _code(name))
     return _factory(name, tuple(_code(name).items()))
+
+
+def own_place(name: str) -> str:
+    """Where the code lies that a network's name is; empty of a name that is none, and of a file that is not there."""
+    where = _where(name)
+    missing = where.endswith(".py") and not Path(where).expanduser().is_file()
+    return "" if not where or missing else place_of(where)
+
+
+def _where(name: str) -> str:
+    """The file or package of a name that is code; empty of any other."""
+    written = WRITTEN.fullmatch(name)
+    return written["where"] if written and written["where"] not in LIBRARIES else ""
 
 
 def _code(name: str) -> dict[str, str]:
     """SHA-256 of each file of own code that a network needs."""
-    written = WRITTEN.fullmatch(name)
-    assert written is not None
-    where = written["where"]
-    if where in ("timm", "torchvision", "module"):
+    where = _where(name)
+    if not where:
         return {}
     if not where.endswith(".py"):
         return hashes(own_modules(where))

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from .. import models
+from .. import models, trust
 from ..checks import Changes, UserError
 from ..config import DataConfig, parse_as
 from ..data.given import GivenData
@@ -131,6 +131,7 @@ def load_network(path: Path, changes: Changes | None = None) -> tuple[Network, A
         raise UserError(f"weights file {path} does not say its model and data; evaluate a run's student.safetensors or a run's number")
     try:
         about = parse_as(About, told)
+        trust.came_from(about.model, "it")
         models.canonical(about.model)
     except UserError as error:
         raise UserError(f"weights file {path}: {error}") from None

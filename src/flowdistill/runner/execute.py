@@ -11,11 +11,13 @@ from pathlib import Path
 
 import torch
 
+from .. import models, trust
 from ..checks import UserError, first_line
 from ..config import RunConfig
 from ..device import describe, determinism, reset_peak_memory, sensible_threads, threads
 from ..env import versions
 from ..ledger import Ledger, Run
+from ..models.foreign import own_place
 from ..training import checkpoint
 from ..training.cohort import Cohort, train
 from ..training.step import Student
@@ -156,6 +158,17 @@ def _begin_cohort(
         _train(cohort, members, ledger, device, watcher, home)
 
 
+def _vouch(members: Sequence[Member], ledger: Ledger, watcher: Watcher) -> None:
+    """Own code that this training runs may run again when its runs are used."""
+    named = {name for member in members for name in member.job.model_names}
+    try:
+        for name in sorted(named):
+            if place := own_place(name):
+                trust.record(name, place, models.own_code(name), ledger.folder)
+    except OSError as error:
+        watcher.say(f"{trust.state_folder()}: {error.strerror}; a later command that uses these runs needs --trust-code")
+
+
 def _resume_cohort(home: int, ledger: Ledger, device: torch.device, watcher: Watcher, workers: int | None) -> None:
     """Go on with a cohort from its checkpoint, or from the start where there is none, with the threads that it began with."""
     with ledger.lock(home):
@@ -201,6 +214,7 @@ def _tell_what_changed(runs: Sequence[Run], ledger: Ledger, device: torch.device
 def _train(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: torch.device, watcher: Watcher, home: int) -> None:
     """Epoch by epoch: into the ledger, then into the checkpoint, so that the ledger is never behind it."""
     reset_peak_memory(device)
+    _vouch(members, ledger, watcher)
     folder, last = ledger.run_folder(home), -math.inf
     engine = cohort.engine
     watcher.say(f"{_numbers(members)}: {engine.name} engine, {cohort.precision}: {engine.why}")

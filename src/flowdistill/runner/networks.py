@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .. import models
+from .. import models, trust
 from ..checks import Changes, UserError
 from ..config import DataConfig, InputConfig, Role, RunConfig, validate
 from ..data.images import ImageData
@@ -161,6 +161,8 @@ def named(reference: str, changes: Changes | None = None) -> NetworkRef:
 def _from_file(path: Path, model: str | None, changes: Changes) -> NetworkRef:
     weights, about = load_weights(path, changes)
     named = model or about.get("model")
+    if not model:
+        trust.came_from(named, f"weights file {path}")
     if not isinstance(named, str) or not named:
         raise UserError(f"weights file {path} does not say its model; write MODEL@{path} with one of: {', '.join(models.MODELS)}")
     if about.get("model") == named and (sizes := trained_on(about)) is not None:
@@ -211,6 +213,7 @@ def _of_run(run: Run, ledger: Ledger, fingerprint: str) -> NetworkRef:
     if run.status != "finished":
         raise UserError(f"run {run.no} is {run.status}, not finished; choose a finished one (flowdistill runs)")
     damage = meet_damage(run, ledger)
+    trust.came_from(run.student, f"run {run.no} of {ledger.path}")
     weights, about = load_weights(ledger.run_folder(run.no) / STUDENT_FILE, ledger.changes)
     sizes = trained_on(about)
     other = meet_changes(f"run {run.no}", about["model"], sizes, weights, about, ledger.changes) if sizes is not None else ""

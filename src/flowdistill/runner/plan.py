@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import methods, models
+from .. import methods, models, trust
 from ..checks import UserError
 from ..config import DataConfig, Role, RunConfig, validate
 from ..data.images import ImageData
@@ -60,6 +60,11 @@ class Job:
     def key(self) -> tuple[str, int]:
         """Two jobs with one key would give one and the same student."""
         return self.fingerprint, self.config.seed
+
+    @property
+    def model_names(self) -> list[str]:
+        """The models of all networks that take part."""
+        return [name for name in (self.student.model, self.teacher and self.teacher.model, self.config.peer) if name]
 
     @property
     def trained(self) -> str:
@@ -232,6 +237,8 @@ def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[
     jobs = []
     for run in runs:
         config = validate(run.config)
+        for reference in config.networks:
+            trust.came_from(reference, f"run {run.no} of {ledger.path}")
         try:
             data, data_hash = load_once(config.data)
         except UserError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 import stat
@@ -13,6 +14,13 @@ from pathlib import Path
 MOST_SEEDS = 10_000
 TRACEBACK = "Traceback (most recent call last):"
 MOST_WORKERS = 256
+NO_MEMORY = (
+    "allocate memory",
+    "out of memory",
+    "bad_alloc",
+    "can't start new thread",
+    "failed to map segment",
+)  # as PyTorch and ld.so say it
 FAILURES = (Exception, SystemExit)  # of anyone's code: by itself SystemExit would end the command without a word
 
 
@@ -76,6 +84,22 @@ def summary(error: BaseException) -> str:
     """An exception's type and the first line that it says."""
     said, name = first_line(error), type(error).__name__
     return name if said == name else f"{name}: {said}"
+
+
+def shortage(error: BaseException) -> str:
+    """What to do where an error says that this machine ran out of memory, of open files or of disk; else empty."""
+    number, said = getattr(error, "errno", None), str(error)
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or any(words in said for words in NO_MEMORY):
+        return "free some memory, or train fewer seeds and methods together"
+    if number in (errno.EMFILE, errno.ENFILE):
+        return "allow more open files (ulimit -n)"
+    return "make room there" if number == errno.ENOSPC or "disk is full" in said else ""
+
+
+def pass_on_shortage(error: BaseException) -> None:
+    """Raise an error again that says that the machine ran out of something: it tells nothing of the file or the network at hand."""
+    if shortage(error):
+        raise error
 
 
 def regular_file(path: Path, what: str) -> Path:

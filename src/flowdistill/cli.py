@@ -17,7 +17,7 @@ import typer
 from pydantic import ValidationError
 
 from . import recipes, trust
-from .checks import MOST_WORKERS, Changes, UserError, did_you_mean, obstacle, parse_seeds
+from .checks import MOST_WORKERS, Changes, UserError, did_you_mean, obstacle, parse_seeds, shortage
 from .complaints import complain, failure, refuse_empty, usage
 from .config import NETWORKS, RunConfig, assign, model_name, one_line, put, read_file, read_taps, validate
 from .env import version
@@ -139,6 +139,8 @@ def main() -> None:
     except (OSError, sqlite3.Error) as error:
         sys.exit(complain(failure(error), 1))
     except Exception as error:
+        if shortage(error):
+            sys.exit(complain(failure(error), 1))
         if not hasattr(error, "format_message"):  # not a usage error of the parser: a bug, shown whole
             raise
         if len(sys.argv) == 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import re
 import sqlite3
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from .checks import UserError, printable
+from .checks import UserError, first_line, printable, shortage
 from .config import one_line
 
 LONGEST_LINE = 600  # in characters
@@ -42,12 +41,10 @@ def usage(error: Any) -> str:
     return f"{said.rstrip('.')} (flowdistill --help)"
 
 
-def failure(error: OSError | sqlite3.Error) -> str:
+def failure(error: Exception) -> str:
     """What the machine refused, and what to do."""
     if isinstance(error, OSError):
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     else:
-        what = f"the ledger: {error}"
-    full = "disk is full" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
-    cure = "make room there and give the command again" if full else "mend that and give the command again"
-    return f"{what}; {cure} (finished runs are kept)"
+        what = f"the ledger: {error}" if isinstance(error, sqlite3.Error) else first_line(error)
+    return f"{what}; {shortage(error) or 'mend that'} and give the command again (finished runs are kept)"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import resource
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -19,8 +21,23 @@ def version() -> str:
 
 
 def memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes of memory that this process may use: the machine's, or less where its container (a control group) or a limit grants less."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    granted = [] if limit == resource.RLIM_INFINITY else [limit]
+    return min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *granted, *_granted_by_groups())
+
+
+def _granted_by_groups(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """The memory limits of the control groups that this process is in, of version 1 and 2; each group above it counts too."""
+    with contextlib.suppress(OSError):
+        for line in groups.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers in ("", "memory"):
+                top, name = (root, "memory.max") if not controllers else (root / "memory", "memory.limit_in_bytes")
+                inside = Path(path.lstrip("/"))
+                for folder in (inside, *inside.parents):  # in a container the outer folders are not there
+                    with contextlib.suppress(OSError, ValueError):
+                        yield int((top / folder / name).read_text())  # "max" is no limit
 
 
 def processor() -> str:

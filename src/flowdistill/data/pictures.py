@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..checks import UserError, first_line, regular_file
+from ..checks import UserError, first_line, pass_on_shortage, regular_file
 from ..config import LARGEST_IMAGE
 
 T = TypeVar("T")
@@ -185,7 +185,11 @@ def square(image: Image.Image, size: int) -> Image.Image:
 
 
 def or_broken(name: str, read: Callable[[], T]) -> T | Broken:
-    """What is read, or why it can't be."""
+    """What is read, or why it can't be.
+
+    Raises:
+        OSError, MemoryError: the machine has no memory or descriptors left, which is no fault of the image.
+    """
     try:
         return read()
     except UserError as error:  # regular_file's, which begins with the name
@@ -193,6 +197,7 @@ def or_broken(name: str, read: Callable[[], T]) -> T | Broken:
     except UnidentifiedImageError:
         return Broken(name, "no image of a known format")
     except Exception as error:  # Pillow raises anything on junk
+        pass_on_shortage(error)
         return Broken(name, first_line(error))
 
 

@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..checks import UserError, did_you_mean, first_line, regular_file
+from ..checks import UserError, did_you_mean, first_line, pass_on_shortage, regular_file
 from ..config import DataConfig
 from ..env import memory
 from ..registry import Registry
@@ -207,7 +207,8 @@ def _read_arrays(path: Path, keys: Sequence[str]) -> dict[str, npt.NDArray[Any]]
             return _arrays(path, archive, keys)
     except UserError:
         raise
-    except Exception:  # numpy and zipfile raise anything on junk, and numpy's words advise to load pickles
+    except Exception as error:  # numpy and zipfile raise anything on junk, and numpy's words advise to load pickles
+        pass_on_shortage(error)
         raise UserError(f"npz:{path}: not a readable npz file of plain arrays (damaged, no zip, or with pickled objects in it)") from None
 
 

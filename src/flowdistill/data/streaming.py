@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing.queues
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from traceback import walk_tb
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from ..checks import UserError, first_line
+from ..checks import UserError, first_line, shortage
 from ..device import sensible_workers
 from ..randomness import generator, seeded
 from .augment import boxes
@@ -22,9 +27,42 @@ from .pictures import Pictures, quiet
 from .supply import BATCH
 
 OPERATIONS = 2  # of RandAugment on an image: Cubuk et al. 2020, section 4.4 (ImageNet)
+LOST = 74  # exit status of a process whose batch was lost: EX_IOERR
 BATCH_PIXELS = BATCH << 13  # of the images that are evaluated at once, where they are large: 81 of 224x224
 
-Decoded = tuple[Tensor, list[str]] | str
+
+class Pixels:
+    """An array that torch's DataLoader pins as it pins a tensor, in its own thread."""
+
+    def __init__(self, array: npt.NDArray[np.uint8]) -> None:
+        self.tensor: Tensor | None = None
+        self.array = array
+
+    def pin_memory(self) -> Pixels:
+        """With its numbers in page-locked memory, from which a GPU copies them while it computes."""
+        self.tensor = torch.from_numpy(self.array).pin_memory()
+        return self
+
+    def on(self, device: torch.device) -> Tensor:
+        """The numbers on a device."""
+        return (torch.from_numpy(self.array) if self.tensor is None else self.tensor).to(device, non_blocking=True)
+
+
+class Decoded(NamedTuple):
+    """A batch as a process sends it.
+
+    It goes through a pipe, as an array. A tensor would go through shared memory, of which a container has 64 MB by default, and through
+    a file descriptor each. Where either runs out, torch loses the batch in a thread of the process, and who waits for it waits for ever.
+
+    Attributes:
+        pixels: uint8 [B, H, W, C].
+        replaced: names of images that could not be decoded.
+        wrong: what ends the pass, else empty; an exception would come with a traceback.
+    """
+
+    pixels: Pixels
+    replaced: list[str]
+    wrong: str = ""
 
 
 class Shot(NamedTuple):
@@ -49,7 +87,7 @@ class Decoder(Dataset[Decoded]):
     randaugment: int | None = None
 
     def __getitem__(self, shots: Sequence[Shot]) -> Decoded:
-        """The batch and the names of images that could not be decoded, or what is wrong, for an exception would come with a traceback."""
+        """The batch."""
         pixels, passed = [], list[str]()
         try:
             with quiet():
@@ -57,9 +95,12 @@ class Decoder(Dataset[Decoded]):
                     image, broken = self.pictures.shown(shot.place, functools.partial(self._show, shot))
                     pixels.append(image)
                     passed += broken
+                return Decoded(Pixels(np.stack(pixels)), passed)
         except UserError as error:
-            return str(error)
-        return torch.from_numpy(np.stack(pixels)), passed
+            wrong = str(error)
+        except (OSError, MemoryError) as error:
+            wrong = f"{self.pictures.what}: {first_line(error)}; {shortage(error) or 'mend that'}"
+        return Decoded(Pixels(np.empty(0, np.uint8)), [], wrong)
 
     def _show(self, shot: Shot, image: Image.Image) -> Image.Image:
         """Crop, then RandAugment, which follows the crop in the papers' recipes of ImageNet."""
@@ -121,11 +162,10 @@ class Workers:
         if self._loader is None:
             self._loader = self._start()
         for found in self._loaded(self._loader):
-            if isinstance(found, str):
-                raise UserError(found)
-            images, passed = found
-            self.replaced.update(passed)
-            yield images.to(self.device, non_blocking=True)
+            if found.wrong:
+                raise UserError(found.wrong)
+            self.replaced.update(found.replaced)
+            yield found.pixels.on(self.device)
 
     def close(self) -> None:
         """End the processes."""
@@ -140,6 +180,7 @@ class Workers:
             persistent_workers=self.count > 0,
             pin_memory=self.device.type == "cuda",
             collate_fn=_as_it_is,
+            worker_init_fn=_end_with_what_is_lost,
             generator=torch.Generator(),  # else it draws a seed from the global one
         )
 
@@ -147,7 +188,7 @@ class Workers:
         """A process that dies is noticed where its batch is awaited, not by torch's handler, which raises wherever this process just is."""
         try:
             before = signal.getsignal(signal.SIGCHLD)
-            batches = iter(loader)
+            batches = self._started(loader)
             if before is not None and signal.getsignal(signal.SIGCHLD) is not before:  # None is another's, not to be put back from here
                 signal.signal(signal.SIGCHLD, before)
             yield from batches
@@ -158,9 +199,31 @@ class Workers:
             what = self.decoder.pictures.what
             raise UserError(f"{what}: a process that decodes was killed ({first_line(error)}); resume with fewer --workers, or 0") from None
 
+    def _started(self, loader: DataLoader[Decoded]) -> Iterator[Decoded]:
+        try:
+            return iter(loader)
+        except OSError as error:  # no descriptors, no semaphores, no processes
+            self.close()
+            for frame, _ in walk_tb(error.__traceback__):
+                if isinstance(half_made := frame.f_locals.get("self"), _MultiProcessingDataLoaderIter):
+                    half_made._shutdown = True  # else torch ends it, finds half of it missing, and prints a traceback
+            what = self.decoder.pictures.what
+            raise UserError(f"{what}: processes that decode can't be started ({first_line(error)}); use fewer --workers, or 0") from None
+
 
 def _as_it_is(found: Any) -> Any:
     return found
+
+
+def _end_with_what_is_lost(_: int) -> None:
+    """In a process that decodes: where a batch can't be sent, Python tells that on stderr and goes on without it. Who waits for it must
+    know, so the process ends.
+    """
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
+
+
+def _end(_error: BaseException, _batch: object) -> None:
+    os._exit(LOST)
 
 
 class StreamedSet:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from ..checks import FAILURES
+from ..checks import FAILURES, pass_on_shortage
 
 INSTALLED = {"site-packages", "dist-packages"}  # folders of what an installer put there
 LARGEST = 64 << 20  # bytes of a file that counts as code
@@ -227,7 +227,8 @@ class _Contents:
             self.met[id(value)] = len(self.met), value  # held, so that no other gets its id
             try:
                 self._taker(value)(value)
-            except FAILURES:  # of its own code, or nested without end
+            except FAILURES as error:  # of its own code, or nested without end
+                pass_on_shortage(error)
                 self._printed(value)
 
     def _taker(self, value: object) -> Callable[[Any], None]:
@@ -266,7 +267,8 @@ class _Contents:
     def _printed(self, value: object) -> None:
         try:
             printed = repr(value)
-        except Exception:  # of anyone's code
+        except Exception as error:  # of anyone's code
+            pass_on_shortage(error)
             printed = ""
         self.say(type(value).__qualname__, re.sub(r" at 0x[0-9a-f]+", "", printed)[:LONGEST])
 

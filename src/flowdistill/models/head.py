@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import pass_on_shortage
 from ..randomness import seeded
 from .state import kept
 from .watching import IMAGES, Call, images_for, logits_of
@@ -73,7 +74,8 @@ def find_head(net: nn.Module, size: Sequence[int], fitting: Sequence[Call], clas
         try:
             trained, large = asked(training=True)
             altered = "" if trained else f"in train mode it gives {_described(large, path)}"
-        except Exception:  # a batch that is too small for its normalisation: nobody knows
+        except Exception as error:  # a batch that is too small for its normalisation: nobody knows
+            pass_on_shortage(error)
             altered = ""
     return next(call for call in fitting if call.path == path), altered
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..checks import FAILURES
+from ..checks import FAILURES, pass_on_shortage
 from ..randomness import seeded
 from ..taps import Outputs
 from . import Network
@@ -45,8 +45,8 @@ def probe(net: Network, channels: int, height: int, width: int, *, trains: bool)
             found |= _signatures("eval", net.eval().answer(images), net.spec.version)
             if trains and time.process_time() - started <= SECONDS:
                 found |= _in_training(net, images)
-        except FAILURES:  # of its own code, where it can't answer such images or such a batch: what it said until then
-            pass
+        except FAILURES as error:  # of its own code, where it can't answer such images or such a batch: what it said until then
+            pass_on_shortage(error)
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import FAILURES
+from ..checks import FAILURES, pass_on_shortage
 from ..randomness import seeded, states
 from ..taps import NetSpec, TapSpec
 from .head import ROUNDING, SAME, apart, candidates, find_head
@@ -102,7 +102,8 @@ def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
         try:
             with _as_it_was(net):
                 larger, *_ = watch(net, channels, height * factor, width * factor)
-        except FAILURES:  # it takes one size alone
+        except FAILURES as error:  # it takes one size alone
+            pass_on_shortage(error)
             larger = calls
     for call in [*attention(calls), *attention(larger)]:
         call.layout = None
@@ -150,7 +151,8 @@ def takes_channels_last(net: nn.Module, channels: int, height: int, width: int) 
     images = torch.zeros(IMAGES, channels, height, width).contiguous(memory_format=torch.channels_last)
     try:
         net.to(memory_format=torch.channels_last).eval()(images)
-    except Exception:  # it took them otherwise
+    except Exception as error:  # it took them otherwise
+        pass_on_shortage(error)
         return False
     return True
 
@@ -185,7 +187,8 @@ def _draws(net: nn.Module, size: Sequence[int], evaluated: Any) -> bool:
         began = states()
         try:
             trained = net.train()(torch.zeros(IMAGES, *size, device=device))
-        except Exception:  # a batch that is too small for its normalisation: nobody knows
+        except Exception as error:  # a batch that is too small for its normalisation: nobody knows
+            pass_on_shortage(error)
             return True
         draws = states() != began
     if isinstance(trained, Tensor) != isinstance(evaluated, Tensor) or _shape(trained) != _shape(evaluated):

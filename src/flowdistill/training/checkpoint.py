@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..checks import pass_on_shortage
 from .cohort import Cohort
 from .step import Student
 from .weights import hash_weights, is_whole, read_safetensors, save_weights
@@ -63,6 +64,7 @@ def load(folder: Path) -> Checkpoint | None:
         except FileNotFoundError:
             continue
         except Exception as error:  # a damaged file raises anything
+            pass_on_shortage(error)
             damage = f"{path} is damaged ({error})"
     return Checkpoint(0, {}, {}, {}, damage) if damage else None
 

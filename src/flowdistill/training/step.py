@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import FAILURES, UserError, summary
+from ..checks import FAILURES, UserError, shortage, summary
 from ..config import TrainConfig
 from ..device import Precision
 from ..methods import Method, Phase, Settled
@@ -394,7 +394,8 @@ def _failures_of(group: Group, images: Tensor) -> Iterator[None]:
         raise
     except FAILURES as error:
         names = ", ".join(dict.fromkeys(student.net.spec.name for student in group))
-        raise UserError(f"student {names} can't be trained on a batch of {len(images)}: {summary(error)}") from None
+        cure = f"; {shortage(error)}" if shortage(error) else ""
+        raise UserError(f"student {names} can't be trained on a batch of {len(images)}: {summary(error)}{cure}") from None
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

@@ -40,6 +40,8 @@ def write_whole(path: Path, content: bytes, keep: Path | None = None) -> None:
             path.replace(keep)
         draft.replace(path)
         _sync_folder(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk does not say which file it had no room for
     finally:
         draft.unlink(missing_ok=True)
 

@@ -1,13 +1,16 @@
-# make demo, make test: each does all its own set-up in VENV
+# make demo, make test, make test-long: each does all its own set-up in VENV
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test lint
+.PHONY: demo test test-long lint
 demo: $(VENV)/installed
 	$(VENV)/bin/flowdistill demo
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/pytest -n auto
+
+test-long: $(VENV)/installed-dev
+	$(VENV)/bin/pytest -n auto -m long
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +70,12 @@ def own_code() -> Iterator[None]:
 def _leave_torch_as_found() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays: no later collection of garbage needs to look at these millions of objects."""
+    gc.collect()
+    gc.freeze()
 
 
 TABLES = {"planted bugs": ("bug", "check", "caught by"), "golden values": ("key", "expected", "relative error")}

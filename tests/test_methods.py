@@ -229,12 +229,20 @@ def wanted(method: Method) -> set[str]:
     return pulled
 
 
-def gradients(method: Method, given: Scene, call: Callable[..., dict[str, Tensor]] | None = None) -> dict[str, Tensor]:
-    """Of everything that the method pulls at, and of its parameters; ``call`` stands in for the method."""
+def gradients(method: Method, given: Scene) -> dict[str, Tensor]:
+    """Of everything that the method pulls at, and of its parameters."""
+    return terms_and_gradients(method, given, method)[1]
+
+
+def terms_and_gradients(
+    method: Method, given: Scene, call: Callable[..., dict[str, Tensor]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What ``call`` gives, which stands in for the method, and the gradients of its sum."""
     given = trainable(given)
     leaves = {name: x for name, x in tensors(given.student).items() if name in wanted(method)} | dict(method.named_parameters())
-    found = torch.autograd.grad(total((method if call is None else call)(*given)), list(leaves.values()))
-    return dict(zip(leaves, found, strict=True))
+    terms = call(*given)
+    found = torch.autograd.grad(total(terms), list(leaves.values()))
+    return {name: term.detach() for name, term in terms.items()}, dict(zip(leaves, found, strict=True))
 
 
 def as_numpy(outputs: Outputs) -> SimpleNamespace:
@@ -577,8 +585,10 @@ def test_compiled_equals_eager(name: str, options: dict[str, Any]) -> None:
     pair = widest(name, options)
     method, given = make(name, options, pair), both(scene(pair), Tensor.float)
     compiled = torch.compile(method, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*given), method(*given), rtol=1e-6, atol=0)
-    torch.testing.assert_close(gradients(method, given, compiled), gradients(method, given), rtol=1e-5, atol=1e-9)
+    terms, pulls = terms_and_gradients(method, given, compiled)
+    expected_terms, expected_pulls = terms_and_gradients(method, given, method)
+    torch.testing.assert_close(terms, expected_terms, rtol=1e-6, atol=0)
+    torch.testing.assert_close(pulls, expected_pulls, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler on this machine")
@@ -592,8 +602,9 @@ def test_generated_code_equals_eager(name: str) -> None:
     torch._dynamo.reset()
     method, given = make(name, {}, widest(name, {})), both(scene(widest(name, {})), Tensor.float)
     compiled = torch.compile(method, backend="inductor", fullgraph=True)
-    torch.testing.assert_close(compiled(*given), method(*given), rtol=1e-6, atol=0)
-    ours, theirs = gradients(method, given, compiled), gradients(method, given)
+    terms, ours = terms_and_gradients(method, given, compiled)
+    expected_terms, theirs = terms_and_gradients(method, given, method)
+    torch.testing.assert_close(terms, expected_terms, rtol=1e-6, atol=0)
     for leaf, gradient in theirs.items():
         assert (ours[leaf] - gradient).abs().max() <= 8 * torch.finfo(torch.float32).eps * gradient.abs().max(), leaf
 

@@ -42,6 +42,7 @@ def run(bug: Bug, request: pytest.FixtureRequest) -> None:
         bug.check(**bug.case, **{name: fresh[name]() if name in fresh else request.getfixturevalue(name) for name in names})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name.replace(" ", "_"))
 def test_planted_bug_is_caught(bug: Bug, request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
     told = [bug.name, bug.check_name, "not caught"]

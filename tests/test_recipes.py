@@ -62,20 +62,8 @@ def test_smoke_is_one_epoch(tmp_path: Path) -> None:
 
 def chosen(folder: Path, teacher: str, student: str, *words: str) -> dict[str, Any]:
     """What crd resolves to for this pair; a teacher is trained where the folder has none."""
-    run = (
-        "--epochs",
-        "1",
-        "--set",
-        "train.milestones=[0.5]",
-        "--dataset",
-        "digits",
-        "--device",
-        "cpu",
-        "--batch-size",
-        "8",
-        "--set",
-        "data.limit_train=40",
-    )
+    small = ("--dataset", "digits", "--set", "data.limit_train=40", "--batch-size", "8", "--device", "cpu")
+    run = ("--epochs", "1", "--set", "train.milestones=[0.5]", *small)
     if not (folder / "runs").exists():
         assert command(folder, "train", "--model", teacher, "--seeds", "9", *run).code == 0
     said = command(folder, "distill", "--teacher", teacher, "--student", student, "--recipe", "crd", "--dry-run", *run, *words)

@@ -28,6 +28,7 @@ from flowdistill.runner import run
 from flowdistill.runner.card import Card, baseline, count_macs, measure
 from flowdistill.stats import agreement, calibration_error, negative_log_likelihood
 from flowdistill.taps import DataSpec
+from flowdistill.training.weights import load_weights
 
 CPU = torch.device("cpu")
 
@@ -293,6 +294,17 @@ def test_a_teachers_file_that_changed_is_told(work: Path, tmp_path: Path, small_
     shutil.copy(work / "runs" / "2" / "student.safetensors", tmp_path / "t.safetensors")
     with pytest.raises(UserError, match=r"its teacher .*t\.safetensors is not the one that it learned from; put the old one back, or take"):
         measure(1, ledger, CPU)
+
+
+def test_a_teacher_that_is_one_of_several_in_a_file(work: Path, tmp_path: Path, small_npz: Path) -> None:
+    """Its names are those of a wrapper: it is the same teacher when the card asks again."""
+    teacher = {f"module.{name}": value for name, value in load_weights(work / "runs" / "1" / "student.safetensors")[0].items()}
+    torch.save({"model": teacher, "ema": {name: value + 1 for name, value in teacher.items()}}, tmp_path / "t.ckpt")
+    ledger = Ledger(tmp_path / "runs", create=True)
+    run([config(small_npz, method="kd", teacher=f"resnet14@{tmp_path}/t.ckpt#model")], ledger, CPU)
+    found = measure(1, ledger, CPU, batch_size=2)
+    assert found.columns[0].origin == f"{tmp_path}/t.ckpt#model"
+    assert found.columns[0].file_bytes == (tmp_path / "t.ckpt").stat().st_size
 
 
 # The page

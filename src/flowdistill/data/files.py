@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
-from ..checks import UserError, printable
+from ..checks import UserError, printable, some
 from ..config import LARGEST_IMAGE, DataConfig
 from ..env import memory
 from .images import ImageData
@@ -29,7 +29,6 @@ GREY = ("1", "L", "LA")  # Pillow's modes
 SPLITS = ("train", "val", "test")
 OTHER_WORDS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 TEST_PART = 5  # where no split is given, a fifth of each class is test
-NAMED = 3  # of many files, so many are named
 PROGRESS_SECONDS = 5.0
 ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF 2.3, orientation
 LARGEST_STREAMED = 1 << 22  # pixels of an image that is neither resized nor held in memory
@@ -279,13 +278,6 @@ def _in_threads(what: str, done: str, work: Callable[[int], T], rows: Sequence[i
             last = time.monotonic()
 
     return in_threads(work, rows, tell)
-
-
-def some(names: Iterable[str]) -> str:
-    """The first few names, and how many there are beside them."""
-    shown = list(names)
-    more = f" and {len(shown) - NAMED:,} more" if len(shown) > NAMED else ""
-    return ", ".join(shown[:NAMED]) + more
 
 
 def say(line: str) -> None:

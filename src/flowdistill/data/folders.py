@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checks import UserError, did_you_mean, first_line, regular_file
+from ..checks import UserError, did_you_mean, first_line, regular_file, some
 from ..config import DataConfig
-from .files import OTHER_WORDS, SPLITS, Item, assemble, read_all, say, some
+from .files import OTHER_WORDS, SPLITS, Item, assemble, read_all, say
 from .images import ImageData, Unlabelled
 from .pictures import Files
 

@@ -26,6 +26,7 @@ from ..ledger import Ledger, Run, baseline_key, is_baseline
 from ..models import Network
 from ..stats import Agreement, agreement, calibration_error, negative_log_likelihood
 from ..training.evaluate import predict
+from ..training.weight_files import located
 from .integrity import STUDENT_FILE
 from .networks import NetworkRef, recorded_teacher, resolve
 
@@ -151,7 +152,7 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
     config = validate(run.config)
     alone = baseline(run, ledger)
     student, data = resolve(str(no), ledger), _data(run, config)
-    found = {TEACHER: _teacher(run, ledger), STUDENT: student, ALONE: resolve(str(alone.no), ledger) if alone else None}
+    found = {TEACHER: _teacher(run, ledger, data), STUDENT: student, ALONE: resolve(str(alone.no), ledger) if alone else None}
     networks = {role: network for role, network in found.items() if network}
     trained = trained_positions(data.y_train, run.split)
     normalisation = Normalisation.measured(part(data.x_train, trained), data.y_train[trained])
@@ -252,15 +253,15 @@ def _data(run: Run, config: RunConfig) -> ImageData:
     return data
 
 
-def _teacher(run: Run, ledger: Ledger) -> NetworkRef | None:
-    teacher = recorded_teacher(run, ledger)
+def _teacher(run: Run, ledger: Ledger, data: ImageData) -> NetworkRef | None:
+    teacher = recorded_teacher(run, ledger, data.spec)
     if teacher and teacher.fingerprint != run.teacher_fingerprint:
         ledger.changes.meet(f"run {run.no}: its teacher {run.config['teacher']} is not the one that it learned from")
     return teacher
 
 
 def _file(network: NetworkRef, ledger: Ledger) -> Path:
-    return ledger.run_folder(network.run) / STUDENT_FILE if network.run else Path(network.origin).expanduser()
+    return ledger.run_folder(network.run) / STUDENT_FILE if network.run else located(Path(network.origin))[0].expanduser()
 
 
 def _advice(config: RunConfig, ledger: Ledger) -> str:

@@ -390,6 +390,15 @@ def test_a_class_without_test_images_has_no_share(fsp_card: Card) -> None:
     assert ["0", "0", "-", "-", "-", "-", "-"] in markdown_rows(page(none, "md"))
 
 
+def test_classes_have_their_names(fsp_card: Card) -> None:
+    assert fsp_card.class_names == tuple("0123456789")
+    named = dataclasses.replace(fsp_card, class_names=("<b>", *(f"bird {number}" for number in range(1, 10))))
+    assert [row[0] for row in markdown_rows(page(named, "md"))][-9:] == [f"bird {number}" for number in range(1, 10)]
+    html = Page(page(named, "html"))
+    assert [row[0] for row in html.rows][-10:] == ["<b>", *(f"bird {number}" for number in range(1, 10))]
+    assert "b" not in html.tags
+
+
 def test_names_are_escaped(fsp_card: Card) -> None:
     hostile = dataclasses.replace(fsp_card, run=dataclasses.replace(fsp_card.run, dataset="<script>alert(1)</script>"))
     assert "script" not in Page(page(hostile, "html")).tags

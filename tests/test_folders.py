@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -30,7 +31,9 @@ from flowdistill.data.loader import DeviceData
 from flowdistill.data.sources import load
 from flowdistill.env import memory
 from flowdistill.ledger import Ledger
+from flowdistill.report.card import page
 from flowdistill.runner import load_network, resume, run
+from flowdistill.runner.card import measure
 from flowdistill.runner.evaluate import evaluate
 
 CPU = torch.device("cpu")
@@ -708,6 +711,9 @@ def test_a_student_is_measured_again_from_its_file_and_knows_its_classes(small: 
     assert (about.labels, about.input) == (NAMES, (3, 7, 7))
     again = evaluate(path, CPU)
     assert (again.correct, again.images, again.data) == (done.correct, 30, "as trained")
+    card = measure(done.no, ledger, CPU, batch_size=1)
+    assert card.class_names == NAMES
+    assert re.findall(r"^\| (\w+) +\| +\d+ \|", page(card, "md"), re.MULTILINE) == list(NAMES)
     other = small.parent / "other"
     shutil.copytree(small, other)
     assert evaluate(path, CPU, dataset=f"folder:{other}").correct == done.correct

@@ -34,10 +34,11 @@ KNOWN = 5  # times chance, or halfway from chance to all, that renaming must rea
 SHOWN = 3  # of many classes, so many are named
 
 SIZES = (32, 48, 64, 96, 128, 160, 192, 224, 288)  # sides of images that teachers are usually trained on
-FEW = {64: 128, 96: 64, 288: 32}  # up to this side so many images tell whether a size is worth a look at all of them
+FEW, LEAST = {64: 128, 96: 64}, 32  # up to this side so many images tell whether a size is worth a look at all; of larger ones the least
 LOOKED_AT = 2  # of the sizes, the best by few images
 PIECE = 64  # images of a pass at another size: larger ones must not take more memory than training will
-SECONDS = 10.0  # a size that would take longer than what is left of this is not tried
+ENLARGED = 8  # times the data's own side, more than which nobody enlarges images to
+SECONDS = 5.0  # after which no further size is tried
 
 NORMALISATIONS = {
     "ImageNet's": Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -161,24 +162,25 @@ def _other_normalisations(
 def _other_sizes(
     net: Network, teacher: NetworkRef, data: DeviceData, images: Labelled, precision: Precision, answers: Answers, least: float
 ) -> Iterator[Explained]:
-    """Each size on a few images first, and on all where that is promising; those that the network can't take are passed over."""
-    seen, started, taken = given(data), time.perf_counter(), 0.0
-    now = teacher.view.over(seen)
-    own = [seen.height] if seen.height == seen.width and seen.height is not None else []
-    tried: list[tuple[float, int]] = []
-    before = 0
-    for size in sorted({*SIZES, *own} - ({now.height} if now.height == now.width else set())):
-        few = FEW[next(side for side in FEW if size <= side or side == max(FEW))]
-        if before and time.perf_counter() - started + taken * few * size**2 / before > SECONDS:
-            break
-        begun = time.perf_counter()
+    """Each size on a few images, in some seconds, and the best of them on all; those that the network can't take are passed over."""
+    seen, until = given(data), time.perf_counter() + SECONDS
+    now, tried = teacher.view.over(seen), list[tuple[float, int]]()
+    largest = ENLARGED * max(seen.height or 0, seen.width or 0)
+    for size in sorted({*(size for size in SIZES if size <= largest), *_side(seen)} - _side(now)):
+        few = next((count for side, count in FEW.items() if size <= side), LEAST)
         places = stratified(answers.labels, min(few, len(answers.labels)), len(answers.labels), least=1)
         if (found := _at(size, net, teacher, seen, Part(images, places), precision)) is not None:
             tried.append((found, size))
-        taken, before = time.perf_counter() - begun, few * size**2
-    for few_found, size in sorted(tried, reverse=True)[:LOOKED_AT]:
-        if few_found > least - GAIN / 2 and (found := _at(size, net, teacher, seen, Part(images), precision)) is not None:
+        if time.perf_counter() > until:
+            break
+    for by_few, size in sorted(tried, reverse=True)[:LOOKED_AT]:
+        if by_few > least - GAIN / 2 and (found := _at(size, net, teacher, seen, Part(images), precision)) is not None:
             yield Explained(found, f"wrong size: {found:.1%} at {size}x{size} (--set inputs.teacher.size={size})")
+
+
+def _side(view: View) -> set[int]:
+    """The side of square images; nothing of others, which no option can say."""
+    return {view.height} if view.height is not None and view.height == view.width else set()
 
 
 def _at(size: int, net: Network, teacher: NetworkRef, seen: View, images: Labelled, precision: Precision) -> float | None:

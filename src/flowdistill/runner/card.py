@@ -98,6 +98,7 @@ class Card:
         run: whose student it is about.
         columns: teacher, student, student alone, those that there are.
         class_images: test images of each class.
+        class_names: their names; numbers where the data have none.
         device, processor, torch: what the latencies belong to.
         advice: how to get the column that is missing; empty where none is.
     """
@@ -105,6 +106,7 @@ class Card:
     run: Run
     columns: tuple[Column, ...]
     class_images: tuple[int, ...]
+    class_names: tuple[str, ...]
     device: str
     processor: str
     torch: str
@@ -189,7 +191,8 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
         )
     advice = "" if alone or run.method == "base" else _advice(config, ledger)
     class_images = tuple(np.bincount(labels, minlength=data.classes).tolist())
-    return Card(run, tuple(columns), class_images, named, processor(), torch.__version__, advice)
+    class_names = data.class_names or tuple(map(str, range(data.classes)))
+    return Card(run, tuple(columns), class_images, class_names, named, processor(), torch.__version__, advice)
 
 
 def baseline(run: Run, ledger: Ledger) -> Run | None:

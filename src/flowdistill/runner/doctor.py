@@ -123,7 +123,8 @@ def _of_data(data: ImageData) -> Finding:
     said = f"{data.name}: {len(data.y_train):,} training and {len(data.y_test):,} test images {size}, {data.classes} classes"
     if counts.max() <= UNEVEN * counts.min():
         return Finding("data", "ok", said)
-    return Finding("data", "look", f"{said}; uneven: {counts.min():,} to {counts.max():,} training images a class")
+    fewest, most = (f" ({data.class_names[place]})" if data.class_names else "" for place in (counts.argmin(), counts.argmax()))
+    return Finding("data", "look", f"{said}; uneven: {counts.min():,}{fewest} to {counts.max():,}{most} training images a class")
 
 
 def _of_student(job: Job, data: DeviceData) -> Iterator[Finding]:

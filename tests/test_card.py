@@ -28,6 +28,7 @@ from flowdistill.runner import run
 from flowdistill.runner.card import Card, baseline, count_macs, measure
 from flowdistill.stats import agreement, calibration_error, negative_log_likelihood
 from flowdistill.taps import DataSpec
+from flowdistill.training.weights import load_weights
 
 CPU = torch.device("cpu")
 
@@ -295,6 +296,17 @@ def test_a_teachers_file_that_changed_is_told(work: Path, tmp_path: Path, small_
         measure(1, ledger, CPU)
 
 
+def test_a_teacher_that_is_one_of_several_in_a_file(work: Path, tmp_path: Path, small_npz: Path) -> None:
+    """Its names are those of a wrapper: it is the same teacher when the card asks again."""
+    teacher = {f"module.{name}": value for name, value in load_weights(work / "runs" / "1" / "student.safetensors")[0].items()}
+    torch.save({"model": teacher, "ema": {name: value + 1 for name, value in teacher.items()}}, tmp_path / "t.ckpt")
+    ledger = Ledger(tmp_path / "runs", create=True)
+    run([config(small_npz, method="kd", teacher=f"resnet14@{tmp_path}/t.ckpt#model")], ledger, CPU)
+    found = measure(1, ledger, CPU, batch_size=2)
+    assert found.columns[0].origin == f"{tmp_path}/t.ckpt#model"
+    assert found.columns[0].file_bytes == (tmp_path / "t.ckpt").stat().st_size
+
+
 # The page
 
 
@@ -376,6 +388,15 @@ def test_unsteady_latency_is_said(fsp_card: Card, p90: float, unsteady: bool) ->
 def test_a_class_without_test_images_has_no_share(fsp_card: Card) -> None:
     none = dataclasses.replace(fsp_card, class_images=(0, *fsp_card.class_images[1:]))
     assert ["0", "0", "-", "-", "-", "-", "-"] in markdown_rows(page(none, "md"))
+
+
+def test_classes_have_their_names(fsp_card: Card) -> None:
+    assert fsp_card.class_names == tuple("0123456789")
+    named = dataclasses.replace(fsp_card, class_names=("<b>", *(f"bird {number}" for number in range(1, 10))))
+    assert [row[0] for row in markdown_rows(page(named, "md"))][-9:] == [f"bird {number}" for number in range(1, 10)]
+    html = Page(page(named, "html"))
+    assert [row[0] for row in html.rows][-10:] == ["<b>", *(f"bird {number}" for number in range(1, 10))]
+    assert "b" not in html.tags
 
 
 def test_names_are_escaped(fsp_card: Card) -> None:

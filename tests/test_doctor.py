@@ -174,6 +174,51 @@ def test_mistake_normalisation(scale: float, words: str, look: Look, work: Path,
     assert wrong(look(teacher=file, **cured(said))) == []
 
 
+def test_mistake_size(look: Look, work: Path, weights: dict[str, Tensor]) -> None:
+    file = saved(work / "it.pt", weights)
+    verdict, said = told(look(teacher=file, inputs={"teacher": {**PIXELS["teacher"], "size": 24}}), "answers")
+    assert verdict == "wrong"
+    found = re.search(r"resnet14: (\d+\.\d)% of 150 .*; wrong size: (\d+\.\d)% at 8x8 \(--set inputs.teacher.size=8\)$", said)
+    assert found
+    inputs = {"teacher": {**PIXELS["teacher"], **cured(said)["inputs"]["teacher"]}}
+    sound = told(look(teacher=file, inputs=inputs), "answers")
+    assert sound == ("ok", f"resnet14: {found[2]}% of 150 test images (chance {said.split('chance ')[1].split('%')[0]}%)")
+    assert float(found[1]) + 10 < float(found[2])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_weak_teacher_of_the_right_size_is_not_resized(seed: int, look: Look, work: Path, weights: dict[str, Tensor]) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    name = "layer3.1.conv2.weight"
+    spoilt = weights[name] + 2 * weights[name].std() * torch.randn(weights[name].shape, generator=generator)
+    found = look(teacher=saved(work / "it.pt", weights | {name: spoilt}), inputs=PIXELS)
+    verdict, said = told(found, "answers")
+    assert (verdict, "wrong" in said) == ("ok", False)
+    assert float(said.split("% of")[0].split()[-1]) < 90, "so weak that others are tried"
+
+
+FIXED = """
+from torch import nn
+
+def net(classes, channels, size):
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, 16), nn.ReLU(), nn.Linear(16, classes))
+"""
+
+
+def test_a_teacher_that_takes_one_size_is_asked_for_no_other(look: Look, work: Path) -> None:
+    (work / "fixed.py").write_text(FIXED)
+    model = f"{work}/fixed.py:net"
+    torch.save(models.build(model, DIGITS, seed=3).state_dict(), work / "it.pt")
+    verdict, said = told(look(teacher=f"{model}@{work}/it.pt"), "answers")
+    assert verdict == "wrong"
+    assert "size" not in said
+
+
+def test_the_size_of_a_run_is_known(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowdistill.runner.answers.SIZES", None)
+    assert told(look(), "answers")[0] == "ok"
+
+
 def test_mistake_a_teacher_that_was_not_trained(look: Look, work: Path) -> None:
     fresh = models.build("resnet14", DIGITS, seed=3).state_dict()
     verdict, said = told(look(teacher=saved(work / "it.pt", fresh)), "answers")
@@ -393,6 +438,14 @@ def test_uneven_classes(look: Look, small_npz: Path, tmp_path: Path) -> None:
     verdict, said = told(look(data=tmp_path / "uneven.npz", method="base", teacher=None, train={"batch_size": 8}), "data")
     assert verdict == "look"
     assert re.search(r"10 classes; uneven: [23] to 3\d training images a class$", said)
+
+
+def test_uneven_classes_by_name(look: Look, folder: Path) -> None:
+    for path in sorted((folder / "train" / "d3").iterdir())[2:]:
+        path.unlink()
+    verdict, said = told(look(of_folder(folder, "1").model_copy(update={"method": "base", "teacher": None})), "data")
+    assert verdict == "look"
+    assert re.search(r"uneven: 2 \(d3\) to 3\d \(d\d\) training images a class$", said)
 
 
 def test_streamed_images(look: Look, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -30,7 +31,9 @@ from flowdistill.data.loader import DeviceData
 from flowdistill.data.sources import load
 from flowdistill.env import memory
 from flowdistill.ledger import Ledger
+from flowdistill.report.card import page
 from flowdistill.runner import load_network, resume, run
+from flowdistill.runner.card import measure
 from flowdistill.runner.evaluate import evaluate
 
 CPU = torch.device("cpu")
@@ -390,6 +393,64 @@ def test_16_bits_a_channel_are_refused(small: Path, colour: int, mode: str) -> N
         folder_data(small)
 
 
+def tiff(values: np.ndarray[Any, Any], *, planes: bool = False, kind: int = 1) -> bytes:
+    """A TIFF of RGB or grey values as they lie in memory."""
+    height, width, channels = values.shape
+    tags = {256: width, 257: height, 259: 1, 262: 2 if channels == 3 else 1, 277: channels, 278: height, 279: values.nbytes}
+    tags |= {284: 2 if planes else 1, 273: 400}
+    lists = {258: values.itemsize * 8, 339: kind}
+    entries = b""
+    for tag in sorted(tags | lists):
+        if tag in lists and channels == 3:
+            entries += struct.pack("<HHII", tag, 3, 3, 300 if tag == 258 else 310)
+        else:
+            entries += struct.pack("<HHIHH", tag, 3, 1, (tags | lists)[tag], 0)
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries) // 12) + entries
+    arrays = {300: struct.pack("<3H", *[lists[258]] * 3), 310: struct.pack("<3H", *[kind] * 3), 400: values.tobytes()}
+    content = bytearray(head.ljust(400 + values.nbytes, b"\0"))
+    for place, part in arrays.items():
+        content[place : place + len(part)] = part
+    return bytes(content)
+
+
+PIXELS = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+DEEP = PIXELS.astype("<u2") * 257
+DEEPER = {
+    "p6.ppm": (b"P6 8 8 65535\n" + DEEP.tobytes(), "values to 65535"),
+    "p6 of 10 bits.ppm": (b"P6\n# a camera's\n8 8\n1023\n" + (DEEP // 64).tobytes(), "values to 1023"),
+    "p3.ppm": (b"P3 8 8 65535\n" + b" ".join(b"%d" % value for value in DEEP.flatten()), "values to 65535"),
+    "p5.pgm": (b"P5 8 8 65535\n" + DEEP[..., 0].tobytes(), "mode I;16B"),
+    "p2.pgm": (b"P2 8 8 256\n" + b"256 " * 64, "mode I"),
+    "rgb.tif": (tiff(DEEP), "mode RGB;16L"),
+    "planes.tif": (tiff(DEEP, planes=True), "16 bits"),
+    "grey.tif": (tiff(DEEP[..., :1]), "mode I;16"),
+    "fractions.tif": (tiff(DEEP[..., :1].astype("<f4"), kind=3), "mode F"),
+    "signed.tif": (tiff(PIXELS[..., :1].astype("i1"), kind=2), "signed or fractional values"),
+}
+
+
+@pytest.mark.parametrize("name", DEEPER)
+def test_what_pillow_would_cut_to_8_bits_is_refused(small: Path, name: str) -> None:
+    content, what = DEEPER[name]
+    (small / "train/bee" / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"images can't be read: train/bee/{name} \({what}, not 8 bits a channel\)"):
+        folder_data(small)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p6.ppm", b"P6 8 8 255\n" + PIXELS.tobytes()),
+        ("p3.ppm", b"P3 8 8 255\n" + b" ".join(b"%d" % value for value in PIXELS.flatten())),
+        ("rgb.tif", tiff(PIXELS)),
+    ],
+)
+def test_colours_of_8_bits_are_read_as_they_are(small: Path, name: str, content: bytes) -> None:
+    (small / "test/bee" / f"z{name}").write_bytes(content)
+    found = folder_data(small)
+    assert any(np.array_equal(image, PIXELS) for image in found.x_test)
+
+
 @pytest.mark.parametrize("kind", ["png", "bmp", "tif", "gif"])
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
 def test_8_bits_a_channel_or_fewer_are_read(small: Path, mode: str, kind: str) -> None:
@@ -422,11 +483,15 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a class only in test": (
         lambda it: shutil.copytree(it / "test/ant", it / "test/dodo"),
-        "class 'dodo' has no train image; every class needs images of train and test",
+        "class 'dodo' has no train image; every class needs images of train and test: make some of its 9 test images train images, or "
+        "leave "
+        "the class out of both",
     ),
     "a class only in train": (
         lambda it: shutil.rmtree(it / "test/cat"),
-        "class 'cat' has no test image; every class needs images of train and test",
+        "class 'cat' has no test image; every class needs images of train and test: make some of its 29 train images test images, or leave "
+        "the "
+        "class out of both",
     ),
     "one class": (only("train/a/a.png", "test/a/a.png"), "a single class, 'a'; a classifier needs two"),
     "one image a class": (
@@ -490,11 +555,13 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a circle at the top": (lambda it: (it / "again").symlink_to("."), "the link again leads in a circle; remove it"),
     "a link outside": (
         lambda it: (it / "train/ant/x.png").symlink_to("/etc/passwd"),
-        "the link train/ant/x.png leads outside, to /etc/passwd; put a copy in its place",
+        "the link train/ant/x.png leads outside, to /etc/passwd; put a copy in its place, or name a copy of the folder "
+        "that has what its links lead to: cp -rL it it-copied",
     ),
     "a folder outside": (
         lambda it: (it / "train/dodo").symlink_to("/usr"),
-        "the link train/dodo leads outside, to /usr; put a copy in its place",
+        "the link train/dodo leads outside, to /usr; put a copy in its place, or name a copy of the folder "
+        "that has what its links lead to: cp -rL it it-copied",
     ),
     "hostile names": (
         lambda it: (it / "train/\x1b[2J\n").mkdir(),
@@ -529,6 +596,7 @@ def test_a_wrong_place_is_told_in_one_line(tmp_path: Path, name: str, line: str)
 
 
 ROW = "train/ant/0000.png"
+BESIDE = "put the images, or copies of them, beside the file, or the file into a folder that has them all"
 CSVS: dict[str, tuple[str | bytes, str]] = {
     "empty": ("", "its first line is ''; write path,label or path,label,split"),
     "no rows": ("path,label\n", "no images; it needs PATH/train/CLASS and PATH/test/CLASS, PATH/CLASS, or a CSV with rows"),
@@ -540,12 +608,20 @@ CSVS: dict[str, tuple[str | bytes, str]] = {
     "a cell more": (f"path,label\n{ROW},ant,train\n", f"row 2 is '{ROW},ant,train'; it needs path,label"),
     "an empty cell": (f"path,label\n\n{ROW}, \n", f"row 3 is '{ROW}, '; it needs path,label"),
     "an unknown split": (f"path,label,split\n{ROW},ant,tset\n", "row 2 has split 'tset'; did you mean 'test'?"),
-    "outside": ("path,label\n../x.png,ant\n", "row 2 leads outside of the file's folder, to ../x.png; put the images beside the file"),
+    "outside": ("path,label\n../x.png,ant\n", f"row 2 leads outside of the file's folder, to ../x.png; {BESIDE}"),
     "elsewhere": (
         "path,label\n/etc/passwd,ant\n",
-        "row 2 leads outside of the file's folder, to /etc/passwd; put the images beside the file",
+        f"row 2 leads outside of the file's folder, to /etc/passwd; {BESIDE}",
     ),
-    "by a link": ("path,label\nout/x.png,ant\n", "row 2 leads outside of the file's folder, to out/x.png; put the images beside the file"),
+    "by a link": ("path,label\nout/x.png,ant\n", f"row 2 leads outside of the file's folder, to out/x.png; {BESIDE}"),
+    "written on Windows": (
+        "path,label\ntrain\\ant\\0000.png,ant\n",
+        r"row 2 names 'train\\ant\\0000.png', as Windows writes it; write / between folders: train/ant/0000.png",
+    ),
+    "a drive of Windows": (
+        "path,label\nC:\\images\\1.png,ant\n",
+        r"row 2 names 'C:\\images\\1.png', as Windows writes it; write / between folders: C:/images/1.png",
+    ),
     "named twice": (f"path,label\n{ROW},ant\ntrain/./ant/0000.png,bee\n", "rows 2 and 3 both name train/./ant/0000.png; name it once"),
     "train alone": (
         f"path,label,split\n{ROW},ant,train\ntrain/bee/0035.png,bee,train\n",
@@ -553,7 +629,9 @@ CSVS: dict[str, tuple[str | bytes, str]] = {
     ),
     "a class only in val": (
         f"path,label,split\n{ROW},ant,train\ntest/ant/0000.png,ant,val\ntest/bee/0015.png,bee,val\n",
-        "class 'bee' has no train image; every class needs images of train and val",
+        "class 'bee' has no train image; every class needs images of train and val: make some of its 1 val images train images, or leave "
+        "the "
+        "class out of both",
     ),
     "no text": (b"\xff\xfe\x00path", "not UTF-8 text; write path,label[,split] as CSV"),
     "a quote left open": ('path,label\n"a,ant\n', "no CSV (unexpected end of data); write path,label[,split]"),
@@ -633,6 +711,9 @@ def test_a_student_is_measured_again_from_its_file_and_knows_its_classes(small: 
     assert (about.labels, about.input) == (NAMES, (3, 7, 7))
     again = evaluate(path, CPU)
     assert (again.correct, again.images, again.data) == (done.correct, 30, "as trained")
+    card = measure(done.no, ledger, CPU, batch_size=1)
+    assert card.class_names == NAMES
+    assert re.findall(r"^\| (\w+) +\| +\d+ \|", page(card, "md"), re.MULTILINE) == list(NAMES)
     other = small.parent / "other"
     shutil.copytree(small, other)
     assert evaluate(path, CPU, dataset=f"folder:{other}").correct == done.correct

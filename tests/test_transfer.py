@@ -27,7 +27,7 @@ from flowdistill.runner import card as runner_card
 from flowdistill.runner.networks import resolve
 from flowdistill.runner.plan import plan
 from flowdistill.taps import DataSpec
-from flowdistill.training.weights import load_weights, save_weights
+from flowdistill.training.weights import hash_weights, load_weights, save_weights
 
 CPU = torch.device("cpu")
 BODY, HEAD = "layer2.0.conv1.weight", "fc.weight"
@@ -98,6 +98,20 @@ def test_a_network_is_built_for_its_own_classes(taught: Ledger, few: Path, tmp_p
     for reference, classes in (("2", 10), (f"vgg8@{foreign}", 7), ("resnet20", 4)):
         ref = resolve(reference, taught)
         assert ref.seen(data).classes == ref.spec(data).classes == ref.build(data).spec.classes == classes
+
+
+def test_first_weights_of_a_file_that_does_not_say_its_model(taught: Ledger, few: Path, tmp_path: Path) -> None:
+    """They are of the student's model, whatever makes that; a file that says another model is refused."""
+    (tmp_path / "heads.py").write_text(HEADS)
+    for model in (f"{tmp_path}/heads.py:convolution", "timm:resnet10t", "resnet8"):
+        net = models.build(model, DataSpec("few", 100, 4, 1, 8, 8), seed=7)
+        torch.save({"net": {f"module.{name}": value for name, value in net.state_dict().items()}}, tmp_path / "begin")
+        (job,) = plan([config(few, student=model, init_from=str(tmp_path / "begin"), train={"batch_size": 32})], taught, CPU)
+        assert (job.student.model, job.student.init) == (model, f"file:{hash_weights(net.state_dict())}")
+        begun = job.student.build(job.data.spec, seed=3).state_dict()
+        assert [name for name, value in net.state_dict().items() if not torch.equal(value, begun[name])] == []
+    one = config(few, student="resnet14", init_from=str(taught.run_folder(1) / "student.safetensors"))
+    assert refusal(one, taught).endswith("is a resnet8, the student a resnet14; begin from a resnet14, or train a resnet8")
 
 
 HEADS = """

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from zipfile import is_zipfile
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from flowdistill import models
 from flowdistill.checks import UserError
 from flowdistill.models import Network
+from flowdistill.runner.networks import named
 from flowdistill.taps import DataSpec
+from flowdistill.training.fitting import misfit, named_as_in, registered
 from flowdistill.training.weights import fill, hash_weights, load_weights, save_weights, write_whole
 
 DATA = DataSpec("some", 100, 10, 3, 8, 8)
@@ -229,14 +232,12 @@ DAMAGE = {
     "empty.safetensors": lambda path: b"",
     "truncated.safetensors": lambda path: a_safetensors_file(path)[:-100],
     "head only.safetensors": lambda path: a_safetensors_file(path)[:50],
-    "pickle.safetensors": a_pt_file,
     "metadata no json.safetensors": lambda path: save({"a": torch.zeros(1)}, {"flowdistill": "{broken"}),
     "junk.pt": lambda path: b"no weights here, " * 99,
     "junk.pth": lambda path: bytes(range(256)) * 4,
     "empty.pt": lambda path: b"",
     "truncated.pt": lambda path: a_pt_file(path)[:-100],
     "half.pt": lambda path: (content := a_pt_file(path))[: len(content) // 2],
-    "safetensors.pt": a_safetensors_file,
     "a list.pt": lambda path: a_pt_file(path, [torch.zeros(2)]),
     "a tensor.pt": lambda path: a_pt_file(path, torch.zeros(2)),
     "numbers.pt": lambda path: a_pt_file(path, {"a": torch.zeros(2), "epoch": 3}),
@@ -280,7 +281,7 @@ class Evil:
 def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path, wrap, zipped):
     path, mark = tmp_path / "a.pt", tmp_path / "executed"
     torch.save(wrap(Evil(mark)), path, _use_new_zipfile_serialization=zipped)
-    assert mistake(lambda: load_weights(path)).startswith(f"weights file {path}: cannot be read as a dictionary of named tensors")
+    assert mistake(lambda: load_weights(path)).startswith(f"weights file {path}: it holds {os.mkdir.__module__}.mkdir, ")
     assert not mark.exists()
     torch.load(path, weights_only=False)  # the trap is armed: whoever unpickles it makes the directory
     assert mark.exists()
@@ -294,10 +295,10 @@ MISFITS = {
     "missing": (lambda state: without(state, "layer2.0.conv1.weight"), ["lacks 'layer2.0.conv1.weight'"]),
     "missing statistics": (lambda state: without(state, "bn1.running_var"), ["lacks 'bn1.running_var'"]),
     "extra": (lambda state: state | {"fc2.weight": torch.zeros(1)}, ["has 'fc2.weight', which the network has not"]),
-    "another prefix": (lambda state: {f"module.{name}": value for name, value in state.items()}, ["lacks 'bn1.bias'"]),
+    "two networks": (lambda state: {f"{net}.{name}": value for net in "ab" for name, value in state.items()}, ["begin with 'a', 'b' fit"]),
     "shape": (lambda state: state | {"fc.weight": torch.zeros(100, 64)}, ["fc.weight is (100, 64)", "needs (10, 64)", "10 classes"]),
     "axes": (lambda state: state | {"conv1.weight": torch.zeros(16, 27)}, ["conv1.weight is (16, 27)", "needs (16, 3, 3, 3)"]),
-    "nothing": (lambda state: {}, ["lacks 'bn1.bias'"]),
+    "nothing": (lambda state: {}, ["lacks 'conv1.weight', 'bn1.weight' and "]),
 }
 
 
@@ -318,9 +319,110 @@ def test_filling_copies():
     assert not torch.equal(net.fc.bias, state["fc.bias"])
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_names_of_a_wrapped_network_are_those_of_the_network(tmp_path, prefix):
-    torch.save({"state_dict": {f"{prefix}fc.weight": torch.ones(2), f"{prefix}fc.bias": torch.zeros(1)}}, tmp_path / "w.pt")
-    assert load_weights(tmp_path / "w.pt")[0].keys() == {"fc.weight", "fc.bias"}
-    torch.save({f"{prefix}fc.weight": torch.ones(2), "fc.bias": torch.zeros(1)}, tmp_path / "w.pt")
-    assert load_weights(tmp_path / "w.pt")[0].keys() == {f"{prefix}fc.weight", "fc.bias"}
+SOUND = {
+    "bare.ckpt": lambda state: state,
+    "module.bin": lambda state: {f"module.{name}": value for name, value in state.items()},
+    "lightning.ckpt": lambda state: {"state_dict": {f"model.{name}": value for name, value in state.items()}, "loops": {"epoch": 3}},
+    "all.th": lambda state: {"net": {f"_orig_mod.model.module.network.{name}": value for name, value in state.items()}},
+    "inside": lambda state: {name.replace("layer1.", "layer1._orig_mod.").replace("fc.", "fc.module."): v for name, v in state.items()},
+    "no counters.pth.tar": lambda state: {"a": [{"net": {name: v for name, v in state.items() if "num_batches" not in name}}]},
+    "beside.pkl": lambda state: {
+        "model": state,
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(2, 2)}}, "param_groups": [{"lr": 0.1}]},
+        "metrics": {"accuracy": torch.tensor(0.9), "confusion": torch.zeros(3, 3, dtype=torch.int64)},
+        "rng": torch.get_rng_state(),
+        "epoch": 3,
+    },
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("name", SOUND)
+def test_the_one_network_of_a_file_is_found_by_content(tmp_path, name, zipped):
+    """Whatever the file is called, whatever lies beside the network in it, and whatever stands before its names."""
+    state = a_net().state_dict()
+    counters = {key: value * 0 for key, value in state.items() if "num_batches" in key} if name.startswith("no counters") else {}
+    torch.save(SOUND[name](state), tmp_path / name, _use_new_zipfile_serialization=zipped)
+    assert is_zipfile(tmp_path / name) == zipped
+    net = a_net(seed=1)
+    ref = named(f"resnet8@{tmp_path / name}").fitted(DATA)
+    assert ref.fingerprint == f"file:{hash_weights({**state, **counters})}"
+    fill(net, ref.weights, "it")
+    assert_same_bits({**state, **counters}, net.state_dict())
+    assert_same_bits({**state, **counters}, ref.build(DATA).state_dict())
+
+
+def test_safetensors_and_pickles_are_told_by_content(tmp_path):
+    state = a_net().state_dict()
+    save_weights(tmp_path / "model.bin", state, {"model": "resnet8"})
+    torch.save(state, tmp_path / "x.safetensors")
+    for name in ("model.bin", "x.safetensors"):
+        assert_same_bits(dict(state), load_weights(tmp_path / name)[0])
+    assert load_weights(tmp_path / "model.bin")[1] == {"model": "resnet8"}
+
+
+class Inner(nn.Module):
+    """A network whose own names begin as wrappers' do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.ModuleDict({"module": nn.Linear(3, 2)})
+
+
+def test_what_a_network_itself_calls_so_stays():
+    inner = Inner()
+    inner.spec, inner.grown = models.spec("resnet8", DATA), frozenset()
+    state = inner.state_dict()
+    assert list(state) == ["model.module.weight", "model.module.bias"]
+    assert named_as_in(inner, state) is state
+    for begin in ("module.", "module.model.", "_orig_mod.net."):
+        assert list(named_as_in(inner, {f"{begin}{name}": value for name, value in state.items()})) == list(state)
+    bare = {name.removeprefix("model.module."): value for name, value in state.items()}
+    assert named_as_in(inner, bare) is bare
+    assert misfit(inner, bare, "it").startswith("it does not fit resnet8: it lacks 'model.module.weight', 'model.module.bias' and it has ")
+
+
+def test_a_key_chooses_one_of_several_networks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one, other = a_net().state_dict(), a_net(seed=1).state_dict()
+    both = {f"student.{name}": value for name, value in one.items()} | {f"teacher.{name}": value for name, value in other.items()}
+    torch.save({"model": one, "ema": {"module": other}}, "w#1.pt")
+    torch.save({"state_dict": both}, "a@b.pt")
+    torch.save(other, "resnet8@w#1.pt")
+    for reference, wanted in {
+        "resnet8@./w#1.pt#model": one,
+        "resnet8@./w#1.pt#ema.module": other,
+        "resnet8@a@b.pt#state_dict.student": one,
+        "resnet8@a@b.pt#teacher": other,
+        "resnet8@resnet8@w#1.pt": other,
+    }.items():
+        assert named(reference).fingerprint == f"file:{hash_weights(wanted)}", reference
+    assert mistake(lambda: named("resnet8@./w#1.pt")).endswith("choose one as FILE#KEY, such as 'w#1.pt#model'")
+    assert mistake(lambda: named("resnet8@w#1.pt")).endswith("its weights are those of a resnet8: write 'resnet8@resnet8@w#1.pt'"), (
+        "it exists"
+    )
+
+
+@pytest.mark.parametrize("name", ["weights", "best.ckpt", "a@b.pth", "timm", "c#d"])
+def test_a_file_that_exists_is_meant_by_its_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    save_weights(tmp_path / name, a_net().state_dict(), {"model": "resnet8"})
+    assert named(name).origin == name
+    (tmp_path / "resnet14").write_bytes((tmp_path / name).read_bytes())
+    assert (named("resnet14").model, named("resnet14").weights) == ("resnet14", None)
+    assert named("./resnet14").model == "resnet8"
+
+
+def test_a_table_that_holds_itself_ends(tmp_path):
+    state: dict[str, object] = {"model": dict(a_net().state_dict())}
+    state["me"] = [state]
+    torch.save(state, tmp_path / "it.pt")
+    assert_same_bits(dict(a_net().state_dict()), load_weights(tmp_path / "it.pt")[0])
+
+
+def test_lines_on_misfits_are_short():
+    net = models.build("resnet8", DATA)
+    long = {f"{'blocks.attention.' * 20}{name}": value for name, value in net.state_dict().items()} | {"x" * 999: torch.zeros(2, 2)}
+    assert len(misfit(net, long, "it.pt")) < 600
+    assert registered(models.build("vgg11", DATA).state_dict()) == "vgg11"
+    assert registered(long) == ""

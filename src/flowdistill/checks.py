@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 MOST_SEEDS = 10_000
+NAMED = 3  # of many names, so many are told
+LONGEST_NAME = 60  # characters that are told of one
 TRACEBACK = "Traceback (most recent call last):"
 MOST_WORKERS = 256
 NO_MEMORY = (
@@ -78,6 +80,28 @@ def first_line(error: BaseException) -> str:
 def printable(line: str) -> str:
     """A line for the terminal: what a file's name or content put into it is shown, not obeyed."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+
+
+def short(name: str) -> str:
+    """A name that a file gave, as it can be told: printable, and cut in the middle where it is long."""
+    told = printable(name)
+    half = LONGEST_NAME // 2 - 2
+    return told if len(told) <= LONGEST_NAME else f"{told[:half]}...{told[-half:]}"
+
+
+def some(names: Iterable[str], most: int = NAMED) -> str:
+    """The first few names, and how many there are beside them."""
+    shown = list(names)
+    more = f" and {len(shown) - most:,} more" if len(shown) > most else ""
+    return ", ".join(shown[:most]) + more
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is anything at a path, ``~`` expanded; no path is too long or too odd to be asked about."""
+    try:
+        return path.expanduser().exists()
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 def summary(error: BaseException) -> str:

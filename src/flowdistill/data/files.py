@@ -9,15 +9,15 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin
 
-from ..checks import UserError, printable
+from ..checks import UserError, printable, some
 from ..config import LARGEST_IMAGE, DataConfig
 from ..env import memory
 from .images import ImageData
@@ -29,9 +29,10 @@ GREY = ("1", "L", "LA")  # Pillow's modes
 SPLITS = ("train", "val", "test")
 OTHER_WORDS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 TEST_PART = 5  # where no split is given, a fifth of each class is test
-NAMED = 3  # of many files, so many are named
 PROGRESS_SECONDS = 5.0
 ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF 2.3, orientation
+BITS, KIND = TiffImagePlugin.BITSPERSAMPLE, TiffImagePlugin.SAMPLEFORMAT  # of each channel
+UNSIGNED = 1  # kind of a channel whose values are whole numbers from 0
 LARGEST_STREAMED = 1 << 22  # pixels of an image that is neither resized nor held in memory
 
 
@@ -215,7 +216,9 @@ def _refuse_gaps(what: str, items: Sequence[Item]) -> None:
     for name in names:
         for split in splits:
             if not counts[name, split]:
-                raise UserError(f"{what}: class {name!r} has no {split} image; every class needs images of {' and '.join(splits)}")
+                other = next(other for other in splits if other != split)
+                cure = f"make some of its {counts[name, other]:,} {other} images {split} images, or leave the class out of both"
+                raise UserError(f"{what}: class {name!r} has no {split} image; every class needs images of {' and '.join(splits)}: {cure}")
 
 
 def _fifth(labels: Labels, keys: Sequence[bytes]) -> npt.NDArray[np.bool_]:
@@ -246,8 +249,8 @@ def _refuse_sizes(what: str, first: str, its: Sequence[int], other: str, size: S
 def _header(shelf: Encoded, row: int, *, turned: bool) -> Header | Broken:
     def read() -> Header:
         with shelf.open(row) as file, Image.open(file, formats=FORMATS) as image:
-            if (mode := _stored_mode(image)).startswith(("I", "F")) or ";16" in mode:
-                raise ValueError(f"mode {mode}, not 8 bits a channel")
+            if deeper := _deeper(image):
+                raise ValueError(f"{deeper}, not 8 bits a channel")
             if image.width * image.height > LARGEST_IMAGE:
                 raise ValueError(f"{image.width}x{image.height} pixels; at most {LARGEST_IMAGE:,} are read")
             return Header(_upright(image) if turned else image.size, image.mode)
@@ -255,10 +258,19 @@ def _header(shelf: Encoded, row: int, *, turned: bool) -> Header | Broken:
     return or_broken(shelf.name(row), read)
 
 
-def _stored_mode(image: ImageFile.ImageFile) -> str:
-    """Pillow's mode; of 16 bits a channel that of the file, which Pillow would cut to 8 without a word."""
-    found = re.search(r"\w+;16[BLN]", str([tile[3] for tile in image.tile[:1]]))
-    return found[0] if found else image.mode
+def _deeper(image: ImageFile.ImageFile) -> str:
+    """What an image has in the place of 8 bits a channel, which Pillow would cut to these or misread without a word; else empty."""
+    stored = re.search(r"\w+;16[BLN]", str([tile[3] for tile in image.tile[:1]]))
+    mode = stored[0] if stored else image.mode
+    if stored or mode.startswith(("I", "F")):
+        return f"mode {mode}"
+    if image.format == "PPM":
+        most = next((most for tile in image.tile[:1] if isinstance(tile[3], tuple) for most in tile[3] if isinstance(most, int)), 0)
+        return f"values to {most}" if most > 255 else ""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        bits, kinds = (image.tag_v2.get(tag, (least,)) for tag, least in ((BITS, 8), (KIND, UNSIGNED)))
+        return f"{max(bits)} bits" if max(bits) > 8 else "signed or fractional values" if set(kinds) != {UNSIGNED} else ""
+    return ""
 
 
 def _upright(image: Image.Image) -> tuple[int, int]:
@@ -279,13 +291,6 @@ def _in_threads(what: str, done: str, work: Callable[[int], T], rows: Sequence[i
             last = time.monotonic()
 
     return in_threads(work, rows, tell)
-
-
-def some(names: Iterable[str]) -> str:
-    """The first few names, and how many there are beside them."""
-    shown = list(names)
-    more = f" and {len(shown) - NAMED:,} more" if len(shown) > NAMED else ""
-    return ", ".join(shown[:NAMED]) + more
 
 
 def say(line: str) -> None:

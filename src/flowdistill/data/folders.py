@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import csv
 import os
+import shlex
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
-from ..checks import UserError, did_you_mean, first_line, regular_file
+from ..checks import UserError, did_you_mean, first_line, is_there, regular_file, some
 from ..config import DataConfig
-from .files import OTHER_WORDS, SPLITS, Item, assemble, read_all, say, some
+from .files import OTHER_WORDS, SPLITS, Item, assemble, read_all, say
 from .images import ImageData, Unlabelled
 from .pictures import Files
 
@@ -175,7 +176,12 @@ class _Tree:
                 if target in above and path.is_dir():
                     raise UserError(f"{self.what}: the link {self.name(path)} leads in a circle; remove it")
                 if not Path(target).is_relative_to(self.root):
-                    raise UserError(f"{self.what}: the link {self.name(path)} leads outside, to {target}; put a copy in its place")
+                    given = self.what.removeprefix("folder:").rstrip("/")
+                    copied = shlex.join(["cp", "-rL", given, f"{given}-copied"])
+                    raise UserError(
+                        f"{self.what}: the link {self.name(path)} leads outside, to {target}; put a copy in its place, or name a copy of "
+                        f"the folder that has what its links lead to: {copied}"
+                    )
             yield path
 
     def tell_left_out(self, why: str) -> None:
@@ -213,8 +219,12 @@ def _rows(lines: Iterator[list[str]], root: Path, what: str) -> Iterator[Item]:
         if row.get("split", "train") not in SPLITS:
             raise UserError(f"{what}: row {number} has split {row['split']!r}; {did_you_mean(row['split'], SPLITS)}")
         path = root / row["path"]
+        if "\\" in row["path"] and not is_there(path):
+            meant = PureWindowsPath(row["path"]).as_posix()
+            raise UserError(f"{what}: row {number} names {row['path']!r}, as Windows writes it; write / between folders: {meant}")
         if not _inside(path, root):
-            raise UserError(f"{what}: row {number} leads outside of the file's folder, to {row['path']}; put the images beside the file")
+            cure = "put the images, or copies of them, beside the file, or the file into a folder that has them all"
+            raise UserError(f"{what}: row {number} leads outside of the file's folder, to {row['path']}; {cure}")
         place = os.path.normpath(path)
         if place in seen:
             raise UserError(f"{what}: rows {seen[place]} and {number} both name {row['path']}; name it once")

@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from ..checks import UserError, did_you_mean, first_line
+from ..checks import UserError, did_you_mean, first_line, some
 from ..config import DataConfig
-from .files import OTHER_WORDS, SPLITS, Item, assemble, say, some
+from .files import OTHER_WORDS, SPLITS, Item, assemble, say
 from .images import ImageData
 from .pictures import decode
 

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import UserError
+from ..checks import UserError, some
 from ..device import free_memory
 from ..taps import NO_LABEL, Batch, Targets
 from .augment import Draws, crop_and_flip, draw_boxes, draw_epoch, draw_shares, mix, partners, reflect_pad, resize_and_flip
-from .files import some
 from .given import GivenData
 from .given_supply import GivenSupply
 from .images import ImageData, Images, Labels, Pictures, part

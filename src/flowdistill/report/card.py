@@ -194,11 +194,11 @@ def _class_rows(card: Card) -> list[Row]:
     scores = {column.role: column.score.class_correct for column in card.columns if column.score}
     others = {name: scores[role] for name, role in OTHERS.items() if role in scores}
     rows: list[Row] = []
-    for label, images in enumerate(card.class_images):
-        row: dict[str, object] = {CLASS: label, IMAGES: f"{images:,}"}
+    for label, (name, images) in enumerate(zip(card.class_names, card.class_images, strict=True)):
+        row: dict[str, object] = {CLASS: name, IMAGES: f"{images:,}"}
         row |= {role: f"{100 * correct[label] / images:.2f}" if images else "-" for role, correct in scores.items()}
-        for name, other in others.items():
+        for column, other in others.items():
             gain = card.score.class_correct[label] - other[label]
-            row[name] = f"{100 * gain / images:+.2f}" if images else "-"
+            row[column] = f"{100 * gain / images:+.2f}" if images else "-"
         rows.append(row)
     return rows

@@ -1,16 +1,19 @@
-"""What a teacher says of some images, and what would explain that it is wrong: its normalisation, or the order of its classes."""
+"""What a teacher says of some images, and what would explain that it is wrong: their normalisation or size, or the order of its classes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
+from ..checks import FAILURES
 from ..data.images import part
 from ..data.loader import DeviceData, holdout_positions, labelled
 from ..data.normalisation import Normalisation
@@ -25,10 +28,17 @@ from .plan import Job
 
 SAMPLE = 512  # images that a teacher is measured on, the same share of each class
 ERRORS = 3  # standard errors that tell an accuracy from chance
-GAIN = 0.1  # of accuracy that another normalisation or order of classes must bring, to be what is wrong
+GAIN = 0.1  # of accuracy that another normalisation, size or order of classes must bring, to be what is wrong
 LEFT = 0.5  # of a teacher's errors that renaming may leave, if the order of its classes is to be all that is wrong
 KNOWN = 5  # times chance, or halfway from chance to all, that renaming must reach: it flatters even answers that know nothing
 SHOWN = 3  # of many classes, so many are named
+
+SIZES = (32, 48, 64, 96, 128, 160, 192, 224, 288)  # sides of images that teachers are usually trained on
+FEW, LEAST = {64: 128, 96: 64}, 32  # up to this side so many images tell whether a size is worth a look at all; of larger ones the least
+LOOKED_AT = 2  # of the sizes, the best by few images
+PIECE = 64  # images of a pass at another size: larger ones must not take more memory than training will
+ENLARGED = 8  # times the data's own side, more than which nobody enlarges images to
+SECONDS = 5.0  # after which no further size is tried
 
 NORMALISATIONS = {
     "ImageNet's": Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -93,25 +103,93 @@ def ask(net: Network, images: Labelled, precision: Precision) -> Answers:
     return Answers(*(torch.cat(parts).numpy() for parts in zip(*found, strict=True)))
 
 
-def another_normalisation(
-    net: Network, teacher: NetworkRef, data: DeviceData, images: Labelled, precision: Precision, answers: Answers
+class Explained(NamedTuple):
+    """The teacher's accuracy if its images were others, and what they would be."""
+
+    accuracy: float
+    found: str
+
+
+class Part:
+    """Some of the images of others, a few in each batch; ``places`` are which, all where it is None."""
+
+    def __init__(self, whole: Labelled, places: npt.NDArray[np.int64] | None = None) -> None:
+        self.whole, self.places = whole, np.arange(len(whole)) if places is None else places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """As ``Labelled`` says."""
+        begin = 0
+        for images, labels in self.whole.batches():
+            inside = self.places[(self.places >= begin) & (self.places < begin + len(labels))] - begin
+            chosen = torch.from_numpy(inside).to(labels.device)
+            yield from zip(torch.split(images[chosen], PIECE), torch.split(labels[chosen], PIECE), strict=True)
+            begin += len(labels)
+
+
+def other_images(
+    net: Network, teacher: NetworkRef, data: DeviceData, images: Labelled, precision: Precision, answers: Answers, *, sizes: bool
 ) -> str:
-    """How much better the teacher is under the best of the usual normalisations, where that is much; else empty."""
-    least = max(answers.accuracy + GAIN, answers.guessed)
+    """How much better the teacher is under the best of the usual normalisations or, if wanted, sizes, where that is much; else empty."""
+    least, own = max(answers.accuracy + GAIN, answers.guessed), net.front
     if least > 1:
         return ""
-    seen, own, best = given(data), net.front, (least, "")
+    try:
+        found = list(_other_normalisations(net, teacher, data, images, precision))
+        if sizes and max(found).accuracy + GAIN <= 1:
+            found += _other_sizes(net, teacher, data, images, precision, answers, least)
+    finally:
+        net.front = own
+    best = max(found)
+    return best.found if best.accuracy > least else ""
+
+
+def _other_normalisations(
+    net: Network, teacher: NetworkRef, data: DeviceData, images: Labelled, precision: Precision
+) -> Iterator[Explained]:
+    seen = given(data)
     channels = teacher.view.over(seen).channels
     for name, other in {"the data's": data.normalisation, **NORMALISATIONS}.items():
-        if len(other.mean) not in (1, channels):
-            continue
-        net.front = front(seen, replace(teacher.view, mean=other.mean, std=other.std))
-        found = ask(net, images, precision).accuracy
-        if found > best[0]:
+        if len(other.mean) in (1, channels):
+            net.front = front(seen, replace(teacher.view, mean=other.mean, std=other.std))
+            found = ask(net, images, precision).accuracy
             cure = f"--set inputs.teacher.mean={listed(other.mean)} --set inputs.teacher.std={listed(other.std)}"
-            best = found, f"{found:.1%} with {name} ({cure})"
-    net.front = own
-    return best[1]
+            yield Explained(found, f"wrong normalisation: {found:.1%} with {name} ({cure})")
+
+
+def _other_sizes(
+    net: Network, teacher: NetworkRef, data: DeviceData, images: Labelled, precision: Precision, answers: Answers, least: float
+) -> Iterator[Explained]:
+    """Each size on a few images, in some seconds, and the best of them on all; those that the network can't take are passed over."""
+    seen, until = given(data), time.perf_counter() + SECONDS
+    now, tried = teacher.view.over(seen), list[tuple[float, int]]()
+    largest = ENLARGED * max(seen.height or 0, seen.width or 0)
+    for size in sorted({*(size for size in SIZES if size <= largest), *_side(seen)} - _side(now)):
+        few = next((count for side, count in FEW.items() if size <= side), LEAST)
+        places = stratified(answers.labels, min(few, len(answers.labels)), len(answers.labels), least=1)
+        if (found := _at(size, net, teacher, seen, Part(images, places), precision)) is not None:
+            tried.append((found, size))
+        if time.perf_counter() > until:
+            break
+    for by_few, size in sorted(tried, reverse=True)[:LOOKED_AT]:
+        if by_few > least - GAIN / 2 and (found := _at(size, net, teacher, seen, Part(images), precision)) is not None:
+            yield Explained(found, f"wrong size: {found:.1%} at {size}x{size} (--set inputs.teacher.size={size})")
+
+
+def _side(view: View) -> set[int]:
+    """The side of square images; nothing of others, which no option can say."""
+    return {view.height} if view.height is not None and view.height == view.width else set()
+
+
+def _at(size: int, net: Network, teacher: NetworkRef, seen: View, images: Labelled, precision: Precision) -> float | None:
+    """The accuracy on images of that size; None where the network can't take them."""
+    net.front = front(seen, replace(teacher.view, height=size, width=size))
+    try:
+        return ask(net, images, precision).accuracy
+    except FAILURES:  # of its own code: too small for its pooling, or another number than its classifier takes
+        return None
 
 
 def listed(values: Sequence[float] | None) -> str:

@@ -26,6 +26,7 @@ from ..ledger import Ledger, Run, baseline_key, is_baseline
 from ..models import Network
 from ..stats import Agreement, agreement, calibration_error, negative_log_likelihood
 from ..training.evaluate import predict
+from ..training.weight_files import located
 from .integrity import STUDENT_FILE
 from .networks import NetworkRef, recorded_teacher, resolve
 
@@ -97,6 +98,7 @@ class Card:
         run: whose student it is about.
         columns: teacher, student, student alone, those that there are.
         class_images: test images of each class.
+        class_names: their names; numbers where the data have none.
         device, processor, torch: what the latencies belong to.
         advice: how to get the column that is missing; empty where none is.
     """
@@ -104,6 +106,7 @@ class Card:
     run: Run
     columns: tuple[Column, ...]
     class_images: tuple[int, ...]
+    class_names: tuple[str, ...]
     device: str
     processor: str
     torch: str
@@ -151,7 +154,7 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
     config = validate(run.config)
     alone = baseline(run, ledger)
     student, data = resolve(str(no), ledger), _data(run, config)
-    found = {TEACHER: _teacher(run, ledger), STUDENT: student, ALONE: resolve(str(alone.no), ledger) if alone else None}
+    found = {TEACHER: _teacher(run, ledger, data), STUDENT: student, ALONE: resolve(str(alone.no), ledger) if alone else None}
     networks = {role: network for role, network in found.items() if network}
     trained = trained_positions(data.y_train, run.split)
     normalisation = Normalisation.measured(part(data.x_train, trained), data.y_train[trained])
@@ -188,7 +191,8 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
         )
     advice = "" if alone or run.method == "base" else _advice(config, ledger)
     class_images = tuple(np.bincount(labels, minlength=data.classes).tolist())
-    return Card(run, tuple(columns), class_images, named, processor(), torch.__version__, advice)
+    class_names = data.class_names or tuple(map(str, range(data.classes)))
+    return Card(run, tuple(columns), class_images, class_names, named, processor(), torch.__version__, advice)
 
 
 def baseline(run: Run, ledger: Ledger) -> Run | None:
@@ -252,15 +256,15 @@ def _data(run: Run, config: RunConfig) -> ImageData:
     return data
 
 
-def _teacher(run: Run, ledger: Ledger) -> NetworkRef | None:
-    teacher = recorded_teacher(run, ledger)
+def _teacher(run: Run, ledger: Ledger, data: ImageData) -> NetworkRef | None:
+    teacher = recorded_teacher(run, ledger, data.spec)
     if teacher and teacher.fingerprint != run.teacher_fingerprint:
         ledger.changes.meet(f"run {run.no}: its teacher {run.config['teacher']} is not the one that it learned from")
     return teacher
 
 
 def _file(network: NetworkRef, ledger: Ledger) -> Path:
-    return ledger.run_folder(network.run) / STUDENT_FILE if network.run else Path(network.origin).expanduser()
+    return ledger.run_folder(network.run) / STUDENT_FILE if network.run else located(Path(network.origin))[0].expanduser()
 
 
 def _advice(config: RunConfig, ledger: Ledger) -> str:

@@ -19,7 +19,7 @@ from ..device import describe, peak_memory, sensible_threads, threads
 from ..ledger import Ledger
 from ..models import Network
 from ..training.cohort import first_gradients, seconds_per_epoch
-from .answers import another_normalisation, another_order, ask, given, listed, sample
+from .answers import another_order, ask, given, listed, other_images, sample
 from .assemble import GRADIENT_LIMIT
 from .estimate import unmeasured
 from .identity import Identities
@@ -123,7 +123,8 @@ def _of_data(data: ImageData) -> Finding:
     said = f"{data.name}: {len(data.y_train):,} training and {len(data.y_test):,} test images {size}, {data.classes} classes"
     if counts.max() <= UNEVEN * counts.min():
         return Finding("data", "ok", said)
-    return Finding("data", "look", f"{said}; uneven: {counts.min():,} to {counts.max():,} training images a class")
+    fewest, most = (f" ({data.class_names[place]})" if data.class_names else "" for place in (counts.argmin(), counts.argmax()))
+    return Finding("data", "look", f"{said}; uneven: {counts.min():,}{fewest} to {counts.max():,}{most} training images a class")
 
 
 def _of_student(job: Job, data: DeviceData) -> Iterator[Finding]:
@@ -175,8 +176,9 @@ def _of_answers(net: Network, teacher: NetworkRef, job: Job, data: DeviceData) -
     said = f"{teacher.model}: {answers.accuracy:.1%} of {len(answers.labels)} {which} images (chance {answers.chance:.1%})"
     if not np.isfinite(answers.logits).all():
         return Finding("answers", "wrong", f"{teacher.model}: its logits are not finite; is its file whole?")
-    if better := another_normalisation(net, teacher, data, shown, job.precision, answers):
-        return Finding("answers", "wrong", f"{said}; wrong normalisation: {better}")
+    recorded = teacher.saw is not None and "teacher" not in job.config.inputs  # its size is that of its training
+    if better := other_images(net, teacher, data, shown, job.precision, answers, sizes=not recorded):
+        return Finding("answers", "wrong", f"{said}; {better}")
     if order := another_order(answers, job.data.class_names):
         return Finding("answers", "wrong", f"{said}; {order}")
     if answers.accuracy < answers.guessed:

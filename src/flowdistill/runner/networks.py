@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import models, trust
-from ..checks import Changes, UserError
-from ..config import DataConfig, InputConfig, Role, RunConfig, validate
+from ..checks import Changes, UserError, is_there
+from ..config import DataConfig, InputConfig, Role, RunConfig, model_name, validate
 from ..data.images import ImageData
 from ..data.normalisation import Normalisation
 from ..ledger import Ledger, Run, newest
@@ -21,6 +23,8 @@ from ..models import Network
 from ..models.foreign import is_foreign
 from ..models.front import View, front
 from ..taps import DataSpec, NetSpec
+from ..training.fitting import named_as_in, registered
+from ..training.weight_files import located
 from ..training.weights import fill, hash_weights, load_weights
 from .integrity import STUDENT_FILE, meet_changes, meet_damage
 
@@ -68,13 +72,28 @@ class NetworkRef:
 
     def seen(self, data: DataSpec) -> DataSpec:
         """The data as the network was made for: in its size, and with as many classes as its classifier has rows."""
-        own = self.view
-        data = replace(data, channels=own.channels or data.channels, height=own.height or data.height, width=own.width or data.width)
+        data = self._sized(data)
         spec = models.spec(self.model, data)
         head = [value for name, value in (self.weights or {}).items() if name.startswith(f"{spec.head}.")]
         matrices = [value for value in head if value.dim() > 1 and value.numel() == len(value) * spec.embedding]  # whatever their names
         rows = next((len(value) for value in matrices), 0)
         return replace(data, classes=rows) if self.head and rows else data
+
+    def fitted(self, data: DataSpec) -> NetworkRef:
+        """With the weights of a file by the names that the network gives them on such data, which its fingerprint is made of then."""
+        if self.weights is None or self.run is not None:
+            return self
+        with torch.device("meta"):
+            weights = named_as_in(models.build(self.model, self._sized(data)), self.weights)
+        if weights is self.weights:
+            return self
+        found, made_of = replace(self, weights=dict(weights)), f"file:{hash_weights(weights)}"
+        return replace(found, init=made_of) if self.init else replace(found, fingerprint=made_of)
+
+    def _sized(self, data: DataSpec) -> DataSpec:
+        """The data in the sizes that the network was made for."""
+        own = self.view
+        return replace(data, channels=own.channels or data.channels, height=own.height or data.height, width=own.width or data.width)
 
     def spec(self, data: DataSpec) -> NetSpec:
         """What the network offers for such data."""
@@ -128,8 +147,8 @@ def run_number(reference: str) -> int | None:
     return int(reference) if re.fullmatch(r"\d{1,30}", reference, re.ASCII) else None
 
 
-def resolve(reference: str, ledger: Ledger) -> NetworkRef:
-    """What a reference means.
+def resolve(reference: str, ledger: Ledger, model: str | None = None) -> NetworkRef:
+    """What a reference means; a weights file that does not say its model is of ``model``.
 
     Raises:
         UserError: no such model, run or file, an unfinished run, or a file that does not say its model.
@@ -137,34 +156,49 @@ def resolve(reference: str, ledger: Ledger) -> NetworkRef:
     if (number := run_number(reference)) is not None:
         run = ledger.run(number)
         return _of_run(run, ledger, f"{run.fingerprint}/{run.seed}")
-    return named(reference, ledger.changes)
+    return named(reference, ledger.changes, model)
 
 
-def named(reference: str, changes: Changes | None = None) -> NetworkRef:
-    """What a reference means that is no run's number.
+def named(reference: str, changes: Changes | None = None, model: str | None = None) -> NetworkRef:
+    """What a reference means that is no run's number; a weights file that does not say its model is of ``model``.
 
     Raises:
         UserError: no such model or file, a file that does not say its model, or one that is not what was written, or whose network is
             another now.
     """
-    changes = changes or Changes()
-    model, at, path = reference.partition("@")
-    if at:
-        return _from_file(Path(path), models.canonical(model), changes)
-    if is_foreign(reference):
+    of, path = _of_weights(reference)
+    if path is None:
         return NetworkRef(models.canonical(reference))
-    if "/" in reference or Path(reference).suffix in (".safetensors", ".pt", ".pth"):
-        return _from_file(Path(reference), None, changes)
-    return NetworkRef(models.canonical(reference))
+    return _from_file(path, of and models.canonical(of), changes or Changes(), model)
 
 
-def _from_file(path: Path, model: str | None, changes: Changes) -> NetworkRef:
+def _of_weights(reference: str) -> tuple[str | None, Path | None]:
+    """The model, if one is named, and the file of a reference to weights; no file where it is a model's name.
+
+    A file that exists is that file, whatever its name (it may be written with ``#KEY``). The name of a network of this package is that
+    network all the same.
+    """
+    if model_name(reference) in models.MODELS:
+        return None, None
+    path = Path(reference)
+    if is_there(located(path)[0]):
+        return None, path
+    model, at, file = reference.partition("@")
+    if at and (model in models.MODELS or is_foreign(model) or "/" not in model):
+        return model, Path(file)
+    return None, path if at or (not is_foreign(reference) and ("/" in reference or "." in reference)) else None
+
+
+def _from_file(path: Path, model: str | None, changes: Changes, otherwise: str | None = None) -> NetworkRef:
     weights, about = load_weights(path, changes)
-    named = model or about.get("model")
+    named = model or about.get("model") or otherwise
     if not model:
-        trust.came_from(named, f"weights file {path}")
+        trust.came_from(about.get("model"), f"weights file {path}")
     if not isinstance(named, str) or not named:
-        raise UserError(f"weights file {path} does not say its model; write MODEL@{path} with one of: {', '.join(models.MODELS)}")
+        cure = f"write MODEL@{path} with one of: {', '.join(models.MODELS)}, timm:NAME, torchvision:NAME, FILE.py:FUNCTION"
+        if alike := registered(weights):
+            cure = f"its weights are those of a {alike}: write {shlex.quote(f'{alike}@{path}')}"
+        raise UserError(f"weights file {path} does not say its model; {cure}")
     if about.get("model") == named and (sizes := trained_on(about)) is not None:
         meet_changes(str(path), named, sizes, weights, about, changes)
     return NetworkRef(
@@ -233,7 +267,7 @@ def first_weights(config: RunConfig, ledger: Ledger) -> NetworkRef:
     student = replace(resolve(config.student, ledger), view=View())
     if config.init_from is None:
         return student
-    source, given = resolve(config.init_from, ledger), f"init_from={config.init_from}"
+    source, given = resolve(config.init_from, ledger, student.model), f"init_from={config.init_from}"
     if source.weights is None:
         raise UserError(f"{given}: a model's name has no weights; name a run or a weights file")
     if student.weights is not None:
@@ -247,12 +281,12 @@ def first_weights(config: RunConfig, ledger: Ledger) -> NetworkRef:
     )
 
 
-def as_configured(network: NetworkRef, config: RunConfig, role: Role) -> NetworkRef:
-    """The network with the taps and the images that a config gives it in this role."""
+def as_configured(network: NetworkRef, config: RunConfig, role: Role, data: DataSpec) -> NetworkRef:
+    """The network with the taps and the images that a config gives it in this role, its weights by the names that it has on these data."""
     own = config.inputs.get(role, InputConfig())
     declared = View() if config.data.given else network.view  # a loader's images are taken as they come
     view = View(own.channels, own.size, own.size, own.mean, own.std).over(declared)
-    return replace(network, taps=config.taps.get(role, {}), view=view)
+    return replace(network, taps=config.taps.get(role, {}), view=view).fitted(data)
 
 
 @dataclass(frozen=True)
@@ -317,18 +351,18 @@ def choose_teacher(reference: str, wanted: Wanted, ledger: Ledger, *, stand_in: 
     )
 
 
-def recorded_teacher(run: Run, ledger: Ledger) -> NetworkRef | None:
+def recorded_teacher(run: Run, ledger: Ledger, data: DataSpec) -> NetworkRef | None:
     """The teacher that a run began with; where one was chosen by name, that one, whatever was trained since."""
     config = validate(run.config)
     if config.teacher is None:
         return None
     if run.teacher_run is None or not _by_name(config.teacher):
-        return as_configured(resolve(config.teacher, ledger), config, "teacher")
-    return as_configured(_of_run(ledger.run(run.teacher_run), ledger, run.teacher_fingerprint), config, "teacher")
+        return as_configured(resolve(config.teacher, ledger), config, "teacher", data)
+    return as_configured(_of_run(ledger.run(run.teacher_run), ledger, run.teacher_fingerprint), config, "teacher", data)
 
 
 def _by_name(reference: str) -> bool:
-    return is_foreign(reference) or not (run_number(reference) is not None or "@" in reference or "/" in reference or "." in reference)
+    return run_number(reference) is None and _of_weights(reference)[1] is None
 
 
 def _named_teacher(reference: str, wanted: Wanted, ledger: Ledger) -> NetworkRef:

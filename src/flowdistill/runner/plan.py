@@ -253,8 +253,8 @@ def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[
                 f"run {run.no} can't be resumed: {config.data.name} is not the data that it began with (hash {data_hash[:8]}, was "
                 f"{run.data_hash[:8]}); put the old data back, or train anew"
             )
-        student = as_configured(first_weights(config, ledger), config, "student").on(data)
-        teacher = recorded_teacher(run, ledger)
+        student = as_configured(first_weights(config, ledger), config, "student", data.spec).on(data)
+        teacher = recorded_teacher(run, ledger, data.spec)
         job = checked(_job(config, _settled(config), student, teacher, data, data_hash, _initial(student, data, config), device), known)
         if run.fingerprint != job.fingerprint and run.networks is None and run.fingerprint == _as_recorded(job):
             job = replace(job, fingerprint=run.fingerprint)
@@ -341,14 +341,15 @@ def _planned(
     device: torch.device,
     stand_in: bool,
 ) -> Job:
-    student = as_configured(student, config, "student").on(data)
+    student = as_configured(student, config, "student", data.spec).on(data)
     init_hash = _initial(student, data, config)
     recipe = config.train.model_dump(mode="json") | {"precision": _precision(config, student, data, device)}
     wanted = Wanted(config.data.labelled, data_hash, config.split, config.seed, init_hash, recipe, str(ledger.folder))
     refuse_contaminated(student, wanted)
     teacher = None
     if settled.uses_teacher and config.teacher is not None:
-        teacher = as_configured(choose_teacher(config.teacher, wanted, ledger, stand_in=stand_in), config, "teacher")
+        found = choose_teacher(config.teacher, wanted, ledger, stand_in=stand_in)
+        teacher = as_configured(found, config, "teacher", data.spec)
     return _job(config, settled, student, teacher, data, data_hash, init_hash, device)
 
 

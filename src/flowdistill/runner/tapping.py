@@ -32,7 +32,8 @@ def rows(reference: str, runs: Path, *, size: int | None = None, channels: int |
     published = models.declared_view(network.model)
     usual = OWN if network.model in models.MODELS else OTHERS
     view = View(channels, size, size).over(network.view).over(published).over(usual)
-    data = network.seen(DataSpec("", 0, classes, view.channels or 0, view.height or 0, view.width or 0))
+    sizes = DataSpec("", 0, classes, view.channels or 0, view.height or 0, view.width or 0)
+    data = network.fitted(sizes).seen(sizes)
     spec = models.spec(network.model, data)
     found: list[dict[str, Any]] = [
         {

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..checks import pass_on_shortage
 from .cohort import Cohort
 from .step import Student
-from .weights import hash_weights, is_whole, read_safetensors, save_weights
+from .weight_files import read_safetensors
+from .weights import hash_weights, is_whole, save_weights
 
 FILE, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
 

@@ -5,23 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..checks import Changes, UserError, regular_file
+from ..checks import Changes, UserError
 from ..models import Network
+from .fitting import misfit, named_as_in
+from .weight_files import chosen, located, read
 
 Weights = Mapping[str, Tensor]
 SEAL, SEALED = "sha256", "sealed"  # metadata: the hash of all content, and that there is one, so that no single bit takes it away
-WRAPPERS = ("module.", "_orig_mod.")  # before every name, where DistributedDataParallel or torch.compile held the network
 
 
 def write_whole(path: Path, content: bytes, keep: Path | None = None) -> None:
@@ -79,16 +77,24 @@ def is_whole(weights: Weights, metadata: Mapping[str, str]) -> bool:
 
 
 def load_weights(path: Path, changes: Changes | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and metadata of a safetensors file, or the weights of a ``.pt``/``.pth`` file that holds nothing but tensors.
+    """The weights in a file, or in the part of it that ``FILE#KEY`` names; and what a file of ours says of the whole of it, else nothing.
 
     Raises:
-        UserError: missing, damaged, or a pickle with anything but tensors in it (it is not executed); or its content is not what was
-            written, and such ``changes`` are not accepted.
+        UserError: as ``weight_files``; or its content is not what was written, and such ``changes`` are not accepted.
     """
-    weights, about, whole = _read(path)
-    if not whole:
-        (changes or Changes()).meet(f"weights file {path}: its content is not what was written into it", "put a sound copy there")
-    return weights, about
+    file, key = located(path)
+    found = read(file)
+    if not is_whole(found.tables.get("", {}), found.metadata):
+        (changes or Changes()).meet(f"weights file {file}: its content is not what was written into it", "put a sound copy there")
+    return chosen(found.tables, key, file), {} if key else _about(found.metadata, file)
+
+
+def _about(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(metadata.get("flowdistill", "{}"))
+    except (ValueError, RecursionError):
+        raise UserError(f"weights file {file}: what it says of itself is no JSON (damaged); put a sound copy there") from None
+    return about if isinstance(about, dict) else {}
 
 
 def whole(path: Path) -> bool:
@@ -99,85 +105,24 @@ def whole(path: Path) -> bool:
         return False
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], bool]:
-    path = regular_file(path, f"weights file {path}")
-    try:
-        if path.suffix in (".pt", ".pth"):
-            _refuse_inflating(path)
-            with warnings.catch_warnings(action="ignore"):  # they tell of what is refused below
-                return _only_tensors(torch.load(path, map_location="cpu", weights_only=True)), {}, True
-        weights, metadata = read_safetensors(path)
-        about = json.loads(metadata.get("flowdistill", "{}"))
-        return weights, about if isinstance(about, dict) else {}, is_whole(weights, metadata)
-    except SafetensorError:
-        raise UserError(f"weights file {path}: not a valid safetensors file (damaged, truncated, or something else)") from None
-    except Exception:  # torch.load raises anything on junk, and its words advise to load pickles
-        cause = "damaged, or with something else in it, which is never executed"
-        raise UserError(f"weights file {path}: cannot be read as a dictionary of named tensors ({cause})") from None
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata, as they lie there.
-
-    Raises:
-        Exception: of safetensors, where it is no such file.
-    """
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (safe_open is no mapping)
-
-
-def _refuse_inflating(path: Path) -> None:
-    """PyTorch never compresses: a zip whose members are larger than itself is a bomb."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if sum(info.file_size for info in archive.infolist()) > path.stat().st_size:
-                raise ValueError("members larger than the file")
-
-
-def _only_tensors(loaded: Any) -> dict[str, Tensor]:
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(state, dict) or not all(isinstance(name, str) and _plain(value) for name, value in state.items()):
-        raise TypeError("something else than named tensors")
-    for prefix in WRAPPERS:
-        if state and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
-
-
-def _plain(value: Any) -> bool:
-    """A dense tensor of real numbers with a place in memory for each: a repeated (stride 0) one would grow when it is copied."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu" or value.is_complex():
-        return False
-    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
-
-
 def refuse_misfit(net: Network, weights: Weights, origin: str) -> None:
     """Compare names and shapes of weights with a network's.
 
     Raises:
-        UserError: names or shapes do not fit; the first of them.
+        UserError: they do not fit; how, and what to do.
     """
-    own = {name: value for name, value in net.state_dict().items() if name not in net.grown}
-    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys() - net.grown)
-    if missing or extra:
-        what = f"lacks {missing[0]!r}" if missing else f"has {extra[0]!r}, which the network has not"
-        raise UserError(f"{origin} does not fit {net.spec.name}: it {what}; name the model as MODEL@FILE")
-    for name, value in own.items():
-        if value.shape != weights[name].shape:
-            raise UserError(
-                f"{origin} does not fit {net.spec.name} with {net.spec.classes} classes: {name} is {tuple(weights[name].shape)}, "
-                f"needs {tuple(value.shape)}; use weights trained on the same data"
-            )
+    if told := misfit(net, named_as_in(net, weights), origin):
+        raise UserError(told)
 
 
 def fill(net: Network, weights: Weights, origin: str) -> None:
-    """Put weights into a network.
+    """Put weights into a network, by its names where wrappers put more into theirs.
 
     Raises:
-        UserError: names or shapes do not fit; the first of them.
+        UserError: as ``refuse_misfit``.
     """
     refuse_misfit(net, weights, origin)
-    net.take(weights)
+    net.take(named_as_in(net, weights))
 
 
 def hash_weights(weights: Weights) -> str:

@@ -1,0 +1,267 @@
+"""Weights files of anyone: what a file is, its content says, and nothing in it is executed."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import shlex
+import struct
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..checks import UserError, is_there, pass_on_shortage, regular_file, short, some
+
+Table = dict[str, Tensor]
+
+HEAD = 4096  # bytes that say what a file is
+DEEPEST = 16  # dictionaries in dictionaries
+LISTED = 8  # of many tables, so many are named
+LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 1.6: its magic number, as a pickle has it
+PLAIN = "save its tensors: torch.save(model.state_dict(), 'plain.pth')"
+UNPACK = "unpack it, and name the file inside"
+DAMAGED = "damaged, truncated, or something else"
+
+OTHERS: tuple[tuple[bytes, str, str], ...] = (
+    (rb"\Z", "an empty file", "copy it again"),
+    (rb"version https://git-lfs", "a pointer of Git LFS, not the file that it stands for", "fetch that: git lfs pull"),
+    (rb"\s*(<!doctype|<html|<\?xml)", "a web page, not the file that it leads to", "download that"),
+    (
+        rb'\s*\{.*"weight_map"',
+        "an index of several files",
+        "join the files that it lists, read by safetensors.torch.load_file (or torch.load): "
+        "whole = {}; [whole.update(load_file(file)) for file in FILES]; torch.save(whole, 'plain.pth')",
+    ),
+    (rb"\s*[{\[]", "JSON, not weights", PLAIN),
+    (rb"\x93NUMPY", "an array of numpy", "name its tensors: torch.save({name: torch.from_numpy(array), ...}, 'plain.pth')"),
+    (rb"\x89HDF\r\n\x1a\n", "HDF5, as Keras writes it", f"put its values into the PyTorch network, and {PLAIN}"),
+    (rb"\x08[\x01-\x1f][\x12:B]", "an ONNX file, which is a program", f"of the network that it was made of, {PLAIN}"),
+    (rb"GGUF|....TFL3", "a file of another library", f"put its values into the PyTorch network, and {PLAIN}"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!|.{257}ustar", "an archive", UNPACK),
+    (rb"\x80[\x02-\x05]", "a pickle that torch.save did not write, which is never executed", PLAIN),
+)
+"""How a file begins that is no weights file, what it is, and what to do."""
+
+
+class Content(NamedTuple):
+    """What a weights file holds: tables of named tensors by their keys (dotted where nested; empty for the whole file), and metadata."""
+
+    tables: Mapping[str, Table]
+    metadata: Mapping[str, str]
+
+
+def located(path: Path) -> tuple[Path, str]:
+    """The file and the key of ``FILE#KEY``. What exists is a file, whatever is in its name."""
+    text = str(path)
+    places = [] if is_there(path) else [place for place, char in enumerate(text) if char == "#"]
+    for place in reversed(places):
+        if is_there(Path(text[:place])):
+            return Path(text[:place]), text[place + 1 :]
+    return path, ""
+
+
+def read(path: Path) -> Content:
+    """What a file holds: safetensors, or what ``torch.save`` wrote in either of its formats, whatever the file is called.
+
+    Raises:
+        UserError: missing, damaged, another kind of file, or a pickle that holds more than tensors and plain values (it is not executed).
+    """
+    what = f"weights file {path}"
+    found = regular_file(path, what)
+    with found.open("rb") as file:
+        head = file.read(HEAD)
+    if _begins_as_safetensors(head, found.stat().st_size):
+        return _safetensors(found, what)
+    if head.startswith(b"PK"):
+        _refuse_other_zip(found, what)
+    elif LEGACY not in head[:40]:
+        _refuse_other(head, what)
+    return Content(_tables(_unpickled(found, path), what), {})
+
+
+def read_safetensors(path: Path) -> tuple[Table, dict[str, str]]:
+    """Tensors and metadata, as they lie there.
+
+    Raises:
+        Exception: of safetensors, where it is no such file.
+    """
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (safe_open is no mapping)
+
+
+def chosen(tables: Mapping[str, Table], key: str, path: Path) -> Table:
+    """The only table of a file; or the one that a key names, whole or as far as the names in it begin so.
+
+    Raises:
+        UserError: there are several and none is named, or none has that key.
+    """
+    listing = some((f"{short(name)} ({len(table)} tensors, {_values(table):,} values)" for name, table in tables.items()), LISTED)
+    if key:
+        if part := next(_parts(tables, key), None):
+            return part
+        there = f"it has {listing}" if "" not in tables else f"its names begin with {some(_beginnings(tables['']), LISTED)}"
+        raise UserError(f"weights file {path}: it has no '{short(key)}'; {there}")
+    if len(tables) > 1:
+        advised = shlex.quote(f"{path}#{next(iter(tables))}")
+        raise UserError(f"weights file {path} holds several networks: {listing}; choose one as FILE#KEY, such as {advised}")
+    return next(iter(tables.values()))
+
+
+def _parts(tables: Mapping[str, Table], key: str) -> Iterator[Table]:
+    """What a key may mean: the table of that name first; then the beginning of names in one, or in the only one."""
+    if key in tables:
+        yield tables[key]
+    for name, table in tables.items():
+        inner = [key.removeprefix(f"{name}.")] if key.startswith(f"{name}.") else [key] if len(tables) == 1 else []
+        yield from filter(None, (below(table, begin) for begin in inner))
+
+
+def below(table: Mapping[str, Tensor], begin: str) -> Table:
+    """The tensors whose names begin with it and a dot, by what comes after that."""
+    return {name.removeprefix(f"{begin}."): value for name, value in table.items() if name.startswith(f"{begin}.")}
+
+
+def _beginnings(table: Table) -> list[str]:
+    return [short(name) for name in dict.fromkeys(name.partition(".")[0] for name in table)]
+
+
+def _values(table: Table) -> int:
+    return sum(value.numel() for value in table.values())
+
+
+def _begins_as_safetensors(head: bytes, size: int) -> bool:
+    """A length of eight bytes, then JSON; the length of a file that is JSON from its first byte is none."""
+    if head[8:9] != b"{":
+        return False
+    (length,) = struct.unpack("<Q", head[:8])
+    return not (head.startswith((b"{", b"[")) and length > size)
+
+
+def _safetensors(found: Path, what: str) -> Content:
+    try:
+        table, metadata = read_safetensors(found)
+    except SafetensorError:
+        raise UserError(f"{what}: not a valid safetensors file ({DAMAGED})") from None
+    _refuse_unfit(table, what)
+    return Content({"": table}, metadata)
+
+
+def _refuse_other_zip(found: Path, what: str) -> None:
+    """Refuse a zip archive that torch.save did not write, or that grows when it is read: PyTorch never compresses."""
+    try:
+        with zipfile.ZipFile(found) as archive:
+            members = archive.infolist()
+    except Exception as error:  # zipfile raises anything on junk
+        pass_on_shortage(error)
+        raise UserError(f"{what}: a zip archive that can't be read (damaged or truncated); copy it again") from None
+    names = [member.filename for member in members]
+    inner = [name.partition("/")[2] for name in names]
+    if any(name.startswith("code/") or name == "constants.pkl" for name in inner):
+        cure = "save its weights where you trust it: torch.save(torch.jit.load(FILE).state_dict(), 'plain.pth')"
+        raise UserError(f"{what}: TorchScript, which is a program; {cure}")
+    if any(name.startswith("models/") or name == "archive_format" for name in inner):
+        cure = "save its weights where you trust it: torch.save(torch.export.load(FILE).state_dict, 'plain.pth')"
+        raise UserError(f"{what}: written by torch.export, which is a program; {cure}")
+    if any(name.endswith(".npy") for name in names):
+        cure = "torch.save({name: torch.from_numpy(array) for name, array in numpy.load(FILE).items()}, 'plain.pth')"
+        raise UserError(f"{what}: arrays of numpy; write them as tensors: {cure}")
+    if "data.pkl" not in inner:
+        raise UserError(f"{what}: a zip archive that torch.save did not write; {UNPACK}")
+    if sum(member.file_size for member in members) > found.stat().st_size:
+        raise UserError(f"{what}: its content is larger than the file, which torch.save never writes; {PLAIN}")
+
+
+def _refuse_other(head: bytes, what: str) -> None:
+    for begin, kind, cure in OTHERS:
+        if re.match(begin, head, re.DOTALL | re.IGNORECASE):
+            raise UserError(f"{what}: {kind}; {cure}")
+    raise UserError(f"{what}: cannot be read: neither safetensors nor written by torch.save ({DAMAGED})")
+
+
+def _unpickled(found: Path, path: Path) -> Any:
+    what = f"weights file {path}"
+    try:
+        with found.open("rb") as file, warnings.catch_warnings(action="ignore"):  # by its name it may take it for another kind
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        held = re.search(r"GLOBAL (\S+)", str(error))
+        if held is None:
+            other = "Unsupported operand" in str(error)
+            cause, cure = ("written with another pickle_protocol than 2", PLAIN) if other else (DAMAGED, "copy it again")
+            raise UserError(f"{what}: cannot be read as a dictionary of named tensors ({cause}); {cure}") from None
+        cure = f"torch.save(torch.load({str(path)!r}, weights_only=False)['state_dict'], 'plain.pth')"
+        raise UserError(
+            f"{what}: it holds {short(held[1])}, and of a pickle nothing but tensors and plain values is read, for the rest is code; where "
+            f"you trust it, write a plain file in Python: {cure} (by the key that it has; of a whole module its .state_dict())"
+        ) from None
+    except Exception as error:  # torch.load raises anything on junk
+        pass_on_shortage(error)
+        raise UserError(f"{what}: cannot be read as a dictionary of named tensors ({DAMAGED}); copy it again") from None
+
+
+def _tables(loaded: Any, what: str) -> dict[str, Table]:
+    """Every table of named tensors, at any depth, that could be a network's.
+
+    Raises:
+        UserError: there is none, or a tensor is no dense one.
+    """
+    found: dict[str, Table] = {}
+    for path, table in _walked(loaded, (), set()):
+        if _could_be_network(table):
+            key = ".".join(path)
+            if key in found:
+                raise UserError(f"{what}: two tables of it are both called '{short(key)}'; {PLAIN}")
+            _refuse_unfit(table, what)
+            found[key] = table
+    if not found:
+        keys = some((short(str(key)) for key in loaded), LISTED) if isinstance(loaded, dict) else ""
+        has = f" (its keys: {keys})" if keys else ""
+        raise UserError(f"{what}: it holds no table of named tensors that could be a network's{has}; {PLAIN}")
+    return found
+
+
+def _walked(loaded: Any, keys: tuple[str, ...], seen: set[int]) -> Iterator[tuple[tuple[str, ...], Table]]:
+    """Every dictionary of tensors; an optimiser's state is none. ``seen`` are those that were looked into, for they may hold themselves."""
+    if isinstance(loaded, dict):
+        if loaded and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()):
+            yield keys, dict(loaded)
+            return
+        inner = [] if "param_groups" in loaded else [(key, value) for key, value in loaded.items() if isinstance(key, str)]
+    else:
+        inner = [(str(place), value) for place, value in enumerate(loaded)] if isinstance(loaded, list | tuple) else []
+    if id(loaded) not in seen and len(keys) < DEEPEST:
+        seen.add(id(loaded))
+        for name, value in inner:
+            yield from _walked(value, (*keys, name), seen)
+
+
+def _could_be_network(table: Table) -> bool:
+    """It has a matrix of other than whole numbers: metrics, counts and the states of generators have none."""
+    return any(value.dim() > 1 and (value.is_floating_point() or value.is_complex() or value.is_quantized) for value in table.values())
+
+
+def _refuse_unfit(table: Table, what: str) -> None:
+    for name, value in table.items():
+        if unfit := _unfit(value):
+            raise UserError(f"{what}: its '{short(name)}' is {unfit}; save a state_dict of dense tensors of real numbers")
+
+
+def _unfit(value: Tensor) -> str:
+    """Why a tensor is none that a network's weights could be; empty where it is one."""
+    if value.layout != torch.strided:
+        return "a sparse tensor"
+    if value.device.type != "cpu":
+        return f"on the device {value.device.type}, without values"
+    if value.is_quantized:
+        return "a quantised tensor"
+    if value.is_complex():
+        return "of complex numbers"
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():  # a repeated (stride 0) one would grow when it is copied
+        return "larger than what the file holds of it"
+    return ""

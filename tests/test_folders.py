@@ -32,6 +32,7 @@ from flowdistill.env import memory
 from flowdistill.ledger import Ledger
 from flowdistill.runner import load_network, resume, run
 from flowdistill.runner.evaluate import evaluate
+from flowdistill.talk import Remarks
 
 CPU = torch.device("cpu")
 NAMES = ("ant", "bee", "cat")
@@ -55,11 +56,11 @@ def write(folder: Path, images: np.ndarray, labels: np.ndarray, kind: str = "png
 
 
 def folder_data(place: Path, **keys: Any) -> ImageData:
-    return load(DataConfig.model_validate({"name": f"folder:{place}", "pad": 1} | keys))
+    return load(DataConfig.model_validate({"name": f"folder:{place}", "pad": 1} | keys), Remarks())
 
 
 def csv_data(place: Path, **keys: Any) -> ImageData:
-    return load(DataConfig.model_validate({"name": f"csv:{place}", "pad": 1} | keys))
+    return load(DataConfig.model_validate({"name": f"csv:{place}", "pad": 1} | keys), Remarks())
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from .runner import run as run_configs
 from .runner.evaluate import weights_path
 from .runner.export import FORMATS
 from .runner.integrity import STUDENT_FILE, enlist
+from .talk import unheard
 from .training.weights import hash_weights, save_weights, whole
 
 
@@ -38,10 +39,15 @@ class Result:
     Attributes:
         run: its row in the ledger.
         folder: its files: ``student.safetensors``, ``run.json``, ``predictions.npz``.
+        remarks: what was to be told of the data and of what was used again: files left out, changes accepted. They were said on stderr
+            too, but for ``progress=False``; of a run that was not trained anew they are those of this call.
+        progress: whether this object's methods say such remarks on stderr.
     """
 
     run: Run
     folder: Path
+    remarks: tuple[str, ...] = ()
+    progress: bool = True
 
     @property
     def accuracy(self) -> float:
@@ -64,7 +70,7 @@ class Result:
             UserError: a module given from Python in another process; give it again to the call that trained it. Or its file is not what
                 the run wrote, or its code answers otherwise, and that is not accepted.
         """
-        changes = Changes(accept_changes)
+        changes = self._changes(accept_changes)
         path, changed = weights_path(str(self.run.no), self.folder.parent, changes)
         network, _ = load_network(path, changes)
         network.changed = network.changed or changed
@@ -82,10 +88,14 @@ class Result:
         """
         if str(to) not in FORMATS:
             raise UserError(f"export to {to!r}: {did_you_mean(str(to), FORMATS)}")
-        path, _ = weights_path(str(self.run.no), self.folder.parent)
-        file = Path(export(path, to, out=None if out is None else Path(out), int8=int8).file)
+        changes = self._changes(False)
+        path, _ = weights_path(str(self.run.no), self.folder.parent, changes)
+        file = Path(export(path, to, out=None if out is None else Path(out), int8=int8, changes=changes).file)
         enlist(self.run.no, Ledger(self.folder.parent), file)
         return file
+
+    def _changes(self, accepted: bool) -> Changes:
+        return Changes(accepted) if self.progress else Changes(accepted, unheard().say)
 
 
 Data = str | Mapping[str, Any] | Iterable[Any]
@@ -170,7 +180,7 @@ def distill(
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         engine: ``auto``, ``eager``, ``compiled`` or ``graph``; what can't be had here falls back, and says so.
         workers: processes that decode images which memory does not hold; left out, one a core, at most eight.
-        progress: bars on stderr.
+        progress: bars and remarks on stderr; without it nothing is written there, and ``Result.remarks`` has what must be known.
         on_epoch: called with a Report after every epoch that is trained. What it raises, KeyboardInterrupt for one, comes out of this
             call; the run is then interrupted, and goes on from that epoch when it is called again.
         classes: how many, of loaders; left out, those that the data set has names for (``classes``), else the largest label and one.
@@ -186,7 +196,8 @@ def distill(
     if on_epoch is not None and not callable(on_epoch):
         raise UserError(f"on_epoch={on_epoch!r}: give a function that takes a Report, or leave it out")
     _refuse_number("workers", workers, 0, MOST_WORKERS)
-    ledger = Ledger(Path(runs), create=True, changes=Changes(accept_changes))
+    watcher = (Bars if progress else Watcher)(on_epoch)
+    ledger = Ledger(Path(runs), create=True, changes=Changes(accept_changes, watcher.say))
     begun = {"init_from": _first_weights(config["init_from"], student, ledger)} if config.get("init_from") is not None else {}
     parsed = validate(
         {
@@ -199,12 +210,12 @@ def distill(
             "seed": seed,
         }
     )
-    watcher, on_device = (Bars if progress else Watcher)(on_epoch), resolve_device(device)
+    on_device = resolve_device(device)
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(on_device.type, enabled=False):  # whatever is on around the call
         run = run_configs([parsed], ledger, on_device, again=again, engine=engine, workers=workers, watcher=watcher)[0]
     if run.status != "finished":
         raise RuntimeError(f"run {run.no} {run.status}: {run.error}")
-    return Result(run, ledger.run_folder(run.no))
+    return Result(run, ledger.run_folder(run.no), tuple(ledger.changes.told), progress)
 
 
 def _images(data: Data, val_loader: Any, classes: int | None, train: Any) -> dict[str, Any]:

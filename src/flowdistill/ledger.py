@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from . import advice
 from .checks import Changes, UserError, obstacle
 from .config import validate
 from .lock import Lock, held
@@ -191,10 +192,10 @@ class Ledger:
         self._on_disk = False
         if self.path.is_file():
             self._open()
-        elif not create:
-            raise UserError(f"no ledger in {folder}: train something first (flowdistill demo), or name its folder with --runs")
         elif hindrance := obstacle(self.path):
             raise UserError(f"{self.path} cannot be used as a ledger ({hindrance}); name another folder with --runs")
+        elif not create:
+            raise UserError(f"no ledger in {folder}: train something first ({advice.demo(folder)}), or name its folder with --runs")
         else:
             self._db = _connect(":memory:")
             self._migrate()
@@ -338,7 +339,7 @@ class Ledger:
         if not found:
             last = self._read("SELECT max(no) FROM runs", ())[0][0]
             what = f"the last is {last}" if last else "it has no runs yet"
-            raise UserError(f"no run {no} in {self.path}: {what}; flowdistill runs lists them")
+            raise UserError(f"no run {no} in {self.path}: {what}; {advice.list_runs(self.folder)} lists them")
         return found[0]
 
     def epochs(self, no: int) -> list[Epoch]:

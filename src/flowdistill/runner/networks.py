@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .. import models
+from .. import advice, models
 from ..checks import Changes, UserError
 from ..config import DataConfig, InputConfig, Role, RunConfig, validate
 from ..data.images import ImageData
@@ -209,7 +208,7 @@ def _labels(about: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _of_run(run: Run, ledger: Ledger, fingerprint: str) -> NetworkRef:
     if run.status != "finished":
-        raise UserError(f"run {run.no} is {run.status}, not finished; choose a finished one (flowdistill runs)")
+        raise UserError(f"run {run.no} is {run.status}, not finished; choose a finished one ({advice.list_runs(ledger.folder)})")
     damage = meet_damage(run, ledger)
     weights, about = load_weights(ledger.run_folder(run.no) / STUDENT_FILE, ledger.changes)
     sizes = trained_on(about)
@@ -362,8 +361,6 @@ def _train_command(model: str, wanted: Wanted) -> str:
     seed = 100 if wanted.seed != 100 else 101  # any that no student has
     if wanted.data.given:
         return f"flowdistill.train({model!r}, train_loader, val_loader, seed={seed})"
-    holdout = " --holdout" if wanted.split == "holdout" else ""
-    images = wanted.data.model_dump(include={"limit_train", "size", "channels", "skip_broken", "stream", "label"}, exclude_none=True)
-    keys = "".join(f" --set data.{key}={json.dumps(value)}" for key, value in images.items())
-    runs = f" --runs {wanted.runs}" if wanted.runs != "runs" else ""
-    return f"flowdistill train --model {model} --dataset {wanted.data.name} --seeds {seed}{holdout}{keys}{runs}"
+    kept = {"name", "root", "limit_train", "size", "channels", "skip_broken", "stream", "label"}
+    images = {"name": wanted.data.name} | wanted.data.model_dump(mode="json", include=kept, exclude_defaults=True)
+    return advice.train(model, seed, images, {}, holdout=wanted.split == "holdout", runs=wanted.runs)

@@ -92,8 +92,6 @@ def test_what_is_no_ledger_is_not_read(folder: Path, make: Callable[[Path], None
 @pytest.mark.parametrize(("make", "line"), READ)
 def test_what_is_no_ledger_is_not_written(folder: Path, make: Callable[[Path], None], line: str) -> None:
     make(folder / "it" / "ledger.db")
-    if line == NONE:
-        line = f"it/ledger.db cannot be used as a ledger (it is not a file); {OTHER}"
     assert_refused(folder, [*shlex.split(f"train {SMALL}"), "--runs", "it"], line)
 
 

@@ -20,7 +20,7 @@ from .checks import INTERRUPTED, MOST_WORKERS, Changes, UserError, did_you_mean,
 from .complaints import complain, failure, refuse_empty, usage
 from .config import RunConfig, assign, model_name, one_line, put, read_file, read_taps, validate
 from .env import version
-from .ledger import Ledger
+from .ledger import Ledger, stored
 from .report import pages, tables
 
 if TYPE_CHECKING:
@@ -143,8 +143,6 @@ def _run() -> int:
         return complain(str(error), 2)
     except ValidationError as error:
         return complain(one_line(error, RunConfig), 2)
-    except BrokenPipeError:  # of the parser's help: a reader who went away wants no more
-        return 0
     except (OSError, sqlite3.Error) as error:
         return complain(failure(error), 1)
     except Exception as error:
@@ -458,7 +456,7 @@ def table(
 ) -> int:
     """The log of finished runs, or their summary."""
     wanted = {"method": method and _in_full(method), "dataset": dataset, "student": student, "teacher": teacher}
-    only = {key: model_name(value) for key, value in wanted.items() if value is not None}
+    only = {key: stored(model_name(value)) for key, value in wanted.items() if value is not None}
     ledger = Ledger(runs)
     for key, value in only.items():
         _refuse_unknown(key, value, {getattr(run, key) for run in ledger.runs()})

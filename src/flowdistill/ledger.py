@@ -323,7 +323,7 @@ class Ledger:
     def runs(self, **equal: Any) -> list[Run]:
         """Runs whose columns have these values, by number. One that is recorded as running, by nobody, comes out as ``dead``."""
         where = " AND ".join(f"{column} = :{column}" for column in equal) or "1"
-        found = [_run(row) for row in self._read(f"SELECT * FROM runs WHERE {where} ORDER BY no", equal)]
+        found = [_run(row) for row in self._read(f"SELECT * FROM runs WHERE {where} ORDER BY no", _encoded(equal))]
         return [replace(run, status="dead") if run.status == "running" and not self._alive(run) else run for run in found]
 
     def _alive(self, run: Run) -> bool:
@@ -433,7 +433,14 @@ def _write_ahead(db: sqlite3.Connection) -> None:
 
 
 def _encoded(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: json.dumps(value) if isinstance(value, dict) else value for key, value in values.items()}
+    """As SQLite takes them. JSON holds a name that is no UTF-8 as it is, so that its file is found again; a column shows it by escapes."""
+    encoded = {key: json.dumps(value) if isinstance(value, dict) else value for key, value in values.items()}
+    return {key: stored(value) if isinstance(value, str) else value for key, value in encoded.items()}
+
+
+def stored(name: str) -> str:
+    """A name as a column has it: bytes that are no UTF-8 are escapes."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _insert(table: str, values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

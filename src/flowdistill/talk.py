@@ -55,7 +55,7 @@ class Remarks:
     """What is to be told of a piece of work, to whoever listens.
 
     Attributes:
-        told: the lines, in order, each once.
+        told: the lines as they can be printed, in order, each once.
         say: gets each line when it is told; left out, it is said on stderr. What only passes, such as a count, is said and not kept.
     """
 
@@ -64,9 +64,9 @@ class Remarks:
 
     def tell(self, line: str) -> None:
         """A line, once."""
-        if line not in self.told:
-            self.told.append(line)
-            self.say(line)
+        if (shown := printable(line)) not in self.told:
+            self.told.append(shown)
+            self.say(shown)
 
 
 def unheard() -> Remarks:
@@ -93,7 +93,7 @@ class _Stderr:
         return _encoding(self._stream)
 
     def isatty(self) -> bool:
-        return is_terminal(self._stream)
+        return _is_terminal(self._stream)
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):
@@ -104,8 +104,13 @@ class _Stderr:
         """Every text is flushed when it is written."""
 
 
-def is_terminal(stream: Any) -> bool:
-    """Whether a stream is one; None, a closed one or an object that can't say is none."""
+def answers_a_terminal() -> bool:
+    """Whether data go to a terminal."""
+    return _is_terminal(sys.stdout)
+
+
+def _is_terminal(stream: Any) -> bool:
+    """None, a closed stream and an object that can't say are none."""
     with contextlib.suppress(AttributeError, ValueError, OSError):
         return bool(stream.isatty())
     return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +35,7 @@ class Bars(Watcher):
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
-            redirect_stdout=talk.is_terminal(sys.stdout),  # a pipe gets what the caller prints
+            redirect_stdout=talk.answers_a_terminal(),  # a pipe gets what the caller prints
         )
         self._task = self._bars.add_task(self._title, total=steps, note="")
         self._cell = Cell(self._line()) if self.console.is_jupyter else None

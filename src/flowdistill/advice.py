@@ -19,7 +19,12 @@ Folder = str | os.PathLike[str]
 def command(*words: object, runs: Folder = RUNS) -> str:
     """``flowdistill WORD ...``, with ``--runs`` where that is another folder than a command takes by itself."""
     where = [] if os.fspath(runs) == RUNS else ["--runs", os.fspath(runs)]
-    return " ".join(map(_quoted, ["flowdistill", *map(str, words), *where]))
+    return options("flowdistill", *words, *where)
+
+
+def options(*words: object) -> str:
+    """Options that belong to the command which was given."""
+    return " ".join(map(_quoted, map(str, words)))
 
 
 def usage() -> str:
@@ -32,9 +37,9 @@ def list_runs(runs: Folder) -> str:
     return command("runs", runs=runs)
 
 
-def summary(runs: Folder) -> str:
+def summary(runs: Folder, *, holdout: bool) -> str:
     """Prints the methods of a folder's runs side by side."""
-    return command("table", "--summary", runs=runs)
+    return command("table", "--summary", *["--protocol", "holdout"] * holdout, runs=runs)
 
 
 def resume(no: int, runs: Folder) -> str:

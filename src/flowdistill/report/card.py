@@ -194,8 +194,8 @@ def _notes(card: Card) -> list[str]:
     if run.correct is not None and card.score.correct != run.correct:
         notes.append(f"The record of run {run.no} says {run.correct:,} right: on {run.device}, torch {run.versions.get('torch')}.")
     notes += [card.advice] if card.advice else []
-    told = f"Made by flowdistill {version()}. One run a column, no spread; what compares methods: {advice.summary(card.runs)}"
-    return [*notes, told]
+    compared = advice.summary(card.runs, holdout=run.split == "holdout")
+    return [*notes, f"Made by flowdistill {version()}. One run a column, no spread; what compares methods: {compared}"]
 
 
 def _about_classes(card: Card) -> str:

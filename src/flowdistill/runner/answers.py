@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .. import advice
 from ..data.images import part
 from ..data.loader import DeviceData, holdout_positions, labelled
 from ..data.normalisation import Normalisation
@@ -108,7 +109,8 @@ def another_normalisation(
         net.front = front(seen, replace(teacher.view, mean=other.mean, std=other.std))
         found = ask(net, images, precision).accuracy
         if found > best[0]:
-            cure = f"--set inputs.teacher.mean={listed(other.mean)} --set inputs.teacher.std={listed(other.std)}"
+            keys = {"mean": listed(other.mean), "std": listed(other.std)}
+            cure = advice.options(*(word for key, value in keys.items() for word in ("--set", f"inputs.teacher.{key}={value}")))
             best = found, f"{found:.1%} with {name} ({cure})"
     net.front = own
     return best[1]

@@ -95,7 +95,8 @@ class NetworkRef:
         if self.init:
             return replace(self, head=not self.other_classes(data))
         if other := self.other_classes(data):
-            cure = f"begin from its weights with a fresh classifier: --student {self.model} --init-from {self.run or self.origin}"
+            again = ("--student", self.model, "--init-from", self.run or self.origin)
+            cure = f"begin from its weights with a fresh classifier: {advice.options(*again)}"
             if self.model.startswith("module:"):
                 cure = "give a module with a classifier of the data's"
             raise UserError(f"student {self.model} ({self.origin}): {other}; {cure}")
@@ -233,7 +234,8 @@ def first_weights(config: RunConfig, ledger: Ledger) -> NetworkRef:
     if source.weights is None:
         raise UserError(f"{given}: a model's name has no weights; name a run or a weights file")
     if student.weights is not None:
-        raise UserError(f"{given}: student={config.student} has weights of its own; name its model alone: --student {student.model}")
+        alone = advice.options("--student", student.model)
+        raise UserError(f"{given}: student={config.student} has weights of its own; name its model alone: {alone}")
     if source.model != student.model:
         raise UserError(
             f"{given} is a {source.model}, the student a {student.model}; begin from a {student.model}, or train a {source.model}"

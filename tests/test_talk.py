@@ -388,3 +388,12 @@ def test_without_progress_nothing_is_said(birds: Path, monkeypatch: pytest.Monke
     heard = flowdistill.train("resnet8", data, seed=100, train=train, runs="quiet")
     said = capfd.readouterr()
     assert (said.out, said.err.splitlines()[0], heard.run.no) == ("", TOLD, taught.run.no)
+
+
+def test_without_any_stream_a_run_is_trained(birds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(birds)
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    train = {"epochs": 1, "batch_size": 16, "precision": "fp32"}
+    result = flowdistill.train("resnet8", {"name": DATA, "pad": 1}, seed=3, train=train, runs="nowhere")
+    assert result.run.status == "finished"

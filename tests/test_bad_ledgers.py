@@ -63,15 +63,15 @@ def a_pipe(path: Path) -> None:
 
 
 OTHER = "name another folder with --runs"
-NONE = "no ledger in it: train something first (flowdistill demo), or name its folder with --runs"
+NO_FILE = f"it/ledger.db cannot be used as a ledger (it is not a file); {OTHER}"
 READ: list[tuple[Callable[[Path], None], str]] = [
     (junk, f"it/ledger.db cannot be used as a ledger (file is not a database); {OTHER}"),
     (truncated, f"it/ledger.db cannot be used as a ledger (database disk image is malformed); {OTHER}"),
     (of_another_program, f"it/ledger.db cannot be used as a ledger (it is another program's database); {OTHER}"),
     (of_another_program_with_our_number, f"it/ledger.db cannot be used as a ledger (no such column: no); {OTHER}"),
     (newer, "it/ledger.db was made by a newer flowdistill (schema 1000); upgrade this one"),
-    (a_folder, NONE),
-    (a_pipe, NONE),
+    (a_folder, NO_FILE),
+    (a_pipe, NO_FILE),
 ]
 
 
@@ -92,8 +92,6 @@ def test_what_is_no_ledger_is_not_read(folder: Path, make: Callable[[Path], None
 @pytest.mark.parametrize(("make", "line"), READ)
 def test_what_is_no_ledger_is_not_written(folder: Path, make: Callable[[Path], None], line: str) -> None:
     make(folder / "it" / "ledger.db")
-    if line == NONE:
-        line = f"it/ledger.db cannot be used as a ledger (it is not a file); {OTHER}"
     assert_refused(folder, [*shlex.split(f"train {SMALL}"), "--runs", "it"], line)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -110,8 +111,8 @@ def reordered(state: dict[str, Tensor], order: list[int]) -> dict[str, Tensor]:
 def cured(words: str) -> dict[str, Any]:
     """The keys that a finding's --set options give."""
     values: dict[str, Any] = {}
-    for assignment in re.findall(r"--set ([^\s)]+)", words):
-        assign(values, assignment)
+    for assignment in re.findall(r"--set ('[^']*'|[^\s)]+)", words):
+        assign(values, *shlex.split(assignment))
     assert values
     return values
 

@@ -14,7 +14,7 @@ PACKAGE = "flowdistill"
 SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "ground": (0, ("advice", "checks", "registry", "randomness", "device", "env", "lock", "trust")),
+    "ground": (0, ("advice", "checks", "registry", "randomness", "device", "env", "lock", "talk", "trust")),
     "vocabulary": (1, ("config", "taps")),
     "data": (2, ("data",)),
     "models": (2, ("models",)),
@@ -32,7 +32,7 @@ STRANGERS = {("methods", "models"), ("methods", "data")}
 
 TORCH_FREE = (
     *("", "__main__", "advice", "checks", "cli", "complaints", "config", "env", "ledger", "lock", "recipes", "registry", "trust"),
-    *("report", "report.card", "report.pages", "report.tables", "stats"),
+    *("report", "report.card", "report.pages", "report.tables", "stats", "talk"),
 )
 """Modules that must not bring torch in when they are imported."""
 

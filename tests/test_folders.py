@@ -35,6 +35,7 @@ from flowdistill.report.card import page
 from flowdistill.runner import load_network, resume, run
 from flowdistill.runner.card import measure
 from flowdistill.runner.evaluate import evaluate
+from flowdistill.talk import Remarks
 
 CPU = torch.device("cpu")
 NAMES = ("ant", "bee", "cat")
@@ -58,11 +59,11 @@ def write(folder: Path, images: np.ndarray, labels: np.ndarray, kind: str = "png
 
 
 def folder_data(place: Path, **keys: Any) -> ImageData:
-    return load(DataConfig.model_validate({"name": f"folder:{place}", "pad": 1} | keys))
+    return load(DataConfig.model_validate({"name": f"folder:{place}", "pad": 1} | keys), Remarks())
 
 
 def csv_data(place: Path, **keys: Any) -> ImageData:
-    return load(DataConfig.model_validate({"name": f"csv:{place}", "pad": 1} | keys))
+    return load(DataConfig.model_validate({"name": f"csv:{place}", "pad": 1} | keys), Remarks())
 
 
 @pytest.fixture

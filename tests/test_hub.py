@@ -20,6 +20,7 @@ from flowdistill.data import hub
 from flowdistill.data.images import ImageData
 from flowdistill.data.loader import Stream, place
 from flowdistill.data.sources import load
+from flowdistill.talk import Remarks
 
 CPU = torch.device("cpu")
 NAMES = ["zebra", "ant", "cow"]
@@ -46,7 +47,7 @@ def save(place: Path, **splits: Any) -> Path:
 
 
 def read(place: Path, **keys: Any) -> ImageData:
-    return load(DataConfig.model_validate({"name": f"hf:{place}", "pad": 1} | keys))
+    return load(DataConfig.model_validate({"name": f"hf:{place}", "pad": 1} | keys), Remarks())
 
 
 @pytest.fixture

@@ -316,7 +316,10 @@ def test_a_ledger_can_be_made_by_eight_at_once_again_and_again(tmp_path: Path) -
 
 def test_folder_without_a_ledger(tmp_path: Path) -> None:
     folder = tmp_path / "nothing"
-    assert complaint(folder) == f"no ledger in {folder}: train something first (flowdistill demo), or name its folder with --runs"
+    assert (
+        complaint(folder)
+        == f"no ledger in {folder}: train something first (flowdistill demo --runs {folder}), or name its folder with --runs"
+    )
     assert not folder.exists()
 
 
@@ -361,7 +364,7 @@ def test_ledger_of_a_newer_version(tmp_path: Path) -> None:
 def test_unknown_number_of_an_empty_ledger(ledger: Ledger) -> None:
     with pytest.raises(UserError) as error:
         ledger.run(1)
-    assert str(error.value) == f"no run 1 in {ledger.path}: it has no runs yet; flowdistill runs lists them"
+    assert str(error.value) == f"no run 1 in {ledger.path}: it has no runs yet; flowdistill runs --runs {ledger.folder} lists them"
 
 
 @pytest.mark.parametrize("number", [0, 3, -1, 10**9])
@@ -369,7 +372,7 @@ def test_unknown_number(ledger: Ledger, number: int) -> None:
     ledger.register([row(), row(seed=1)])
     with pytest.raises(UserError) as error:
         ledger.run(number)
-    assert str(error.value) == f"no run {number} in {ledger.path}: the last is 2; flowdistill runs lists them"
+    assert str(error.value) == f"no run {number} in {ledger.path}: the last is 2; flowdistill runs --runs {ledger.folder} lists them"
 
 
 def test_newest_keeps_the_last_of_a_fingerprint_and_seed() -> None:

@@ -279,7 +279,7 @@ def test_names_of_classes_are_covered_and_their_numbers_are_not(
     """The student's file says them. Data without names, or with none but the numbers, keep the fingerprint that they had."""
 
     def named(*names: str) -> str:
-        monkeypatch.setattr("flowdistill.runner.plan.load", lambda config: replace(digits, class_names=names))
+        monkeypatch.setattr("flowdistill.runner.plan.load", lambda config, remarks: replace(digits, class_names=names))
         return planned().fingerprint
 
     plain = planned().fingerprint

@@ -225,7 +225,8 @@ def test_who_compares_classes_refuses_those_in_another_order(
 ) -> None:
     """A file in whose training the classes were numbered otherwise; one that was trained on the data themselves knows them by any name."""
     net = models.build("resnet14", DataSpec("few", 100, 4, 1, 8, 8), seed=3)
-    monkeypatch.setattr("flowdistill.runner.plan.load", lambda asked: replace(load(asked), class_names=("six", "seven", "eight", "nine")))
+    names = ("six", "seven", "eight", "nine")
+    monkeypatch.setattr("flowdistill.runner.plan.load", lambda asked, told: replace(load(asked, told), class_names=names))
     about: dict[str, Any] = {"model": "resnet14", "labels": ["six", "eight", "seven", "nine"], "data": {"name": "few"}, "split": "full"}
     one = config(few, method=method, teacher=str(tmp_path / "it.safetensors"), train={"batch_size": 32})
     save_weights(tmp_path / "it.safetensors", net.state_dict(), about | {"data_hash": load(one.data).hash()})

@@ -28,6 +28,7 @@ from flowdistill.report import tables
 from flowdistill.runner import run
 from flowdistill.runner.evaluate import evaluate
 from flowdistill.runner.plan import plan
+from flowdistill.talk import Remarks
 from flowdistill.taps import NO_LABEL, Batch, Targets
 from flowdistill.training.cohort import first_gradients
 from flowdistill.training.facts import class_means
@@ -170,7 +171,7 @@ def test_files_are_read_in_any_folders_at_the_size_and_channels_of_the_labelled(
     for image, name in zip(images, ("a.png", "deep/b.png", "deep/er/c.bmp"), strict=True):
         Image.fromarray(image).save(pool / name)
     (pool / "notes.txt").write_text("no image")
-    found = load_unlabelled(DataConfig(name="digits", unlabelled=f"folder:{pool}"), data)
+    found = load_unlabelled(DataConfig(name="digits", unlabelled=f"folder:{pool}"), data, Remarks())
     assert (found.name, found.images.tolist()) == ("pool", images[..., None].tolist())
     assert capsys.readouterr().err == f"folder:{pool}: left out, as no image: notes.txt\n"
     large = Image.fromarray(np.kron(images[0], np.ones((4, 4), np.uint8))).convert("RGB")
@@ -203,7 +204,7 @@ def test_broken_files_are_refused_or_skipped_even_if_all_are(tmp_path: Path, dat
         load_unlabelled(DataConfig.model_validate(wanted | {"skip_broken": True}), data)
     Image.fromarray(digits(1)[0]).save(tmp_path / "b.png")
     capsys.readouterr()
-    assert len(load_unlabelled(DataConfig.model_validate(wanted | {"skip_broken": True}), data).images) == 1
+    assert len(load_unlabelled(DataConfig.model_validate(wanted | {"skip_broken": True}), data, Remarks()).images) == 1
     assert "1 of 2 images can't be read: a.png" in capsys.readouterr().err
 
 

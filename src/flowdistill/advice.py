@@ -2,13 +2,84 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+import tomllib
+from collections.abc import Mapping
+from typing import Any
+
+from .talk import printable
 
 RUNS = "runs"  # the folder of runs that a command takes by itself
 
+Folder = str | os.PathLike[str]
 
-def command(*words: object, runs: str | os.PathLike[str] = RUNS) -> str:
+
+def command(*words: object, runs: Folder = RUNS) -> str:
     """``flowdistill WORD ...``, with ``--runs`` where that is another folder than a command takes by itself."""
     where = [] if os.fspath(runs) == RUNS else ["--runs", os.fspath(runs)]
-    return shlex.join(["flowdistill", *map(str, words), *where])
+    return options("flowdistill", *words, *where)
+
+
+def options(*words: object) -> str:
+    """Options that belong to the command which was given."""
+    return " ".join(map(_quoted, map(str, words)))
+
+
+def usage() -> str:
+    """Prints what there is."""
+    return command("--help")
+
+
+def list_runs(runs: Folder) -> str:
+    """Prints every run of a folder."""
+    return command("runs", runs=runs)
+
+
+def summary(runs: Folder, *, holdout: bool) -> str:
+    """Prints the methods of a folder's runs side by side."""
+    return command("table", "--summary", *["--protocol", "holdout"] * holdout, runs=runs)
+
+
+def resume(no: int, runs: Folder) -> str:
+    """Goes on with a run that was cut off."""
+    return command("resume", no, runs=runs)
+
+
+def demo(runs: Folder) -> str:
+    """Trains the demo's runs into a folder; by itself it takes a temporary one."""
+    return command("demo", "--runs", os.fspath(runs))
+
+
+def train(model: str, seed: int, data: Mapping[str, Any], more: Mapping[str, Any], *, holdout: bool, runs: Folder) -> str:
+    """Trains a network on the labels alone.
+
+    Args:
+        data: keys of ``data``; ``name`` is among them.
+        more: further dotted keys of the config.
+    """
+    keys = {f"data.{key}": value for key, value in data.items() if key != "name"} | dict(more)
+    words: list[object] = ["train", "--model", model, "--dataset", data["name"], "--seeds", seed, *["--holdout"] * holdout]
+    for key, value in keys.items():
+        words += ["--set", f"{key}={_value(value)}"]
+    return command(*words, runs=runs)
+
+
+def _value(value: Any) -> str:
+    """As ``--set`` reads it: TOML, and a string without quotes where it would not be read as something else."""
+    if isinstance(value, str):
+        try:
+            tomllib.loads(f"value = {value}")
+        except ValueError:
+            if value == value.strip():
+                return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _quoted(word: str) -> str:
+    """For a shell; with bytes that no terminal shows as escapes, which shells read back."""
+    if word == printable(word):
+        return shlex.quote(word)
+    shown = {char: "".join(f"\\{byte:03o}" for byte in os.fsencode(char)) for char in word if char in "'\\" or char != printable(char)}
+    return f"$'{''.join(shown.get(char, char) for char in word)}'"

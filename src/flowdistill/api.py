@@ -29,6 +29,7 @@ from .runner import run as run_configs
 from .runner.evaluate import weights_path
 from .runner.export import FORMATS
 from .runner.integrity import STUDENT_FILE, enlist
+from .talk import unheard
 from .training.weights import hash_weights, save_weights, whole
 
 
@@ -39,10 +40,15 @@ class Result:
     Attributes:
         run: its row in the ledger.
         folder: its files: ``student.safetensors``, ``run.json``, ``predictions.npz``.
+        remarks: what was to be told of the data and of what was used again: files left out, changes accepted. They were said on stderr
+            too, but for ``progress=False``; of a run that was not trained anew they are those of this call.
+        progress: whether this object's methods say such remarks on stderr.
     """
 
     run: Run
     folder: Path
+    remarks: tuple[str, ...] = ()
+    progress: bool = True
 
     @property
     def accuracy(self) -> float:
@@ -66,7 +72,7 @@ class Result:
                 the run wrote, or its code answers otherwise, and that is not accepted. Or it is code that neither this program nor a
             training of yours named, and ``trust_code`` is not given.
         """
-        changes = Changes(accept_changes)
+        changes = self._changes(accept_changes)
         path, changed = weights_path(str(self.run.no), self.folder.parent, changes)
         with trust.code(trust_code):
             network, _ = load_network(path, changes)
@@ -85,10 +91,14 @@ class Result:
         """
         if str(to) not in FORMATS:
             raise UserError(f"export to {to!r}: {did_you_mean(str(to), FORMATS)}")
-        path, _ = weights_path(str(self.run.no), self.folder.parent)
-        file = Path(export(path, to, out=None if out is None else Path(out), int8=int8).file)
+        changes = self._changes(False)
+        path, _ = weights_path(str(self.run.no), self.folder.parent, changes)
+        file = Path(export(path, to, out=None if out is None else Path(out), int8=int8, changes=changes).file)
         enlist(self.run.no, Ledger(self.folder.parent), file)
         return file
+
+    def _changes(self, accepted: bool) -> Changes:
+        return Changes(accepted) if self.progress else Changes(accepted, unheard().say)
 
 
 Data = str | Mapping[str, Any] | Iterable[Any]
@@ -176,7 +186,7 @@ def distill(
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         engine: ``auto``, ``eager``, ``compiled`` or ``graph``; what can't be had here falls back, and says so.
         workers: processes that decode images which memory does not hold; left out, one a core, at most eight.
-        progress: bars on stderr.
+        progress: bars and remarks on stderr; without it nothing is written there, and ``Result.remarks`` has what must be known.
         on_epoch: called with a Report after every epoch that is trained. What it raises, KeyboardInterrupt for one, comes out of this
             call; the run is then interrupted, and goes on from that epoch when it is called again.
         classes: how many, of loaders; left out, those that the data set has names for (``classes``), else the largest label and one.
@@ -193,7 +203,8 @@ def distill(
     if on_epoch is not None and not callable(on_epoch):
         raise UserError(f"on_epoch={on_epoch!r}: give a function that takes a Report, or leave it out")
     _refuse_number("workers", workers, 0, MOST_WORKERS)
-    ledger = Ledger(Path(runs), create=True, changes=Changes(accept_changes))
+    watcher = (Bars if progress else Watcher)(on_epoch)
+    ledger = Ledger(Path(runs), create=True, changes=Changes(accept_changes, watcher.say))
     begun = {"init_from": _first_weights(config["init_from"], student, ledger)} if config.get("init_from") is not None else {}
     parsed = validate(
         {
@@ -206,7 +217,7 @@ def distill(
             "seed": seed,
         }
     )
-    watcher, on_device = (Bars if progress else Watcher)(on_epoch), resolve_device(device)
+    on_device = resolve_device(device)
     trust.name(*(getattr(parsed, key) for key in NETWORKS))
     with (  # whatever is on around the call
         torch.inference_mode(False),
@@ -217,7 +228,7 @@ def distill(
         run = run_configs([parsed], ledger, on_device, again=again, engine=engine, workers=workers, watcher=watcher)[0]
     if run.status != "finished":
         raise RuntimeError(f"run {run.no} {run.status}: {run.error}")
-    return Result(run, ledger.run_folder(run.no))
+    return Result(run, ledger.run_folder(run.no), tuple(ledger.changes.told), progress)
 
 
 def _images(data: Data, val_loader: Any, classes: int | None, train: Any) -> dict[str, Any]:

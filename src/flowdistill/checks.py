@@ -7,10 +7,12 @@ import errno
 import os
 import re
 import stat
-import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from .talk import Remarks, printable, say
+
+INTERRUPTED = 130  # a shell's exit code for Ctrl-C
 MOST_SEEDS = 10_000
 NAMED = 3  # of many names, so many are told
 LONGEST_NAME = 60  # characters that are told of one
@@ -30,15 +32,17 @@ class UserError(ValueError):
     """A mistake that the user can mend. The command line prints it as one line and exits with 2."""
 
 
-class Changes:
+class Changes(Remarks):
     """What is used again and is not what was recorded: refused in one line, unless the user takes it as it is.
 
     Args:
         accepted: it is taken, and told; None: it can't be taken here, and nobody is told that it could.
+        say: as of ``Remarks``.
     """
 
-    def __init__(self, accepted: bool | None = False) -> None:
-        self.accepted, self.told = accepted, list[str]()
+    def __init__(self, accepted: bool | None = False, say: Callable[[str], object] = say) -> None:
+        super().__init__(say)
+        self.accepted = accepted
 
     def meet(self, line: str, cure: str = "put the old one back") -> None:
         """There is such a difference.
@@ -50,12 +54,6 @@ class Changes:
             offer = "" if self.accepted is None else ", or take it as it is with --accept-changes (in Python accept_changes=True)"
             raise UserError(f"{line}; {cure}{offer}")
         self.tell(f"taken as it is: {line}")
-
-    def tell(self, line: str) -> None:
-        """A line, once."""
-        if line not in self.told:
-            self.told.append(line)
-            print(f"flowdistill: {printable(line)}", file=sys.stderr)
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
@@ -77,9 +75,25 @@ def first_line(error: BaseException) -> str:
     return next(told, type(error).__name__)
 
 
-def printable(line: str) -> str:
-    """A line for the terminal: what a file's name or content put into it is shown, not obeyed."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+FORMULA = re.compile(r"'*[=+\-@\uff1d\uff0b\uff0d\uff20].", re.DOTALL)
+
+
+def defused(cell: str) -> str:
+    """A cell of a CSV with an apostrophe before it where a spreadsheet would compute it: it begins as a formula and is no number."""
+    return f"'{cell}" if FORMULA.match(cell) and not _number(cell) else cell
+
+
+def undefused(cell: str) -> str:
+    """The cell that ``defused`` was given."""
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
+
+
+def _number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
 
 
 def short(name: str) -> str:

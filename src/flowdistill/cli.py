@@ -9,19 +9,18 @@ import sqlite3
 import sys
 from datetime import timedelta
 from enum import StrEnum
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
 
-from . import recipes, trust
-from .checks import MOST_WORKERS, Changes, UserError, did_you_mean, obstacle, parse_seeds, shortage
+from . import advice, recipes, talk, trust
+from .checks import INTERRUPTED, MOST_WORKERS, Changes, UserError, did_you_mean, obstacle, parse_seeds, shortage
 from .complaints import complain, failure, refuse_empty, usage
 from .config import NETWORKS, RunConfig, assign, model_name, one_line, put, read_file, read_taps, validate
 from .env import version
-from .ledger import Ledger
+from .ledger import Ledger, stored
 from .report import pages, tables
 
 if TYPE_CHECKING:
@@ -36,9 +35,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Distil a small network from a large one, measure it, tabulate it.",
 )
-
-
-INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 
 class TableFormat(StrEnum):
@@ -122,40 +118,54 @@ TrustOption = Annotated[
 AgainOption = Annotated[bool, typer.Option("--again", help="Train even what the ledger has already.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config, the taps and a time estimate; train nothing.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML, or the run.json of a run; options given here win.")]
-RecipeOption = Annotated[str | None, typer.Option(help="A recipe's name; flowdistill recipes lists them. What is given beside it wins.")]
+RecipeOption = Annotated[
+    str | None, typer.Option(help=f"A recipe's name; {advice.command('recipes')} lists them. What is given beside it wins.")
+]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Any key, such as options.fsp.pool=avg or weights.at=20.")]
 
 
 def main() -> None:
     """Run the command line: 0 done, 1 a run failed, 2 a user's mistake in one line, 130 interrupted."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is recorded as Ctrl-C is
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)  # a kill is recorded as Ctrl-C is
+    talk.begin()
+    try:
+        code = _run()
+    finally:
+        talk.end()
+    if code == INTERRUPTED:
+        os._exit(INTERRUPTED)  # Python itself would end by the signal where it fell into code that was executed from a string
+    sys.exit(code)
+
+
+def _run() -> int:
     try:
         refuse_empty(sys.argv)
         code = app(standalone_mode=False)
     except UserError as error:
-        sys.exit(complain(str(error), 2))
+        return complain(str(error), 2)
     except ValidationError as error:
-        sys.exit(complain(one_line(error, RunConfig), 2))
+        return complain(one_line(error, RunConfig), 2)
     except (OSError, sqlite3.Error) as error:
-        sys.exit(complain(failure(error), 1))
+        return complain(failure(error), 1)
     except Exception as error:
         if shortage(error):
-            sys.exit(complain(failure(error), 1))
+            return complain(failure(error), 1)
         if not hasattr(error, "format_message"):  # not a usage error of the parser: a bug, shown whole
             raise
         if len(sys.argv) == 1:
-            print(error.format_message(), file=sys.stderr)  # the help
-            sys.exit(2)
-        sys.exit(complain(usage(error), 2))
+            for line in error.format_message().splitlines():  # the help
+                talk.say(line)
+            return 2
+        return complain(usage(error), 2)
     if code == INTERRUPTED:
-        print("interrupted; what is finished is kept, what is not goes on with: flowdistill resume", file=sys.stderr, flush=True)
-        os._exit(INTERRUPTED)  # Python itself would end by the signal where it fell into code that was executed from a string
-    sys.exit(code if isinstance(code, int) else 0)
+        talk.say("interrupted")  # what was cut off, and how to go on with it, is said where it is known
+    return code if isinstance(code, int) else 0
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(version())
+        talk.answer(version())
         raise typer.Exit
 
 
@@ -193,7 +203,8 @@ def _described(
     if chosen_recipe:
         values = _over(chosen_recipe.of(student or RunConfig().student), values)
     if methods == "base" and values.get("teacher"):
-        raise UserError(f"teacher={values['teacher']!r}: training on the labels alone has none; use flowdistill distill, or leave it out")
+        cure = f"use {advice.command('distill')}, or leave it out"
+        raise UserError(f"teacher={values['teacher']!r}: training on the labels alone has none; {cure}")
     names = [name.strip() for name in (str(values.get("method", "fsp")) if methods is None else methods).split(",")]
     validate(values | {"method": names[0]})
     shares = _for_methods(values, names)
@@ -227,10 +238,10 @@ def _launch(
     if dry_run:
         with trust.code(trust_code):
             found = preview(configs, ledger, where, engine.value, workers)
-        print(tables.render(found, "json", ()))
+        talk.answer(tables.render(found, "json", ()))
         todo = [one for one in found if again or not one["finished_run"]]
         seconds = sum(one["cohort_seconds"] / one["cohort_size"] for one in todo)
-        print(f"{len(todo)} runs to do, about {timedelta(seconds=round(seconds))} (h:mm:ss) on {found[0]['device']}", file=sys.stderr)
+        talk.say(f"{len(todo)} runs to do, about {timedelta(seconds=round(seconds))} (h:mm:ss) on {found[0]['device']}")
         return 0
     with trust.code(trust_code):
         done = run(configs, ledger, where, deterministic=deterministic, again=again, engine=engine.value, workers=workers, watcher=Bars())
@@ -258,7 +269,9 @@ def _split(given: dict[str, Any], function: Callable[..., Any]) -> dict[str, Any
 
 
 @_with_options_of(_described, _launch)
-def train(model: Annotated[str | None, typer.Option(help="A model's name; flowdistill models lists them.")] = None, **given: Any) -> int:
+def train(
+    model: Annotated[str | None, typer.Option(help=f"A model's name; {advice.command('models')} lists them.")] = None, **given: Any
+) -> int:
     """Train networks on the labels alone: teachers and baselines."""
     launching = _split(given, _launch)
     return _launch(_described({"student": model, "method": "base"}, "base", **given), **launching)
@@ -269,7 +282,7 @@ def _pair(
     method: Annotated[str | None, typer.Option(help="Methods, with + for a composition and commas between runs: base,fsp,at+kd.")] = None,
     student: Annotated[str | None, typer.Option(help="Model name, run number, weights file or MODEL@FILE.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Likewise; by name, a trained one is chosen from the ledger.")] = None,
-    student_taps: Annotated[Path | None, typer.Option(help="The student's taps: a table of flowdistill taps, edited.")] = None,
+    student_taps: Annotated[Path | None, typer.Option(help=f"The student's taps: a table of {advice.command('taps')}, edited.")] = None,
     teacher_taps: Annotated[Path | None, typer.Option(help="Likewise the teacher's.")] = None,
     unlabelled: Annotated[
         str | None,
@@ -307,7 +320,7 @@ def doctor(
     ledger = Ledger(runs, create=True, changes=Changes(accept_changes))
     with trust.code(trust_code):
         findings = examine(_pair(**given), ledger, resolve_device(device), Bars())
-    print(tables.render([finding._asdict() for finding in findings], format_.value, Finding._fields))
+    talk.answer(tables.render([finding._asdict() for finding in findings], format_.value, Finding._fields))
     return 1 if any(finding.verdict == "wrong" for finding in findings) else 0
 
 
@@ -327,13 +340,13 @@ def resume(
     with trust.code(trust_code):
         done = go_on(Ledger(runs, changes=Changes(None)), resolve_device(device), no=run, workers=workers, watcher=Bars())
     if not done:
-        print("nothing was cut off; flowdistill runs lists all", file=sys.stderr)
+        talk.say(f"nothing was cut off; {advice.list_runs(runs)} lists all")
         return 0
     return _print_done(done)
 
 
 def _print_done(done: Sequence[Run]) -> int:
-    print(pages.runs_list(done, "table"))
+    talk.answer(pages.runs_list(done, "table"))
     return 1 if any(result.status != "finished" for result in done) else 0
 
 
@@ -407,7 +420,7 @@ def demo(
     """The main job on real digits in about a minute: a teacher, students alone, with AT and with FSP; then the tables."""
     from .demo import demo as run_demo
 
-    print(run_demo(runs, format_.value))
+    talk.answer(run_demo(runs, format_.value))
     return 0
 
 
@@ -437,10 +450,10 @@ def reproduce(
     refuse_folder(folder)
     tell_time(order, ledger, where)
     if dry_run:
-        print(plan_table(order))
+        talk.answer(plan_table(order))
         return 0
     document, sound = train_all(order, ledger, where, folder)
-    print(document)
+    talk.answer(str(document))
     return 0 if sound else 1
 
 
@@ -459,19 +472,19 @@ def table(
 ) -> int:
     """The log of finished runs, or their summary."""
     wanted = {"method": method and _in_full(method), "dataset": dataset, "student": student, "teacher": teacher}
-    only = {key: model_name(value) for key, value in wanted.items() if value is not None}
+    only = {key: stored(model_name(value)) for key, value in wanted.items() if value is not None}
     ledger = Ledger(runs)
     for key, value in only.items():
         trust.name(value)
         _refuse_unknown(key, value, {getattr(run, key) for run in ledger.runs()})
     found = ledger.runs(**only)
     if not any(tables.read(run, protocol.value) for run in found) and format_.value in ("table", "md"):
-        print(f"no finished runs here for --protocol {protocol.value} and these filters; flowdistill runs lists all", file=sys.stderr)
+        talk.say(f"no finished runs here for --protocol {protocol.value} and these filters; {advice.list_runs(runs)} lists all")
         return 0
     if summary:
-        print(tables.summary_table(ledger.runs(), protocol.value, format_.value, only))
+        talk.answer(tables.summary_table(ledger.runs(), protocol.value, format_.value, only))
     else:
-        print(tables.log_table(found, protocol.value, format_.value))
+        talk.answer(tables.log_table(found, protocol.value, format_.value))
     return 0
 
 
@@ -498,7 +511,7 @@ def _refuse_unknown(key: str, value: str, here: set[str]) -> None:
 @app.command("runs")
 def runs_(format_: FormatOption = TableFormat.table, runs: RunsOption = Path("runs")) -> int:
     """Every run of the ledger, whatever became of it."""
-    print(pages.runs_list(Ledger(runs).runs(), format_.value))
+    talk.answer(pages.runs_list(Ledger(runs).runs(), format_.value))
     return 0
 
 
@@ -510,7 +523,7 @@ def show(
 ) -> int:
     """One run: its config, its curve, what it was made with."""
     ledger = Ledger(runs)
-    print(pages.run_page(ledger.run(run), ledger.epochs(run), format_.value))
+    talk.answer(pages.run_page(ledger.run(run), ledger.epochs(run), format_.value))
     return 0
 
 
@@ -537,7 +550,7 @@ def evaluate(
     given: dict[str, Any] = {"dataset": dataset, "precision": told, "workers": workers, "changed": changed, "changes": changes}
     with trust.code(trust_code):
         measured = measure(path, resolve_device(device), **given)
-    print(tables.render([measured._asdict()], format_.value, measured._fields))
+    talk.answer(tables.render([measured._asdict()], format_.value, measured._fields))
     return 0
 
 
@@ -553,7 +566,7 @@ def check(
     ledger = Ledger(runs)
     wanted = ledger.runs() if run is None else [ledger.run(run)]
     found = [finding for one in wanted for finding in examine(one, ledger)]
-    print(tables.render([finding._asdict() for finding in found], format_.value, Finding._fields))
+    talk.answer(tables.render([finding._asdict() for finding in found], format_.value, Finding._fields))
     return 0 if all(finding.sound for finding in found) else 1
 
 
@@ -582,7 +595,7 @@ def card(
     if out:
         write_whole(out, f"{text}\n".encode())
     else:
-        print(text)
+        talk.answer(text)
     return 0
 
 
@@ -614,7 +627,7 @@ def export(
     if (no := run_number(target)) is not None:
         enlist(no, Ledger(runs), Path(written.file))
     told = {key: value for key, value in written._asdict().items() if value is not None}
-    print(tables.render([told], format_.value, tuple(told)))
+    talk.answer(tables.render([told], format_.value, tuple(told)))
     return 0
 
 
@@ -653,7 +666,7 @@ def bench(
         workers=workers,
         together=methods != "all",
     )
-    print(dumps(found, indent=2) if json else report(found, lambda rows, columns: tables.render(rows, "md", columns)))
+    talk.answer(tables.as_json(found) if json else report(found, lambda rows, columns: tables.render(rows, "md", columns)))
     return 0
 
 
@@ -681,7 +694,7 @@ def methods(
     from .methods.standardise import BY_AUTHORS, PREFIX
 
     listed = [*METHODS, *(PREFIX + wrapped for wrapped in BY_AUTHORS)]
-    print(pages.method_card(get(name), format_.value) if name else pages.methods_list([get(key) for key in listed], format_.value))
+    talk.answer(pages.method_card(get(name), format_.value) if name else pages.methods_list([get(key) for key in listed], format_.value))
     return 0
 
 
@@ -690,7 +703,7 @@ def models(format_: FormatOption = TableFormat.table) -> int:
     """The networks there are."""
     from .models import MODELS
 
-    print(tables.render([{"name": name, "about": MODELS[name].about} for name in MODELS], format_.value, ("name", "about")))
+    talk.answer(tables.render([{"name": name, "about": MODELS[name].about} for name in MODELS], format_.value, ("name", "about")))
     return 0
 
 
@@ -710,7 +723,7 @@ def taps(
     trust.name(model)
     with trust.code(trust_code):
         found = rows(model, runs, size=size, channels=channels, classes=classes)
-    print(tables.render(found, format_.value, COLUMNS))
+    talk.answer(tables.render(found, format_.value, COLUMNS))
     return 0
 
 
@@ -721,7 +734,7 @@ def list_recipes(format_: FormatOption = TableFormat.table) -> int:
         {"name": name, "values": ", ".join(f"{k}={v}" for table in one.values.values() for k, v in table.items()), "source": one.source}
         for name, one in recipes.RECIPES.items()
     ]
-    print(tables.render(rows, format_.value, ("name", "values", "source")))
+    talk.answer(tables.render(rows, format_.value, ("name", "values", "source")))
     return 0
 
 
@@ -732,5 +745,5 @@ def datasets(format_: FormatOption = TableFormat.table) -> int:
 
     rows = [{"name": name, "about": SOURCES[name].about} for name in SOURCES]
     rows += [{"name": name, "about": about} for name, about in OWN.items()]
-    print(tables.render(rows, format_.value, ("name", "about")))
+    talk.answer(tables.render(rows, format_.value, ("name", "about")))
     return 0

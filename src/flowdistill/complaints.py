@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import re
 import sqlite3
-import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from .checks import UserError, first_line, printable, shortage
+from . import advice
+from .checks import UserError, first_line, shortage
 from .config import one_line
+from .talk import printable, say
 
 LONGEST_LINE = 600  # in characters
 
 
 def complain(line: str, code: int) -> int:
-    """One line on stderr, whatever was given: no control character reaches the terminal, and of a long line both ends are shown."""
+    """One line on stderr, whatever was given; of a long line both ends are shown."""
     line = printable(line)
     if len(line) > LONGEST_LINE:
         line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
-    print(f"flowdistill: {line}", file=sys.stderr)
+    say(f"flowdistill: {line}")
     return code
 
 
@@ -38,7 +39,7 @@ def usage(error: Any) -> str:
     if isinstance(error.__cause__, ValidationError):
         return one_line(error.__cause__, BaseModel, error.param.opts[-1])
     said = error.format_message().replace("\n\t", " ")  # before each choice of an option that is missing
-    return f"{said.rstrip('.')} (flowdistill --help)"
+    return f"{said.rstrip('.')} ({advice.usage()})"
 
 
 def failure(error: Exception) -> str:

@@ -14,7 +14,8 @@ from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .checks import UserError, did_you_mean, regular_file
+from . import advice
+from .checks import UserError, did_you_mean, regular_file, undefused
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -310,12 +311,15 @@ def read_taps(path: Path) -> dict[str, str]:
     what = f"taps {path}"
     text = regular_file(path, what).read_text(encoding="utf-8-sig", errors="replace")
     try:
-        rows = json.loads(text) if text.lstrip().startswith("[") else list(csv.DictReader(text.splitlines()))
-        pairs = [(row["name"].strip(), row["module"].strip()) for row in rows]
+        if text.lstrip().startswith("["):
+            pairs = [(row["name"].strip(), row["module"].strip()) for row in json.loads(text)]
+        else:
+            pairs = [(undefused(row["name"].strip()), undefused(row["module"].strip())) for row in csv.DictReader(text.splitlines())]
         if not pairs:
             raise ValueError("no row")
     except (AttributeError, KeyError, TypeError, ValueError, csv.Error):
-        raise UserError(f"{what}: no table with the columns name and module; write one with flowdistill taps MODEL --format csv") from None
+        cure = advice.command("taps", "MODEL", "--format", "csv")
+        raise UserError(f"{what}: no table with the columns name and module; write one with {cure}") from None
     table: dict[str, str] = {}
     for name, module in pairs:
         if name in table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -14,6 +14,7 @@ from .ledger import Ledger, Run
 from .report import tables
 from .report.progress import Bars
 from .runner import run
+from .talk import say
 
 SEEDS = range(3)
 BATCH_SIZE = 32  # 898 images: 28 steps an epoch
@@ -24,15 +25,16 @@ WEIGHTS = {"base": {}, "at": {"at": 20.0}, "fsp": {"fsp": 1.0}}  # chosen on the
 
 def demo(folder: Path | None, format_: str) -> str:
     """Train what the folder's ledger has not, and return the log table and the summary."""
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as temporary:
-        ledger = Ledger(folder or Path(temporary), create=True)
-        runs = train_all(ledger)
-        log, summary = (make(runs, "last", format_) for make in (tables.log_table, tables.summary_table))
-        ledger.close()
+    started, kept = time.perf_counter(), folder or Path(tempfile.mkdtemp(prefix="flowdistill-demo-"))
+    ledger = Ledger(kept, create=True)
+    runs = train_all(ledger)
+    log, summary = (make(runs, "last", format_) for make in (tables.log_table, tables.summary_table))
+    ledger.close()
+    if folder is None:  # what is stopped before stays there, for it can be gone on with
+        shutil.rmtree(kept)
     if format_ in ("csv", "json"):
         return summary
-    print(f"demo: {time.perf_counter() - started:.0f} s on this machine", file=sys.stderr)
+    say(f"demo: {time.perf_counter() - started:.0f} s on this machine")
     return f"{log}\n\n### Summary: a short budget of {STUDENT['train']['epochs']} epochs, the paper's fast optimisation\n\n{summary}"  # type: ignore[index]
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from . import advice
 from .checks import Changes, UserError, obstacle
 from .config import validate
 from .lock import Lock, held
@@ -191,10 +192,10 @@ class Ledger:
         self._on_disk = False
         if self.path.is_file():
             self._open()
-        elif not create:
-            raise UserError(f"no ledger in {folder}: train something first (flowdistill demo), or name its folder with --runs")
         elif hindrance := obstacle(self.path):
             raise UserError(f"{self.path} cannot be used as a ledger ({hindrance}); name another folder with --runs")
+        elif not create:
+            raise UserError(f"no ledger in {folder}: train something first ({advice.demo(folder)}), or name its folder with --runs")
         else:
             self._db = _connect(":memory:")
             self._migrate()
@@ -322,7 +323,7 @@ class Ledger:
     def runs(self, **equal: Any) -> list[Run]:
         """Runs whose columns have these values, by number. One that is recorded as running, by nobody, comes out as ``dead``."""
         where = " AND ".join(f"{column} = :{column}" for column in equal) or "1"
-        found = [_run(row) for row in self._read(f"SELECT * FROM runs WHERE {where} ORDER BY no", equal)]
+        found = [_run(row) for row in self._read(f"SELECT * FROM runs WHERE {where} ORDER BY no", _encoded(equal))]
         return [replace(run, status="dead") if run.status == "running" and not self._alive(run) else run for run in found]
 
     def _alive(self, run: Run) -> bool:
@@ -338,7 +339,7 @@ class Ledger:
         if not found:
             last = self._read("SELECT max(no) FROM runs", ())[0][0]
             what = f"the last is {last}" if last else "it has no runs yet"
-            raise UserError(f"no run {no} in {self.path}: {what}; flowdistill runs lists them")
+            raise UserError(f"no run {no} in {self.path}: {what}; {advice.list_runs(self.folder)} lists them")
         return found[0]
 
     def epochs(self, no: int) -> list[Epoch]:
@@ -432,7 +433,14 @@ def _write_ahead(db: sqlite3.Connection) -> None:
 
 
 def _encoded(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: json.dumps(value) if isinstance(value, dict) else value for key, value in values.items()}
+    """As SQLite takes them. JSON holds a name that is no UTF-8 as it is, so that its file is found again; a column shows it by escapes."""
+    encoded = {key: json.dumps(value) if isinstance(value, dict) else value for key, value in values.items()}
+    return {key: stored(value) if isinstance(value, str) else value for key, value in encoded.items()}
+
+
+def stored(name: str) -> str:
+    """A name as a column has it: bytes that are no UTF-8 are escapes."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _insert(table: str, values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +18,7 @@ from .report import fsp_log, tables
 from .report.fsp_log import SETTINGS, Setting
 from .report.progress import Bars
 from .runner import estimate, run
+from .talk import say
 
 STUDIES = ("fsp-log",)
 TEACHER_SEEDS = range(2)  # two, so that no student shares its teacher's initial weights
@@ -103,8 +103,8 @@ def tell_time(order: Order, ledger: Ledger, device: torch.device) -> None:
     for setting in order.settings:
         seconds = sum(estimate(part(setting), ledger, device) for part in (order.teachers, order.students))
         total += seconds
-        _say(f"{setting.name}: about {_clock(seconds)}")
-    _say(f"all: about {_clock(total)} (h:mm:ss) on {describe(device)}, measured on a few steps; what the ledger has is not counted")
+        say(f"{setting.name}: about {_clock(seconds)}")
+    say(f"all: about {_clock(total)} (h:mm:ss) on {describe(device)}, measured on a few steps; what the ledger has is not counted")
 
 
 def reproduce(order: Order, ledger: Ledger, device: torch.device, folder: Path) -> tuple[Path, bool]:
@@ -113,7 +113,7 @@ def reproduce(order: Order, ledger: Ledger, device: torch.device, folder: Path) 
     for setting in order.settings:
         found[setting] = _train(order, setting, ledger, device)
         fsp_log.write(folder, found, ledger)
-        _say(f"{setting.name}: written to {folder / fsp_log.DOCUMENT}")
+        say(f"{setting.name}: written to {folder / fsp_log.DOCUMENT}")
     return folder / fsp_log.DOCUMENT, all(run_.status == "finished" for runs in found.values() for run_ in runs)
 
 
@@ -122,14 +122,10 @@ def _train(order: Order, setting: Setting, ledger: Ledger, device: torch.device)
     bars = Bars()
     teachers = run(order.teachers(setting), ledger, device, watcher=bars)
     if any(teacher.status != "finished" for teacher in teachers):
-        _say(f"{setting.name}: a teacher failed, so its students are left out")
+        say(f"{setting.name}: a teacher failed, so its students are left out")
         return teachers
     return teachers + run(order.students(setting), ledger, device, watcher=bars)
 
 
 def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

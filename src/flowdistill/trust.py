@@ -80,11 +80,12 @@ def record(model: str, place: str, hashes: Hashes, ledger: Path) -> None:
     if folder is None or line in _recorded():
         return
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    file = os.open(folder / FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    try:
-        os.write(file, f"{json.dumps(line)}\n".encode())  # in one piece, whoever else appends
-    finally:
-        os.close(file)
+    with open(folder / FILE, "ab", buffering=0, opener=_private) as file:
+        file.write(f"{json.dumps(line)}\n".encode())  # in one piece, whoever else appends
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def state_folder() -> Path | None:

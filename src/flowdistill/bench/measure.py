@@ -27,6 +27,7 @@ from ..data.loader import DeviceData, Stream
 from ..device import Precision, describe, keep_freed_memory, sensible_threads, synchronize, threads
 from ..env import processor
 from ..methods import Needs
+from ..talk import say
 from ..training.choice import choose
 from ..training.engine import Eager, Lane, quiet
 from ..training.facts import gather
@@ -293,11 +294,11 @@ def _take_turns(contenders: list[Contender], work: Work, steps: int, rounds: int
     """All contenders in every round; one that can't be had is told and leaves."""
     for number in range(rounds):
         for one in list(contenders):
-            print(f"bench {work.student} <- {work.teacher}: round {number + 1} of {rounds}, {one.name}", file=sys.stderr)
+            say(f"bench {work.student} <- {work.teacher}: round {number + 1} of {rounds}, {one.name}")
             try:
                 _turn(one, work, steps)
             except UnavailableError as error:
-                print(f"bench: no {error}", file=sys.stderr)
+                say(f"bench: no {error}")
                 contenders.remove(one)
 
 

@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin
 
-from ..checks import UserError, printable, some
+from ..checks import UserError, some
 from ..config import LARGEST_IMAGE, DataConfig
 from ..env import memory
+from ..talk import Remarks
 from .images import ImageData
 from .pictures import FORMATS, Broken, Encoded, Images, Labels, Pictures, in_threads, or_broken, quiet
 
@@ -55,7 +55,14 @@ class Header(NamedTuple):
 
 
 def assemble(
-    config: DataConfig, name: str, items: Sequence[Item], shelf: Encoded, *, classes: Sequence[str] = (), by_content: bool = True
+    config: DataConfig,
+    name: str,
+    items: Sequence[Item],
+    shelf: Encoded,
+    remarks: Remarks,
+    *,
+    classes: Sequence[str] = (),
+    by_content: bool = True,
 ) -> ImageData:
     """The data set of these images, each in the row of the shelf that has its number.
 
@@ -73,10 +80,10 @@ def assemble(
         raise UserError(f"{what}: no images; it needs PATH/train/CLASS and PATH/test/CLASS, PATH/CLASS, or a CSV with rows")
     _refuse_gaps(what, items)
     with quiet():
-        pictures, headers = _pictures(config, items, shelf)
-        streamed = _streamed(config, pictures)
-        read: Sequence[Header | Images | Broken] = headers if streamed else _decoded(pictures, headers)
-    kept = _sound(config, read)
+        pictures, headers = _pictures(config, items, shelf, remarks)
+        streamed = _streamed(config, pictures, remarks)
+        read: Sequence[Header | Images | Broken] = headers if streamed else _decoded(pictures, headers, remarks)
+    kept = _sound(config, read, remarks)
     _refuse_gaps(what, [items[row] for row in kept.tolist()])
     labels, names = _numbered([items[row].label for row in kept.tolist()], classes)
     pictures = replace(pictures, rows=kept, labels=labels)
@@ -92,27 +99,29 @@ def assemble(
     return ImageData(name, x_train, labels[~tested], x_test, labels[tested], len(names), class_names=names)
 
 
-def read_all(config: DataConfig, items: Sequence[Item], shelf: Encoded) -> list[Images]:
+def read_all(config: DataConfig, items: Sequence[Item], shelf: Encoded, remarks: Remarks) -> list[Images]:
     """These images of one size in memory, whatever their classes and splits.
 
     Raises:
         UserError: memory does not hold them, and what ``assemble`` refuses of files.
     """
     with quiet():
-        pictures, headers = _pictures(config, items, shelf)
+        pictures, headers = _pictures(config, items, shelf, remarks)
         if much := _too_much(pictures):
             raise UserError(f"{much}; set data.size lower, or give fewer images")
-        read = _decoded(pictures, headers)
-    return [_same_size(config.name, items, read, row) for row in _sound(config, read).tolist()]
+        read = _decoded(pictures, headers, remarks)
+    return [_same_size(config.name, items, read, row) for row in _sound(config, read, remarks).tolist()]
 
 
-def _pictures(config: DataConfig, items: Sequence[Item], shelf: Encoded) -> tuple[Pictures, list[Header | Broken]]:
+def _pictures(config: DataConfig, items: Sequence[Item], shelf: Encoded, remarks: Remarks) -> tuple[Pictures, list[Header | Broken]]:
     """The images whose headers are sound, of one size, and all headers; their classes are not numbered yet.
 
     Raises:
         UserError: they have several sizes, and ``data.size`` is not set.
     """
-    headers = _in_threads(config.name, "headers of", lambda row: _header(shelf, row, turned=config.size is None), range(len(items)))
+    headers = _in_threads(
+        lambda row: _header(shelf, row, turned=config.size is None), range(len(items)), f"{config.name}: headers of", remarks
+    )
     rows = np.flatnonzero([isinstance(header, Header) for header in headers])
     sound = [header for header in headers if isinstance(header, Header)]
     if config.size is None:
@@ -125,7 +134,7 @@ def _pictures(config: DataConfig, items: Sequence[Item], shelf: Encoded) -> tupl
     return Pictures(config.name, shelf, rows, np.zeros_like(rows), sides, config.size, config.skip_broken), headers
 
 
-def _streamed(config: DataConfig, pictures: Pictures) -> bool:
+def _streamed(config: DataConfig, pictures: Pictures, remarks: Remarks) -> bool:
     """Whether memory does not hold the images, or is not to.
 
     Raises:
@@ -136,7 +145,7 @@ def _streamed(config: DataConfig, pictures: Pictures) -> bool:
         return config.stream
     if config.size is None and math.prod(pictures.sides[:2]) > LARGEST_STREAMED:
         raise UserError(f"{much}; set data.size=224, or another side to resize them to while they are streamed")
-    say(f"{much}: they are streamed")
+    remarks.tell(f"{much}: they are streamed")
     return True
 
 
@@ -149,7 +158,7 @@ def _too_much(pictures: Pictures) -> str:
     return f"{pictures.what}: {len(pictures):,} images of {sides} take {taken:,} bytes, over half of this machine's memory ({limit:,})"
 
 
-def _decoded(pictures: Pictures, headers: Sequence[Header | Broken]) -> list[Images | Broken]:
+def _decoded(pictures: Pictures, headers: Sequence[Header | Broken], remarks: Remarks) -> list[Images | Broken]:
     """Every image, in the order of the headers."""
 
     def read(row: int) -> Images | Broken:
@@ -157,11 +166,11 @@ def _decoded(pictures: Pictures, headers: Sequence[Header | Broken]) -> list[Ima
         image = or_broken(shelf.name(row), lambda: np.asarray(pictures.middle(shelf.image(row, channels))))
         return image if isinstance(image, Broken) else image.reshape(*image.shape[:2], channels)
 
-    found = iter(_in_threads(pictures.what, "decoded", read, pictures.rows.tolist()))
+    found = iter(_in_threads(read, pictures.rows.tolist(), f"{pictures.what}: decoded", remarks))
     return [header if isinstance(header, Broken) else next(found) for header in headers]
 
 
-def _sound(config: DataConfig, read: Sequence[Header | Images | Broken]) -> Labels:
+def _sound(config: DataConfig, read: Sequence[Header | Images | Broken], remarks: Remarks) -> Labels:
     """The rows that could be read.
 
     Raises:
@@ -174,7 +183,7 @@ def _sound(config: DataConfig, read: Sequence[Header | Images | Broken]) -> Labe
         told = f"{what}: {len(broken):,} of {len(read):,} images can't be read: {named}"
         if not config.skip_broken:
             raise UserError(f"{told}; mend or remove them, or skip them with --set data.skip_broken=true")
-        say(f"{told}; skipped")
+        remarks.tell(f"{told}; skipped")
     return kept
 
 
@@ -280,19 +289,14 @@ def _upright(image: Image.Image) -> tuple[int, int]:
     return ImageOps.exif_transpose(image).size
 
 
-def _in_threads(what: str, done: str, work: Callable[[int], T], rows: Sequence[int]) -> list[T]:
-    """``work`` of every row; a line on stderr every few seconds."""
+def _in_threads(work: Callable[[int], T], rows: Sequence[int], done: str, remarks: Remarks) -> list[T]:
+    """``work`` of every row; every few seconds it is said how many are done."""
     last = time.monotonic()
 
     def tell(count: int) -> None:
         nonlocal last
         if time.monotonic() - last >= PROGRESS_SECONDS and count < len(rows):
-            say(f"{what}: {done} {count:,} of {len(rows):,} images")
+            remarks.say(f"{done} {count:,} of {len(rows):,} images")
             last = time.monotonic()
 
     return in_threads(work, rows, tell)
-
-
-def say(line: str) -> None:
-    """A line on stderr."""
-    print(printable(line), file=sys.stderr, flush=True)

@@ -13,7 +13,8 @@ import numpy as np
 
 from ..checks import UserError, did_you_mean, first_line, is_there, regular_file, some
 from ..config import DataConfig
-from .files import OTHER_WORDS, SPLITS, Item, assemble, read_all, say
+from ..talk import Remarks
+from .files import OTHER_WORDS, SPLITS, Item, assemble, read_all
 from .images import ImageData, Unlabelled
 from .pictures import Files
 
@@ -21,12 +22,12 @@ EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", "
 COLUMNS = ("path", "label", "split")
 
 
-def read_folder(config: DataConfig) -> ImageData:
+def read_folder(config: DataConfig, remarks: Remarks) -> ImageData:
     """Images in folders: ``PATH/train/CLASS`` beside ``PATH/test/CLASS`` or ``PATH/val/CLASS``, or ``PATH/CLASS`` alone.
 
     Classes are numbered by their sorted names. Where both are there, ``test`` is read and ``val`` is not. Of ``PATH/CLASS`` alone a fifth
     of each class is test (rounded half up, one at least): the files with the lowest SHA-256, whatever their names. Folders below a class
-    belong to it. Hidden files are ignored; files without an image's extension or outside of a class are left out, which is said on stderr.
+    belong to it. Hidden files are ignored; files without an image's extension or outside of a class are left out, which is told.
 
     Images are turned as their EXIF orientation says, made grey or RGB (transparency is dropped), and, with ``data.size``, resized to
     that short side (bilinear) and cut to a square in the middle. Without ``data.channels`` they are grey where every file is. Of an
@@ -53,15 +54,15 @@ def read_folder(config: DataConfig) -> ImageData:
         raise UserError(f"{what}: it has {splits[-1]}/ but no train/; add that, or rename {splits[-1]}/ if it is a class")
     if splits:
         tree.left_out += [name for name in inner if name not in splits]
-        items = [item for split in _used(what, splits) for item in tree.split(inner[split], split)]
+        items = [item for split in _used(what, splits, remarks) for item in tree.split(inner[split], split)]
     else:
         items = list(tree.classes(inner, "", (str(root),)))
-    data = assemble(config, root.name, items, _files(root, items))
-    tree.tell_left_out("no class's images")
+    data = assemble(config, root.name, items, _files(root, items), remarks)
+    tree.tell_left_out("no class's images", remarks)
     return data
 
 
-def read_csv(config: DataConfig) -> ImageData:
+def read_csv(config: DataConfig, remarks: Remarks) -> ImageData:
     """Images that a CSV file lists: columns ``path`` (relative to the file), ``label`` and, if given, ``split`` (train, val or test).
 
     Classes, splits and images are treated as in ``read_folder``.
@@ -81,12 +82,12 @@ def read_csv(config: DataConfig) -> ImageData:
         raise UserError(f"{what}: not UTF-8 text; write path,label[,split] as CSV") from None
     except csv.Error as error:
         raise UserError(f"{what}: no CSV ({first_line(error)}); write path,label[,split]") from None
-    used = _used(what, {item.split for item in items})
+    used = _used(what, {item.split for item in items}, remarks)
     items = [item for item in items if item.split in used]
-    return assemble(config, place.stem, items, _files(root, items))
+    return assemble(config, place.stem, items, _files(root, items), remarks)
 
 
-def read_unlabelled(config: DataConfig) -> Unlabelled:
+def read_unlabelled(config: DataConfig, remarks: Remarks) -> Unlabelled:
     """All images in a folder and in those below it, whatever their names; else as ``read_folder``.
 
     Raises:
@@ -96,10 +97,10 @@ def read_unlabelled(config: DataConfig) -> Unlabelled:
     root = _folder(what)
     tree = _Tree(what, root)
     items = [Item(tree.name(path), "", "") for path in tree.images(root, (str(root),))]
-    images = read_all(config, items, _files(root, items))
+    images = read_all(config, items, _files(root, items), remarks)
     if not images:
         raise UserError(f"{what}: no image ({' '.join(EXTENSIONS)}) is in it; name a folder with images")
-    tree.tell_left_out("no image")
+    tree.tell_left_out("no image", remarks)
     return Unlabelled(root.name, np.stack(images))
 
 
@@ -184,20 +185,20 @@ class _Tree:
                     )
             yield path
 
-    def tell_left_out(self, why: str) -> None:
-        """Say on stderr what was left out."""
+    def tell_left_out(self, why: str, remarks: Remarks) -> None:
+        """Tell what was left out."""
         if self.left_out:
-            say(f"{self.what}: left out, as {why}: {some(sorted(self.left_out))}")
+            remarks.tell(f"{self.what}: left out, as {why}: {some(sorted(self.left_out))}")
 
     def name(self, path: Path) -> str:
         """A path as messages name it."""
         return str(path.relative_to(self.root))
 
 
-def _used(what: str, splits: Collection[str]) -> list[str]:
+def _used(what: str, splits: Collection[str], remarks: Remarks) -> list[str]:
     """The splits that are read: of test and val, test."""
     if "test" in splits and "val" in splits:
-        say(f"{what}: test is read, val is not")
+        remarks.tell(f"{what}: test is read, val is not")
         return [split for split in splits if split != "val"]
     return list(splits)
 

@@ -18,7 +18,8 @@ from PIL import Image
 
 from ..checks import UserError, did_you_mean, first_line, some
 from ..config import DataConfig
-from .files import OTHER_WORDS, SPLITS, Item, assemble, say
+from ..talk import Remarks
+from .files import OTHER_WORDS, SPLITS, Item, assemble
 from .images import ImageData
 from .pictures import decode
 
@@ -71,7 +72,7 @@ class Tables:
             return decode(file, channels)
 
 
-def read_hub(config: DataConfig) -> ImageData:
+def read_hub(config: DataConfig, remarks: Remarks) -> ImageData:
     """Images of a Hugging Face data set.
 
     Its splits are train, and test or else validation; of train alone a fifth of each class is test, by the SHA-256 of ``train/ROW``. A
@@ -87,12 +88,12 @@ def read_hub(config: DataConfig) -> ImageData:
     if find_spec("datasets") is None:
         raise UserError(f"{what}: hf:NAME needs datasets, which is not installed: pip install datasets")
     name, found = _opened(what)
-    splits = _splits(what, found)
+    splits = _splits(what, found, remarks)
     features = splits["train" if "train" in splits else ""].features
     image, label = _image_column(what, features), _label_column(what, features, config.label)
     if "test" in splits and "val" in splits:
         hidden = _hidden(splits["test"], label)
-        say(f"{what}: {'val is read, test is not, for its labels are hidden' if hidden else 'test is read, val is not'}")
+        remarks.tell(f"{what}: {'val is read, test is not, for its labels are hidden' if hidden else 'test is read, val is not'}")
         del splits["test" if hidden else "val"]
     for split, table in splits.items():
         _refuse_other(what, split, table, features, (image, label))
@@ -102,7 +103,7 @@ def read_hub(config: DataConfig) -> ImageData:
         tuple(table.select_columns([image]).with_format("arrow") for table in splits.values()),
         image,
     )
-    return assemble(config, name, items, tables, classes=_classes(features[label], items), by_content=False)
+    return assemble(config, name, items, tables, remarks, classes=_classes(features[label], items), by_content=False)
 
 
 def _opened(what: str) -> tuple[str, Mapping[str, Any]]:
@@ -138,7 +139,7 @@ def _empty(what: str, split: str) -> UserError:
     return UserError(f"{what}: {split or 'it'} has no rows; give it some, or leave it out")
 
 
-def _splits(what: str, found: Mapping[str, Any]) -> dict[str, Any]:
+def _splits(what: str, found: Mapping[str, Any], remarks: Remarks) -> dict[str, Any]:
     """Those that are read, by our names; a single one has none."""
     splits: dict[str, Any] = {}
     for name, table in found.items():
@@ -149,7 +150,7 @@ def _splits(what: str, found: Mapping[str, Any]) -> dict[str, Any]:
         splits[meant] = table
     left_out = [name for name in splits if name not in (*SPLITS, "")]
     if left_out and len(left_out) < len(splits):
-        say(f"{what}: left out, as neither train nor test: {some(left_out)}")
+        remarks.tell(f"{what}: left out, as neither train nor test: {some(left_out)}")
     splits = {name: table for name, table in splits.items() if name not in left_out}
     if "train" not in splits and "" not in splits:
         raise UserError(f"{what}: its splits are {', '.join(map(str, found)) or 'none'}; it needs train")

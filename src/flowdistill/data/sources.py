@@ -17,6 +17,7 @@ from ..checks import UserError, did_you_mean, first_line, pass_on_shortage, regu
 from ..config import DataConfig
 from ..env import memory
 from ..registry import Registry
+from ..talk import Remarks, unheard
 from .folders import read_csv, read_folder, read_unlabelled
 from .hub import read_hub
 from .images import ImageData, Images, Labels, Unlabelled, part
@@ -57,8 +58,10 @@ def stratified(labels: Labels, part: int, whole: int, *, least: int = 0) -> Labe
     return np.sort(np.concatenate(chosen)).astype(np.int64)
 
 
-def load(config: DataConfig) -> ImageData:
+def load(config: DataConfig, remarks: Remarks | None = None) -> ImageData:
     """The data that a config names, with its own crop, padding, flip and number of training images where the config says so.
+
+    ``remarks`` are told what of the files is left out; left out itself, nobody hears of it.
 
     Raises:
         UserError: unknown name, file missing or not valid, no network; in one line.
@@ -70,7 +73,7 @@ def load(config: DataConfig) -> ImageData:
     if config.name.startswith("npz:"):
         data = read_npz(Path(config.name.removeprefix("npz:")))
     elif (kind := config.name.partition(":")[0]) in READERS and ":" in config.name:
-        data = READERS[kind](config)
+        data = READERS[kind](config, remarks or unheard())
     elif config.name in SOURCES:
         data = SOURCES[config.name].read(config.root.expanduser())
     else:
@@ -89,7 +92,7 @@ def load(config: DataConfig) -> ImageData:
     return data if config.limit_train is None else _limited(data, config.limit_train)
 
 
-def load_unlabelled(config: DataConfig, beside: ImageData) -> Unlabelled:
+def load_unlabelled(config: DataConfig, beside: ImageData, remarks: Remarks | None = None) -> Unlabelled:
     """The images of ``data.unlabelled``. Files are made grey or RGB as the labelled ones are and, where those are square, resized to them.
 
     Raises:
@@ -106,7 +109,7 @@ def load_unlabelled(config: DataConfig, beside: ImageData) -> Unlabelled:
         found = Unlabelled(path.stem, _checked_images(path, "x", _read_arrays(path, UNLABELLED_KEYS)["x"]))
     else:
         size = like.height if like.height == like.width else None
-        found = read_unlabelled(config.model_copy(update={"name": what, "size": size, "channels": like.channels}))
+        found = read_unlabelled(config.model_copy(update={"name": what, "size": size, "channels": like.channels}), remarks or unheard())
     if found.images.shape[1:] != (like.height, like.width, like.channels):
         ours, theirs = ("x".join(map(str, shape)) for shape in (found.images.shape[1:], (like.height, like.width, like.channels)))
         raise UserError(f"{what}: its images are {ours}, those of {like.name} {theirs}; give images of that size")

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from .. import advice
 from ..env import version
-from .tables import Row, pair, render
+from ..talk import printable
+from .tables import Row, code, markdown, pair, render
 
 if TYPE_CHECKING:
     from ..runner.card import Card, Latency, Score
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 MEASURE, CLASS, IMAGES = "measure", "class", "images"
 TEACHER, ALONE = "to teacher", "to alone"
 OTHERS = {TEACHER: "teacher", ALONE: "student alone"}
+COMMAND = f": {advice.command()} "  # before the words of an advised command
 UNSTEADY = 2  # times the median
 STYLE = """\
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --gain: #1a7f37; --loss: #b3261e; }
@@ -39,22 +42,32 @@ def _markdown(card: Card) -> str:
     columns = (MEASURE, *(column.role for column in card.columns))
     classes = _class_rows(card)
     parts = [
-        f"# {_title(card)}",
-        _summary(card),
+        f"# {markdown(_title(card))}",
+        markdown(_summary(card)),
         render(_rows(card), "md", columns),
-        "\n".join(f"- {note}" for note in _notes(card)),
-        f"## Accuracy by class\n\n{_about_classes(card)}",
+        "\n".join(f"- {_note(note)}" for note in _notes(card)),
+        f"## Accuracy by class\n\n{markdown(_about_classes(card))}",
         render(classes, "md", tuple(classes[0])),
     ]
     return "\n\n".join(part for part in parts if part)
 
 
+def _note(note: str) -> str:
+    """A note; the command at its end stays as it is to be pasted."""
+    text, advises, rest = note.partition(COMMAND)
+    return f"{markdown(text)}: {code(advises.removeprefix(': ') + rest)}" if advises else markdown(note)
+
+
+def _escape(text: str) -> str:
+    return escape(printable(text))
+
+
 def _html(card: Card) -> str:
     columns = (MEASURE, *(column.role for column in card.columns))
     classes = _class_rows(card)
-    title = escape(_title(card))
-    summary = f'<p class="summary">{escape(_summary(card))}</p>\n' if _summary(card) else ""
-    notes = "\n".join(f"<li>{escape(note)}</li>" for note in _notes(card))
+    title = _escape(_title(card))
+    summary = f'<p class="summary">{_escape(_summary(card))}</p>\n' if _summary(card) else ""
+    notes = "\n".join(f"<li>{_escape(note)}</li>" for note in _notes(card))
     return f"""\
 <!DOCTYPE html>
 <html lang="en">
@@ -73,14 +86,14 @@ def _html(card: Card) -> str:
 {notes}
 </ul>
 <h2>Accuracy by class</h2>
-<p>{escape(_about_classes(card))}</p>
+<p>{_escape(_about_classes(card))}</p>
 {_html_table(classes, tuple(classes[0]))}
 </body>
 </html>"""
 
 
 def _html_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    head = "".join(f'<th scope="col">{_escape(column)}</th>' for column in columns)
     body = "\n".join(f"<tr>{''.join(_cell(column, str(row[column])) for column in columns)}</tr>" for row in rows)
     return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
 
@@ -88,9 +101,9 @@ def _html_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
 def _cell(column: str, text: str) -> str:
     """A cell; what is above zero is shown as a gain, what is below as a loss."""
     if column in (MEASURE, CLASS):
-        return f'<th scope="row">{escape(text)}</th>'
+        return f'<th scope="row">{_escape(text)}</th>'
     sign = {"+": "gain", "-": "loss"}.get(text[:1]) if column in (TEACHER, ALONE) and text.strip("+-.0") else None
-    return f'<td class="{sign}">{escape(text)}</td>' if sign else f"<td>{escape(text)}</td>"
+    return f'<td class="{sign}">{_escape(text)}</td>' if sign else f"<td>{_escape(text)}</td>"
 
 
 def _title(card: Card) -> str:
@@ -181,7 +194,8 @@ def _notes(card: Card) -> list[str]:
     if run.correct is not None and card.score.correct != run.correct:
         notes.append(f"The record of run {run.no} says {run.correct:,} right: on {run.device}, torch {run.versions.get('torch')}.")
     notes += [card.advice] if card.advice else []
-    return [*notes, f"One run a column, no spread: compare methods by flowdistill table --summary. flowdistill {version()}."]
+    compared = advice.summary(card.runs, holdout=run.split == "holdout")
+    return [*notes, f"Made by flowdistill {version()}. One run a column, no spread; what compares methods: {compared}"]
 
 
 def _about_classes(card: Card) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
 
+from .. import advice
 from ..config import TrainConfig
 from ..env import version
 from ..ledger import Ledger, Run
@@ -47,8 +48,8 @@ SETTINGS = (
 
 ABOUT = """\
 A published log of FSP distillation, with attention transfer (AT) beside it, made again: teacher and student of one architecture, ResNet-20
-and ResNet-110 on CIFAR-10 and CIFAR-100. `flowdistill reproduce fsp-log` trained the runs that its ledger did not have and wrote this page;
-every figure leads to a run's number in the tables below, and a number to its config and curve (`flowdistill show NUMBER`)."""
+and ResNet-110 on CIFAR-10 and CIFAR-100. `{again}` trained the runs that its ledger did not have and wrote this page;
+every figure leads to a run's number in the tables below, and a number to its config and curve (`{one}`)."""
 
 METHOD = """\
 For two feature maps of one network, F1 with C channels and F2 with D, at the same height and width, the FSP matrix (flow of solution
@@ -97,8 +98,9 @@ def write(folder: Path, found: Mapping[Setting, Sequence[Run]], ledger: Ledger) 
     finished = {setting: [run for run in runs if run.status == "finished"] for setting, runs in found.items()}
     finished = {setting: runs for setting, runs in finished.items() if runs}
     failed = [run for runs in found.values() for run in runs if run.status != "finished"]
+    commands = {"again": advice.command("reproduce", "fsp-log"), "one": advice.command("show", "NUMBER", runs=ledger.folder)}
     parts = [
-        f"# The FSP reference log, reproduced\n\n{ABOUT}\n\n{_head(finished, failed)}",
+        f"# The FSP reference log, reproduced\n\n{ABOUT.format(**commands)}\n\n{_head(finished, failed)}",
         f"## The method\n\n{METHOD}",
         f"## The reference beside ours\n\n{_beside(finished)}",
         f"## FSP against AT\n\n{_against(finished)}",
@@ -115,13 +117,17 @@ def _head(finished: Mapping[Setting, Sequence[Run]], failed: Sequence[Run]) -> s
     """When, on what, with what; what is short, missing or failed."""
     runs = [run for of_setting in finished.values() for run in of_setting]
     lines = [f"Written {date.today().isoformat()} by flowdistill {version()}.", *(_made(runs) if runs else [])]
-    lines += [f"In place of {setting.data}: {own[0].dataset}." for setting, own in finished.items() if own[0].dataset != setting.data]
+    lines += [
+        f"In place of {setting.data}: {tables.markdown(own[0].dataset)}."
+        for setting, own in finished.items()
+        if own[0].dataset != setting.data
+    ]
     lines += _shortened(runs)
     others = {run.teacher_run for run in runs if run.teacher_run} - {run.no for run in runs}
     lines += [f"Teachers other than the baselines here: run {', '.join(map(str, sorted(others)))}."] if others else []
     missing = [setting.name for setting in SETTINGS if setting not in finished]
     lines += [f"Not here yet: {', '.join(missing)}."] if missing else []
-    lines += [f"Failed: run {run.no} ({run.method} {run.student} seed {run.seed}): {run.error}." for run in failed]
+    lines += [f"Failed: run {run.no} ({run.method} {run.student} seed {run.seed}): {tables.markdown(run.error)}." for run in failed]
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -183,7 +189,7 @@ def _verdict(setting: Setting, runs: Sequence[Run]) -> str:
     """FSP less AT in a sentence, with a verdict where there are runs enough, and the reference's own difference."""
     fsp, at = (_accuracies([run for run in runs if run.method == method], "last") for method in ("fsp", "at"))
     theirs = f"The reference: {setting.fsp - setting.at:+.1f} ({setting.fsp:.1f} and {setting.at:.1f}, best epoch)."
-    where = f"{setting.name}:" if runs[0].dataset == setting.data else f"{setting.name} (data: {runs[0].dataset}):"
+    where = f"{setting.name}:" if runs[0].dataset == setting.data else f"{setting.name} (data: {tables.markdown(runs[0].dataset)}):"
     difference = welch(fsp, at)
     if difference is None:
         listed = [" ".join(f"{value:.2f}" for value in values) or "none" for values in (fsp, at)]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .. import talk
 from ..runner import Report, Watcher
+from ..talk import printable
 
 REDRAWN = 0.5  # seconds between two drawings in a notebook, at least
 
@@ -20,26 +20,26 @@ class Bars(Watcher):
 
     def __init__(self, on_epoch: Callable[[Report], object] | None = None) -> None:
         super().__init__(on_epoch)
-        self.console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        self.console = talk.console()
 
     def say(self, line: str) -> None:
         """One line."""
-        self.console.print(line)
+        self.console.print(printable(line))
 
     def begin(self, title: str, steps: int) -> None:
         """A bar."""
-        self._title = title
+        self._title = printable(title)
         self._bars = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=12),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
-            redirect_stdout=sys.stdout.isatty(),  # a pipe gets what the caller prints
+            redirect_stdout=talk.answers_a_terminal(),  # a pipe gets what the caller prints
         )
-        self._task = self._bars.add_task(title, total=steps, note="")
+        self._task = self._bars.add_task(self._title, total=steps, note="")
         self._cell = Cell(self._line()) if self.console.is_jupyter else None
-        if self.console.is_terminal:
+        if self._drawn:
             self._bars.start()
 
     def step(self) -> None:
@@ -53,13 +53,18 @@ class Bars(Watcher):
         self._bars.update(self._task, note=line)
         if self._cell:
             self._cell.write(self._line())
-        elif not self.console.is_terminal:
+        elif not self._drawn:
             self.console.print(f"{self._title}: {line}")
 
     def end(self) -> None:
         """The bar stands still."""
-        if self.console.is_terminal:
+        if self._drawn:
             self._bars.stop()
+
+    @property
+    def _drawn(self) -> bool:
+        """Whether the bar can be drawn anew in its place, which a dumb terminal can't."""
+        return self.console.is_terminal and not self.console.is_dumb_terminal
 
     def _line(self) -> str:
         """The bar in words."""

@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.cells import cell_len, set_cell_size
 
-from ..checks import UserError
+from ..checks import UserError, defused
 from ..ledger import Run, baseline_key, flattened, is_baseline, newest
 from ..stats import CONFIDENCE, LEAST_N, Difference, sample_std, welch
+from ..talk import printable
 
 Row = Mapping[str, Any]
 
@@ -160,11 +160,12 @@ def log_table(runs: Sequence[Run], protocol: str, format_: str) -> str:
             for row in log_rows(group_)
         ]
         return render(rows, format_, (*LOG_COLUMNS, "group", *STAMP_COLUMNS))
-    parts = []
+    parts, prose = [], markdown if format_ == "md" else printable
     for group_, title in zip(groups, headings(groups), strict=True):
         stamp = f"acc, epoch: {PROTOCOLS[protocol]}; {_images(group_)}; {_teachers(group_)}"
         variant = f"; {group_.first.method} {group_.first.variant}" if group_.first.variant else ""
-        parts.append(f"### {title}\n\n{stamp}{variant}\n\n{render(log_rows(group_), format_, LOG_COLUMNS)}")
+        head = f"### {prose(title)}\n\n{prose(f'{stamp}{variant}')}"
+        parts.append(f"{head}\n\n{render(log_rows(group_), format_, LOG_COLUMNS)}")
     return "\n\n".join(parts)
 
 
@@ -279,38 +280,55 @@ def render(rows: Sequence[Row], format_: str, columns: Sequence[str]) -> str:
     return FORMATS[format_](rows, columns)
 
 
-WIDEST = 100_000  # a cell is never cut or folded: a terminal may wrap a line, a pipe gets it whole
-
-
 def _as_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    table = Table(box=None, pad_edge=False, header_style="")
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    for row in rows:
-        table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
-    buffer = io.StringIO()
-    Console(file=buffer, width=WIDEST, markup=False, highlight=False).print(table)
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+    """A cell is never cut or folded: a terminal may wrap a line, a pipe gets it whole."""
+    lines = [[printable(_shown_as(cell)) for cell in line] for line in (columns, *([row[column] for column in columns] for row in rows))]
+    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(set_cell_size, line, widths)).rstrip() for line in lines)
 
 
 def _as_markdown(rows: Sequence[Row], columns: Sequence[str]) -> str:
     def line(cells: Sequence[Any]) -> str:
-        return "| " + " | ".join("" if cell is None else " ".join(str(cell).replace("|", "\\|").split("\n")) for cell in cells) + " |"
+        return f"| {' | '.join(markdown(_shown_as(cell)) for cell in cells)} |"
 
     body = [line([row[column] for column in columns]) for row in rows]
     return "\n".join([line(columns), line(["-" * max(len(column), 2) for column in columns]), *body])
 
 
+SIGNS = re.compile(r"[\\`*\[\]|]|(?<![^\W_])_|_(?![^\W_])")
+"""What means something in the middle of a line of Markdown; an underscore in the middle of a word does not."""
+
+
+def markdown(text: str) -> str:
+    """A text as one line of Markdown that reads as it stands: no HTML, no link, no cell's end comes of it."""
+    return SIGNS.sub(r"\\\g<0>", printable(text)).replace("&", "&amp;").replace("<", "&lt;")
+
+
+def code(text: str) -> str:
+    """A text as code in the middle of a line of Markdown."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {printable(text)} {fence}" if len(fence) > 1 else f"`{printable(text)}`"
+
+
 def _as_csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([defused(printable(_shown_as(row[column]))) for column in columns] for row in rows)
     return buffer.getvalue().rstrip("\n")
 
 
+def _shown_as(cell: Any) -> str:
+    return "" if cell is None else str(cell)
+
+
+def as_json(value: Any) -> str:
+    """JSON of ASCII alone, without controls: what is not finite is null."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False).replace("\x7f", "\\u007f")
+
+
 def _as_json(rows: Sequence[Row], _: Sequence[str]) -> str:
-    return json.dumps(_finite([dict(row) for row in rows]), indent=2, allow_nan=False)
+    return as_json([dict(row) for row in rows])
 
 
 def _finite(value: Any) -> Any:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .. import advice
 from ..checks import FAILURES
 from ..data.images import part
 from ..data.loader import DeviceData, holdout_positions, labelled
@@ -155,7 +156,8 @@ def _other_normalisations(
         if len(other.mean) in (1, channels):
             net.front = front(seen, replace(teacher.view, mean=other.mean, std=other.std))
             found = ask(net, images, precision).accuracy
-            cure = f"--set inputs.teacher.mean={listed(other.mean)} --set inputs.teacher.std={listed(other.std)}"
+            keys = {"mean": listed(other.mean), "std": listed(other.std)}
+            cure = advice.options(*(word for key, value in keys.items() for word in ("--set", f"inputs.teacher.{key}={value}")))
             yield Explained(found, f"wrong normalisation: {found:.1%} with {name} ({cure})")
 
 
@@ -175,7 +177,7 @@ def _other_sizes(
             break
     for by_few, size in sorted(tried, reverse=True)[:LOOKED_AT]:
         if by_few > least - GAIN / 2 and (found := _at(size, net, teacher, seen, Part(images), precision)) is not None:
-            yield Explained(found, f"wrong size: {found:.1%} at {size}x{size} (--set inputs.teacher.size={size})")
+            yield Explained(found, f"wrong size: {found:.1%} at {size}x{size} ({advice.options('--set', f'inputs.teacher.size={size}')})")
 
 
 def _side(view: View) -> set[int]:

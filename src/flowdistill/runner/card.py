@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..advice import train as train_command
 from ..checks import UserError
 from ..config import RunConfig, validate
 from ..data.images import ImageData, part
@@ -22,7 +22,7 @@ from ..data.normalisation import Normalisation
 from ..data.sources import load
 from ..device import describe, resolve_precision, sensible_threads, synchronize, threads
 from ..env import processor
-from ..ledger import Ledger, Run, baseline_key, is_baseline
+from ..ledger import Ledger, Run, baseline_key, flattened, is_baseline
 from ..models import Network
 from ..stats import Agreement, agreement, calibration_error, negative_log_likelihood
 from ..training.evaluate import predict
@@ -101,6 +101,7 @@ class Card:
         class_names: their names; numbers where the data have none.
         device, processor, torch: what the latencies belong to.
         advice: how to get the column that is missing; empty where none is.
+        runs: the folder of the ledger.
     """
 
     run: Run
@@ -111,6 +112,7 @@ class Card:
     processor: str
     torch: str
     advice: str
+    runs: Path
 
     @property
     def images(self) -> int:
@@ -153,7 +155,7 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
     run = ledger.run(no)
     config = validate(run.config)
     alone = baseline(run, ledger)
-    student, data = resolve(str(no), ledger), _data(run, config)
+    student, data = resolve(str(no), ledger), _data(run, config, ledger)
     found = {TEACHER: _teacher(run, ledger, data), STUDENT: student, ALONE: resolve(str(alone.no), ledger) if alone else None}
     networks = {role: network for role, network in found.items() if network}
     trained = trained_positions(data.y_train, run.split)
@@ -192,7 +194,7 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
     advice = "" if alone or run.method == "base" else _advice(config, ledger)
     class_images = tuple(np.bincount(labels, minlength=data.classes).tolist())
     class_names = data.class_names or tuple(map(str, range(data.classes)))
-    return Card(run, tuple(columns), class_images, class_names, named, processor(), torch.__version__, advice)
+    return Card(run, tuple(columns), class_images, class_names, named, processor(), torch.__version__, advice, ledger.folder)
 
 
 def baseline(run: Run, ledger: Ledger) -> Run | None:
@@ -246,8 +248,8 @@ def _score(said: _Answers, teacher: _Answers | None, data: ImageData) -> Score:
     )
 
 
-def _data(run: Run, config: RunConfig) -> ImageData:
-    data = load(config.data)
+def _data(run: Run, config: RunConfig, ledger: Ledger) -> ImageData:
+    data = load(config.data, ledger.changes)
     if (data_hash := data.hash()) != run.data_hash:
         raise UserError(
             f"run {run.no}: {config.data.name} is not the data that it was trained on (hash {data_hash[:8]}, was {run.data_hash[:8]}); "
@@ -271,12 +273,9 @@ def _advice(config: RunConfig, ledger: Ledger) -> str:
     """How the student is trained alone by the recipe of a run."""
     if config.train.mixup is True:
         return "No student alone: train.mixup=true leaves no labels to train it on."
-    words = ["flowdistill", "train", "--model", config.student, "--dataset", config.data.name, "--seeds", str(config.seed)]
-    words += ["--holdout"] if config.split == "holdout" else []
-    given = {"data": config.data.labelled.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)}
-    given["train"] = config.train.model_dump(mode="json", exclude={"freeze"}, exclude_defaults=True)
-    for table, values in given.items():
-        for key, value in values.items():
-            words += ["--set", f"{table}.{key}={str(value).lower() if isinstance(value, bool) else value}"]
-    words += ["--runs", str(ledger.folder)] if str(ledger.folder) != "runs" else []
-    return f"The student was not trained alone by this recipe yet: {shlex.join(words)}"
+    images = {"name": config.data.name} | config.data.labelled.model_dump(mode="json", exclude_defaults=True)
+    more = {"train": config.train.model_dump(mode="json", exclude={"freeze"}, exclude_defaults=True)}
+    if "student" in config.inputs:
+        more["inputs"] = {"student": config.inputs["student"].model_dump(mode="json", exclude_none=True)}
+    alone = train_command(config.student, config.seed, images, flattened(more), holdout=config.split == "holdout", runs=ledger.folder)
+    return f"The student was not trained alone by this recipe yet: {alone}"

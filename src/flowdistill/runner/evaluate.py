@@ -22,6 +22,7 @@ from ..env import processor
 from ..ledger import Ledger
 from ..models import Network
 from ..models.front import View, front
+from ..talk import Remarks
 from ..taps import DataSpec
 from ..training.evaluate import evaluate as measure
 from ..training.weights import fill, load_weights, refuse_misfit
@@ -147,13 +148,13 @@ def load_network(path: Path, changes: Changes | None = None) -> tuple[Network, A
     return net.eval(), about
 
 
-def load_fitting(path: Path, about: About, dataset: str | None) -> ImageData:
+def load_fitting(path: Path, about: About, dataset: str | None, remarks: Remarks) -> ImageData:
     """The data that a student was trained on, or others of that shape.
 
     Raises:
         UserError: the data can't be read, or have other sizes, classes or names of classes.
     """
-    data = load(about.data.model_copy(update={"name": dataset or about.data.name}))
+    data = load(about.data.model_copy(update={"name": dataset or about.data.name}), remarks)
     if isinstance(data, GivenData):
         raise UserError(f"{path} was trained on a loader's images, which only training reads; Result.module() gives its network to Python")
     shape = (data.spec.channels, data.spec.height, data.spec.width)
@@ -187,8 +188,9 @@ def evaluate(
         UserError: the file or the data can't be read, the data has other sizes, classes or names of classes, or the network's logits
             are not finite.
     """
+    changes = changes or Changes()
     net, about = load_network(path, changes)
-    data = load_fitting(path, about, dataset)
+    data = load_fitting(path, about, dataset, changes)
     net = net.on(device)
     test = labelled(data.x_test, data.y_test, Normalisation(about.mean, about.std).on(device), device, workers)
     arithmetic, images = resolve_precision(precision or about.precision, device), len(test)

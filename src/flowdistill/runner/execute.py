@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .. import models, trust
+from .. import advice, models, trust
 from ..checks import UserError, first_line
 from ..config import RunConfig
 from ..device import describe, determinism, reset_peak_memory, sensible_threads, threads
@@ -265,8 +265,7 @@ def _stops_on_record(members: Sequence[Member], ledger: Ledger, watcher: Watcher
             for member in members:
                 if ledger.run(member.no).status == "running":
                     ledger.update(member.no, status="interrupted", error=first_line(error), finished=now())
-        where = f" --runs {ledger.folder}" if str(ledger.folder) != "runs" else ""
-        watcher.say(f"{_numbers(members)}: stopped; go on with: flowdistill resume {members[0].no}{where}")
+        watcher.say(f"{_numbers(members)}: stopped; go on with: {advice.resume(members[0].no, ledger.folder)}")
         raise
 
 

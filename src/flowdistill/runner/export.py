@@ -112,10 +112,11 @@ def export(
     if int8 and to != "onnx":
         raise UserError(f"--int8 with --to {to}: only ONNX files are quantised; use --to onnx, or leave --int8 out")
     _refuse_missing(to, form.needs)
+    changes = changes or Changes()
     net, about = load_network(path, changes)
     out = path.with_suffix(".int8.onnx" if int8 else form.suffix) if out is None else out.expanduser()
     _refuse_place(out, path)
-    data = load_fitting(path, about, dataset)
+    data = load_fitting(path, about, dataset, changes)
     images = torch.from_numpy(data.x_test[:IMAGES])
     if to == "onnx" and net.draws_always:
         raise UserError(

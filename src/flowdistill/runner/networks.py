@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import models, trust
+from .. import advice, models, trust
 from ..checks import Changes, UserError, is_there
 from ..config import DataConfig, InputConfig, Role, RunConfig, model_name, validate
 from ..data.images import ImageData
@@ -115,7 +114,8 @@ class NetworkRef:
         if self.init:
             return replace(self, head=not self.other_classes(data))
         if other := self.other_classes(data):
-            cure = f"begin from its weights with a fresh classifier: --student {self.model} --init-from {self.run or self.origin}"
+            again = ("--student", self.model, "--init-from", self.run or self.origin)
+            cure = f"begin from its weights with a fresh classifier: {advice.options(*again)}"
             if self.model.startswith("module:"):
                 cure = "give a module with a classifier of the data's"
             raise UserError(f"student {self.model} ({self.origin}): {other}; {cure}")
@@ -245,7 +245,7 @@ def _labels(about: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _of_run(run: Run, ledger: Ledger, fingerprint: str) -> NetworkRef:
     if run.status != "finished":
-        raise UserError(f"run {run.no} is {run.status}, not finished; choose a finished one (flowdistill runs)")
+        raise UserError(f"run {run.no} is {run.status}, not finished; choose a finished one ({advice.list_runs(ledger.folder)})")
     damage = meet_damage(run, ledger)
     trust.came_from(run.student, f"run {run.no} of {ledger.path}")
     weights, about = load_weights(ledger.run_folder(run.no) / STUDENT_FILE, ledger.changes)
@@ -271,7 +271,8 @@ def first_weights(config: RunConfig, ledger: Ledger) -> NetworkRef:
     if source.weights is None:
         raise UserError(f"{given}: a model's name has no weights; name a run or a weights file")
     if student.weights is not None:
-        raise UserError(f"{given}: student={config.student} has weights of its own; name its model alone: --student {student.model}")
+        alone = advice.options("--student", student.model)
+        raise UserError(f"{given}: student={config.student} has weights of its own; name its model alone: {alone}")
     if source.model != student.model:
         raise UserError(
             f"{given} is a {source.model}, the student a {student.model}; begin from a {student.model}, or train a {source.model}"
@@ -399,8 +400,6 @@ def _train_command(model: str, wanted: Wanted) -> str:
     seed = 100 if wanted.seed != 100 else 101  # any that no student has
     if wanted.data.given:
         return f"flowdistill.train({model!r}, train_loader, val_loader, seed={seed})"
-    holdout = " --holdout" if wanted.split == "holdout" else ""
-    images = wanted.data.model_dump(include={"limit_train", "size", "channels", "skip_broken", "stream", "label"}, exclude_none=True)
-    keys = "".join(f" --set data.{key}={json.dumps(value)}" for key, value in images.items())
-    runs = f" --runs {wanted.runs}" if wanted.runs != "runs" else ""
-    return f"flowdistill train --model {model} --dataset {wanted.data.name} --seeds {seed}{holdout}{keys}{runs}"
+    kept = {"name", "root", "limit_train", "size", "channels", "skip_broken", "stream", "label"}
+    images = {"name": wanted.data.name} | wanted.data.model_dump(mode="json", include=kept, exclude_defaults=True)
+    return advice.train(model, seed, images, {}, holdout=wanted.split == "holdout", runs=wanted.runs)

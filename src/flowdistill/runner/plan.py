@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import methods, models, trust
+from .. import advice, methods, models, trust
 from ..checks import UserError
 from ..config import DataConfig, Role, RunConfig, validate
 from ..data.images import ImageData
@@ -20,6 +20,7 @@ from ..ledger import Ledger, Run
 from ..methods import Method, Settled
 from ..models.foreign import is_foreign
 from ..randomness import derive, seeded
+from ..talk import Remarks
 from ..taps import NetSpec
 from ..training.weights import hash_weights
 from .fingerprint import fingerprint
@@ -121,8 +122,8 @@ class Job:
         parts = [part.model for part in (self.student, self.teacher) if part]
         if foreign := next(filter(is_foreign, parts), ""):
             raise UserError(
-                f"{self.settled.name} needs registered models as student and teacher, {foreign} is none; name two that flowdistill models "
-                f"lists, or choose another method"
+                f"{self.settled.name} needs registered models as student and teacher, {foreign} is none; name two that "
+                f"{advice.command('models')} lists, or choose another method"
             )
         if self.student.taps or self.config.inputs.get("student"):
             raise UserError(
@@ -193,7 +194,7 @@ def drafts(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device, *
             students[config.student, config.init_from] = first = first_weights(config, ledger)
             if settled.mutual and first.weights is not None:
                 raise UserError(f"student={config.student}: the students of {settled.name!r} begin from fresh weights; name a model")
-    load_once = _Loader()
+    load_once = _Loader(ledger.changes)
     return [
         _planned(config, settled, students[config.student, config.init_from], *load_once(config.data), ledger, device, stand_in)
         for config, settled in cheap
@@ -233,7 +234,7 @@ def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[
     Raises:
         UserError: something that the numbers depend on has changed since.
     """
-    load_once, known = _Loader(), Identities(ledger)
+    load_once, known = _Loader(ledger.changes), Identities(ledger)
     jobs = []
     for run in runs:
         config = validate(run.config)
@@ -269,14 +270,15 @@ def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[
 class _Loader:
     """Each data set is read and hashed once."""
 
-    def __init__(self) -> None:
+    def __init__(self, remarks: Remarks) -> None:
+        self._remarks = remarks
         self._loaded: dict[DataConfig, tuple[ImageData, str]] = {}
 
     def __call__(self, config: DataConfig) -> tuple[ImageData, str]:
         if config not in self._loaded:
-            data = load(config)
+            data = load(config, self._remarks)
             if config.unlabelled is not None:
-                data = replace(data, unlabelled=load_unlabelled(config, data))
+                data = replace(data, unlabelled=load_unlabelled(config, data, self._remarks))
             self._loaded[config] = data, data.hash()
         return self._loaded[config]
 

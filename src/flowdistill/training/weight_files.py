@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import shlex
@@ -91,8 +92,17 @@ def read_safetensors(path: Path) -> tuple[Table, dict[str, str]]:
     Raises:
         Exception: of safetensors, where it is no such file.
     """
-    with safe_open(path, framework="pt") as file:
+    with path.open("rb") as opened, safe_open(_openable(path, opened.fileno()), framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (safe_open is no mapping)
+
+
+def _openable(path: Path, descriptor: int) -> str:
+    """A name of an open file that safetensors takes, which knows no path that is not UTF-8."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return f"/dev/fd/{descriptor}"
+    return os.fspath(path)
 
 
 def chosen(tables: Mapping[str, Table], key: str, path: Path) -> Table:

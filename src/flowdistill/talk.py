@@ -1,0 +1,154 @@
+"""The one place that prints. stdout is data, stderr is talk; neither ever ends the work that it tells of.
+
+What a file's name or content puts into a text is shown, not obeyed: ESC is printed as ``\\x1b``. What the encoding of a stream has not is
+printed as its escape, too. A stream that is closed, or None, gets nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import IO, TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+IGNORED = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+"""What Python calls printable and nobody sees: Unicode's Default_Ignorable_Code_Point among letters and marks."""
+
+
+def printable(line: str) -> str:
+    """A text as one line of visible characters: controls, line breaks, turns of direction and lone surrogates become their escapes."""
+    if line.isascii() and line.isprintable():
+        return line
+    return "".join(_escaped(char) if not char.isprintable() or IGNORED.match(char) else char for char in line)
+
+
+def _escaped(char: str) -> str:
+    return ascii(char)[1:-1]
+
+
+def answer(text: str) -> None:
+    """Data on stdout. A reader who went away wants no more of it.
+
+    Raises:
+        OSError: it can't be written, as on a full disk.
+    """
+    with contextlib.suppress(BrokenPipeError):
+        try:
+            _write(sys.stdout, "".join(f"{printable(line)}\n" for line in text.split("\n")))
+        except OSError as error:
+            error.filename = error.filename or "stdout"
+            raise
+
+
+def say(line: str) -> None:
+    """One line of talk on stderr. Nobody may hear it: that is no reason to end what it tells of."""
+    with contextlib.suppress(OSError):
+        _write(sys.stderr, f"{printable(line)}\n")
+
+
+class Remarks:
+    """What is to be told of a piece of work, to whoever listens.
+
+    Attributes:
+        told: the lines as they can be printed, in order, each once.
+        say: gets each line when it is told; left out, it is said on stderr. What only passes, such as a count, is said and not kept.
+    """
+
+    def __init__(self, say: Callable[[str], object] = say) -> None:
+        self.told, self.say = list[str](), say
+
+    def tell(self, line: str) -> None:
+        """A line, once."""
+        if (shown := printable(line)) not in self.told:
+            self.told.append(shown)
+            self.say(shown)
+
+
+def unheard() -> Remarks:
+    """Remarks that nobody listens to."""
+    return Remarks(lambda _: None)
+
+
+def console() -> Console:
+    """What rich draws with, on stderr: texts as they are, without markup, highlights or emoji."""
+    from rich.console import Console
+
+    return Console(file=cast("IO[str]", _Stderr()), highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+class _Stderr:
+    """The stderr of the moment, whatever it can't do. Below a bar rich puts itself in its place; it must not draw on itself."""
+
+    @property
+    def _stream(self) -> Any:
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+
+    @property
+    def encoding(self) -> str:
+        return _encoding(self._stream)
+
+    def isatty(self) -> bool:
+        return _is_terminal(self._stream)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            _write(self._stream, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Every text is flushed when it is written."""
+
+
+def answers_a_terminal() -> bool:
+    """Whether data go to a terminal."""
+    return _is_terminal(sys.stdout)
+
+
+def _is_terminal(stream: Any) -> bool:
+    """None, a closed stream and an object that can't say are none."""
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        return bool(stream.isatty())
+    return False
+
+
+def begin() -> None:
+    """Before a command: no other library that prints, as the parser does, stumbles over an encoding; and a file that is opened later
+    does not get the number of a stream that the caller closed, for then C code would print into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def end() -> None:
+    """After a command: what could not be written is dropped here, else Python would complain of it at its own end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _write(stream: Any, text: str) -> None:
+    if stream is None or getattr(stream, "closed", False):
+        return
+    encoding = _encoding(stream)
+    stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    if hasattr(stream, "flush"):
+        stream.flush()
+
+
+def _encoding(stream: Any) -> str:
+    return getattr(stream, "encoding", None) or "utf-8"

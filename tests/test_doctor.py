@@ -28,6 +28,8 @@ from flowdistill.runner.doctor import Finding, examine
 from flowdistill.taps import DataSpec
 from flowdistill.training.weights import load_weights, save_weights
 
+pytestmark = pytest.mark.usefixtures("own_code")
+
 CPU = torch.device("cpu")
 DIGITS = DataSpec("", 1, 10, 1, 8, 8)
 PIXELS = {"teacher": {"mean": [0.0], "std": [1.0]}}  # what the teacher was trained on: from 0 to 1

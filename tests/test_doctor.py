@@ -1,4 +1,4 @@
-"""What doctor says before a training: five planted mistakes, each beside a sound control, and all else that it looks at."""
+"""What doctor says before a training: six planted mistakes, each beside a sound control, and all else that it looks at."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_sound_plan(look: Look) -> None:
     assert told(found, "fsp: cost")[1].startswith("2 epochs: about 0:00:0")
 
 
-# The five mistakes
+# The six mistakes
 
 
 @pytest.mark.parametrize(

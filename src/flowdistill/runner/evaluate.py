@@ -26,7 +26,7 @@ from ..talk import Remarks
 from ..taps import DataSpec
 from ..training.evaluate import evaluate as measure
 from ..training.weights import fill, load_weights, refuse_misfit
-from .integrity import STUDENT_FILE, meet_changes, meet_damage, newer
+from .integrity import STUDENT_FILE, made, meet_changes, meet_damage, newer
 from .networks import run_number
 
 Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
@@ -230,5 +230,5 @@ def _others(about: About, told: Mapping[str, Any], device: torch.device, precisi
         yield f"another device: {describe(device)}, was {told['device']}"
     if told.get("processor", processor()) != processor():
         yield f"another processor: {processor()}, was {told['processor']}"
-    if other := newer(told.get("network", {}).get("versions", {})):
+    if (network := made(told, "the file")) and (other := newer(network.versions)):
         yield other.removeprefix("; ")

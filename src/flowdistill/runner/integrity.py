@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .. import models
 from ..checks import Changes, UserError
@@ -164,6 +166,32 @@ def made_with(model: str, sizes: DataSpec, weights: Weights) -> dict[str, Any]:
     return {"code": dict(models.own_code(model)), "answers": answers(model, sizes, weights), "versions": versions()}
 
 
+class Made(BaseModel):
+    """What a file says of the network whose weights it holds; ``made_with`` gives it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    code: dict[str, str]
+    answers: dict[str, Annotated[list[float], Field(min_length=1)]]
+    versions: dict[str, str]
+
+
+def made(told: Mapping[str, Any], origin: str) -> Made | None:
+    """What a file's metadata say of its network; None where they say nothing, as those of version 0.1.0 and of others.
+
+    Raises:
+        UserError: it is not what this package writes.
+    """
+    if "network" not in told:
+        return None
+    try:
+        return Made.model_validate(told["network"])
+    except ValidationError:
+        raise UserError(
+            f"{origin}: its metadata say of its network what this package does not write; use the file that a run wrote"
+        ) from None
+
+
 def meet_changes(origin: str, model: str, sizes: DataSpec, weights: Weights, told: Mapping[str, Any], changes: Changes) -> str:
     """Hold a network against what its file says of it. How it differs, where that is accepted; else empty.
 
@@ -172,16 +200,16 @@ def meet_changes(origin: str, model: str, sizes: DataSpec, weights: Weights, tol
     Raises:
         UserError: it answers otherwise, and that is not accepted.
     """
-    then = told.get("network")
-    if not isinstance(then, Mapping):
-        return ""  # of version 0.1.0, or of others
-    changed = ", ".join(changed_files(then.get("code", {}), models.own_code(model)))
-    apart = difference(then.get("answers", {}), answers(model, sizes, weights))
+    then = made(told, origin)
+    if then is None:
+        return ""
+    changed = ", ".join(changed_files(then.code, models.own_code(model)))
+    apart = difference(then.answers, answers(model, sizes, weights))
     if not apart:
         if changed:
             changes.tell(f"{origin}: {changed} since it was trained; the answer to a fixed batch is what it was")
         return ""
-    others = newer(then.get("versions", {}))
+    others = newer(then.versions)
     why = f"{changed} since it was trained" if changed else f"other versions than it was trained with{others}"
     changes.meet(f"{origin}: {why}: another answer to a fixed batch ({apart})", "put back what it was trained with")
     return why

@@ -247,15 +247,17 @@ def _of_run(run: Run, ledger: Ledger, fingerprint: str) -> NetworkRef:
     if run.status != "finished":
         raise UserError(f"run {run.no} is {run.status}, not finished; choose a finished one ({advice.list_runs(ledger.folder)})")
     damage = meet_damage(run, ledger)
-    trust.came_from(run.student, f"run {run.no} of {ledger.path}")
     weights, about = load_weights(ledger.run_folder(run.no) / STUDENT_FILE, ledger.changes)
-    sizes = trained_on(about)
-    other = meet_changes(f"run {run.no}", about["model"], sizes, weights, about, ledger.changes) if sizes is not None else ""
+    model, sizes = about.get("model"), trained_on(about)
+    if not isinstance(model, str):
+        raise UserError(f"run {run.no}: its {STUDENT_FILE} does not say its model; put the file there that the run wrote")
+    trust.came_from(model, f"run {run.no} of {ledger.path}")
+    other = meet_changes(f"run {run.no}", models.canonical(model), sizes, weights, about, ledger.changes) if sizes is not None else ""
     if damage or other:  # it was accepted, and is not the network whose fingerprint that is
         fingerprint = f"file:{hash_weights(weights)}/{other}"
     saw = Saw(run.config["data"]["name"], run.split, run.data_hash)
     labels, origin, view = _labels(about), f"run {run.no}", _view(about) or View()
-    return NetworkRef(about["model"], weights, run.no, fingerprint, run.init_hash, saw, labels, origin, view=view)
+    return NetworkRef(model, weights, run.no, fingerprint, run.init_hash, saw, labels, origin, view=view)
 
 
 def first_weights(config: RunConfig, ledger: Ledger) -> NetworkRef:

@@ -141,7 +141,7 @@ def _nearest(own: Weights, weights: Weights, missing: Sequence[str], extra: Sequ
     """The name left over that is likest to a missing one, of the same shape if there is any."""
     for name in missing:
         alike = [other for other in extra if weights[other].shape == own[name].shape]
-        if near := get_close_matches(name, alike or extra, n=1):
+        if near := get_close_matches(name, alike, n=1):
             return f"is {short(near[0])} what the network calls {short(name)}? "
     return ""
 

@@ -73,6 +73,22 @@ def work(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "got"
 
 
+@pytest.fixture(scope="module")
+def one_run(tmp_path_factory: pytest.TempPathFactory, small_npz: Path) -> Path:
+    """A run of a network of this package."""
+    work = tmp_path_factory.mktemp("one")
+    ledger = Ledger(work / "runs", create=True)
+    run([config(small_npz, train=SHORT)], ledger, CPU)
+    ledger.close()
+    return work
+
+
+@pytest.fixture
+def plain(one_run: Path, tmp_path: Path) -> Path:
+    shutil.copytree(one_run, tmp_path / "plain")
+    return tmp_path / "plain"
+
+
 def renamed(path: Path, model: str) -> None:
     """A student's file that says another model."""
     with safe_open(path, "pt") as file:
@@ -270,6 +286,34 @@ def test_python_is_asked_too(work: Path) -> None:
     trust._named.clear()
     own_net = flowdistill.train("nets.py:Tiny", data, train=train, progress=False, seed=5)
     assert own_net.student().spec.name == "nets.py:Tiny", "this program named it"
+
+
+METADATA: dict[str, Any] = {
+    "nothing": None,
+    "no model": {},
+    "a list": {"model": ["resnet8"]},
+    "a number": {"model": 7},
+    "null": {"model": None},
+    "no table of the network": {"network": "x"},
+    "another table": {"network": {"code": 5, "answers": 7, "versions": [1]}},
+    "an empty answer": {"network": {"code": {}, "answers": {"eval logits": []}, "versions": {}}},
+}
+
+
+@pytest.mark.parametrize("kind", METADATA)
+def test_odd_metadata_are_one_line(plain: Path, kind: str) -> None:
+    """A student's file in a ledger of anybody's, whose weights are those that the ledger knows."""
+    with safe_open(plain / STUDENT, "pt") as file:
+        about = json.loads(file.metadata()["flowdistill"])
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    given = METADATA[kind]
+    told = {} if given is None else {"flowdistill": json.dumps(about | given if given else given)}
+    save_file(weights, plain / STUDENT, {"format": "pt", **told})
+    with sqlite3.connect(plain / "runs/ledger.db") as db:
+        db.execute("UPDATE runs SET record_hash = NULL")
+    for words in ("evaluate 1", "taps 1", "card 1", "distill --method kd --student resnet8 --teacher 1 --dataset digits --dry-run"):
+        said = command(plain, *words.split())
+        assert (said.code, said.out, said.err.count("\n")) == (2, "", 1), said
 
 
 def test_a_library_s_networks_are_no_code(work: Path) -> None:

@@ -187,9 +187,7 @@ def made(told: Mapping[str, Any], origin: str) -> Made | None:
     try:
         return Made.model_validate(told["network"])
     except ValidationError:
-        raise UserError(
-            f"{origin}: its metadata say of its network what this package does not write; use the file that a run wrote"
-        ) from None
+        raise UserError(f"{origin}: what its metadata say of its network is not as a run writes it; take the run's own file") from None
 
 
 def meet_changes(origin: str, model: str, sizes: DataSpec, weights: Weights, told: Mapping[str, Any], changes: Changes) -> str:

@@ -21,6 +21,8 @@ from flowdistill.runner.assemble import prepare
 from flowdistill.runner.plan import plan
 from flowdistill.training.cohort import train
 
+pytestmark = pytest.mark.usefixtures("own_code")
+
 CPU = torch.device("cpu")
 IMAGES = 96  # half of them are trained on
 BATCH = 16

@@ -24,6 +24,8 @@ from flowdistill.runner import load_network
 from flowdistill.runner.export import FORMATS, TOLERANCE, DeviationError, Program, compare, metadata
 from flowdistill.taps import DataSpec
 
+pytestmark = pytest.mark.usefixtures("own_code")
+
 SIMKD = "reused(resnet8,resnet14,2)"
 ELSEWHERE = {
     "torch-export": """

@@ -29,6 +29,8 @@ from flowdistill.runner.plan import plan
 from flowdistill.taps import DataSpec
 from flowdistill.training.weights import hash_weights, load_weights, save_weights
 
+pytestmark = pytest.mark.usefixtures("own_code")
+
 CPU = torch.device("cpu")
 BODY, HEAD = "layer2.0.conv1.weight", "fc.weight"
 

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import statistics
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,29 +106,36 @@ def _display(model: str) -> str:
 def headings(groups: Sequence[Group]) -> list[str]:
     """``ResNet20>>20/Cifar10 (92.0)``, with what differs added where two groups would read alike."""
     plain = [f"{pair(group.first)}/{group.first.dataset[:1].upper()}{group.first.dataset[1:]}" for group in groups]
-    found = []
+    methods, variants = defaultdict[str, set[str]](set), defaultdict[tuple[str, str], set[str]](set)
     for group_, name in zip(groups, plain, strict=True):
-        alike = [other for other, other_name in zip(groups, plain, strict=True) if other_name == name]
-        notes = [group_.first.method] if len({other.first.method for other in alike}) > 1 else []
-        notes += _notes(group_.first, [other.first for other in alike if other.first.method == group_.first.method])
-        found.append(" ".join([name, *([", ".join(notes)] if notes else [])]))
-    found = [
-        f"{name} fingerprint {g.first.fingerprint[:8]}" if found.count(name) > 1 else name for name, g in zip(found, groups, strict=True)
-    ]
+        methods[name].add(group_.first.method)
+        variants[name, group_.first.method].add(group_.first.variant)
+    alike = [(name, g.first.method, g.first.variant) for g, name in zip(groups, plain, strict=True)]
+    keys, found = _differing([g.first for g in groups], alike), []
+    for group_, name, differs in zip(groups, plain, keys, strict=True):
+        run = group_.first
+        notes = [run.method] if len(methods[name]) > 1 else []
+        notes += [run.variant or "defaults"] if len(variants[name, run.method]) > 1 else []
+        found.append(" ".join([name, *([", ".join([*notes, *differs])] if notes or differs else [])]))
+    times = Counter(found)
+    found = [f"{name} fingerprint {g.first.fingerprint[:8]}" if times[name] > 1 else name for name, g in zip(found, groups, strict=True)]
     return [f"{name} ({group_.mean:.1f})" for name, group_ in zip(found, groups, strict=True)]
 
 
-def _notes(run: Run, among: Sequence[Run]) -> list[str]:
-    """What tells a run from others of its method, pair and data: its variant, then its recipe."""
-    variants = {other.variant for other in among}
-    keys = _differing(run, [other for other in among if other.variant == run.variant])
-    return [run.variant or "defaults", *keys] if len(variants) > 1 else keys
+def _differing(runs: Sequence[Run], alike: Sequence[object]) -> list[list[str]]:
+    """For each run the keys of its config, with their values, in which the runs that are ``alike`` differ from each other."""
+    flat = [flattened(run.config) for run in runs]
+    among = defaultdict[object, list[dict[str, Any]]](list)
+    for own, kind in zip(flat, alike, strict=True):
+        among[kind].append(own)
+    keys = {kind: _several(members) for kind, members in among.items()}
+    return [[f"{key}={own.get(key)}" for key in keys[kind]] for own, kind in zip(flat, alike, strict=True)]
 
 
-def _differing(run: Run, among: Sequence[Run]) -> list[str]:
-    flat = [flattened(other.config) for other in among]
-    mine, keys = flattened(run.config), {key for values in flat for key in values} - {"seed", "data.root"}
-    return [f"{key}={mine.get(key)}" for key in sorted(keys) if len({json.dumps(values.get(key)) for values in flat}) > 1]
+def _several(flat: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys that have several values."""
+    keys = {key for values in flat for key in values} - {"seed", "data.root"}
+    return sorted(key for key in keys if len({json.dumps(values.get(key)) for values in flat}) > 1)
 
 
 def log_rows(group_: Group) -> list[Row]:
@@ -194,9 +202,9 @@ def summary_rows(runs: Sequence[Run], protocol: str, only: Mapping[str, str] | N
     groups = group(runs, protocol)
     bases = {baseline_key(g.first): g for g in reversed(groups) if is_baseline(g.first)}
     shown = [g for g in groups if all(getattr(g.first, column) == value for column, value in (only or {}).items())]
+    alike = [(g.first.method, g.first.variant, pair(g.first), g.first.dataset) for g in shown]
     rows = []
-    for group_ in shown:
-        alike = [g.first for g in shown if (g.first.method, g.first.variant, pair(g.first)) == _row_key(group_.first)]
+    for group_, differs in zip(shown, _differing([g.first for g in shown], alike), strict=True):
         base = None if is_baseline(group_.first) else bases.get(baseline_key(group_.first))
         reference = base.accuracies if base else []
         rows.append(
@@ -211,7 +219,7 @@ def summary_rows(runs: Sequence[Run], protocol: str, only: Mapping[str, str] | N
                 "batch_size": group_.first.batch_size,
                 "precision": group_.first.precision,
                 "fingerprint": group_.first.fingerprint,
-                "differs": ", ".join(_differing(group_.first, [run for run in alike if run.dataset == group_.first.dataset])),
+                "differs": ", ".join(differs),
                 "mean": group_.mean,
                 "std": sample_std(group_.accuracies),
                 "n": len(group_.runs),
@@ -224,10 +232,6 @@ def summary_rows(runs: Sequence[Run], protocol: str, only: Mapping[str, str] | N
             }
         )
     return rows
-
-
-def _row_key(run: Run) -> tuple[str, str, str]:
-    return run.method, run.variant, pair(run)
 
 
 SUMMARY_COLUMNS = ("method", "variant", "pair", "dataset", "nepoch", "acc (n)", "to base", "95 % interval", "detectable", "teacher")

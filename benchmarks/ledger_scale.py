@@ -21,7 +21,7 @@ from typing import Any
 from flowdistill.config import validate
 from flowdistill.ledger import Ledger
 
-COMMANDS = ("runs", "runs --all", "table --summary", "table", "table --summary --format json", "check 1", "show 1")
+COMMANDS = ("runs", "runs --all --format csv", "table --summary", "table", "table --summary --format json", "check 1", "show 1")
 METHODS = ("base", "fsp", "at", "kd", "sp", "at+kd")
 STUDENTS = ("resnet20", "resnet8", "vgg8", "wrn-16-2")
 
@@ -29,7 +29,7 @@ STUDENTS = ("resnet20", "resnet8", "vgg8", "wrn-16-2")
 def rows(runs: int, groups: int) -> list[dict[str, Any]]:
     """Runs of groups that differ in method, student, data and recipe, with configs and networks of a real run's size."""
     chance = random.Random(0)
-    answers = {f"eval stage{place}": [chance.gauss(0, 1) for _ in range(4)] for place in range(20)}
+    answers = {f"eval stage{place}": [float(f"{chance.gauss(0, 1):.7g}") for _ in range(4)] for place in range(20)}
     network = {"key": "0" * 64, "made_of": "", "number": 0, "code": {}, "answers": answers}
     found = []
     for group in range(groups):
@@ -70,14 +70,14 @@ def make(folder: Path, runs: int, groups: int) -> None:
     db.close()
 
 
-def measure(words: list[str]) -> tuple[float, float]:
-    """Seconds and peak MiB of a command."""
+def measure(words: list[str]) -> tuple[float, float, float]:
+    """Seconds of the clock, seconds of the processor and peak MiB of a command."""
     began = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "flowdistill", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
     if os.waitstatus_to_exitcode(status) not in (0, 1):
         raise SystemExit(f"{words} failed")
-    return time.perf_counter() - began, used.ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+    return time.perf_counter() - began, used.ru_utime + used.ru_stime, used.ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
 def main() -> None:
@@ -87,11 +87,11 @@ def main() -> None:
         maker = Process(target=make, args=(path.parent, runs, groups))  # in a process of its own: a child's peak begins with its parent's
         maker.start()
         maker.join()
-        print(f"{runs:,} runs in {groups:,} groups, ledger of {path.stat().st_size >> 20:,} MiB\n\n| command | seconds | peak MiB |")
-        print("| ------- | ------- | -------- |")
+        print(f"{runs:,} runs in {groups:,} groups, ledger of {path.stat().st_size >> 20:,} MiB\n")
+        print("| command | seconds | of the processor | peak MiB |\n| -- | -- | -- | -- |")
         for words in COMMANDS:
-            seconds, peak = measure([*words.split(), "--runs", str(path.parent)])
-            print(f"| {words} | {seconds:.2f} | {peak:.0f} |", flush=True)
+            seconds, processor, peak = measure([*words.split(), "--runs", str(path.parent)])
+            print(f"| {words} | {seconds:.2f} | {processor:.2f} | {peak:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -515,18 +515,28 @@ def test_a_row_that_was_rewritten_is_told_by_check(work: Path) -> None:
 # 7. Read-only, another user's
 
 
-EACH = "import json, sys; from pathlib import Path; from command import command; "
-EACH += "print(json.dumps([command(Path(), *words) for words in json.loads(sys.argv[1])]))"
+EACH = """
+import json, subprocess, sys
+from pathlib import Path
+from command import command
+
+for words in json.loads(sys.argv[1]):
+    subprocess.run(words, check=True) if words[0] == "mount" else print(json.dumps(command(Path(), *words)))
+"""
 
 
-def read_only(folder: Path, *commands: list[str]) -> list[Said]:
-    """Commands that see this folder mounted read-only, one after the other."""
-    mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && cd "$0" && exec "$@"'
-    words = ["unshare", "-m", "sh", "-c", mount, folder, sys.executable, "-c", EACH, json.dumps(commands)]
+def mounted(folder: Path, *commands: list[str]) -> list[Said]:
+    """Commands in a folder, one after the other in one process; those that mount something are seen by nobody else."""
+    words = ["unshare", "-m", "sh", "-c", 'cd "$0" && exec "$@"', folder, sys.executable, "-c", EACH, json.dumps(commands)]
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(words, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return [Said(*said) for said in json.loads(done.stdout)]
+    return [Said(*json.loads(line)) for line in done.stdout.splitlines()]
+
+
+def read_only(folder: Path, *commands: list[str]) -> list[Said]:
+    """Commands that see the runs in a folder mounted read-only."""
+    return mounted(folder, ["mount", "--bind", "runs", "runs"], ["mount", "-o", "remount,ro,bind", "runs"], *commands)
 
 
 READS = [["table", "--summary"], ["show", "1"], ["check"], ["evaluate", "1"], ["taps", "1"]]
@@ -554,6 +564,23 @@ def test_a_ledger_in_a_read_only_place_is_read_by_what_only_reads(work: Path, tm
     assert out.is_file()
     assert "told beside" in listed.out
     assert_one_line(refused, "runs/ledger.db cannot be written (you may not write it); name another folder with --runs")
+
+
+@pytest.mark.skipif(not mounts(), reason="this process may not mount a small disk")
+def test_a_full_disk_loses_nothing(tmp_path: Path, small_npz: Path) -> None:
+    """One line while it is full; with room there the run goes on to its end."""
+    (tmp_path / "runs").mkdir()
+    small = "--epochs 3 --batch-size 64 --set data.pad=1 --deterministic"
+    train = ["train", "--model", "resnet8", "--dataset", f"npz:{small_npz}", *small.split()]
+    disk, larger = ["mount", "-t", "tmpfs", "-o", "size=300k", "none", "runs"], ["mount", "-o", "remount,size=64m", "runs"]
+    show = ["show", "1", "--format", "csv"]
+    full, again, checked, shown = mounted(tmp_path, disk, train, larger, train, ["check"], show)
+    assert (full.code, full.out) == (1, "")
+    assert "Traceback" not in full.err
+    assert "No space left on device; make room there and give the command again" in full.err.splitlines()[-1]
+    assert again.code == checked.code == 0, again.err
+    assert [line.split()[:2] for line in again.out.splitlines()[1:]] == [["1", "finished"]]
+    assert len(shown.out.splitlines()) == 4
 
 
 def test_an_old_ledger_that_may_not_be_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

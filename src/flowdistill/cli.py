@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 import signal
@@ -446,6 +447,7 @@ def table(
     wanted = {"method": method and _in_full(method), "dataset": dataset, "student": student, "teacher": teacher}
     only = {key: model_name(value) for key, value in wanted.items() if value is not None}
     listed = Ledger(runs).listing()
+    gc.freeze()  # a hundred thousand rows are no garbage, and looking through them again and again takes as long as the rest
     for key, value in only.items():
         _refuse_unknown(key, value, {getattr(run, key) for run in listed})
     found = [run for run in listed if all(getattr(run, key) == value for key, value in only.items())]

@@ -113,8 +113,8 @@ COLUMNS = tuple(RUN)
 
 
 def sound_sql() -> str:
-    """An expression that is true of rows of ``runs`` in which a list or table can't stumble, and of few that are damaged deeper inside.
-    Where it is not true, the row is read whole.
+    """An expression that is true of rows of ``runs`` that are sound, and of few that are damaged deep inside a network's answers. Where it
+    is not true, the row is read whole, and Python decides.
     """
     inside = {"config": " AND json_type(config, '$.train') = 'object'"}
     inside["networks"] = " AND coalesce(json_type(networks, '$.student'), 'object') = 'object'"

@@ -346,8 +346,11 @@ class Ledger:
     def _whole(self, no: int) -> Run:
         return run_of(self._read("SELECT * FROM runs WHERE no = ?", (no,))[0])
 
+    def _alive(self, home: int) -> bool:
+        return held(self.run_folder(home) / folders.LOCK_FILE)
+
     def _with_dead(self, runs: list[Run]) -> list[Run]:
-        alive = {home: held(self.run_folder(home) / folders.LOCK_FILE) for home in {run.home for run in runs if run.status == "running"}}
+        alive = {home: self._alive(home) for home in {run.home for run in runs if run.status == "running"}}
         for run in runs:
             if run.status == "running" and not alive[run.home]:
                 object.__setattr__(run, "status", DEAD)  # nobody else has it yet

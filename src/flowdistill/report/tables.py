@@ -11,6 +11,7 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from rich.console import Console
@@ -54,12 +55,12 @@ class Group:
     runs: tuple[Run, ...]
     readings: tuple[Reading, ...]
 
-    @property
+    @cached_property
     def accuracies(self) -> list[float]:
         """Percent, one a run."""
         return [reading.accuracy for reading in self.readings]
 
-    @property
+    @cached_property
     def mean(self) -> float:
         """Mean of the listed runs."""
         return statistics.fmean(self.accuracies)
@@ -72,12 +73,12 @@ class Group:
 
 def group(runs: Sequence[Run], protocol: str) -> list[Group]:
     """Finished runs by student, teacher, data, method and fingerprint, in order of first number; of repeats the newest."""
-    found: dict[object, list[tuple[Run, Reading]]] = {}
-    for run in newest(run for run in runs if read(run, protocol)):
-        if reading := read(run, protocol):
-            key = (run.student, run.teacher, run.dataset, run.method, run.fingerprint)
-            found.setdefault(key, []).append((run, reading))
-    return [Group(tuple(run for run, _ in members), tuple(reading for _, reading in members)) for members in found.values()]
+    covered = [(run, reading) for run in runs if (reading := read(run, protocol))]
+    readings = {id(run): reading for run, reading in covered}  # numbers are of one ledger, and these may be of several
+    found: dict[object, list[Run]] = {}
+    for run in newest(run for run, _ in covered):
+        found.setdefault((run.student, run.teacher, run.dataset, run.method, run.fingerprint), []).append(run)
+    return [Group(tuple(members), tuple(readings[id(run)] for run in members)) for members in found.values()]
 
 
 def pair(run: Run) -> str:
@@ -135,7 +136,7 @@ def _differing(runs: Sequence[Run], alike: Sequence[object]) -> list[list[str]]:
 def _several(flat: Sequence[Mapping[str, Any]]) -> list[str]:
     """The keys that have several values."""
     keys = {key for values in flat for key in values} - {"seed", "data.root"}
-    return sorted(key for key in keys if len({json.dumps(values.get(key)) for values in flat}) > 1)
+    return sorted(key for key in keys if len({repr(values.get(key)) for values in flat}) > 1)
 
 
 def log_rows(group_: Group) -> list[Row]:

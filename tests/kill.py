@@ -83,7 +83,7 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "between a student's file and its record": lambda: die_at(Ledger, "write_record", 1),
     "between a run's record and the ledger": lambda: die_at(record, "write_record", 1, after=True),
     "between two students": lambda: die_at(execute, "finish", 2),
-    "before the checkpoint is cleared": lambda: die_at(checkpoint, "clear", 2),
+    "before the checkpoint is cleared": lambda: die_at(checkpoint, "clear", 1),
 }
 
 

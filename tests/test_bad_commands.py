@@ -480,6 +480,12 @@ WRONG = [
         "vgg16, vgg19, wrn-16-1, wrn-16-2, wrn-40-1, wrn-40-2, wrn-28-10",
     ),
     ("runs --format TABLE", "--format='TABLE': not one of 'table', 'md', 'csv', 'json'"),
+    ("runs --last 0", "--last='0': input should be greater than or equal to 1"),
+    ("runs --last many", "--last='many': input should be a valid integer, unable to parse string as an integer"),
+    ("runs --all=yes", "Option '--all' does not take a value (flowdistill --help)"),
+    ("ledger mend", "No such command 'mend' (flowdistill --help)"),
+    ("ledger rebuild --format TABLE", "--format='TABLE': not one of 'table', 'md', 'csv', 'json'"),
+    ("ledger rebuild --runs junk.txt", "no folder in junk.txt says what its run was; there is nothing to make a ledger of"),
     (
         "runs --runs junk.txt",
         "junk.txt/ledger.db cannot be used as a ledger (junk.txt is a file); name another folder with --runs",
@@ -639,7 +645,8 @@ def test_every_option_and_argument_of_every_command_was_got_wrong() -> None:
     there = {
         (name, parameter.opts[0] if parameter.opts[0].startswith("--") else "argument")
         for name, found in group.commands.items()
-        for parameter in found.params
+        for inner in [found, *getattr(found, "commands", {}).values()]
+        for parameter in inner.params
     }
     assert len(there) > 50
     assert there - wrong == set()

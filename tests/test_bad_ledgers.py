@@ -15,8 +15,8 @@ import pytest
 from command import assert_refused, command
 from rows import row
 
-from flowdistill import ledger as ledger_module
 from flowdistill.ledger import MIGRATIONS, Ledger
+from flowdistill.ledger import store as ledger_module
 
 SMALL = "--model resnet8 --epochs 1 --batch-size 64 --set data.pad=1 --dataset npz:small.npz"
 
@@ -64,11 +64,13 @@ def a_pipe(path: Path) -> None:
 
 OTHER = "name another folder with --runs"
 NO_FILE = f"it/ledger.db cannot be used as a ledger (it is not a file); {OTHER}"
+REBUILD = f"flowdistill ledger rebuild --runs it makes it again from the folders of its runs, or {OTHER}"
+NONE = "no ledger in it: train something first (flowdistill demo --runs it), or name its folder with --runs"
 READ: list[tuple[Callable[[Path], None], str]] = [
     (junk, f"it/ledger.db cannot be used as a ledger (file is not a database); {OTHER}"),
-    (truncated, f"it/ledger.db cannot be used as a ledger (database disk image is malformed); {OTHER}"),
+    (truncated, f"it/ledger.db cannot be used as a ledger (database disk image is malformed); {REBUILD}"),
     (of_another_program, f"it/ledger.db cannot be used as a ledger (it is another program's database); {OTHER}"),
-    (of_another_program_with_our_number, f"it/ledger.db cannot be used as a ledger (no such column: no); {OTHER}"),
+    (of_another_program_with_our_number, f"it/ledger.db cannot be used as a ledger (it lacks the index 'runs_by_fingerprint'); {OTHER}"),
     (newer, "it/ledger.db was made by a newer flowdistill (schema 1000); upgrade this one"),
     (a_folder, NO_FILE),
     (a_pipe, NO_FILE),
@@ -102,7 +104,7 @@ def test_damage_in_the_middle_is_found_out_by_the_first_query(folder: Path, list
     content = path.read_bytes()
     third = len(content) // 3
     path.write_bytes(content[:third] + bytes(third) + content[2 * third :])
-    line = f"it/ledger.db cannot be read (database disk image is malformed); put a copy of it back, or {OTHER}"
+    line = f"it/ledger.db cannot be read (database disk image is malformed); put a copy of it back, or {REBUILD}"
     assert_refused(folder, [listing, "--runs", "it"], line)
 
 

@@ -242,8 +242,8 @@ def test_only_a_folder_imports_by_name() -> None:
         ("methods.rkd", "from ..data.loader import Stream", "methods.rkd imports data.loader"),
         ("training.step", "from .. import runner", "training.step imports runner"),
         ("training.step", "try:\n    from ..ledger import Ledger\nexcept ImportError:\n    pass", "training.step imports ledger"),
-        ("ledger", "from .training.step import Student", "ledger imports training.step"),
-        ("ledger", "from . import stats", "ledger imports stats"),
+        ("ledger.store", "from ..training.step import Student", "ledger.store imports training.step"),
+        ("ledger.store", "from .. import stats", "ledger.store imports stats"),
         ("stats", "from . import ledger", "stats imports ledger"),
         ("runner.plan", "from ..report import tables", "runner.plan imports report.tables"),
         ("runner.plan", "from .. import __all__", f"runner.plan imports {PACKAGE}"),
@@ -270,8 +270,8 @@ def test_a_good_import_is_left_alone(text: str) -> None:
 
 
 def test_the_other_branch_of_type_checking_counts() -> None:
-    text = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    pass\nelse:\n    from .runner import run"
-    assert wrong_imports({**MODULES, "ledger": text}) == ["ledger imports runner"]
+    text = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    pass\nelse:\n    from ..runner import run"
+    assert wrong_imports({**MODULES, "ledger.store": text}) == ["ledger.store imports runner"]
 
 
 @pytest.mark.parametrize(

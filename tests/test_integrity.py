@@ -208,12 +208,13 @@ def test_check_tells_of_every_file_and_ends_with_1_where_one_changed(work: Path)
         (1, "run.json", "as written"),
         (1, "student.safetensors", "as written"),
         (1, "predictions.npz", "as written"),
+        (1, "journal.jsonl", "as written"),
         (2, "checkpoint.safetensors", "as written"),
     ]
     (work / "runs/1/predictions.npz").write_bytes(b"")
     said = command(work, "check", "1", "--format", "json")
     assert said.code == 1
-    assert [row["verdict"] for row in json.loads(said.out)] == ["as written", "as written", "changed"]
+    assert [row["verdict"] for row in json.loads(said.out)] == ["as written", "as written", "changed", "as written"]
     assert command(work, "check", "2").code == 0
 
 
@@ -222,7 +223,8 @@ def test_an_export_is_entered_and_checked(made: Path, work: Path) -> None:
     assert command(work, "export", "1", "--to", "safetensors").code == 0
     ledger = Ledger(work / "runs")
     names = [found.file for found in examine(ledger.run(1), ledger)]
-    assert names == ["run.json", "student.safetensors", "predictions.npz", "student.export.safetensors"]
+    own = ["student.safetensors", "predictions.npz", "journal.jsonl"]
+    assert names == ["run.json", "exports.json", *own, "student.export.safetensors"]
     exported = work / "runs/1/student.export.safetensors"
     exported.write_bytes(exported.read_bytes()[:-1])
     assert command(work, "check", "1").code == 1
@@ -232,13 +234,19 @@ def test_an_export_is_entered_and_checked(made: Path, work: Path) -> None:
     ledger.close()
 
 
-def test_an_export_is_not_entered_into_a_record_that_changed(work: Path) -> None:
+def test_an_export_is_not_entered_into_a_list_that_changed(work: Path) -> None:
     ledger = Ledger(work / "runs")
-    record = work / "runs/1/run.json"
-    record.write_text(record.read_text().replace('"seed": 0', '"seed": 1'))
-    with pytest.raises(UserError, match=r"^run 1: run.json is not the file that it wrote, so a.onnx was written and not entered there$"):
-        enlist(1, ledger, work / "runs/1/a.onnx")
-    assert next(iter(examine(ledger.run(1), ledger))).verdict == "changed"
+    file, exports = work / "runs/1/a.onnx", work / "runs/1/exports.json"
+    for content in (b"a", b"b"):
+        file.write_bytes(content)
+        enlist(1, ledger, file)
+        assert [found.verdict for found in examine(ledger.run(1), ledger)][-1] == "as written"
+    exports.write_text(exports.read_text().replace('"size": 1', '"size": 2'))
+    assert ("exports.json", "changed") in {(found.file, found.verdict) for found in examine(ledger.run(1), ledger)}
+    with pytest.raises(
+        UserError, match=r"^run 1: exports.json is not the file that was written, so a.onnx was written and not entered there$"
+    ):
+        enlist(1, ledger, file)
     ledger.close()
 
 

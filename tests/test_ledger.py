@@ -106,9 +106,10 @@ def test_runs_cannot_be_seen_before_they_are_claimed(ledger: Ledger) -> None:
 
 
 def test_a_claim_that_fails_takes_the_register_back(ledger: Ledger) -> None:
-    with ledger.lock(1), pytest.raises(UserError, match=f"is being trained by process {os.getpid()}; wait for it, or stop it"):
-        ledger.register([row()], lambda numbers: ledger.lock(numbers[0]).__enter__())
+    with ledger.lock(7), pytest.raises(UserError, match=f"is being trained by process {os.getpid()}; wait for it, or stop it"):
+        ledger.register([row()], lambda _: ledger.lock(7).__enter__())
     assert ledger.runs() == []
+    assert [path.name for path in ledger.folder.iterdir() if path.is_dir()] == ["7"]
 
 
 def test_reopening_forgets_what_comes_after_the_checkpoint(ledger: Ledger) -> None:

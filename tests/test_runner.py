@@ -48,7 +48,13 @@ def test_a_run_leaves_its_row_its_curve_and_its_files(ledger: Ledger, small_npz:
     assert (curve[-1].correct, curve[-1].images) == (done.correct, 150)
     assert done.best_correct == max(epoch.correct or 0 for epoch in curve)
     folder = ledger.run_folder(done.no)
-    assert sorted(path.name for path in folder.iterdir()) == [".lock", "predictions.npz", "run.json", "student.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        ".lock",
+        "journal.jsonl",
+        "predictions.npz",
+        "run.json",
+        "student.safetensors",
+    ]
     assert json.loads((folder / "run.json").read_text())["correct"] == done.correct
 
 

@@ -47,6 +47,16 @@ def resume(no: int, runs: Folder) -> str:
     return command("resume", no, runs=runs)
 
 
+def resume_all(runs: Folder) -> str:
+    """Goes on with every run of a folder that was cut off."""
+    return command("resume", runs=runs)
+
+
+def rebuild(runs: Folder) -> str:
+    """Makes a folder's ledger again from the folders of its runs."""
+    return command("ledger", "rebuild", runs=runs)
+
+
 def demo(runs: Folder) -> str:
     """Trains the demo's runs into a folder; by itself it takes a temporary one."""
     return command("demo", "--runs", os.fspath(runs))

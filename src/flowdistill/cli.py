@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 import signal
@@ -35,6 +36,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Distil a small network from a large one, measure it, tabulate it.",
 )
+
+
+LAST = 100  # runs that are listed unless more are asked for
 
 
 class TableFormat(StrEnum):
@@ -473,16 +477,17 @@ def table(
     """The log of finished runs, or their summary."""
     wanted = {"method": method and _in_full(method), "dataset": dataset, "student": student, "teacher": teacher}
     only = {key: stored(model_name(value)) for key, value in wanted.items() if value is not None}
-    ledger = Ledger(runs)
+    listed = Ledger(runs).listing()
+    gc.freeze()  # a hundred thousand rows are no garbage, and looking through them again and again takes as long as the rest
     for key, value in only.items():
         trust.name(value)
-        _refuse_unknown(key, value, {getattr(run, key) for run in ledger.runs()})
-    found = ledger.runs(**only)
+        _refuse_unknown(key, value, {getattr(run, key) for run in listed})
+    found = [run for run in listed if all(getattr(run, key) == value for key, value in only.items())]
     if not any(tables.read(run, protocol.value) for run in found) and format_.value in ("table", "md"):
         talk.say(f"no finished runs here for --protocol {protocol.value} and these filters; {advice.list_runs(runs)} lists all")
         return 0
     if summary:
-        talk.answer(tables.summary_table(ledger.runs(), protocol.value, format_.value, only))
+        talk.answer(tables.summary_table(listed, protocol.value, format_.value, only))
     else:
         talk.answer(tables.log_table(found, protocol.value, format_.value))
     return 0
@@ -509,10 +514,36 @@ def _refuse_unknown(key: str, value: str, here: set[str]) -> None:
 
 
 @app.command("runs")
-def runs_(format_: FormatOption = TableFormat.table, runs: RunsOption = Path("runs")) -> int:
-    """Every run of the ledger, whatever became of it."""
-    talk.answer(pages.runs_list(Ledger(runs).runs(), format_.value))
+def runs_(
+    last: Annotated[int, typer.Option(min=1, help="How many, the newest.")] = LAST,
+    all_: Annotated[bool, typer.Option("--all", help="All there are.")] = False,
+    format_: FormatOption = TableFormat.table,
+    runs: RunsOption = Path("runs"),
+) -> int:
+    """The last runs of the ledger, whatever became of them."""
+    ledger = Ledger(runs)
+    there, listed = ledger.count(), ledger.listing(None if all_ else last)
+    talk.answer(pages.runs_list(listed, format_.value))
+    if there > len(listed):
+        talk.say(f"the last {len(listed):,} of {there:,} runs; --last N shows more, --all all")
     return 0
+
+
+ledger_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The ledger itself, the file ledger.db.")
+app.add_typer(ledger_app, name="ledger")
+
+
+@ledger_app.command()
+def rebuild(format_: FormatOption = TableFormat.table, runs: RunsOption = Path("runs")) -> int:
+    """Make a ledger that is gone or damaged again, from the folders of its runs. The old file is kept beside it."""
+    from .ledger.rebuild import Entered
+    from .ledger.rebuild import rebuild as make_again
+
+    entered, kept = make_again(runs)
+    print(tables.render([one._asdict() for one in entered], format_.value, Entered._fields))
+    if kept:
+        Changes().tell(f"the old ledger is kept as {kept}")
+    return 1 if any(one.status == "left alone" for one in entered) else 0
 
 
 @app.command()
@@ -561,11 +592,14 @@ def check(
     runs: RunsOption = Path("runs"),
 ) -> int:
     """Whether every file of the runs is the one that was written: size and SHA-256 against the record, and that against the ledger."""
+    from .ledger import NAME
     from .runner.integrity import Finding, examine
 
     ledger = Ledger(runs)
-    wanted = ledger.runs() if run is None else [ledger.run(run)]
+    wanted = ledger.listing() if run is None else [ledger.run(run)]
     found = [finding for one in wanted for finding in examine(one, ledger)]
+    if run is None:
+        found += [Finding(no, NAME, "gone", "a folder of a run, and no row") for no in ledger.strangers()]
     talk.answer(tables.render([finding._asdict() for finding in found], format_.value, Finding._fields))
     return 0 if all(finding.sound for finding in found) else 1
 

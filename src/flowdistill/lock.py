@@ -60,9 +60,11 @@ os.register_at_fork(after_in_child=_let_go)
 def held(path: Path) -> bool:
     """Whether a living process has the lock."""
     try:
-        file = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
+        file = os.open(path, os.O_RDONLY)
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except PermissionError:
+        return True  # of somebody else, and nobody else can say that it is free
     try:
         return not _take(file, fcntl.LOCK_SH)
     finally:

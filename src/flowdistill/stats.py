@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -39,6 +40,9 @@ def sample_std(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
+_variance = functools.lru_cache(maxsize=10_000)(statistics.variance)  # exact, so slow, and one reference is compared with many
+
+
 def welch(values: Sequence[float], reference: Sequence[float]) -> Difference | None:
     """The difference of two groups by Welch's t interval; None when a group has fewer than three values.
 
@@ -47,7 +51,7 @@ def welch(values: Sequence[float], reference: Sequence[float]) -> Difference | N
     """
     if min(len(values), len(reference)) < LEAST_N:
         return None
-    parts = [statistics.variance(group) / len(group) for group in (values, reference)]
+    parts = [_variance(tuple(group)) / len(group) for group in (values, reference)]
     error = math.sqrt(sum(parts))
     value = statistics.fmean(values) - statistics.fmean(reference)
     if error == 0:

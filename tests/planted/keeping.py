@@ -128,7 +128,7 @@ def later_epochs_kept(self, numbers, epochs):
 
 
 @bug(Ledger, "_alive", test_ledger.test_a_running_run_without_its_lock_is_dead_and_its_cohort_with_it)
-def status_believed(self, run):
+def status_believed(self, home):
     """`running` as it stands on record, though its process was killed days ago."""
     return True
 

@@ -8,8 +8,10 @@ import json
 import math
 import re
 import statistics
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from rich.cells import cell_len, set_cell_size
@@ -53,12 +55,12 @@ class Group:
     runs: tuple[Run, ...]
     readings: tuple[Reading, ...]
 
-    @property
+    @cached_property
     def accuracies(self) -> list[float]:
         """Percent, one a run."""
         return [reading.accuracy for reading in self.readings]
 
-    @property
+    @cached_property
     def mean(self) -> float:
         """Mean of the listed runs."""
         return statistics.fmean(self.accuracies)
@@ -71,12 +73,12 @@ class Group:
 
 def group(runs: Sequence[Run], protocol: str) -> list[Group]:
     """Finished runs by student, teacher, data, method and fingerprint, in order of first number; of repeats the newest."""
-    found: dict[object, list[tuple[Run, Reading]]] = {}
-    for run in newest(run for run in runs if read(run, protocol)):
-        if reading := read(run, protocol):
-            key = (run.student, run.teacher, run.dataset, run.method, run.fingerprint)
-            found.setdefault(key, []).append((run, reading))
-    return [Group(tuple(run for run, _ in members), tuple(reading for _, reading in members)) for members in found.values()]
+    covered = [(run, reading) for run in runs if (reading := read(run, protocol))]
+    readings = {id(run): reading for run, reading in covered}  # numbers are of one ledger, and these may be of several
+    found: dict[object, list[Run]] = {}
+    for run in newest(run for run, _ in covered):
+        found.setdefault((run.student, run.teacher, run.dataset, run.method, run.fingerprint), []).append(run)
+    return [Group(tuple(members), tuple(readings[id(run)] for run in members)) for members in found.values()]
 
 
 def pair(run: Run) -> str:
@@ -105,29 +107,36 @@ def _display(model: str) -> str:
 def headings(groups: Sequence[Group]) -> list[str]:
     """``ResNet20>>20/Cifar10 (92.0)``, with what differs added where two groups would read alike."""
     plain = [f"{pair(group.first)}/{group.first.dataset[:1].upper()}{group.first.dataset[1:]}" for group in groups]
-    found = []
+    methods, variants = defaultdict[str, set[str]](set), defaultdict[tuple[str, str], set[str]](set)
     for group_, name in zip(groups, plain, strict=True):
-        alike = [other for other, other_name in zip(groups, plain, strict=True) if other_name == name]
-        notes = [group_.first.method] if len({other.first.method for other in alike}) > 1 else []
-        notes += _notes(group_.first, [other.first for other in alike if other.first.method == group_.first.method])
-        found.append(" ".join([name, *([", ".join(notes)] if notes else [])]))
-    found = [
-        f"{name} fingerprint {g.first.fingerprint[:8]}" if found.count(name) > 1 else name for name, g in zip(found, groups, strict=True)
-    ]
+        methods[name].add(group_.first.method)
+        variants[name, group_.first.method].add(group_.first.variant)
+    alike = [(name, g.first.method, g.first.variant) for g, name in zip(groups, plain, strict=True)]
+    keys, found = _differing([g.first for g in groups], alike), []
+    for group_, name, differs in zip(groups, plain, keys, strict=True):
+        run = group_.first
+        notes = [run.method] if len(methods[name]) > 1 else []
+        notes += [run.variant or "defaults"] if len(variants[name, run.method]) > 1 else []
+        found.append(" ".join([name, *([", ".join([*notes, *differs])] if notes or differs else [])]))
+    times = Counter(found)
+    found = [f"{name} fingerprint {g.first.fingerprint[:8]}" if times[name] > 1 else name for name, g in zip(found, groups, strict=True)]
     return [f"{name} ({group_.mean:.1f})" for name, group_ in zip(found, groups, strict=True)]
 
 
-def _notes(run: Run, among: Sequence[Run]) -> list[str]:
-    """What tells a run from others of its method, pair and data: its variant, then its recipe."""
-    variants = {other.variant for other in among}
-    keys = _differing(run, [other for other in among if other.variant == run.variant])
-    return [run.variant or "defaults", *keys] if len(variants) > 1 else keys
+def _differing(runs: Sequence[Run], alike: Sequence[object]) -> list[list[str]]:
+    """For each run the keys of its config, with their values, in which the runs that are ``alike`` differ from each other."""
+    flat = [flattened(run.config) for run in runs]
+    among = defaultdict[object, list[dict[str, Any]]](list)
+    for own, kind in zip(flat, alike, strict=True):
+        among[kind].append(own)
+    keys = {kind: _several(members) for kind, members in among.items()}
+    return [[f"{key}={own.get(key)}" for key in keys[kind]] for own, kind in zip(flat, alike, strict=True)]
 
 
-def _differing(run: Run, among: Sequence[Run]) -> list[str]:
-    flat = [flattened(other.config) for other in among]
-    mine, keys = flattened(run.config), {key for values in flat for key in values} - {"seed", "data.root"}
-    return [f"{key}={mine.get(key)}" for key in sorted(keys) if len({json.dumps(values.get(key)) for values in flat}) > 1]
+def _several(flat: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys that have several values."""
+    keys = {key for values in flat for key in values} - {"seed", "data.root"}
+    return sorted(key for key in keys if len({repr(values.get(key)) for values in flat}) > 1)
 
 
 def log_rows(group_: Group) -> list[Row]:
@@ -195,9 +204,9 @@ def summary_rows(runs: Sequence[Run], protocol: str, only: Mapping[str, str] | N
     groups = group(runs, protocol)
     bases = {baseline_key(g.first): g for g in reversed(groups) if is_baseline(g.first)}
     shown = [g for g in groups if all(getattr(g.first, column) == value for column, value in (only or {}).items())]
+    alike = [(g.first.method, g.first.variant, pair(g.first), g.first.dataset) for g in shown]
     rows = []
-    for group_ in shown:
-        alike = [g.first for g in shown if (g.first.method, g.first.variant, pair(g.first)) == _row_key(group_.first)]
+    for group_, differs in zip(shown, _differing([g.first for g in shown], alike), strict=True):
         base = None if is_baseline(group_.first) else bases.get(baseline_key(group_.first))
         reference = base.accuracies if base else []
         rows.append(
@@ -212,7 +221,7 @@ def summary_rows(runs: Sequence[Run], protocol: str, only: Mapping[str, str] | N
                 "batch_size": group_.first.batch_size,
                 "precision": group_.first.precision,
                 "fingerprint": group_.first.fingerprint,
-                "differs": ", ".join(_differing(group_.first, [run for run in alike if run.dataset == group_.first.dataset])),
+                "differs": ", ".join(differs),
                 "mean": group_.mean,
                 "std": sample_std(group_.accuracies),
                 "n": len(group_.runs),
@@ -225,10 +234,6 @@ def summary_rows(runs: Sequence[Run], protocol: str, only: Mapping[str, str] | N
             }
         )
     return rows
-
-
-def _row_key(run: Run) -> tuple[str, str, str]:
-    return run.method, run.variant, pair(run)
 
 
 SUMMARY_COLUMNS = ("method", "variant", "pair", "dataset", "nepoch", "acc (n)", "to base", "95 % interval", "detectable", "teacher")

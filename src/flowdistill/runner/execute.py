@@ -8,6 +8,7 @@ import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,6 +49,7 @@ def run(
     Raises:
         UserError: a config that can't be run; nothing was trained then.
     """
+    ledger.refuse_unwritable()
     watcher, started = watcher or Watcher(), time.perf_counter()
     jobs = plan(configs, ledger, device)
     todo = {job.key: job for job in jobs}
@@ -71,13 +73,21 @@ def run(
             check_start(cohort, members, watcher)
     for home in homes:
         _resume_cohort(home, ledger, device, watcher, workers)
-    with determinism(deterministic), threads(sensible_threads()):
-        for cohort, members in prepared:
-            _begin_cohort(cohort, members, ledger, device, watcher, time.perf_counter() - started)
-            started = time.perf_counter()
+    try:
+        with determinism(deterministic), threads(sensible_threads()):
+            for cohort, members in prepared:
+                _begin_cohort(cohort, members, ledger, device, watcher, time.perf_counter() - started, again=again)
+                started = time.perf_counter()
+    except _TakenError:  # another process began one meanwhile: what it trains is refused, what it finished is skipped
+        how: dict[str, Any] = {"deterministic": deterministic, "engine": engine, "workers": workers, "watcher": watcher}
+        return run(configs, ledger, device, **how)
     numbers = {key: found.no for key, found in known.items()}
     numbers |= {member.job.key: member.no for _, members in prepared for member in members}
     return [ledger.run(numbers[job.key]) for job in jobs]
+
+
+class _TakenError(Exception):
+    """Another process began, since it was planned, what is about to begin."""
 
 
 def resume(
@@ -88,6 +98,7 @@ def resume(
     Raises:
         UserError: that run is not cut off, or something that its numbers depend on has changed since.
     """
+    ledger.refuse_unwritable()
     watcher = watcher or Watcher()
     found = [one for one in ledger.runs() if one.cut_off] if no is None else [_cut_off(ledger.run(no))]
     homes = dict.fromkeys(one.home for one in found)
@@ -141,11 +152,27 @@ def _unfinished(home: int, ledger: Ledger) -> list[Run]:
 
 
 def _begin_cohort(
-    cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: torch.device, watcher: Watcher, setup_seconds: float
+    cohort: Cohort,
+    members: Sequence[Member],
+    ledger: Ledger,
+    device: torch.device,
+    watcher: Watcher,
+    setup_seconds: float,
+    *,
+    again: bool,
 ) -> None:
+    """Register a cohort and train it.
+
+    Raises:
+        _TakenError: another process registered one of its runs since they were planned.
+    """
     common = {"cohort_size": len(members), "device": describe(device), "threads": torch.get_num_threads(), "setup_seconds": setup_seconds}
     common["engine"] = cohort.engine.name
     with contextlib.ExitStack() as stack:
+
+        def refuse_taken() -> None:
+            if not again and any(before(member.job, ledger) for member in members):
+                raise _TakenError
 
         def claim(numbers: Sequence[int]) -> None:
             stack.enter_context(ledger.lock(numbers[0]))
@@ -153,8 +180,7 @@ def _begin_cohort(
             for member, no in zip(members, numbers, strict=True):
                 member.no = no
 
-        home, *_ = ledger.register([row(member) | common for member in members], claim)
-        checkpoint.clear(ledger.run_folder(home))  # of a ledger that was deleted
+        home, *_ = ledger.register([row(member) | common for member in members], claim, refuse_taken)
         _train(cohort, members, ledger, device, watcher, home)
 
 
@@ -224,7 +250,12 @@ def _train(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: to
             if cohort.engine is not engine:
                 engine = cohort.engine
                 watcher.say(f"{_numbers(members)}: {engine.name} engine instead: {engine.why}")
-            reports, late = record_epoch(report, cohort, members, ledger, watcher), time.monotonic() - last >= CHECKPOINT_SECONDS
+            try:
+                reports = record_epoch(report, cohort, members, ledger, watcher)
+            except (UserError, sqlite3.Error):  # the ledger fails, and the runs' folders have the epoch
+                _save(cohort, members, folder, watcher)
+                raise
+            late = time.monotonic() - last >= CHECKPOINT_SECONDS
             if late:
                 _save(cohort, members, folder, watcher)
                 last = time.monotonic()

@@ -13,14 +13,15 @@ from .. import models
 from ..checks import Changes, UserError
 from ..config import SEAL, record_seal
 from ..env import versions
-from ..ledger import Ledger, Run
+from ..ledger import DAMAGED, EXPORTS, NAME, RECORD, Ledger, Run, files_of, sealed
+from ..ledger import PREDICTIONS as PREDICTIONS
+from ..ledger import STUDENT_FILE as STUDENT_FILE
 from ..models.code import file_hash
 from ..models.probe import Answers, difference, probe
 from ..taps import DataSpec
 from ..training import checkpoint
 from ..training.weights import Weights, fill, hash_weights, load_weights, write_whole
 
-STUDENT_FILE, RECORD, PREDICTIONS = "student.safetensors", "run.json", "predictions.npz"
 OWN = (STUDENT_FILE, PREDICTIONS, RECORD)  # what every finished run has; what is exported comes beside it
 
 Verdict = Literal["as written", "changed", "gone", "not verified"]
@@ -47,9 +48,12 @@ def listed(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def write_record(folder: Path, record: dict[str, Any]) -> str:
     """Write ``run.json`` with a seal, for it is read as a config too; its hash."""
-    sealed = record | {SEAL: record_seal(record)}
-    write_whole(folder / RECORD, (json.dumps(sealed, indent=2) + "\n").encode())
+    _write_sealed(folder / RECORD, record)
     return file_hash(folder / RECORD)
+
+
+def _write_sealed(path: Path, record: dict[str, Any]) -> None:
+    write_whole(path, (json.dumps(record | {SEAL: record_seal(record)}, indent=2) + "\n").encode())
 
 
 def examine(run: Run, ledger: Ledger, only: Sequence[str] = ()) -> list[Finding]:
@@ -60,6 +64,9 @@ def examine(run: Run, ledger: Ledger, only: Sequence[str] = ()) -> list[Finding]
 
 
 def _examined(run: Run, folder: Path, ledger: Ledger, only: Sequence[str]) -> Iterator[Finding]:
+    if run.status == DAMAGED:
+        yield Finding(run.no, NAME, "changed", run.error)
+        return
     if run.status != "finished":
         yield from _of_checkpoint(run, ledger)
         return
@@ -75,16 +82,31 @@ def _examined(run: Run, folder: Path, ledger: Ledger, only: Sequence[str]) -> It
         yield from _unlisted(run, folder)
         return
     yield Finding(run.no, RECORD, "as written")
-    for name, known in json.loads(record.read_bytes())["files"].items():
-        if only and name not in only:
-            continue
-        if not (folder / name).is_file():
-            if name not in OWN:
-                yield Finding(run.no, name, "gone")
-            continue
-        now = listed(folder, [name])[name]
-        told = f"{now['size']:,} bytes, SHA-256 {now['sha256'][:8]}, recorded {known['size']:,}, {known['sha256'][:8]}"
-        yield Finding(run.no, name, "as written") if now == known else Finding(run.no, name, "changed", told)
+    told, exports = sealed(record), folder / EXPORTS
+    if told is not None and (apart := _apart(run, told)):
+        yield Finding(run.no, NAME, "changed", apart)
+    exported = sealed(exports) if exports.is_file() else None
+    if exports.is_file():
+        yield Finding(run.no, EXPORTS, "changed", "its seal") if exported is None else Finding(run.no, EXPORTS, "as written")
+    for name, known in (files_of(told) | files_of(exported)).items():
+        if (not only or name in only) and ((folder / name).is_file() or name not in OWN):
+            yield _compared(run, folder, name, known)
+
+
+def _compared(run: Run, folder: Path, name: str, known: Any) -> Finding:
+    if not (folder / name).is_file():
+        return Finding(run.no, name, "gone")
+    now = listed(folder, [name])[name]
+    if now == known:
+        return Finding(run.no, name, "as written")
+    recorded = "" if not isinstance(known, Mapping) else f", recorded {known.get('size'):,}, {str(known.get('sha256'))[:8]}"
+    return Finding(run.no, name, "changed", f"{now['size']:,} bytes, SHA-256 {now['sha256'][:8]}{recorded}")
+
+
+def _apart(run: Run, told: Mapping[str, Any]) -> str:
+    """In what figures a row of the ledger is not what the run's record says; else empty."""
+    names = ("fingerprint", "seed", "correct", "images", "epoch", "best_correct", "best_epoch", "weights_hash")
+    return ", ".join(f"{name} {getattr(run, name)}, {RECORD} says {told[name]}" for name in names if told.get(name) != getattr(run, name))
 
 
 def _unlisted(run: Run, folder: Path) -> Iterator[Finding]:
@@ -134,23 +156,19 @@ def missing(run: Run, ledger: Ledger) -> str:
 
 
 def enlist(no: int, ledger: Ledger, file: Path) -> None:
-    """Add a file in a run's folder to those that its record lists.
+    """Add a file in a run's folder to those that were exported there, which are listed apart: the run's own record stays as it is.
 
     Raises:
-        UserError: the record is not the one that the run wrote.
+        UserError: that list is not the one that was written.
     """
     run, folder = ledger.run(no), ledger.run_folder(no)
     if run.record_hash is None or file.resolve().parent != folder.resolve():
         return
-
-    def write() -> str:
-        if file_hash(folder / RECORD) != ledger.run(no).record_hash:
-            raise UserError(f"run {no}: {RECORD} is not the file that it wrote, so {file.name} was written and not entered there")
-        record = json.loads((folder / RECORD).read_bytes())
-        record["files"] |= listed(folder, [file.name])
-        return write_record(folder, record)
-
-    ledger.write_record(no, write)
+    with ledger.alone():
+        before = sealed(folder / EXPORTS) if (folder / EXPORTS).is_file() else {}
+        if before is None:
+            raise UserError(f"run {no}: {EXPORTS} is not the file that was written, so {file.name} was written and not entered there")
+        _write_sealed(folder / EXPORTS, {"files": files_of(before) | listed(folder, [file.name])})
 
 
 def answers(model: str, sizes: DataSpec, weights: Weights) -> Answers:

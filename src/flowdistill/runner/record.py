@@ -14,7 +14,7 @@ import torch
 from ..data.supply import Supply
 from ..device import describe, peak_memory
 from ..env import processor, versions
-from ..ledger import Epoch, Ledger, Run
+from ..ledger import JOURNAL, Epoch, Ledger, Run
 from ..models import Network
 from ..training.cohort import Cohort, EpochReport
 from ..training.evaluate import Evaluation, evaluate
@@ -125,7 +125,7 @@ def finish(member: Member, cohort: Cohort, ledger: Ledger, device: torch.device)
         best = max(curve, key=lambda epoch: (epoch.correct or 0, -epoch.epoch))
         values |= {"best_epoch": best.epoch, "best_correct": best.correct}
     record = dataclasses.asdict(ledger.run(member.no)) | values | {"status": "finished", "about": about}
-    record |= {"files": listed(folder, (STUDENT_FILE, PREDICTIONS))}
+    record |= {"files": listed(folder, (STUDENT_FILE, PREDICTIONS, JOURNAL))}
     del record["record_hash"]
     ledger.write_record(member.no, lambda: write_record(folder, record), status="finished", **values)
 

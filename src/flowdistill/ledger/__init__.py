@@ -1,0 +1,30 @@
+"""The ledger: one SQLite row a run, one an epoch. Torch-free, so that listing is instant."""
+
+from .compare import MAY_DIFFER, baseline_key, flattened, is_baseline, newest
+from .folders import EXPORTS, JOURNAL, PREDICTIONS, RECORD, STUDENT_FILE, files_of, sealed
+from .rows import COLUMNS, DAMAGED, Epoch, Run, stored
+from .schema import MIGRATIONS
+from .store import NAME, Ledger
+
+__all__ = [
+    "COLUMNS",
+    "DAMAGED",
+    "EXPORTS",
+    "JOURNAL",
+    "MAY_DIFFER",
+    "MIGRATIONS",
+    "NAME",
+    "PREDICTIONS",
+    "RECORD",
+    "STUDENT_FILE",
+    "Epoch",
+    "Ledger",
+    "Run",
+    "baseline_key",
+    "files_of",
+    "flattened",
+    "is_baseline",
+    "newest",
+    "sealed",
+    "stored",
+]

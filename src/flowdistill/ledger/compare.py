@@ -1,0 +1,68 @@
+"""Which runs may be compared, and of repeats which one counts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..checks import UserError
+from ..config import validate
+from .rows import Run
+
+
+def newest(runs: Iterable[Run]) -> list[Run]:
+    """Of runs that repeat one fingerprint and seed, only the last."""
+    by_key = {(run.fingerprint, run.seed): run for run in sorted(runs, key=lambda run: run.no)}
+    return sorted(by_key.values(), key=lambda run: run.no)
+
+
+MAY_DIFFER: Mapping[str, str] = {
+    "method": "what is compared",
+    "options": "of the method",
+    "weights": "of the method's terms; the task has weight 1 in a base run",
+    "teacher": "a base run has none",
+    "taps": "maps that methods look at; a base run looks at none",
+    "inputs.teacher": "images of a network that a base run has not",
+    "peer": "the other student of a method; a base run has none",
+    "side": "which of two students it is",
+    "seed": "means are over seeds",
+    "init_from": "what it began from is part of what is compared",
+    "train.freeze": "likewise what of it is trained",
+    "data.unlabelled": "images that a base run can't use",
+    "data.name": "where the data lie; the hash of the data says what they are",
+    "data.root": "likewise",
+    "data.skip_broken": "likewise: which files were left out",
+    "student": "how it was named; the model, its first weights and its code are compared",
+}
+"""Key of a RunConfig -> why students may differ in it from the ``base`` runs that they are compared with. In all others they agree."""
+_MAY_DIFFER = tuple(f"{key}." for key in MAY_DIFFER)
+
+
+def baseline_key(run: Run) -> str:
+    """What a run has in common with the ``base`` runs that it is compared with: all of its resolved config but ``MAY_DIFFER``, and what
+    student, code and data were.
+    """
+    try:
+        config = validate(run.config).model_dump(mode="json")  # with the keys that have come since
+    except UserError:
+        config = run.config
+    alike = {key: value for key, value in flattened(config).items() if not f"{key}.".startswith(_MAY_DIFFER)}
+    network = (run.networks or {}).get("student", {})
+    made = [run.student, run.student_fingerprint, network.get("made_of", ""), network.get("number", 0)]
+    return json.dumps([made, run.data_hash, alike], sort_keys=True)
+
+
+def is_baseline(run: Run) -> bool:
+    """Whether others are compared with a run: trained from fresh weights, all of them, on the labels alone, at weight 1."""
+    own = run.config
+    plain = own.get("init_from") is None and not own["train"].get("freeze") and own.get("weights", {}).get("task", 1.0) == 1.0
+    return run.method == "base" and plain
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, with dotted keys; an empty table is nothing."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

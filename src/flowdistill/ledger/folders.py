@@ -1,0 +1,111 @@
+"""A run's folder: it holds all that the ledger says of the run, so that a ledger that is lost can be made again from the folders.
+
+A run that began has a journal: its row, then a line for every epoch and every change. A finished one has its row in ``run.json`` too, which
+lists its files, the journal among them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import SEAL, record_seal
+
+STUDENT_FILE, RECORD, PREDICTIONS = "student.safetensors", "run.json", "predictions.npz"
+JOURNAL, EXPORTS, LOCK_FILE = "journal.jsonl", "exports.json", ".lock"
+_TRACES = re.compile(r"student\.safetensors|run\.json|predictions\.npz|journal\.jsonl|checkpoint.*\.safetensors")
+_NUMBER = re.compile(r"[1-9][0-9]{0,17}")
+
+
+def numbers(folder: Path) -> list[int]:
+    """What below a folder of runs has a number for a name, whatever it is; in order."""
+    try:
+        return sorted(int(entry.name) for entry in os.scandir(folder) if _NUMBER.fullmatch(entry.name))
+    except OSError:
+        return []
+
+
+def runs_in(folder: Path) -> Iterator[int]:
+    """The numbers of the folders that a run left something in, in order."""
+    for no in numbers(folder):
+        try:
+            if any(_TRACES.fullmatch(name) for name in os.listdir(folder / str(no))):
+                yield no
+        except OSError:  # a file of that name, or a folder that may not be read
+            continue
+
+
+def sealed(path: Path) -> dict[str, Any] | None:
+    """What a file says that its writer sealed; one of version 0.1.0, which has no seal, says it too. None where it is not what was written.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    try:
+        told = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(told, dict) or ({SEAL, "files"} & told.keys() and told.get(SEAL) != record_seal(told)):
+        return None
+    return told
+
+
+def files_of(told: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The files that such a record lists, by name; they lie beside it."""
+    files = (told or {}).get("files")
+    return {name: known for name, known in files.items() if Path(name).name == name} if isinstance(files, dict) else {}
+
+
+@dataclass
+class Journal:
+    """What a journal says: the row with its later changes, the curve by epoch, and how many lines could not be read."""
+
+    row: dict[str, Any] = field(default_factory=dict)
+    curve: dict[int, dict[str, Any]] = field(default_factory=dict)
+    unread: int = 0
+
+
+def note(folder: Path, **what: Any) -> None:
+    """Add a line to a run's journal. The line break comes first: it also ends a line that a full disk cut off.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    told = json.dumps(what)
+    with open(folder / JOURNAL, "ab") as file:
+        file.write(f"\n{zlib.crc32(told.encode()):08x} {told}".encode())
+
+
+def read_journal(folder: Path) -> Journal:
+    """A run's journal; without one, or where nothing of it can be read, an empty one."""
+    found = Journal()
+    try:
+        lines = (folder / JOURNAL).read_bytes().split(b"\n")
+    except OSError:
+        return found
+    for line in filter(None, lines):
+        match _said(line):
+            case {"epoch": {"epoch": int(number)} as epoch}:
+                found.curve[number] = epoch
+            case {"reopened": int(done)}:
+                found.curve = {number: epoch for number, epoch in found.curve.items() if number <= done}
+            case {"row": dict(values)}:
+                found.row |= values
+            case _:
+                found.unread += 1
+    return found
+
+
+def _said(line: bytes) -> Any:
+    """What a line says; None where it is not what was written."""
+    sum_, _, told = line.partition(b" ")
+    try:
+        return json.loads(told) if sum_ == f"{zlib.crc32(told):08x}".encode() else None
+    except (ValueError, RecursionError):
+        return None

@@ -1,0 +1,223 @@
+"""A ledger made again from the folders of its runs, with what can still be read of the old one, which is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..checks import UserError, first_line
+from ..config import SEAL
+from ..lock import held
+from . import folders
+from .rows import DAMAGED, RUN, Epoch, Run, encoded, epoch_of, insert, run_of
+from .schema import migrate
+from .store import COMPANIONS, NAME, connect, snapshot
+
+SINCE = {"cohort": None, "threads": None, "resumed": 0, "networks": None, "record_hash": None}  # columns that records of 0.1.0 lack
+
+
+class Entered(NamedTuple):
+    """What became of a run.
+
+    Attributes:
+        status: as the ledger has it now; ``left alone``: nothing says what the run was.
+        source: where its row comes from.
+        remark: what is missing, or why.
+    """
+
+    run: int
+    status: str
+    source: str
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A run that can be entered."""
+
+    run: Run
+    curve: tuple[Epoch, ...]
+    source: str
+    remark: str = ""
+
+
+def rebuild(folder: Path) -> tuple[list[Entered], Path | None]:
+    """Make the ledger of a folder again; what became of each run, and where the old ledger is kept, if there was a file.
+
+    What a run's folder says wins over the old ledger. That is asked for runs whose folder says nothing, and for curves that it lacks.
+
+    Raises:
+        UserError: a process trains there, or there is nothing to make a ledger of, or a newer version made the old one.
+        OSError: it can't be written.
+    """
+    path = folder / NAME
+    numbers = folders.numbers(folder)
+    for no in numbers:
+        if held(folder / str(no) / folders.LOCK_FILE):
+            raise UserError(
+                f"run {no} in {folder} is being trained by another process; wait for it, or stop it, and give the command again"
+            )
+    old, unread = _old(path, numbers)
+    found = [_merged(folder, no, old.get(no), unread) for no in sorted({*old, *folders.runs_in(folder)})]
+    known = [one for one in found if isinstance(one, _Known)]
+    if not known:
+        raise UserError(f"no folder in {folder} says what its run was; there is nothing to make a ledger of")
+    kept = _put(path, known)
+    return [one if isinstance(one, Entered) else Entered(one.run.no, one.run.status, one.source, one.remark) for one in found], kept
+
+
+def _merged(folder: Path, no: int, old: _Known | None, unread: str) -> _Known | Entered:
+    """What is known of a run: by its folder, or else by the old ledger."""
+    try:
+        own = _of_folder(folder / str(no), no)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or first_line(error)
+        if old is None:
+            return Entered(no, "left alone", "", f"{why}{'; the old ledger: ' + unread if unread else ''}")
+        return replace(old, remark=f"{why}")
+    if old is None:
+        return own
+    if _identity(old.run) != _identity(own.run):
+        return replace(own, remark="; ".join(filter(None, [own.remark, "the old ledger had another run under this number"])))
+    if not own.curve and old.curve:
+        return replace(own, curve=old.curve, remark="its curve is the old ledger's")
+    return own
+
+
+def _identity(run: Run) -> tuple[str, int, str]:
+    return run.fingerprint, run.seed, run.started
+
+
+def _of_folder(folder: Path, no: int) -> _Known:
+    """What a run's folder says of it. Where it was taken up again after it had finished, the journal is the newer of the two.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it does not say what the run was; why.
+    """
+    journal = folders.read_journal(folder)
+    remarks = [f"{journal.unread} lines of {folders.JOURNAL} can't be read"] * bool(journal.unread)
+    curve = tuple(_epochs(journal.curve.values(), remarks))
+    why, begun = f"there is no {folders.RECORD} and no {folders.JOURNAL} that says what it was", None
+    if journal.row:
+        begun = run_of(encoded(_complete(journal.row)))
+        why = begun.error if begun.status == DAMAGED else _misplaced(begun, no, folders.JOURNAL)
+        begun = None if why else begun
+    if (folder / folders.RECORD).is_file():
+        done, told = _recorded(folder / folders.RECORD)
+        why = _misplaced(done, no, folders.RECORD) if done else told
+        if done and not why and (begun is None or begun.resumed <= done.resumed):
+            if not journal.row:
+                remarks.append(f"no curve: an older version wrote it, without {folders.JOURNAL}")
+            return _Known(done, curve, folders.RECORD, "; ".join(remarks))
+    if begun is None:
+        raise ValueError(why)
+    if len(curve) != max((epoch.epoch for epoch in curve), default=0):
+        remarks.append("epochs are missing")
+    return _Known(begun, curve, folders.JOURNAL, "; ".join(remarks))
+
+
+def _recorded(path: Path) -> tuple[Run | None, str]:
+    """The finished run that a ``run.json`` tells of, or why it can't be believed."""
+    told = folders.sealed(path)
+    if told is None:
+        return None, f"{path.name} is not what was written"
+    content = path.read_bytes()
+    hashed = hashlib.sha256(content).hexdigest() if SEAL in told else None
+    run = run_of(encoded(_complete(told) | {"record_hash": hashed}))
+    return (None, f"{path.name}: {run.error}") if run.status == DAMAGED else (run, "")
+
+
+def _misplaced(run: Run, no: int, name: str) -> str:
+    return "" if run.no == no else f"its {name} is of run {run.no}"
+
+
+def _complete(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with every column; one that is not told is None."""
+    return {name: values.get(name, SINCE.get(name)) for name in RUN}
+
+
+def _epochs(rows: Iterable[Mapping[str, Any]], remarks: list[str]) -> Iterator[Epoch]:
+    for row in rows:
+        try:
+            yield epoch_of(encoded({name: row.get(name) for name in Epoch.__dataclass_fields__}))
+        except ValueError as error:
+            remarks.append(f"an epoch is left out ({error})")
+
+
+def _old(path: Path, numbers: Iterable[int]) -> tuple[dict[int, _Known], str]:
+    """What can still be read of the old ledger, by number, and why not all of it. One that holds more than a ledger is not read at all.
+
+    Raises:
+        UserError: a newer version made it.
+    """
+    if not path.is_file() or not path.stat().st_size:
+        return {}, ""
+    try:
+        db = snapshot(path)
+    except (sqlite3.Error, OSError) as error:
+        return {}, str(error)
+    with closing(db):
+        there, why = _numbers(db)
+        return {no: known for no in sorted({*numbers, *there}) if (known := _of_old(db, no))}, why
+
+
+def _numbers(db: sqlite3.Connection) -> tuple[list[int], str]:
+    found = []
+    try:
+        for (no,) in db.execute("SELECT no FROM runs"):
+            found.append(no)
+    except sqlite3.Error as error:
+        return found, str(error)
+    return found, ""
+
+
+def _of_old(db: sqlite3.Connection, no: int) -> _Known | None:
+    try:
+        row = db.execute("SELECT * FROM runs WHERE no = ?", (no,)).fetchone()
+        if row is None or (run := run_of(row)).status == DAMAGED:
+            return None
+    except sqlite3.Error:
+        return None
+    curve: list[Epoch] = []
+    with contextlib.suppress(sqlite3.Error, ValueError):
+        curve += map(epoch_of, db.execute("SELECT * FROM epochs WHERE run = ? ORDER BY epoch", (no,)))
+    return _Known(run, tuple(curve), "the old ledger")
+
+
+def _put(path: Path, known: Iterable[_Known]) -> Path | None:
+    """Write the new ledger whole, then put it in the place of the old one; where that is kept."""
+    draft = path.with_name(f".{NAME}.{os.getpid()}")
+    draft.unlink(missing_ok=True)
+    try:
+        with closing(connect(draft)) as db:
+            db.execute("BEGIN")
+            migrate(db)
+            for one in known:
+                db.execute(*insert("runs", vars(one.run)))
+                for epoch in one.curve:
+                    db.execute(*insert("epochs", {"run": one.run.no, **vars(epoch)}))
+            db.execute("COMMIT")
+        kept = _kept(path)
+        for end in (*COMPANIONS[1:], COMPANIONS[0]):
+            if kept and os.path.lexists(f"{path}{end}"):
+                Path(f"{path}{end}").rename(f"{kept}{end}")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return kept
+
+
+def _kept(path: Path) -> Path | None:
+    """A name that is free for the old ledger; None where there is none to keep."""
+    if not any(os.path.lexists(f"{path}{end}") for end in COMPANIONS):
+        return None
+    names = (path.with_name(f"{NAME}.old{f'-{again}' if again else ''}") for again in range(1_000_000))
+    return next(name for name in names if not any(os.path.lexists(f"{name}{end}") for end in COMPANIONS))

@@ -1,0 +1,236 @@
+"""A row of each table: what goes in, what comes out, and what is wrong with one that is damaged."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+STATUSES = ("running", "finished", "failed", "interrupted")  # as they are recorded
+DEAD, DAMAGED = "dead", "damaged"  # as they are read: running by nobody; a row that does not say what a row must
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row of the ledger; the columns are explained in the schema above."""
+
+    no: int
+    status: str
+    error: str
+    method: str
+    variant: str
+    dataset: str
+    data_hash: str
+    student: str
+    student_fingerprint: str
+    teacher: str
+    teacher_run: int | None
+    teacher_fingerprint: str
+    teacher_accuracy: float | None
+    seed: int
+    split: str
+    fingerprint: str
+    config: dict[str, Any]
+    nepoch: int
+    lr: float
+    batch_size: int
+    precision: str
+    device: str
+    engine: str
+    deterministic: int
+    cohort_size: int
+    init_hash: str
+    parameters: int
+    versions: dict[str, str]
+    started: str
+    finished: str | None
+    epoch: int | None
+    correct: int | None
+    images: int | None
+    best_epoch: int | None
+    best_correct: int | None
+    setup_seconds: float | None
+    train_seconds: float | None
+    eval_seconds: float | None
+    images_per_second: float | None
+    peak_memory: int | None
+    weights_hash: str | None
+    cohort: int | None
+    threads: int | None
+    resumed: int
+    networks: dict[str, Any] | None
+    record_hash: str | None
+
+    @property
+    def accuracy(self) -> float | None:
+        """Percent of the test images that the shipped weights get right."""
+        return None if self.correct is None or not self.images else 100 * self.correct / self.images
+
+    @property
+    def home(self) -> int:
+        """The run in whose folder its cohort's lock and checkpoint lie."""
+        return self.cohort or self.no
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether it was stopped from outside, and can be taken up again."""
+        return self.status in (DEAD, "interrupted")
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch of a run."""
+
+    epoch: int
+    phase: str
+    lr: float
+    terms: dict[str, float]
+    correct: int | None
+    images: int
+    seconds: float
+
+
+JSON_OBJECT = "dict"
+STORED: Mapping[str, tuple[str, tuple[type, ...], str]] = {
+    "int": ("'integer'", (int,), "a whole number"),
+    "float": ("'real', 'integer'", (float, int), "a number"),
+    "str": ("'text'", (str,), "text"),
+    JSON_OBJECT: ("'text'", (str,), "a JSON object"),
+}
+"""What an annotation is stored as: SQLite's types, Python's, and in words."""
+_NETWORK = {"key": str, "number": int, "answers": dict}  # what of a network later runs are held against
+
+
+def _kinds(row: type) -> dict[str, tuple[str, bool]]:
+    """Of each column what it holds, and whether it may be NULL: what its annotation says."""
+    return {field.name: (str(field.type).split("[")[0].split(" ")[0], "None" in str(field.type)) for field in fields(row)}
+
+
+RUN, EPOCH = _kinds(Run), _kinds(Epoch)
+COLUMNS = tuple(RUN)
+
+
+def sound_sql() -> str:
+    """An expression that is true of rows of ``runs`` that are sound, and of few that are damaged deep inside a network's answers. Where it
+    is not true, the row is read whole, and Python decides.
+    """
+    inside = {"config": " AND json_type(config, '$.train') = 'object'"}
+    inside["networks"] = " AND coalesce(json_type(networks, '$.student'), 'object') = 'object'"
+    tests = [f"status IN ({', '.join(map(repr, STATUSES))})"]
+    for name, (kind, null) in RUN.items():
+        test = f"typeof({name}) IN ({STORED[kind][0]})"
+        if kind == JSON_OBJECT:  # within CASE, since what is no JSON must not be looked into
+            test += f" AND CASE WHEN json_valid({name}) THEN json_type({name}) = 'object'{inside.get(name, '')} END"
+        tests.append(f"({name} IS NULL OR {test})" if null else test)
+    return " AND ".join(tests)
+
+
+def run_of(row: Mapping[str, Any] | sqlite3.Row) -> Run:
+    """A run from its row; of a damaged one the status says so, the error what is wrong, and a column that can't be read is None."""
+    values, wrong = _decoded(row, RUN)
+    if not wrong:
+        wrong = _wrong_inside(values)
+    if wrong:
+        values |= {"status": DAMAGED, "error": wrong}
+    return Run(**values)
+
+
+def epoch_of(row: Mapping[str, Any] | sqlite3.Row) -> Epoch:
+    """An epoch from its row.
+
+    Raises:
+        ValueError: it is damaged; what is wrong.
+    """
+    values, wrong = _decoded(row, EPOCH)
+    if not wrong and not all(isinstance(mean, int | float) for mean in values["terms"].values()):
+        wrong = "terms: one is no number"
+    if wrong:
+        raise ValueError(wrong)
+    return Epoch(**values)
+
+
+def _decoded(row: Mapping[str, Any] | sqlite3.Row, kinds: Mapping[str, tuple[str, bool]]) -> tuple[dict[str, Any], str]:
+    values: dict[str, Any] = {}
+    wrong = ""
+    for name, (kind, null) in kinds.items():
+        try:
+            values[name] = _value(row[name], kind, null)
+        except ValueError as error:
+            values[name] = None
+            wrong = wrong or f"{name}: {error}"
+    return values, wrong
+
+
+def _value(value: Any, kind: str, null: bool) -> Any:
+    """What a cell holds.
+
+    Raises:
+        ValueError: it is not what the column is for.
+    """
+    if value is None and null:
+        return None
+    _, types, words = STORED[kind]
+    if type(value) not in types:
+        raise ValueError(f"{'nothing' if value is None else repr(value)[:40]} is not {words}")
+    if kind == "str" and not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+        raise ValueError(f"{value[:40]!r} is not text")
+    if kind != JSON_OBJECT:
+        return value
+    try:
+        parsed = json.loads(value)
+    except (ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{value[:40]!r} is not {words}")
+    return parsed
+
+
+def _wrong_inside(values: Mapping[str, Any]) -> str:
+    if values["status"] not in STATUSES:
+        return f"status: {values['status'][:40]!r} is none"
+    if not isinstance(values["config"].get("train"), dict):
+        return "config: it has no table 'train'"
+    for role, network in (values["networks"] or {}).items():
+        if not isinstance(network, dict) or not all(isinstance(network.get(key), kind) for key, kind in _NETWORK.items()):
+            return f"networks: {role[:40]!r} is no network"
+    return ""
+
+
+class Brief(Run):
+    """A run of a long list: it holds what lists and tables show, and reads the rest from the ledger when somebody asks for it."""
+
+    def __init__(self, row: sqlite3.Row, whole: Callable[[int], Run]) -> None:
+        self.__dict__.update(zip(BRIEF, row, strict=False), _whole=whole)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in COLUMNS:
+            raise AttributeError(name)
+        for column, value in vars(self._whole(self.no)).items():
+            self.__dict__.setdefault(column, value)
+        return self.__dict__[name]
+
+
+BRIEF = (
+    *("no", "status", "error", "method", "variant", "dataset", "student", "teacher", "teacher_run", "seed", "split", "fingerprint"),
+    *("nepoch", "lr", "batch_size", "precision", "started", "epoch", "correct", "images", "best_epoch", "best_correct", "cohort"),
+)
+"""The columns that lists and tables show of every run."""
+
+
+def encoded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As SQLite takes them. JSON holds a name that is no UTF-8 as it is, so that its file is found again; a column shows it by escapes."""
+    found = {key: json.dumps(value) if isinstance(value, dict) else value for key, value in values.items()}
+    return {key: stored(value) if isinstance(value, str) else value for key, value in found.items()}
+
+
+def stored(name: str) -> str:
+    """A name as a column has it: bytes that are no UTF-8 are escapes."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def insert(table: str, values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A statement and its values."""
+    names = ", ".join(values)
+    return f"INSERT INTO {table} ({names}) VALUES ({', '.join(f':{name}' for name in values)})", encoded(values)

@@ -1,0 +1,481 @@
+"""The file of a ledger: runs are registered there, epochs added, rows read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sqlite3
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from .. import advice
+from ..checks import Changes, UserError, obstacle
+from ..lock import Lock, held
+from . import folders
+from .rows import BRIEF, DAMAGED, DEAD, Brief, Epoch, Run, encoded, epoch_of, insert, run_of, sound_sql
+from .schema import MIGRATIONS, migrate, refuse_foreign, version
+
+BUSY_SECONDS = 30
+SETTLED_SECONDS = 0.05  # a file that did not change for so long before it was copied did not change within one tick of its clock either
+NAME = "ledger.db"
+COMPANIONS = ("", "-wal", "-shm")  # the file's, which SQLite makes
+
+
+class LostError(UserError):
+    """The ledger is not the file any more that this process wrote."""
+
+
+class Ledger:
+    """The runs below one folder: ``ledger.db`` and a folder for each run's files."""
+
+    def __init__(self, folder: Path, *, create: bool = False, changes: Changes | None = None) -> None:
+        """Open the ledger of a folder. With ``create`` there need be none yet: the first run that registers makes it. One that may not be
+        written is read all the same, as it was at this moment.
+
+        ``changes`` is asked about what was recorded and is used again, and is not what it was; left out, it is refused.
+
+        Raises:
+            UserError: there is none and ``create`` is False, or there is none beside folders of runs, or the file is no ledger, or it holds
+                more than a ledger does, or a newer version made it.
+        """
+        self.folder, self.path, self.changes = folder, folder / NAME, changes or Changes()
+        self.unwritable = ""  # why nothing can be written, where that is so
+        self._on_disk = False
+        if not self.path.is_file():
+            self._refuse_orphans()
+        if self.path.is_file():
+            self._open()
+        elif hindrance := obstacle(self.path):
+            raise UserError(f"{self.path} cannot be used as a ledger ({hindrance}); name another folder with --runs")
+        elif not create:
+            raise UserError(f"no ledger in {folder}: train something first ({advice.demo(folder)}), or name its folder with --runs")
+        else:
+            self._db = connect(":memory:")
+            migrate(self._db)
+
+    def _open(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                self.unwritable = _hindrance(self.path)
+            if self.unwritable:
+                self._db = snapshot(self.path)
+                return
+            if self.path.exists():
+                with closing(connect(self.path, "ro")) as looked_at:  # read-only: closing it leaves the file as it is
+                    refuse_foreign(looked_at, self.path)
+            self._db = connect(self.path)
+            _write_ahead(self._db)
+            self._migrate()
+            found = self.path.stat()
+            self._file, self._size, self._on_disk = (found.st_dev, found.st_ino), found.st_size, True
+        except (sqlite3.Error, OSError) as error:
+            self.close()
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"{self.path} cannot be used as a ledger ({why}); {self._cure()}") from None
+        self._refuse_orphans()
+
+    def _cure(self) -> str:
+        """What helps where the file can't be read."""
+        another = "name another folder with --runs"
+        if not _first(folders.runs_in(self.folder)):
+            return another
+        return f"{advice.rebuild(self.folder)} makes it again from the folders of its runs, or {another}"
+
+    def _refuse_orphans(self) -> None:
+        """Folders of runs beside no ledger, or beside one without runs: it would begin at 1 again.
+
+        Raises:
+            UserError: that is so.
+        """
+        opened = hasattr(self, "_db")
+        if opened and self._has_runs():
+            return
+        found = _first(folders.runs_in(self.folder))
+        if not found or (not opened and self.path.is_file()):  # another process has just made it
+            return
+        if self._on_disk:
+            with self._write():  # whoever registers the first runs now is waited for: it made the folders
+                if self._has_runs():
+                    return
+        what = "holds no run" if self.path.is_file() else "is gone"
+        raise UserError(
+            f"{self.path} {what}, but {self.folder / str(found)} is the folder of one: put the ledger back, or make it again from the "
+            f"folders with {advice.rebuild(self.folder)}"
+        )
+
+    def _has_runs(self) -> bool:
+        return bool(self._read("SELECT 1 FROM runs LIMIT 1"))
+
+    def _migrate(self) -> None:
+        if version(self._db) < len(MIGRATIONS):
+            with self._write():
+                migrate(self._db)
+
+    @contextmanager
+    def _write(self) -> Iterator[None]:
+        """One transaction that takes the write lock at once: a deferred one fails when another writer comes between."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            if self._db.in_transaction:  # a full disk has ended it already
+                self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    def run_folder(self, no: int) -> Path:
+        """Where a run's files lie."""
+        return self.folder / str(no)
+
+    def lock(self, home: int) -> Lock:
+        """What the process that trains a cohort holds."""
+        return Lock(self.run_folder(home) / folders.LOCK_FILE)
+
+    def refuse_unwritable(self) -> None:
+        """Whoever is going to write asks before it works for hours.
+
+        Raises:
+            UserError: this ledger can only be read.
+        """
+        if self.unwritable:
+            raise UserError(f"{self.path} cannot be written ({self.unwritable}); name another folder with --runs")
+
+    def register(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        claim: Callable[[Sequence[int]], object] = lambda _: None,
+        first: Callable[[], object] = lambda: None,
+    ) -> list[int]:
+        """Enter the runs of a new cohort as running, all or none; their numbers, in order. Each gets a folder that was not there.
+
+        ``first`` is called where nobody else can register any more. ``claim`` gets the numbers before anybody can see the runs: whoever
+        trains them takes the lock there.
+        """
+        self.refuse_unwritable()
+        if not self._on_disk:
+            self.close()
+            self._open()
+        given: list[int] = []
+        try:
+            with self._write():
+                first()
+                after = self._last_number()
+                for no, row in enumerate(rows, after + 1):
+                    values = {"no": no, "status": "running", **row, "cohort": after + 1}
+                    self._db.execute(*insert("runs", values))
+                    self.run_folder(no).mkdir()
+                    given.append(no)
+                    folders.note(self.run_folder(no), row=vars(self._whole(no)))
+                if given:
+                    claim(given)
+        except BaseException:
+            for no in given:
+                shutil.rmtree(self.run_folder(no), ignore_errors=True)
+            raise
+        return given
+
+    def _last_number(self) -> int:
+        """The largest that a run had or a folder has."""
+        rows = "SELECT max(no) FROM runs UNION ALL SELECT max(CAST(seq AS INTEGER)) FROM sqlite_sequence WHERE name = 'runs'"
+        known = [int(no) for (no,) in self._db.execute(rows) if no]
+        return max([0, *known, *folders.numbers(self.folder)[-1:]])
+
+    def reopen(self, numbers: Sequence[int], epochs: int) -> None:
+        """Take up runs again after so many epochs: they are running, and what was recorded of later epochs is gone. An epoch that the
+        ledger lacks is taken from the run's folder.
+
+        Raises:
+            UserError: an epoch before that is not on record; nothing is changed then.
+        """
+        self.refuse_unwritable()
+        with self._write():
+            for no in numbers:
+                self._db.execute("DELETE FROM epochs WHERE run = ? AND epoch > ?", (no, epochs))
+                self._complete(no, epochs)
+                known = self._db.execute("SELECT count(*) FROM epochs WHERE run = ?", (no,)).fetchone()[0]
+                if known != epochs:
+                    raise UserError(f"run {no} stands at epoch {epochs}, but {self.path} knows {known} of them; repeat it with --again")
+                again = "UPDATE runs SET status = 'running', error = '', finished = NULL, resumed = resumed + 1 WHERE no = ?"
+                self._db.execute(again, (no,))
+            for no in numbers:
+                self._reopen_journal(no)
+
+    def _reopen_journal(self, no: int) -> None:
+        """Of a run of an older version, which has none, or whose journal was damaged, it is written anew."""
+        folder = self.run_folder(no)
+        folder.mkdir(exist_ok=True)
+        folders.note(folder, row=vars(self._whole(no)))
+        folders.note(folder, reopened=0)
+        for epoch in self.epochs(no):
+            folders.note(folder, epoch=vars(epoch))
+
+    def _complete(self, no: int, epochs: int) -> None:
+        for number, values in folders.read_journal(self.run_folder(no)).curve.items():
+            if number <= epochs:
+                with contextlib.suppress(sqlite3.IntegrityError):  # it is there
+                    self._db.execute(*insert("epochs", {"run": no, **values}))
+
+    def add_epochs(self, epochs: Mapping[int, Epoch]) -> None:
+        """One epoch of each of these runs, by number, in one transaction; into their folders first.
+
+        Raises:
+            LostError: the ledger is gone, or another file; the folders have the epoch.
+        """
+        for no, epoch in epochs.items():
+            folders.note(self.run_folder(no), epoch=vars(epoch))
+        with self._unless_lost({no: epoch.epoch for no, epoch in epochs.items()}), self._write():
+            for no, epoch in epochs.items():
+                self._db.execute(*insert("epochs", {"run": no, **vars(epoch)}))
+
+    def update(self, no: int, **values: Any) -> None:
+        """Set columns of a run."""
+        folders.note(self.run_folder(no), row=values)
+        with self._write():
+            self._set(no, values)
+
+    def write_record(self, no: int, write: Callable[[], str], **values: Any) -> None:
+        """Have a run's record written, which gives its hash, and enter that and further columns; nobody else writes meanwhile.
+
+        Raises:
+            LostError: the ledger is gone, or another file; the folder has the record.
+        """
+        with self._unless_lost({no: 0}), self._write():
+            self._set(no, values | {"record_hash": write()})
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else writes meanwhile: neither to the ledger, nor what goes with it."""
+        self.refuse_unwritable()
+        with self._write():
+            yield
+
+    def _set(self, no: int, values: Mapping[str, Any]) -> None:
+        assignments = ", ".join(f"{column} = :{column}" for column in values)
+        if self._db.execute(f"UPDATE runs SET {assignments} WHERE no = :no", encoded(values) | {"no": no}).rowcount != 1:
+            raise KeyError(f"no run {no} to update in {self.path}")
+
+    @contextmanager
+    def _unless_lost(self, stand: Mapping[int, int]) -> Iterator[None]:
+        """A write after which the ledger is looked at; one that fails is told by what happened to the ledger, where something did."""
+        try:
+            yield
+        except (sqlite3.Error, KeyError):
+            self._refuse_lost(dict.fromkeys(stand, 0))
+            raise
+        self._refuse_lost(stand)
+
+    def _refuse_lost(self, stand: Mapping[int, int]) -> None:
+        """Whether whoever opens the ledger now finds these runs at these epochs: it may have been deleted, replaced or cut off meanwhile,
+        and this process would go on with a file that has no name.
+
+        Raises:
+            LostError: it was.
+        """
+        try:
+            found = self.path.stat()
+            lost = "replaced" if (found.st_dev, found.st_ino) != self._file else "truncated" if found.st_size < self._size else ""
+            self._size = found.st_size
+            if not lost and not self._stands(stand):
+                lost = "replaced"
+        except FileNotFoundError:
+            lost = "deleted"
+        except sqlite3.Error as error:
+            lost = f"damaged ({error})"
+        if lost:
+            raise LostError(
+                f"{self.path} was {lost} while run {min(stand)} was trained; its folder has all of it: {advice.rebuild(self.folder)} makes "
+                f"the ledger again, then {advice.resume_all(self.folder)} goes on"
+            )
+
+    def _stands(self, stand: Mapping[int, int]) -> bool:
+        own = "SELECT fingerprint, seed, started, (SELECT max(epoch) FROM epochs WHERE run = no) FROM runs WHERE no = ?"
+        with closing(connect(self.path, "ro")) as fresh:
+            for no, epoch in stand.items():
+                here, there = (db.execute(own, (no,)).fetchone() for db in (self._db, fresh))
+                if there is None or tuple(here or ()) != tuple(there) or (there[3] or 0) < epoch:
+                    return False
+        return True
+
+    def _read(self, query: str, values: Mapping[str, Any] | tuple[Any, ...] = ()) -> list[sqlite3.Row]:
+        """The rows of a query; a damaged file is often found out only here."""
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.OperationalError as error:
+            if "decode" not in str(error):
+                raise
+            self._db.text_factory = _escaped  # slower, and asked for by damaged rows alone
+            return self._read(query, values)
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{self.path} cannot be read ({error}); put a copy of it back, or {self._cure()}") from None
+
+    def runs(self, **equal: Any) -> list[Run]:
+        """Runs whose columns have these values, by number; without those whose row is damaged. One that is recorded as running, by nobody,
+        comes out as ``dead``.
+        """
+        where = " AND ".join(f"{column} = :{column}" for column in equal) or "1"
+        found = [run_of(row) for row in self._read(f"SELECT * FROM runs WHERE {where} ORDER BY no", encoded(equal))]
+        return self._with_dead([run for run in found if run.status != DAMAGED])
+
+    def listing(self, last: int | None = None) -> list[Run]:
+        """Every run by number, or the last so many, damaged ones too. Of all of them only what lists and tables show is read, and the rest
+        when somebody asks for it.
+        """
+        if last is not None:
+            rows = self._read("SELECT * FROM (SELECT * FROM runs ORDER BY no DESC LIMIT ?) ORDER BY no", (last,))
+            return self._with_dead([run_of(row) for row in rows])
+        rows = self._read(f"SELECT {', '.join(BRIEF)}, {sound_sql()} AS sound FROM runs ORDER BY no")
+        plain = self._db.text_factory is str
+        return self._with_dead([Brief(row, self._whole) if row["sound"] and plain else self._whole(row["no"]) for row in rows])
+
+    def count(self) -> int:
+        """How many runs there are."""
+        return int(self._read("SELECT count(*) FROM runs")[0][0])
+
+    def strangers(self) -> list[int]:
+        """The folders of runs that the ledger has no row of, as where an older copy of it was put back."""
+        known = {no for (no,) in self._read("SELECT no FROM runs")}
+        return [no for no in folders.runs_in(self.folder) if no not in known]
+
+    def _whole(self, no: int) -> Run:
+        return run_of(self._read("SELECT * FROM runs WHERE no = ?", (no,))[0])
+
+    def _alive(self, home: int) -> bool:
+        return held(self.run_folder(home) / folders.LOCK_FILE)
+
+    def _with_dead(self, runs: list[Run]) -> list[Run]:
+        alive = {home: self._alive(home) for home in {run.home for run in runs if run.status == "running"}}
+        for run in runs:
+            if run.status == "running" and not alive[run.home]:
+                object.__setattr__(run, "status", DEAD)  # nobody else has it yet
+        return runs
+
+    def run(self, no: int) -> Run:
+        """One run.
+
+        Raises:
+            UserError: no such number, or its row is damaged.
+        """
+        rows = self._read("SELECT * FROM runs WHERE no = ?", (no,)) if no < 2**63 else []
+        if not rows:
+            last = self._read("SELECT max(no) FROM runs")[0][0]
+            what = f"the last is {last}" if last else "it has no runs yet"
+            raise UserError(f"no run {no} in {self.path}: {what}; {advice.list_runs(self.folder)} lists them")
+        run = run_of(rows[0])
+        if run.status == DAMAGED:
+            raise UserError(f"run {no} is damaged in {self.path} ({run.error}); {self._mend()}")
+        return self._with_dead([run])[0]
+
+    def _mend(self) -> str:
+        return f"{advice.rebuild(self.folder)} makes its row again from its folder"
+
+    def epochs(self, no: int) -> list[Epoch]:
+        """A run's curve.
+
+        Raises:
+            UserError: an epoch of it is damaged.
+        """
+        found = []
+        for row in self._read("SELECT * FROM epochs WHERE run = ? ORDER BY epoch", (no,)):
+            try:
+                found.append(epoch_of(row))
+            except ValueError as error:
+                raise UserError(f"epoch {row['epoch']} of run {no} is damaged in {self.path} ({error}); {self._mend()}") from None
+        return found
+
+    def close(self) -> None:
+        """Close the file."""
+        if hasattr(self, "_db"):
+            self._db.close()
+
+
+def connect(path: Path | str, mode: str = "rwc") -> sqlite3.Connection:
+    """A connection that takes nothing in the file for more than data, and no page of it for sound unseen."""
+    db = sqlite3.connect(path if path == ":memory:" else f"{Path(path).absolute().as_uri()}?mode={mode}", BUSY_SECONDS, uri=True)
+    db.isolation_level = None
+    db.row_factory = sqlite3.Row
+    for pragma in ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0", "foreign_keys=ON"):
+        db.execute(f"PRAGMA {pragma}")
+    return db
+
+
+def snapshot(path: Path) -> sqlite3.Connection:
+    """A ledger that may not be written, as it is now: a copy with what other processes have written beside it, in the newest schema.
+
+    SQLite itself needs to write beside a ledger that it reads, or to be told that nobody else has it open, which nobody can know.
+
+    Raises:
+        OSError: it can't be copied.
+        sqlite3.DatabaseError: it is no ledger.
+    """
+    with tempfile.TemporaryDirectory(prefix="flowdistill-") as folder:
+        copy = Path(folder) / NAME
+        _copy_settled(path, copy)
+        db = connect(copy)
+        try:
+            refuse_foreign(db, path)
+            db.execute("PRAGMA journal_mode=DELETE")  # takes in what was written beside it; the copy needs no name after that
+            migrate(db)
+            db.execute("PRAGMA query_only=ON")
+        except BaseException:
+            db.close()
+            raise
+    return db
+
+
+def _copy_settled(path: Path, copy: Path) -> None:
+    """Copy the file and its ``-wal`` of one moment: again where one changed meanwhile.
+
+    Raises:
+        OSError: they can't be read.
+    """
+
+    def stand() -> list[tuple[int, int, int]]:
+        files = [Path(f"{path}{end}") for end in COMPANIONS[:2]]
+        return [(found.st_ino, found.st_size, found.st_mtime_ns) for file in files if file.exists() for found in [file.stat()]]
+
+    until = time.monotonic() + BUSY_SECONDS
+    while True:
+        before, began = stand(), time.time_ns()
+        for end in COMPANIONS[:2]:
+            Path(f"{copy}{end}").unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copyfile(f"{path}{end}", f"{copy}{end}")
+        settled = all(began - changed > SETTLED_SECONDS * 1e9 for _, _, changed in before)
+        if (stand() == before and settled) or time.monotonic() > until:
+            return
+        time.sleep(SETTLED_SECONDS)
+
+
+def _hindrance(path: Path) -> str:
+    """Why a ledger can't be written, nor the files that SQLite needs beside it; empty where it can."""
+    place = path.resolve()
+    if not os.access(place, os.W_OK):
+        return "you may not write it"
+    return "" if os.access(place.parent, os.W_OK | os.X_OK) else f"you may not write in {path.parent}"
+
+
+def _write_ahead(db: sqlite3.Connection) -> None:
+    """Switch to WAL. SQLite's busy timeout does not cover this switch, so that processes which make one ledger at once wait here."""
+    until = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
+
+
+def _escaped(text: bytes) -> str:
+    return text.decode(errors="surrogateescape")
+
+
+def _first(numbers: Iterator[int]) -> int:
+    return next(numbers, 0)

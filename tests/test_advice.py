@@ -325,6 +325,7 @@ def test_ctrl_c_speaks_of_resume_only_where_a_run_was_stopped(
 
     monkeypatch.setattr(Ledger, "run", stop)
     monkeypatch.setattr(Ledger, "runs", stop)
+    monkeypatch.setattr(Ledger, "listing", stop)
     monkeypatch.setattr("os._exit", sys.exit)
     assert command(folder, *words, *(("--dataset", DATA) if words[0] == "doctor" else ()), "--runs", RUNS) == Said(130, "", "interrupted\n")
 

@@ -170,7 +170,7 @@ def test_a_ledger_that_holds_more_is_refused_and_left_as_it_is(work: Path, what:
     assert path.read_bytes() == spoilt
     assert contents(work / "runs") == files
     said = command(work, "ledger", "rebuild")
-    assert (said.code, said.err) == (0, "flowdistill: the old ledger is kept as runs/ledger.db.old\n")
+    assert (said.code, said.err) == (0, "the old ledger is kept as runs/ledger.db.old\n")
     assert (work / "runs/ledger.db.old").read_bytes() == spoilt
     assert recorded(work / "runs") == before
     assert contents(work / "runs") == files

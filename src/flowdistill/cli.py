@@ -540,9 +540,9 @@ def rebuild(format_: FormatOption = TableFormat.table, runs: RunsOption = Path("
     from .ledger.rebuild import rebuild as make_again
 
     entered, kept = make_again(runs)
-    print(tables.render([one._asdict() for one in entered], format_.value, Entered._fields))
+    talk.answer(tables.render([one._asdict() for one in entered], format_.value, Entered._fields))
     if kept:
-        Changes().tell(f"the old ledger is kept as {kept}")
+        talk.say(f"the old ledger is kept as {kept}")
     return 1 if any(one.status == "left alone" for one in entered) else 0
 
 

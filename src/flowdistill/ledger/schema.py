@@ -124,14 +124,14 @@ def _difference(have: dict[tuple[str, str], str], wanted: dict[tuple[str, str], 
     """The first thing that is not as the migrations made it, the most telling kind first; else empty."""
     for kind, name in sorted(have.keys() - wanted.keys(), key=lambda key: (-_KINDS.get(key[0], 9), key[1])):
         virtual = "virtual " if have[kind, name].upper().startswith("CREATE VIRTUAL") else ""
-        return f"it has a {virtual}{kind} {name!r}, which flowdistill did not make"
+        return f"it has a {virtual}{kind} {name!r}, which this package did not make"
     for kind, name in sorted(wanted.keys() - have.keys()):
         return f"it lacks the {kind} {name!r}"
     for (kind, name), sql in wanted.items():
         if have[kind, name] != sql:
             parts = zip([*have[kind, name].split(","), "its end"], [*sql.split(","), ""], strict=False)
             odd = next(one for one, other in parts if one != other)
-            return f"its {kind} {name!r} is not as flowdistill makes it: {odd.strip()[:80]!r}"
+            return f"its {kind} {name!r} is not as this package makes it: {odd.strip()[:80]!r}"
     return ""
 
 

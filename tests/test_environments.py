@@ -256,6 +256,12 @@ def test_data_are_held_up_to_half_of_what_is_granted(monkeypatch: pytest.MonkeyP
     assert "memory" in said.err
 
 
+def test_without_any_limit_all_memory_is_granted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(env, "_granted_by_groups", lambda: iter(()))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert env.memory() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def test_a_limit_of_the_process_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 20, resource.RLIM_INFINITY))
     assert env.memory() == 1 << 20

@@ -23,8 +23,8 @@ def version() -> str:
 def memory() -> int:
     """Bytes of memory that this process may use: the machine's, or less where its container (a control group) or a limit grants less."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    granted = [] if limit == resource.RLIM_INFINITY else [limit]
-    return min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *granted, *_granted_by_groups())
+    granted = [*([] if limit == resource.RLIM_INFINITY else [limit]), *_granted_by_groups()]
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *granted])
 
 
 def _granted_by_groups(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:

@@ -7,10 +7,10 @@ demo: $(VENV)/installed
 	$(VENV)/bin/flowdistill demo
 
 test: $(VENV)/installed-dev
-	$(VENV)/bin/pytest -n auto
+	$(VENV)/bin/pytest -n auto --dist worksteal
 
 test-long: $(VENV)/installed-dev
-	$(VENV)/bin/pytest -n auto -m long
+	$(VENV)/bin/pytest -n auto --dist worksteal -m long
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

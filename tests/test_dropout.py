@@ -27,6 +27,8 @@ from flowdistill.training.graph import Graph
 from flowdistill.training.teacher import Teacher
 from flowdistill.training.weights import save_weights
 
+pytestmark = pytest.mark.usefixtures("own_code")
+
 CPU = torch.device("cpu")
 DATA = DataSpec("digits", 100, 10, 1, 8, 8)
 

@@ -164,7 +164,13 @@ def test_no_path_of_this_machine_travels(work: Path, to: str) -> None:
 
 
 @pytest.mark.parametrize("to", list(ELSEWHERE))
-@pytest.mark.parametrize("name", ["mobilenetv2", "shufflenetv1", "shufflenetv2", "vgg8", "wrn-16-1", "resnet50", "reused(vgg8,resnet8,2)"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("vgg8", "wrn-16-1", "reused(vgg8,resnet8,2)"),
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("mobilenetv2", "shufflenetv1", "shufflenetv2", "resnet50")),
+    ],
+)
 def test_each_family_of_networks_becomes_a_program(name: str, to: str) -> None:
     """Untrained, on grey images of a size that no pooling divides evenly."""
     net = models.build(name, DataSpec("some", 0, 10, 1, 28, 28))

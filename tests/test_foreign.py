@@ -14,6 +14,8 @@ from flowdistill.models.foreign import adopt
 from flowdistill.taps import DataSpec
 from flowdistill.training.teacher import Teacher
 
+pytestmark = pytest.mark.usefixtures("own_code")
+
 DATA = DataSpec("some", 100, 7, 3, 64, 64)
 GREY = DataSpec("grey", 100, 7, 1, 32, 32)
 NAMES = ("timm:resnet18", "timm:mobilenetv3_small_050", "timm:vit_tiny_patch16_224", "timm:convnext_atto", "torchvision:shufflenet_v2_x0_5")
@@ -21,8 +23,6 @@ NAMES = ("timm:resnet18", "timm:mobilenetv3_small_050", "timm:vit_tiny_patch16_2
 FILE = """
 import sys
 from torch import nn
-
-pytestmark = pytest.mark.usefixtures("own_code")
 
 class Small(nn.Module):
     def __init__(self, num_classes, in_chans):

@@ -62,6 +62,7 @@ def test_killed_at_every_named_moment_and_resumed(small_npz: Path, tmp_path: Pat
         assert_as_if_never_killed(tmp_path / moment, tmp_path / "straight")
 
 
+@pytest.mark.long
 def test_killed_at_twenty_random_moments_of_its_life(small_npz: Path, tmp_path: Path) -> None:
     codes, log = killed(small_npz, tmp_path, "random", str(RANDOM_KILLS))
     print(log)

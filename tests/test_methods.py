@@ -92,6 +92,10 @@ def label(name: str, options: dict[str, Any]) -> str:
 
 
 ALL = [(name, options) for name in NAMES for options in cases(name)]
+each_case_of_defaults = pytest.mark.parametrize(
+    ("name", "options"), [pytest.param(*case, id=label(*case), marks=[pytest.mark.long] if case[1] else []) for case in ALL]
+)
+"""What takes long, with other options in make test-long alone."""
 each_case = pytest.mark.parametrize(("name", "options"), [pytest.param(*case, id=label(*case)) for case in ALL])
 each_pair = pytest.mark.parametrize(
     ("name", "options", "pair"), [pytest.param(*case, pair, id=f"{label(*case)}-{pair}") for case in ALL for pair in pairs_for(*case)]
@@ -432,7 +436,7 @@ def leaves_below(loss: Tensor) -> list[Tensor]:
     return found
 
 
-@each_case
+@each_case_of_defaults
 def test_needs_are_taps_that_every_model_has(name: str, options: dict[str, Any]) -> None:
     for model in models.MODELS:
         pair = real(name, options, model, model, DATA)
@@ -579,7 +583,7 @@ def test_extremes_stay_finite(name: str, options: dict[str, Any], extreme: str) 
         assert gradient.abs().max() < 1e8, leaf  # a norm kept from 0 by 1e-12 alone gives 1e9 and more
 
 
-@each_case
+@each_case_of_defaults
 def test_compiled_equals_eager(name: str, options: dict[str, Any]) -> None:
     torch._dynamo.reset()
     pair = widest(name, options)

@@ -387,17 +387,17 @@ def test_a_full_disk_under_the_ledger_stops_the_run_which_goes_on_when_there_is_
 LOCKER = """
 import sqlite3, sys, time
 db = sqlite3.connect(sys.argv[1], isolation_level=None)
-db.execute("BEGIN IMMEDIATE"); print("locked", flush=True); time.sleep(20); db.execute("COMMIT")
+db.execute("BEGIN IMMEDIATE"); print("locked", flush=True); time.sleep(8); db.execute("COMMIT")
 """
 
 
-def test_a_ledger_locked_by_another_process_for_20_seconds_is_waited_for(taught: Ledger, small_npz: Path) -> None:
+def test_a_ledger_locked_by_another_process_for_8_seconds_is_waited_for(taught: Ledger, small_npz: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", LOCKER, str(taught.path)], stdout=subprocess.PIPE, text=True) as locker:
         assert locker.stdout is not None
         locker.stdout.readline()
         started = time.monotonic()
         (done,) = run([config(small_npz)], taught, CPU)
-        assert time.monotonic() - started > 15
+        assert time.monotonic() - started > 6  # SQLite gives up after 5 by itself
     assert locker.returncode == 0
     assert (done.status, len(taught.epochs(done.no))) == ("finished", 2)
 

@@ -171,7 +171,7 @@ def _begin_cohort(
     with contextlib.ExitStack() as stack:
 
         def refuse_taken() -> None:
-            if not again and any(before(member.job, ledger) for member in members):
+            if not again and _known([member.job for member in members], ledger):
                 raise _TakenError
 
         def claim(numbers: Sequence[int]) -> None:

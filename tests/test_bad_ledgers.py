@@ -176,4 +176,4 @@ def test_a_folder_that_may_not_be_written(folder: Path, monkeypatch: pytest.Monk
         raise PermissionError(errno.EACCES, "Permission denied", "runs/1")
 
     monkeypatch.setattr(Path, "open", forbidden)
-    assert failure(folder) == f"flowdistill: runs/1: Permission denied; mend that and {CURE}"
+    assert failure(folder) == f"flowdistill: runs/1/student.safetensors: Permission denied; mend that and {CURE}"

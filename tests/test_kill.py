@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from flowdistill.ledger import Ledger, Run
 from flowdistill.training.weights import load_weights
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import re
 import signal
@@ -20,7 +21,9 @@ import flowdistill
 from flowdistill import advice, demo
 from flowdistill.config import assign
 from flowdistill.device import resolve_device
+from flowdistill.interrupt import stop
 from flowdistill.ledger import Ledger
+from flowdistill.lock import Lock
 from flowdistill.report import fsp_log
 from flowdistill.report.card import page
 from flowdistill.runner.card import measure
@@ -340,6 +343,27 @@ def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path: Path, seconds
     assert (process.returncode, out) == (130, "")
     assert err == "interrupted\n" or (tmp_path / "runs" / "ledger.db").is_file()
     assert "Traceback" not in err
+
+
+def test_ctrl_c_in_an_import_ends_at_once_unless_a_run_is_on_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own code aborts the process where an exception comes while it begins."""
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    (tmp_path / "slow_library.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("flowdistill.interrupt.os._exit", leave)
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        with pytest.raises(SystemExit, match="130"):
+            importlib.import_module("slow_library")
+        with Lock(tmp_path / ".lock"), pytest.raises(KeyboardInterrupt):
+            importlib.import_module("slow_library")
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])

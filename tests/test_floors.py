@@ -14,7 +14,7 @@ PACKAGE = "flowdistill"
 SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "ground": (0, ("advice", "checks", "registry", "randomness", "device", "env", "lock", "talk", "trust")),
+    "ground": (0, ("advice", "checks", "registry", "randomness", "device", "env", "interrupt", "lock", "talk", "trust")),
     "vocabulary": (1, ("config", "taps")),
     "data": (2, ("data",)),
     "models": (2, ("models",)),
@@ -31,7 +31,8 @@ STRANGERS = {("methods", "models"), ("methods", "data")}
 """Lower rooms that a room must not know all the same."""
 
 TORCH_FREE = (
-    *("", "__main__", "advice", "checks", "cli", "complaints", "config", "env", "ledger", "lock", "recipes", "registry", "trust"),
+    *("", "__main__", "advice", "checks", "cli", "complaints", "config", "env", "interrupt", "ledger"),
+    *("lock", "recipes", "registry", "trust"),
     *("report", "report.card", "report.pages", "report.tables", "stats", "talk"),
 )
 """Modules that must not bring torch in when they are imported."""

@@ -21,6 +21,7 @@ from .checks import INTERRUPTED, MOST_WORKERS, Changes, UserError, did_you_mean,
 from .complaints import complain, failure, refuse_empty, usage
 from .config import NETWORKS, RunConfig, assign, model_name, one_line, put, read_file, read_taps, validate
 from .env import version
+from .interrupt import stop
 from .ledger import Ledger, stored
 from .report import pages, tables
 
@@ -131,7 +132,7 @@ SetOption = Annotated[list[str] | None, typer.Option("--set", help="Any key, suc
 def main() -> None:
     """Run the command line: 0 done, 1 a run failed, 2 a user's mistake in one line, 130 interrupted."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)  # a kill is recorded as Ctrl-C is
+        signal.signal(number, stop)  # a kill is recorded as Ctrl-C is
     talk.begin()
     try:
         code = _run()

@@ -57,6 +57,11 @@ def _let_go() -> None:
 os.register_at_fork(after_in_child=_let_go)
 
 
+def any_taken() -> bool:
+    """Whether this process holds a lock."""
+    return bool(_taken)
+
+
 def held(path: Path) -> bool:
     """Whether a living process has the lock."""
     try:

@@ -99,8 +99,10 @@ def _compared(run: Run, folder: Path, name: str, known: Any) -> Finding:
     now = listed(folder, [name])[name]
     if now == known:
         return Finding(run.no, name, "as written")
-    recorded = "" if not isinstance(known, Mapping) else f", recorded {known.get('size'):,}, {str(known.get('sha256'))[:8]}"
-    return Finding(run.no, name, "changed", f"{now['size']:,} bytes, SHA-256 {now['sha256'][:8]}{recorded}")
+    told = f"{now['size']:,} bytes, SHA-256 {now['sha256'][:8]}"
+    if isinstance(known, Mapping) and isinstance(known.get("size"), int):
+        told += f", recorded {known['size']:,}, {str(known.get('sha256'))[:8]}"
+    return Finding(run.no, name, "changed", told)
 
 
 def _apart(run: Run, told: Mapping[str, Any]) -> str:

@@ -162,7 +162,7 @@ def _locked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("_locked")
 def test_a_ledger_that_another_program_holds(folder: Path) -> None:
-    assert failure(folder) == f"flowdistill: the ledger: database is locked; mend that and {CURE}"
+    assert failure(folder) == f"flowdistill: the ledger: runs/ledger.db: database is locked; mend that and {CURE}"
 
 
 def test_a_folder_that_may_not_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
 import resource
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,7 +26,7 @@ from flowdistill import env
 from flowdistill.checks import UserError, shortage
 from flowdistill.data import streaming
 from flowdistill.data.pictures import Files, Pictures, or_broken
-from flowdistill.ledger import Ledger
+from flowdistill.ledger import Ledger, folders
 from flowdistill.runner import resume, run
 from flowdistill.runner.watcher import Report, Watcher
 from flowdistill.training import checkpoint
@@ -280,6 +282,28 @@ def test_a_full_disk_names_the_file(tmp_path: Path, name: str, monkeypatch: pyte
         write_whole(tmp_path / name, b"content")
     assert caught.value.filename == str(tmp_path / name)
     assert not list((tmp_path / name).parent.iterdir()), "no part of it stays"
+
+
+def test_a_full_disk_names_the_ledger_and_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(tmp_path / "runs", create=True)
+    with pytest.raises(sqlite3.OperationalError, match=f"^{re.escape(str(ledger.path))}: database or disk is full$"), ledger.alone():
+        raise sqlite3.OperationalError("database or disk is full")
+    with pytest.raises(OSError, match="No such file") as caught:
+        folders.note(tmp_path / "gone", row={})
+    assert caught.value.filename == str(tmp_path / "gone" / folders.JOURNAL)
+
+
+@pytest.mark.parametrize("read", [lambda folder: folders.numbers(folder), lambda folder: folders.read_journal(folder)])
+def test_no_descriptors_are_no_lost_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], object]) -> None:
+    def short(*_: object, **__: object) -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    for name in ("iterdir", "open", "read_bytes"):
+        monkeypatch.setattr(Path, name, short)
+    monkeypatch.setattr("os.scandir", short)
+    monkeypatch.setattr("os.listdir", short)
+    with pytest.raises(OSError, match="Too many open files"):
+        read(tmp_path)
 
 
 def on_a_small_disk(tmp_path: Path, work: Callable[[Path], None]) -> None:

@@ -7,7 +7,8 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .talk import Remarks, printable, say
@@ -138,6 +139,15 @@ def pass_on_shortage(error: BaseException) -> None:
     """Raise an error again that says that the machine ran out of something: it tells nothing of the file or the network at hand."""
     if shortage(error):
         raise error
+
+
+@contextmanager
+def told_by_path(path: Path) -> Iterator[None]:
+    """Inside, an error of the system names this file: a full disk does not say which file it had no room for."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def regular_file(path: Path, what: str) -> Path:

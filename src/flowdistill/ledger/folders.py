@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checks import pass_on_shortage, told_by_path
 from ..config import SEAL, record_seal
 
 STUDENT_FILE, RECORD, PREDICTIONS = "student.safetensors", "run.json", "predictions.npz"
@@ -27,7 +28,8 @@ def numbers(folder: Path) -> list[int]:
     """What below a folder of runs has a number for a name, whatever it is; in order."""
     try:
         return sorted(int(entry.name) for entry in os.scandir(folder) if _NUMBER.fullmatch(entry.name))
-    except OSError:
+    except OSError as error:
+        pass_on_shortage(error)
         return []
 
 
@@ -37,7 +39,8 @@ def runs_in(folder: Path) -> Iterator[int]:
         try:
             if any(_TRACES.fullmatch(name) for name in os.listdir(folder / str(no))):
                 yield no
-        except OSError:  # a file of that name, or a folder that may not be read
+        except OSError as error:  # a file of that name, or a folder that may not be read
+            pass_on_shortage(error)
             continue
 
 
@@ -78,7 +81,7 @@ def note(folder: Path, **what: Any) -> None:
         OSError: it can't be written.
     """
     told = json.dumps(what)
-    with open(folder / JOURNAL, "ab") as file:
+    with told_by_path(folder / JOURNAL), open(folder / JOURNAL, "ab") as file:
         file.write(f"\n{zlib.crc32(told.encode()):08x} {told}".encode())
 
 
@@ -87,7 +90,8 @@ def read_journal(folder: Path) -> Journal:
     found = Journal()
     try:
         lines = (folder / JOURNAL).read_bytes().split(b"\n")
-    except OSError:
+    except OSError as error:
+        pass_on_shortage(error)
         return found
     for line in filter(None, lines):
         match _said(line):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checks import UserError, first_line
+from ..checks import UserError, first_line, pass_on_shortage
 from ..config import SEAL
 from ..lock import held
 from . import folders
@@ -78,6 +78,7 @@ def _merged(folder: Path, no: int, old: _Known | None, unread: str) -> _Known | 
     try:
         own = _of_folder(folder / str(no), no)
     except (OSError, ValueError) as error:
+        pass_on_shortage(error)
         why = getattr(error, "strerror", None) or first_line(error)
         if old is None:
             return Entered(no, "left alone", "", f"{why}{'; the old ledger: ' + unread if unread else ''}")
@@ -163,6 +164,7 @@ def _old(path: Path, numbers: Iterable[int]) -> tuple[dict[int, _Known], str]:
     try:
         db = snapshot(path)
     except (sqlite3.Error, OSError) as error:
+        pass_on_shortage(error)
         return {}, str(error)
     with closing(db):
         there, why = _numbers(db)

@@ -119,15 +119,22 @@ class Ledger:
 
     @contextmanager
     def _write(self) -> Iterator[None]:
-        """One transaction that takes the write lock at once: a deferred one fails when another writer comes between."""
-        self._db.execute("BEGIN IMMEDIATE")
+        """One transaction that takes the write lock at once: a deferred one fails when another writer comes between.
+
+        Raises:
+            sqlite3.OperationalError: it can't be written, with the file's path.
+        """
         try:
-            yield
-        except BaseException:
-            if self._db.in_transaction:  # a full disk has ended it already
-                self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                if self._db.in_transaction:  # a full disk has ended it already
+                    self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            raise sqlite3.OperationalError(f"{self.path}: {error}") from error
 
     def run_folder(self, no: int) -> Path:
         """Where a run's files lie."""

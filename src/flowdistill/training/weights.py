@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ..checks import Changes, UserError
+from ..checks import Changes, UserError, told_by_path
 from ..models import Network
 from .fitting import misfit, named_as_in
 from .weight_files import chosen, located, read
@@ -30,16 +30,15 @@ def write_whole(path: Path, content: bytes, keep: Path | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            path.replace(keep)
-        draft.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk does not say which file it had no room for
+        with told_by_path(path):
+            with draft.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if keep is not None and path.exists():
+                path.replace(keep)
+            draft.replace(path)
+            _sync_folder(path.parent)
     finally:
         draft.unlink(missing_ok=True)
 

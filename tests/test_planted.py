@@ -21,6 +21,8 @@ from planted import BUGS, Bug
 
 from flowdistill.ledger import Ledger
 
+pytestmark = pytest.mark.usefixtures("own_code")
+
 data = test_training.data  # fixtures of the checks
 made, work, nets = test_integrity.made, test_integrity.work, test_identity.nets
 digits, teachers, planned = test_plan.digits, test_plan.teachers, test_plan.planned

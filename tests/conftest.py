@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from flowdistill import trust
 from flowdistill.ledger import Ledger
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: as many workers as cores are busy already
 pytest.register_assert_rewrite("command")
 
 

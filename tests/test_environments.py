@@ -236,6 +236,7 @@ def test_streaming_with_little_shared_memory(coloured: Path, size: str, code: in
             {"memory/x/memory.limit_in_bytes": "600", "memory/memory.limit_in_bytes": "9223372036854771712"},
             [600, 1 << 62],
         ),
+        ("4:hugetlb,memory:/\n", {"memory/memory.limit_in_bytes": "500"}, [500]),
         ("1:name=systemd:/\n", {"memory.max": "1"}, []),
         ("", {}, []),
     ],

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from command import command
-from small import config
+from small import NET, Interrupt, config
 
 from flowdistill.checks import Changes, UserError
 from flowdistill.config import read_file, validate
@@ -27,26 +27,6 @@ from flowdistill.training.weights import load_weights, save_weights
 
 CPU = torch.device("cpu")
 FLIPS = 300
-NET = """
-import torch
-from torch import nn
-
-
-class Tiny(nn.Module):
-    def __init__(self, classes, channels):
-        super().__init__()
-        self.a, self.fc = nn.Conv2d(channels, 4, 3, 2, 1), nn.Linear(4, classes)
-
-    def forward(self, x):
-        return self.fc(torch.relu(self.a(x)).mean((2, 3)))
-"""
-
-
-class Interrupt(Watcher):
-    """Ctrl-C after the first epoch."""
-
-    def report(self, report):
-        raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")

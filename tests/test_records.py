@@ -21,7 +21,7 @@ import pytest
 import torch
 from command import Said, command
 from rows import row
-from small import config
+from small import NET, Interrupt, config
 
 from flowdistill.checks import UserError
 from flowdistill.ledger import Epoch, Ledger, compare, rows
@@ -32,26 +32,6 @@ from flowdistill.runner.integrity import examine
 from flowdistill.runner.watcher import Watcher
 
 CPU = torch.device("cpu")
-NET = """
-import torch
-from torch import nn
-
-
-class Tiny(nn.Module):
-    def __init__(self, classes, channels):
-        super().__init__()
-        self.a, self.fc = nn.Conv2d(channels, 4, 3, 2, 1), nn.Linear(4, classes)
-
-    def forward(self, x):
-        return self.fc(torch.relu(self.a(x)).mean((2, 3)))
-"""
-
-
-class Interrupt(Watcher):
-    """Ctrl-C after the first epoch."""
-
-    def report(self, report: Any) -> None:
-        raise KeyboardInterrupt
 
 
 class Then(Watcher):

@@ -19,7 +19,7 @@ from .checks import MOST_WORKERS, Changes, UserError, did_you_mean, first_line
 from .config import NETWORKS, validate
 from .data import given
 from .device import resolve_device
-from .ledger import Ledger, Run
+from .ledger import STUDENT_FILE, Ledger, Run
 from .models import Network
 from .models.code import contents
 from .models.foreign import adopt, tensors, uncompiled
@@ -28,7 +28,7 @@ from .runner import Report, Watcher, export, load_network
 from .runner import run as run_configs
 from .runner.evaluate import weights_path
 from .runner.export import FORMATS
-from .runner.integrity import STUDENT_FILE, enlist
+from .runner.integrity import enlist
 from .talk import unheard
 from .training.weights import hash_weights, save_weights, whole
 
@@ -70,7 +70,7 @@ class Result:
         Raises:
             UserError: a module given from Python in another process; give it again to the call that trained it. Or its file is not what
                 the run wrote, or its code answers otherwise, and that is not accepted. Or it is code that neither this program nor a
-            training of yours named, and ``trust_code`` is not given.
+                training of yours named, and ``trust_code`` is not given.
         """
         changes = self._changes(accept_changes)
         path, changed = weights_path(str(self.run.no), self.folder.parent, changes)

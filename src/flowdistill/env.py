@@ -32,7 +32,7 @@ def _granted_by_groups(groups: Path = Path("/proc/self/cgroup"), root: Path = Pa
     with contextlib.suppress(OSError):
         for line in groups.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            if controllers in ("", "memory"):
+            if not controllers or "memory" in controllers.split(","):
                 top, name = (root, "memory.max") if not controllers else (root / "memory", "memory.limit_in_bytes")
                 inside = Path(path.lstrip("/"))
                 for folder in (inside, *inside.parents):  # in a container the outer folders are not there

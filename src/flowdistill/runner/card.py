@@ -22,12 +22,11 @@ from ..data.normalisation import Normalisation
 from ..data.sources import load
 from ..device import describe, resolve_precision, sensible_threads, synchronize, threads
 from ..env import processor
-from ..ledger import Ledger, Run, baseline_key, flattened, is_baseline
+from ..ledger import STUDENT_FILE, Ledger, Run, baseline_key, flattened, is_baseline
 from ..models import Network
 from ..stats import Agreement, agreement, calibration_error, negative_log_likelihood
 from ..training.evaluate import predict
 from ..training.weight_files import located
-from .integrity import STUDENT_FILE
 from .networks import NetworkRef, recorded_teacher, resolve
 
 TEACHER, STUDENT, ALONE = "teacher", "student", "student alone"

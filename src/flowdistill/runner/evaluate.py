@@ -19,14 +19,14 @@ from ..data.normalisation import Normalisation
 from ..data.sources import load
 from ..device import Precision, describe, resolve_precision
 from ..env import processor
-from ..ledger import Ledger
+from ..ledger import STUDENT_FILE, Ledger
 from ..models import Network
 from ..models.front import View, front
 from ..talk import Remarks
 from ..taps import DataSpec
 from ..training.evaluate import evaluate as measure
 from ..training.weights import fill, load_weights, refuse_misfit
-from .integrity import STUDENT_FILE, made, meet_changes, meet_damage, newer
+from .integrity import made, meet_changes, meet_damage, newer
 from .networks import run_number
 
 Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]

@@ -13,9 +13,7 @@ from .. import models
 from ..checks import Changes, UserError
 from ..config import SEAL, record_seal
 from ..env import versions
-from ..ledger import DAMAGED, EXPORTS, NAME, RECORD, Ledger, Run, files_of, sealed
-from ..ledger import PREDICTIONS as PREDICTIONS
-from ..ledger import STUDENT_FILE as STUDENT_FILE
+from ..ledger import DAMAGED, EXPORTS, NAME, PREDICTIONS, RECORD, STUDENT_FILE, Ledger, Run, files_of, sealed
 from ..models.code import file_hash
 from ..models.probe import Answers, difference, probe
 from ..taps import DataSpec

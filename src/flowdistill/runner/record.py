@@ -14,13 +14,13 @@ import torch
 from ..data.supply import Supply
 from ..device import describe, peak_memory
 from ..env import processor, versions
-from ..ledger import JOURNAL, Epoch, Ledger, Run
+from ..ledger import JOURNAL, PREDICTIONS, STUDENT_FILE, Epoch, Ledger, Run
 from ..models import Network
 from ..training.cohort import Cohort, EpochReport
 from ..training.evaluate import Evaluation, evaluate
 from ..training.weights import hash_weights, save_weights, write_whole
 from .assemble import Member
-from .integrity import PREDICTIONS, STUDENT_FILE, listed, made_with, write_record
+from .integrity import listed, made_with, write_record
 from .networks import trained_on
 from .plan import Job
 from .watcher import Report, Watcher

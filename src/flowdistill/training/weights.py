@@ -110,8 +110,7 @@ def refuse_misfit(net: Network, weights: Weights, origin: str) -> None:
     Raises:
         UserError: they do not fit; how, and what to do.
     """
-    if told := misfit(net, named_as_in(net, weights), origin):
-        raise UserError(told)
+    _fitted(net, weights, origin)
 
 
 def fill(net: Network, weights: Weights, origin: str) -> None:
@@ -120,8 +119,14 @@ def fill(net: Network, weights: Weights, origin: str) -> None:
     Raises:
         UserError: as ``refuse_misfit``.
     """
-    refuse_misfit(net, weights, origin)
-    net.take(named_as_in(net, weights))
+    net.take(_fitted(net, weights, origin))
+
+
+def _fitted(net: Network, weights: Weights, origin: str) -> Weights:
+    fitting = named_as_in(net, weights)
+    if told := misfit(net, fitting, origin):
+        raise UserError(told)
+    return fitting
 
 
 def hash_weights(weights: Weights) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 from collections.abc import Iterator
@@ -59,6 +60,12 @@ def _nothing_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test has named no code yet, as a new process has not."""
     monkeypatch.setattr(trust, "_named", set())
     monkeypatch.setattr(trust, "_origins", {})
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.compile captures is run as it is: generating kernels takes seconds, and tests of its own hold those."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
 
 @pytest.fixture

@@ -142,6 +142,7 @@ class White(nn.Module):
         return outputs._replace(maps={**outputs.maps, "stage2": outputs.maps["stage2"].masked_fill(hit, torch.nan)})
 
 
+@pytest.mark.usefixtures("no_kernels")
 def test_engines_name_the_same_batch(data: ImageData, small_npz: Path) -> None:
     from test_engines import Taped
 

@@ -93,7 +93,7 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.name.startswith("ledger.db")}
 
 
-@pytest.mark.parametrize("no", [1, 2])
+@pytest.mark.parametrize("no", [1, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("to", list(ELSEWHERE))
 def test_a_program_gives_the_same_logits_without_this_package(work: Path, to: str, no: int) -> None:
     said = command(work, "export", str(no), "--to", to, "--out", "shipped/it", "--format", "json")
@@ -206,7 +206,7 @@ def test_weights_that_hooks_compute_are_exported(tmp_path: Path) -> None:
 # int8
 
 
-@pytest.mark.parametrize("no", [1, 2])
+@pytest.mark.parametrize("no", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_int8_is_smaller_and_both_accuracies_are_those_of_the_files(work: Path, small_npz: Path, no: int) -> None:
     import onnx
     import onnxruntime

@@ -52,6 +52,7 @@ def assert_the_front_stays_and_the_rest_moves(cohort: Cohort, students: list[Stu
             assert torch.equal(value, then[name]) == name.startswith(("conv1.", "bn1.", "layer1.")), name
 
 
+@pytest.mark.usefixtures("no_kernels")
 @pytest.mark.parametrize("engine", [Eager, Taped, Compiled])
 def test_what_is_frozen_stays_to_the_bit_and_all_else_moves(engine: type[Eager], data: ImageData, small_npz: Path) -> None:
     cohort, students = a_cohort(data, [frozen(small_npz), frozen(small_npz, method="base", seed=1)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -205,9 +204,9 @@ def test_what_a_loader_raises_is_one_line_of_the_record(
     assert command(tmp_path, "runs").out.splitlines()[1].endswith(f"  {recorded}")
 
 
-def test_engines_see_the_same_batches(loaders: Any, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last batch is smaller, and compiled for itself. The captured graphs are run; no kernels are generated for them."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+@pytest.mark.usefixtures("no_kernels")
+def test_engines_see_the_same_batches(loaders: Any, keys: dict[str, Any]) -> None:
+    """The last batch is smaller, and compiled for itself."""
     found = [
         flowdistill.train("resnet8", *loaders(128), engine=one, **{**keys, "runs": keys["runs"] / one}) for one in ("eager", "compiled")
     ]

@@ -55,6 +55,7 @@ def assert_as_if_never_killed(folder: Path, straight: Path) -> None:
     assert bool(left) == (folder.name == "before the checkpoint is cleared")
 
 
+@pytest.mark.long
 def test_killed_at_every_named_moment_and_resumed(small_npz: Path, tmp_path: Path) -> None:
     codes, log = killed(small_npz, tmp_path, "moments")
     print(log)

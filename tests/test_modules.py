@@ -244,6 +244,7 @@ def _then_stop(cohort: Any, *rest: Any) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.usefixtures("no_kernels")
 def test_compiled_equals_eager_with_tied_weights(keys: dict[str, Any]) -> None:
     found = [
         flowdistill.distill(Tied(8), Tied(), method="kd", engine=engine, **{**keys, "runs": keys["runs"] / engine})

@@ -71,6 +71,7 @@ def test_a_step_is_that_of_the_paper(ledger: Ledger, small_npz: Path) -> None:
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.usefixtures("no_kernels")
 @pytest.mark.parametrize("other", [Taped("fp32", ""), Compiled("fp32", "")], ids=["tape", "compiled"])
 def test_every_engine_moves_both_alike(ledger: Ledger, small_npz: Path, other: Eager) -> None:
     found = []

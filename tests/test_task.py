@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -155,11 +154,11 @@ KINDS: dict[str, tuple[dict[str, Any], Unlabelled | None]] = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("engine", [Taped, Compiled])
 def test_every_engine_gives_the_eager_losses(
-    data: ImageData, small_npz: Path, kind: str, engine: Callable[..., Eager], monkeypatch: pytest.MonkeyPatch
+    data: ImageData, small_npz: Path, kind: str, engine: Callable[..., Eager], request: pytest.FixtureRequest
 ) -> None:
     train, unlabelled = KINDS[kind]
-    if kind != "mixed with unlabelled images":  # kernels are generated for the widest of them; of the others the captured graph is run
-        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    if kind != "mixed with unlabelled images":  # kernels are generated for the widest of them
+        request.getfixturevalue("no_kernels")
     runs = [config(small_npz, method="kd", teacher="-", seed=seed, train={"lr": 1e-6, **train}) for seed in (0, 1)]
     data = replace(data, unlabelled=unlabelled)
     plain, ours = a_cohort(data, runs)

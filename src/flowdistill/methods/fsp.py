@@ -41,9 +41,9 @@ def fsp_matrix(first: Tensor, second: Tensor) -> Tensor:
     if first.dim() != 4 or second.dim() != 4 or first.shape[0] != second.shape[0] or first.shape[2:] != second.shape[2:]:
         shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
         raise ValueError(f"fsp_matrix wants [N, C, H, W] and [N, D, H, W], got {shapes}; match_sizes brings sizes together")
-    first, second = full(first).flatten(2), full(second).flatten(2)
+    first, second = (full(features).permute(0, 2, 3, 1).flatten(1, 2) for features in (first, second))  # [N, H W, channels]
     with torch.autocast(first.device.type, enabled=False):  # the product would go back to half precision
-        return first @ second.transpose(1, 2) / first.shape[2]
+        return first.transpose(1, 2) @ second / first.shape[1]
 
 
 def match_sizes(first: Tensor, second: Tensor, pool: Pool = "max") -> Pair:

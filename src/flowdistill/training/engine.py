@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -152,13 +153,34 @@ def _kind(group: Group) -> tuple[Any, ...]:
 
 def _computing(group: Group, precision: Precision) -> Callable[..., list[dict[str, Tensor]]]:
     """``losses`` with the tensors of any students of this kind in the place of these."""
-    objective = Objective(group)
+    objective = _hollow(Objective(group), {})
 
     def compute(tensors: dict[str, Tensor], images: Tensor, taught: Outputs | None, batch: Batch) -> list[dict[str, Tensor]]:
         found: list[dict[str, Tensor]] = functional_call(objective, tensors, (images, taught, batch, precision))
         return found
 
     return compute
+
+
+def _hollow(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Such modules whose own tensors hold nothing; their hooks are those of ``module``.
+
+    Of a function whose own tensors are also its inputs the compiler makes a version for the first student alone, and another for the rest.
+    """
+    if module not in made:
+        made[module] = hollow = copy.copy(module)
+        for tensors in ("_parameters", "_buffers"):
+            setattr(hollow, tensors, {name: _nothing(value) for name, value in getattr(module, tensors).items()})
+        hollow._modules = {name: None if inner is None else _hollow(inner, made) for name, inner in module._modules.items()}
+    return made[module]
+
+
+def _nothing(value: Tensor | None) -> Tensor | None:
+    """Its shape and kind without values."""
+    if value is None:
+        return None
+    empty = torch.empty_like(value, device="meta", requires_grad=False)
+    return nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
 
 
 def _teaching(teacher: Teacher) -> Callable[[Tensor], Outputs]:

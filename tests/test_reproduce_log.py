@@ -28,6 +28,7 @@ from flowdistill.reproduce import Order, by_recipe, choose, refuse_own_teachers,
 from flowdistill.stats import interval, welch
 
 FIRST = SETTINGS[:1]
+BESIDE = "## The reference beside ours"
 MEANS = {  # as the reference's README prints them: C10 R20, C100 R20, C10 R110, C100 R110
     "base": (92.0, 67.6, 92.5, 71.6),
     "logits": (92.5, 69.2, 94.2, 71.8),
@@ -100,12 +101,22 @@ def test_each_row_is_what_the_reference_computed(done: Done) -> None:
 
 
 def test_without_anything_to_train_the_document_is_written_from_the_ledger(done: Done, small_npz: Path) -> None:
-    ledger = Ledger(done.folder / "runs")
-    before = ledger.count()
-    assert command(done.folder, *words(small_npz, "--methods", "base")).code == 0
-    assert ledger.count() == before
-    text = (done.folder / "runs" / "log" / "log.md").read_text()
-    assert text.replace(" --methods base", "") == done.text
+    before = Ledger(done.folder / "runs").count()
+    for part in (("--methods", "base"), ("--methods", "kd", "--seeds", "0", "--baselines", "1")):
+        assert command(done.folder, *words(small_npz, *part)).code == 0
+        assert cells((done.folder / "runs" / "log" / "log.md").read_text(), BESIDE) == cells(done.text, BESIDE)
+    assert Ledger(done.folder / "runs").count() == before
+
+
+def test_a_third_baseline_teaches_nobody_anew_and_gives_its_row_an_interval(done: Done, small_npz: Path) -> None:
+    third = ("train", "--model", "resnet20", "--seeds", "2", "--dataset", f"npz:{small_npz}", "--epochs", "1")
+    assert command(done.folder, *third, "--set", "data.limit_train=150").code == 0
+    before = Ledger(done.folder / "runs").count()
+    assert command(done.folder, *words(small_npz)).code == 0
+    assert Ledger(done.folder / "runs").count() == before
+    now, then = (cells(text, BESIDE) for text in ((done.folder / "runs" / "log" / "log.md").read_text(), done.text))
+    assert now[1:] == then[1:]
+    assert re.fullmatch(r"\S+ \+- \S+ \(3\)", now[0][5])
 
 
 def test_a_dry_run_names_the_rows_and_writes_nothing(small_npz: Path, tmp_path: Path) -> None:
@@ -137,10 +148,10 @@ def test_what_was_cut_off_is_gone_on_with_whatever_rows_came_between(
     document, sound = study.reproduce(dataclasses.replace(order, rows=("kd",)), ledger, cpu, folder, "flowdistill")
     assert sound
     assert [(one.method, one.status) for one in ledger.runs()] == [("base", "finished"), ("fsp", "interrupted"), ("kd", "finished")]
-    assert [row[2] for row in cells(document.read_text(), "## The reference beside ours")] == ["base", "kd"]
+    assert [row[2] for row in cells(document.read_text(), BESIDE)] == ["base", "kd"]
     study.reproduce(dataclasses.replace(order, rows=("kd", "fsp")), ledger, cpu, folder, "flowdistill")
     assert [(one.method, one.status, one.resumed) for one in ledger.runs()][1:] == [("fsp", "finished", 1), ("kd", "finished", 0)]
-    assert [row[2] for row in cells(document.read_text(), "## The reference beside ours")] == ["base", "kd", "fsp"]
+    assert [row[2] for row in cells(document.read_text(), BESIDE)] == ["base", "kd", "fsp"]
     assert "none (n = 1 and 1)" in document.read_text()
 
 
@@ -159,7 +170,7 @@ def test_the_document_has_every_section_and_the_rows_of_the_ledger(done: Done) -
         "## Reference",
     ]
     assert done.text.isascii()
-    shown = [[row[2] for row in cells(text, "## The reference beside ours")] for text in done.texts]
+    shown = [[row[2] for row in cells(text, BESIDE)] for text in done.texts]
     assert shown == [["base", "fsp"], ["base", "kd", "fsp", "ls:kd", "fsp+kd"], [*PAGES, "ls:kd", "fsp+kd"]]
     assert [row[0] for row in cells(done.text, "## The rows")] == shown[-1]
     asked = "`flowdistill reproduce log --only resnet20-cifar10 --methods kd+fsp,kd --cifar10 npz:"
@@ -169,7 +180,7 @@ def test_the_document_has_every_section_and_the_rows_of_the_ledger(done: Done) -
 
 def test_the_figures_are_the_ledgers_beside_the_references(done: Done) -> None:
     teachers = {one.no: one for one in done.runs if one.method == "base"}
-    for _, _, method, theirs, best, last, reach, seconds, teacher, nepoch in cells(done.text, "## The reference beside ours"):
+    for _, _, method, theirs, best, last, reach, seconds, teacher, nepoch in cells(done.text, BESIDE):
         own = [one for one in done.runs if one.method == method]
         ours = accuracies(own, method)
         assert theirs == (f"{MEANS[method][0]:.1f} (3)" if method in MEANS else "-")

@@ -71,17 +71,14 @@ class Order:
 
     def teachers(self, setting: Setting) -> list[RunConfig]:
         """The baselines, which are also the teachers."""
-        return [self._config(setting, "base", seed) for seed in self.baselines]
+        return [self.config(setting, "base", seed) for seed in self.baselines]
 
     def students(self, setting: Setting) -> list[RunConfig]:
         """Students of their teachers' own architecture, a row after the other."""
-        return self.of_rows(setting, self.rows)
+        return [self.config(setting, method, seed) for method in self.rows for seed in self.seeds]
 
-    def of_rows(self, setting: Setting, rows: Iterable[str]) -> list[RunConfig]:
-        """The students of these rows."""
-        return [self._config(setting, method, seed) for method in rows for seed in self.seeds]
-
-    def _config(self, setting: Setting, method: str, seed: int) -> RunConfig:
+    def config(self, setting: Setting, method: str, seed: int) -> RunConfig:
+        """One run of a setting."""
         data = {"name": self.sources[setting.data], "limit_train": self.limit_train}
         values: dict[str, Any] = {"student": setting.model, "method": method, "seed": seed, "train": dict(self.train or {})}
         values["data"] = {key: value for key, value in data.items() if value is not None}
@@ -201,7 +198,7 @@ def tell_time(order: Order, ledger: Ledger, device: torch.device) -> None:
 def reproduce(order: Order, ledger: Ledger, device: torch.device, folder: Path, command: str) -> tuple[Path, bool]:
     """Train what the ledger has not, and write the document after each setting; its path, and whether every run finished.
 
-    The document has all rows that the ledger has of these settings, seeds and recipe, whether they were asked for now or trained before.
+    The document has all runs that the ledger has of these settings by this recipe, whether they were asked for now or trained before.
     """
     found: dict[Setting, list[Run]] = {}
     document = order.study.document(folder)
@@ -213,28 +210,30 @@ def reproduce(order: Order, ledger: Ledger, device: torch.device, folder: Path, 
 
 
 def _train(order: Order, setting: Setting, ledger: Ledger, device: torch.device) -> list[Run]:
-    """The teachers first, then all students as one cohort; with what the ledger has of other rows."""
+    """The teachers first, then all students as one cohort; with what else the ledger has."""
     bars = Bars()
     teachers = run(order.teachers(setting), ledger, device, watcher=bars)
     if any(teacher.status != "finished" for teacher in teachers):
         say(f"{setting.name}: a teacher failed, so its students are left out")
         return teachers
-    students = run(order.students(setting), ledger, device, watcher=bars)
-    return teachers + students + _others(order, setting, teachers[0], ledger, device)
+    found = teachers + run(order.students(setting), ledger, device, watcher=bars)
+    return found + _others(order, setting, found, ledger, device)
 
 
-def _others(order: Order, setting: Setting, teacher: Run, ledger: Ledger, device: torch.device) -> list[Run]:
-    """What the ledger has of rows that were not asked for now: of the study's own, and of others that were trained by its recipe."""
+def _others(order: Order, setting: Setting, found: Sequence[Run], ledger: Ledger, device: torch.device) -> list[Run]:
+    """What the ledger has by the recipe of the runs that were found: other rows and other seeds than were asked for now."""
     if not order.study.free:
         return []
-    own = [row for row in order.study.rows if row not in order.rows]
-    alike = [one for one in ledger.runs(status="finished", student=teacher.student) if baseline_key(one) == baseline_key(teacher)]
-    more = dict.fromkeys(one.method for one in alike if one.config.get("peer") is None)
-    known = finished(order.of_rows(setting, own), ledger, device)
-    for row in more:
-        if row not in ("base", *order.rows, *own):
-            with contextlib.suppress(UserError):  # of a method that this process does not know, or that it would not train so
-                known += finished(order.of_rows(setting, [row]), ledger, device)
+    key, asked = baseline_key(found[0]), {(one.method, one.seed) for one in found}
+    alike = [one for one in ledger.runs(status="finished", student=setting.model) if baseline_key(one) == key]
+    seeds: dict[str, list[int]] = {}
+    for method, seed in dict.fromkeys((one.method, one.seed) for one in alike if one.config.get("peer") is None):
+        if (method, seed) not in asked:
+            seeds.setdefault(method, []).append(seed)
+    known: list[Run] = []
+    for method, own in seeds.items():
+        with contextlib.suppress(UserError):  # of a method that this process does not know, or that it would not train so
+            known += finished([order.config(setting, method, seed) for seed in own], ledger, device)
     return known
 
 

@@ -117,8 +117,8 @@ def seconds(run: Run) -> float:
 
 
 def of_method(runs: Sequence[Run], method: str) -> list[Run]:
-    """The runs of a method."""
-    return [run for run in runs if run.method == method]
+    """The runs of a method, by seed."""
+    return sorted((run for run in runs if run.method == method), key=lambda run: run.seed)
 
 
 def accuracies(runs: Sequence[Run], protocol: str) -> list[float]:

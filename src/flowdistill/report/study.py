@@ -83,7 +83,7 @@ def _made(runs: Sequence[Run]) -> list[str]:
     return [
         f"{len(runs)} runs, {days}, on {_all(run.device for run in runs)}: {spent} (h:mm:ss) of training and evaluation; {made_by}.",
         f"Epochs {_all(run.nepoch for run in runs)}, SGD {_all(run.lr for run in runs)}, batch {_all(run.batch_size for run in runs)}, "
-        f"{_all(run.precision for run in runs)}.",
+        f"{_all(run.precision for run in runs)}, engine {_all(run.engine for run in runs)}.",
         *([f"Not by the reference's recipe: {recipe}."] if recipe else []),
     ]
 
@@ -133,8 +133,8 @@ def methods(runs: Sequence[Run], first: Sequence[str]) -> list[str]:
 
 
 NOTES = (
-    "Percent of the test images. best: the mean of every run's best epoch on test, as the reference read it (3 runs, 9,984 of "
-    f"10,000 images). last: the last epoch, mean +- sample standard deviation; of fewer than {LEAST_N} runs the values alone."
+    "Percent of the test images. best: the mean of every run's best epoch on test, as the reference read it (9,984 of 10,000 "
+    f"images). last: the last epoch, mean +- sample standard deviation; of fewer than {LEAST_N} runs the values alone."
 )
 
 

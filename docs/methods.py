@@ -116,7 +116,7 @@ def card(name: str, method: Method) -> str:
     module = sys.modules[cls.__module__]
     paper = cls.paper
     defaults = prose(cls.default_weights)
-    options = ", ".join(f"{key}={value!r}" for key, value in cls.Options().model_dump().items()) or "none"
+    options = ", ".join(f"{key}={value!r}" for key, value in cls.Options()) or "none"
     kept = (("0 at a match", cls.vanishes_at_match), ("a sample at a time", cls.per_sample), ("no labels", not cls.uses_labels))
     promises = [word for word, is_kept in kept if is_kept]
     return "\n".join(

@@ -24,8 +24,9 @@ from flowdistill.device import resolve_device
 from flowdistill.interrupt import stop
 from flowdistill.ledger import Ledger
 from flowdistill.lock import Lock
-from flowdistill.report import fsp_log
+from flowdistill.report import fsp_log, log
 from flowdistill.report.card import page
+from flowdistill.report.study import Study
 from flowdistill.runner.card import measure
 
 SOURCE = Path(__file__).parents[1] / "src" / "flowdistill"
@@ -236,12 +237,13 @@ def test_a_table_of_taps_is_written(folder: Path) -> None:
     assert command(folder, *words, "--dry-run", *SHORT).code == 0
 
 
-def test_the_reproduced_log_shows_its_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("study", [log.STUDY, fsp_log.STUDY], ids=lambda study: study.name)
+def test_the_reproduced_log_shows_its_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, study: Study) -> None:
     monkeypatch.chdir(folder)
     ledger = Ledger(Path(RUNS))
-    fsp_log.write(folder / "page", {}, ledger)
-    text = (folder / "page" / fsp_log.DOCUMENT).read_text()
-    assert follow(folder, text.replace("NUMBER", "1"), r"config and curve \(`(flowdistill .*)`\)").code == 0
+    study.write(folder / "page", {}, ledger, advice.command("reproduce", study.name, "--epochs", 3, runs=ledger.folder))
+    text = study.document(folder / "page").read_text()
+    assert follow(folder, text.replace("NUMBER", "1"), r"config and curve\s+\(`(flowdistill .*)`\)").code == 0
     assert follow(folder, text, r"`(flowdistill reproduce .*?)` trained", "--help").code == 0
 
 

@@ -48,7 +48,7 @@ WRONG = [
     ("train --dataset digits --seeds \u0661", "--seeds '\u0661': '\u0661' is no seed; write numbers and ranges such as 0-2,5"),
     (
         "train --dataset digits --seeds 1,0-2",
-        "--seeds '1,0-2' names a seed twice; a seed is trained once (use --again to repeat a finished run)",
+        "--seeds '1,0-2' names a seed twice; name each once",
     ),
     ("train --dataset digits --seeds 0-99999999999", "--seeds '0-99999999999': 100,000,000,000 seeds; one command takes at most 10,000"),
     ("train --dataset digits --seeds 0-9999,10000", "--seeds '0-9999,10000': 10,001 seeds; one command takes at most 10,000"),
@@ -432,7 +432,46 @@ WRONG = [
     # reproduce
     ("reproduce", "Missing argument 'study' (flowdistill --help)"),
     ("reproduce fsp-lgo", "unknown study 'fsp-lgo': did you mean 'fsp-log'?"),
-    ("reproduce x", "unknown study 'x': choose from: fsp-log"),
+    ("reproduce x", "unknown study 'x': choose from: log, fsp-log"),
+    ("reproduce log --only resnet20-cifar", "--only 'resnet20-cifar' is no setting of log: did you mean 'resnet20-cifar10'?"),
+    ("reproduce log --methods fps", "unknown method 'fps': did you mean 'fsp'?"),
+    ("reproduce log --methods fsp,kd+", f"unknown method '': choose from: {', '.join(METHODS)}"),
+    ("reproduce log --methods ''", "--methods is followed by nothing; give a value, or leave it out"),
+    ("reproduce log --methods kd+at,fsp,at+kd", "--methods kd+at,fsp,at+kd names at+kd twice; each row is trained once"),
+    ("reproduce log --methods fsp,ft+ab", "method 'ab+ft': ab and ft both train in stages; only one part may"),
+    (
+        "reproduce log --methods fsp,dml",
+        "--methods dml: its students teach each other, and a row has one teacher for each; leave it out",
+    ),
+    ("reproduce log --recipe fsp-lgo", "unknown recipe 'fsp-lgo': did you mean 'fsp-log'?"),
+    (
+        "reproduce log --recipe function-matching",
+        "--recipe function-matching: it trains without labels, from which the baselines, the teachers, learn; choose another",
+    ),
+    ("reproduce log --seeds 0,0", "--seeds '0,0' names a seed twice; name each once"),
+    ("reproduce log --baselines 1-0", "--baselines '1-0': the range 1-0 runs backwards; write 0-1"),
+    (
+        "reproduce log --baselines 0",
+        "--baselines 0: the student of seed 0 would have no teacher but the one that began from its own initial weights; name another seed",
+    ),
+    ("reproduce log --epochs 0 --cifar10 npz:small.npz", "train.epochs=0: input should be greater than or equal to 1"),
+    (
+        "reproduce fsp-log --methods fsp",
+        "--methods belongs to the study log, and fsp-log has rows, recipe and seeds of its own; leave it out",
+    ),
+    (
+        "reproduce fsp-log --recipe crd",
+        "--recipe belongs to the study log, and fsp-log has rows, recipe and seeds of its own; leave it out",
+    ),
+    ("reproduce fsp-log --seeds 1", "--seeds belongs to the study log, and fsp-log has rows, recipe and seeds of its own; leave it out"),
+    (
+        "reproduce fsp-log --baselines 1",
+        "--baselines belongs to the study log, and fsp-log has rows, recipe and seeds of its own; leave it out",
+    ),
+    (
+        "reproduce log --out junk.txt",
+        "junk.txt: the document cannot be written there (junk.txt is a file); name another folder with --out",
+    ),
     ("reproduce fsp-log --only resnet20-cifar", "--only 'resnet20-cifar' is no setting of fsp-log: did you mean 'resnet20-cifar10'?"),
     (
         "reproduce fsp-log --only vgg",

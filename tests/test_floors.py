@@ -33,7 +33,7 @@ STRANGERS = {("methods", "models"), ("methods", "data")}
 TORCH_FREE = (
     *("", "__main__", "advice", "checks", "cli", "complaints", "config", "env", "interrupt", "ledger"),
     *("lock", "recipes", "registry", "trust"),
-    *("report", "report.card", "report.pages", "report.tables", "stats", "talk"),
+    *("report", "report.card", "report.pages", "report.reference", "report.tables", "stats", "talk"),
 )
 """Modules that must not bring torch in when they are imported."""
 

@@ -16,10 +16,9 @@ from torch import Tensor
 from flowdistill.methods.attention import attention_loss
 from flowdistill.methods.fsp import fsp_loss
 from flowdistill.methods.kd import kd_loss
-from flowdistill.methods.logits import logits_loss
 
 SHEETS = {name: module for name, module in FILES.items() if hasattr(module, "GOLDEN")}
-ABOUT = ("kd", "logits", "at", "fsp", "at+kd", *SHEETS)
+ABOUT = ("kd", "at", "fsp", "at+kd", *SHEETS)
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "golden.json").read_text())
 CLAIMED = {key for key, entry in GOLDEN.items() if entry["method"] in ABOUT}
 
@@ -69,8 +68,6 @@ FORMULAS: dict[str, Callable[[], Tensor]] = {key: formula for module in SHEETS.v
     "kd/T2": lambda: kd(2.0),
     "kd/T4": lambda: kd(4.0),
     "kd/T4_mixed_ce": lambda: 0.9 * kd(4.0) + 0.1 * cross_entropy(),
-    "logits/mse": lambda: logits_loss(INPUTS["logits_s"], INPUTS["logits_t"]),
-    "logits/seed_on_embedding": lambda: logits_loss(INPUTS["emb_s"], INPUTS["emb_t"]),
     "at/code_p2": same_stages,
     "at/paper_p2": lambda: same_stages("paper"),
     "at/size_mismatch": lambda: at(("st2", "big2")),

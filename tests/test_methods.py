@@ -229,7 +229,9 @@ def wanted(method: Method) -> set[str]:
     """What of the student a method pulls at: the taps that it requests, and ``PULLS`` of its reference (logits, embedding)."""
     pulled: set[str] = set()
     for part in method.methods if isinstance(method, Composed) else [method]:
-        pulled |= part.needs.student | getattr(REFERENCES[part.name], "PULLS", set())
+        sheet = REFERENCES[part.name]
+        pulled |= part.needs.student
+        pulled |= sheet.pulls(part.options.model_dump()) if hasattr(sheet, "pulls") else getattr(sheet, "PULLS", set())
     return pulled
 
 
@@ -496,6 +498,19 @@ def test_who_takes_a_teacher_of_as_many_classes_in_another_order() -> None:
     assert set(found) == (logits | {"cat_kd", "irg"}) - {"simkd"}
     assert all("class 2 of resnet8 is 'c', of resnet14 'd'; logits are compared class by class" in line for line in found.values())
     assert refusals("abcd", "") == refusals("", "abcd") == refusals("abcd", "abcd") == {}
+
+
+def test_logits_on_the_embedding_takes_a_teacher_of_other_classes() -> None:
+    pair = models.spec("resnet8", DATA), models.spec("resnet14", TEN)
+    assert refused("logits", {"on": "embedding"}, pair) == ""
+
+
+def test_what_logits_compares_is_dumped_where_it_is_not_the_logits() -> None:
+    """A run that was recorded before there was a choice keeps its fingerprint."""
+    plain, embedded = (settle("logits", {"logits": given}, {}) for given in ({"on": "logits"}, {"on": "embedding"}))
+    assert (plain.options["logits"].model_dump(), plain.variant) == ({}, "")
+    assert (embedded.options["logits"].model_dump(), embedded.variant) == ({"on": "embedding"}, "on=embedding")
+    assert plain.weights == embedded.weights == {"task": 1.0, "logits": 1.0}
 
 
 @each_case

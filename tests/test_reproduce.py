@@ -21,7 +21,9 @@ from flowdistill.checks import UserError
 from flowdistill.ledger import Ledger, Run
 from flowdistill.methods.fsp import FSP
 from flowdistill.report import fsp_log, matrices, tables
-from flowdistill.reproduce import Order, choose
+from flowdistill.report.reference import SETTINGS
+from flowdistill.report.study import head, shortened
+from flowdistill.reproduce import Order, choose, settings
 from flowdistill.stats import welch
 from flowdistill.taps import DataSpec
 
@@ -36,7 +38,7 @@ SECTIONS = [
     "## Departures from the reference",
     "## Reference",
 ]
-SETTING = fsp_log.SETTINGS[0]
+SETTING = SETTINGS[0]
 
 
 def words(data: Path) -> tuple[str, ...]:
@@ -184,18 +186,18 @@ def test_a_dry_run_prints_plan_and_time_and_writes_nothing(small_npz: Path, tmp_
 
 
 def test_the_settings_stand_in_the_logs_order_whatever_only_says() -> None:
-    assert choose("fsp-log", None) == fsp_log.SETTINGS
-    assert [one.name for one in choose("fsp-log", "resnet110-cifar10, resnet20-cifar100")] == ["resnet20-cifar100", "resnet110-cifar10"]
+    assert settings(choose("fsp-log"), None) == SETTINGS
+    chosen = settings(choose("fsp-log"), "resnet110-cifar10, resnet20-cifar100")
+    assert [one.name for one in chosen] == ["resnet20-cifar100", "resnet110-cifar10"]
 
 
 # The document
 
 
 def test_the_references_figures_are_those_of_its_twelve_runs() -> None:
-    for setting in fsp_log.SETTINGS:
+    for setting in SETTINGS:
         accuracies_, _ = LOG[setting.model, setting.data]
-        assert round(statistics.fmean(accuracies_), 1) == setting.fsp
-    assert [(one.base, one.at) for one in fsp_log.SETTINGS] == [(92.0, 91.9), (67.6, 68.4), (92.5, 93.3), (71.6, 72.6)]
+        assert list(setting.runs["fsp"]) == list(accuracies_)
 
 
 def recorded(fsp: Sequence[int], at: Sequence[int], **changes: object) -> list[Run]:
@@ -214,15 +216,15 @@ def recorded(fsp: Sequence[int], at: Sequence[int], **changes: object) -> list[R
     ],
 )
 def test_the_verdict_is_the_intervals(fsp: Sequence[int], at: Sequence[int], verdict: str) -> None:
-    said = fsp_log._verdict(SETTING, recorded(fsp, at))
+    said = fsp_log.verdict(SETTING, recorded(fsp, at))
     assert verdict in said
     assert said.startswith("resnet20-cifar10: FSP")
     assert said.endswith("The reference: +0.1 (92.0 and 91.9, best epoch).")
 
 
 def test_a_full_run_is_not_called_short() -> None:
-    assert fsp_log._shortened(recorded([9200], [9200])) == []
-    (limited,) = fsp_log._shortened(recorded([9200], [], config={"data": {"limit_train": 5000}}))
+    assert shortened(recorded([9200], [9200])) == []
+    (limited,) = shortened(recorded([9200], [], config={"data": {"limit_train": 5000}}))
     assert limited == "**A short run (about 5,000 training images): not comparable to the reference.**"
 
 
@@ -230,8 +232,8 @@ def test_teachers_that_are_not_the_baselines_are_named() -> None:
     made = {"versions": {"flowdistill": "0.1.0", "torch": "2.9.0"}}
     base = [run(no, method="base", seed=no, **made) for no in (5, 6)]
     own, other = (run(no, seed=no, teacher_run=teacher, **made) for no, teacher in ((7, 6), (8, 2)))
-    assert "Teachers other" not in fsp_log._head({SETTING: [*base, own]}, [])
-    assert "- Teachers other than the baselines here: run 2." in fsp_log._head({SETTING: [*base, own, other]}, [])
+    assert "Teachers other" not in head({SETTING: [*base, own]}, [])
+    assert "- Teachers other than the baselines here: run 2." in head({SETTING: [*base, own, other]}, [])
 
 
 def test_the_matrices_are_those_of_the_loss() -> None:
@@ -252,7 +254,7 @@ def test_the_matrices_are_those_of_the_loss() -> None:
 
 @pytest.fixture
 def order(small_npz: Path) -> Order:
-    return Order(fsp_log.SETTINGS[:1], {"cifar10": f"npz:{small_npz}"}, None, {"epochs": 1})
+    return Order(fsp_log.STUDY, SETTINGS[:1], fsp_log.STUDY.rows, {"cifar10": f"npz:{small_npz}"}, train={"epochs": 1})
 
 
 def test_without_its_teachers_a_setting_has_no_students(order: Order, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +265,7 @@ def test_without_its_teachers_a_setting_has_no_students(order: Order, ledger: Le
         return [run(no, method="base", status="failed", error="diverged in epoch 1") for no, _ in enumerate(configs, 1)]
 
     monkeypatch.setattr(study, "run", diverge)
-    document, sound = study.reproduce(order, ledger, torch.device("cpu"), ledger.folder / "fsp-log")
+    document, sound = study.reproduce(order, ledger, torch.device("cpu"), ledger.folder / "fsp-log", "flowdistill")
     assert (asked, sound) == ([2], False)
     text = document.read_text()
     assert "- Failed: run 1 (base resnet20 seed 0): diverged in epoch 1." in text
@@ -283,17 +285,18 @@ def test_what_was_cut_off_is_gone_on_with(order: Order, ledger: Ledger, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(study.Bars, "epoch", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            study.reproduce(order, ledger, cpu, folder)
+            study.reproduce(order, ledger, cpu, folder, "flowdistill")
     assert [one.status for one in ledger.runs()] == ["finished"] * 2 + ["interrupted"] * 6
     assert not folder.exists()
-    document, sound = study.reproduce(order, ledger, cpu, folder)
+    document, sound = study.reproduce(order, ledger, cpu, folder, "flowdistill")
     assert [one.status for one in ledger.runs()] == ["finished"] * 8
     assert sound
     assert "2 of 200 epochs" in document.read_text()
 
 
 def test_a_study_that_can_not_be_planned_is_refused_before_training(small_npz: Path, ledger: Ledger) -> None:
-    order = Order(fsp_log.SETTINGS[:2], {"cifar10": f"npz:{small_npz}", "cifar100": "npz:none.npz"}, None, {"epochs": 1})
+    sources = {"cifar10": f"npz:{small_npz}", "cifar100": "npz:none.npz"}
+    order = Order(fsp_log.STUDY, SETTINGS[:2], fsp_log.STUDY.rows, sources, train={"epochs": 1})
     with pytest.raises(UserError, match="no such file"):
         study.tell_time(order, ledger, torch.device("cpu"))
     assert not ledger.folder.exists()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from flowdistill.stats import LEAST_N, Difference, sample_std, welch
+from flowdistill.stats import LEAST_N, Difference, interval, sample_std, welch
 
 LOG = {
     "C10": [91.95713, 91.89703, 92.28766],
@@ -67,6 +67,17 @@ def test_a_difference_that_is_seen_and_one_that_is_not() -> None:
     assert unseen is not None
     assert seen.low > 0
     assert unseen.low < 0 < unseen.high
+
+
+@pytest.mark.parametrize("values", [values for group in GROUPS for values in group if statistics.stdev(values)])
+def test_the_interval_of_a_mean_is_scipys(values: Sequence[float]) -> None:
+    theirs = scipy_stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=scipy_stats.sem(values))
+    assert interval(values) == pytest.approx(theirs, rel=1e-9)
+
+
+def test_there_is_no_interval_of_a_mean_below_three() -> None:
+    assert interval([92.0, 92.5]) is interval([]) is None
+    assert interval([92.0] * 3) == (92.0, 92.0)
 
 
 def test_sample_std_divides_by_n_less_one() -> None:

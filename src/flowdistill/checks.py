@@ -185,8 +185,8 @@ def obstacle(path: Path) -> str | None:
     return None if os.access(nearest, os.W_OK | os.X_OK) else f"you may not write in {nearest}"
 
 
-def parse_seeds(text: str) -> list[int]:
-    """``'0-2,5'`` -> ``[0, 1, 2, 5]``; ranges include both ends.
+def parse_seeds(text: str, option: str = "--seeds") -> list[int]:
+    """``'0-2,5'`` -> ``[0, 1, 2, 5]``; ranges include both ends. ``option`` is what was given.
 
     Raises:
         UserError: not numbers, a range that runs backwards, too many, or a seed given twice.
@@ -195,13 +195,13 @@ def parse_seeds(text: str) -> list[int]:
     for part in text.split(","):
         numbers = re.fullmatch(r"(\d{1,30})(?:-(\d{1,30}))?", part.strip(), re.ASCII)
         if not numbers:
-            raise UserError(f"--seeds {text!r}: {part.strip()!r} is no seed; write numbers and ranges such as 0-2,5")
+            raise UserError(f"{option} {text!r}: {part.strip()!r} is no seed; write numbers and ranges such as 0-2,5")
         low, high = int(numbers[1]), int(numbers[2] or numbers[1])
         if high < low:
-            raise UserError(f"--seeds {text!r}: the range {part.strip()} runs backwards; write {high}-{low}")
+            raise UserError(f"{option} {text!r}: the range {part.strip()} runs backwards; write {high}-{low}")
         if (count := len(seeds) + high - low + 1) > MOST_SEEDS:
-            raise UserError(f"--seeds {text!r}: {count:,} seeds; one command takes at most {MOST_SEEDS:,}")
+            raise UserError(f"{option} {text!r}: {count:,} seeds; one command takes at most {MOST_SEEDS:,}")
         seeds.extend(range(low, high + 1))
     if len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds {text!r} names a seed twice; a seed is trained once (use --again to repeat a finished run)")
+        raise UserError(f"{option} {text!r} names a seed twice; name each once")
     return seeds

@@ -26,7 +26,7 @@ from .ledger import Ledger, stored
 from .report import pages, tables
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from .ledger import Run
 
@@ -206,7 +206,7 @@ def _described(
     chosen_recipe = recipes.recipe(recipe) if recipe is not None else None
     student, teacher = (model_name(str(values.get(key) or "")) for key in ("student", "teacher"))
     if chosen_recipe:
-        values = _over(chosen_recipe.of(student or RunConfig().student), values)
+        values = recipes.over(chosen_recipe.of(student or RunConfig().student), values)
     if methods == "base" and values.get("teacher"):
         cure = f"use {advice.command('distill')}, or leave it out"
         raise UserError(f"teacher={values['teacher']!r}: training on the labels alone has none; {cure}")
@@ -216,7 +216,7 @@ def _described(
     if chosen_recipe:
         for place, share in enumerate(shares):
             for below in chosen_recipe.of_run(_in_full(share["method"]), teacher, student):
-                shares[place] = _over(below, shares[place])
+                shares[place] = recipes.over(below, shares[place])
     return [parsed for share in shares for parsed in _seeded(share, seeds)]
 
 
@@ -370,12 +370,6 @@ def _values(config: Path | None, assignments: Sequence[str] | None, chosen: dict
     return values
 
 
-def _over(below: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values over those below them, key by key."""
-    tables = {key for key in below if isinstance(below[key], dict) and isinstance(values.get(key), dict)}
-    return {**below, **values, **{key: _over(below[key], values[key]) for key in tables}}
-
-
 def _in_full(method: str) -> str:
     """A method's name as runs record it: its parts in order."""
     return "+".join(sorted(part.strip() for part in method.split("+")))
@@ -431,8 +425,22 @@ def demo(
 
 @app.command()
 def reproduce(
-    study: Annotated[str, typer.Argument(help="fsp-log: FSP and AT students of ResNet-20 and ResNet-110 on CIFAR-10 and CIFAR-100.")],
+    study: Annotated[
+        str,
+        typer.Argument(
+            help="log: all six pages of the reference, ResNet-20 and ResNet-110 on CIFAR-10 and CIFAR-100; fsp-log: its FSP and AT alone."
+        ),
+    ],
     only: Annotated[str | None, typer.Option(help="Only these settings, such as resnet20-cifar10,resnet20-cifar100.")] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Of log: only these rows, such as fsp,kd, or others than the reference's, such as fsp+kd; base always is."),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help=f"Of log: a recipe's name; {advice.command('recipes')} lists them. Left out, the reference's.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Of log: seeds of the students; left out, 0-2.")] = None,
+    baselines: Annotated[str | None, typer.Option(help="Of log: seeds of the baselines, which are the teachers; left out, 0,1.")] = None,
     cifar10: Annotated[str, typer.Option(help="Where CIFAR-10 comes from: cifar10 or npz:PATH.")] = "cifar10",
     cifar100: Annotated[str, typer.Option(help="Likewise: cifar100 or npz:PATH.")] = "cifar100",
     epochs: EpochsOption = None,
@@ -440,24 +448,41 @@ def reproduce(
     precision: PrecisionOption = None,
     device: DeviceOption = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and a time estimate; train nothing.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder of the document; else fsp-log in the folder of the runs.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the document; else log or fsp-log in the folder of the runs.")] = None,
     runs: RunsOption = Path("runs"),
 ) -> int:
     """A published log, trained again: baselines, students, and one document beside its figures. What is trained already is skipped."""
+    from . import reproduce as again
     from .device import resolve_device
-    from .reproduce import Order, choose, plan_table, refuse_folder, tell_time
-    from .reproduce import reproduce as train_all
 
+    chosen = again.choose(study)
+    own = {"--methods": methods, "--recipe": recipe, "--seeds": seeds, "--baselines": baselines}
+    if not chosen.free and (option := next((option for option, value in own.items() if value is not None), "")):
+        raise UserError(f"{option} belongs to the study log, and {study} has rows, recipe and seeds of its own; leave it out")
     given = {"epochs": epochs, "precision": precision.value if precision else None}
-    train = {key: value for key, value in given.items() if value is not None}
-    order = Order(choose(study, only), {"cifar10": cifar10, "cifar100": cifar100}, limit_train, train)
+    settings = again.settings(chosen, only)
+    order = again.Order(
+        chosen,
+        settings,
+        again.rows(chosen, methods),
+        {"cifar10": cifar10, "cifar100": cifar100},
+        limit_train,
+        {key: value for key, value in given.items() if value is not None},
+        again.by_recipe(recipe, settings),
+        again.STUDENT_SEEDS if seeds is None else parse_seeds(seeds),
+        again.BASELINE_SEEDS if baselines is None else parse_seeds(baselines, "--baselines"),
+    )
+    again.refuse_own_teachers(order.seeds, order.baselines)
     where, ledger, folder = resolve_device(device), Ledger(runs, create=True), out or runs / study
-    refuse_folder(folder)
-    tell_time(order, ledger, where)
+    again.refuse_folder(folder, chosen)
+    again.tell_time(order, ledger, where)
     if dry_run:
-        talk.answer(plan_table(order))
+        talk.answer(again.plan_table(order))
         return 0
-    document, sound = train_all(order, ledger, where, folder)
+    sources = {f"--{name}": place for name, place in order.sources.items() if place != name}
+    words = {"--only": only, **own, **sources, "--epochs": epochs, "--limit-train": limit_train, "--precision": given["precision"]}
+    told = [word for option, value in words.items() if value is not None for word in (option, value)]
+    document, sound = again.reproduce(order, ledger, where, folder, advice.command("reproduce", study, *told, runs=runs))
     talk.answer(str(document))
     return 0 if sound else 1
 

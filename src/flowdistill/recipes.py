@@ -37,6 +37,12 @@ class Recipe:
         return [self.of_pair.get((method, teacher, student), {}), *(self.of_method.get(part.strip(), {}) for part in method.split("+"))]
 
 
+def over(below: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values over those below them, key by key."""
+    tables = {key for key in below if isinstance(below[key], dict) and isinstance(values.get(key), dict)}
+    return {**below, **values, **{key: over(below[key], values[key]) for key in tables}}
+
+
 CRD = {"epochs": 240, "batch_size": 64, "lr": 0.05, "weight_decay": 5e-4, "milestones": (0.625, 0.75, 0.875)}  # epochs 150, 180, 210
 DKD_BETA = {  # Zhao et al. 2022, the authors' code; 8 for all others
     ("vgg13", "vgg8"): 6.0,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -13,18 +14,33 @@ import torch
 from .checks import UserError, did_you_mean, obstacle
 from .config import RunConfig, validate
 from .device import describe
-from .ledger import Ledger, Run
-from .report import fsp_log, tables
-from .report.fsp_log import SETTINGS, Setting
+from .ledger import Ledger, Run, baseline_key
+from .methods import parts, settle
+from .recipes import Recipe, over, recipe
+from .report import fsp_log, log, tables
 from .report.progress import Bars
-from .runner import estimate, run
+from .report.reference import SETTINGS, Setting
+from .report.study import Study
+from .runner import estimate, finished, run
 from .talk import say
 
-STUDIES = ("fsp-log",)
-TEACHER_SEEDS = range(2)  # two, so that no student shares its teacher's initial weights
-STUDENT_SEEDS = range(3)
-STUDENTS: Mapping[str, Mapping[str, Any]] = {"fsp": {"fsp": {"preset": "log"}}, "at": {}}
-"""Method and options of the students; the recipe is the package's default, which is the reference's."""
+STUDIES: Mapping[str, Study] = {found.name: found for found in (log.STUDY, fsp_log.STUDY)}
+BASELINE_SEEDS = (0, 1)  # two, so that no student shares its teacher's initial weights
+STUDENT_SEEDS = (0, 1, 2)
+OPTIONS: Mapping[str, Mapping[str, Any]] = {"fsp": {"preset": "log"}, "logits": {"on": "embedding"}}
+"""What the reference computes by a method, where that is not this package's default."""
+WEIGHTS: Mapping[str, Mapping[str, float]] = {"at+kd": {"kd": 0.9}}
+"""The reference's weights of a row, where they are not this package's defaults, which are the reference's."""
+
+
+def as_the_reference(method: str) -> dict[str, dict[str, Any]]:
+    """Options and weights of a row.
+
+    Raises:
+        UserError: no such method.
+    """
+    options = {cls.name: dict(OPTIONS[cls.name]) for cls in parts(method) if cls.name in OPTIONS}
+    return {"options": options, "weights": dict(WEIGHTS.get(method, {}))}
 
 
 @dataclass(frozen=True)
@@ -32,54 +48,126 @@ class Order:
     """What is to be reproduced.
 
     Attributes:
+        study: whose document is written.
         settings: networks and data sets, in the log's order.
+        rows: methods of the students, in the document's order.
         sources: for each of the log's data sets where it comes from, as ``--dataset`` takes it.
-        limit_train: training images, None for all.
-        train: keys of ``train`` that are not to be the default.
+        limit_train: training images, None for the recipe's.
+        train: keys of ``train`` that are not to be the recipe's.
+        recipe: None for the package's default, which is the reference's.
+        seeds: of the students.
+        baselines: seeds of the baselines, which are also the teachers.
     """
 
+    study: Study
     settings: tuple[Setting, ...]
+    rows: tuple[str, ...]
     sources: Mapping[str, str]
-    limit_train: int | None
-    train: Mapping[str, Any]
+    limit_train: int | None = None
+    train: Mapping[str, Any] | None = None
+    recipe: Recipe | None = None
+    seeds: Sequence[int] = STUDENT_SEEDS
+    baselines: Sequence[int] = BASELINE_SEEDS
 
     def teachers(self, setting: Setting) -> list[RunConfig]:
         """The baselines, which are also the teachers."""
-        return [self._config(setting, "base", seed) for seed in TEACHER_SEEDS]
+        return [self.config(setting, "base", seed) for seed in self.baselines]
 
     def students(self, setting: Setting) -> list[RunConfig]:
-        """FSP and AT students of their teachers' own architecture."""
-        return [self._config(setting, method, seed) for method in STUDENTS for seed in STUDENT_SEEDS]
+        """Students of their teachers' own architecture, a row after the other."""
+        return [self.config(setting, method, seed) for method in self.rows for seed in self.seeds]
 
-    def _config(self, setting: Setting, method: str, seed: int) -> RunConfig:
-        taught = {"teacher": setting.model, "options": STUDENTS[method]} if method in STUDENTS else {}
+    def config(self, setting: Setting, method: str, seed: int) -> RunConfig:
+        """One run of a setting."""
         data = {"name": self.sources[setting.data], "limit_train": self.limit_train}
-        return validate({"student": setting.model, "method": method, "seed": seed, "data": data, "train": self.train, **taught})
+        values: dict[str, Any] = {"student": setting.model, "method": method, "seed": seed, "train": dict(self.train or {})}
+        values["data"] = {key: value for key, value in data.items() if value is not None}
+        if method != "base":
+            values |= {"teacher": setting.model} | as_the_reference(method)
+        if self.recipe:
+            for below in (self.recipe.of(setting.model), *self.recipe.of_run(method, setting.model, setting.model)):
+                values = over(below, values)
+        return validate(values)
 
 
-def choose(study: str, only: str | None) -> tuple[Setting, ...]:
+def choose(name: str) -> Study:
+    """A study by name.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in STUDIES:
+        raise UserError(f"unknown study {name!r}: {did_you_mean(name, STUDIES)}")
+    return STUDIES[name]
+
+
+def settings(study: Study, only: str | None) -> tuple[Setting, ...]:
     """The settings of a study, or those that ``only`` names, separated by commas.
 
     Raises:
-        UserError: no such study or setting.
+        UserError: no such setting.
     """
-    if study not in STUDIES:
-        raise UserError(f"unknown study {study!r}: {did_you_mean(study, STUDIES)}")
     names = [setting.name for setting in SETTINGS]
     wanted = names if only is None else [name.strip() for name in only.split(",")]
     for name in wanted:
         if name not in names:
-            raise UserError(f"--only {name!r} is no setting of {study}: {did_you_mean(name, names)}")
+            raise UserError(f"--only {name!r} is no setting of {study.name}: {did_you_mean(name, names)}")
     return tuple(setting for setting in SETTINGS if setting.name in wanted)
 
 
-def refuse_folder(folder: Path) -> None:
+def rows(study: Study, given: str | None) -> tuple[str, ...]:
+    """The students' rows of a study, or those that ``given`` names, separated by commas: its own in its order, then the others.
+
+    Raises:
+        UserError: a method that can't be had, one named twice, or one whose students teach each other.
+    """
+    found: list[str] = []
+    for name in study.rows if given is None else given.split(","):
+        settled = settle(name, **as_the_reference(name))
+        if settled.mutual:
+            raise UserError(f"--methods {settled.name}: its students teach each other, and a row has one teacher for each; leave it out")
+        if settled.name in found:
+            raise UserError(f"--methods {given} names {settled.name} twice; each row is trained once")
+        found.append(settled.name)
+    own = [method for method in study.rows if method in found]
+    return (*own, *(method for method in found if method not in (*own, "base")))
+
+
+def by_recipe(name: str | None, chosen: Iterable[Setting]) -> Recipe | None:
+    """The recipe of that name, for these settings; None for none.
+
+    Raises:
+        UserError: there is none of that name, or it is not for these networks or for baselines.
+    """
+    if name is None:
+        return None
+    found = recipe(name)
+    if any(found.of(setting.model).get("weights", {}).get("task") == 0 for setting in chosen):
+        raise UserError(f"--recipe {name}: it trains without labels, from which the baselines, the teachers, learn; choose another")
+    return found
+
+
+def refuse_own_teachers(seeds: Sequence[int], baselines: Sequence[int]) -> None:
+    """Refuse a student that would have no teacher but the one that began as it did, before that is trained.
+
+    Raises:
+        UserError: there is such a student.
+    """
+    for seed in seeds:
+        if not set(baselines) - {seed}:
+            raise UserError(
+                f"--baselines {','.join(map(str, baselines))}: the student of seed {seed} would have no teacher but the one that began "
+                f"from its own initial weights; name another seed"
+            )
+
+
+def refuse_folder(folder: Path, study: Study) -> None:
     """Refuse a folder for the document that can't be one, before days of training and not after.
 
     Raises:
         UserError: something is in the way.
     """
-    if hindrance := obstacle(folder / fsp_log.DOCUMENT):
+    if hindrance := obstacle(study.document(folder)):
         raise UserError(f"{folder}: the document cannot be written there ({hindrance}); name another folder with --out")
 
 
@@ -107,24 +195,46 @@ def tell_time(order: Order, ledger: Ledger, device: torch.device) -> None:
     say(f"all: about {_clock(total)} (h:mm:ss) on {describe(device)}, measured on a few steps; what the ledger has is not counted")
 
 
-def reproduce(order: Order, ledger: Ledger, device: torch.device, folder: Path) -> tuple[Path, bool]:
-    """Train what the ledger has not, and write the document after each setting; its path, and whether every run finished."""
+def reproduce(order: Order, ledger: Ledger, device: torch.device, folder: Path, command: str) -> tuple[Path, bool]:
+    """Train what the ledger has not, and write the document after each setting; its path, and whether every run finished.
+
+    The document has all runs that the ledger has of these settings by this recipe, whether they were asked for now or trained before.
+    """
     found: dict[Setting, list[Run]] = {}
+    document = order.study.document(folder)
     for setting in order.settings:
         found[setting] = _train(order, setting, ledger, device)
-        fsp_log.write(folder, found, ledger)
-        say(f"{setting.name}: written to {folder / fsp_log.DOCUMENT}")
-    return folder / fsp_log.DOCUMENT, all(run_.status == "finished" for runs in found.values() for run_ in runs)
+        order.study.write(folder, found, ledger, command)
+        say(f"{setting.name}: written to {document}")
+    return document, all(run_.status == "finished" for runs in found.values() for run_ in runs)
 
 
 def _train(order: Order, setting: Setting, ledger: Ledger, device: torch.device) -> list[Run]:
-    """The teachers first, then all students as one cohort."""
+    """The teachers first, then all students as one cohort; with what else the ledger has."""
     bars = Bars()
     teachers = run(order.teachers(setting), ledger, device, watcher=bars)
     if any(teacher.status != "finished" for teacher in teachers):
         say(f"{setting.name}: a teacher failed, so its students are left out")
         return teachers
-    return teachers + run(order.students(setting), ledger, device, watcher=bars)
+    found = teachers + run(order.students(setting), ledger, device, watcher=bars)
+    return found + _others(order, setting, found, ledger, device)
+
+
+def _others(order: Order, setting: Setting, found: Sequence[Run], ledger: Ledger, device: torch.device) -> list[Run]:
+    """What the ledger has by the recipe of the runs that were found: other rows and other seeds than were asked for now."""
+    if not order.study.free:
+        return []
+    key, asked = baseline_key(found[0]), {(one.method, one.seed) for one in found}
+    alike = [one for one in ledger.runs(status="finished", student=setting.model) if baseline_key(one) == key]
+    seeds: dict[str, list[int]] = {}
+    for method, seed in dict.fromkeys((one.method, one.seed) for one in alike if one.config.get("peer") is None):
+        if (method, seed) not in asked:
+            seeds.setdefault(method, []).append(seed)
+    known: list[Run] = []
+    for method, own in seeds.items():
+        with contextlib.suppress(UserError):  # of a method that this process does not know, or that it would not train so
+            known += finished([order.config(setting, method, seed) for seed in own], ledger, device)
+    return known
 
 
 def _clock(seconds: float) -> str:

@@ -8,7 +8,8 @@ A file a method, with
 - ``CASES``: the option sets that every check is run with.
 - ``BF16``: how far the loss may move (relative) when its inputs are rounded to bfloat16; what was measured stands beside it.
 - ``WRONG``: pairs that are refused: options, student, teacher, words of the refusal.
-- ``PULLS``: what of the student it pulls at beside the taps that it needs: ``{"logits"}``, ``{"embedding"}``.
+- ``PULLS``: what of the student it pulls at beside the taps that it needs: ``{"logits"}``, ``{"embedding"}``; ``pulls(options)`` where
+  that depends on the options.
 - ``DETACHED``, where the formula holds something constant: how many tensors the method detaches.
 - ``pairs(options)``: the names of the pairs of ``pairs.py`` that it is tried on, where those are not the usual ones.
 - ``GOLDEN``, where the formula sheet has it: key of ``golden.json`` -> the package's value, float64. ``OTHER_LOSSES``: keys of losses that

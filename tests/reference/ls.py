@@ -48,6 +48,7 @@ WRAPPED = {
     "ls:dkd": wrapping("dkd", dkd, 4e-3, [{}, {"T": 1.0, "alpha": 2.0, "warmup": 3}], T=2.0),  # measured 3.9e-4, up to 1.3e-3
     "ls:logits": wrapping("logits", logits, 3e-3, [{}]),  # measured 3.9e-4, up to 1.0e-3
 }
+WRAPPED["ls:logits"].WRONG.append(({"on": "embedding"}, FIVE, FIVE, ["ls:logits", "compares no logits", "leave on=embedding out"]))
 
 
 LOGITS = (INPUTS["logits_s"], INPUTS["logits_t"])

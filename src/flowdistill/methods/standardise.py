@@ -67,6 +67,10 @@ class Standardised(Method):
         super().__init__(options, student=student, **networks)
         if student.classes < 2:
             raise ValueError(f"{self.name}: {student.name} has one class, but a standard deviation needs two; choose other data")
+        if not self.needs.logits:
+            raise ValueError(
+                f"{self.name} compares no logits by these options, and has nothing to standardise; leave {self.options.variant()} out"
+            )
 
     @classmethod
     def default_weights(cls, options: Any) -> dict[str, float]:

@@ -62,7 +62,7 @@ def methods_list(methods: Sequence[type[Method]], format_: str) -> str:
 def method_card(cls: type[Method], format_: str) -> str:
     """One method: paper, then every option and weight with its default."""
     options = cls.Options()
-    rows: list[dict[str, Any]] = [{"key": f"options.{cls.name}.{key}", "default": value} for key, value in options.model_dump().items()]
+    rows: list[dict[str, Any]] = [{"key": f"options.{cls.name}.{key}", "default": value} for key, value in options]
     rows += [{"key": f"weights.{term}", "default": weight} for term, weight in {"task": 1.0, **cls.default_weights(options)}.items()]
     table = render(rows, format_, ("key", "default"))
     if format_ in ("csv", "json"):

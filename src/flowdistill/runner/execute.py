@@ -129,6 +129,16 @@ def before(job: Job, ledger: Ledger) -> Run | None:
     return ranked[-1] if ranked else None
 
 
+def finished(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device) -> list[Run]:
+    """Of these configs the runs that ``run`` would skip. Nothing is trained.
+
+    Raises:
+        UserError: a config that can't be run.
+    """
+    found = (before(job, ledger) for job in plan(configs, ledger, device))
+    return [one for one in found if one is not None and one.status == "finished"]
+
+
 def _lost(job: Job, ledger: Ledger) -> str:
     """Of a job that is done again, which run did it and why that does not count; else empty."""
     finished = ledger.runs(fingerprint=job.fingerprint, seed=job.config.seed, status="finished")

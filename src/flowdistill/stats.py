@@ -40,6 +40,15 @@ def sample_std(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Student's 95 % interval of the mean; None for fewer than three values."""
+    if len(values) < LEAST_N:
+        return None
+    reach = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.fmean(values)
+    return mean - reach, mean + reach
+
+
 _variance = functools.lru_cache(maxsize=10_000)(statistics.variance)  # exact, so slow, and one reference is compared with many
 
 

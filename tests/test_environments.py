@@ -329,3 +329,13 @@ def test_a_student_that_has_no_room_is_told_by_its_path(tmp_path: Path, small_np
         assert caught.value.filename == str(disk / "runs/1/student.safetensors")
 
     on_a_small_disk(tmp_path, work)
+
+
+def test_circumstances_are_the_load_and_the_commit_of_this_checkout(tmp_path: Path) -> None:
+    found = env.circumstances()
+    assert float(found["load"]) >= 0
+    assert env._commit(tmp_path) == {}, "a folder that is no checkout"
+    (tmp_path / ".git").mkdir()
+    assert env._commit.__wrapped__(tmp_path) == {}, "one that git can't read"
+    assert set(found) <= {"load", "commit"}
+    assert "-" not in found.get("commit", "").removesuffix("-dirty")

@@ -71,9 +71,12 @@ def train(model: str, seed: int, data: Mapping[str, Any], more: Mapping[str, Any
     """
     keys = {f"data.{key}": value for key, value in data.items() if key != "name"} | dict(more)
     words: list[object] = ["train", "--model", model, "--dataset", data["name"], "--seeds", seed, *["--holdout"] * holdout]
-    for key, value in keys.items():
-        words += ["--set", f"{key}={_value(value)}"]
-    return command(*words, runs=runs)
+    return command(*words, *sets(keys), runs=runs)
+
+
+def sets(values: Mapping[str, Any]) -> list[str]:
+    """The ``--set`` options that give dotted keys these values."""
+    return [word for key, value in values.items() for word in ("--set", f"{key}={_value(value)}")]
 
 
 def _value(value: Any) -> str:

@@ -22,8 +22,8 @@ from .complaints import complain, failure, refuse_empty, usage
 from .config import NETWORKS, RunConfig, assign, model_name, one_line, put, read_file, read_taps, validate
 from .env import version
 from .interrupt import stop
-from .ledger import Ledger, stored
-from .report import pages, tables
+from .ledger import Ledger, exported, stored
+from .report import board, pages, tables
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -92,6 +92,12 @@ class ExportFormat(StrEnum):
 
 
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the ledger and of every run's files.")]
+SourceOption = Annotated[Path, typer.Option("--runs", help=f"A folder of runs, or a file of {advice.command('ledger', 'export')}.")]
+ProtocolOption = Annotated[ProtocolName, typer.Option(help="Which accuracy: last epoch, best on test, or the holdout's choice.")]
+OnlyMethodOption = Annotated[str | None, typer.Option("--method", help="Only this method.")]
+OnlyDatasetOption = Annotated[str | None, typer.Option("--dataset", help="Only this data set.")]
+OnlyStudentOption = Annotated[str | None, typer.Option("--student", help="Only this student.")]
+OnlyTeacherOption = Annotated[str | None, typer.Option("--teacher", help="Only this teacher, - for none.")]
 FormatOption = Annotated[TableFormat, typer.Option("--format", help="How to print.")]
 DatasetOption = Annotated[
     str | None, typer.Option(help="digits, cifar10, cifar100, fashion_mnist, npz:PATH, folder:PATH, csv:FILE or hf:NAME.")
@@ -490,24 +496,18 @@ def reproduce(
 @app.command()
 def table(
     summary: Annotated[bool, typer.Option("--summary", help="One row a method: mean, spread, difference to base.")] = False,
-    protocol: Annotated[
-        ProtocolName, typer.Option(help="Which accuracy: last epoch, best on test, or the holdout's choice.")
-    ] = ProtocolName.last,
-    method: Annotated[str | None, typer.Option(help="Only this method.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Only this data set.")] = None,
-    student: Annotated[str | None, typer.Option(help="Only this student.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="Only this teacher, - for none.")] = None,
+    protocol: ProtocolOption = ProtocolName.last,
+    method: OnlyMethodOption = None,
+    dataset: OnlyDatasetOption = None,
+    student: OnlyStudentOption = None,
+    teacher: OnlyTeacherOption = None,
     format_: FormatOption = TableFormat.md,
-    runs: RunsOption = Path("runs"),
+    runs: SourceOption = Path("runs"),
 ) -> int:
     """The log of finished runs, or their summary."""
-    wanted = {"method": method and _in_full(method), "dataset": dataset, "student": student, "teacher": teacher}
-    only = {key: stored(model_name(value)) for key, value in wanted.items() if value is not None}
-    listed = Ledger(runs).listing()
+    listed = exported.opened(runs).listing()
     gc.freeze()  # a hundred thousand rows are no garbage, and looking through them again and again takes as long as the rest
-    for key, value in only.items():
-        trust.name(value)
-        _refuse_unknown(key, value, {getattr(run, key) for run in listed})
+    only = _filters(listed, method=method and _in_full(method), dataset=dataset, student=student, teacher=teacher)
     found = [run for run in listed if all(getattr(run, key) == value for key, value in only.items())]
     if not any(tables.read(run, protocol.value) for run in found) and format_.value in ("table", "md"):
         talk.say(f"no finished runs here for --protocol {protocol.value} and these filters; {advice.list_runs(runs)} lists all")
@@ -517,6 +517,19 @@ def table(
     else:
         talk.answer(tables.log_table(found, protocol.value, format_.value))
     return 0
+
+
+def _filters(listed: Sequence[Run], **wanted: str | None) -> dict[str, str]:
+    """The columns that runs are chosen by, with their values as a ledger has them.
+
+    Raises:
+        UserError: a value that no run here has, and that is the name of nothing.
+    """
+    only = {key: stored(model_name(value)) for key, value in wanted.items() if value is not None}
+    for key, value in only.items():
+        trust.name(value)
+        _refuse_unknown(key, value, {getattr(run, key) for run in listed})
+    return only
 
 
 def _refuse_unknown(key: str, value: str, here: set[str]) -> None:
@@ -537,6 +550,44 @@ def _refuse_unknown(key: str, value: str, here: set[str]) -> None:
         raise UserError(f"--dataset {value!r}: no run here has it; {did_you_mean(value, sorted({*here, *SOURCES}))}")
     elif key in ("student", "teacher"):
         canonical(value)
+
+
+@app.command()
+def record(
+    to: Annotated[
+        float | None, typer.Option(min=0, max=100, help="Only what reaches this accuracy, in percent; the fastest first.")
+    ] = None,
+    plain: Annotated[
+        list[Path] | None,
+        typer.Option(help=f"What {advice.command('bench', '--json')} printed: adds what the loop of a user would take, by its pace there."),
+    ] = None,
+    check: Annotated[Path | None, typer.Option(help="Print nothing; refuse this file where it is not what would be printed.")] = None,
+    protocol: ProtocolOption = ProtocolName.last,
+    method: OnlyMethodOption = None,
+    dataset: OnlyDatasetOption = None,
+    student: OnlyStudentOption = None,
+    teacher: OnlyTeacherOption = None,
+    format_: FormatOption = TableFormat.md,
+    runs: Annotated[list[Path] | None, typer.Option(help="As of table; may be given several times. Left out, runs.")] = None,
+) -> int:
+    """The time-to-accuracy board: what accuracy was had by what, and how long it took, on which hardware, by which command."""
+    sources = [exported.opened(source) for source in runs or [Path("runs")]]
+    paces = [pace for path in plain or [] for pace in board.paces(path)]
+    listed = [run for source in sources for run in source.listing()]
+    only = _filters(listed, method=method and _in_full(method), dataset=dataset, student=student, teacher=teacher)
+    found = board.rows(sources, protocol.value, only, paces, to)
+    if paces and not any(row["times"] != "measured" for row in found):
+        talk.say("--plain: no row here has its pair, method, batch size, images of 32x32 and hardware, so it gives no row")
+    if not found and format_.value in ("table", "md") and check is None:
+        talk.say(f"no finished runs here for --protocol {protocol.value} and these filters")
+        return 0
+    text = board.table(found, protocol.value, format_.value, to)
+    if check is not None:
+        board.refuse_other(check, text)
+        talk.say(f"{check} is what the ledger gives")
+    else:
+        talk.answer(text)
+    return 0
 
 
 @app.command("runs")
@@ -570,6 +621,28 @@ def rebuild(format_: FormatOption = TableFormat.table, runs: RunsOption = Path("
     if kept:
         talk.say(f"the old ledger is kept as {kept}")
     return 1 if any(one.status == "left alone" for one in entered) else 0
+
+
+@ledger_app.command("export")
+def export_ledger(
+    file: Annotated[Path, typer.Argument(help="Such as results.jsonl; a file that is there is replaced.")],
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; refuse the file where it does not hold what the ledger has.")
+    ] = False,
+    runs: RunsOption = Path("runs"),
+) -> int:
+    """The results of a ledger as one file of lines, to be kept beside tables: rows and curves, no weights. table and record read it."""
+    ledger = Ledger(runs)
+    if check:
+        exported.refuse_other(file, ledger)
+        talk.say(f"{file} is what {ledger.path} gives")
+        return 0
+    from .training.weights import write_whole
+
+    if hindrance := obstacle(file):
+        raise UserError(f"{file}: the export cannot be written there ({hindrance}); name another file")
+    write_whole(file, exported.exported(ledger))
+    return 0
 
 
 @app.command()

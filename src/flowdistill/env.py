@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import resource
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -57,3 +59,22 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def circumstances() -> dict[str, str]:
+    """What else is worth knowing of a run's time and source, and changes no number: the mean number of processes that wanted to compute in
+    the minute before (``load``), and the commit of this package's source, where it runs from a checkout of it.
+    """
+    with contextlib.suppress(OSError):
+        return {"load": f"{os.getloadavg()[0]:.2f}", **_commit()}
+    return _commit()
+
+
+@functools.cache
+def _commit(root: Path = Path(__file__).parents[2]) -> dict[str, str]:
+    """``-dirty`` follows where the source was edited since. A folder above an installation is not looked at: its commit is another's."""
+    command = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if (root / ".git").exists():
+            return {"commit": subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()}
+    return {}

@@ -16,7 +16,7 @@ from .. import advice, models, trust
 from ..checks import UserError, first_line
 from ..config import RunConfig
 from ..device import describe, determinism, reset_peak_memory, sensible_threads, threads
-from ..env import versions
+from ..env import circumstances, versions
 from ..ledger import Ledger, Run
 from ..models.foreign import own_place
 from ..training import checkpoint
@@ -244,7 +244,7 @@ def _tell_what_changed(runs: Sequence[Run], ledger: Ledger, device: torch.device
     if changed:
         watcher.say(f"not bit for bit what it would have been: it began with other versions or another device ({', '.join(changed)})")
         for one in runs:
-            ledger.update(one.no, device=describe(device), versions=versions())
+            ledger.update(one.no, device=describe(device), versions=versions() | circumstances())
 
 
 def _train(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: torch.device, watcher: Watcher, home: int) -> None:

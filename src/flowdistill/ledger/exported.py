@@ -1,0 +1,206 @@
+"""A ledger's results as one file of lines, to be kept beside tables: rows and curves, no weights.
+
+The first line says what the file is, and holds the SHA-256 of all lines after it. Each of these is a run that finished or failed: its row,
+its curve, and what its record says of the student's file. The answers of its networks, which are many numbers, are left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import advice
+from ..checks import UserError, regular_file, short
+from . import folders
+from .compare import flattened
+from .rows import DAMAGED, RUN, Epoch, Run, encoded, epoch_of, run_of
+from .store import Ledger
+
+KIND, VERSION = "ledger-export", 1
+RESULTS = ("finished", "failed")
+ROUNDING = 1e-6  # of sums of seconds, relative
+
+
+@dataclass(frozen=True)
+class Export:
+    """What such a file holds; it is read as a ledger is."""
+
+    path: Path
+    runs: Sequence[Run]
+    curves: Mapping[int, Sequence[Epoch]]
+    records: Mapping[int, Mapping[str, Any]]
+
+    def listing(self) -> list[Run]:
+        """Every run, by number."""
+        return list(self.runs)
+
+    def about(self, run: Run) -> Mapping[str, Any]:
+        """What a run's record says of its student's file; empty where it says nothing."""
+        return self.records[run.no]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The ledger of a folder of runs."""
+
+    ledger: Ledger
+
+    def listing(self) -> list[Run]:
+        """Every run, by number."""
+        return self.ledger.listing()
+
+    def about(self, run: Run) -> Mapping[str, Any]:
+        """What a run's record says of its student's file; empty where it says nothing, is gone, or is not what was written."""
+        try:
+            told = folders.sealed(self.ledger.run_folder(run.no) / folders.RECORD)
+        except FileNotFoundError:
+            return {}
+        about = (told or {}).get("about")
+        return about if isinstance(about, dict) else {}
+
+
+def opened(place: Path) -> Folder | Export:
+    """What tables read: a folder's ledger, or a file that ``exported`` gave.
+
+    Raises:
+        UserError: it is neither.
+    """
+    return read(place) if place.is_file() else Folder(Ledger(place))
+
+
+def exported(ledger: Ledger) -> bytes:
+    """The results of a ledger as a file. One ledger always gives the same bytes.
+
+    Raises:
+        UserError: a row or a curve is damaged.
+    """
+    lines = [_line(one) for one in told(ledger)]
+    head = {"kind": KIND, "version": VERSION, "sha256": _hash(lines)}
+    return "".join(f"{line}\n" for line in [_line(head), *lines]).encode()
+
+
+def told(ledger: Ledger) -> list[dict[str, Any]]:
+    """What is exported of each run.
+
+    Raises:
+        UserError: a row or a curve is damaged.
+    """
+    folder, found = Folder(ledger), []
+    for listed in ledger.listing():
+        if listed.status in (*RESULTS, DAMAGED):
+            run = ledger.run(listed.no)  # refuses a damaged one
+            networks = {role: {**network, "answers": {}} for role, network in (run.networks or {}).items()}
+            row = {name: getattr(run, name) for name in RUN} | {"networks": networks if run.networks is not None else None}
+            about = {key: value for key, value in folder.about(run).items() if key in ("processor", "input")}
+            found.append({"run": row, "about": about, "curve": [asdict(epoch) for epoch in ledger.epochs(run.no)]})
+    return found
+
+
+def read(path: Path) -> Export:
+    """What a file holds that ``exported`` gave.
+
+    Raises:
+        UserError: it is no such file, it was changed since, or its figures contradict each other.
+    """
+    lines = _lines(path)
+    runs, curves, records = [], {}, {}
+    for line in lines:
+        try:
+            values = json.loads(line)
+            run = run_of(encoded({name: values["run"].get(name) for name in RUN}))
+            curve = [epoch_of(encoded(epoch)) for epoch in values["curve"]]
+            records[run.no] = dict(values["about"])
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise UserError(f"{path}: a line of it is no run; {_cure(path)}") from None
+        if why := run.error if run.status == DAMAGED else _contradiction(run, curve):
+            raise UserError(f"{path}: run {run.no}: {why}; {_cure(path)}")
+        runs.append(run)
+        curves[run.no] = curve
+    return Export(path, runs, curves, records)
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines after the first, as they were written."""
+    text = regular_file(path, str(path)).read_text(encoding="utf-8", errors="replace")
+    first, *lines = text.split("\n")[:-1] or [text]
+    try:
+        head = json.loads(first)
+    except (ValueError, RecursionError):
+        head = None
+    if not isinstance(head, dict) or head.get("kind") != KIND:
+        raise UserError(f"{path} is no ledger's export; name a folder of runs, or a file that {_written(path)} wrote")
+    if head.get("version") != VERSION:
+        raise UserError(f"{path} was written by a newer flowdistill; upgrade this one")
+    if head.get("sha256") != _hash(lines) or not text.endswith("\n"):
+        raise UserError(f"{path} is not what was written: its lines do not fit their SHA-256; {_cure(path)}")
+    return lines
+
+
+def _contradiction(run: Run, curve: Sequence[Epoch]) -> str:
+    """What of a row and its curve can't both be true; empty where they agree. A run of an old ledger may have no curve."""
+    if run.status not in RESULTS:
+        return f"status {run.status!r} is none of {', '.join(RESULTS)}"
+    if not curve or run.status != "finished":
+        return ""
+    if [epoch.epoch for epoch in curve] != list(range(1, run.nepoch + 1)):
+        return f"its curve has {len(curve)} epochs, its row {run.nepoch}"
+    if run.split == "full":
+        own = {epoch.epoch: epoch.correct for epoch in curve}
+        for epoch, correct in ((run.epoch, run.correct), (run.best_epoch, run.best_correct)):
+            if epoch is not None and own.get(epoch) != correct:
+                return f"{correct:,} right after epoch {epoch} in its row, {own.get(epoch)} in its curve"
+    whole, share = sum(epoch.seconds for epoch in curve), (run.train_seconds or 0.0) + (run.eval_seconds or 0.0)
+    if not whole / run.cohort_size * (1 - ROUNDING) <= share <= whole * (1 + ROUNDING):
+        return f"{share:.1f} s in its row, {whole:.1f} s of {run.cohort_size} students in its curve"
+    return ""
+
+
+def refuse_other(path: Path, ledger: Ledger) -> None:
+    """Refuse a file that does not hold what a ledger gives now.
+
+    Raises:
+        UserError: which run, and what of it, is otherwise; and as ``read``.
+    """
+    read(path)
+    there, here = ({one["run"]["no"]: one for one in ones} for ones in (map(json.loads, _lines(path)), told(ledger)))
+    for no in sorted({*there, *here}):
+        if why := _difference(there.get(no), here.get(no)):
+            raise UserError(f"{path} does not fit {ledger.path}: run {no}{why}; {_cure(path)}")
+
+
+def _difference(there: Mapping[str, Any] | None, here: Mapping[str, Any] | None) -> str:
+    """In what a run of a file is not that of the ledger, as the end of a phrase; empty where they are one."""
+    if there is None or here is None:
+        return f" is in {'the ledger' if there is None else 'the file'} alone"
+    theirs, ours = _flat(there), _flat(here)
+    for key in sorted({*theirs, *ours}):
+        values = [_line(side.get(key)) for side in (theirs, ours)]
+        if values[0] != values[1]:
+            return ": {key} is {} in the file, {} in the ledger".format(*map(short, values), key=key)
+    return ""
+
+
+def _flat(one: Mapping[str, Any]) -> dict[str, Any]:
+    epochs = {f"epoch {epoch['epoch']}": epoch for epoch in one["curve"]}
+    return flattened(one["run"]) | flattened(one["about"], "about.") | flattened(epochs)
+
+
+def _cure(path: Path) -> str:
+    return f"write it again with {_written(path)}"
+
+
+def _written(path: Path) -> str:
+    return advice.command("ledger", "export", path)
+
+
+def _line(what: Any) -> str:
+    """As Python writes JSON: a term that was not finite stands there as NaN or Infinity."""
+    return json.dumps(what, sort_keys=True)
+
+
+def _hash(lines: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

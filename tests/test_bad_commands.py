@@ -91,7 +91,12 @@ WRONG = [
     ("train --dataset digits --recipe crdd", "unknown recipe 'crdd': did you mean 'crd'?"),
     (
         "train --dataset digits --recipe best",
-        "unknown recipe 'best': choose from: fsp-log, kd-zoo, crd, r110-warm, function-matching, smoke",
+        "unknown recipe 'best': choose from: fsp-log, kd-zoo, crd, r110-warm, function-matching, short, smoke",
+    ),
+    (
+        "train --dataset digits --model vgg8 --recipe short",
+        "--recipe short: student 'vgg8' is none of those that it was made for: resnet8, resnet14, resnet20, resnet26, resnet32, resnet44, "
+        "resnet56, resnet110; choose another recipe",
     ),
     ("recipes --format TABLE", "--format='TABLE': not one of 'table', 'md', 'csv', 'json'"),
     ("train --dataset digits --workers -1", "--workers='-1': input should be greater than or equal to 0"),

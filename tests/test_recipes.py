@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from command import command
 
+from flowdistill.checks import UserError
 from flowdistill.config import validate
 from flowdistill.methods import settle
 from flowdistill.models import canonical
+from flowdistill.models.cifar_resnet import DEPTHS
 from flowdistill.recipes import RECIPES, recipe
 from flowdistill.training.schedule import lr_factor
 
@@ -26,13 +28,22 @@ def resolved(folder: Path, *words: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_a_valid_config_with_a_source(name: str) -> None:
-    for student in ("resnet20", "mobilenetv2", "shufflenetv1"):
+    for student in recipe(name).made_for or ("resnet20", "mobilenetv2", "shufflenetv1"):
         validate({"student": student, **recipe(name).of(student)})
     assert len(RECIPES[name].source) > 20
 
 
 def test_the_default_is_fsp_log() -> None:
     assert validate(recipe("fsp-log").of("resnet20")) == validate({})
+
+
+def test_short_was_made_for_the_resnets_of_cifar_and_takes_no_other() -> None:
+    assert recipe("short").made_for == tuple(f"resnet{depth}" for depth in DEPTHS)
+    assert recipe("short").of("resnet20@weights.safetensors") == recipe("short").of("resnet20")
+    train = validate({"student": "resnet20", **recipe("short").of("resnet20")}).train
+    assert (train.epochs, train.batch_size, train.lr, train.weight_decay, train.schedule) == (48, 64, 0.1, 5e-4, "one-cycle")
+    with pytest.raises(UserError, match=r"--recipe short: student 'resnet18' is none of those that it was made for: resnet8, resnet14, "):
+        recipe("short").of("resnet18")
 
 
 @pytest.mark.parametrize(("student", "lr"), [("resnet20", 0.05), ("vgg8", 0.05), ("mobilenetv2", 0.01), ("shufflenetv2", 0.01)])

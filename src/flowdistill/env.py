@@ -76,5 +76,5 @@ def _commit(root: Path = Path(__file__).parents[2]) -> dict[str, str]:
     command = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         if (root / ".git").exists():
-            return {"commit": subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()}
+            return {"commit": subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=10).strip()}
     return {}

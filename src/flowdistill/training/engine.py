@@ -162,25 +162,28 @@ def _computing(group: Group, precision: Precision) -> Callable[..., list[dict[st
     return compute
 
 
-def _hollow(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Such modules whose own tensors hold nothing; their hooks are those of ``module``.
+def _hollow(module: nn.Module, made: dict[Any, Any]) -> nn.Module:
+    """Such modules whose own tensors hold nothing; their hooks are those of ``module``, and what is shared in it is shared.
 
     Of a function whose own tensors are also its inputs the compiler makes a version for the first student alone, and another for the rest.
+
+    Args:
+        made: what stands for each module and tensor that was met; empty at first.
     """
+
+    def nothing(value: Tensor | None) -> Tensor | None:
+        if value is not None and value not in made:
+            empty = torch.empty_like(value, device="meta", requires_grad=False)
+            made[value] = nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
+        return None if value is None else made[value]
+
     if module not in made:
         made[module] = hollow = copy.copy(module)
         for tensors in ("_parameters", "_buffers"):
-            setattr(hollow, tensors, {name: _nothing(value) for name, value in getattr(module, tensors).items()})
+            setattr(hollow, tensors, {name: nothing(value) for name, value in getattr(module, tensors).items()})
         hollow._modules = {name: None if inner is None else _hollow(inner, made) for name, inner in module._modules.items()}
-    return made[module]
-
-
-def _nothing(value: Tensor | None) -> Tensor | None:
-    """Its shape and kind without values."""
-    if value is None:
-        return None
-    empty = torch.empty_like(value, device="meta", requires_grad=False)
-    return nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
+    found: nn.Module = made[module]
+    return found
 
 
 def _teaching(teacher: Teacher) -> Callable[[Tensor], Outputs]:

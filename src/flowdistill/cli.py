@@ -22,13 +22,12 @@ from .complaints import complain, failure, refuse_empty, usage
 from .config import NETWORKS, RunConfig, assign, model_name, one_line, put, read_file, read_taps, validate
 from .env import version
 from .interrupt import stop
-from .ledger import Ledger, exported, stored
+from .ledger import Ledger, Run, exported, stored
 from .report import board, pages, tables
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from .ledger import Run
 
 app = typer.Typer(
     add_completion=False,
@@ -94,10 +93,6 @@ class ExportFormat(StrEnum):
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the ledger and of every run's files.")]
 SourceOption = Annotated[Path, typer.Option("--runs", help=f"A folder of runs, or a file of {advice.command('ledger', 'export')}.")]
 ProtocolOption = Annotated[ProtocolName, typer.Option(help="Which accuracy: last epoch, best on test, or the holdout's choice.")]
-OnlyMethodOption = Annotated[str | None, typer.Option("--method", help="Only this method.")]
-OnlyDatasetOption = Annotated[str | None, typer.Option("--dataset", help="Only this data set.")]
-OnlyStudentOption = Annotated[str | None, typer.Option("--student", help="Only this student.")]
-OnlyTeacherOption = Annotated[str | None, typer.Option("--teacher", help="Only this teacher, - for none.")]
 FormatOption = Annotated[TableFormat, typer.Option("--format", help="How to print.")]
 DatasetOption = Annotated[
     str | None, typer.Option(help="digits, cifar10, cifar100, fashion_mnist, npz:PATH, folder:PATH, csv:FILE or hf:NAME.")
@@ -493,21 +488,39 @@ def reproduce(
     return 0 if sound else 1
 
 
-@app.command()
+def _filters(
+    listed: list[Run],
+    *,
+    method: Annotated[str | None, typer.Option(help="Only this method.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Only this data set.")] = None,
+    student: Annotated[str | None, typer.Option(help="Only this student.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Only this teacher, - for none.")] = None,
+) -> dict[str, str]:
+    """The columns that runs are chosen by, with their values as a ledger has them.
+
+    Raises:
+        UserError: a value that no run here has, and that is the name of nothing.
+    """
+    wanted = {"method": method and _in_full(method), "dataset": dataset, "student": student, "teacher": teacher}
+    only = {key: stored(model_name(value)) for key, value in wanted.items() if value is not None}
+    for key, value in only.items():
+        trust.name(value)
+        _refuse_unknown(key, value, {getattr(run, key) for run in listed})
+    return only
+
+
+@_with_options_of(_filters)
 def table(
     summary: Annotated[bool, typer.Option("--summary", help="One row a method: mean, spread, difference to base.")] = False,
     protocol: ProtocolOption = ProtocolName.last,
-    method: OnlyMethodOption = None,
-    dataset: OnlyDatasetOption = None,
-    student: OnlyStudentOption = None,
-    teacher: OnlyTeacherOption = None,
     format_: FormatOption = TableFormat.md,
     runs: SourceOption = Path("runs"),
+    **given: Any,
 ) -> int:
     """The log of finished runs, or their summary."""
     listed = exported.opened(runs).listing()
     gc.freeze()  # a hundred thousand rows are no garbage, and looking through them again and again takes as long as the rest
-    only = _filters(listed, method=method and _in_full(method), dataset=dataset, student=student, teacher=teacher)
+    only = _filters(listed, **given)
     found = [run for run in listed if all(getattr(run, key) == value for key, value in only.items())]
     if not any(tables.read(run, protocol.value) for run in found) and format_.value in ("table", "md"):
         talk.say(f"no finished runs here for --protocol {protocol.value} and these filters; {advice.list_runs(runs)} lists all")
@@ -517,19 +530,6 @@ def table(
     else:
         talk.answer(tables.log_table(found, protocol.value, format_.value))
     return 0
-
-
-def _filters(listed: Sequence[Run], **wanted: str | None) -> dict[str, str]:
-    """The columns that runs are chosen by, with their values as a ledger has them.
-
-    Raises:
-        UserError: a value that no run here has, and that is the name of nothing.
-    """
-    only = {key: stored(model_name(value)) for key, value in wanted.items() if value is not None}
-    for key, value in only.items():
-        trust.name(value)
-        _refuse_unknown(key, value, {getattr(run, key) for run in listed})
-    return only
 
 
 def _refuse_unknown(key: str, value: str, here: set[str]) -> None:
@@ -552,7 +552,7 @@ def _refuse_unknown(key: str, value: str, here: set[str]) -> None:
         canonical(value)
 
 
-@app.command()
+@_with_options_of(_filters)
 def record(
     to: Annotated[
         float | None, typer.Option(min=0, max=100, help="Only what reaches this accuracy, in percent; the fastest first.")
@@ -563,18 +563,15 @@ def record(
     ] = None,
     check: Annotated[Path | None, typer.Option(help="Print nothing; refuse this file where it is not what would be printed.")] = None,
     protocol: ProtocolOption = ProtocolName.last,
-    method: OnlyMethodOption = None,
-    dataset: OnlyDatasetOption = None,
-    student: OnlyStudentOption = None,
-    teacher: OnlyTeacherOption = None,
     format_: FormatOption = TableFormat.md,
     runs: Annotated[list[Path] | None, typer.Option(help="As of table; may be given several times. Left out, runs.")] = None,
+    **given: Any,
 ) -> int:
     """The time-to-accuracy board: what accuracy was had by what, and how long it took, on which hardware, by which command."""
     sources = [exported.opened(source) for source in runs or [Path("runs")]]
     paces = [pace for path in plain or [] for pace in board.paces(path)]
     listed = [run for source in sources for run in source.listing()]
-    only = _filters(listed, method=method and _in_full(method), dataset=dataset, student=student, teacher=teacher)
+    only = _filters(listed, **given)
     found = board.rows(sources, protocol.value, only, paces, to)
     if paces and not any(row["times"] != "measured" for row in found):
         talk.say("--plain: no row here has its pair, method, batch size, images of 32x32 and hardware, so it gives no row")

@@ -139,7 +139,8 @@ def test_a_dry_run_tells_taps_and_time_and_writes_nothing(work: Path, small_npz:
     assert preview["finished_run"] is None
     assert preview["taps"]["student"] == {"stem": "16x8x8", "stage1": "16x8x8", "stage2": "32x4x4", "stage3": "64x2x2"}
     assert preview["teacher"]["run"] == 2
-    assert preview["cohort_seconds"] > 0
+    assert 0 < preview["cohort_seconds"] == preview["cohort_seconds_eager_fp32"]
+    assert said.err.rstrip().endswith(" by eager engine, fp32 (h:mm:ss) on cpu (1 threads)")
     assert preview["gradient_relative_to_task"]["fsp"] > 0
     assert command(work, "runs").out == before
     assert command(tmp_path, "train", "--model", "resnet8", "--dataset", f"npz:{small_npz}", *SHORT, "--dry-run").code == 0

@@ -14,13 +14,15 @@ from flowdistill import UserError
 from flowdistill.config import RunConfig
 from flowdistill.data.supply import Labelled
 from flowdistill.ledger import Epoch, Ledger, Run
-from flowdistill.runner import estimate, run
+from flowdistill.runner import Duration, estimate, run
+from flowdistill.training import choice
 from flowdistill.training import cohort as engine
 from flowdistill.training.cohort import Cohort
 from flowdistill.training.evaluate import Evaluation
 
 CPU = torch.device("cpu")
 SECONDS = 10.0  # an epoch of one student, where the clock is replaced
+SLOWER = 3.0  # times as long in fp32
 
 
 @pytest.fixture
@@ -30,47 +32,72 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Cohort]:
 
     def seconds_per_epoch(cohort: Cohort) -> float:
         seen.append(cohort)
-        return SECONDS * len(cohort.students)
+        return SECONDS * len(cohort.students) * (SLOWER if cohort.precision == "fp32" else 1)
 
     monkeypatch.setattr(importlib.import_module("flowdistill.runner.estimate"), "seconds_per_epoch", seconds_per_epoch)
     return seen
 
 
-def base(data: Path, *seeds: int, epochs: int = 2) -> list[RunConfig]:
-    return [config(data, seed=seed, train={"epochs": epochs}) for seed in seeds]
+def base(data: Path, *seeds: int, epochs: int = 2, precision: str = "bf16") -> list[RunConfig]:
+    return [config(data, seed=seed, train={"epochs": epochs, "precision": precision}) for seed in seeds]
 
 
 def taught(data: Path, *seeds: int) -> list[RunConfig]:
-    return [config(data, seed=seed, method=method, teacher="resnet8") for method in ("fsp", "at") for seed in seeds]
+    return [
+        config(data, seed=seed, method=method, teacher="resnet8", train={"precision": "bf16"}) for method in ("fsp", "at") for seed in seeds
+    ]
 
 
 def test_one_seed_of_each_method_is_measured_and_scaled(ledger: Ledger, small_npz: Path, measured: list[Cohort]) -> None:
-    assert estimate(base(small_npz, 0, 1, 2, epochs=5), ledger, CPU) == SECONDS * 5 * 3
-    assert [len(cohort.students) for cohort in measured] == [1]
-    assert estimate(taught(small_npz, 0, 1, 2), ledger, CPU) == SECONDS * 2 * 6
-    assert [(len(cohort.lanes), len(cohort.students)) for cohort in measured[1:]] == [(1, 2)]
+    assert estimate(base(small_npz, 0, 1, 2, epochs=5), ledger, CPU).seconds == SECONDS * 5 * 3
+    assert [len(cohort.students) for cohort in measured] == [1, 1]  # in bf16, and plainly
+    assert estimate(taught(small_npz, 0, 1, 2), ledger, CPU).seconds == SECONDS * 2 * 6
+    assert [(len(cohort.lanes), len(cohort.students)) for cohort in measured[2:]] == [(1, 2), (1, 2)]
+
+
+def test_it_measures_what_would_train_and_beside_it_the_plain_way(
+    ledger: Ledger, small_npz: Path, measured: list[Cohort], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long run is compiled, and so is what is measured for it; the plain way is the eager engine in fp32."""
+    short = estimate(base(small_npz, 0, 1), ledger, CPU)
+    assert short == Duration(SECONDS * 4, SECONDS * 4 * SLOWER, frozenset({"eager engine, bf16"}))
+    monkeypatch.setitem(choice.WORTH_COMPILING, "cpu", 1.0)
+    long = estimate(base(small_npz, 0, precision="fp32"), ledger, CPU)
+    assert long.how == {"compiled engine, fp32"}
+    plain = [(cohort.engine.name, cohort.precision) for cohort in measured]
+    assert plain == [("eager", "bf16"), ("eager", "fp32"), ("compiled", "fp32"), ("eager", "fp32")]
+    both = "0:01:40 by compiled engine, fp32 and eager engine, bf16; 0:03:00 by eager engine, fp32"
+    assert str(short + long) == both
+
+
+def test_what_is_plain_anyway_is_measured_once(ledger: Ledger, small_npz: Path, measured: list[Cohort]) -> None:
+    found = estimate(base(small_npz, 0, precision="fp32"), ledger, CPU)
+    assert found.seconds == found.plainly == SECONDS * 2 * SLOWER
+    assert len(measured) == 1
+    assert str(found) == "0:01:00 by eager engine, fp32"
+    assert str(Duration()) == "0:00:00"
 
 
 def test_fresh_weights_stand_in_for_teachers_to_be_trained_and_nothing_is_written(ledger: Ledger, small_npz: Path) -> None:
     with pytest.raises(UserError, match="no resnet8 was trained"):
         run(taught(small_npz, 0), ledger, CPU)
-    assert estimate(taught(small_npz, 0, 1), ledger, CPU) > 0
+    assert estimate(taught(small_npz, 0, 1), ledger, CPU).seconds > 0
     assert not ledger.folder.exists()
 
 
 def test_a_lone_teacher_that_a_student_can_not_have_is_stood_in_for(ledger: Ledger, small_npz: Path, measured: list[Cohort]) -> None:
     run(base(small_npz, 0), ledger, CPU)
-    assert estimate(taught(small_npz, 0, 1), ledger, CPU) == SECONDS * 2 * 4
+    assert estimate(taught(small_npz, 0, 1), ledger, CPU).seconds == SECONDS * 2 * 4
 
 
 def test_finished_runs_cost_nothing(ledger: Ledger, small_npz: Path, measured: list[Cohort]) -> None:
     run(base(small_npz, 0, 1), ledger, CPU)
-    assert estimate(base(small_npz, 0, 1), ledger, CPU) == 0
+    assert estimate(base(small_npz, 0, 1), ledger, CPU).seconds == 0
     assert measured == []
-    assert estimate(base(small_npz, 0, 1, 2), ledger, CPU) == SECONDS * 2
+    assert estimate(base(small_npz, 0, 1, 2), ledger, CPU).seconds == SECONDS * 2
     run(taught(small_npz, 0, 1), ledger, CPU)
-    assert estimate(taught(small_npz, 0, 1), ledger, CPU) == 0
-    assert estimate(taught(small_npz, 0, 1, 2), ledger, CPU) == SECONDS * 2 * 2
+    assert estimate(taught(small_npz, 0, 1), ledger, CPU).seconds == 0
+    assert estimate(taught(small_npz, 0, 1, 2), ledger, CPU).seconds == SECONDS * 2 * 2
 
 
 @pytest.mark.parametrize(("status", "left"), [("running", 3), ("interrupted", 3), ("failed", 5), ("finished", 0)])
@@ -79,7 +106,7 @@ def test_a_run_that_was_cut_off_costs_its_missing_epochs(
 ) -> None:
     (done,) = run(base(small_npz, 0, epochs=5), ledger, CPU)
     _cut(ledger, done, 2, status)
-    assert estimate(base(small_npz, 0, epochs=5), ledger, CPU) == SECONDS * left
+    assert estimate(base(small_npz, 0, epochs=5), ledger, CPU).seconds == SECONDS * left
 
 
 def _cut(ledger: Ledger, whole: Run, epochs: int, status: str) -> None:
@@ -108,5 +135,5 @@ def test_it_measures_a_batch_a_student_and_counts_all_images(ledger: Ledger, sma
     monkeypatch.setattr(engine, "evaluate", evaluate)
     monkeypatch.setattr(engine.time, "perf_counter", lambda: float(next(clock)))
     steps, images, batch = 300 // 64, 150, 50
-    assert estimate(base(small_npz, 0, epochs=1), ledger, CPU) == steps * 1.0 + images / batch
+    assert estimate(base(small_npz, 0, epochs=1, precision="fp32"), ledger, CPU).seconds == steps * 1.0 + images / batch
     assert seen == [batch, batch]

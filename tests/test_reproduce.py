@@ -77,7 +77,8 @@ def accuracies(runs: Sequence[Run], method: str) -> list[float]:
 def test_stdout_is_the_path_and_the_time_is_told_before_training(done: Done) -> None:
     assert done.said.out == "runs/fsp-log/fsp-log.md\n"
     told = done.said.err
-    assert re.match(r"resnet20-cifar10: about \d:\d\d:\d\d\nall: about \d:\d\d:\d\d \(h:mm:ss\) on cpu \(1 threads\), measured", told)
+    clock = r"\d:\d\d:\d\d by eager engine, fp32"
+    assert re.match(rf"resnet20-cifar10: about {clock}\nall: about {clock} \(h:mm:ss\) on cpu \(1 threads\), measured", told)
     assert told.index("all: about") < told.index("run 1: base")
 
 
@@ -178,7 +179,7 @@ def test_a_dry_run_prints_plan_and_time_and_writes_nothing(small_npz: Path, tmp_
         ["resnet20-cifar10", "fsp", "resnet20", "resnet20", "0,1,2", "1"],
         ["resnet20-cifar10", "at", "resnet20", "resnet20", "0,1,2", "1"],
     ]
-    assert re.search(r"all: about 0:00:0\d \(h:mm:ss\) on cpu", said.err)
+    assert re.search(r"all: about 0:00:0\d by eager engine, fp32 \(h:mm:ss\) on cpu", said.err)
     assert "run 1" not in said.err
 
 

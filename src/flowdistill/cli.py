@@ -8,7 +8,6 @@ import os
 import signal
 import sqlite3
 import sys
-from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -238,7 +237,7 @@ def _launch(
     from .device import resolve_device
     from .report.progress import Bars
     from .runner import dry_run as preview
-    from .runner import run
+    from .runner import duration, run
 
     where, ledger = resolve_device(device), Ledger(runs, create=True, changes=Changes(accept_changes))
     if dry_run:
@@ -246,8 +245,7 @@ def _launch(
             found = preview(configs, ledger, where, engine.value, workers)
         talk.answer(tables.render(found, "json", ()))
         todo = [one for one in found if again or not one["finished_run"]]
-        seconds = sum(one["cohort_seconds"] / one["cohort_size"] for one in todo)
-        talk.say(f"{len(todo)} runs to do, about {timedelta(seconds=round(seconds))} (h:mm:ss) on {found[0]['device']}")
+        talk.say(f"{len(todo)} runs to do, about {duration(todo)} (h:mm:ss) on {found[0]['device']}")
         return 0
     with trust.code(trust_code):
         done = run(configs, ledger, where, deterministic=deterministic, again=again, engine=engine.value, workers=workers, watcher=Bars())

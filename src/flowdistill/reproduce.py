@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from .report import fsp_log, log, tables
 from .report.progress import Bars
 from .report.reference import SETTINGS, Setting
 from .report.study import Study
-from .runner import estimate, finished, run
+from .runner import Duration, estimate, finished, run
 from .talk import say
 
 STUDIES: Mapping[str, Study] = {found.name: found for found in (log.STUDY, fsp_log.STUDY)}
@@ -187,12 +186,12 @@ def plan_table(order: Order) -> str:
 
 def tell_time(order: Order, ledger: Ledger, device: torch.device) -> None:
     """Say on stderr how long each setting will take on this machine, and all of them."""
-    total = 0.0
+    total = Duration()
     for setting in order.settings:
-        seconds = sum(estimate(part(setting), ledger, device) for part in (order.teachers, order.students))
-        total += seconds
-        say(f"{setting.name}: about {_clock(seconds)}")
-    say(f"all: about {_clock(total)} (h:mm:ss) on {describe(device)}, measured on a few steps; what the ledger has is not counted")
+        found = estimate(order.teachers(setting), ledger, device) + estimate(order.students(setting), ledger, device)
+        total += found
+        say(f"{setting.name}: about {found}")
+    say(f"all: about {total} (h:mm:ss) on {describe(device)}, measured on a few steps; set-up and what the ledger has are not counted")
 
 
 def reproduce(order: Order, ledger: Ledger, device: torch.device, folder: Path, command: str) -> tuple[Path, bool]:
@@ -235,7 +234,3 @@ def _others(order: Order, setting: Setting, found: Sequence[Run], ledger: Ledger
         with contextlib.suppress(UserError):  # of a method that this process does not know, or that it would not train so
             known += finished([order.config(setting, method, seed) for seed in own], ledger, device)
     return known
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))

@@ -11,6 +11,7 @@ from ..checks import UserError
 from ..taps import Batch
 from .given import EVERY_PASS, TRAIN, VAL, Finite, GivenData, checked, drawn, refuse_other_labels, refuse_other_sizes, smallest
 from .normalisation import Normalisation
+from .supply import Labelled
 
 WHOLE = "which a loader does not tell; choose another method, or give the data by name"
 
@@ -49,7 +50,8 @@ class GivenSupply:
         self.data, self.spec, self.device = data, data.spec, device
         channels = data.size[0]
         self.normalisation = Normalisation((0.0,) * channels, (1.0,) * channels)
-        self.test = self.curve = GivenSet(data, device)
+        self.test = GivenSet(data, device)
+        self.curve: Labelled = self.test
 
     @property
     def labels(self) -> Tensor:

@@ -147,7 +147,7 @@ class DeviceData:
         self.labels = torch.from_numpy(labels).to(device)
         self.trained = self._take_up(data, images)
         self.test = self._labelled(data.x_test, data.y_test)
-        self.curve = self._labelled(part(data.x_train, held_out), data.y_train[held_out]) if split == "holdout" else self.test
+        self.curve: Labelled = self._labelled(part(data.x_train, held_out), data.y_train[held_out]) if split == "holdout" else self.test
         if not len(self.curve):
             raise UserError(f"--holdout: a tenth of each class of {data.name} is no image; give it at least 5 images a class")
 

@@ -25,7 +25,13 @@ class Labelled(Protocol):
 
 
 class Supply(Protocol):
-    """One data set under one split: shared by all batches of a cohort."""
+    """One data set under one split: shared by all batches of a cohort.
+
+    Attributes:
+        curve: what every epoch is measured on: ``test`` of a full run, the held-out tenth of a holdout run.
+    """
+
+    curve: Labelled
 
     @property
     def spec(self) -> DataSpec:
@@ -54,10 +60,6 @@ class Supply(Protocol):
     @property
     def test(self) -> Labelled:
         """The test images."""
-
-    @property
-    def curve(self) -> Labelled:
-        """What every epoch is measured on: ``test`` of a full run, the held-out tenth of a holdout run."""
 
     def stream(self, seed: int, batch_size: int, mixup: float = False) -> Batches:
         """The batches of one seed."""

@@ -1,10 +1,24 @@
 """From configs to finished runs: the only room that knows both training and the ledger."""
 
-from .estimate import estimate
+from .estimate import Duration, estimate
 from .evaluate import Measured, evaluate, load_network
 from .execute import finished, resume, run
 from .export import export
-from .preview import dry_run
+from .preview import dry_run, duration
 from .watcher import Report, Watcher
 
-__all__ = ["Measured", "Report", "Watcher", "dry_run", "estimate", "evaluate", "export", "finished", "load_network", "resume", "run"]
+__all__ = [
+    "Duration",
+    "Measured",
+    "Report",
+    "Watcher",
+    "dry_run",
+    "duration",
+    "estimate",
+    "evaluate",
+    "export",
+    "finished",
+    "load_network",
+    "resume",
+    "run",
+]

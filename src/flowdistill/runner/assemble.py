@@ -52,7 +52,6 @@ def prepare(
     jobs: Sequence[Job], device: torch.device, engine: str = "auto", workers: int | None = None
 ) -> list[tuple[Cohort, list[Member]]]:
     """Every cohort on the device; those of equal data and split share the images. ``workers`` decode those that are streamed."""
-    keep_freed_memory()
     on_device: dict[object, Supply] = {}
     prepared = []
     for group in cohorts(jobs):
@@ -66,6 +65,7 @@ def prepare(
 
 def assemble(jobs: Sequence[Job], data: Supply, device: torch.device, engine: str = "auto") -> tuple[Cohort, list[Member]]:
     """Put teachers and students of one cohort on the device; measure the teachers."""
+    keep_freed_memory()
     first = jobs[0]
     methods = [job.method() for job in jobs]
     needs = functools.reduce(operator.or_, (method.needs for method in methods))

@@ -18,6 +18,7 @@ from ..data.loader import DeviceData, place
 from ..device import describe, peak_memory, sensible_threads, threads
 from ..ledger import Ledger
 from ..models import Network
+from ..training.choice import choose
 from ..training.cohort import first_gradients, seconds_per_epoch
 from .answers import another_order, ask, given, listed, other_images, sample
 from .assemble import GRADIENT_LIMIT
@@ -206,12 +207,13 @@ def _of_method(group: Sequence[Job], ledger: Ledger, data: DeviceData) -> Iterat
             for member in members:
                 weights = member.job.settled.weights
                 yield from (_of_gradient(name, term, ratio, weights[term]) for term, ratio in ratios[member.student].items())
+        cohort.engine = choose("auto", data.device, cohort.precision, pixels=0, resident=data.resident)  # compiling takes too long here
         seconds = round(seconds_per_epoch(cohort) * cohort.epochs)
     finally:
         for lane in cohort.lanes:
             lane.stream.close()
     memory = f"{peak_memory(data.device) / 2**20:,.0f} MiB at most so far"
-    duration = f"{cohort.epochs} epochs: about {timedelta(seconds=seconds)} (h:mm:ss) on {describe(data.device)}"
+    duration = f"{cohort.epochs} epochs: about {timedelta(seconds=seconds)} (h:mm:ss) on {describe(data.device)}, not compiled"
     yield Finding(f"{name}: cost", "ok", f"{duration}; {memory}")
 
 

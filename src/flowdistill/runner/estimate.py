@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch
 
 from ..config import RunConfig
-from ..data.given_supply import GivenSupply
-from ..data.loader import DeviceData, place
-from ..data.supply import First
+from ..data.loader import place
+from ..data.supply import First, Supply
+from ..device import sensible_threads, threads
 from ..ledger import Ledger
 from ..training.cohort import Cohort, first_gradients, seconds_per_epoch
 from .assemble import Member, assemble
@@ -17,23 +19,62 @@ from .execute import before
 from .plan import Job, cohorts, plan
 
 
-def estimate(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device) -> float:
-    """Seconds that ``run`` would take for what the ledger has not. Writes nothing.
+def by(engine: str, precision: str) -> frozenset[str]:
+    """How something is trained, as ``Duration`` has it."""
+    return frozenset({f"{engine} engine, {precision}"})
+
+
+PLAINLY = by("eager", "fp32")
+
+
+@dataclass(frozen=True)
+class Duration:
+    """How long training takes, set-up not counted.
+
+    Attributes:
+        seconds: as ``run`` would do it.
+        plainly: seconds by the eager engine in fp32, which compile nothing and round least.
+        how: the engines and precisions by which ``run`` would do it.
+    """
+
+    seconds: float = 0.0
+    plainly: float = 0.0
+    how: frozenset[str] = frozenset()
+
+    def __add__(self, other: Duration) -> Duration:
+        return Duration(self.seconds + other.seconds, self.plainly + other.plainly, self.how | other.how)
+
+    def __mul__(self, factor: float) -> Duration:
+        return replace(self, seconds=self.seconds * factor, plainly=self.plainly * factor)
+
+    def __str__(self) -> str:
+        """Both, the second where it is another: ``4:10:00 by compiled engine, bf16; 8:35:00 by eager engine, fp32``."""
+        if not self.how:
+            return _clock(self.seconds)
+        own = f"{_clock(self.seconds)} by {' and '.join(sorted(self.how))}"
+        return own if self.how == PLAINLY else f"{own}; {_clock(self.plainly)} by {' and '.join(PLAINLY)}"
+
+
+def estimate(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device) -> Duration:
+    """How long ``run`` would take for what the ledger has not. Writes nothing.
 
     Of every cohort only one run (one seed) of each method is measured, for a few steps and an evaluation batch, and scaled to the number of
-    runs: seeds cost the same, and so a deep network is measured on a slow machine within a minute. Finished runs cost nothing, one that
-    was cut off its missing epochs; set-up is not counted. Fresh weights stand in for teachers that are named by model and not trained yet.
+    runs: seeds cost the same. Finished runs cost nothing, one that was cut off its missing epochs; set-up is not counted. Where training
+    would be compiled, this compiles too, which takes a minute or more for a deep network; training finds the kernels again. Fresh
+    weights stand in for teachers that are named by model and not trained yet.
 
     Raises:
         UserError: as ``run``, save for such teachers.
     """
     jobs = {job.key: job for job in plan(configs, ledger, device, stand_in=True)}
     missing = {key: _missing_epochs(job, ledger) for key, job in jobs.items()}
-    seconds = 0.0
-    for group in cohorts([job for key, job in jobs.items() if missing[key]]):
-        samples = list({(job.settled.name, job.settled.variant): job for job in reversed(group)}.values())
-        seconds += sum(missing[job.key] for job in group) * _epoch_seconds(samples, device) / len(samples)
-    return seconds
+    found = Duration()
+    with threads(sensible_threads()):
+        for group in cohorts([job for key, job in jobs.items() if missing[key]]):
+            samples = list({(job.settled.name, job.settled.variant): job for job in reversed(group)}.values())
+            epochs = sum(missing[job.key] for job in group)
+            found += _epoch(samples, device) * (epochs / len(samples))
+    return found
 
 
 def _missing_epochs(job: Job, ledger: Ledger) -> int:
@@ -43,18 +84,33 @@ def _missing_epochs(job: Job, ledger: Ledger) -> int:
     return 0 if found.status == "finished" else sum(job.phase_epochs) - len(ledger.epochs(found.no))
 
 
-def _epoch_seconds(jobs: Sequence[Job], device: torch.device) -> float:
+def _epoch(jobs: Sequence[Job], device: torch.device) -> Duration:
     """An epoch of these jobs as one cohort."""
-    cohort, _ = unmeasured(jobs, place(jobs[0].data, jobs[0].config.split, device), device)
+    cohort, members = unmeasured(jobs, place(jobs[0].data, jobs[0].config.split, device), device)
     first_gradients(cohort)  # what can't be trained is refused
-    return seconds_per_epoch(cohort)
+    return epoch_of(cohort, members)
 
 
-def unmeasured(jobs: Sequence[Job], data: DeviceData | GivenSupply, device: torch.device) -> tuple[Cohort, list[Member]]:
+def epoch_of(cohort: Cohort, members: Sequence[Member]) -> Duration:
+    """An epoch of a cohort. Its students' weights move."""
+    seconds = seconds_per_epoch(cohort)
+    how = by(cohort.engine.name, cohort.precision)
+    if how == PLAINLY:
+        return Duration(seconds, seconds, how)
+    jobs = [replace(member.job, precision="fp32") for member in members]
+    plain, _ = unmeasured(jobs, cohort.data, cohort.data.device, "eager")
+    return Duration(seconds, seconds_per_epoch(plain), how)
+
+
+def unmeasured(jobs: Sequence[Job], data: Supply, device: torch.device, engine: str = "auto") -> tuple[Cohort, list[Member]]:
     """The jobs as one cohort, its teachers measured on one image alone: all images take long."""
     whole = data.curve
     data.curve = First(whole, 1)
     try:
-        return assemble(jobs, data, device)
+        return assemble(jobs, data, device, engine)
     finally:
         data.curve = whole
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..config import RunConfig
-from ..device import describe
+from ..device import describe, sensible_threads, threads
 from ..ledger import Ledger
 from ..taps import NetSpec
-from ..training.cohort import seconds_per_epoch
+from ..training.cohort import Cohort
 from .assemble import Member, check_start, prepare
+from .estimate import Duration, by, epoch_of
 from .execute import before
 from .plan import plan
 from .watcher import Watcher
@@ -28,30 +29,39 @@ def dry_run(
     Raises:
         UserError: as ``run``.
     """
-    found = []
-    for cohort, members in prepare(plan(configs, ledger, device), device, engine, workers):
-        chosen = cohort.engine
-        ratios = check_start(cohort, members, Watcher())
-        seconds = seconds_per_epoch(cohort)
-        for member in members:
-            job = member.job
-            done = before(job, ledger)
-            found.append(
-                {
-                    "config": job.config.model_dump(mode="json"),
-                    "finished_run": done.no if done and done.status == "finished" else None,
-                    "teacher": {"model": job.teacher.model, "run": job.teacher.run, "accuracy": member.teacher_accuracy}
-                    if job.teacher
-                    else None,
-                    "taps": {who: {name: spec.tap(name).shape for name in sorted(taps)} for who, spec, taps in _tapped(member)},
-                    "gradient_relative_to_task": ratios[member.student],
-                    "device": describe(device),
-                    "engine": {"name": chosen.name, "why": chosen.why},
-                    "cohort_size": len(members),
-                    "cohort_seconds": seconds * sum(job.phase_epochs),
-                }
-            )
+    with threads(sensible_threads()):
+        prepared = prepare(plan(configs, ledger, device), device, engine, workers)
+        return [one for cohort, members in prepared for one in _of_cohort(cohort, members, ledger, device)]
+
+
+def duration(previews: Sequence[Mapping[str, Any]]) -> Duration:
+    """How long these runs take: each has its share of its cohort's time."""
+    found = Duration()
+    for one in previews:
+        how = by(one["engine"]["name"], one["config"]["train"]["precision"])
+        found += Duration(one["cohort_seconds"], one["cohort_seconds_eager_fp32"], how) * (1 / one["cohort_size"])
     return found
+
+
+def _of_cohort(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: torch.device) -> Iterator[dict[str, Any]]:
+    ratios = check_start(cohort, members, Watcher())
+    epoch = epoch_of(cohort, members)
+    for member in members:
+        job = member.job
+        done = before(job, ledger)
+        taught = {"model": job.teacher.model, "run": job.teacher.run, "accuracy": member.teacher_accuracy} if job.teacher else None
+        yield {
+            "config": job.config.model_dump(mode="json"),
+            "finished_run": done.no if done and done.status == "finished" else None,
+            "teacher": taught,
+            "taps": {who: {name: spec.tap(name).shape for name in sorted(taps)} for who, spec, taps in _tapped(member)},
+            "gradient_relative_to_task": ratios[member.student],
+            "device": describe(device),
+            "engine": {"name": cohort.engine.name, "why": cohort.engine.why},
+            "cohort_size": len(members),
+            "cohort_seconds": epoch.seconds * cohort.epochs,
+            "cohort_seconds_eager_fp32": epoch.plainly * cohort.epochs,
+        }
 
 
 def _tapped(member: Member) -> list[tuple[str, NetSpec, frozenset[str]]]:

@@ -136,6 +136,17 @@ def test_the_plain_loops_time_is_its_epochs_by_its_pace(filled: Ledger, tmp_path
     assert "| plain loop, 0 workers: fsp | resnet20 (90.50) | 2 | - | (92.10) | - |" in text
 
 
+def test_a_baseline_is_met_by_the_pace_of_base_in_any_pair(filled: Ledger, tmp_path: Path) -> None:
+    """A baseline has no teacher; bench times it in a pair."""
+    rows = [{"loop": "plain loop, 0 workers: base", "images/s": 500, "set-up s": 0.5}]
+    path = bench_file(
+        tmp_path, methods=["base"], pairs=[{"pair": f"{name} <- resnet110", "rows": rows} for name in ("resnet20", "resnet8")]
+    )
+    (found,) = with_plain(filled, path, {"processor": "some CPU", "input": [3, 32, 32]})
+    assert (found["student"], found["teacher"], found["mean"]) == ("resnet20", "-", 90.5)
+    assert found["all_seconds"] == found["seconds"] + 0.5
+
+
 @pytest.mark.parametrize(
     "about",
     [{"processor": "another CPU", "input": [3, 32, 32]}, {"processor": "some CPU", "input": [3, 64, 64]}, {"processor": "some CPU"}, {}],

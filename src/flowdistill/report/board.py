@@ -55,7 +55,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Pace:
-    """A loop that ``bench`` timed."""
+    """A loop that ``bench`` timed.
+
+    Attributes:
+        pair: ``STUDENT <- TEACHER``, the teacher of a baseline ``-``.
+    """
 
     name: str
     method: str
@@ -206,7 +210,9 @@ def paces(path: Path) -> list[Pace]:
         told = json.loads(regular_file(path, what).read_text(encoding="utf-8"))
         method, where = told["methods"][0], told["hardware"]
         found = [
-            Pace(str(row["loop"]), method, pair["pair"], told["batch_size"], where["cpu"], where["device"], *_times(row))
+            Pace(
+                str(row["loop"]), method, _worked_on(pair["pair"], method), told["batch_size"], where["cpu"], where["device"], *_times(row)
+            )
             for pair in told["pairs"]
             for row in pair["rows"]
         ]
@@ -220,6 +226,11 @@ def paces(path: Path) -> list[Pace]:
             if pace.name.startswith(kind):
                 best[pace.pair, kind] = max(best.get((pace.pair, kind), pace), pace, key=lambda one: one.images_per_second)
     return list(best.values())
+
+
+def _worked_on(pair: str, method: str) -> str:
+    """A pair as runs have it: a baseline has no teacher, whatever pair it was timed in."""
+    return f"{pair.partition(' <- ')[0]} <- -" if method == "base" else pair
 
 
 def _times(row: Mapping[str, Any]) -> tuple[float, float]:

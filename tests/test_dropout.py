@@ -232,7 +232,7 @@ def test_class_means_and_the_doctor_of_what_always_draws(small_npz, tmp_path: Pa
 def test_a_graph_does_not_hold_what_a_teacher_draws(nets: Path):
 
     class Taught:
-        net, taught = models.build("resnet8", DATA), True
+        net, taught, peers = models.build("resnet8", DATA), True, ()
 
     teacher = Teacher(models.build(f"{nets}:Torch", DATA, seed=7).eval(), Needs(logits=True), "fp32")
     engine = Graph(Eager("fp32", "inside"), "outside").ready([Lane(None, teacher, [Taught()])])

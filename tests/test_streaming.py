@@ -99,7 +99,7 @@ def test_images_are_evaluated_as_they_are_in_memory(mixed: Path) -> None:
 
 
 def test_evaluation_goes_by_batches_that_cover_all_images_once(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flowdistill.data.streaming.BATCH_PIXELS", 5 * 7 * 7)
+    monkeypatch.setattr("flowdistill.data.supply.BATCH_PIXELS", 5 * 7 * 7)
     test = place(folder_data(mixed, size=7, stream=True), "full", CPU, 0).test
     assert isinstance(test, StreamedSet)
     parts = list(test.batches())
@@ -272,7 +272,7 @@ def test_what_does_not_fit_is_streamed_and_never_held(tmp_path: Path, monkeypatc
     few(monkeypatch, 2 * taken - 2)
     for name, value in (("MEASURED", 8), ("AT_ONCE", 4)):
         monkeypatch.setattr(normalisation, name, value)
-    monkeypatch.setattr("flowdistill.data.streaming.BATCH_PIXELS", 10 * 64 * 64)
+    monkeypatch.setattr("flowdistill.data.supply.BATCH_PIXELS", 10 * 64 * 64)
     epoch(folder_data(tmp_path, pad=None, limit_train=12))  # imports what it needs
     peaks = []
     for _ in range(2):  # twice, for the interpreter's table of interned names may grow by megabytes in one of them

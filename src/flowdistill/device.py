@@ -1,4 +1,4 @@
-"""Which device and which precision a run uses, and what memory it took."""
+"""Which device, precision and settings a run computes with, and what memory it took."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -21,6 +21,10 @@ from .checks import UserError
 Precision = Literal["bf16", "fp32"]
 KINDS = ("cpu", "cuda", "mps")
 MOST_WORKERS = 8
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
+# cuBLAS repeats bit for bit with this alone, and some versions of PyTorch read it once, at the first product of the process.
+os.environ.setdefault(WORKSPACE, ":4096:8")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -35,20 +39,52 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).add_(1)  # an operation, which wheels that are too new for a GPU don't have
+        synchronize(device)
         known = device.type in KINDS
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError):  # what torch raises for names and for devices it lacks
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:  # what torch raises for names and for devices it lacks
+        if why := _unusable(name, error):
+            raise UserError(f"--device {name}: {why}") from None
         known = False
     if not known:
-        raise UserError(f"--device {name!r} is not available here; use auto, or what this machine has of {', '.join(KINDS)}")
+        raise UserError(f"--device {name!r} is not available here; use auto, or what this machine has of {', '.join(_here())}")
     return device
 
 
+def _here() -> list[str]:
+    """The kinds of devices, with the GPUs of this machine one by one where it has several."""
+    count = torch.cuda.device_count()
+    return ["cpu", *(f"cuda:{number}" for number in range(count)), "mps"] if count > 1 else list(KINDS)
+
+
+def _unusable(name: str, error: Exception) -> str:
+    """Why a GPU that is there can't compute, and what to do; empty if it is not there."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "it has no memory left, so another process fills it; end that (nvidia-smi lists them), or use another device"
+    if "no kernel image" in str(error):
+        return f"{_named(name)}, which this PyTorch is not built for ({torch.__version__}); install one that is, or use --device cpu"
+    return ""
+
+
+def _named(name: str) -> str:
+    """A GPU and its compute capability."""
+    major, minor = torch.cuda.get_device_capability(name)
+    return f"it is {torch.cuda.get_device_name(name)} (compute capability {major}.{minor})"
+
+
 def resolve_precision(name: str, device: torch.device) -> Precision:
-    """``auto`` is bf16 on a GPU or a CPU that computes it, float32 elsewhere."""
+    """``auto`` is bf16 on a GPU or a CPU that computes it, float32 elsewhere.
+
+    Raises:
+        UserError: bf16 is wanted on a GPU that only emulates it.
+    """
+    if device.type == "cuda" and name != "fp32":
+        with torch.cuda.device(device):
+            computes = torch.cuda.is_bf16_supported(including_emulation=False)
+        if name == "bf16" and not computes:
+            raise UserError(f"--precision bf16: {describe(device)} does not compute bf16, which needs compute capability 8.0; use fp32")
+        return "bf16" if computes else "fp32"
     if name == "auto":
-        if device.type == "cuda":
-            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
         return "bf16" if device.type == "cpu" and _cpu_computes_bf16() else "fp32"
     return "bf16" if name == "bf16" else "fp32"
 
@@ -114,13 +150,37 @@ def peak_memory(device: torch.device) -> int:
 
 
 @contextmanager
-def determinism(wanted: bool) -> Iterator[None]:
-    """Inside, only operations that repeat bit for bit, where wanted; PyTorch's own setting comes back after."""
+def computing(device: torch.device, *, deterministic: bool = False, cores: int | None = None) -> Iterator[None]:
+    """Inside, this process computes as a run does; what was set before comes back after.
+
+    On a GPU, that one is the current one, where PyTorch makes streams and graphs; float32 is float32 (IEEE) in products and convolutions,
+    where PyTorch's own setting rounds the latter to TF32; and cuDNN tries its algorithms and takes the fastest.
+
+    Args:
+        deterministic: only operations that repeat bit for bit; cuDNN tries nothing then.
+        cores: threads of an operation on a CPU, where another number sums in another order; left out, ``sensible_threads``.
+    """
+    with _threads(sensible_threads() if cores is None else cores), _determinism(deterministic):
+        if device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(device), _float32(), _trying(not deterministic):
+            yield
+
+
+def settings(device: torch.device) -> dict[str, str]:
+    """What of ``computing`` a run's record says."""
+    if device.type != "cuda":
+        return {}
+    return {"float32": _precision_of(_CONVOLUTIONS), "cudnn.benchmark": str(torch.backends.cudnn.benchmark).lower()}
+
+
+@contextmanager
+def _determinism(wanted: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
     if not wanted or before:
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without it
     torch.use_deterministic_algorithms(True)  # loads torch's compiler, which takes a second
     try:
         yield
@@ -129,14 +189,53 @@ def determinism(wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Inside, so many threads for an operation on a CPU; another number sums in another order, and rounds otherwise."""
+def _threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _trying(wanted: bool) -> Iterator[None]:
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = wanted
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+_CONVOLUTIONS, _PRODUCTS = torch.backends.cudnn, torch.backends.cuda.matmul
+if hasattr(_CONVOLUTIONS, "conv"):  # PyTorch 2.9 or newer: one word says how float32 is computed, and reading the older switch may raise
+    _CONVOLUTIONS = _CONVOLUTIONS.conv
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    before = [(of, _precision_of(of)) for of in (_CONVOLUTIONS, _PRODUCTS)]
+    for of, _ in before:
+        _set_precision(of, "ieee")
+    try:
+        yield
+    finally:
+        for of, value in before:
+            _set_precision(of, value)
+
+
+def _precision_of(of: Any) -> str:
+    """``ieee`` or ``tf32``; of a newer PyTorch also ``none``, which is its own choice."""
+    found = getattr(of, "fp32_precision", None)
+    return found if isinstance(found, str) else ("tf32" if of.allow_tf32 else "ieee")
+
+
+def _set_precision(of: Any, value: str) -> None:
+    if isinstance(getattr(of, "fp32_precision", None), str):
+        of.fp32_precision = value
+    else:
+        of.allow_tf32 = value == "tf32"
 
 
 def synchronize(device: torch.device) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from flowdistill.config import validate
 from flowdistill.data.loader import Stream
+from flowdistill.device import computing
 from flowdistill.ledger import Ledger
 from flowdistill.runner import execute, networks, plan
 from flowdistill.training import checkpoint, weights
@@ -133,7 +134,7 @@ def status_believed(self, home):
     return True
 
 
-@bug(execute, "threads", suite.test_threads_and_determinism_are_those_it_began_with)
-def threads_of_this_machine(count):
+@bug(execute, "computing", suite.test_threads_and_determinism_are_those_it_began_with)
+def threads_of_this_machine(device, *, deterministic=False, cores=None):
     """As many threads as there are cores today: sums are rounded in another order."""
-    return execute.contextlib.nullcontext()
+    return computing(device, deterministic=deterministic)

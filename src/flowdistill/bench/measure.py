@@ -24,7 +24,7 @@ from ..checks import UserError, did_you_mean
 from ..config import validate
 from ..data.images import ImageData
 from ..data.loader import DeviceData, Stream
-from ..device import Precision, describe, keep_freed_memory, sensible_threads, synchronize, threads
+from ..device import Precision, computing, describe, keep_freed_memory, synchronize
 from ..env import processor
 from ..methods import Needs
 from ..talk import say
@@ -203,7 +203,7 @@ def bench(
     keep_freed_memory()
     engines = engines or ENGINES if device.type == "cuda" else engines or ENGINES[:2]
     found = []
-    with threads(sensible_threads()):
+    with computing(device):
         for work in works:
             contenders = _plain_loops(work, names[0], workers)
             contenders += [
@@ -335,6 +335,8 @@ class _Memory:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)  # what others held and freed would hide what this one needs
             Path("/proc/self/clear_refs").write_text("5")  # forget the largest size so far

@@ -20,7 +20,7 @@ from .normalisation import Normalisation
 from .pictures import Rows
 from .sources import stratified
 from .streaming import Decoder, Shot, StreamedSet, Workers
-from .supply import BATCH, Labelled
+from .supply import Labelled, at_once
 
 HOLDOUT_PART = 10  # a tenth of each class is held out
 RESIDENT_SHARE = 0.4  # of the device's free memory that the training images may take; the copy that pads them takes as much again
@@ -50,9 +50,10 @@ class ResidentSet:
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """As ``Labelled`` says."""
-        for start in range(0, len(self.images), BATCH):
-            images = self.images[start : start + BATCH].to(self.labels.device)
-            yield self.normalise(images), self.labels[start : start + BATCH]
+        size = at_once(self.images.shape[1], self.images.shape[2], self.labels.device)
+        for start in range(0, len(self.images), size):
+            images = self.images[start : start + size].to(self.labels.device)
+            yield self.normalise(images), self.labels[start : start + size]
 
 
 def labelled(

@@ -24,11 +24,10 @@ from ..device import sensible_workers
 from ..randomness import generator, seeded
 from .augment import boxes
 from .pictures import Pictures, quiet
-from .supply import BATCH
+from .supply import at_once
 
 OPERATIONS = 2  # of RandAugment on an image: Cubuk et al. 2020, section 4.4 (ImageNet)
 LOST = 74  # exit status of a process whose batch was lost: EX_IOERR
-BATCH_PIXELS = BATCH << 13  # of the images that are evaluated at once, where they are large: 81 of 224x224
 
 
 class Pixels:
@@ -232,7 +231,7 @@ class StreamedSet:
     def __init__(self, pictures: Pictures, labels: Tensor, normalise: Callable[[Tensor], Tensor], workers: Workers) -> None:
         self.labels, self.normalise, self._workers = labels, normalise, workers
         height, width, _ = pictures.sides
-        self._size = max(1, min(BATCH, BATCH_PIXELS // (height * width)))
+        self._size = at_once(height, width, labels.device)
 
     def __len__(self) -> int:
         return len(self.labels)

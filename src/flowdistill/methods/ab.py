@@ -20,6 +20,7 @@ from ..config import MOST_EPOCHS
 from ..taps import Batch, NetSpec, Outputs
 from .base import Method, Needs, Paper, Phase, StagedOptions, after_relu, full, paired_stages, register, same_shape, then_the_task
 from .fitnets import connector
+from .fsp import pooled
 
 
 def boundary_loss(student: Tensor, teacher: Tensor, margin: float = 1.0) -> Tensor:
@@ -110,6 +111,5 @@ class AB(Method):
             features = full(student.maps[tap])
             with torch.autocast(features.device.type, enabled=False):
                 response: Tensor = connect(features)
-            size = (wanted.shape[2], wanted.shape[3])
-            ours.append(response if response.shape[2:] == size else F.adaptive_avg_pool2d(response, size))
+            ours.append(pooled(response, (wanted.shape[2], wanted.shape[3]), "avg"))
         return {"ab": ab_loss(ours, theirs, self.options.margin)}

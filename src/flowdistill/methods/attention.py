@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..taps import Batch, NetSpec, Outputs
 from .base import LEAST_PRODUCT, Method, MethodOptions, Needs, Paper, full, paired_stages, register, same_shape, unit
+from .fsp import pooled
 
 Mode = Literal["code", "paper"]
 
@@ -44,7 +44,7 @@ def attention_loss(student: Tensor, teacher: Tensor, mode: Mode = "code") -> Ten
         ValueError: the batches differ.
     """
     size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
-    maps = [x if x.shape[2:] == size else F.adaptive_avg_pool2d(full(x), size) for x in (student, teacher)]
+    maps = [pooled(x, size, "avg") for x in (student, teacher)]
     ours, theirs = (attention_map(x) for x in maps)
     same_shape(ours, theirs)
     difference = ours - theirs

@@ -33,6 +33,7 @@ class Network(nn.Module):
         draws_always: whether they draw in eval mode too.
         unsettled: whether a pass in eval mode moves its buffers, as observers of quantisation do.
         grown: names of the buffers that take another shape, or are there at all, after the first pass.
+        each_once: whether a pass runs each of its layers once.
         about: what the file that it was loaded from says of it.
         changed: what of it is another than that file says, and was accepted; else empty.
         memory_format: of its weights, and of the images that it works on.
@@ -40,6 +41,7 @@ class Network(nn.Module):
 
     spec: NetSpec
     taps: tuple[str, ...]
+    each_once: bool = False
     about: Mapping[str, Any] = {}
     changed: str = ""
     memory_format: torch.memory_format = torch.channels_last
@@ -89,6 +91,7 @@ class ImageNetwork(Network):
     classifier, without its bias, at every position of the map whose mean is the embedding. What differs stands with the network.
     """
 
+    each_once = True
     taps_version: int = 1
     """Raised when a tap gives another map under its name."""
 

@@ -47,7 +47,9 @@ class Reused(ImageNetwork):
         """Images [N, C, H, W] -> every tap, and the projected map."""
         maps, last = self.student.features(images)
         height, width = min(last.shape[2], self.size[0]), min(last.shape[3], self.size[1])
-        if (height, width) != last.shape[2:]:
+        if last.shape[2] % height == last.shape[3] % width == 0:  # equal to adaptive pooling, and deterministic on a GPU
+            last = F.avg_pool2d(last, (last.shape[2] // height, last.shape[3] // width))
+        else:
             last = F.adaptive_avg_pool2d(last, (height, width))
         projected = self.projector(last)
         return {**maps, PROJECTED: projected}, projected

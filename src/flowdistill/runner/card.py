@@ -20,7 +20,7 @@ from ..data.images import ImageData, part
 from ..data.loader import labelled, trained_positions
 from ..data.normalisation import Normalisation
 from ..data.sources import load
-from ..device import describe, resolve_precision, sensible_threads, synchronize, threads
+from ..device import computing, describe, resolve_precision, synchronize
 from ..env import processor
 from ..ledger import STUDENT_FILE, Ledger, Run, baseline_key, flattened, is_baseline
 from ..models import Network
@@ -166,7 +166,7 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
     images = normalise(torch.from_numpy(data.x_test[np.arange(batch_size) % len(labels)]).to(device))
     precision = resolve_precision(run.precision, device)
     other = {role: network.other_classes(data) for role, network in networks.items()}
-    with threads(sensible_threads()):
+    with computing(device):
         judged = {role: net for role, net in nets.items() if not other[role]}
         logits = [found for found, _ in predict(list(judged.values()), labelled(data.x_test, labels, normalise, device), precision)]
         answers = {role: _answers(torch.cat(own)) for role, own in zip(judged, zip(*logits, strict=True), strict=True)}

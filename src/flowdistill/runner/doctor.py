@@ -15,7 +15,7 @@ from ..checks import UserError
 from ..config import RunConfig
 from ..data.images import ImageData
 from ..data.loader import DeviceData, place
-from ..device import describe, peak_memory, sensible_threads, threads
+from ..device import computing, describe, peak_memory
 from ..ledger import Ledger
 from ..models import Network
 from ..training.choice import choose
@@ -51,7 +51,7 @@ def examine(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device, 
     Raises:
         UserError: without the data or the student there is nothing to look at.
     """
-    with threads(sensible_threads()):
+    with computing(device):
         return [*_found(configs, ledger, device, watcher or Watcher())]
 
 

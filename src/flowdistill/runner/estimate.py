@@ -11,7 +11,7 @@ import torch
 from ..config import RunConfig
 from ..data.loader import place
 from ..data.supply import First, Supply
-from ..device import sensible_threads, threads
+from ..device import computing
 from ..ledger import Ledger
 from ..training.cohort import Cohort, first_gradients, seconds_per_epoch
 from .assemble import Member, assemble
@@ -69,7 +69,7 @@ def estimate(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device)
     jobs = {job.key: job for job in plan(configs, ledger, device, stand_in=True)}
     missing = {key: _missing_epochs(job, ledger) for key, job in jobs.items()}
     found = Duration()
-    with threads(sensible_threads()):
+    with computing(device):
         for group in cohorts([job for key, job in jobs.items() if missing[key]]):
             samples = list({(job.settled.name, job.settled.variant): job for job in reversed(group)}.values())
             epochs = sum(missing[job.key] for job in group)

@@ -17,7 +17,7 @@ from ..data.images import ImageData
 from ..data.loader import labelled
 from ..data.normalisation import Normalisation
 from ..data.sources import load
-from ..device import Precision, describe, resolve_precision
+from ..device import Precision, computing, describe, resolve_precision
 from ..env import processor
 from ..ledger import STUDENT_FILE, Ledger
 from ..models import Network
@@ -194,7 +194,8 @@ def evaluate(
     net = net.on(device)
     test = labelled(data.x_test, data.y_test, Normalisation(about.mean, about.std).on(device), device, workers)
     arithmetic, images = resolve_precision(precision or about.precision, device), len(test)
-    found = measure(net, test, arithmetic)
+    with computing(device):
+        found = measure(net, test, arithmetic)
     if broken := int(found.unanswered):
         raise UserError(f"{path}: its logits are not finite for {broken:,} of {images:,} test images; is the file whole?")
     correct = int(found.correct)

@@ -15,7 +15,7 @@ import torch
 from .. import advice, models, trust
 from ..checks import UserError, first_line
 from ..config import RunConfig
-from ..device import describe, determinism, reset_peak_memory, sensible_threads, threads
+from ..device import computing, describe, reset_peak_memory, settings
 from ..env import circumstances, versions
 from ..ledger import Ledger, Run
 from ..models.foreign import own_place
@@ -67,14 +67,14 @@ def run(
     homes = dict.fromkeys(found.home for found in known.values() if found.cut_off)
     for home in homes:
         recorded(_unfinished(home, ledger), ledger, device)  # refuses before anything is trained
-    with determinism(deterministic), threads(sensible_threads()):
+    with computing(device, deterministic=deterministic):
         prepared = prepare([job for key, job in todo.items() if key not in known], device, engine, workers)
         for cohort, members in prepared:
             check_start(cohort, members, watcher)
     for home in homes:
         _resume_cohort(home, ledger, device, watcher, workers)
     try:
-        with determinism(deterministic), threads(sensible_threads()):
+        with computing(device, deterministic=deterministic):
             for cohort, members in prepared:
                 _begin_cohort(cohort, members, ledger, device, watcher, time.perf_counter() - started, again=again)
                 started = time.perf_counter()
@@ -177,7 +177,7 @@ def _begin_cohort(
         _TakenError: another process registered one of its runs since they were planned.
     """
     common = {"cohort_size": len(members), "device": describe(device), "threads": torch.get_num_threads(), "setup_seconds": setup_seconds}
-    common["engine"] = cohort.engine.name
+    common |= {"engine": cohort.engine.name, "versions": versions() | circumstances() | settings(device)}
     with contextlib.ExitStack() as stack:
 
         def refuse_taken() -> None:
@@ -211,7 +211,8 @@ def _resume_cohort(home: int, ledger: Ledger, device: torch.device, watcher: Wat
         runs = _unfinished(home, ledger)
         if not runs:
             return  # another process was faster
-        with threads(runs[0].threads or torch.get_num_threads()), determinism(bool(runs[0].deterministic)):
+        cores = runs[0].threads or torch.get_num_threads()
+        with computing(device, deterministic=bool(runs[0].deterministic), cores=cores):
             (cohort, members), *others = prepare(recorded(runs, ledger, device), device, runs[0].engine, workers)
             assert not others, "runs of one cohort stay together"
             for member, one in zip(members, runs, strict=True):
@@ -244,7 +245,7 @@ def _tell_what_changed(runs: Sequence[Run], ledger: Ledger, device: torch.device
     if changed:
         watcher.say(f"not bit for bit what it would have been: it began with other versions or another device ({', '.join(changed)})")
         for one in runs:
-            ledger.update(one.no, device=describe(device), versions=versions() | circumstances())
+            ledger.update(one.no, device=describe(device), versions=versions() | circumstances() | settings(device))
 
 
 def _train(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: torch.device, watcher: Watcher, home: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..config import RunConfig
-from ..device import describe, sensible_threads, threads
+from ..device import computing, describe
 from ..ledger import Ledger
 from ..taps import NetSpec
 from ..training.cohort import Cohort
@@ -29,7 +29,7 @@ def dry_run(
     Raises:
         UserError: as ``run``.
     """
-    with threads(sensible_threads()):
+    with computing(device):
         prepared = prepare(plan(configs, ledger, device), device, engine, workers)
         return [one for cohort, members in prepared for one in _of_cohort(cohort, members, ledger, device)]
 

@@ -13,7 +13,7 @@ import torch
 
 from ..data.supply import Supply
 from ..device import describe, peak_memory
-from ..env import circumstances, processor, versions
+from ..env import processor
 from ..ledger import JOURNAL, PREDICTIONS, STUDENT_FILE, Epoch, Ledger, Run
 from ..models import Network
 from ..training.cohort import Cohort, EpochReport
@@ -52,7 +52,6 @@ def row(member: Member) -> dict[str, Any]:
         "init_hash": job.init_hash,
         "networks": {role: network.record for role, network in job.networks.items()},
         "parameters": sum(p.numel() for p in member.student.net.parameters()),
-        "versions": versions() | circumstances(),
         "started": now(),
     }
 

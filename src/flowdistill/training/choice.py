@@ -51,9 +51,15 @@ def choose(wanted: str, device: torch.device, precision: Precision, *, pixels: f
 
 
 def _lacks_compiler(device: torch.device) -> str:
-    """Why torch.compile can't work here, or empty: on a CPU it needs a C++ compiler; on a GPU it has Triton, which comes with PyTorch."""
+    """Why torch.compile can't work here, or empty.
+
+    On a CPU it needs a C++ compiler. On a GPU it has Triton, which comes with PyTorch and builds its launchers by a C compiler.
+    """
     if device.type == "mps":
         return "torch.compile is not used on mps"
-    if device.type == "cuda" or any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "cl")):
+    if device.type == "cuda":
+        there = any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "clang"))
+        return "" if there else "there is no C compiler (gcc, clang, or what CC names), which Triton needs"
+    if any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "cl")):
         return ""
     return "there is no C++ compiler (g++, clang++, or what CXX names)"

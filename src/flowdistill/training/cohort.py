@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..config import TrainConfig
-from ..data.supply import BATCH, Batches, First, Supply
+from ..data.supply import Batches, First, Supply, at_once
 from ..device import Precision, Stopwatch, synchronize
 from ..taps import NO_LABEL, Batch
 from .blame import Seen, fault, refuse_first
@@ -184,7 +184,7 @@ def seconds_per_epoch(cohort: Cohort, steps: int = 5) -> float:
 def _evaluation_seconds(cohort: Cohort) -> float:
     """What evaluating every student takes, from a second batch of each; the first warms up."""
     data, started = cohort.data, 0.0
-    part = First(data.curve, BATCH)
+    part = First(data.curve, at_once(data.spec.height, data.spec.width, data.device))
     for _ in range(2):
         started = time.perf_counter()
         for student in cohort.students:

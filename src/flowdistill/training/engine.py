@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from ..checks import summary
 from ..data.supply import Batches, Supply
-from ..device import Precision
+from ..device import Precision, synchronize
 from ..models.state import kept
 from ..taps import Batch, Outputs
 from .evaluate import Evaluation, evaluate_all
@@ -213,6 +213,7 @@ def taken_back(lanes: Sequence[Lane]) -> Iterator[None]:
         with kept(modules):
             yield
     finally:
+        synchronize(lanes[0].stream.data.device)  # streams beside this one may still write
         with torch.no_grad():
             for value, old in before:
                 value.copy_(old)

@@ -8,8 +8,10 @@ the tests hold it to the eager engine on a CPU. ``Graph`` captures it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +20,10 @@ from ..checks import summary
 from ..data.augment import Draws
 from ..data.loader import Stream
 from ..data.supply import Batches, Supply
-from ..device import free_memory
+from ..device import free_memory, synchronize
 from .engine import Eager, Lane, quiet, standing_still, taken_back
 from .evaluate import Evaluation
-from .step import Student, train_step
+from .step import Group, Student, train_step
 
 WARM_UP = 3  # steps before a capture: libraries set up their workspaces, and compilers compile
 MOST_STREAMS = 8  # 8 and 16 students at once took the same time each on a prototype
@@ -29,14 +31,19 @@ MEMORY_SHARE = 0.7  # of the free memory, for what students hold at the same tim
 
 
 class Tape:
-    """One step of a cohort on memory of fixed place."""
+    """One step of a cohort on memory of fixed place.
+
+    Every group of students goes to a stream in turn, and a lane draws its batch and asks its teacher on the stream of its first group, so
+    that lanes compute beside each other. Groups of one stream follow each other and share memory.
+    """
 
     def __init__(self, inner: Eager, lanes: Sequence[Lane], streams: Sequence[torch.cuda.Stream] = ()) -> None:
-        self.inner, self.lanes, self.streams = inner, [replace(lane, students=list(lane.students)) for lane in lanes], streams
+        self.inner, self.streams = inner, streams
+        self.lanes = [replace(lane, students=list(lane.students)) for lane in lanes if lane.students]
         device = lanes[0].stream.data.device
-        self.sources = [_drawn(lane.stream) for lane in lanes]
+        self.sources = [_drawn(lane.stream) for lane in self.lanes]
         self.draws = [stream.draws(0) for stream in self.sources]
-        self.rates = standing_still(lanes)
+        self.rates = standing_still(self.lanes)
         self.number = torch.zeros((), dtype=torch.int64, device=device)
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
         self.places = torch.arange(lanes[0].stream.batch_size, device=device)
@@ -48,63 +55,82 @@ class Tape:
             for field in fields(Draws):
                 if (place := getattr(draws, field.name)) is not None:
                     place.copy_(getattr(drawn, field.name))
-        for student, rate in rates.items():
-            self.rates[student].copy_(rate)
+        for student, place in self.rates.items():
+            place.copy_(rates[student])
         self.number.fill_(number)
         self.counter.zero_()
 
     def step(self) -> None:
-        """The next step of every student. Students go to the streams in turn; those of one stream follow each other and share memory."""
+        """The next step of every student."""
         shown = self.counter * len(self.places) + self.places
         alive, turn = [], 0
         for lane, source, draws in zip(self.lanes, self.sources, self.draws, strict=True):
-            images, batch = source.batch(draws, shown, self.number)
-            taught = self.inner.teach(lane, images)
-            heard = lane.heard(taught)
+            with self._on(turn) as own:
+                images, batch = source.batch(draws, shown, self.number)
+                taught = self.inner.teach(lane, images)
+                heard = lane.heard(taught)
             alive.append((images, batch, taught, heard))
             for group in lane.groups:
-                with self._beside(turn):
+                with self._on(turn, after=own):
                     lr = self.rates[group[0]].index_select(0, self.counter).view(())
                     precision, losses = self.inner.precision, self.inner.losses
                     train_step(group, images, taught, batch, lr=lr, precision=precision, losses=losses, heard=heard)
                 turn += 1
-        for stream in self.streams:
+        for stream in self.streams[:turn]:  # a stream that was given nothing is no part of a capture
             torch.cuda.current_stream().wait_stream(stream)
         self.counter += 1
         del alive  # not before the streams have met: their memory would be given to others
 
     @contextlib.contextmanager
-    def _beside(self, turn: int) -> Iterator[None]:
+    def _on(self, turn: int, after: torch.cuda.Stream | None = None) -> Iterator[torch.cuda.Stream | None]:
+        """Inside, work goes to the stream whose turn it is, behind what ``after`` was given, or the current stream."""
         if not self.streams:
-            yield
+            yield None
             return
         stream = self.streams[turn % len(self.streams)]
-        stream.wait_stream(torch.cuda.current_stream())
+        if stream is not after:
+            stream.wait_stream(after or torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            yield
+            yield stream
+
+
+@dataclass
+class Trial:
+    """What a group of students showed in two steps of its own.
+
+    Attributes:
+        hindrance: why its step can't be captured, or empty.
+        memory: bytes that a step of it takes.
+    """
+
+    hindrance: str
+    memory: int = 0
 
 
 class Graph(Eager):
-    """``Tape`` captured once for a phase and a set of students, and replayed."""
+    """``Tape`` captured once for a phase and a set of students, and replayed. Students that can't be captured are trained beside it.
+
+    Attributes:
+        spent: why this process can capture nothing more, or empty. Before PyTorch 2.12 a capture that failed leaves the allocator so.
+    """
+
+    spent = ""
 
     def __init__(self, inner: Eager, why: str) -> None:
         super().__init__(inner.precision, why)
-        self.inner = inner
+        self.inner, self._why = inner, why
         self.name = "graph" if type(inner) is Eager else f"graph+{inner.name}"
         self._tape: Tape | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._beside: list[Lane] = []
         self._key: object = None
-        self._warm: set[Student] = set()
-        self._measured: dict[Student, tuple[torch.cuda.CUDAGraph, Evaluation]] = {}
+        self._measured = Measured()
 
     def ready(self, lanes: Sequence[Lane]) -> Eager:
-        """Capture what is new; what can't be captured is trained by the engine inside."""
-        if any(student.net.draws_from is not None for lane in lanes for student in lane.students):
-            self.inner.why = "a student's layers draw random numbers (dropout), which would not be those of its seed in a graph"
-            return self.inner.ready(lanes)
-        taught_by = [lane.teacher.given for lane in lanes if lane.taught and lane.teacher is not None]
-        if any(teacher.draws_always or teacher.unsettled for teacher in taught_by):
-            self.inner.why = "a teacher draws random numbers in eval mode, or moves its buffers, which a graph would not hold to its seed"
+        """Capture what is new. Groups that can't be captured, or all where none can, are trained by the engine inside."""
+        known = {group: _known_hindrance(lane, group) for lane in lanes for group in lane.groups}
+        if why := Graph.spent or (next(iter(known.values())) if all(known.values()) else ""):
+            self.inner.why = why
             return self.inner.ready(lanes)
         key = [(student, student.optimizer) for lane in lanes for student in lane.students]
         if key == self._key:
@@ -112,21 +138,46 @@ class Graph(Eager):
         self._tape = self._graph = None
         inner = self.inner.ready(lanes)
         if inner is not self.inner:
-            self.inner, self.name, self.why = inner, "graph", f"{self.why}; {inner.why}"
+            self.inner, self.name, self._why = inner, "graph", f"{self._why}; {inner.why}"
         try:
             with taken_back(lanes), quiet():
-                self._tape, self._graph = self._capture(lanes)
+                trials = {group: Trial(why) if (why := known[group]) else self._try(lane, group) for lane in lanes for group in lane.groups}
+                hindered = {group: trial.hindrance for group, trial in trials.items() if trial.hindrance}
+                if len(hindered) == len(trials):
+                    return self._instead(next(iter(hindered.values())))
+                held = [_only(lane, lambda group: group not in hindered) for lane in lanes]
+                self._tape, self._graph = self._capture(held, _width(list(trials.values()), lanes[0].stream.data.device))
         except Exception as error:  # whatever a model does that a graph can't hold
-            self.inner.why = f"it can't be captured ({summary(error)})"
-            return self.inner
+            return self._instead(f"it can't be captured ({summary(error)})")
+        self._beside = [lane for lane in (_only(lane, lambda group: group in hindered) for lane in lanes) if lane.students]
+        self.why = "; ".join([self._why, *(f"{_named(group)} beside it, {self.inner.name}: {why}" for group, why in hindered.items())])
         self._key = key
         return self
 
-    def _capture(self, lanes: Sequence[Lane]) -> tuple[Tape, torch.cuda.CUDAGraph]:
+    def _instead(self, why: str) -> Eager:
+        """The engine inside, for all."""
+        self._measured = Measured()
+        self.inner.why = why
+        return self.inner
+
+    def _try(self, lane: Lane, group: Group) -> Trial:
+        """Two steps of a group alone; in the second, waiting for the device is an error, as it is in a capture."""
+        device = lane.stream.data.device
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(device)
+        try:
+            tape = Tape(self.inner, [replace(lane, students=list(group))])
+            tape.step()  # libraries set up their workspaces, compilers compile
+            tape.counter.zero_()
+            with _waiting_refused():
+                tape.step()
+        except Exception as error:  # whatever a model does
+            return Trial(f"it can't be captured ({summary(error)})")
+        return Trial("", max(torch.cuda.memory_reserved(device) - before, 1))
+
+    def _capture(self, lanes: Sequence[Lane], width: int) -> tuple[Tape, torch.cuda.CUDAGraph]:
         device = lanes[0].stream.data.device
-        if growing := next((student.net for lane in lanes for student in lane.students if student.net.grown), None):
-            raise ValueError(f"buffers of {growing.spec.name} take another shape in a first pass, and a graph's have their place")
-        tape = Tape(self.inner, lanes, [_stream(device) for _ in range(self._width(lanes))])
+        tape = Tape(self.inner, lanes, [_stream(device) for _ in range(width)])
         tape.fill(0, standing_still(lanes))
         aside = _stream(device)
         aside.wait_stream(torch.cuda.current_stream(device))
@@ -139,47 +190,138 @@ class Graph(Eager):
             for student in lane.students:
                 student.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with capturing(graph, device):
             tape.step()
         return tape, graph
 
-    def _width(self, lanes: Sequence[Lane]) -> int:
-        """How many students may compute at the same time: what the free memory holds, by a step of the first."""
-        device, count = lanes[0].stream.data.device, sum(len(lane.students) for lane in lanes)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        first = replace(lanes[0], students=lanes[0].students[:1])
-        tape = Tape(self.inner, [first])
-        tape.step()
-        needed = max(torch.cuda.max_memory_allocated(device) - before, 1)
-        return max(1, min(count, MOST_STREAMS, int(MEMORY_SHARE * free_memory(device) / needed)))
-
     def epoch(self, lanes: Sequence[Lane], number: int, rates: Mapping[Student, Tensor]) -> Iterator[None]:
-        """One replay a step: the host does nothing else."""
+        """One replay a step, and a step of those beside it."""
         assert self._tape is not None
         assert self._graph is not None
         self._tape.fill(number, rates)
+        beside = self.inner.epoch(self._beside, number, rates) if self._beside else itertools.repeat(None)
         for _ in range(lanes[0].stream.steps):
             self._graph.replay()
+            next(beside)
             yield
 
     def evaluate(self, students: Sequence[Student], data: Supply) -> list[Evaluation]:
-        """One by one."""
+        """One by one, each captured at the second time: the first, which is plain, warms up."""
+        self._measured.keep(students)
         return [self._evaluate(student, data) for student in students]
 
     def _evaluate(self, student: Student, data: Supply) -> Evaluation:
-        """Captured at the second time: the first, which is plain, warms up."""
-        if student not in self._warm or student.net.draws_always or student.net.unsettled:
-            self._warm.add(student)
-            return super().evaluate([student], data)[0]
-        if student not in self._measured:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                (found,) = super().evaluate([student], data)
-            self._measured[student] = graph, found
-        graph, found = self._measured[student]
+        measured = self._measured
+        if Graph.spent or measured.failed or student.net.draws_always or student.net.unsettled or not measured.warm(student):
+            return self.inner.evaluate([student], data)[0]
+        if student not in measured.graphs:
+            try:
+                graph = torch.cuda.CUDAGraph()
+                with capturing(graph, data.device, measured.pool()):
+                    (found,) = self.inner.evaluate([student], data)
+                measured.graphs[student] = graph, found
+            except Exception as error:  # no memory, or a network that waits in eval mode
+                measured.give_up()
+                self.why = self._why = f"{self._why}; evaluation is not captured ({summary(error)})"
+                return self.inner.evaluate([student], data)[0]
+        graph, found = measured.graphs[student]
         graph.replay()
         return Evaluation(*(value.clone() for value in found))
+
+
+class Measured:
+    """The captured evaluations of students. They share their memory, for they are replayed one after the other."""
+
+    def __init__(self) -> None:
+        self.graphs: dict[Student, tuple[torch.cuda.CUDAGraph, Evaluation]] = {}
+        self.failed = False
+        self._warm: set[Student] = set()
+        self._pool: Any = None
+
+    def keep(self, students: Sequence[Student]) -> None:
+        """Let go of those that left."""
+        self.graphs = {student: found for student, found in self.graphs.items() if student in students}
+        self._warm &= set(students)
+
+    def warm(self, student: Student) -> bool:
+        """Whether this one was measured before; from now on it was."""
+        known = student in self._warm
+        self._warm.add(student)
+        return known
+
+    def pool(self) -> Any:
+        """Where the graphs have their memory."""
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        return self._pool
+
+    def give_up(self) -> None:
+        """Nothing more is captured here."""
+        self.graphs, self.failed = {}, True
+
+
+@contextlib.contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = None) -> Iterator[None]:
+    """What the device is given inside is captured, on a stream of that device.
+
+    Raises:
+        RuntimeError: it can't be; named is the cause, which PyTorch's own error hides. The current stream is what it was.
+    """
+    before = torch.cuda.current_stream(device)
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=_stream(device)):
+            yield
+    except Exception as error:
+        torch.cuda.set_stream(before)
+        with contextlib.suppress(RuntimeError):
+            synchronize(device)
+        cause = error.__context__ if isinstance(error.__context__, Exception) else error
+        if _version() < (2, 12):
+            spent = f"after which PyTorch {torch.__version__} can't capture any more"
+            Graph.spent = f"an earlier capture failed in this process ({summary(cause)}), {spent}"
+        raise RuntimeError(summary(cause)) from error
+
+
+def _known_hindrance(lane: Lane, group: Group) -> str:
+    """Why a group's step can't be captured, as far as its networks tell; else empty."""
+    if any(student.net.draws_from is not None for student in group):
+        return "a student's layers draw random numbers (dropout), which would not be those of its seed in a graph"
+    teacher = lane.teacher.given if lane.teacher is not None and any(student.taught for student in group) else None
+    if teacher is not None and (teacher.draws_always or teacher.unsettled):
+        return "a teacher draws random numbers in eval mode, or moves its buffers, which a graph would not hold to its seed"
+    if growing := next((student.net for student in group if student.net.grown), None):
+        return f"buffers of {growing.spec.name} take another shape in a first pass, and a graph's have their place"
+    return ""
+
+
+def _only(lane: Lane, wanted: Callable[[Group], bool]) -> Lane:
+    """A lane with those of its groups."""
+    return replace(lane, students=[student for group in lane.groups if wanted(group) for student in group])
+
+
+def _named(group: Group) -> str:
+    return f"{group[0].settled.name} {group[0].net.spec.name}"
+
+
+def _width(trials: Sequence[Trial], device: torch.device) -> int:
+    """How many groups may compute at the same time: what the free memory holds of the largest."""
+    held = [trial.memory for trial in trials if not trial.hindrance]
+    torch.cuda.empty_cache()
+    return max(1, min(len(held), MOST_STREAMS, int(MEMORY_SHARE * free_memory(device) / max(held))))
+
+
+@contextlib.contextmanager
+def _waiting_refused() -> Iterator[None]:
+    """Inside, an operation after which the host waits for the device is an error."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
 
 def _drawn(batches: Batches) -> Stream:

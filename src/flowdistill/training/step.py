@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -96,6 +97,7 @@ class Student:
         self.phase: Phase = self.settled.phases[number]
         self.optimizer = build_optimizer(self.net, self.method, self.phase, self.train)
         self.weights = self.settled.counted(self.phase)
+        self._factors = torch.tensor([*self.weights.values()], device=next(self.net.parameters()).device)
         task = () if self.train.mixup is True else (TASK,)
         terms = (*task, *self.method.terms) if self.taught or not self.method.uses_teacher else task
         self.tally = Tally(terms, self.looks_at, next(self.net.parameters()).device)
@@ -165,6 +167,10 @@ class Student:
     def taught(self) -> bool:
         """Whether the teacher is needed in this phase."""
         return self.method.uses_teacher and any(term != TASK for term in self.weights)
+
+    def weighted(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """What it minimises: the weighted sum of the terms that count, a scalar."""
+        return torch.dot(torch.stack([terms[term] for term in self.weights]), self._factors)
 
     def begin_epoch(self) -> None:
         """Train mode, but for what is frozen, and sums at zero."""
@@ -294,9 +300,10 @@ def train_step(
     that a graph may hold this step on any stream. No term has a gradient for another student's weights, so that one backward pass of the
     sum serves all.
     """
-    found = losses(group, images, taught if group[0].taught else None, batch, precision)
-    weighted = [weight * terms[term] for student, terms in zip(group, found, strict=True) for term, weight in student.weights.items()]
-    total = torch.stack(weighted).sum()
+    with counted_at_once([student.net for student in group]):
+        found = losses(group, images, taught if group[0].taught else None, batch, precision)
+    weighted = [student.weighted(terms) for student, terms in zip(group, found, strict=True)]
+    total = functools.reduce(torch.add, weighted)
     trained = [parameter for student in group for parameter in student.trained()]
     for parameter, gradient in zip(trained, torch.autograd.grad(total, trained, allow_unused=True), strict=True):
         parameter.grad = None if gradient is None else _laid_out(gradient, parameter)
@@ -305,6 +312,29 @@ def train_step(
             parameters["lr"] = lr
         student.optimizer.step()
         student.tally.add({**terms, **heard})
+
+
+@contextmanager
+def counted_at_once(nets: Sequence[Network]) -> Iterator[None]:
+    """Batch normalisations inside do not count their batches; one operation counts them after, where each would launch one of its own.
+
+    Of networks that run each of theirs once in a pass. Nothing but the record depends on the counters where the momentum is fixed.
+    """
+    counting = [module for net in nets if net.each_once for module in net.modules() if _counts(module)]
+    counters = [module.get_buffer("num_batches_tracked") for module in counting]
+    for module in counting:
+        module._buffers["num_batches_tracked"] = None
+    try:
+        yield
+    finally:
+        for module, counter in zip(counting, counters, strict=True):
+            module._buffers["num_batches_tracked"] = counter
+    if counters:
+        torch._foreach_add_(counters, 1)
+
+
+def _counts(module: nn.Module) -> bool:
+    return type(module) is nn.BatchNorm2d and module.training and module.momentum is not None and module.num_batches_tracked is not None
 
 
 def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:

@@ -17,11 +17,14 @@ from torch.func import functional_call
 from ..checks import summary
 from ..data.supply import Batches, Supply
 from ..device import Precision, synchronize
+from ..models import Network
 from ..models.state import kept
 from ..taps import Batch, Outputs
-from .evaluate import Evaluation, evaluate_all
+from .evaluate import Evaluation, evaluate_all, plainly
 from .step import Group, Objective, Student, answering, drawing, losses, train_step
 from .teacher import Teacher
+
+EVALUATION_COMPILED = ("cuda",)  # kinds of devices on which evaluation is compiled where training is
 
 
 @dataclass
@@ -113,6 +116,7 @@ class Compiled(Eager):
         super().__init__(precision, why)
         self._losses: dict[Any, Callable[..., list[dict[str, Tensor]]]] = {}
         self._teachers: dict[Teacher, Callable[[Tensor], Outputs]] = {}
+        self._evaluated: dict[Any, Callable[[dict[str, Tensor], Tensor], Outputs] | None] = {}
         self._tried: set[Any] = set()
 
     def ready(self, lanes: Sequence[Lane]) -> Eager:
@@ -143,6 +147,25 @@ class Compiled(Eager):
         tensors = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
         return self._losses[kind](tensors, images, taught, batch)
 
+    def evaluate(self, students: Sequence[Student], data: Supply) -> list[Evaluation]:
+        """Compiled as well on a GPU, where plain passes are bound by launches; on a CPU compiling costs more than it saves."""
+        ask = self._answer if data.device.type in EVALUATION_COMPILED else plainly
+        return evaluate_all([student.net for student in students], data.curve, self.precision, ask)
+
+    def _answer(self, net: Network, images: Tensor) -> Outputs:
+        """Compiled once an architecture; plainly where that can't be."""
+        kind = (type(net), net.spec, net.taps)
+        if kind not in self._evaluated:
+            self._evaluated[kind] = None if net.draws_always or net.unsettled else _compile(_answering(net))
+        compiled = self._evaluated[kind]
+        if compiled is not None:
+            try:
+                with quiet():
+                    return compiled({**dict(net.named_parameters()), **dict(net.named_buffers())}, images)
+            except Exception:  # what trains may still not compile in eval mode
+                self._evaluated[kind] = None
+        return plainly(net, images)
+
 
 def _kind(group: Group) -> tuple[Any, ...]:
     """Students of one kind have one compiled function."""
@@ -160,6 +183,17 @@ def _computing(group: Group, precision: Precision) -> Callable[..., list[dict[st
         return found
 
     return compute
+
+
+def _answering(net: Network) -> Callable[[dict[str, Tensor], Tensor], Outputs]:
+    """What a network gives, with the tensors of any such network in the place of its own."""
+    hollow = _hollow(net, {})
+
+    def answer(tensors: dict[str, Tensor], images: Tensor) -> Outputs:
+        outputs: Outputs = functional_call(hollow, tensors, (images,))
+        return outputs
+
+    return answer
 
 
 def _hollow(module: nn.Module, made: dict[Any, Any]) -> nn.Module:

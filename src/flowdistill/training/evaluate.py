@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,11 +43,21 @@ def evaluate(net: Network, on: Labelled, precision: Precision) -> Evaluation:
     return evaluate_all([net], on, precision)[0]
 
 
-def evaluate_all(nets: Sequence[Network], on: Labelled, precision: Precision) -> list[Evaluation]:
+Ask = Callable[[Network, Tensor], Outputs]
+"""How a network in eval mode is asked for its outputs."""
+
+
+def plainly(net: Network, images: Tensor) -> Outputs:
+    """By calling it."""
+    outputs: Outputs = net(images)
+    return outputs
+
+
+def evaluate_all(nets: Sequence[Network], on: Labelled, precision: Precision, ask: Ask = plainly) -> list[Evaluation]:
     """Measure several networks in one pass over the images."""
     known: list[Tensor] = []
     tops: list[list[tuple[Tensor, Tensor]]] = [[] for _ in nets]
-    for answers, labels in predict(nets, on, precision):
+    for answers, labels in predict(nets, on, precision, ask):
         known.append(labels)
         for top, logits in zip(tops, answers, strict=True):
             probabilities, classes = logits.softmax(1).max(1)
@@ -64,7 +74,7 @@ def evaluate_all(nets: Sequence[Network], on: Labelled, precision: Precision) ->
 
 
 @torch.no_grad()
-def predict(nets: Sequence[Network], on: Labelled, precision: Precision) -> Iterator[tuple[list[Tensor], Tensor]]:
+def predict(nets: Sequence[Network], on: Labelled, precision: Precision, ask: Ask = plainly) -> Iterator[tuple[list[Tensor], Tensor]]:
     """Logits float32 [B, K] of each network in eval mode and labels [B], a batch after the other; their modes are put back after.
 
     What layers draw in eval mode is a function of the batch's number alone: to be measured again gives the same.
@@ -77,8 +87,7 @@ def predict(nets: Sequence[Network], on: Labelled, precision: Precision) -> Iter
             answers = []
             for net in nets:
                 with answering(net, "evaluation", step, images.device), autocast(images.device, precision):
-                    outputs: Outputs = net(images)
-                answers.append(outputs.logits.float())
+                    answers.append(ask(net, images).logits.float())
             yield answers, labels
     finally:
         for net, training in zip(nets, modes, strict=True):

@@ -306,7 +306,7 @@ def _width(trials: Sequence[Trial], device: torch.device) -> int:
     """How many groups may compute at the same time: what the free memory holds of the largest."""
     held = [trial.memory for trial in trials if not trial.hindrance]
     torch.cuda.empty_cache()
-    return max(1, min(len(held), MOST_STREAMS, int(MEMORY_SHARE * free_memory(device) / max(held))))
+    return int(max(1, min(len(held), MOST_STREAMS, MEMORY_SHARE * free_memory(device) / max(held))))
 
 
 @contextlib.contextmanager

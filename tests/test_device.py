@@ -1,0 +1,169 @@
+"""How a process computes on a GPU, without one: which is current, what float32 is there, what is tried, and what a bad one is told."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from flowdistill import models
+from flowdistill.checks import UserError
+from flowdistill.data.supply import at_once
+from flowdistill.device import computing, describe, resolve_device, resolve_precision, settings
+from flowdistill.models import MODELS
+from flowdistill.taps import DataSpec
+from flowdistill.training.step import counted_at_once
+
+CPU, SECOND = torch.device("cpu"), torch.device("cuda:1")
+
+
+@pytest.fixture
+def current(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """The GPUs that are current, the innermost last."""
+    found: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def device(one: torch.device) -> Iterator[None]:
+        found.append(one)
+        try:
+            yield
+        finally:
+            found.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    return found
+
+
+def of_products() -> object:
+    matmul = torch.backends.cuda.matmul
+    return getattr(matmul, "fp32_precision", matmul.allow_tf32)
+
+
+def test_inside_the_gpu_that_is_named_is_current_and_float32_is_float32(current: list[torch.device]) -> None:
+    before = settings(SECOND), of_products(), torch.get_num_threads()
+    with computing(SECOND, cores=1):
+        assert current == [SECOND]
+        assert settings(SECOND) == {"float32": "ieee", "cudnn.benchmark": "true"}
+        assert of_products() in ("ieee", False)
+        assert not torch.are_deterministic_algorithms_enabled()
+        with computing(SECOND, deterministic=True, cores=1):
+            assert settings(SECOND) == {"float32": "ieee", "cudnn.benchmark": "false"}, "what is tried is not the same each time"
+            assert torch.are_deterministic_algorithms_enabled()
+        assert settings(SECOND)["cudnn.benchmark"] == "true"
+    assert current == []
+    assert (settings(SECOND), of_products(), torch.get_num_threads()) == before
+    assert before[0]["float32"] == "tf32", "PyTorch's own setting, which this is about"
+
+
+def test_an_error_inside_puts_everything_back(current: list[torch.device]) -> None:
+    before = settings(SECOND), of_products()
+    with pytest.raises(ValueError, match=r"^x$"), computing(SECOND, cores=1):
+        raise ValueError("x")
+    assert (current, settings(SECOND), of_products()) == ([], *before)
+
+
+def test_a_processor_has_none_of_these_settings(current: list[torch.device]) -> None:
+    with computing(CPU, cores=1):
+        assert (current, settings(CPU)) == ([], {})
+
+
+def test_cublas_is_told_before_anything_is_computed() -> None:
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
+
+
+@pytest.mark.usefixtures("current")
+@pytest.mark.parametrize(("computes", "auto"), [(True, "bf16"), (False, "fp32")])
+def test_bf16_is_refused_where_a_gpu_only_emulates_it(computes: bool, auto: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: computes or including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    assert (resolve_precision("auto", SECOND), resolve_precision("fp32", SECOND)) == (auto, "fp32")
+    if computes:
+        assert resolve_precision("bf16", SECOND) == "bf16"
+        return
+    with pytest.raises(UserError) as told:
+        resolve_precision("bf16", SECOND)
+    assert str(told.value) == f"--precision bf16: {describe(SECOND)} does not compute bf16, which needs compute capability 8.0; use fp32"
+
+
+@pytest.mark.parametrize(
+    ("error", "count", "told"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            1,
+            "--device cuda: it has no memory left, so another process fills it; end that (nvidia-smi lists them), or use another device",
+        ),
+        (
+            RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore"),
+            1,
+            "--device cuda: it is Tesla K80 (compute capability 3.7), which this PyTorch is not built for ({torch}); install one that is, "
+            "or use --device cpu",
+        ),
+        (
+            RuntimeError("CUDA error: invalid device ordinal"),
+            1,
+            "--device 'cuda' is not available here; use auto, or what this machine has of cpu, cuda, mps",
+        ),
+        (
+            RuntimeError("CUDA error: invalid device ordinal"),
+            2,
+            "--device 'cuda' is not available here; use auto, or what this machine has of cpu, cuda:0, cuda:1, mps",
+        ),
+    ],
+)
+def test_a_gpu_that_can_not_compute_is_told_in_one_line(error: Exception, count: int, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "ones", fails)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla K80")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (3, 7))
+    with pytest.raises(UserError) as found:
+        resolve_device("cuda")
+    assert str(found.value) == told.format(torch=torch.__version__)
+
+
+@pytest.mark.parametrize(
+    ("size", "device", "images"),
+    [(8, "cpu", 500), (32, "cpu", 500), (32, "cuda", 2000), (64, "cuda", 1000), (224, "cpu", 81), (5000, "cuda", 1)],
+)
+def test_images_that_are_measured_at_once_go_by_their_pixels(size: int, device: str, images: int) -> None:
+    assert at_once(size, size, torch.device(device)) == images
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_networks_that_run_each_layer_once_do(name: str) -> None:
+    """So that one operation may count the batches of all their normalisations."""
+    spec = DataSpec("images", 100, 10, 3, 32, 32)
+    with torch.device("meta"):
+        net = models.factory(name).network(spec)
+    calls: dict[torch.nn.Module, int] = {}
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            calls[module] = 0
+            module.register_forward_hook(lambda module, *_: calls.__setitem__(module, calls[module] + 1))
+    net.features(torch.empty(2, 3, 32, 32, device="meta"))
+    assert net.each_once
+    assert set(calls.values()) == {1}
+
+
+def test_batches_are_counted_as_each_normalisation_would() -> None:
+    spec = DataSpec("images", 100, 10, 1, 16, 16)
+    net, plain = (models.build("resnet8", spec) for _ in range(2))
+    images = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    frozen = next(module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    for one in (net, plain):
+        next(module for module in one.modules() if isinstance(module, torch.nn.BatchNorm2d)).eval()
+    for _ in range(3):
+        with counted_at_once([net]):
+            found = net(images)
+        expected = plain(images)
+    assert torch.equal(found.logits, expected.logits)
+    assert {name: value.tolist() for name, value in net.state_dict().items() if "tracked" in name} == {
+        name: value.tolist() for name, value in plain.state_dict().items() if "tracked" in name
+    }
+    assert int(frozen.num_batches_tracked) == 0

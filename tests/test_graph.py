@@ -1,0 +1,227 @@
+"""What decides around a CUDA graph, on a CPU: what is captured, what is trained beside it, and what becomes of a capture that fails.
+
+The graph itself is stood in for by the step that it would hold (``Tape``), which the tests of engines hold to the plain one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from small import config
+from test_engines import GRID, grid, trained
+from test_training import a_cohort, weights_of
+
+from flowdistill.data.images import ImageData
+from flowdistill.data.sources import read_npz
+from flowdistill.methods.fsp import FSP
+from flowdistill.training import engine as engines
+from flowdistill.training import graph as graphs
+from flowdistill.training.engine import Compiled, Eager
+from flowdistill.training.graph import Graph, Tape
+
+
+@pytest.fixture(scope="module")
+def data(small_npz: Path) -> ImageData:
+    return read_npz(small_npz)
+
+
+class Recorded:
+    """Stands for torch.cuda.CUDAGraph: a replay is a step of the tape that was captured into it."""
+
+    tape: Tape | None = None
+
+    def replay(self) -> None:
+        assert self.tape is not None
+        self.tape.step()
+
+
+@pytest.fixture
+def replaying(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Captures are stood in for; the widths that were asked for."""
+    widths: list[int] = []
+
+    def capture(self: Graph, lanes: list, width: int) -> tuple[Tape, Recorded]:
+        widths.append(width)
+        recorded = Recorded()
+        recorded.tape = Tape(self.inner, lanes)
+        return recorded.tape, recorded
+
+    @contextlib.contextmanager
+    def refuses() -> Iterator[None]:
+        waiting.append(True)
+        try:
+            yield
+        finally:
+            waiting.pop()
+
+    monkeypatch.setattr(Graph, "_capture", capture)
+    monkeypatch.setattr(Graph, "_evaluate", lambda self, student, data: self.inner.evaluate([student], data)[0])
+    monkeypatch.setattr(graphs, "_waiting_refused", refuses)
+    return widths
+
+
+waiting: list[bool] = []
+"""Not empty while an operation that waits for the device is an error."""
+
+
+def waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on fsp waits for the device."""
+    forward = FSP.forward
+
+    def patched(self: FSP, *given: object) -> dict[str, torch.Tensor]:
+        if waiting:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return forward(self, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(FSP, "forward", patched)
+
+
+def test_what_waits_is_trained_beside_the_graph_and_named(
+    data: ImageData, small_npz: Path, replaying: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, ours = a_cohort(data, grid(small_npz))
+    beside, theirs = a_cohort(data, grid(small_npz))
+    expected = trained(plain, Eager("fp32", ""))
+    waits(monkeypatch)
+    found = trained(beside, Graph(Eager("fp32", ""), "bound by launches"))
+    for one, other in zip(ours, theirs, strict=True):
+        assert weights_of(one) == weights_of(other)
+        assert [epoch[one] for epoch in expected] == [epoch[other] for epoch in found]
+    assert beside.engine.name == "graph"
+    cause = "it can't be captured (RuntimeError: called a synchronizing CUDA operation)"
+    assert beside.engine.why == "; ".join(["bound by launches", *[f"fsp resnet8 beside it, eager: {cause}"] * 2])
+    captured = {student.settled.name for lane in beside.engine._tape.lanes for student in lane.students}  # type: ignore[attr-defined]
+    assert captured == {"base", "at+kd", "crd"}
+    assert replaying == [len(GRID) - 2]
+
+
+def test_where_all_wait_the_engine_inside_trains(
+    data: ImageData, small_npz: Path, replaying: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits(monkeypatch)
+    cohort, _ = a_cohort(data, grid(small_npz)[1:2])
+    trained(cohort, Graph(Eager("fp32", ""), ""))
+    assert (type(cohort.engine), replaying) == (Eager, [])
+    assert cohort.engine.why == "it can't be captured (RuntimeError: called a synchronizing CUDA operation)"
+
+
+def test_a_lane_without_students_does_not_hinder(data: ImageData, small_npz: Path, replaying: list[int]) -> None:
+    cohort, students = a_cohort(data, grid(small_npz))
+    gone = cohort.lanes[0].students[:]
+    cohort.lanes[0].students.clear()
+    trained(cohort, Graph(Eager("fp32", ""), ""))
+    assert cohort.engine.name == "graph", cohort.engine.why
+    assert replaying == [len(students) - len(gone)]
+
+
+def test_streams_are_counted_by_group(data: ImageData, small_npz: Path, replaying: list[int]) -> None:
+    """Two that teach each other are moved by one step, on one stream."""
+    cohort, (first, second, _) = a_cohort(data, [config(small_npz), config(small_npz), config(small_npz, method="fsp", teacher="-")])
+    first.peers, second.peers = (second,), (first,)
+    trained(cohort, Graph(Eager("fp32", ""), ""))
+    assert replaying == [2]
+
+
+@pytest.mark.parametrize(("memory", "width"), [(10, 4), (40, 2), (1000, 1)])
+def test_as_many_compute_at_once_as_memory_holds_of_the_largest(memory: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "free_memory", lambda device: 120.0)
+    trials = [graphs.Trial("", 5), graphs.Trial("", memory), graphs.Trial("it waits", 10_000), graphs.Trial("", 5), graphs.Trial("", 5)]
+    assert graphs._width(trials, torch.device("cpu")) == width
+
+
+class Failing:
+    """Stands for torch.cuda.graph: PyTorch's own error hides the one that ended the capture."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *given: object) -> None:
+        raise RuntimeError("cudaErrorStreamCaptureInvalidated")
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Every capture fails; the streams that were made current."""
+    current: list[object] = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", Failing)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: "the stream before")
+    monkeypatch.setattr(torch.cuda, "set_stream", current.append)
+    monkeypatch.setattr(graphs, "_stream", lambda device: device)
+    monkeypatch.setattr(Graph, "spent", "")
+    return current
+
+
+@pytest.mark.parametrize(("version", "spent"), [("2.11.0+cu130", True), ("2.12.0", False), ("2.14.1+cu130", False)])
+def test_a_capture_that_fails_tells_its_cause_and_puts_the_stream_back(
+    failing: list[object], version: str, spent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(RuntimeError, match=r"^ValueError: what the model did$"), graphs.capturing(object(), torch.device("cpu")):  # type: ignore[arg-type]
+        raise ValueError("what the model did")
+    assert failing == ["the stream before"]
+    told = (
+        f"an earlier capture failed in this process (ValueError: what the model did), after which PyTorch {version} can't capture any more"
+    )
+    assert Graph.spent == (told if spent else "")
+
+
+def test_after_such_a_failure_nothing_is_captured(data: ImageData, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Graph, "spent", "an earlier capture failed")
+    cohort, _ = a_cohort(data, grid(small_npz)[:1])
+    trained(cohort, Graph(Eager("fp32", ""), ""))
+    assert (type(cohort.engine), cohort.engine.why) == (Eager, "an earlier capture failed")
+
+
+@pytest.mark.usefixtures("failing")
+def test_an_evaluation_that_can_not_be_captured_is_plain(data: ImageData, small_npz: Path) -> None:
+    cohort, (student,) = a_cohort(data, grid(small_npz)[:1])
+    engine = Graph(Eager("fp32", ""), "bound by launches")
+    first, second, third = (engine.evaluate([student], cohort.data)[0] for _ in range(3))
+    assert torch.equal(first.probabilities, second.probabilities)
+    assert torch.equal(first.probabilities, third.probabilities)
+    assert engine.why.startswith("bound by launches; evaluation is not captured (")
+
+
+def test_captured_evaluations_of_students_that_left_are_dropped(data: ImageData, small_npz: Path) -> None:
+    _, students = a_cohort(data, grid(small_npz)[:2])
+    measured = graphs.Measured()
+    for student in students:
+        assert not measured.warm(student)
+        measured.graphs[student] = object()  # type: ignore[assignment]
+    measured.keep(students[:1])
+    assert list(measured.graphs) == students[:1]
+    assert measured.warm(students[0])
+    assert not measured.warm(students[1])
+
+
+def test_a_compiled_evaluation_answers_as_the_plain_one(data: ImageData, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "EVALUATION_COMPILED", ("cpu",))
+    cohort, students = a_cohort(data, [config(small_npz, seed=seed) for seed in (0, 1)])
+    engine = Compiled("fp32", "")
+    found, plain = engine.evaluate(students, cohort.data), Eager("fp32", "").evaluate(students, cohort.data)
+    for one, other in zip(found, plain, strict=True):
+        assert torch.equal(one.classes, other.classes)
+        assert torch.allclose(one.probabilities, other.probabilities, atol=1e-5)
+    assert not torch.equal(found[0].probabilities, found[1].probabilities)
+    (kept,) = engine._evaluated.values()  # one architecture, one function
+    assert kept is not None
+
+
+def test_an_evaluation_that_can_not_be_compiled_is_plain(data: ImageData, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object) -> None:
+        raise RuntimeError("no such compiler")
+
+    monkeypatch.setattr(engines, "EVALUATION_COMPILED", ("cpu",))
+    monkeypatch.setattr(engines, "_compile", lambda function: refuses)
+    cohort, students = a_cohort(data, grid(small_npz)[:1])
+    (found,), (plain,) = Compiled("fp32", "").evaluate(students, cohort.data), Eager("fp32", "").evaluate(students, cohort.data)
+    assert torch.equal(found.probabilities, plain.probabilities)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from test_engines import GRID, grid, trained
 from test_training import a_cohort, weights_of
 
 from flowdistill.data.images import ImageData
+from flowdistill.data.loader import DeviceData, Stream
 from flowdistill.data.sources import read_npz
 from flowdistill.methods.fsp import FSP
 from flowdistill.training import engine as engines
@@ -225,3 +227,22 @@ def test_an_evaluation_that_can_not_be_compiled_is_plain(data: ImageData, small_
     cohort, students = a_cohort(data, grid(small_npz)[:1])
     (found,), (plain,) = Compiled("fp32", "").evaluate(students, cohort.data), Eager("fp32", "").evaluate(students, cohort.data)
     assert torch.equal(found.probabilities, plain.probabilities)
+
+
+@pytest.mark.parametrize(("crop", "mixup"), [("shift", False), ("resized", True), ("shift", 0.2)])
+def test_compiled_batches_are_the_plain_ones(data: ImageData, crop: str, mixup: float) -> None:
+    """Once for all seeds of the same images."""
+    images = DeviceData(replace(data, crop=crop, pad=0 if crop == "resized" else data.pad), "full", torch.device("cpu"))
+    streams = [Stream(images, seed, 64, mixup=mixup) for seed in (0, 1)]
+    engine, shown, epoch = Compiled("fp32", ""), torch.arange(64), torch.tensor(3)
+    for stream in streams:
+        draws = stream.draws(3)
+        found, batch = engine.draw(stream, draws, shown, epoch)
+        expected, known = stream.batch(draws, shown, epoch)
+        assert torch.allclose(found, expected, atol=1e-5)
+        assert found.stride() == expected.stride()
+        assert torch.equal(batch.indices, known.indices)
+        assert (batch.labels is None) == (known.labels is None)
+        assert known.labels is None or torch.equal(batch.labels, known.labels)
+        assert int(batch.epoch) == 3
+    assert len(engine._batches) == 1

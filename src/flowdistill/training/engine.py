@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..checks import summary
+from ..data.augment import Draws
+from ..data.loader import Stream
 from ..data.supply import Batches, Supply
 from ..device import Precision, synchronize
 from ..models import Network
@@ -90,6 +92,10 @@ class Eager:
                         train_step(group, images, taught, batch, lr=lr, precision=self.precision, losses=self.losses, heard=heard)
             yield
 
+    def draw(self, source: Stream, draws: Draws, shown: Tensor, epoch: Tensor) -> tuple[Tensor, Batch]:
+        """The batch at the places ``shown`` of an epoch that was drawn, as a graph draws it."""
+        return source.batch(draws, shown, epoch)
+
     def teach(self, lane: Lane, images: Tensor) -> Outputs | None:
         """What the teacher says of a batch, once for all students of the lane."""
         return self.ask(lane.teacher, images) if lane.teacher is not None and lane.taught else None
@@ -116,6 +122,7 @@ class Compiled(Eager):
         super().__init__(precision, why)
         self._losses: dict[Any, Callable[..., list[dict[str, Tensor]]]] = {}
         self._teachers: dict[Teacher, Callable[[Tensor], Outputs]] = {}
+        self._batches: dict[Any, Callable[[Draws, Tensor, Tensor], tuple[Tensor, Batch]]] = {}
         self._evaluated: dict[Any, Callable[[dict[str, Tensor], Tensor], Outputs] | None] = {}
         self._tried: set[Any] = set()
 
@@ -131,6 +138,13 @@ class Compiled(Eager):
             return Eager(self.precision, f"compiling failed ({summary(error)})")
         self._tried |= new
         return self
+
+    def draw(self, source: Stream, draws: Draws, shown: Tensor, epoch: Tensor) -> tuple[Tensor, Batch]:
+        """Compiled once for all streams of the same images: gather, crop, flip and normalisation in a few kernels."""
+        kind = (source.data, source.batch_size, source.mixup)
+        if kind not in self._batches:
+            self._batches[kind] = _compile(_drawing(source))
+        return self._batches[kind](draws, shown, epoch)
 
     def ask(self, teacher: Teacher, images: Tensor) -> Outputs:
         """Compiled once a teacher."""
@@ -218,6 +232,13 @@ def _hollow(module: nn.Module, made: dict[Any, Any]) -> nn.Module:
         hollow._modules = {name: None if inner is None else _hollow(inner, made) for name, inner in module._modules.items()}
     found: nn.Module = made[module]
     return found
+
+
+def _drawing(source: Stream) -> Callable[[Draws, Tensor, Tensor], tuple[Tensor, Batch]]:
+    def draw(draws: Draws, shown: Tensor, epoch: Tensor) -> tuple[Tensor, Batch]:
+        return source.batch(draws, shown, epoch)
+
+    return draw
 
 
 def _teaching(teacher: Teacher) -> Callable[[Tensor], Outputs]:

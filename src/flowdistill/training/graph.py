@@ -66,7 +66,7 @@ class Tape:
         alive, turn = [], 0
         for lane, source, draws in zip(self.lanes, self.sources, self.draws, strict=True):
             with self._on(turn) as own:
-                images, batch = source.batch(draws, shown, self.number)
+                images, batch = self.inner.draw(source, draws, shown, self.number)
                 taught = self.inner.teach(lane, images)
                 heard = lane.heard(taught)
             alive.append((images, batch, taught, heard))

@@ -1,8 +1,10 @@
-# make demo, make test, make test-long: each does all its own set-up in VENV
+# make demo, make test, make test-long, make gpu: each does all its own set-up in VENV
+# make gpu GPU="--cifar100 npz:cifar100.npz": benchmarks/gpu.py with options; PYTHON_GPU=python3: by that Python, whose torch has CUDA and
+# which has what pyproject.toml lists and pytest, and nothing is installed
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test test-long lint
+.PHONY: demo test test-long lint gpu
 demo: $(VENV)/installed
 	$(VENV)/bin/flowdistill demo
 
@@ -16,6 +18,9 @@ lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+gpu: $(if $(PYTHON_GPU),,$(VENV)/installed-dev)
+	$(or $(PYTHON_GPU),$(VENV)/bin/python) benchmarks/gpu.py $(GPU)
 
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("flowdistill needs Python 3.11 or newer: make PYTHON=python3.11") if sys.version_info < (3, 11) else None'

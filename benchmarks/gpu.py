@@ -379,11 +379,11 @@ def environment(asked: argparse.Namespace) -> None:
     """Versions, and the settings that change a figure."""
     import torch
 
+    from flowdistill.device import settings
     from flowdistill.env import processor, versions
 
     tell(processor=processor(), **versions())
-    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
-    tell(cuda=torch.version.cuda, cudnn=cudnn.version(), benchmark=cudnn.benchmark, tf32=[cuda.matmul.allow_tf32, cudnn.allow_tf32])
+    tell(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), **settings(torch.device(asked.device)))
     if torch.device(asked.device).type == "cuda":
         about = torch.cuda.get_device_properties(asked.device)
         tell(gpu=about.name, capability=[about.major, about.minor], multiprocessors=about.multi_processor_count, memory=about.total_memory)
@@ -556,7 +556,7 @@ def evaluation(asked: argparse.Namespace) -> None:
     from flowdistill.device import synchronize
 
     for batch in (500, 2000, 10_000):
-        loader.BATCH = batch
+        loader.at_once = lambda *_, batch=batch: batch
         running = _running(asked, asked.engines, ["base"])
         next(running.steps)
         seconds = []
@@ -602,6 +602,19 @@ MEASURES: dict[str, Callable[[argparse.Namespace], None]] = {
 }
 
 
+def measured(measure: Callable[[argparse.Namespace], None], asked: argparse.Namespace) -> None:
+    """As training computes on this device; of a device that there is not, ``machine`` tells."""
+    if measure is machine:
+        machine(asked)
+        return
+    import torch
+
+    from flowdistill.device import computing
+
+    with computing(torch.device(asked.device)):
+        measure(asked)
+
+
 def asked_of(name: str, *words: str) -> argparse.Namespace:
     """What a step's process is asked for."""
     parser = argparse.ArgumentParser(prog=f"gpu.py {name}", allow_abbrev=False)
@@ -618,7 +631,7 @@ if __name__ == "__main__":
         signal.signal(ending, signal.default_int_handler)  # of a process in the background SIGINT is ignored, and that is inherited
     try:
         if sys.argv[1:2] and sys.argv[1] in MEASURES:
-            MEASURES[sys.argv[1]](asked_of(*sys.argv[1:]))
+            measured(MEASURES[sys.argv[1]], asked_of(*sys.argv[1:]))
         else:
             sys.exit(main(sys.argv[1:]))
     except RefusedError as error:

@@ -9,13 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from flowdistill import models
 from flowdistill.checks import UserError
 from flowdistill.data.supply import at_once
 from flowdistill.device import computing, describe, resolve_device, resolve_precision, settings
-from flowdistill.models import MODELS
-from flowdistill.taps import DataSpec
-from flowdistill.training.step import counted_at_once
 
 CPU, SECOND = torch.device("cpu"), torch.device("cuda:1")
 
@@ -133,37 +129,3 @@ def test_a_gpu_that_can_not_compute_is_told_in_one_line(error: Exception, count:
 )
 def test_images_that_are_measured_at_once_go_by_their_pixels(size: int, device: str, images: int) -> None:
     assert at_once(size, size, torch.device(device)) == images
-
-
-@pytest.mark.parametrize("name", sorted(MODELS))
-def test_networks_that_run_each_layer_once_do(name: str) -> None:
-    """So that one operation may count the batches of all their normalisations."""
-    spec = DataSpec("images", 100, 10, 3, 32, 32)
-    with torch.device("meta"):
-        net = models.factory(name).network(spec)
-    calls: dict[torch.nn.Module, int] = {}
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            calls[module] = 0
-            module.register_forward_hook(lambda module, *_: calls.__setitem__(module, calls[module] + 1))
-    net.features(torch.empty(2, 3, 32, 32, device="meta"))
-    assert net.each_once
-    assert set(calls.values()) == {1}
-
-
-def test_batches_are_counted_as_each_normalisation_would() -> None:
-    spec = DataSpec("images", 100, 10, 1, 16, 16)
-    net, plain = (models.build("resnet8", spec) for _ in range(2))
-    images = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-    frozen = next(module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d))
-    for one in (net, plain):
-        next(module for module in one.modules() if isinstance(module, torch.nn.BatchNorm2d)).eval()
-    for _ in range(3):
-        with counted_at_once([net]):
-            found = net(images)
-        expected = plain(images)
-    assert torch.equal(found.logits, expected.logits)
-    assert {name: value.tolist() for name, value in net.state_dict().items() if "tracked" in name} == {
-        name: value.tolist() for name, value in plain.state_dict().items() if "tracked" in name
-    }
-    assert int(frozen.num_batches_tracked) == 0

@@ -33,7 +33,7 @@ class Network(nn.Module):
         draws_always: whether they draw in eval mode too.
         unsettled: whether a pass in eval mode moves its buffers, as observers of quantisation do.
         grown: names of the buffers that take another shape, or are there at all, after the first pass.
-        each_once: whether a pass runs each of its layers once.
+        each_once: whether a pass runs each of its layers once, and only layers use their weights.
         about: what the file that it was loaded from says of it.
         changed: what of it is another than that file says, and was accepted; else empty.
         memory_format: of its weights, and of the images that it works on.

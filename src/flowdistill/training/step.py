@@ -21,6 +21,7 @@ from ..models import Network
 from ..models.state import kept
 from ..randomness import seeded
 from ..taps import NO_LABEL, Batch, Outputs
+from .at_once import cast_at_once, counted_at_once, give
 from .freeze import freeze
 from .optim import build_optimizer, trained_parameters
 from .said import looked_at
@@ -300,46 +301,19 @@ def train_step(
     that a graph may hold this step on any stream. No term has a gradient for another student's weights, so that one backward pass of the
     sum serves all.
     """
-    with counted_at_once([student.net for student in group]):
+    nets = [student.net for student in group]
+    with counted_at_once(nets), cast_at_once(nets, precision) as casts:
         found = losses(group, images, taught if group[0].taught else None, batch, precision)
     weighted = [student.weighted(terms) for student, terms in zip(group, found, strict=True)]
     total = functools.reduce(torch.add, weighted)
     trained = [parameter for student in group for parameter in student.trained()]
-    for parameter, gradient in zip(trained, torch.autograd.grad(total, trained, allow_unused=True), strict=True):
-        parameter.grad = None if gradient is None else _laid_out(gradient, parameter)
+    asked = [casts.get(parameter, parameter) for parameter in trained]
+    give(trained, torch.autograd.grad(total, asked, allow_unused=True))
     for student, terms in zip(group, found, strict=True):
         for parameters in student.optimizer.param_groups:
             parameters["lr"] = lr
         student.optimizer.step()
         student.tally.add({**terms, **heard})
-
-
-@contextmanager
-def counted_at_once(nets: Sequence[Network]) -> Iterator[None]:
-    """Batch normalisations inside do not count their batches; one operation counts them after, where each would launch one of its own.
-
-    Of networks that run each of theirs once in a pass. Nothing but the record depends on the counters where the momentum is fixed.
-    """
-    counting = [module for net in nets if net.each_once for module in net.modules() if _counts(module)]
-    counters = [module.get_buffer("num_batches_tracked") for module in counting]
-    for module in counting:
-        module._buffers["num_batches_tracked"] = None
-    try:
-        yield
-    finally:
-        for module, counter in zip(counting, counters, strict=True):
-            module._buffers["num_batches_tracked"] = counter
-    if counters:
-        torch._foreach_add_(counters, 1)
-
-
-def _counts(module: nn.Module) -> bool:
-    return type(module) is nn.BatchNorm2d and module.training and module.momentum is not None and module.num_batches_tracked is not None
-
-
-def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """The gradient in its parameter's memory layout: SGD's fused form computes wrong updates from another, silently."""
-    return gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter, requires_grad=False).copy_(gradient)
 
 
 @torch.no_grad()

@@ -140,8 +140,10 @@ class _Fake(FakeTensorMode):
             out = super().__torch_dispatch__(func, types, args, kwargs)
             if func.overloadpacket.__name__ == "all":
                 out.holds = True
+            if func.overloadpacket.__name__ == "convolution":
+                return _laid_out([out], args[0:2])[0]
             if func.overloadpacket.__name__ == "convolution_backward":
-                return _laid_out(out, args)
+                return _laid_out(out, args[1:3])
             return out
         except (DataDependentOutputException, DynamicOutputShapeException):
             answer = ANSWERS.get(func.overloadpacket.__name__)
@@ -150,12 +152,19 @@ class _Fake(FakeTensorMode):
             return answer(func, *args, **(kwargs or {}))
 
 
-def _laid_out(made: Sequence[Tensor | None], args: Sequence[Any]) -> tuple[Tensor | None, ...]:
-    """The gradients of a convolution as cuDNN lays them out: channels_last where its images or weights are. PyTorch's fakes are not."""
-    last = torch.channels_last
-    if not any(value.is_contiguous(memory_format=last) and not value.is_contiguous() for value in args[1:3]):
+def _laid_out(made: Sequence[Tensor | None], images_and_weights: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """What a convolution gives as cuDNN lays it out: channels_last where its images or weights are so. Without cuDNN a fake one is not."""
+    if not any(_channels_last(value) for value in images_and_weights):
         return tuple(made)
-    return tuple(torch.empty_like(value, memory_format=last) if value is not None and value.dim() == 4 else value for value in made)
+    return tuple(torch.empty_like(one, memory_format=torch.channels_last) if one is not None and one.dim() == 4 else one for one in made)
+
+
+def _channels_last(value: Tensor) -> bool:
+    if value.dim() != 4:
+        return False
+    _, channels, height, width = value.shape
+    contiguous = (channels * height * width, height * width, width, 1)  # as one pixel may be told to be in either way
+    return value.is_contiguous(memory_format=torch.channels_last) and value.stride() != contiguous
 
 
 def _scalar(func: Any, value: Tensor) -> float | bool:

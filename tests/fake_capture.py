@@ -1,19 +1,22 @@
 """A model of what CUDA demands of a capture: streams fork by events and join again, and nothing waits. It computes nothing itself.
 
 A stream that waits for an event of a capture becomes part of it. Whatever a capture waits for must be part of it, and every part must
-have been waited for before it ends. Work that goes to a stream beside the capture is not in the graph. Streams belong to a device.
+have been waited for before it ends. Work that goes to a stream beside the capture is not in the graph. Streams belong to a device. And
+memory goes back to the stream that it was asked for on, which may give it to others at once: by then it must have waited for all users.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from fake_cuda import MEMORY, launches, waits
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,11 +25,39 @@ class CaptureError(RuntimeError):
     """What CUDA would refuse; the message begins with its own name for it."""
 
 
+@dataclass
+class Memory:
+    """What a tensor made in a capture has: whose it is, and after how much of each stream's work nobody uses it."""
+
+    held: StorageWeakRef
+    owner: Stream
+    used: dict[Stream, int] = field(default_factory=dict)
+
+
 class Capture:
-    """One graph in the making: the stream that it began on, and those that it has met."""
+    """One graph in the making: the stream that it began on, those that it has met, and the memory that was asked for."""
 
     def __init__(self, origin: Stream) -> None:
         self.origin, self.members = origin, {origin}
+        self.memory: dict[int, Memory] = {}
+
+    def made(self, tensor: Tensor, stream: Stream) -> None:
+        """An operation on a stream gave this tensor."""
+        held = StorageWeakRef(tensor.untyped_storage())
+        self.memory.setdefault(held.cdata, Memory(held, stream))
+
+    def used(self, tensor: Tensor, stream: Stream) -> None:
+        """An operation on a stream takes this tensor, or gave it."""
+        if (memory := self.memory.get(tensor.untyped_storage()._cdata)) is not None:
+            memory.used[stream] = stream.given
+
+    def look_at_freed(self) -> None:
+        """Called before any stream waits for another, and at the end."""
+        for key, memory in [(key, memory) for key, memory in self.memory.items() if memory.held.expired()]:
+            del self.memory[key]
+            reached = memory.owner.all_reached()
+            if any(given > reached.get(user, 0) for user, given in memory.used.items()):
+                raise CaptureError("memory is freed to a stream that has not waited for another, which may still use it")
 
 
 class Event:
@@ -78,6 +109,8 @@ class Stream:
         return event
 
     def wait_event(self, event: Event) -> None:
+        if self.machine.capture is not None:
+            self.machine.capture.look_at_freed()
         if self.capture is not event.capture:
             if self.capture is not None:
                 raise CaptureError("cudaErrorStreamCaptureIsolation: a stream of the capture waits for work that was not captured")
@@ -199,6 +232,7 @@ class Machine:
                 self.capture = None
 
     def _end(self, capture: Capture) -> None:
+        capture.look_at_freed()
         reached = capture.origin.all_reached()
         if left := [stream for stream in capture.members if reached.get(stream, 0) < stream.given]:
             raise CaptureError(f"cudaErrorStreamCaptureUnjoined: the capture ends before it has waited for {len(left)} of its streams")
@@ -218,26 +252,32 @@ class _Working(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace != "aten":
             return func(*args, **kwargs)
-        before = self._places((args, kwargs))
-        if before and waits(func.overloadpacket.__name__, args):
+        ours, others = self._split((args, kwargs))
+        if ours and waits(func.overloadpacket.__name__, args):
             self.machine.synchronize()
         out = func(*args, **kwargs)
-        after = self._places(out)
-        if self.device.type == "cuda" and ((before and _on_cpu(out)) or (after and _on_cpu((args, kwargs)))):
+        made, elsewhere = self._split(out)
+        if (ours and elsewhere) or (others and made):
             self.machine.synchronize()  # a copy from or to memory that is not pinned
         if launches(func):
-            for index in before | after:
+            for index in {self._index(tensor) for tensor in (*ours, *made)}:
                 self.machine.work(index)
+        if (capture := self.machine.capture) is not None:
+            for tensor in made:
+                capture.made(tensor, self.machine.current_stream(self._index(tensor)))
+            for tensor in (*ours, *made):
+                capture.used(tensor, self.machine.current_stream(self._index(tensor)))
         return out
 
-    def _places(self, tree: Any) -> set[int]:
-        """The GPUs that hold these tensors; a CPU that stands for one is the first."""
+    def _index(self, tensor: Tensor) -> int:
+        """Its GPU; a CPU that stands for one is the first."""
+        return tensor.device.index or 0
+
+    def _split(self, tree: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """The tensors on a GPU, and all others."""
         tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-        return {tensor.device.index or 0 for tensor in tensors if tensor.device.type == self.device.type}
-
-
-def _on_cpu(tree: Any) -> bool:
-    return any(isinstance(leaf, Tensor) and leaf.device.type == "cpu" for leaf in tree_leaves(tree))
+        ours = [tensor for tensor in tensors if tensor.device.type == self.device.type]
+        return ours, [tensor for tensor in tensors if tensor.device.type != self.device.type]
 
 
 class _CUDAGraph:

@@ -2,12 +2,12 @@
 
 A stream that waits for an event of a capture becomes part of it. Whatever a capture waits for must be part of it, and every part must
 have been waited for before it ends. Work that goes to a stream beside the capture is not in the graph. Streams belong to a device. And
-memory goes back to the stream that it was asked for on, which may give it to others at once: by then it must have waited for all users.
+memory that is freed goes back to the stream that it was asked for on: before that is given it again, it must have waited for all users.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +27,7 @@ class CaptureError(RuntimeError):
 
 @dataclass
 class Memory:
-    """What a tensor made in a capture has: whose it is, and after how much of each stream's work nobody uses it."""
+    """Memory of a tensor that was made in a capture: the stream that it was asked for on, and how far others have used it."""
 
     held: StorageWeakRef
     owner: Stream
@@ -35,29 +35,36 @@ class Memory:
 
 
 class Capture:
-    """One graph in the making: the stream that it began on, those that it has met, and the memory that was asked for."""
+    """One graph in the making.
+
+    Attributes:
+        origin, members: the stream that it began on, and all that are part of it.
+        memory: what was asked for so far; its key is PyTorch's own.
+        shared: of that, what streams other than its owner use.
+    """
 
     def __init__(self, origin: Stream) -> None:
         self.origin, self.members = origin, {origin}
         self.memory: dict[int, Memory] = {}
+        self.shared: dict[int, Memory] = {}
 
-    def made(self, tensor: Tensor, stream: Stream) -> None:
-        """An operation on a stream gave this tensor."""
+    def gave(self, tensor: Tensor, stream: Stream) -> None:
+        """An operation on a stream gave this tensor, in memory of its own or in another's."""
         held = StorageWeakRef(tensor.untyped_storage())
-        self.memory.setdefault(held.cdata, Memory(held, stream))
+        if held.cdata in self.memory:
+            return
+        self.memory[held.cdata] = Memory(held, stream)
+        for memory in self.shared.values():
+            if memory.owner is stream and memory.held.expired() and not stream.knows(memory.used):
+                raise CaptureError("a stream is given memory again that another may still use, for which it has not waited")
 
     def used(self, tensor: Tensor, stream: Stream) -> None:
-        """An operation on a stream takes this tensor, or gave it."""
-        if (memory := self.memory.get(tensor.untyped_storage()._cdata)) is not None:
+        """An operation on a stream takes this tensor."""
+        key = tensor.untyped_storage()._cdata
+        memory = self.memory.get(key)
+        if memory is not None and memory.owner is not stream:
             memory.used[stream] = stream.given
-
-    def look_at_freed(self) -> None:
-        """Called before any stream waits for another, and at the end."""
-        for key, memory in [(key, memory) for key, memory in self.memory.items() if memory.held.expired()]:
-            del self.memory[key]
-            reached = memory.owner.all_reached()
-            if any(given > reached.get(user, 0) for user, given in memory.used.items()):
-                raise CaptureError("memory is freed to a stream that has not waited for another, which may still use it")
+            self.shared[key] = memory
 
 
 class Event:
@@ -103,14 +110,17 @@ class Stream:
     def all_reached(self) -> dict[Stream, int]:
         return {**self.reached, self: self.given}
 
+    def knows(self, given: Mapping[Stream, int]) -> bool:
+        """Whether what it is given next comes after so much of the work of others."""
+        reached = self.all_reached()
+        return all(reached.get(stream, 0) >= number for stream, number in given.items())
+
     def record_event(self, event: Event | None = None) -> Event:
         event = event or self.machine.event()
         event.record(self)
         return event
 
     def wait_event(self, event: Event) -> None:
-        if self.machine.capture is not None:
-            self.machine.capture.look_at_freed()
         if self.capture is not event.capture:
             if self.capture is not None:
                 raise CaptureError("cudaErrorStreamCaptureIsolation: a stream of the capture waits for work that was not captured")
@@ -232,9 +242,7 @@ class Machine:
                 self.capture = None
 
     def _end(self, capture: Capture) -> None:
-        capture.look_at_freed()
-        reached = capture.origin.all_reached()
-        if left := [stream for stream in capture.members if reached.get(stream, 0) < stream.given]:
+        if left := [stream for stream in capture.members if not capture.origin.knows({stream: stream.given})]:
             raise CaptureError(f"cudaErrorStreamCaptureUnjoined: the capture ends before it has waited for {len(left)} of its streams")
         if self.current_stream(capture.origin.device) is not capture.origin:
             raise CaptureError("cudaErrorStreamCaptureWrongThread: another stream is current at the end than at the beginning")
@@ -264,7 +272,7 @@ class _Working(TorchDispatchMode):
                 self.machine.work(index)
         if (capture := self.machine.capture) is not None:
             for tensor in made:
-                capture.made(tensor, self.machine.current_stream(self._index(tensor)))
+                capture.gave(tensor, self.machine.current_stream(self._index(tensor)))
             for tensor in (*ours, *made):
                 capture.used(tensor, self.machine.current_stream(self._index(tensor)))
         return out

@@ -87,10 +87,6 @@ class Watch(TorchDispatchMode):
         self.faults.clear()
         self.fused = 0
 
-    def table(self, most: int = 12) -> str:
-        """The operations that launch most often, for a message."""
-        return "\n".join(f"{count:6,d}  {name}" for name, count in self.launches.most_common(most))
-
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
@@ -136,6 +132,8 @@ class _Fake(FakeTensorMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func.overloadpacket.__name__ == "_fused_sgd_":  # it has no form for tensors without values
             return None
+        if kwargs and kwargs.get("device") == torch.device("cuda"):  # which that is, PyTorch's own would remember of the first call
+            kwargs = {**kwargs, "device": torch.device("cuda", torch.cuda.current_device())}
         try:
             out = super().__torch_dispatch__(func, types, args, kwargs)
             if func.overloadpacket.__name__ == "all":
@@ -269,13 +267,14 @@ def _deepcopy(value: Tensor, made: dict[int, Any]) -> Tensor:
 def fake_cuda(index: int = 0) -> Iterator[Watch]:
     """Inside, ``cuda`` is a GPU of no values, and the watch sees every operation; after it all is as it was."""
     free = patch("torch.cuda.mem_get_info", lambda device=None: (MEMORY, MEMORY))
+    current = patch("torch.cuda.current_device", lambda: 0)
     bf16 = patch("torch.cuda.is_bf16_supported", lambda including_emulation=True: True)
     mixed = patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     to = patch.object(nn.Module, "_apply", _apply)
     copied = patch.object(FakeTensor, "__deepcopy__", _deepcopy, create=True)
     backward = patch("torch.autograd.grad", gradients)
     with ExitStack() as stack:
-        for change in (free, bf16, mixed, to, copied, backward):
+        for change in (free, current, bf16, mixed, to, copied, backward):
             stack.enter_context(change)
         stack.enter_context(_Fake(allow_non_fake_inputs=True))
         yield stack.enter_context(Watch(torch.device("cuda", index)))

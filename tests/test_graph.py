@@ -94,6 +94,7 @@ def test_what_waits_is_trained_beside_the_graph_and_named(
         assert weights_of(one) == weights_of(other)
         assert [epoch[one] for epoch in expected] == [epoch[other] for epoch in found]
     assert beside.engine.name == "graph"
+    assert [beside.engine.of(student) for student in theirs] == ["eager" if method == "fsp" else "graph" for method, _ in GRID]
     cause = "it can't be captured (RuntimeError: called a synchronizing CUDA operation)"
     assert beside.engine.why == "; ".join(["bound by launches", *[f"fsp resnet8 beside it, eager: {cause}"] * 2])
     captured = {student.settled.name for lane in beside.engine._tape.lanes for student in lane.students}  # type: ignore[attr-defined]

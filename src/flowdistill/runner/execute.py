@@ -253,14 +253,15 @@ def _train(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: to
     reset_peak_memory(device)
     _vouch(members, ledger, watcher)
     folder, last = ledger.run_folder(home), -math.inf
-    engine = cohort.engine
-    watcher.say(f"{_numbers(members)}: {engine.name} engine, {cohort.precision}: {engine.why}")
+    name, why = cohort.engine.name, cohort.engine.why
+    watcher.say(f"{_numbers(members)}: {name} engine, {cohort.precision}: {why}")
     watcher.begin(_title(members), cohort.steps)
     try:
         for report in train(cohort, watcher.step):
-            if cohort.engine is not engine:
-                engine = cohort.engine
-                watcher.say(f"{_numbers(members)}: {engine.name} engine instead: {engine.why}")
+            if (cohort.engine.name, cohort.engine.why) != (name, why):
+                instead = " instead" if cohort.engine.name != name else ""
+                name, why = cohort.engine.name, cohort.engine.why
+                watcher.say(f"{_numbers(members)}: {name} engine{instead}: {why}")
             try:
                 reports = record_epoch(report, cohort, members, ledger, watcher)
             except (UserError, sqlite3.Error):  # the ledger fails, and the runs' folders have the epoch

@@ -113,7 +113,7 @@ def finish(member: Member, cohort: Cohort, ledger: Ledger, device: torch.device)
         "train_seconds": member.train_seconds,
         "eval_seconds": member.eval_seconds,
         "images_per_second": images / member.train_seconds,
-        "engine": cohort.engine.name,
+        "engine": cohort.engine.of(student),
         "setup_seconds": (ledger.run(member.no).setup_seconds or 0.0) + member.setup_seconds,
         "peak_memory": peak_memory(device),
         "weights_hash": hash_weights(weights),

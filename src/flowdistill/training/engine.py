@@ -92,6 +92,10 @@ class Eager:
                         train_step(group, images, taught, batch, lr=lr, precision=self.precision, losses=self.losses, heard=heard)
             yield
 
+    def of(self, student: Student) -> str:  # noqa: ARG002 (a graph tells)
+        """The name of the engine that trains a student, as its record has it."""
+        return self.name
+
     def draw(self, source: Stream, draws: Draws, shown: Tensor, epoch: Tensor) -> tuple[Tensor, Batch]:
         """The batch at the places ``shown`` of an epoch that was drawn, as a graph draws it."""
         return source.batch(draws, shown, epoch)

@@ -205,6 +205,10 @@ class Graph(Eager):
             next(beside)
             yield
 
+    def of(self, student: Student) -> str:
+        """That of the engine inside for those beside the graph."""
+        return self.inner.name if any(student in lane.students for lane in self._beside) else self.name
+
     def evaluate(self, students: Sequence[Student], data: Supply) -> list[Evaluation]:
         """One by one, each captured at the second time: the first, which is plain, warms up."""
         self._measured.keep(students)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import test_device
+import test_graph
 import test_identity
 import test_integrity
 import test_plan
@@ -26,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("own_code")
 data = test_training.data  # fixtures of the checks
 made, work, nets = test_integrity.made, test_integrity.work, test_identity.nets
 digits, teachers, planned = test_plan.digits, test_plan.teachers, test_plan.planned
+replaying, current = test_graph.replaying, test_device.current
 _a_checkpoint_every_epoch = test_resume._a_checkpoint_every_epoch
 passed: set[str] = set()
 

@@ -10,7 +10,8 @@ from torchvision.transforms.v2 import functional as tv
 
 from flowdistill.checks import UserError
 from flowdistill.data.images import ImageData
-from flowdistill.data.loader import DeviceData, Normalisation, Stream, holdout_positions
+from flowdistill.data.loader import DeviceData, Normalisation, Stream
+from flowdistill.data.splits import holdout_positions
 
 CPU = torch.device("cpu")
 

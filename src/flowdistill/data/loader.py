@@ -18,23 +18,11 @@ from .given_supply import GivenSupply
 from .images import ImageData, Images, Labels, Pictures, part
 from .normalisation import Normalisation
 from .pictures import Rows
-from .sources import stratified
+from .splits import trained_positions
 from .streaming import Decoder, Shot, StreamedSet, Workers
 from .supply import Labelled, at_once
 
-HOLDOUT_PART = 10  # a tenth of each class is held out
 RESIDENT_SHARE = 0.4  # of the device's free memory that the training images may take; the copy that pads them takes as much again
-
-
-def holdout_positions(labels: Labels) -> Labels:
-    """Positions of the held-out tenth of a training set: of each class the same share, rounded half up, the same for every run."""
-    return stratified(labels, 1, HOLDOUT_PART)
-
-
-def trained_positions(labels: Labels, split: str) -> Labels:
-    """Positions of the images that a run of this split trains on."""
-    positions = np.arange(len(labels))
-    return np.setdiff1d(positions, holdout_positions(labels)) if split == "holdout" else positions
 
 
 @dataclass(frozen=True)

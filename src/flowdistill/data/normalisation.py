@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .images import Images, Labels, Pictures
-from .sources import stratified
+from .splits import stratified
 
 MEASURED = 10_000  # streamed images that mean and std are read from
 AT_ONCE = 256  # of them that are decoded at once

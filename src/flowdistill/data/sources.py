@@ -21,6 +21,7 @@ from ..talk import Remarks, unheard
 from .folders import read_csv, read_folder, read_unlabelled
 from .hub import read_hub
 from .images import ImageData, Images, Labels, Unlabelled, part
+from .splits import stratified
 
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 UNLABELLED_KEYS = ("x",)
@@ -45,17 +46,6 @@ OWN = {
     "hf:NAME": "a Hugging Face data set, NAME or NAME:CONFIG, or a folder that save_to_disk wrote; needs the extra hf",
 }
 READERS = {"folder": read_folder, "csv": read_csv, "hf": read_hub}
-CHOICE_SEED = 0  # fixed: every run of a data set gets the same images
-
-
-def stratified(labels: Labels, part: int, whole: int, *, least: int = 0) -> Labels:
-    """Positions of a fixed random choice among labelled images: of each class ``part`` in ``whole``, rounded half up, ``least`` or more."""
-    chance = np.random.default_rng(CHOICE_SEED)
-    chosen = []
-    for label in np.unique(labels):
-        positions = np.flatnonzero(labels == label)
-        chosen.append(chance.permutation(positions)[: max(least, (2 * len(positions) * part + whole) // (2 * whole))])
-    return np.sort(np.concatenate(chosen)).astype(np.int64)
 
 
 def load(config: DataConfig, remarks: Remarks | None = None) -> ImageData:

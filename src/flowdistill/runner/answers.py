@@ -16,9 +16,9 @@ from torch import Tensor
 from .. import advice
 from ..checks import FAILURES
 from ..data.images import part
-from ..data.loader import DeviceData, holdout_positions, labelled
+from ..data.loader import DeviceData, labelled
 from ..data.normalisation import Normalisation
-from ..data.sources import stratified
+from ..data.splits import holdout_positions, stratified
 from ..data.supply import Labelled
 from ..device import Precision
 from ..models import Network

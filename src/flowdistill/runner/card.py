@@ -17,9 +17,10 @@ from ..advice import train as train_command
 from ..checks import UserError
 from ..config import RunConfig, validate
 from ..data.images import ImageData, part
-from ..data.loader import labelled, trained_positions
+from ..data.loader import labelled
 from ..data.normalisation import Normalisation
 from ..data.sources import load
+from ..data.splits import trained_positions
 from ..device import computing, describe, resolve_precision, synchronize
 from ..env import processor
 from ..ledger import STUDENT_FILE, Ledger, Run, baseline_key, flattened, is_baseline

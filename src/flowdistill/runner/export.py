@@ -21,7 +21,7 @@ from ..checks import Changes, UserError, obstacle, summary
 from ..data.images import ImageData, Images
 from ..data.loader import labelled
 from ..data.normalisation import Normalisation
-from ..data.sources import stratified
+from ..data.splits import stratified
 from ..models import Network
 from ..training.step import answering
 from ..training.weights import refuse_misfit, serialised, write_whole

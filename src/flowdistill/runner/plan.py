@@ -13,8 +13,8 @@ from .. import advice, methods, models, trust
 from ..checks import UserError
 from ..config import DataConfig, Role, RunConfig, validate
 from ..data.images import ImageData
-from ..data.loader import trained_positions
 from ..data.sources import load, load_unlabelled
+from ..data.splits import trained_positions
 from ..device import Precision, resolve_precision
 from ..ledger import Ledger, Run
 from ..methods import Method, Settled

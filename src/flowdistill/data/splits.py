@@ -1,0 +1,31 @@
+"""Which images of a data set are trained on: fixed choices, the same for every run."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .images import Labels
+
+CHOICE_SEED = 0  # fixed: every run of a data set gets the same images
+HOLDOUT_PART = 10  # a tenth of each class is held out
+
+
+def stratified(labels: Labels, part: int, whole: int, *, least: int = 0) -> Labels:
+    """Positions of a fixed random choice among labelled images: of each class ``part`` in ``whole``, rounded half up, ``least`` or more."""
+    chance = np.random.default_rng(CHOICE_SEED)
+    chosen = []
+    for label in np.unique(labels):
+        positions = np.flatnonzero(labels == label)
+        chosen.append(chance.permutation(positions)[: max(least, (2 * len(positions) * part + whole) // (2 * whole))])
+    return np.sort(np.concatenate(chosen)).astype(np.int64)
+
+
+def holdout_positions(labels: Labels) -> Labels:
+    """Positions of the held-out tenth of a training set: of each class the same share, rounded half up, the same for every run."""
+    return stratified(labels, 1, HOLDOUT_PART)
+
+
+def trained_positions(labels: Labels, split: str) -> Labels:
+    """Positions of the images that a run of this split trains on."""
+    positions = np.arange(len(labels))
+    return np.setdiff1d(positions, holdout_positions(labels)) if split == "holdout" else positions

@@ -15,8 +15,7 @@ from flowdistill import models
 from flowdistill.device import synchronize
 from flowdistill.methods import Needs
 from flowdistill.taps import DataSpec
-from flowdistill.training.step import teach
-from flowdistill.training.teacher import Teacher, trim
+from flowdistill.training.teacher import Teacher, teach, trim
 
 TAPS = ("stem", "stage1", "stage2", "stage3")
 

@@ -30,8 +30,8 @@ from flowdistill.training.choice import choose
 from flowdistill.training.cohort import Cohort, train
 from flowdistill.training.engine import Compiled, Eager
 from flowdistill.training.graph import Tape
-from flowdistill.training.step import Student, teach
-from flowdistill.training.teacher import Teacher, fold, trim
+from flowdistill.training.step import Student
+from flowdistill.training.teacher import Teacher, fold, teach, trim
 
 CPU = torch.device("cpu")
 CIFAR = DataSpec("cifar", 50_000, 10, 3, 32, 32)

@@ -27,7 +27,7 @@ from flowdistill.methods import METHODS, Composed, Method, build, get, parts, se
 from flowdistill.methods.standardise import standardise
 from flowdistill.randomness import seeded
 from flowdistill.taps import Batch, DataSpec, Facts, NetSpec, Outputs
-from flowdistill.training.step import teach
+from flowdistill.training.teacher import teach
 
 COMPOSITION = "at+kd"
 SHEETS = {

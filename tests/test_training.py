@@ -28,8 +28,8 @@ from flowdistill.training import teacher as teaching
 from flowdistill.training.cohort import Cohort, train
 from flowdistill.training.engine import Eager, Lane
 from flowdistill.training.facts import gather
-from flowdistill.training.step import Student, gradient_ratios, teach
-from flowdistill.training.teacher import Teacher
+from flowdistill.training.step import Student, gradient_ratios
+from flowdistill.training.teacher import Teacher, teach
 from flowdistill.training.weights import hash_weights
 
 CPU = torch.device("cpu")

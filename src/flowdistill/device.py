@@ -285,3 +285,8 @@ def _between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> 
     assert isinstance(start, float)
     assert isinstance(end, float)
     return end - start
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """bf16 autocast, or nothing. No weight is cast ahead of its use: a CUDA graph would keep the cast of its first step."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)

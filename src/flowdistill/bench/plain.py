@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..data.images import ImageData, Pictures
 from ..data.loader import DeviceData
+from ..device import autocast
 from ..taps import Batch
-from ..training.step import Student, autocast
+from ..training.step import Student
 
 
 class Images(torch.utils.data.Dataset[tuple[Tensor, int]]):

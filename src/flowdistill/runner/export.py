@@ -23,7 +23,7 @@ from ..data.loader import labelled
 from ..data.normalisation import Normalisation
 from ..data.splits import stratified
 from ..models import Network
-from ..training.step import answering
+from ..training.evaluate import answering
 from ..training.weights import refuse_misfit, serialised, write_whole
 from .evaluate import About, load_fitting, load_network
 

@@ -22,8 +22,8 @@ from ..device import Precision, synchronize
 from ..models import Network
 from ..models.state import kept
 from ..taps import Batch, Outputs
-from .evaluate import Evaluation, evaluate_all, plainly
-from .step import Group, Objective, Student, answering, drawing, losses, train_step
+from .evaluate import Evaluation, answering, evaluate_all, plainly
+from .step import Group, Objective, Student, drawing, losses, train_step
 from .teacher import Teacher
 
 EVALUATION_COMPILED = ("cuda",)  # kinds of devices on which evaluation is compiled where training is

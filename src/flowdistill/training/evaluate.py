@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..data.supply import Labelled
-from ..device import Precision
+from ..device import Precision, autocast
 from ..models import Network
+from ..models.state import kept
+from ..randomness import seeded
 from ..taps import Outputs
-from .step import answering, autocast
 
 
 class Evaluation(NamedTuple):
@@ -92,3 +95,14 @@ def predict(nets: Sequence[Network], on: Labelled, precision: Precision, ask: As
     finally:
         for net, training in zip(nets, modes, strict=True):
             net.train(training)
+
+
+@contextmanager
+def answering(net: Network, purpose: str, step: int, device: torch.device, *, seed: int = 0, epoch: int = 0) -> Iterator[None]:
+    """A network in eval mode answers inside: what it draws is a function of (seed, purpose, epoch, step) alone, and no buffer moves."""
+    with contextlib.ExitStack() as stack:
+        if net.draws_always:
+            stack.enter_context(seeded(seed, f"{purpose} {step}", epoch, device))
+        if net.unsettled:
+            stack.enter_context(kept(net))
+        yield

@@ -14,7 +14,8 @@ from ..device import Precision
 from ..methods import Needs
 from ..models import Network
 from ..taps import Facts
-from .step import answering, teach
+from .evaluate import answering
+from .teacher import teach
 
 
 def gather(needs: Needs, teacher: Network | None, data: Supply, precision: Precision) -> Facts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checks import FAILURES, UserError, shortage, summary
 from ..config import TrainConfig
-from ..device import Precision
+from ..device import Precision, autocast
 from ..methods import Method, Phase, Settled
 from ..methods.base import full
 from ..models import Network
@@ -270,17 +269,6 @@ def drawing(group: Group, epoch: int, step: int, device: torch.device) -> Abstra
     return seeded(seeds[0], f"layers {step}", epoch, device) if seeds else nullcontext()
 
 
-@contextmanager
-def answering(net: Network, purpose: str, step: int, device: torch.device, *, seed: int = 0, epoch: int = 0) -> Iterator[None]:
-    """A network in eval mode answers inside: what it draws is a function of (seed, purpose, epoch, step) alone, and no buffer moves."""
-    with contextlib.ExitStack() as stack:
-        if net.draws_always:
-            stack.enter_context(seeded(seed, f"{purpose} {step}", epoch, device))
-        if net.unsettled:
-            stack.enter_context(kept(net))
-        yield
-
-
 Losses = Callable[[Group, Tensor, "Outputs | None", Batch, Precision], list[dict[str, Tensor]]]
 
 
@@ -314,14 +302,6 @@ def train_step(
             parameters["lr"] = lr
         student.optimizer.step()
         student.tally.add({**terms, **heard})
-
-
-@torch.no_grad()
-def teach(teacher: nn.Module, images: Tensor, precision: Precision) -> Outputs:
-    """The teacher's outputs: eval mode, no gradient."""
-    with autocast(images.device, precision):
-        outputs: Outputs = teacher(images)
-    return outputs
 
 
 def gradient_ratios(
@@ -400,8 +380,3 @@ def _failures_of(group: Group, images: Tensor) -> Iterator[None]:
         names = ", ".join(dict.fromkeys(student.net.spec.name for student in group))
         cure = f"; {shortage(error)}" if shortage(error) else ""
         raise UserError(f"student {names} can't be trained on a batch of {len(images)}: {summary(error)}{cure}") from None
-
-
-def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """bf16 autocast, or nothing. No weight is cast ahead of its use: a CUDA graph would keep the cast of its first step."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)

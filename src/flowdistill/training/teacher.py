@@ -11,12 +11,11 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..checks import summary
-from ..device import Precision
+from ..device import Precision, autocast
 from ..methods import Needs
 from ..models import Network
 from ..taps import Outputs
 from .said import looked_at, measure
-from .step import teach
 
 
 class Teacher:
@@ -129,3 +128,11 @@ def fold(net: fx.GraphModule, memory_format: torch.memory_format) -> fx.GraphMod
     net.delete_all_unused_submodules()
     net.recompile()
     return net
+
+
+@torch.no_grad()
+def teach(teacher: nn.Module, images: Tensor, precision: Precision) -> Outputs:
+    """The teacher's outputs: eval mode, no gradient."""
+    with autocast(images.device, precision):
+        outputs: Outputs = teacher(images)
+    return outputs

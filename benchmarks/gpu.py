@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from flowdistill.bench.measure import Work
     from flowdistill.data.images import ImageData
     from flowdistill.training.engine import Eager
-    from flowdistill.training.step import Student
+    from flowdistill.training.student import Student
 
 ROOT = Path(__file__).resolve().parents[1]
 GRACE = 15  # seconds to end in after SIGINT

@@ -28,7 +28,7 @@ from flowdistill.ledger import Ledger, Run
 from flowdistill.lock import held
 from flowdistill.runner import execute, record
 from flowdistill.training import checkpoint, engine, weights
-from flowdistill.training.step import Student
+from flowdistill.training.student import Student
 
 execute.CHECKPOINT_SECONDS = 0.0
 torch.use_deterministic_algorithms(False)  # loads what the children would each spend a second on

@@ -29,10 +29,11 @@ from flowdistill.methods.kd import KD
 from flowdistill.models import MODELS
 from flowdistill.training import graph
 from flowdistill.training.at_once import give
-from flowdistill.training.engine import Compiled, Eager, Lane
+from flowdistill.training.engine import Compiled, Eager
 from flowdistill.training.evaluate import evaluate_all
 from flowdistill.training.graph import Graph, Tape
-from flowdistill.training.step import TASK
+from flowdistill.training.student import Lane
+from flowdistill.training.task import TASK
 
 CPU = torch.device("cpu")
 BATCH = 8

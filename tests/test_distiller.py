@@ -25,7 +25,8 @@ from flowdistill import Distiller, UserError, methods, models
 from flowdistill.config import TrainConfig
 from flowdistill.methods import settle
 from flowdistill.taps import Batch, DataSpec
-from flowdistill.training.step import Student, losses
+from flowdistill.training.step import losses
+from flowdistill.training.student import Student
 from flowdistill.training.teacher import teach
 
 DATA = DataSpec("some", 100, 10, 1, 8, 8)

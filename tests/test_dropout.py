@@ -21,9 +21,10 @@ from flowdistill.runner import evaluate, export, resume, run
 from flowdistill.runner.doctor import examine
 from flowdistill.runner.watcher import Watcher
 from flowdistill.taps import DataSpec
-from flowdistill.training.engine import Eager, Lane
+from flowdistill.training.engine import Eager
 from flowdistill.training.facts import gather
 from flowdistill.training.graph import Graph
+from flowdistill.training.student import Lane
 from flowdistill.training.teacher import Teacher
 from flowdistill.training.weights import save_weights
 

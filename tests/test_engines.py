@@ -30,7 +30,7 @@ from flowdistill.training.choice import choose
 from flowdistill.training.cohort import Cohort, train
 from flowdistill.training.engine import Compiled, Eager
 from flowdistill.training.graph import Tape
-from flowdistill.training.step import Student
+from flowdistill.training.student import Student
 from flowdistill.training.teacher import Teacher, fold, teach, trim
 
 CPU = torch.device("cpu")

@@ -25,7 +25,7 @@ from flowdistill.taps import DataSpec
 from flowdistill.training.cohort import Cohort, first_gradients
 from flowdistill.training.engine import Compiled, Eager
 from flowdistill.training.freeze import freeze
-from flowdistill.training.step import Student
+from flowdistill.training.student import Student
 from flowdistill.training.weights import load_weights
 
 __all__ = ["data"]  # a fixture

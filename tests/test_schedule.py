@@ -10,7 +10,7 @@ from flowdistill.config import TrainConfig
 from flowdistill.methods import Phase
 from flowdistill.taps import DataSpec
 from flowdistill.training.schedule import lr_factor
-from flowdistill.training.step import Student
+from flowdistill.training.student import Student
 
 LR = 0.1
 

@@ -22,7 +22,8 @@ from flowdistill.methods.kd import kd_loss
 from flowdistill.taps import Batch, Targets
 from flowdistill.training.cohort import Cohort, first_gradients, train
 from flowdistill.training.engine import Compiled, Eager
-from flowdistill.training.step import Student, task_loss
+from flowdistill.training.student import Student
+from flowdistill.training.task import task_loss
 
 CPU = torch.device("cpu")
 

@@ -26,9 +26,10 @@ from flowdistill.randomness import seeded
 from flowdistill.training import cohort as engine
 from flowdistill.training import teacher as teaching
 from flowdistill.training.cohort import Cohort, train
-from flowdistill.training.engine import Eager, Lane
+from flowdistill.training.engine import Eager
 from flowdistill.training.facts import gather
-from flowdistill.training.step import Student, gradient_ratios
+from flowdistill.training.step import gradient_ratios
+from flowdistill.training.student import Lane, Student
 from flowdistill.training.teacher import Teacher, teach
 from flowdistill.training.weights import hash_weights
 

@@ -32,7 +32,7 @@ from flowdistill.talk import Remarks
 from flowdistill.taps import NO_LABEL, Batch, Targets
 from flowdistill.training.cohort import first_gradients
 from flowdistill.training.facts import class_means
-from flowdistill.training.step import task_loss
+from flowdistill.training.task import task_loss
 
 CPU = torch.device("cpu")
 

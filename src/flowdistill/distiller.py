@@ -25,7 +25,8 @@ from .runner.plan import refuse_users
 from .taps import NO_LABEL, Batch, DataSpec, NetSpec, Outputs, Targets
 from .training.facts import of_teacher
 from .training.optim import trained_parameters
-from .training.step import TASK, terms
+from .training.step import terms
+from .training.task import TASK
 
 CURE = "use flowdistill.distill"
 

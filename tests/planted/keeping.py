@@ -13,7 +13,7 @@ from flowdistill.device import computing
 from flowdistill.ledger import Ledger
 from flowdistill.runner import execute, networks, plan
 from flowdistill.training import checkpoint, weights
-from flowdistill.training.step import Student
+from flowdistill.training.student import Student
 
 from .bug import bug
 

@@ -22,7 +22,7 @@ from flowdistill.training import blame, cohort, engine, optim, schedule, step
 from flowdistill.training.engine import Eager
 from flowdistill.training.optim import build_optimizer
 from flowdistill.training.schedule import lr_factor
-from flowdistill.training.step import Student
+from flowdistill.training.student import Student
 from flowdistill.training.teacher import Teacher, teach
 
 from .bug import bug

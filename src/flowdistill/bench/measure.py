@@ -29,9 +29,9 @@ from ..env import processor
 from ..methods import Needs
 from ..talk import say
 from ..training.choice import choose
-from ..training.engine import Eager, Lane, quiet
+from ..training.engine import Eager, quiet
 from ..training.facts import gather
-from ..training.step import Student
+from ..training.student import Lane, Student
 from ..training.teacher import Teacher
 from .plain import PlainLoop
 from .roofline import roofline

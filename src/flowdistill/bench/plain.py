@@ -17,7 +17,7 @@ from ..data.images import ImageData, Pictures
 from ..data.loader import DeviceData
 from ..device import autocast
 from ..taps import Batch
-from ..training.step import Student
+from ..training.student import Student
 
 
 class Images(torch.utils.data.Dataset[tuple[Tensor, int]]):

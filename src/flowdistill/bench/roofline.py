@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..device import Precision, synchronize
-from ..training.engine import Eager, Lane
+from ..training.engine import Eager
+from ..training.student import Lane
 
 CONTRACTIONS = ("convolution", "convolution_backward", "mm", "addmm", "bmm")
 

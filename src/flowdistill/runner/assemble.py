@@ -22,10 +22,9 @@ from ..models.reused import Reused
 from ..taps import Facts
 from ..training.choice import choose
 from ..training.cohort import Cohort, Progress, first_gradients
-from ..training.engine import Lane
 from ..training.evaluate import evaluate
 from ..training.facts import gather
-from ..training.step import Student
+from ..training.student import Lane, Student
 from ..training.teacher import Teacher
 from .pairing import compared
 from .plan import Job, cohorts, other_side, weights_seed

@@ -21,7 +21,7 @@ from ..ledger import Ledger, Run
 from ..models.foreign import own_place
 from ..training import checkpoint
 from ..training.cohort import Cohort, train
-from ..training.step import Student
+from ..training.student import Student
 from .assemble import Member, check_start, prepare
 from .integrity import missing
 from .plan import Job, other_side, plan, recorded

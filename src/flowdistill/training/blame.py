@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..checks import UserError
 from ..taps import Outputs
-from .step import TASK, Student
+from .student import Student
 from .tally import are
+from .task import TASK
 from .teacher import Teacher
 
 MEND = "mend the teacher, or choose another"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..checks import pass_on_shortage
 from .cohort import Cohort
-from .step import Student
+from .student import Student
 from .weight_files import read_safetensors
 from .weights import hash_weights, is_whole, save_weights
 

@@ -22,9 +22,10 @@ from ..data.supply import Batches, First, Supply, at_once
 from ..device import Precision, Stopwatch, synchronize
 from ..taps import NO_LABEL, Batch
 from .blame import Seen, fault, refuse_first
-from .engine import Eager, Lane
+from .engine import Eager
 from .evaluate import Evaluation, evaluate
-from .step import Student, gradient_ratios, refuse_short
+from .step import gradient_ratios, refuse_short
+from .student import Lane, Student
 
 
 @dataclass

@@ -7,7 +7,6 @@ import copy
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,50 +16,17 @@ from torch.func import functional_call
 from ..checks import summary
 from ..data.augment import Draws
 from ..data.loader import Stream
-from ..data.supply import Batches, Supply
+from ..data.supply import Supply
 from ..device import Precision, synchronize
 from ..models import Network
 from ..models.state import kept
 from ..taps import Batch, Outputs
-from .evaluate import Evaluation, answering, evaluate_all, plainly
-from .step import Group, Objective, Student, drawing, losses, train_step
+from .evaluate import Evaluation, evaluate_all, plainly
+from .step import Objective, drawing, losses, train_step
+from .student import Group, Lane, Student
 from .teacher import Teacher
 
 EVALUATION_COMPILED = ("cuda",)  # kinds of devices on which evaluation is compiled where training is
-
-
-@dataclass
-class Lane:
-    """One seed: its stream of batches, its teacher, and the students that share both."""
-
-    stream: Batches
-    teacher: Teacher | None
-    students: list[Student]
-
-    @property
-    def groups(self) -> list[Group]:
-        """The students, those that teach each other together."""
-        found: dict[Student, Group] = {}
-        for student in self.students:
-            if student not in found:
-                group = (student, *student.peers)
-                found |= dict.fromkeys(group, group)
-        return list(dict.fromkeys(found.values()))
-
-    @property
-    def taught(self) -> bool:
-        """Whether a student needs the teacher in this phase."""
-        return self.teacher is not None and any(student.taught for student in self.students)
-
-    def heard(self, taught: Outputs | None) -> dict[str, Tensor]:
-        """Whether what the teacher said is finite, a scalar for each output, once for all students."""
-        return {} if taught is None or self.teacher is None else self.teacher.measure(taught)
-
-    def teaching(self, epoch: int, step: int) -> contextlib.AbstractContextManager[None]:
-        """Its teacher answers inside: what that draws is a function of (seed, epoch, step) alone, and nothing of it moves."""
-        if self.teacher is None:
-            return contextlib.nullcontext()
-        return answering(self.teacher.given, "teacher", step, self.stream.data.device, seed=self.stream.seed, epoch=epoch)
 
 
 class Eager:

@@ -21,9 +21,10 @@ from ..data.augment import Draws
 from ..data.loader import Stream
 from ..data.supply import Batches, Supply
 from ..device import free_memory, synchronize
-from .engine import Eager, Lane, quiet, standing_still, taken_back
+from .engine import Eager, quiet, standing_still, taken_back
 from .evaluate import Evaluation
-from .step import Group, Student, train_step
+from .step import train_step
+from .student import Group, Lane, Student
 
 WARM_UP = 3  # steps before a capture: libraries set up their workspaces, and compilers compile
 MOST_STREAMS = 8  # 8 and 16 students at once took the same time each on a prototype

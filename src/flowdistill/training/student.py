@@ -1,0 +1,228 @@
+"""What is trained: a student, those that one step moves together, and the lane of a seed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import UserError
+from ..config import TrainConfig
+from ..data.supply import Batches
+from ..methods import Method, Phase, Settled
+from ..models import Network
+from ..taps import Outputs
+from .evaluate import answering
+from .freeze import freeze
+from .optim import build_optimizer, trained_parameters
+from .said import looked_at
+from .schedule import WARMUP, lr_factor
+from .tally import Tally, are
+from .task import TASK
+from .teacher import Teacher
+
+
+class Student:
+    """A network in training: its weights, its method, its optimiser, and the sums of its losses over the epoch.
+
+    Attributes:
+        peers: the students that it teaches and is taught by, where its method is mutual.
+    """
+
+    def __init__(self, net: Network, method: Method, settled: Settled, train: TrainConfig) -> None:
+        self.net, self.method, self.settled, self.train = net, method, settled, train
+        self._still = freeze(net, train.freeze)
+        for phase in settled.phases:
+            if not trained_parameters(net, method, phase):
+                raise UserError(f"{self._frozen} leaves nothing to train in phase {phase.name!r}; freeze less")
+        self.optimizer: torch.optim.SGD
+        self.weights: dict[str, float] = {}
+        self.tally = Tally((), (), next(net.parameters()).device)
+        self.peers: tuple[Student, ...] = ()
+        self.chosen_epoch = 0
+        self.chosen_correct = -1
+        self._chosen: dict[str, Tensor] | None = None
+
+    @property
+    def _frozen(self) -> str:
+        """What holds parts of it, as messages name it."""
+        return f"train.freeze={','.join(self.train.freeze)}" if self.train.freeze else f"requires_grad=False in {self.net.spec.name}"
+
+    def refuse_idle(self, terms: Mapping[str, Tensor]) -> None:
+        """Look at a batch's terms with their gradients.
+
+        Raises:
+            UserError: a phase none of whose terms depends on anything that is trained.
+        """
+        for phase in self.settled.phases:
+            if not any(terms[term].requires_grad for term in self.settled.counted(phase) if term in terms):
+                raise UserError(f"{self._frozen} leaves nothing to train that a loss of phase {phase.name!r} depends on; freeze less")
+
+    def refuse_broken(self, own: Outputs, terms: Mapping[str, Tensor]) -> None:
+        """Look at its weights before any step, at its outputs of a batch that is finite, and at the terms; waits for the device.
+
+        Raises:
+            UserError: something is not finite, though the teacher's outputs are.
+        """
+        name, when = self.net.spec.name, "on the first batch, before any step"
+        if not self.sound():
+            raise UserError(f"student {name}: its {self.broken_parts()[0]} is not finite; is its file whole?")
+        if not own.logits.detach().amax(1).isfinite().all():  # one may rule classes out by -inf
+            raise UserError(f"student {name}: its logits are not finite {when}, though its weights are; mend it, or choose another")
+        if broken := [term for term, value in terms.items() if not value.isfinite()]:
+            whose = "what teacher and student give is" if self.method.uses_teacher else "its logits are"
+            cure = f"give {self.settled.name} other options, or choose another method or student"
+            raise UserError(f"{self.settled.name} {name}: {are(broken)} not finite {when}, though {whose}; {cure}")
+
+    def choose(self, epoch: int, correct: int, *, keep: bool) -> None:
+        """This epoch's weights are to ship; with ``keep`` a copy outlives the epochs to come."""
+        self.chosen_epoch, self.chosen_correct = epoch, correct
+        self._chosen = {name: value.clone() for name, value in self.net.state_dict().items()} if keep else None
+
+    def restore_chosen(self) -> None:
+        """Put the chosen weights back."""
+        if self._chosen is not None:
+            self.net.take(self._chosen)
+
+    def begin_phase(self, number: int) -> None:
+        """A fresh optimiser, and the weights of the terms that count."""
+        self.phase: Phase = self.settled.phases[number]
+        self.optimizer = build_optimizer(self.net, self.method, self.phase, self.train)
+        self.weights = self.settled.counted(self.phase)
+        self._factors = torch.tensor([*self.weights.values()], device=next(self.net.parameters()).device)
+        task = () if self.train.mixup is True else (TASK,)
+        terms = (*task, *self.method.terms) if self.taught or not self.method.uses_teacher else task
+        self.tally = Tally(terms, self.looks_at, next(self.net.parameters()).device)
+
+    @property
+    def looks_at(self) -> tuple[str, ...]:
+        """What of the teacher's outputs its method looks at in this phase."""
+        return looked_at(self.method.needs) if self.taught else ()
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """Each unweighted term's sum over the epoch; scalars on the device."""
+        return dict(zip(self.tally.names, self.tally.totals, strict=False))
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """All that the epochs to come depend on, between two epochs: tensors and counters. The tensors are not copies."""
+        tensors = {f"net.{name}": value for name, value in self.net.state_dict().items()}
+        tensors |= {f"method.{name}": value for name, value in self.method.state_dict().items()}
+        tensors |= {f"chosen.{name}": value for name, value in (self._chosen or {}).items()}
+        for number, parameter in enumerate(self.trained()):
+            momentum = self.optimizer.state[parameter].get("momentum_buffer")
+            if momentum is not None:
+                tensors[f"momentum.{number}"] = momentum
+        return tensors, {"chosen_epoch": self.chosen_epoch, "chosen_correct": self.chosen_correct}
+
+    def load(self, tensors: Mapping[str, Tensor], counters: Mapping[str, int], *, phase: int | None) -> None:
+        """Put a state back. ``phase`` is the one that it was taken in the midst of, None between two phases.
+
+        A momentum takes the memory layout of its parameter: SGD's fused form computes wrong updates from another, silently.
+        """
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        self.net.take(part("net."))
+        self.method.load_state_dict(part("method."))
+        self.chosen_epoch, self.chosen_correct = counters["chosen_epoch"], counters["chosen_correct"]
+        chosen, device = part("chosen."), next(self.net.parameters()).device
+        self._chosen = {name: value.to(device) for name, value in chosen.items()} or None
+        if phase is None:
+            return
+        self.begin_phase(phase)
+        for number, parameter in enumerate(self.trained()):
+            if f"momentum.{number}" in tensors:
+                momentum = torch.empty_like(parameter, requires_grad=False)
+                self.optimizer.state[parameter]["momentum_buffer"] = momentum.copy_(tensors[f"momentum.{number}"])
+
+    def sound(self) -> Tensor:
+        """Whether its weights are finite: a broken one need not show in the logits, behind a ReLU. A scalar that stays on the device."""
+        return torch.stack([parameter.detach().isfinite().all() for parameter in self.net.parameters()]).all()
+
+    def broken_parts(self) -> list[str]:
+        """Its first weight and its first buffer that are not finite, as messages name them; a buffer may mask by -inf.
+
+        Waits for the device.
+        """
+        places = (self.net.body, self.net)  # the names of the body are the user's own
+        weights = (f"weight {name}" for it in places for name, value in it.named_parameters() if not value.isfinite().all())
+        buffers = (f"buffer {name}" for it in places for name, value in it.named_buffers() if not (value < torch.inf).all())
+        return [found for found in (next(weights, ""), next(buffers, "")) if found]
+
+    def trained(self) -> list[nn.Parameter]:
+        """What the optimiser moves in this phase."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @property
+    def taught(self) -> bool:
+        """Whether the teacher is needed in this phase."""
+        return self.method.uses_teacher and any(term != TASK for term in self.weights)
+
+    def weighted(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """What it minimises: the weighted sum of the terms that count, a scalar."""
+        return torch.dot(torch.stack([terms[term] for term in self.weights]), self._factors)
+
+    def begin_epoch(self) -> None:
+        """Train mode, but for what is frozen, and sums at zero."""
+        self.net.train()
+        for module in self._still:
+            module.eval()
+        self.method.train()
+        self.tally.reset()
+
+    def learning_rate(self, epoch: int, epochs: int, step: int, steps: int) -> float:
+        """The rate of a step; ``epoch`` and ``step`` are 0-based within the phase and the epoch."""
+        if epoch < self.train.warmup_epochs and not self.phase.milestones:
+            return (self.phase.lr or self.train.lr) * WARMUP
+        kind = "step" if self.phase.milestones else self.train.schedule
+        milestones = self.phase.milestones or self.train.milestones
+        factor = lr_factor(kind, step=epoch * steps + step, steps=epochs * steps, epoch_share=epoch / epochs, milestones=milestones)
+        return (self.phase.lr or self.train.lr) * factor
+
+    def rates(self, epoch: int, epochs: int, steps: int) -> Tensor:
+        """[steps] the rate of every step of an epoch, on the student's device."""
+        rates = [self.learning_rate(epoch, epochs, step, steps) for step in range(steps)]
+        return torch.tensor(rates, device=next(self.net.parameters()).device)
+
+
+Group = tuple[Student, ...]
+"""Students that one step moves: a single one, or those that teach each other."""
+
+
+@dataclass
+class Lane:
+    """One seed: its stream of batches, its teacher, and the students that share both."""
+
+    stream: Batches
+    teacher: Teacher | None
+    students: list[Student]
+
+    @property
+    def groups(self) -> list[Group]:
+        """The students, those that teach each other together."""
+        found: dict[Student, Group] = {}
+        for student in self.students:
+            if student not in found:
+                group = (student, *student.peers)
+                found |= dict.fromkeys(group, group)
+        return list(dict.fromkeys(found.values()))
+
+    @property
+    def taught(self) -> bool:
+        """Whether a student needs the teacher in this phase."""
+        return self.teacher is not None and any(student.taught for student in self.students)
+
+    def heard(self, taught: Outputs | None) -> dict[str, Tensor]:
+        """Whether what the teacher said is finite, a scalar for each output, once for all students."""
+        return {} if taught is None or self.teacher is None else self.teacher.measure(taught)
+
+    def teaching(self, epoch: int, step: int) -> contextlib.AbstractContextManager[None]:
+        """Its teacher answers inside: what that draws is a function of (seed, epoch, step) alone, and nothing of it moves."""
+        if self.teacher is None:
+            return contextlib.nullcontext()
+        return answering(self.teacher.given, "teacher", step, self.stream.data.device, seed=self.stream.seed, epoch=epoch)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from flowdistill.bench.measure import hardware
 from flowdistill.config import validate
-from flowdistill.device import resolve_device, sensible_threads, threads
+from flowdistill.device import computing, resolve_device
 from flowdistill.ledger import Ledger
 from flowdistill.runner.assemble import prepare
 from flowdistill.runner.plan import plan
@@ -41,7 +41,7 @@ def measure(folder: Path, keys: dict[str, object], workers: int, model: str, bat
     """Images a second without and with training."""
     config = validate({"student": model, "data": {"name": f"folder:{folder}", **keys}, "train": {"epochs": 1, "batch_size": batch}})
     device = resolve_device("auto")
-    with threads(sensible_threads()):
+    with computing(device):
         ((cohort, _),) = prepare(plan([config], Ledger(folder.parent / "runs", create=True), device), device, "eager", workers)
         stream, seconds = cohort.lanes[0].stream, 0.0
         for number in range(2):  # the first starts the processes

@@ -25,7 +25,7 @@ from flowdistill.ledger import Ledger
 from flowdistill.randomness import generator
 from flowdistill.recipes import over, recipe
 from flowdistill.runner import run
-from flowdistill.training import optim, step
+from flowdistill.training import optim, student
 
 CPU = torch.device("cpu")
 
@@ -49,7 +49,7 @@ def undecayed(*given: object) -> torch.optim.SGD:
 
 KEYS: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
     "as it is": contextlib.nullcontext,
-    "no decay": lambda: mock.patch.object(step, "build_optimizer", undecayed),
+    "no decay": lambda: mock.patch.object(student, "build_optimizer", undecayed),
     "alternating flip": lambda: mock.patch.object(loader, "draw_epoch", alternating),
 }
 

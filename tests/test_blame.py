@@ -22,10 +22,10 @@ from flowdistill.runner import run
 from flowdistill.runner.assemble import prepare
 from flowdistill.runner.plan import plan
 from flowdistill.taps import Outputs
-from flowdistill.training import cohort as engine
 from flowdistill.training.cohort import Cohort, Progress, train
 from flowdistill.training.engine import Compiled, Eager
 from flowdistill.training.evaluate import Evaluation
+from flowdistill.training.gradients import first_gradients
 from flowdistill.training.said import ANSWER, EMBEDDING, MAP
 
 CPU = torch.device("cpu")
@@ -241,7 +241,7 @@ def test_a_student_that_is_broken_from_the_start(data: ImageData, small_npz: Pat
         else:
             student.net.fc.register_forward_hook(lambda _, __, given: given / 0)
         with pytest.raises(UserError) as caught:
-            engine.first_gradients(cohort)
+            first_gradients(cohort)
         assert str(caught.value).startswith(line)
 
 
@@ -252,7 +252,7 @@ def test_a_term_that_is_broken_from_the_start(data: ImageData, small_npz: Path, 
     with pytest.raises(
         UserError, match=r"^kd resnet8: kd is not finite on the first batch, before any step, though what teacher and student give is;"
     ):
-        engine.first_gradients(cohort)
+        first_gradients(cohort)
 
 
 def test_a_teacher_that_is_broken_from_the_start(taught: Ledger, small_npz: Path) -> None:
@@ -262,7 +262,7 @@ def test_a_teacher_that_is_broken_from_the_start(taught: Ledger, small_npz: Path
     teach, name = teacher.teach, teacher.said[0]
     teacher.teach = lambda images: harmed(teach(images), name, -torch.inf)  # type: ignore[method-assign]
     with pytest.raises(UserError) as caught:
-        engine.first_gradients(cohort)
+        first_gradients(cohort)
     assert str(caught.value) == f"teacher resnet14: its {name} is not finite on the first batch; mend the teacher, or choose another"
 
 

@@ -15,8 +15,7 @@ from flowdistill.config import RunConfig
 from flowdistill.data.supply import Labelled
 from flowdistill.ledger import Epoch, Ledger, Run
 from flowdistill.runner import Duration, estimate, run
-from flowdistill.training import choice
-from flowdistill.training import cohort as engine
+from flowdistill.training import choice, timing
 from flowdistill.training.cohort import Cohort
 from flowdistill.training.evaluate import Evaluation
 
@@ -131,9 +130,9 @@ def test_it_measures_a_batch_a_student_and_counts_all_images(ledger: Ledger, sma
         seen.append(len(on))
         return Evaluation(torch.tensor(0), torch.zeros(0), torch.zeros(0))
 
-    monkeypatch.setattr(engine, "BATCH", 50)
-    monkeypatch.setattr(engine, "evaluate", evaluate)
-    monkeypatch.setattr(engine.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(timing, "at_once", lambda *_: 50)
+    monkeypatch.setattr(timing, "evaluate", evaluate)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
     steps, images, batch = 300 // 64, 150, 50
     assert estimate(base(small_npz, 0, epochs=1, precision="fp32"), ledger, CPU).seconds == steps * 1.0 + images / batch
     assert seen == [batch, batch]

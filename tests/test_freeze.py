@@ -22,9 +22,10 @@ from flowdistill.ledger import Ledger
 from flowdistill.models.foreign import adopt
 from flowdistill.runner import execute, resume, run
 from flowdistill.taps import DataSpec
-from flowdistill.training.cohort import Cohort, first_gradients
+from flowdistill.training.cohort import Cohort
 from flowdistill.training.engine import Compiled, Eager
 from flowdistill.training.freeze import freeze
+from flowdistill.training.gradients import first_gradients
 from flowdistill.training.student import Student
 from flowdistill.training.weights import load_weights
 

@@ -26,7 +26,7 @@ from flowdistill.methods import METHODS, Method, Needs
 from flowdistill.methods.base import Paper
 from flowdistill.runner import Watcher, execute, resume, run
 from flowdistill.taps import Batch, NetSpec, Outputs
-from flowdistill.training import checkpoint, step
+from flowdistill.training import checkpoint, student
 from flowdistill.training import cohort as engine
 from flowdistill.training.cohort import train
 
@@ -145,7 +145,7 @@ def test_the_best_epoch_of_a_holdout_run_survives(taught: Ledger, small_npz: Pat
     """Epoch 2 is best on the held-out images, the cut falls in epoch 4, and the weights of epoch 2 ship."""
     measured = engine._measure
 
-    def scripted(cohort: engine.Cohort, *args: int) -> dict[step.Student, engine.Progress]:
+    def scripted(cohort: engine.Cohort, *args: int) -> dict[student.Student, engine.Progress]:
         progress = measured(cohort, *args)
         for one in progress.values():
             one.correct = (5, 9, 9, 2, 7)[cohort.done]
@@ -162,13 +162,13 @@ def test_the_best_epoch_of_a_holdout_run_survives(taught: Ledger, small_npz: Pat
 
 def test_channels_last_and_the_fused_optimiser(taught: Ledger, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A momentum that came back contiguous beside a channels_last weight would be added wrongly, without a word."""
-    built = step.build_optimizer
+    built = student.build_optimizer
 
     def fused(*args: Any) -> torch.optim.SGD:
         plain = built(*args)
         return torch.optim.SGD(plain.param_groups, **{**plain.defaults, "fused": True, "foreach": False})
 
-    monkeypatch.setattr(step, "build_optimizer", fused)
+    monkeypatch.setattr(student, "build_optimizer", fused)
     configs = [config(small_npz, method="fsp", teacher="1", train={"epochs": 4})]
     (interrupted,) = cut_off(configs, taught, 2 * STEPS + 2)
     layouts: set[bool] = set()
@@ -177,16 +177,16 @@ def test_channels_last_and_the_fused_optimiser(taught: Ledger, small_npz: Path, 
         def epoch(self, line: str) -> None:
             layouts.update(same for student in seen for same in same_layouts(student))
 
-    seen: list[step.Student] = []
-    loaded = step.Student.load
-    monkeypatch.setattr(step.Student, "load", lambda self, *args, **keys: (seen.append(self), loaded(self, *args, **keys))[1])
+    seen: list[student.Student] = []
+    loaded = student.Student.load
+    monkeypatch.setattr(student.Student, "load", lambda self, *args, **keys: (seen.append(self), loaded(self, *args, **keys))[1])
     (resumed,) = resume(taught, CPU, no=interrupted.no, watcher=Look())
     (straight,) = run(configs, taught, CPU, again=True)
     assert layouts == {True}
     assert outcome(resumed, taught) == outcome(straight, taught)
 
 
-def same_layouts(student: step.Student) -> list[bool]:
+def same_layouts(student: student.Student) -> list[bool]:
     buffers = [(p, student.optimizer.state[p]["momentum_buffer"]) for p in student.net.parameters()]
     assert any(p.ndim == 4 and not p.is_contiguous() for p, _ in buffers)
     return [p.stride() == momentum.stride() for p, momentum in buffers]

@@ -20,8 +20,9 @@ from flowdistill.data.loader import Stream
 from flowdistill.data.sources import read_npz
 from flowdistill.methods.kd import kd_loss
 from flowdistill.taps import Batch, Targets
-from flowdistill.training.cohort import Cohort, first_gradients, train
+from flowdistill.training.cohort import Cohort, train
 from flowdistill.training.engine import Compiled, Eager
+from flowdistill.training.gradients import first_gradients
 from flowdistill.training.student import Student
 from flowdistill.training.task import task_loss
 

@@ -28,7 +28,7 @@ from flowdistill.training import teacher as teaching
 from flowdistill.training.cohort import Cohort, train
 from flowdistill.training.engine import Eager
 from flowdistill.training.facts import gather
-from flowdistill.training.step import gradient_ratios
+from flowdistill.training.gradients import first_gradients, gradient_ratios
 from flowdistill.training.student import Lane, Student
 from flowdistill.training.teacher import Teacher, teach
 from flowdistill.training.weights import hash_weights
@@ -254,7 +254,7 @@ def test_the_first_gradients_of_a_mixed_run_are_those_of_plain_images(data: Imag
         run = config(small_npz, method="kd", teacher="-", weights={"task": 0.0}, train={"mixup": mixup})
         cohort, (student,) = a_cohort(data, [run])
         student.begin_phase(0)
-        ratios.append(engine.first_gradients(cohort)[student])
+        ratios.append(first_gradients(cohort)[student])
     assert ratios[0] == ratios[1]
     assert ratios[0].keys() == {"kd"}
 
@@ -280,7 +280,7 @@ def test_a_method_without_a_teacher_is_trained_and_reported(data: ImageData, sma
     cohort.lanes[0].teacher = None
     plain = models.build("resnet8", cohort.data.spec, seed=run.seed)
     optimizer, stream = sgd(plain.parameters(), run.train), Stream(cohort.data, run.seed, run.train.batch_size)
-    assert engine.first_gradients(cohort)[student].keys() == {"tf_kd"}
+    assert first_gradients(cohort)[student].keys() == {"tf_kd"}
     for (epoch, rate), report in zip({0: 0.05, 1: 0.05, 2: 0.005, 3: 0.0005}.items(), train(cohort), strict=True):
         optimizer.param_groups[0]["lr"] = rate
         sums = torch.zeros(2)
@@ -448,7 +448,7 @@ def test_a_mistake_in_a_method_is_not_put_down_to_the_student(data: ImageData, s
     cohort, (student,) = a_cohort(data, [config(small_npz, method="logits", teacher="-")])
     monkeypatch.setattr(student.method, "forward", mistaken)
     with pytest.raises(TypeError, match=r"^of the method$"):
-        engine.first_gradients(cohort)
+        first_gradients(cohort)
 
 
 def answers(monkeypatch: pytest.MonkeyPatch, correct: list[int]) -> None:

@@ -30,8 +30,8 @@ from flowdistill.runner.evaluate import evaluate
 from flowdistill.runner.plan import plan
 from flowdistill.talk import Remarks
 from flowdistill.taps import NO_LABEL, Batch, Targets
-from flowdistill.training.cohort import first_gradients
 from flowdistill.training.facts import class_means
+from flowdistill.training.gradients import first_gradients
 from flowdistill.training.task import task_loss
 
 CPU = torch.device("cpu")

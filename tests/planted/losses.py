@@ -71,7 +71,7 @@ from flowdistill.methods.srrl import SRRL
 from flowdistill.methods.tf_kd import tf_kd_loss
 from flowdistill.methods.ttm import ttm_loss
 from flowdistill.methods.vid import vid_loss
-from flowdistill.training import step
+from flowdistill.training import teacher
 
 from .bug import bug
 
@@ -708,7 +708,7 @@ class method_without_a_reference(Method):  # noqa: N801 (the bug's name)
 # the teacher's pass
 
 
-@bug(step, "teach", suite.test_real_networks_learn_and_the_teacher_stays, {"name": "fsp", "options": {}})
+@bug(teacher, "teach", suite.test_real_networks_learn_and_the_teacher_stays, {"name": "fsp", "options": {}})
 def teacher_gets_gradients(teacher, images, precision):
     """No no_grad around the teacher: twice the memory, and a teacher that an optimiser can reach."""
     return teacher(images)

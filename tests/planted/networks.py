@@ -16,7 +16,7 @@ from flowdistill.models import front, head, hooks, stages, wide_resnet
 from flowdistill.models.watching import Layout
 from flowdistill.runner import networks, pairing
 from flowdistill.runner.pairing import Pairing
-from flowdistill.training import step
+from flowdistill.training import evaluate, step
 
 from .bug import bug
 
@@ -92,7 +92,7 @@ def the_only_layer_of_so_many_outputs_is_the_head(puts, rounding=0.0):
     return puts[-1].calls[-1][0]
 
 
-@bug(step, "answering", test_dropout.test_a_teacher_draws_by_seed_epoch_and_step)
+@bug(evaluate, "answering", test_dropout.test_a_teacher_draws_by_seed_epoch_and_step)
 def teacher_draws_as_it_comes(net, purpose, step, device, *, seed=0, epoch=0):
     """Dropout that is on in eval mode: two equal runs end in different weights."""
     return nullcontext()

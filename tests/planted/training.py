@@ -16,9 +16,9 @@ import test_training as suite
 import torch
 
 from flowdistill import models, randomness
-from flowdistill.data import augment, loader, names
+from flowdistill.data import augment, loader, names, splits
 from flowdistill.data.given import Finite
-from flowdistill.training import blame, cohort, engine, optim, schedule, step
+from flowdistill.training import blame, cohort, engine, optim, schedule, step, teacher
 from flowdistill.training.engine import Eager
 from flowdistill.training.optim import build_optimizer
 from flowdistill.training.schedule import lr_factor
@@ -47,7 +47,7 @@ def teacher_not_frozen(self, net, needs, precision):
     self.net.requires_grad_(True)
 
 
-@bug(step, "teach", STAYS, refusal="a weight or a buffer of the teacher changed")
+@bug(teacher, "teach", STAYS, refusal="a weight or a buffer of the teacher changed")
 def teacher_statistics_drift(teacher, images, precision):
     """.train() on a list of modules that holds the teacher, eval put back after: only its statistics tell."""
     teacher.train()
@@ -331,7 +331,7 @@ def labels_in_another_order_than_images(self, draws, shown, epoch, padded=None):
 stream_batch = loader.Stream.batch
 
 
-@bug(loader, "holdout_positions", test_loader.test_holdout_is_fixed_and_reads_no_global_generator)
+@bug(splits, "holdout_positions", test_loader.test_holdout_is_fixed_and_reads_no_global_generator)
 def holdout_drawn_anew_each_run(labels):
     """Held-out images that another run has trained on."""
     return np.sort(np.random.permutation(len(labels))[: len(labels) // 10])

@@ -21,9 +21,10 @@ from ..models import Network
 from ..models.reused import Reused
 from ..taps import Facts
 from ..training.choice import choose
-from ..training.cohort import Cohort, Progress, first_gradients
+from ..training.cohort import Cohort, Progress
 from ..training.evaluate import evaluate
 from ..training.facts import gather
+from ..training.gradients import first_gradients
 from ..training.student import Lane, Student
 from ..training.teacher import Teacher
 from .pairing import compared

@@ -19,7 +19,8 @@ from ..device import computing, describe, peak_memory
 from ..ledger import Ledger
 from ..models import Network
 from ..training.choice import choose
-from ..training.cohort import first_gradients, seconds_per_epoch
+from ..training.gradients import first_gradients
+from ..training.timing import seconds_per_epoch
 from .answers import another_order, ask, given, listed, other_images, sample
 from .assemble import GRADIENT_LIMIT
 from .estimate import unmeasured

@@ -13,7 +13,9 @@ from ..data.loader import place
 from ..data.supply import First, Supply
 from ..device import computing
 from ..ledger import Ledger
-from ..training.cohort import Cohort, first_gradients, seconds_per_epoch
+from ..training.cohort import Cohort
+from ..training.gradients import first_gradients
+from ..training.timing import seconds_per_epoch
 from .assemble import Member, assemble
 from .execute import before
 from .plan import Job, cohorts, plan

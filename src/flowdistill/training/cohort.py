@@ -6,25 +6,19 @@ the very same batches, and their teacher runs once a batch for all of them. A pl
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from ..config import TrainConfig
-from ..data.supply import Batches, First, Supply, at_once
-from ..device import Precision, Stopwatch, synchronize
-from ..taps import NO_LABEL, Batch
-from .blame import Seen, fault, refuse_first
+from ..data.supply import Supply
+from ..device import Precision, Stopwatch
+from .blame import Seen, fault
 from .engine import Eager
-from .evaluate import Evaluation, evaluate
-from .step import gradient_ratios, refuse_short
+from .evaluate import Evaluation
 from .student import Lane, Student
 
 
@@ -120,7 +114,7 @@ def train(cohort: Cohort, on_step: Callable[[], None] = lambda: None) -> Iterato
                     student.begin_phase(phase)
             setup_seconds = ready(cohort)
             watch = Stopwatch(cohort.data.device)
-            _train_epoch(cohort, epoch, cohort.phase_epochs[phase], on_step)
+            train_epoch(cohort, epoch, cohort.phase_epochs[phase], on_step)
             watch.lap()
             report = EpochReport(cohort.done + 1, phase, setup_seconds, 0.0, 0.0)
             report.progress = _measure(cohort, epoch, cohort.phase_epochs[phase])
@@ -143,7 +137,7 @@ def ready(cohort: Cohort) -> float:
     return time.perf_counter() - started
 
 
-def _train_epoch(cohort: Cohort, epoch: int, epochs: int, on_step: Callable[[], None]) -> None:
+def train_epoch(cohort: Cohort, epoch: int, epochs: int, on_step: Callable[[], None]) -> None:
     """``epoch`` epochs of this phase of ``epochs`` are done."""
     for student in cohort.students:
         student.begin_epoch()
@@ -151,47 +145,6 @@ def _train_epoch(cohort: Cohort, epoch: int, epochs: int, on_step: Callable[[], 
     rates = {student: student.rates(epoch, epochs, steps) for student in cohort.students}
     for _ in cohort.engine.epoch(cohort.lanes, cohort.done, rates):
         on_step()
-
-
-def seconds_per_epoch(cohort: Cohort, steps: int = 5) -> float:
-    """An epoch's time by the cohort's engine, from the median of a few steps and one evaluation batch a student.
-
-    The students' weights move. Neither what the engine sets up nor the first step is counted. Of several phases the first is measured.
-    """
-    for student in cohort.students:
-        student.begin_phase(0)
-    ready(cohort)
-    times: list[float] = []
-    last = time.perf_counter()
-
-    def on_step() -> None:
-        nonlocal last
-        synchronize(cohort.data.device)
-        now = time.perf_counter()
-        times.append(now - last)
-        last = now
-        if len(times) > steps:
-            raise StopIteration
-
-    try:
-        with contextlib.suppress(StopIteration):
-            _train_epoch(cohort, 0, 1, on_step)
-        return statistics.median(times[1:] or times) * cohort.lanes[0].stream.steps + _evaluation_seconds(cohort)
-    finally:
-        for lane in cohort.lanes:
-            lane.stream.close()
-
-
-def _evaluation_seconds(cohort: Cohort) -> float:
-    """What evaluating every student takes, from a second batch of each; the first warms up."""
-    data, started = cohort.data, 0.0
-    part = First(data.curve, at_once(data.spec.height, data.spec.width, data.device))
-    for _ in range(2):
-        started = time.perf_counter()
-        for student in cohort.students:
-            evaluate(student.net, part, cohort.precision)
-        synchronize(data.device)
-    return (time.perf_counter() - started) * len(data.curve) / len(part)
 
 
 def _measure(cohort: Cohort, epoch: int, epochs: int) -> dict[Student, Progress]:
@@ -237,29 +190,3 @@ def _choose(cohort: Cohort, report: EpochReport) -> None:
         correct = report.progress[student].correct
         if not cohort.select or correct > student.chosen_correct:
             student.choose(report.epoch, correct, keep=cohort.select)
-
-
-def first_gradients(cohort: Cohort) -> dict[Student, dict[str, float]]:
-    """Each student's gradient norms relative to the task's, on its first batch with a label; changes nothing.
-
-    A batch that would be mixed without labels is not mixed, for the task needs them.
-
-    Raises:
-        UserError: images, a teacher's answer, a student's or a term is not finite; and what ``gradient_ratios`` refuses.
-    """
-    found: dict[Student, dict[str, float]] = {}
-    for lane in cohort.lanes:
-        images, batch = _first_labelled(lane.stream.with_labels())
-        with lane.teaching(0, 0):
-            taught = lane.teacher.teach(images) if lane.teacher else None
-        refuse_first(images, lane.teacher, taught)
-        for group in lane.groups:
-            found |= gradient_ratios(group, images, taught, batch, cohort.precision)
-            if lane.stream.least < len(images):
-                refuse_short(group, images, taught, batch, cohort.precision, lane.stream.least)
-    return found
-
-
-def _first_labelled(batches: Batches) -> tuple[Tensor, Batch]:
-    found = (one for epoch in itertools.count() for one in batches.epoch(epoch))
-    return next(one for one in found if (targets := one[1].targets) is None or bool((targets.labels != NO_LABEL).any()))

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import FAILURES, UserError, shortage, summary
 from ..device import Precision, autocast
 from ..methods import Method
-from ..models.state import kept
 from ..randomness import seeded
 from ..taps import Batch, Outputs
 from .at_once import cast_at_once, counted_at_once, give
-from .student import Group, Student
+from .student import Group
 from .task import TASK, task_loss
 
 
@@ -104,81 +101,3 @@ def train_step(
             parameters["lr"] = lr
         student.optimizer.step()
         student.tally.add({**terms, **heard})
-
-
-def gradient_ratios(
-    group: Group, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision
-) -> dict[Student, dict[str, float]]:
-    """The norm of each weighted term's gradient on its network's weights, relative to that of the task at weight 1.
-
-    Leaves the students as they were, batch statistics and what their methods remember included.
-
-    Raises:
-        UserError: a network's own code fails in train mode, something is not finite, or nothing that is trained has a gradient.
-    """
-    objective = Objective(group)
-    for student in group:
-        student.begin_epoch()
-    with kept(objective), drawing(group, 0, 0, images.device):
-        with _failures_of(group, images):
-            given = objective.answer(images, precision)
-        for student, outputs in zip(group, given, strict=True):
-            student.net.refuse_cut(outputs, embedding=student.method.needs.embedding)
-        found = objective.compare(given, taught, batch)
-        for student, outputs, terms in zip(group, given, found, strict=True):
-            student.refuse_broken(outputs, terms)
-        return _ratios(group, images, found)
-
-
-def _ratios(group: Group, images: Tensor, found: Sequence[dict[str, Tensor]]) -> dict[Student, dict[str, float]]:
-    """See ``gradient_ratios``, from the terms of each student."""
-
-    def norm(value: Tensor, weights: list[nn.Parameter]) -> float:
-        if not value.requires_grad:
-            return 0.0  # it looks at frozen parts alone
-        with _failures_of(group, images):
-            gradients = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
-        norms = [gradient.norm() for gradient in gradients if gradient is not None]
-        return float(torch.stack(norms).norm()) if norms else 0.0  # a term may train the method's own parts alone
-
-    ratios = {}
-    for student, terms in zip(group, found, strict=True):
-        student.refuse_idle(terms)
-        weights = [parameter for parameter in student.net.parameters() if parameter.requires_grad]
-        task = max(norm(terms.pop(TASK), weights), 1e-30)
-        ratios[student] = {term: norm(student.settled.weights[term] * value, weights) / task for term, value in terms.items()}
-    return ratios
-
-
-def refuse_short(group: Group, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision, count: int) -> None:
-    """Compute the terms of the first ``count`` images of a batch, as many as the smallest batch to come will have; changes nothing.
-
-    Raises:
-        UserError: the students' layers or methods can't take so few.
-    """
-
-    def few(value: Tensor | None) -> Any:
-        return None if value is None else value[:count]
-
-    short = Batch(few(batch.labels), few(batch.indices), batch.epoch)
-    if taught is not None:
-        taught = Outputs(few(taught.logits), few(taught.embedding), {name: few(value) for name, value in taught.maps.items()})
-    objective = Objective(group)
-    try:
-        with torch.no_grad(), kept(objective), drawing(group, 0, 0, images.device), _failures_of(group, images[:count]):
-            objective(images[:count], taught, short, precision)
-    except UserError as error:
-        raise UserError(f"{error}; so few images has the smallest batch: let the loader drop its last one (drop_last=True)") from None
-
-
-@contextmanager
-def _failures_of(group: Group, images: Tensor) -> Iterator[None]:
-    """What the networks' own code raises, in one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except FAILURES as error:
-        names = ", ".join(dict.fromkeys(student.net.spec.name for student in group))
-        cure = f"; {shortage(error)}" if shortage(error) else ""
-        raise UserError(f"student {names} can't be trained on a batch of {len(images)}: {summary(error)}{cure}") from None

@@ -1,0 +1,126 @@
+"""What a first batch tells before any step: how large each term's gradient is, and what can't be trained."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import FAILURES, UserError, shortage, summary
+from ..data.supply import Batches
+from ..device import Precision
+from ..models.state import kept
+from ..taps import NO_LABEL, Batch, Outputs
+from .blame import refuse_first
+from .cohort import Cohort
+from .step import Objective, drawing
+from .student import Group, Student
+from .task import TASK
+
+
+def gradient_ratios(
+    group: Group, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision
+) -> dict[Student, dict[str, float]]:
+    """The norm of each weighted term's gradient on its network's weights, relative to that of the task at weight 1.
+
+    Leaves the students as they were, batch statistics and what their methods remember included.
+
+    Raises:
+        UserError: a network's own code fails in train mode, something is not finite, or nothing that is trained has a gradient.
+    """
+    objective = Objective(group)
+    for student in group:
+        student.begin_epoch()
+    with kept(objective), drawing(group, 0, 0, images.device):
+        with _failures_of(group, images):
+            given = objective.answer(images, precision)
+        for student, outputs in zip(group, given, strict=True):
+            student.net.refuse_cut(outputs, embedding=student.method.needs.embedding)
+        found = objective.compare(given, taught, batch)
+        for student, outputs, terms in zip(group, given, found, strict=True):
+            student.refuse_broken(outputs, terms)
+        return _ratios(group, images, found)
+
+
+def _ratios(group: Group, images: Tensor, found: Sequence[dict[str, Tensor]]) -> dict[Student, dict[str, float]]:
+    """See ``gradient_ratios``, from the terms of each student."""
+
+    def norm(value: Tensor, weights: list[nn.Parameter]) -> float:
+        if not value.requires_grad:
+            return 0.0  # it looks at frozen parts alone
+        with _failures_of(group, images):
+            gradients = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
+        norms = [gradient.norm() for gradient in gradients if gradient is not None]
+        return float(torch.stack(norms).norm()) if norms else 0.0  # a term may train the method's own parts alone
+
+    ratios = {}
+    for student, terms in zip(group, found, strict=True):
+        student.refuse_idle(terms)
+        weights = [parameter for parameter in student.net.parameters() if parameter.requires_grad]
+        task = max(norm(terms.pop(TASK), weights), 1e-30)
+        ratios[student] = {term: norm(student.settled.weights[term] * value, weights) / task for term, value in terms.items()}
+    return ratios
+
+
+def refuse_short(group: Group, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision, count: int) -> None:
+    """Compute the terms of the first ``count`` images of a batch, as many as the smallest batch to come will have; changes nothing.
+
+    Raises:
+        UserError: the students' layers or methods can't take so few.
+    """
+
+    def few(value: Tensor | None) -> Any:
+        return None if value is None else value[:count]
+
+    short = Batch(few(batch.labels), few(batch.indices), batch.epoch)
+    if taught is not None:
+        taught = Outputs(few(taught.logits), few(taught.embedding), {name: few(value) for name, value in taught.maps.items()})
+    objective = Objective(group)
+    try:
+        with torch.no_grad(), kept(objective), drawing(group, 0, 0, images.device), _failures_of(group, images[:count]):
+            objective(images[:count], taught, short, precision)
+    except UserError as error:
+        raise UserError(f"{error}; so few images has the smallest batch: let the loader drop its last one (drop_last=True)") from None
+
+
+@contextmanager
+def _failures_of(group: Group, images: Tensor) -> Iterator[None]:
+    """What the networks' own code raises, in one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FAILURES as error:
+        names = ", ".join(dict.fromkeys(student.net.spec.name for student in group))
+        cure = f"; {shortage(error)}" if shortage(error) else ""
+        raise UserError(f"student {names} can't be trained on a batch of {len(images)}: {summary(error)}{cure}") from None
+
+
+def first_gradients(cohort: Cohort) -> dict[Student, dict[str, float]]:
+    """Each student's gradient norms relative to the task's, on its first batch with a label; changes nothing.
+
+    A batch that would be mixed without labels is not mixed, for the task needs them.
+
+    Raises:
+        UserError: images, a teacher's answer, a student's or a term is not finite; and what ``gradient_ratios`` refuses.
+    """
+    found: dict[Student, dict[str, float]] = {}
+    for lane in cohort.lanes:
+        images, batch = _first_labelled(lane.stream.with_labels())
+        with lane.teaching(0, 0):
+            taught = lane.teacher.teach(images) if lane.teacher else None
+        refuse_first(images, lane.teacher, taught)
+        for group in lane.groups:
+            found |= gradient_ratios(group, images, taught, batch, cohort.precision)
+            if lane.stream.least < len(images):
+                refuse_short(group, images, taught, batch, cohort.precision, lane.stream.least)
+    return found
+
+
+def _first_labelled(batches: Batches) -> tuple[Tensor, Batch]:
+    found = (one for epoch in itertools.count() for one in batches.epoch(epoch))
+    return next(one for one in found if (targets := one[1].targets) is None or bool((targets.labels != NO_LABEL).any()))

@@ -1,0 +1,53 @@
+"""How long an epoch takes, from a few steps of it."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+
+from ..data.supply import First, at_once
+from ..device import synchronize
+from .cohort import Cohort, ready, train_epoch
+from .evaluate import evaluate
+
+
+def seconds_per_epoch(cohort: Cohort, steps: int = 5) -> float:
+    """An epoch's time by the cohort's engine, from the median of a few steps and one evaluation batch a student.
+
+    The students' weights move. Neither what the engine sets up nor the first step is counted. Of several phases the first is measured.
+    """
+    for student in cohort.students:
+        student.begin_phase(0)
+    ready(cohort)
+    times: list[float] = []
+    last = time.perf_counter()
+
+    def on_step() -> None:
+        nonlocal last
+        synchronize(cohort.data.device)
+        now = time.perf_counter()
+        times.append(now - last)
+        last = now
+        if len(times) > steps:
+            raise StopIteration
+
+    try:
+        with contextlib.suppress(StopIteration):
+            train_epoch(cohort, 0, 1, on_step)
+        return statistics.median(times[1:] or times) * cohort.lanes[0].stream.steps + _evaluation_seconds(cohort)
+    finally:
+        for lane in cohort.lanes:
+            lane.stream.close()
+
+
+def _evaluation_seconds(cohort: Cohort) -> float:
+    """What evaluating every student takes, from a second batch of each; the first warms up."""
+    data, started = cohort.data, 0.0
+    part = First(data.curve, at_once(data.spec.height, data.spec.width, data.device))
+    for _ in range(2):
+        started = time.perf_counter()
+        for student in cohort.students:
+            evaluate(student.net, part, cohort.precision)
+        synchronize(data.device)
+    return (time.perf_counter() - started) * len(data.curve) / len(part)

@@ -13,7 +13,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ImageNetwork, register, stage_by_stage
+from .base import ImageNetwork, register, stage_by_stage
 
 DEPTHS = (8, 14, 20, 26, 32, 44, 56, 110)
 WIDE_DEPTHS = (8, 14, 32)

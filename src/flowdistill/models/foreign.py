@@ -24,7 +24,7 @@ from .. import trust
 from ..checks import FAILURES, UserError, did_you_mean, first_line, summary
 from ..randomness import seeded
 from ..taps import DataSpec, NetSpec, Outputs, TapSpec
-from . import FORMS, Network
+from .base import FORMS, Network
 from .code import contents, digest, hashes, own_modules, place_of
 from .front import View
 from .hooks import Keep, Seen, hook, remove_all

@@ -7,7 +7,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ImageNetwork, register, stage_by_stage
+from .base import ImageNetwork, register, stage_by_stage
 from .cifar_resnet import BasicBlock
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}

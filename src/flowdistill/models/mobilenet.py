@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ImageNetwork, by_stage, register
+from .base import ImageNetwork, by_stage, register
 
 EXPANSION = 6
 GROUPS = (  # expansion, channels, blocks, stride

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checks import FAILURES, pass_on_shortage
 from ..randomness import seeded
 from ..taps import Outputs
-from . import Network
+from .base import Network
 
 Answers = Mapping[str, Sequence[float]]
 """What was looked at -> its norm and three fixed projections of it. JSON can say it."""

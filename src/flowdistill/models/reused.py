@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..checks import UserError
 from ..taps import DataSpec
-from . import CAM, FORMS, MODELS, ImageFactory, ImageNetwork, Network, spec
+from .base import CAM, FORMS, MODELS, ImageFactory, ImageNetwork, Network, spec
 
 PROJECTED = "projected"
 WRITTEN = re.compile(r"reused\((?P<student>[^(),]+),(?P<teacher>[^(),]+),(?P<factor>[1-9]\d*)\)")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ImageNetwork, register, stage_by_stage
+from .base import ImageNetwork, register, stage_by_stage
 
 STEM = 24
 

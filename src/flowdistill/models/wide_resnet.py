@@ -13,7 +13,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ImageNetwork, by_stage, register
+from .base import ImageNetwork, by_stage, register
 
 SIZES = ((16, 1), (16, 2), (40, 1), (40, 2), (28, 10))
 

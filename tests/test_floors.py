@@ -298,7 +298,7 @@ def test_a_circle_is_seen(added: dict[str, str], circle: list[str]) -> None:
     [
         ("ledger", "import torch", "ledger"),
         ("report.tables", "from torch.nn import functional", "report.tables"),
-        ("report", "from ..models import Network", "models"),
+        ("report", "from ..models import Network", "models.base"),
         ("stats", "from .device import Precision", "device"),
         ("cli", "from .methods.base import Phase", "methods.base"),
         ("env", "try:\n    import torchvision.datasets\nexcept ImportError:\n    pass", "env"),

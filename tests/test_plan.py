@@ -22,8 +22,9 @@ from flowdistill.ledger import Ledger
 from flowdistill.methods import Needs, Phase
 from flowdistill.models.wide_resnet import WideResNet
 from flowdistill.runner.fingerprint import fingerprint as fingerprinted
+from flowdistill.runner.job import Job
 from flowdistill.runner.networks import NetworkRef
-from flowdistill.runner.plan import Job, cohorts, plan
+from flowdistill.runner.plan import cohorts, plan
 from flowdistill.taps import DataSpec, NetSpec
 from flowdistill.training.weights import save_weights
 

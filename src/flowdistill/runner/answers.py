@@ -24,8 +24,8 @@ from ..device import Precision
 from ..models import Network
 from ..models.front import View, front
 from ..training.evaluate import predict
+from .job import Job
 from .networks import NetworkRef
-from .plan import Job
 
 SAMPLE = 512  # images that a teacher is measured on, the same share of each class
 ERRORS = 3  # standard errors that tell an accuracy from chance

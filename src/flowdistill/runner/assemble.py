@@ -27,8 +27,9 @@ from ..training.facts import gather
 from ..training.gradients import first_gradients
 from ..training.student import Lane, Student
 from ..training.teacher import Teacher
+from .job import Job, other_side, weights_seed
 from .pairing import compared
-from .plan import Job, cohorts, other_side, weights_seed
+from .plan import cohorts
 from .watcher import Watcher
 
 GRADIENT_LIMIT = 1000.0  # a term whose gradient is larger than this, relative to the task's, diverges

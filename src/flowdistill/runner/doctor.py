@@ -25,9 +25,10 @@ from .answers import another_order, ask, given, listed, other_images, sample
 from .assemble import GRADIENT_LIMIT
 from .estimate import unmeasured
 from .identity import Identities
+from .job import Job
 from .networks import NetworkRef
 from .pairing import compared
-from .plan import Job, checked, drafts
+from .plan import checked, drafts
 from .watcher import Watcher
 
 FEEBLE = 1e-3  # a term whose gradient is smaller than this, relative to the task's, does next to nothing

@@ -18,7 +18,8 @@ from ..training.gradients import first_gradients
 from ..training.timing import seconds_per_epoch
 from .assemble import Member, assemble
 from .execute import before
-from .plan import Job, cohorts, plan
+from .job import Job
+from .plan import cohorts, plan
 
 
 def by(engine: str, precision: str) -> frozenset[str]:

@@ -24,7 +24,8 @@ from ..training.cohort import Cohort, train
 from ..training.student import Student
 from .assemble import Member, check_start, prepare
 from .integrity import missing
-from .plan import Job, other_side, plan, recorded
+from .job import Job, other_side
+from .plan import plan, recorded
 from .record import finish, now, record_epoch, row, told
 from .watcher import Watcher
 

@@ -6,16 +6,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import models
 from ..methods import Needs
 from ..models.foreign import is_foreign
 from ..models.front import View
+from .job import Job
 from .networks import NetworkRef
-
-if TYPE_CHECKING:
-    from .plan import Job
 
 
 def fingerprint(job: Job, needs: Needs, versions: Mapping[str, int], made_of: Mapping[str, list[Any]]) -> str:

@@ -3,172 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from .. import advice, methods, models, trust
+from .. import methods, models, trust
 from ..checks import UserError
 from ..config import DataConfig, Role, RunConfig, validate
 from ..data.images import ImageData
 from ..data.sources import load, load_unlabelled
-from ..data.splits import trained_positions
 from ..device import Precision, resolve_precision
 from ..ledger import Ledger, Run
 from ..methods import Method, Settled
-from ..models.foreign import is_foreign
-from ..randomness import derive, seeded
 from ..talk import Remarks
-from ..taps import NetSpec
 from ..training.weights import hash_weights
 from .fingerprint import fingerprint
-from .identity import Identities, Identity
+from .identity import Identities
 from .integrity import changed_files
+from .job import Job, other_side, weights_seed
 from .networks import NetworkRef, Wanted, as_configured, choose_teacher, first_weights, recorded_teacher, refuse_contaminated
-from .pairing import Pairing, pair
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run to do.
-
-    Attributes:
-        config: with every default filled in.
-        init_hash: of the student's initial weights.
-        fingerprint: what the run's numbers depend on, without the seed.
-        networks: student and teacher, by role, as they are now.
-    """
-
-    config: RunConfig
-    data: ImageData
-    data_hash: str
-    settled: Settled
-    student: NetworkRef
-    teacher: NetworkRef | None
-    precision: Precision
-    init_hash: str
-    fingerprint: str
-    networks: Mapping[str, Identity] = field(default_factory=dict)
-
-    @property
-    def phase_epochs(self) -> tuple[int, ...]:
-        """Epochs of each phase."""
-        return tuple(phase.epochs or self.config.train.epochs for phase in self.settled.phases)
-
-    @property
-    def key(self) -> tuple[str, int]:
-        """Two jobs with one key would give one and the same student."""
-        return self.fingerprint, self.config.seed
-
-    @property
-    def model_names(self) -> list[str]:
-        """The models of all networks that take part."""
-        return [name for name in (self.student.model, self.teacher and self.teacher.model, self.config.peer) if name]
-
-    @property
-    def trained(self) -> str:
-        """The model that is trained and ships: the student, unless its method builds another on it."""
-        return self.settled.trained_model(self.student.model, self.teacher.model if self.teacher else "")
-
-    @property
-    def variant(self) -> str:
-        """What differs from the method's defaults, as tables print it; of two that teach each other which one this is, and what ships
-        where that is not the student; what it begins from, what of it is frozen, and which images and taps were given to whom.
-        """
-        notes = [self.settled.variant]
-        if self.data.unlabelled is not None:
-            notes = [*notes, f"unlabelled={self.data.unlabelled.name}"]
-        if self.config.peer is not None:
-            notes = ["second"] * (self.config.side == 2) + [f"peer={self.config.peer}", *notes]
-        if self.trained != self.student.model:
-            notes = [f"ships {self.trained}", *notes]
-        if self.student.init:
-            notes.append(f"init={self.student.origin}")
-        if self.config.train.freeze:
-            notes.append(f"freeze={','.join(self.config.train.freeze)}")
-        tables = {
-            "inputs": {role: own.model_dump(mode="json", exclude_none=True) for role, own in self.config.inputs.items()},
-            "taps": self.config.taps,
-        }
-        for name, table in tables.items():
-            notes += [f"{name}.{role}.{key}={value}" for role, values in table.items() for key, value in values.items()]
-        return ", ".join(note for note in notes if note)
-
-    @property
-    def label(self) -> str:
-        """As messages name it."""
-        pair = f"{self.student.model} <- {self.teacher.model}" if self.teacher else self.student.model
-        return f"{self.settled.name} {pair} seed {self.config.seed}"
-
-    @cached_property
-    def pairing(self) -> Pairing | None:
-        """What is trained and its teacher, with stages of the same names; None without a teacher.
-
-        Raises:
-            UserError: the taps that were named do not go together, or what is trained can't be made of these two.
-        """
-        if self.trained != self.student.model:
-            self._refuse_parts()
-        if self.teacher is None:
-            return None
-        ours, theirs = (network.seen(self.data.spec) for network in (self.student, self.teacher))
-        named = bool(self.student.taps or self.teacher.taps)
-        return pair(self.student_spec, self.teacher.spec(self.data.spec), ours, theirs, named=named)
-
-    def _refuse_parts(self) -> None:
-        """A network that is built of student and teacher is built of registered ones as they are."""
-        parts = [part.model for part in (self.student, self.teacher) if part]
-        if foreign := next(filter(is_foreign, parts), ""):
-            raise UserError(
-                f"{self.settled.name} needs registered models as student and teacher, {foreign} is none; name two that "
-                f"{advice.command('models')} lists, or choose another method"
-            )
-        if self.student.taps or self.config.inputs.get("student"):
-            raise UserError(
-                f"{self.settled.name} trains another network than {self.student.model}; leave taps and inputs of the student out"
-            )
-
-    @property
-    def student_spec(self) -> NetSpec:
-        """What is trained, under its own names."""
-        if self.trained == self.student.model:
-            return self.student.spec(self.data.spec)
-        return models.spec(self.trained, self.data.spec)
-
-    @property
-    def student_taps(self) -> NetSpec:
-        """What is trained, its stages named as those of the teacher that they learn from."""
-        return self.pairing.student if self.pairing else self.student_spec
-
-    @property
-    def _labels_of_teacher(self) -> tuple[str, ...]:
-        """The names of its classes; the data's own where it learnt from these very images and labels, whatever their names were then."""
-        if self.teacher is None or (self.teacher.saw is not None and self.teacher.saw.data_hash == self.data_hash):
-            return self.data.class_names
-        return self.teacher.labels
-
-    def method(self) -> Method:
-        """The method's module, its adapters drawn from the seed.
-
-        Raises:
-            UserError: student and teacher can't be paired.
-        """
-        unlabelled = self.data.unlabelled.images if self.data.unlabelled is not None else ()
-        n_train = len(trained_positions(self.data.y_train, self.config.split)) + len(unlabelled)
-        spec = replace(self.data.spec, n_train=n_train)
-        teacher = replace(self.pairing.teacher, labels=self._labels_of_teacher) if self.pairing else None
-        try:
-            with seeded(self.config.seed, "adapters"):
-                return methods.build(
-                    self.settled,
-                    student=replace(self.student_taps, labels=self.data.class_names),
-                    teacher=teacher,
-                    data=spec,
-                )
-        except ValueError as error:
-            raise UserError(str(error)) from None
 
 
 def plan(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device, *, stand_in: bool = False) -> list[Job]:
@@ -221,11 +75,6 @@ def _with_peers(given: Sequence[tuple[RunConfig, Settled]]) -> list[tuple[RunCon
             if (side, settled) not in found:
                 found.append((side, settled))
     return found
-
-
-def other_side(config: RunConfig) -> RunConfig:
-    """The config of the student that this one teaches and is taught by."""
-    return config.model_copy(update={"student": config.peer, "peer": config.student, "side": 3 - config.side})
 
 
 def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[Job]:
@@ -281,11 +130,6 @@ class _Loader:
                 data = replace(data, unlabelled=load_unlabelled(config, data, self._remarks))
             self._loaded[config] = data, data.hash()
         return self._loaded[config]
-
-
-def weights_seed(config: RunConfig) -> int:
-    """What fresh weights are drawn from: the run's seed, and for the second of two students one that follows from it."""
-    return config.seed if config.side == 1 else derive(config.seed, "second side")
 
 
 def _initial(student: NetworkRef, data: ImageData, config: RunConfig) -> str:

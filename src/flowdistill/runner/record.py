@@ -21,8 +21,8 @@ from ..training.evaluate import Evaluation, evaluate
 from ..training.weights import hash_weights, save_weights, write_whole
 from .assemble import Member
 from .integrity import listed, made_with, write_record
+from .job import Job
 from .networks import trained_on
-from .plan import Job
 from .watcher import Report, Watcher
 
 

@@ -125,7 +125,7 @@ def test_a_gpu_that_can_not_compute_is_told_in_one_line(error: Exception, count:
 
 @pytest.mark.parametrize(
     ("size", "device", "images"),
-    [(8, "cpu", 500), (32, "cpu", 500), (32, "cuda", 2000), (64, "cuda", 1000), (224, "cpu", 81), (5000, "cuda", 1)],
+    [(8, "cpu", 500), (32, "cpu", 500), (32, "cuda", 2000), (64, "cuda", 1000), (224, "cpu", 81), (224, "cuda", 81), (5000, "cuda", 1)],
 )
 def test_images_that_are_measured_at_once_go_by_their_pixels(size: int, device: str, images: int) -> None:
     assert at_once(size, size, torch.device(device)) == images

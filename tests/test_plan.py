@@ -462,6 +462,7 @@ def test_no_bf16_on_a_cpu_where_a_stride_is_larger_than_its_map(planned: Planner
         "train.precision=bf16: the stride of timm:resnet10t's layer4.0.conv1 is larger than the map that it is given, where a CPU's bf16 "
         "gradients are not sound; use fp32, or larger images"
     )
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     (elsewhere,) = plan([validate({**alone, "data": {"name": "digits"}, "train": {"precision": "bf16"}})], ledger, torch.device("cuda"))
     assert elsewhere.precision == "bf16"
 

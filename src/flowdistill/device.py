@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -79,7 +79,7 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
         UserError: bf16 is wanted on a GPU that only emulates it.
     """
     if device.type == "cuda" and name != "fp32":
-        with torch.cuda.device(device):
+        with nullcontext() if device.index is None else torch.cuda.device(device):
             computes = torch.cuda.is_bf16_supported(including_emulation=False)
         if name == "bf16" and not computes:
             raise UserError(f"--precision bf16: {describe(device)} does not compute bf16, which needs compute capability 8.0; use fp32")

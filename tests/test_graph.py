@@ -184,6 +184,24 @@ def test_after_such_a_failure_nothing_is_captured(data: ImageData, small_npz: Pa
     assert (type(cohort.engine), cohort.engine.why) == (Eager, "an earlier capture failed")
 
 
+def test_what_was_captured_before_such_a_failure_is_still_replayed(
+    data: ImageData, small_npz: Path, replaying: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A capture of the evaluation may fail after that of the step."""
+    cohort, students = a_cohort(data, grid(small_npz)[:2])
+    for student in students:
+        student.begin_phase(0)
+        student.begin_epoch()
+    engine = Graph(Eager("fp32", ""), "")
+    assert engine.ready(cohort.lanes) is engine
+    monkeypatch.setattr(Graph, "spent", "an earlier capture failed")
+    assert engine.ready(cohort.lanes) is engine
+    for student in students:
+        student.begin_phase(0)
+    assert type(engine.ready(cohort.lanes)) is Eager, "another phase needs another capture"
+    assert len(replaying) == 1
+
+
 @pytest.mark.usefixtures("failing")
 def test_an_evaluation_that_can_not_be_captured_is_plain(data: ImageData, small_npz: Path) -> None:
     cohort, (student,) = a_cohort(data, grid(small_npz)[:1])

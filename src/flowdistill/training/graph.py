@@ -124,18 +124,17 @@ class Graph(Eager):
         self._tape: Tape | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._beside: list[Lane] = []
-        self._key: object = None
+        self._captured: list[tuple[Student, torch.optim.SGD]] | None = None
         self._measured = Measured()
 
     def ready(self, lanes: Sequence[Lane]) -> Eager:
         """Capture what is new. Groups that can't be captured, or all where none can, are trained by the engine inside."""
+        if self._captured is not None and self._captured == _students(lanes):
+            return self
         known = {group: _known_hindrance(lane, group) for lane in lanes for group in lane.groups}
         if why := Graph.spent or (next(iter(known.values())) if all(known.values()) else ""):
             self.inner.why = why
             return self.inner.ready(lanes)
-        key = [(student, student.optimizer) for lane in lanes for student in lane.students]
-        if key == self._key:
-            return self
         self._tape = self._graph = None
         inner = self.inner.ready(lanes)
         if inner is not self.inner:
@@ -152,7 +151,7 @@ class Graph(Eager):
             return self._instead(f"it can't be captured ({summary(error)})")
         self._beside = [lane for lane in (_only(lane, lambda group: group in hindered) for lane in lanes) if lane.students]
         self.why = "; ".join([self._why, *(f"{_named(group)} beside it, {self.inner.name}: {why}" for group, why in hindered.items())])
-        self._key = key
+        self._captured = _students(lanes)
         return self
 
     def _instead(self, why: str) -> Eager:
@@ -296,6 +295,11 @@ def _known_hindrance(lane: Lane, group: Group) -> str:
     if growing := next((student.net for student in group if student.net.grown), None):
         return f"buffers of {growing.spec.name} take another shape in a first pass, and a graph's have their place"
     return ""
+
+
+def _students(lanes: Sequence[Lane]) -> list[tuple[Student, torch.optim.SGD]]:
+    """What a graph is captured for; every phase has optimisers of its own."""
+    return [(student, student.optimizer) for lane in lanes for student in lane.students]
 
 
 def _only(lane: Lane, wanted: Callable[[Group], bool]) -> Lane:

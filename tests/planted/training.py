@@ -18,6 +18,7 @@ import torch
 from flowdistill import models, randomness
 from flowdistill.data import augment, loader, names, splits
 from flowdistill.data.given import Finite
+from flowdistill.models import base
 from flowdistill.training import blame, cohort, engine, optim, schedule, step, teacher
 from flowdistill.training.engine import Eager
 from flowdistill.training.optim import build_optimizer
@@ -247,7 +248,7 @@ def ties_taken_late(cohort, report):
 build_model, draw_epoch, crop_and_flip = models.build, augment.draw_epoch, augment.crop_and_flip
 
 
-@bug(models, "seeded", suite.test_an_adapter_leaves_the_initial_weights_and_batches_alone)
+@bug(base, "seeded", suite.test_an_adapter_leaves_the_initial_weights_and_batches_alone)
 @contextlib.contextmanager
 def adapter_drawn_from_the_weights_generator(seed, purpose):
     """One manual_seed at the start, and all draw from it in turn: a method with an adapter gives another student."""

@@ -39,7 +39,7 @@ class Student:
             if not trained_parameters(net, method, phase):
                 raise UserError(f"{self._frozen} leaves nothing to train in phase {phase.name!r}; freeze less")
         self.optimizer: torch.optim.SGD
-        self.weights: dict[str, float] = {}
+        self.weights = {}
         self.tally = Tally((), (), next(net.parameters()).device)
         self.peers: tuple[Student, ...] = ()
         self.chosen_epoch = 0
@@ -92,7 +92,6 @@ class Student:
         self.phase: Phase = self.settled.phases[number]
         self.optimizer = build_optimizer(self.net, self.method, self.phase, self.train)
         self.weights = self.settled.counted(self.phase)
-        self._factors = torch.tensor([*self.weights.values()], device=next(self.net.parameters()).device)
         task = () if self.train.mixup is True else (TASK,)
         terms = (*task, *self.method.terms) if self.taught or not self.method.uses_teacher else task
         self.tally = Tally(terms, self.looks_at, next(self.net.parameters()).device)
@@ -162,6 +161,16 @@ class Student:
     def taught(self) -> bool:
         """Whether the teacher is needed in this phase."""
         return self.method.uses_teacher and any(term != TASK for term in self.weights)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the terms that count in this phase."""
+        return self._weights
+
+    @weights.setter
+    def weights(self, values: dict[str, float]) -> None:
+        self._weights = values
+        self._factors = torch.tensor([*values.values()], device=next(self.net.parameters()).device)
 
     def weighted(self, terms: Mapping[str, Tensor]) -> Tensor:
         """What it minimises: the weighted sum of the terms that count, a scalar."""

@@ -21,10 +21,9 @@ from .checks import UserError
 Precision = Literal["bf16", "fp32"]
 KINDS = ("cpu", "cuda", "mps")
 MOST_WORKERS = 8
-WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 # cuBLAS repeats bit for bit with this alone, and some versions of PyTorch read it once, at the first product of the process.
-os.environ.setdefault(WORKSPACE, ":4096:8")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def resolve_device(name: str) -> torch.device:

@@ -226,7 +226,8 @@ class Graph(Eager):
                 measured.graphs[student] = graph, found
             except Exception as error:  # no memory, or a network that waits in eval mode
                 measured.give_up()
-                self.why = self._why = f"{self._why}; evaluation is not captured ({summary(error)})"
+                remark = f"; evaluation is not captured ({summary(error)})"
+                self.why, self._why = self.why + remark, self._why + remark
                 return self.inner.evaluate([student], data)[0]
         graph, found = measured.graphs[student]
         graph.replay()
@@ -268,7 +269,7 @@ def capturing(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = Non
     """What the device is given inside is captured, on a stream of that device.
 
     Raises:
-        RuntimeError: it can't be; named is the cause, which PyTorch's own error hides. The current stream is what it was.
+        Exception: what ended the capture, which PyTorch's own error hides. The current stream is what it was.
     """
     before = torch.cuda.current_stream(device)
     try:
@@ -282,7 +283,7 @@ def capturing(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = Non
         if _version() < (2, 12):
             spent = f"after which PyTorch {torch.__version__} can't capture any more"
             Graph.spent = f"an earlier capture failed in this process ({summary(cause)}), {spent}"
-        raise RuntimeError(summary(cause)) from error
+        raise cause from None
 
 
 def _known_hindrance(lane: Lane, group: Group) -> str:

@@ -163,3 +163,13 @@ def test_the_command_prints_json(tmp_path: Path, images: ImageData, monkeypatch:
     speeds = [row["images/s"] for row in found["pairs"][0]["rows"]]
     assert len(speeds) == 3
     assert statistics.median(speeds) > 0
+
+
+def test_memory_that_an_earlier_contender_freed_is_given_back_before_the_next_is_weighed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the allocator keeps it, and the driver counts it as held."""
+    cached, total = [3 << 30], 80 << 30
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: cached.__setitem__(0, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - cached[0], total))
+    weighed = measure._Memory(torch.device("cuda"))
+    cached[0] = 1 << 30
+    assert weighed.grown() == 1 << 30

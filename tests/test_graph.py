@@ -269,3 +269,19 @@ def test_compiled_batches_are_the_plain_ones(data: ImageData, crop: str, mixup: 
         assert known.labels is None or torch.equal(batch.labels, known.labels)
         assert int(batch.epoch) == 3
     assert len(engine._batches) == 1
+
+
+def test_weights_are_put_back_when_the_device_has_done_all_it_was_given(
+    data: ImageData, small_npz: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that raised may have work left on other streams, which would write over what was put back."""
+    cohort, (student,) = a_cohort(data, grid(small_npz)[:1])
+    student.begin_phase(0)
+    weight = next(student.net.parameters())
+    before, found = weight.detach().clone(), []
+    monkeypatch.setattr(engines, "synchronize", lambda device: found.append(torch.equal(weight, before)))
+    with pytest.raises(ValueError, match=r"^a step$"), engines.taken_back(cohort.lanes), torch.no_grad():
+        weight.add_(1)
+        raise ValueError("a step")
+    assert found == [False]
+    assert torch.equal(weight, before)

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from flowdistill.bench.measure import Work
-    from flowdistill.data.images import ImageData
+    from flowdistill.data.dataset import ImageData
     from flowdistill.training.engine import Eager
     from flowdistill.training.student import Student
 
@@ -416,10 +416,10 @@ def _running(asked: argparse.Namespace, engine: str, methods: Sequence[str] = ("
     import torch
 
     from flowdistill.bench.measure import Work
-    from flowdistill.data.loader import DeviceData
+    from flowdistill.data.batches import DeviceData
     from flowdistill.device import synchronize
-    from flowdistill.training.choice import choose
     from flowdistill.training.engine import quiet
+    from flowdistill.training.engine_choice import choose
 
     device, images = torch.device(asked.device), _images(asked.images)
     work = Work(*asked.pair.split(":"), asked.batch_size, images, DeviceData(images, "full", device))
@@ -552,11 +552,11 @@ def streams(asked: argparse.Namespace) -> None:
 
 def evaluation(asked: argparse.Namespace) -> None:
     """One student on all test images by batches of several sizes: the first pass is plain, the second captures, the others replay."""
-    from flowdistill.data import loader
+    from flowdistill.data import batches
     from flowdistill.device import synchronize
 
     for batch in (500, 2000, 10_000):
-        loader.at_once = lambda *_, batch=batch: batch
+        batches.at_once = lambda *_, batch=batch: batch
         running = _running(asked, asked.engines, ["base"])
         next(running.steps)
         seconds = []

@@ -18,8 +18,8 @@ from flowdistill import models
 from flowdistill.models.code import contents, file_hash
 from flowdistill.models.probe import probe
 from flowdistill.report.tables import render
-from flowdistill.taps import DataSpec
 from flowdistill.training.weights import hash_weights, load_weights, save_weights
+from flowdistill.types import DataSpec
 
 MODELS = ("resnet8:32", "resnet110:32", "wrn-40-2:32", "timm:resnet50:64", "timm:resnet50:224", "timm:vit_small_patch16_224:224")
 COLUMNS = ("network", "size", "build", "probe of a student", "probe of a teacher", "contents", "weights", "file", "sealed file read")

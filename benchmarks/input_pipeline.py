@@ -17,7 +17,7 @@ from flowdistill.bench.measure import hardware
 from flowdistill.config import validate
 from flowdistill.device import computing, resolve_device
 from flowdistill.ledger import Ledger
-from flowdistill.runner.assemble import prepare
+from flowdistill.runner.cohorts import prepare
 from flowdistill.runner.plan import plan
 from flowdistill.training.cohort import train
 

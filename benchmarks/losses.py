@@ -17,7 +17,7 @@ import torch
 
 from flowdistill import methods, models
 from flowdistill.methods import METHODS, Needs
-from flowdistill.taps import Batch, DataSpec, Facts, Outputs
+from flowdistill.types import Batch, DataSpec, Facts, Outputs
 
 BATCH, ROUNDS = 128, 7
 DATA = DataSpec("random", 50_000, 10, 3, 32, 32)

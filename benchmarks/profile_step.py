@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from flowdistill.bench.measure import Work, random_images
 from flowdistill.bench.plain import PlainLoop
-from flowdistill.data.loader import DeviceData
+from flowdistill.data.batches import DeviceData
 from flowdistill.training.engine import Compiled, Eager
 
 WARM, STEPS, SHOWN = 4, 10, 14

@@ -20,7 +20,7 @@ import typer
 
 from flowdistill.checks import parse_seeds
 from flowdistill.config import RunConfig, validate
-from flowdistill.data import augment, loader
+from flowdistill.data import augment, batches
 from flowdistill.ledger import Ledger
 from flowdistill.randomness import generator
 from flowdistill.recipes import over, recipe
@@ -50,7 +50,7 @@ def undecayed(*given: object) -> torch.optim.SGD:
 KEYS: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
     "as it is": contextlib.nullcontext,
     "no decay": lambda: mock.patch.object(student, "build_optimizer", undecayed),
-    "alternating flip": lambda: mock.patch.object(loader, "draw_epoch", alternating),
+    "alternating flip": lambda: mock.patch.object(batches, "draw_epoch", alternating),
 }
 
 

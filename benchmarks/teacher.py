@@ -14,8 +14,8 @@ import torch
 from flowdistill import models
 from flowdistill.device import synchronize
 from flowdistill.methods import Needs
-from flowdistill.taps import DataSpec
 from flowdistill.training.teacher import Teacher, teach, trim
+from flowdistill.types import DataSpec
 
 TAPS = ("stem", "stage1", "stage2", "stage3")
 

@@ -17,7 +17,7 @@ import test_golden  # noqa: E402
 
 from flowdistill import methods, models  # noqa: E402
 from flowdistill.methods import METHODS, Method, standardise  # noqa: E402
-from flowdistill.taps import DataSpec  # noqa: E402
+from flowdistill.types import DataSpec  # noqa: E402
 
 PAGE = ROOT / "docs" / "METHODS.md"
 CIFAR100 = DataSpec("cifar100", 50_000, 100, 3, 32, 32)

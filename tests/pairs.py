@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from flowdistill.taps import NetSpec, TapSpec
+from flowdistill.types import NetSpec, TapSpec
 
 SIZES = ((8, 8), (8, 8), (4, 4), (2, 2))
 UNEVEN_SIZES = ((7, 5), (5, 6), (4, 3), (3, 2))  # between stages and between networks, nothing divides

@@ -17,7 +17,7 @@ from test_resume import cut_off, outcome
 from flowdistill.config import RunConfig, validate
 from flowdistill.ledger import Ledger
 from flowdistill.runner import execute, run
-from flowdistill.runner.assemble import prepare
+from flowdistill.runner.cohorts import prepare
 from flowdistill.runner.plan import plan
 from flowdistill.training.cohort import train
 

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flowdistill import models
 from flowdistill.data.sources import read_npz
 from flowdistill.models import MODELS, ImageNetwork
-from flowdistill.taps import DataSpec
 from flowdistill.training.at_once import cast_at_once, counted_at_once, give
 from flowdistill.training.engine import Eager
+from flowdistill.types import DataSpec
 
 SMALL = DataSpec("images", 100, 10, 1, 16, 16)
 IMAGES = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -22,7 +22,7 @@ from command import Evil, assert_refused, command
 from safetensors.torch import save
 
 from flowdistill import models
-from flowdistill.taps import DataSpec
+from flowdistill.types import DataSpec
 
 IT = "weights file it.safetensors"
 NO_SAFETENSORS = f"{IT}: not a valid safetensors file (damaged, truncated, or something else)"

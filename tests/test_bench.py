@@ -18,8 +18,8 @@ from flowdistill.bench.measure import Contender, Work
 from flowdistill.bench.plain import PlainLoop
 from flowdistill.bench.roofline import Traffic
 from flowdistill.checks import UserError
-from flowdistill.data.images import ImageData
-from flowdistill.data.loader import DeviceData
+from flowdistill.data.batches import DeviceData
+from flowdistill.data.dataset import ImageData
 from flowdistill.data.sources import read_npz
 from flowdistill.report.tables import render
 from flowdistill.training.engine import Eager

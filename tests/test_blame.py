@@ -14,19 +14,19 @@ from torch import Tensor, nn
 
 import flowdistill
 from flowdistill.checks import UserError
-from flowdistill.data.images import ImageData
+from flowdistill.data.dataset import ImageData
 from flowdistill.data.sources import read_npz
 from flowdistill.ledger import Ledger
 from flowdistill.methods import METHODS
 from flowdistill.runner import run
-from flowdistill.runner.assemble import prepare
+from flowdistill.runner.cohorts import prepare
 from flowdistill.runner.plan import plan
-from flowdistill.taps import Outputs
 from flowdistill.training.cohort import Cohort, Progress, train
 from flowdistill.training.engine import Compiled, Eager
 from flowdistill.training.evaluate import Evaluation
 from flowdistill.training.gradients import first_gradients
 from flowdistill.training.said import ANSWER, EMBEDDING, MAP
+from flowdistill.types import Outputs
 
 CPU = torch.device("cpu")
 FEW = {"limit_train": 48, "train": {"epochs": 1, "batch_size": 16}}  # three batches
@@ -219,7 +219,7 @@ def test_a_student_whose_losses_were_finite(
 
 
 def test_a_peer_that_broke_is_the_one_that_is_told(taught: Ledger, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flowdistill.runner.assemble.choose", lambda *_, **__: Harmed(2, ("task", "dml"), of=1))
+    monkeypatch.setattr("flowdistill.runner.cohorts.choose", lambda *_, **__: Harmed(2, ("task", "dml"), of=1))
     run([config(small_npz, method="dml", **FEW)], taught, CPU)
     one, other = [found for found in taught.runs() if found.method == "dml"]
     assert one.error == "its peer diverged in epoch 1"

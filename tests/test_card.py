@@ -27,8 +27,8 @@ from flowdistill.runner import card as runner_card
 from flowdistill.runner import run
 from flowdistill.runner.card import Card, baseline, count_macs, measure
 from flowdistill.stats import agreement, calibration_error, negative_log_likelihood
-from flowdistill.taps import DataSpec
 from flowdistill.training.weights import load_weights
+from flowdistill.types import DataSpec
 
 CPU = torch.device("cpu")
 

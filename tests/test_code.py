@@ -18,7 +18,7 @@ from flowdistill import models
 from flowdistill.checks import UserError
 from flowdistill.models.code import contents, hashes, own_modules
 from flowdistill.models.probe import difference, probe
-from flowdistill.taps import DataSpec
+from flowdistill.types import DataSpec
 
 pytestmark = pytest.mark.usefixtures("own_code")
 

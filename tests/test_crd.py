@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowdistill.methods.crd import CRD
 from flowdistill.randomness import seeded
-from flowdistill.taps import Batch, DataSpec, Facts
+from flowdistill.types import Batch, DataSpec, Facts
 
 DATA = DataSpec("tiny", n_train=30, classes=5, channels=3, height=8, width=8)
 STUDENT, TEACHER = PAIRS["even"]

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from flowdistill import models
 from flowdistill.bench.measure import Work
-from flowdistill.data.images import ImageData
-from flowdistill.data.loader import DeviceData, Stream
+from flowdistill.data.batches import DeviceData, Stream
+from flowdistill.data.dataset import ImageData
 from flowdistill.device import computing
 from flowdistill.methods import METHODS, settle
 from flowdistill.methods.fsp import FSP

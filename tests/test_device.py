@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flowdistill.checks import UserError
-from flowdistill.data.supply import at_once
+from flowdistill.data.interfaces import at_once
 from flowdistill.device import computing, describe, resolve_device, resolve_precision, settings
 
 CPU, SECOND = torch.device("cpu"), torch.device("cuda:1")

@@ -24,10 +24,10 @@ import flowdistill
 from flowdistill import Distiller, UserError, methods, models
 from flowdistill.config import TrainConfig
 from flowdistill.methods import settle
-from flowdistill.taps import Batch, DataSpec
 from flowdistill.training.step import losses
 from flowdistill.training.student import Student
 from flowdistill.training.teacher import teach
+from flowdistill.types import Batch, DataSpec
 
 DATA = DataSpec("some", 100, 10, 1, 8, 8)
 SIZE = (1, 8, 8)

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from flowdistill import UserError, models
 from flowdistill.config import RunConfig, assign
-from flowdistill.data.supply import Labelled
+from flowdistill.data.interfaces import Labelled
 from flowdistill.ledger import Ledger
 from flowdistill.runner import run
-from flowdistill.runner.answers import Answers, another_order
 from flowdistill.runner.doctor import Finding, examine
-from flowdistill.taps import DataSpec
+from flowdistill.runner.teacher_diagnosis import Answers, another_order
 from flowdistill.training.weights import load_weights, save_weights
+from flowdistill.types import DataSpec
 
 pytestmark = pytest.mark.usefixtures("own_code")
 
@@ -218,7 +218,7 @@ def test_a_teacher_that_takes_one_size_is_asked_for_no_other(look: Look, work: P
 
 
 def test_the_size_of_a_run_is_known(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flowdistill.runner.answers.SIZES", None)
+    monkeypatch.setattr("flowdistill.runner.teacher_diagnosis.SIZES", None)
     assert told(look(), "answers")[0] == "ok"
 
 

@@ -12,7 +12,7 @@ from small import config
 from torch import Tensor, nn
 
 from flowdistill import UserError, models
-from flowdistill.data.loader import place
+from flowdistill.data.batches import place
 from flowdistill.data.sources import load
 from flowdistill.ledger import Ledger
 from flowdistill.methods import Needs
@@ -20,13 +20,13 @@ from flowdistill.models.foreign import adopt
 from flowdistill.runner import evaluate, export, resume, run
 from flowdistill.runner.doctor import examine
 from flowdistill.runner.watcher import Watcher
-from flowdistill.taps import DataSpec
 from flowdistill.training.engine import Eager
 from flowdistill.training.facts import gather
 from flowdistill.training.graph import Graph
 from flowdistill.training.student import Lane
 from flowdistill.training.teacher import Teacher
 from flowdistill.training.weights import save_weights
+from flowdistill.types import DataSpec
 
 pytestmark = pytest.mark.usefixtures("own_code")
 

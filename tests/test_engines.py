@@ -16,22 +16,22 @@ from test_training import a_cohort, weights_of
 
 from flowdistill import methods, models
 from flowdistill.checks import UserError
-from flowdistill.data.images import ImageData
-from flowdistill.data.loader import DeviceData, Stream
+from flowdistill.data.batches import DeviceData, Stream
+from flowdistill.data.dataset import ImageData
 from flowdistill.data.sources import read_npz
 from flowdistill.device import _cpu_computes_bf16 as of_this_processor
 from flowdistill.device import keep_freed_memory, resolve_precision, sensible_threads
 from flowdistill.ledger import Ledger
 from flowdistill.methods import METHODS, Needs
 from flowdistill.runner import resume, run
-from flowdistill.taps import Batch, DataSpec
-from flowdistill.training import choice
-from flowdistill.training.choice import choose
+from flowdistill.training import engine_choice
 from flowdistill.training.cohort import Cohort, train
 from flowdistill.training.engine import Compiled, Eager
+from flowdistill.training.engine_choice import choose
 from flowdistill.training.graph import Tape
 from flowdistill.training.student import Student
 from flowdistill.training.teacher import Teacher, fold, teach, trim
+from flowdistill.types import Batch, DataSpec
 
 CPU = torch.device("cpu")
 CIFAR = DataSpec("cifar", 50_000, 10, 3, 32, 32)
@@ -204,7 +204,7 @@ LONG, SHORT = 200 * 50_000 * 1024, 3 * 50_000 * 1024
 def test_the_choice_and_its_reason(
     wanted: str, device: str, pixels: int, resident: bool, compiler: bool, name: str, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choice.shutil, "which", lambda _: "/usr/bin/g++" if compiler else None)
+    monkeypatch.setattr(engine_choice.shutil, "which", lambda _: "/usr/bin/g++" if compiler else None)
     found = choose(wanted, torch.device(device), "fp32", pixels=pixels, resident=resident)
     assert found.name == name
     assert why in found.why
@@ -339,7 +339,7 @@ def test_a_method_wants_of_the_teacher_what_it_names_and_nothing_else(name: str)
 def test_images_kept_in_host_memory_give_the_same_batches(data: ImageData, monkeypatch: pytest.MonkeyPatch, mixed: bool) -> None:
     data = replace(data, crop="resized", pad=0) if mixed else data
     resident = DeviceData(data, "full", CPU)
-    monkeypatch.setattr("flowdistill.data.loader.free_memory", lambda device: 1000.0)
+    monkeypatch.setattr("flowdistill.data.batches.free_memory", lambda device: 1000.0)
     fetched = DeviceData(data, "full", CPU)
     assert (resident.resident, fetched.resident) == (True, False)
     streams = [Stream(images, 3, 64, mixup=mixed) for images in (resident, fetched)]

@@ -25,7 +25,7 @@ from small import config
 from flowdistill import env
 from flowdistill.checks import UserError, shortage
 from flowdistill.data import streaming
-from flowdistill.data.pictures import Files, Pictures, or_broken
+from flowdistill.data.lazy_images import Files, Pictures, or_broken
 from flowdistill.ledger import Ledger, folders
 from flowdistill.runner import resume, run
 from flowdistill.runner.watcher import Report, Watcher

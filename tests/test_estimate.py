@@ -12,10 +12,10 @@ from small import config
 
 from flowdistill import UserError
 from flowdistill.config import RunConfig
-from flowdistill.data.supply import Labelled
+from flowdistill.data.interfaces import Labelled
 from flowdistill.ledger import Epoch, Ledger, Run
 from flowdistill.runner import Duration, estimate, run
-from flowdistill.training import choice, timing
+from flowdistill.training import engine_choice, timing
 from flowdistill.training.cohort import Cohort
 from flowdistill.training.evaluate import Evaluation
 
@@ -60,7 +60,7 @@ def test_it_measures_what_would_train_and_beside_it_the_plain_way(
     """A long run is compiled, and so is what is measured for it; the plain way is the eager engine in fp32."""
     short = estimate(base(small_npz, 0, 1), ledger, CPU)
     assert short == Duration(SECONDS * 4, SECONDS * 4 * SLOWER, frozenset({"eager engine, bf16"}))
-    monkeypatch.setitem(choice.WORTH_COMPILING, "cpu", 1.0)
+    monkeypatch.setitem(engine_choice.WORTH_COMPILING, "cpu", 1.0)
     long = estimate(base(small_npz, 0, precision="fp32"), ledger, CPU)
     assert long.how == {"compiled engine, fp32"}
     plain = [(cohort.engine.name, cohort.precision) for cohort in measured]

@@ -5,11 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill import models
-from flowdistill.data.loader import Normalisation, ResidentSet
-from flowdistill.data.supply import BATCH
+from flowdistill.data.batches import Normalisation, ResidentSet
+from flowdistill.data.interfaces import BATCH
 from flowdistill.models import Network
-from flowdistill.taps import DataSpec, NetSpec, Outputs
 from flowdistill.training.evaluate import evaluate
+from flowdistill.types import DataSpec, NetSpec, Outputs
 
 CLASSES = 10
 NORMALISE = Normalisation((0.5,), (0.25,)).on(torch.device("cpu"))

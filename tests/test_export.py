@@ -19,10 +19,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from flowdistill import models
-from flowdistill.data.loader import Normalisation
+from flowdistill.data.batches import Normalisation
 from flowdistill.runner import load_network
 from flowdistill.runner.export import FORMATS, TOLERANCE, DeviationError, Program, compare, metadata
-from flowdistill.taps import DataSpec
+from flowdistill.types import DataSpec
 
 pytestmark = pytest.mark.usefixtures("own_code")
 

@@ -16,13 +16,13 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from flowdistill import models
 from flowdistill.checks import UserError
-from flowdistill.data.images import ImageData
-from flowdistill.data.loader import DeviceData
+from flowdistill.data.batches import DeviceData
+from flowdistill.data.dataset import ImageData
 from flowdistill.methods import METHODS, Needs
 from flowdistill.methods.nd import nd_loss
 from flowdistill.methods.ofd import margins
-from flowdistill.taps import Facts, NetSpec
 from flowdistill.training.facts import gather
+from flowdistill.types import Facts, NetSpec
 
 __all__ = ["data"]  # a fixture
 SPEC = NetSpec("net", (), 4, 4)

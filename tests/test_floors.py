@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "ground": (0, ("advice", "checks", "registry", "randomness", "device", "env", "interrupt", "lock", "talk", "trust")),
-    "vocabulary": (1, ("config", "taps")),
+    "vocabulary": (1, ("config", "types")),
     "data": (2, ("data",)),
     "models": (2, ("models",)),
     "methods": (3, ("methods",)),
@@ -23,7 +23,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "ledger": (4, ("ledger",)),
     "stats": (4, ("stats",)),
     "runner": (5, ("runner",)),
-    "top": (6, ("api", "bench", "cli", "complaints", "demo", "distiller", "recipes", "report", "reproduce", "__main__", "")),
+    "top": (6, ("api", "bench", "cli", "cli_errors", "demo", "distiller", "recipes", "report", "reproduce", "__main__", "")),
 }
 """Room: floor and modules or folders; the empty name is the package's own ``__init__``. Rooms of one floor do not know each other."""
 
@@ -31,7 +31,7 @@ STRANGERS = {("methods", "models"), ("methods", "data")}
 """Lower rooms that a room must not know all the same."""
 
 TORCH_FREE = (
-    *("", "__main__", "advice", "checks", "cli", "complaints", "config", "env", "interrupt", "ledger"),
+    *("", "__main__", "advice", "checks", "cli", "cli_errors", "config", "env", "interrupt", "ledger"),
     *("lock", "recipes", "registry", "trust"),
     *("report", "report.card", "report.pages", "report.reference", "report.tables", "stats", "talk"),
 )
@@ -236,11 +236,11 @@ def test_only_a_folder_imports_by_name() -> None:
     [
         ("checks", "from .config import validate", "checks imports config"),
         ("config", "def f():\n    from .data import sources", "config imports data.sources"),
-        ("taps", "import flowdistill.models", "taps imports models"),
-        ("data.loader", "from ..models import build", "data.loader imports models"),
+        ("types", "import flowdistill.models", "types imports models"),
+        ("data.batches", "from ..models import build", "data.batches imports models"),
         ("models.vgg", "from .. import data", "models.vgg imports data"),
         ("methods.rkd", "from flowdistill.models import build", "methods.rkd imports models"),
-        ("methods.rkd", "from ..data.loader import Stream", "methods.rkd imports data.loader"),
+        ("methods.rkd", "from ..data.batches import Stream", "methods.rkd imports data.batches"),
         ("training.step", "from .. import runner", "training.step imports runner"),
         ("training.step", "try:\n    from ..ledger import Ledger\nexcept ImportError:\n    pass", "training.step imports ledger"),
         ("ledger.store", "from ..training.step import Student", "ledger.store imports training.step"),

@@ -25,9 +25,9 @@ from test_resume import cut_off
 
 from flowdistill.checks import UserError
 from flowdistill.config import DataConfig, RunConfig, validate
-from flowdistill.data import files
-from flowdistill.data.images import ImageData
-from flowdistill.data.loader import DeviceData
+from flowdistill.data import image_files
+from flowdistill.data.batches import DeviceData
+from flowdistill.data.dataset import ImageData
 from flowdistill.data.sources import load
 from flowdistill.env import memory
 from flowdistill.ledger import Ledger
@@ -298,7 +298,7 @@ def test_a_link_inside_is_followed(small: Path) -> None:
 
 
 def test_a_large_folder_is_told_of(small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(files, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(image_files, "PROGRESS_SECONDS", 0.0)
     folder_data(small)
     lines = [f"folder:{small}: {what} 64 of 120 images" for what in ("headers of", "decoded")]
     assert capsys.readouterr().err.splitlines() == lines

@@ -11,8 +11,8 @@ from flowdistill import models
 from flowdistill.checks import UserError
 from flowdistill.methods import Needs
 from flowdistill.models.foreign import adopt
-from flowdistill.taps import DataSpec
 from flowdistill.training.teacher import Teacher
+from flowdistill.types import DataSpec
 
 pytestmark = pytest.mark.usefixtures("own_code")
 

@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from flowdistill import models
 from flowdistill.checks import UserError
 from flowdistill.config import RunConfig, validate
-from flowdistill.data.images import ImageData
-from flowdistill.data.loader import DeviceData
+from flowdistill.data.batches import DeviceData
+from flowdistill.data.dataset import ImageData
 from flowdistill.ledger import Ledger
 from flowdistill.models.foreign import adopt
 from flowdistill.runner import execute, resume, run
-from flowdistill.taps import DataSpec
 from flowdistill.training.cohort import Cohort
 from flowdistill.training.engine import Compiled, Eager
 from flowdistill.training.freeze import freeze
 from flowdistill.training.gradients import first_gradients
 from flowdistill.training.student import Student
 from flowdistill.training.weights import load_weights
+from flowdistill.types import DataSpec
 
 __all__ = ["data"]  # a fixture
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from torch import Tensor
 from flowdistill import UserError, fsp_loss, fsp_matrix
 from flowdistill.methods import Phase, Settled, get, settle
 from flowdistill.methods.fsp import FSPOptions, match_sizes
-from flowdistill.taps import NetSpec, Outputs, TapSpec
+from flowdistill.types import NetSpec, Outputs, TapSpec
 
 
 def resolve(**options: Any) -> Settled:

@@ -18,7 +18,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 import flowdistill
 from flowdistill import UserError
 from flowdistill.data import given
-from flowdistill.data.given_supply import GivenSupply
+from flowdistill.data.user_batches import GivenSupply
 from flowdistill.ledger import Ledger
 from flowdistill.training.weights import load_weights
 

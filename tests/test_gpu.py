@@ -15,7 +15,7 @@ from flowdistill.ledger import Ledger, Run
 from flowdistill.methods.fsp import FSP
 from flowdistill.models.foreign import adopt
 from flowdistill.runner import Watcher, evaluate, resume, run
-from flowdistill.training import choice
+from flowdistill.training import engine_choice
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
 
@@ -82,7 +82,7 @@ def test_what_methods_remember_is_captured_bit_for_bit(small_npz: Path, tmp_path
 
 def test_a_captured_and_compiled_cohort_trains_alike(small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = trained(small_npz, tmp_path / "eager", "eager")
-    monkeypatch.setitem(choice.WORTH_COMPILING, "cuda", 0.0)
+    monkeypatch.setitem(engine_choice.WORTH_COMPILING, "cuda", 0.0)
     both = trained(small_npz, tmp_path / "graph", "graph")
     assert {done.engine for done in both} == {"graph+compiled"}
     for one, other in zip(plain, both, strict=True):
@@ -106,7 +106,7 @@ def test_a_method_that_waits_for_the_device_falls_back_and_is_told(
 
 def test_images_in_host_memory_give_the_same_weights(small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = trained(small_npz, tmp_path / "resident", "eager")
-    monkeypatch.setattr("flowdistill.data.loader.free_memory", lambda device: 1000.0)
+    monkeypatch.setattr("flowdistill.data.batches.free_memory", lambda device: 1000.0)
     fetched = trained(small_npz, tmp_path / "fetched", "auto")
     assert [done.weights_hash for done in fetched] == [done.weights_hash for done in plain]
 

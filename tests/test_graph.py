@@ -16,8 +16,8 @@ from small import config
 from test_engines import GRID, grid, trained
 from test_training import a_cohort, weights_of
 
-from flowdistill.data.images import ImageData
-from flowdistill.data.loader import DeviceData, Stream
+from flowdistill.data.batches import DeviceData, Stream
+from flowdistill.data.dataset import ImageData
 from flowdistill.data.sources import read_npz
 from flowdistill.methods.fsp import FSP
 from flowdistill.training import engine as engines

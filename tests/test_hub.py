@@ -16,9 +16,9 @@ from PIL import Image
 
 from flowdistill.checks import UserError
 from flowdistill.config import DataConfig
-from flowdistill.data import hub
-from flowdistill.data.images import ImageData
-from flowdistill.data.loader import Stream, place
+from flowdistill.data import huggingface
+from flowdistill.data.batches import Stream, place
+from flowdistill.data.dataset import ImageData
 from flowdistill.data.sources import load
 from flowdistill.talk import Remarks
 
@@ -306,7 +306,7 @@ def test_a_wrong_place_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.M
     assert_refused(
         tmp_path, ["train", "--dataset", "digits", "--set", "data.label=x"], "data: label=x belongs to hf:NAME, not to digits; leave it out"
     )
-    monkeypatch.setattr(hub, "find_spec", lambda _: None)
+    monkeypatch.setattr(huggingface, "find_spec", lambda _: None)
     assert_refused(tmp_path, ["train", "--dataset", "hf:x"], "hf:x: hf:NAME needs datasets, which is not installed: pip install datasets")
 
 

@@ -18,7 +18,7 @@ from flowdistill.methods.kd import kd_loss
 from flowdistill.methods.kdsvd import kdsvd_loss
 from flowdistill.methods.rkd import angle_loss
 from flowdistill.methods.standardise import standardise
-from flowdistill.taps import Batch, DataSpec, NetSpec, Outputs
+from flowdistill.types import Batch, DataSpec, NetSpec, Outputs
 
 EVEN = PAIRS["even"]
 PROBABILITIES = [name for name in METHODS if getattr(get(name), "probabilities", False)]

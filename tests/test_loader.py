@@ -9,8 +9,8 @@ import torch
 from torchvision.transforms.v2 import functional as tv
 
 from flowdistill.checks import UserError
-from flowdistill.data.images import ImageData
-from flowdistill.data.loader import DeviceData, Normalisation, Stream
+from flowdistill.data.batches import DeviceData, Normalisation, Stream
+from flowdistill.data.dataset import ImageData
 from flowdistill.data.splits import holdout_positions
 
 CPU = torch.device("cpu")

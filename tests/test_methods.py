@@ -26,8 +26,8 @@ from flowdistill.checks import UserError
 from flowdistill.methods import METHODS, Composed, Method, build, get, parts, settle
 from flowdistill.methods.standardise import standardise
 from flowdistill.randomness import seeded
-from flowdistill.taps import Batch, DataSpec, Facts, NetSpec, Outputs
 from flowdistill.training.teacher import teach
+from flowdistill.types import Batch, DataSpec, Facts, NetSpec, Outputs
 
 COMPOSITION = "at+kd"
 SHEETS = {

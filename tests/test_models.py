@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from flowdistill import models
 from flowdistill.checks import UserError
 from flowdistill.models import Network
-from flowdistill.taps import DataSpec
+from flowdistill.types import DataSpec
 
 CIFAR = DataSpec("cifar10", 50_000, 10, 3, 32, 32)
 DIGITS = DataSpec("digits", 898, 10, 1, 16, 16)

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 import flowdistill
 from flowdistill import UserError, models
 from flowdistill.models import foreign
-from flowdistill.taps import DataSpec
 from flowdistill.training.weights import hash_weights
+from flowdistill.types import DataSpec
 
 
 class Tied(nn.Module):

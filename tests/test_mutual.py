@@ -17,7 +17,7 @@ from flowdistill.checks import UserError
 from flowdistill.config import RunConfig
 from flowdistill.ledger import Ledger
 from flowdistill.runner import execute, resume, run
-from flowdistill.runner.assemble import prepare
+from flowdistill.runner.cohorts import prepare
 from flowdistill.runner.plan import plan
 from flowdistill.training import cohort as engine
 from flowdistill.training.cohort import train

@@ -11,7 +11,7 @@ from flowdistill import models
 from flowdistill.checks import UserError
 from flowdistill.models.front import View, front
 from flowdistill.runner.pairing import compared, pair
-from flowdistill.taps import DataSpec
+from flowdistill.types import DataSpec
 
 SMALL = DataSpec("small", 10, 5, 3, 32, 32)
 LARGE = DataSpec("large", 10, 5, 3, 64, 64)

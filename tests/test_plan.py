@@ -16,17 +16,17 @@ from PIL import Image
 from flowdistill import methods, models
 from flowdistill.checks import UserError
 from flowdistill.config import DataConfig, validate
-from flowdistill.data.images import ImageData
+from flowdistill.data.dataset import ImageData
 from flowdistill.data.sources import load
 from flowdistill.ledger import Ledger
 from flowdistill.methods import Needs, Phase
 from flowdistill.models.wide_resnet import WideResNet
 from flowdistill.runner.fingerprint import fingerprint as fingerprinted
 from flowdistill.runner.job import Job
-from flowdistill.runner.networks import NetworkRef
 from flowdistill.runner.plan import cohorts, plan
-from flowdistill.taps import DataSpec, NetSpec
+from flowdistill.runner.references import NetworkRef
 from flowdistill.training.weights import save_weights
+from flowdistill.types import DataSpec, NetSpec
 
 CPU = torch.device("cpu")
 Planner = Callable[..., Job]

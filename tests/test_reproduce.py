@@ -25,7 +25,7 @@ from flowdistill.report.reference import SETTINGS
 from flowdistill.report.study import head, shortened
 from flowdistill.reproduce import Order, choose, settings
 from flowdistill.stats import welch
-from flowdistill.taps import DataSpec
+from flowdistill.types import DataSpec
 
 SECTIONS = [
     "# The FSP reference log, reproduced",

@@ -25,10 +25,10 @@ from flowdistill.ledger import Ledger, Run
 from flowdistill.methods import METHODS, Method, Needs
 from flowdistill.methods.base import Paper
 from flowdistill.runner import Watcher, execute, resume, run
-from flowdistill.taps import Batch, NetSpec, Outputs
 from flowdistill.training import checkpoint, student
 from flowdistill.training import cohort as engine
 from flowdistill.training.cohort import train
+from flowdistill.types import Batch, NetSpec, Outputs
 
 CPU = torch.device("cpu")
 

@@ -17,10 +17,10 @@ from flowdistill.checks import UserError
 from flowdistill.ledger import Ledger
 from flowdistill.models.reused import Reused
 from flowdistill.runner import evaluate, resume, run
-from flowdistill.runner.assemble import prepare
+from flowdistill.runner.cohorts import prepare
 from flowdistill.runner.plan import plan
-from flowdistill.taps import DataSpec
 from flowdistill.training.weights import load_weights
+from flowdistill.types import DataSpec
 
 pytestmark = pytest.mark.usefixtures("own_code")
 

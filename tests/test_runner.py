@@ -15,9 +15,9 @@ from flowdistill import UserError, models
 from flowdistill.data.sources import read_npz
 from flowdistill.ledger import Ledger, Run
 from flowdistill.runner import Watcher, evaluate, load_network, run
-from flowdistill.taps import DataSpec
 from flowdistill.training import engine
 from flowdistill.training.weights import hash_weights, load_weights, save_weights
+from flowdistill.types import DataSpec
 
 CPU = torch.device("cpu")
 ONE = {"epochs": 1}

@@ -8,9 +8,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 from flowdistill import methods, models
 from flowdistill.config import TrainConfig
 from flowdistill.methods import Phase
-from flowdistill.taps import DataSpec
 from flowdistill.training.schedule import lr_factor
 from flowdistill.training.student import Student
+from flowdistill.types import DataSpec
 
 LR = 0.1
 

@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 
 from flowdistill.checks import UserError
 from flowdistill.config import DataConfig
-from flowdistill.data.images import ImageData
+from flowdistill.data.dataset import ImageData
 from flowdistill.data.sources import SOURCES, load
 
 

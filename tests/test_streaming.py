@@ -26,11 +26,11 @@ from test_resume import Cut, Scissors, outcome
 from torch.utils.data._utils import signal_handling
 
 from flowdistill.checks import UserError
-from flowdistill.data import files, normalisation
+from flowdistill.data import image_files, normalisation
 from flowdistill.data.augment import boxes
-from flowdistill.data.images import ImageData, Unlabelled
-from flowdistill.data.loader import DeviceData, Stream, StreamedData, place
-from flowdistill.data.pictures import Pictures
+from flowdistill.data.batches import DeviceData, Stream, StreamedData, place
+from flowdistill.data.dataset import ImageData, Unlabelled
+from flowdistill.data.lazy_images import Pictures
 from flowdistill.data.sources import read_npz
 from flowdistill.data.streaming import StreamedSet
 from flowdistill.ledger import Ledger
@@ -38,7 +38,7 @@ from flowdistill.lock import held
 from flowdistill.randomness import generator, seeded
 from flowdistill.runner import evaluate, execute, export, resume, run
 from flowdistill.runner.card import measure
-from flowdistill.taps import NO_LABEL
+from flowdistill.types import NO_LABEL
 
 CPU = torch.device("cpu")
 SIDES = [(9, 12), (20, 8), (8, 8), (15, 31), (16, 16), (11, 10)]
@@ -99,7 +99,7 @@ def test_images_are_evaluated_as_they_are_in_memory(mixed: Path) -> None:
 
 
 def test_evaluation_goes_by_batches_that_cover_all_images_once(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flowdistill.data.supply.BATCH_PIXELS", 5 * 7 * 7)
+    monkeypatch.setattr("flowdistill.data.interfaces.BATCH_PIXELS", 5 * 7 * 7)
     test = place(folder_data(mixed, size=7, stream=True), "full", CPU, 0).test
     assert isinstance(test, StreamedSet)
     parts = list(test.batches())
@@ -259,7 +259,7 @@ def test_randaugment_belongs_to_the_recipe(small_npz: Path, ledger: Ledger) -> N
 
 
 def few(monkeypatch: pytest.MonkeyPatch, memory: int) -> None:
-    monkeypatch.setattr(files, "memory", lambda: memory)
+    monkeypatch.setattr(image_files, "memory", lambda: memory)
 
 
 def test_what_does_not_fit_is_streamed_and_never_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +272,7 @@ def test_what_does_not_fit_is_streamed_and_never_held(tmp_path: Path, monkeypatc
     few(monkeypatch, 2 * taken - 2)
     for name, value in (("MEASURED", 8), ("AT_ONCE", 4)):
         monkeypatch.setattr(normalisation, name, value)
-    monkeypatch.setattr("flowdistill.data.supply.BATCH_PIXELS", 10 * 64 * 64)
+    monkeypatch.setattr("flowdistill.data.interfaces.BATCH_PIXELS", 10 * 64 * 64)
     epoch(folder_data(tmp_path, pad=None, limit_train=12))  # imports what it needs
     peaks = []
     for _ in range(2):  # twice, for the interpreter's table of interned names may grow by megabytes in one of them

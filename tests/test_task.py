@@ -15,16 +15,16 @@ from small import config
 from test_engines import Taped, trained
 from test_training import a_cohort, weights_of
 
-from flowdistill.data.images import ImageData, Unlabelled
-from flowdistill.data.loader import Stream
+from flowdistill.data.batches import Stream
+from flowdistill.data.dataset import ImageData, Unlabelled
 from flowdistill.data.sources import read_npz
 from flowdistill.methods.kd import kd_loss
-from flowdistill.taps import Batch, Targets
 from flowdistill.training.cohort import Cohort, train
 from flowdistill.training.engine import Compiled, Eager
 from flowdistill.training.gradients import first_gradients
 from flowdistill.training.student import Student
 from flowdistill.training.task import task_loss
+from flowdistill.types import Batch, Targets
 
 CPU = torch.device("cpu")
 

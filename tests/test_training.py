@@ -16,8 +16,8 @@ from torch import Tensor
 from flowdistill import methods, models
 from flowdistill.checks import UserError
 from flowdistill.config import RunConfig, TrainConfig
-from flowdistill.data.images import ImageData
-from flowdistill.data.loader import DeviceData, Stream
+from flowdistill.data.batches import DeviceData, Stream
+from flowdistill.data.dataset import ImageData
 from flowdistill.data.sources import read_npz
 from flowdistill.ledger import Ledger
 from flowdistill.methods import Needs

@@ -24,10 +24,10 @@ from flowdistill.report import tables
 from flowdistill.report.card import page
 from flowdistill.runner import Watcher, dry_run, execute, resume, run
 from flowdistill.runner import card as runner_card
-from flowdistill.runner.networks import resolve
 from flowdistill.runner.plan import plan
-from flowdistill.taps import DataSpec
+from flowdistill.runner.references import resolve
 from flowdistill.training.weights import hash_weights, load_weights, save_weights
+from flowdistill.types import DataSpec
 
 pytestmark = pytest.mark.usefixtures("own_code")
 

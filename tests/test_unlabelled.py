@@ -18,9 +18,9 @@ from test_training import a_cohort
 from flowdistill import models
 from flowdistill.checks import UserError
 from flowdistill.config import DataConfig, RunConfig, validate
-from flowdistill.data import files
-from flowdistill.data.images import ImageData, Unlabelled
-from flowdistill.data.loader import DeviceData, Stream
+from flowdistill.data import image_files
+from flowdistill.data.batches import DeviceData, Stream
+from flowdistill.data.dataset import ImageData, Unlabelled
 from flowdistill.data.sources import load, load_unlabelled, read_npz
 from flowdistill.ledger import Ledger
 from flowdistill.methods.kd import kd_loss
@@ -29,10 +29,10 @@ from flowdistill.runner import run
 from flowdistill.runner.evaluate import evaluate
 from flowdistill.runner.plan import plan
 from flowdistill.talk import Remarks
-from flowdistill.taps import NO_LABEL, Batch, Targets
 from flowdistill.training.facts import class_means
 from flowdistill.training.gradients import first_gradients
 from flowdistill.training.task import task_loss
+from flowdistill.types import NO_LABEL, Batch, Targets
 
 CPU = torch.device("cpu")
 
@@ -185,9 +185,9 @@ def test_files_that_memory_does_not_hold_are_refused(tmp_path: Path, data: Image
     for number, image in enumerate(digits(3)):
         Image.fromarray(image).save(tmp_path / f"{number}.png")
     wanted = DataConfig(name="digits", unlabelled=f"folder:{tmp_path}")
-    monkeypatch.setattr(files, "memory", lambda: 2 * 3 * 64)
+    monkeypatch.setattr(image_files, "memory", lambda: 2 * 3 * 64)
     assert len(load_unlabelled(wanted, data).images) == 3
-    monkeypatch.setattr(files, "memory", lambda: 2 * 3 * 64 - 1)
+    monkeypatch.setattr(image_files, "memory", lambda: 2 * 3 * 64 - 1)
     line = "3 images of 8x8x1 take 192 bytes, over half of this machine's memory (191); set data.size lower, or give fewer images"
     with pytest.raises(UserError) as told:
         load_unlabelled(wanted, data)

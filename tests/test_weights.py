@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from flowdistill import models
 from flowdistill.checks import UserError
 from flowdistill.models import Network
-from flowdistill.runner.networks import named
-from flowdistill.taps import DataSpec
+from flowdistill.runner.references import named
 from flowdistill.training.fitting import misfit, named_as_in, registered
 from flowdistill.training.weights import fill, hash_weights, load_weights, save_weights, write_whole
+from flowdistill.types import DataSpec
 
 DATA = DataSpec("some", 100, 10, 3, 8, 8)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .distiller import Distiller
     from .methods.fsp import fsp_loss, fsp_matrix
     from .runner import Report
-    from .taps import Batch, NetSpec, Outputs
+    from .types import Batch, NetSpec, Outputs
 
 _HOMES = {
     "Report": "runner",
@@ -25,9 +25,9 @@ _HOMES = {
     "Distiller": "distiller",
     "fsp_loss": "methods.fsp",
     "fsp_matrix": "methods.fsp",
-    "Batch": "taps",
-    "NetSpec": "taps",
-    "Outputs": "taps",
+    "Batch": "types",
+    "NetSpec": "types",
+    "Outputs": "types",
 }
 
 __all__ = [

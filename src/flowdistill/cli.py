@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from . import advice, recipes, talk, trust
 from .checks import INTERRUPTED, MOST_WORKERS, Changes, UserError, did_you_mean, obstacle, parse_seeds, shortage
-from .complaints import complain, failure, refuse_empty, usage
+from .cli_errors import complain, failure, refuse_empty, usage
 from .config import NETWORKS, RunConfig, assign, model_name, one_line, put, read_file, read_taps, validate
 from .env import version
 from .interrupt import stop
@@ -744,7 +744,7 @@ def export(
     from .runner.evaluate import weights_path
     from .runner.export import DeviationError
     from .runner.integrity import enlist
-    from .runner.networks import run_number
+    from .runner.references import run_number
 
     changes = Changes(accept_changes)
     try:
@@ -846,7 +846,7 @@ def taps(
     runs: RunsOption = Path("runs"),
 ) -> int:
     """Where a network's stages end, found by a dry run: a table to edit (--format csv) and to give back to distill."""
-    from .runner.tapping import COLUMNS, rows
+    from .runner.tap_table import COLUMNS, rows
 
     trust.name(model)
     with trust.code(trust_code):

@@ -22,11 +22,11 @@ from .models.state import kept
 from .randomness import seeded
 from .runner.pairing import pair
 from .runner.plan import refuse_users
-from .taps import NO_LABEL, Batch, DataSpec, NetSpec, Outputs, Targets
 from .training.facts import of_teacher
 from .training.optim import trained_parameters
 from .training.step import terms
 from .training.task import TASK
+from .types import NO_LABEL, Batch, DataSpec, NetSpec, Outputs, Targets
 
 CURE = "use flowdistill.distill"
 

@@ -11,7 +11,7 @@ import test_graph
 import torch
 
 from flowdistill import device
-from flowdistill.data import supply
+from flowdistill.data import interfaces
 from flowdistill.training import at_once, graph
 
 from .bug import bug
@@ -64,7 +64,12 @@ def float32_as_torch_has_it():
     yield
 
 
-@bug(supply, "at_once", test_device.test_images_that_are_measured_at_once_go_by_their_pixels, {"size": 224, "device": "cuda", "images": 81})
+@bug(
+    interfaces,
+    "at_once",
+    test_device.test_images_that_are_measured_at_once_go_by_their_pixels,
+    {"size": 224, "device": "cuda", "images": 81},
+)
 def so_many_whatever_their_size(height, width, device):
     """500 images at once: 300 MB of images of 224x224, and many times that of their maps."""
     return 500

@@ -12,7 +12,7 @@ import test_tables
 import torch
 
 from flowdistill.models import code, foreign, probe
-from flowdistill.runner import execute, identity, networks, plan
+from flowdistill.runner import execute, identity, plan, references
 from flowdistill.training import checkpoint, weights
 
 from .bug import bug
@@ -75,13 +75,13 @@ def norms_alone_are_compared(one, other):
     return 0.0
 
 
-@bug(networks, "meet_changes", test_identity.test_a_trained_network_of_ours_that_answers_otherwise_is_refused)
+@bug(references, "meet_changes", test_identity.test_a_trained_network_of_ours_that_answers_otherwise_is_refused)
 def old_weights_in_new_code(origin, model, sizes, weights, told, changes):
     """A state dict that fits is taken for the network that was trained."""
     return ""
 
 
-@bug(networks, "meet_damage", test_integrity.test_a_resumed_run_is_not_taught_by_a_spoilt_teacher)
+@bug(references, "meet_damage", test_integrity.test_a_resumed_run_is_not_taught_by_a_spoilt_teacher)
 def a_hash_that_nobody_reads(run, ledger):
     """The ledger knows what the file was."""
     return ""

@@ -8,10 +8,10 @@ import test_weights
 import torch
 
 from flowdistill.config import validate
-from flowdistill.data.loader import Stream
+from flowdistill.data.batches import Stream
 from flowdistill.device import computing
 from flowdistill.ledger import Ledger
-from flowdistill.runner import execute, networks, plan
+from flowdistill.runner import execute, plan, references
 from flowdistill.training import checkpoint, weights
 from flowdistill.training.student import Student
 
@@ -117,8 +117,8 @@ def full_disk_passed_over(cohort, members, folder, watcher):
 @bug(plan, "recorded_teacher", suite.test_it_keeps_the_teacher_it_began_with)
 def teacher_chosen_anew(run, ledger, data):
     """Resolved by name as for a new run: others have been trained since."""
-    wanted = networks.Wanted(validate(run.config).data, run.data_hash, run.split, run.seed, run.init_hash, run.config["train"], "")
-    return networks.choose_teacher(run.config["teacher"], wanted, ledger)
+    wanted = references.Wanted(validate(run.config).data, run.data_hash, run.split, run.seed, run.init_hash, run.config["train"], "")
+    return references.choose_teacher(run.config["teacher"], wanted, ledger)
 
 
 @bug(Ledger, "reopen", test_ledger.test_reopening_forgets_what_comes_after_the_checkpoint)

@@ -14,7 +14,7 @@ import test_tapping
 from flowdistill import distiller
 from flowdistill.models import front, head, hooks, stages, wide_resnet
 from flowdistill.models.watching import Layout
-from flowdistill.runner import networks, pairing
+from flowdistill.runner import pairing, references
 from flowdistill.runner.pairing import Pairing
 from flowdistill.training import evaluate, step
 
@@ -53,7 +53,7 @@ def stages_paired_by_number(student, teacher, student_data, teacher_data, *, nam
     return Pairing(student, teacher)
 
 
-@bug(networks, "front", test_tapping.test_a_teacher_sees_what_it_was_trained_on)
+@bug(references, "front", test_tapping.test_a_teacher_sees_what_it_was_trained_on)
 def teacher_sees_the_students_normalisation(given, own):
     """One normalisation for both: a teacher that was trained on another answers at chance level, and nobody asks."""
     return

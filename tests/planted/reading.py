@@ -12,7 +12,7 @@ import torch
 from scipy.special import stdtrit
 
 from flowdistill import stats
-from flowdistill.data.supply import BATCH
+from flowdistill.data.interfaces import BATCH
 from flowdistill.report import tables
 from flowdistill.report.tables import Group, Reading
 from flowdistill.training import evaluate as evaluation

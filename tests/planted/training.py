@@ -16,7 +16,7 @@ import test_training as suite
 import torch
 
 from flowdistill import models, randomness
-from flowdistill.data import augment, loader, names, splits
+from flowdistill.data import augment, batches, names, splits
 from flowdistill.data.given import Finite
 from flowdistill.models import base
 from flowdistill.training import blame, cohort, engine, optim, schedule, step, teacher
@@ -322,14 +322,14 @@ def teacher_with_a_view_of_its_own(self, lane, images):
     return eager_teach(self, lane, images.flip(3))
 
 
-@bug(loader.Stream, "batch", test_loader.test_batches_cover_distinct_images_and_agree_with_their_labels, {"split": "full"})
+@bug(batches.Stream, "batch", test_loader.test_batches_cover_distinct_images_and_agree_with_their_labels, {"split": "full"})
 def labels_in_another_order_than_images(self, draws, shown, epoch, padded=None):
     """Images shuffled, labels not: training runs, and learns nothing."""
     images, batch = stream_batch(self, draws, shown, epoch, padded)
-    return images, loader.Batch(self.data.labels[shown], batch.indices, epoch)
+    return images, batches.Batch(self.data.labels[shown], batch.indices, epoch)
 
 
-stream_batch = loader.Stream.batch
+stream_batch = batches.Stream.batch
 
 
 @bug(splits, "holdout_positions", test_loader.test_holdout_is_fixed_and_reads_no_global_generator)

@@ -11,7 +11,7 @@ from golden.inputs import INPUTS
 from pairs import FIVE, SEVEN, network
 
 from flowdistill.methods.ctkd import CTKD, ctkd_loss
-from flowdistill.taps import Batch, Outputs
+from flowdistill.types import Batch, Outputs
 
 from . import kd
 

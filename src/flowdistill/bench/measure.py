@@ -22,14 +22,14 @@ import torch
 from .. import methods, models
 from ..checks import UserError, did_you_mean
 from ..config import validate
-from ..data.images import ImageData
-from ..data.loader import DeviceData, Stream
+from ..data.batches import DeviceData, Stream
+from ..data.dataset import ImageData
 from ..device import Precision, computing, describe, keep_freed_memory, synchronize
 from ..env import processor
 from ..methods import Needs
 from ..talk import say
-from ..training.choice import choose
 from ..training.engine import Eager, quiet
+from ..training.engine_choice import choose
 from ..training.facts import gather
 from ..training.student import Lane, Student
 from ..training.teacher import Teacher

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.images import ImageData, Pictures
-from ..data.loader import DeviceData
+from ..data.batches import DeviceData
+from ..data.dataset import ImageData, Pictures
 from ..device import autocast
-from ..taps import Batch
 from ..training.student import Student
+from ..types import Batch
 
 
 class Images(torch.utils.data.Dataset[tuple[Tensor, int]]):

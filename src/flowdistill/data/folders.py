@@ -14,9 +14,9 @@ import numpy as np
 from ..checks import UserError, did_you_mean, first_line, is_there, regular_file, some
 from ..config import DataConfig
 from ..talk import Remarks
-from .files import OTHER_WORDS, SPLITS, Item, assemble, read_all
-from .images import ImageData, Unlabelled
-from .pictures import Files
+from .dataset import ImageData, Unlabelled
+from .image_files import OTHER_WORDS, SPLITS, Item, assemble, read_all
+from .lazy_images import Files
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 COLUMNS = ("path", "label", "split")

@@ -22,8 +22,8 @@ from torch.utils.data import BatchSampler, DataLoader, Subset
 from ..checks import UserError, summary
 from ..config import LOADER
 from ..randomness import derive, generator
-from ..taps import NO_LABEL, DataSpec
-from .images import ImageData, digest
+from ..types import NO_LABEL, DataSpec
+from .dataset import ImageData, digest
 from .names import in_order, names_below, refuse_other_names
 
 TRAIN, VAL = "train_loader", "val_loader"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .images import Images, Labels, Pictures
+from .dataset import Images, Labels, Pictures
 from .splits import stratified
 
 MEASURED = 10_000  # streamed images that mean and std are read from

@@ -18,9 +18,9 @@ from ..config import DataConfig
 from ..env import memory
 from ..registry import Registry
 from ..talk import Remarks, unheard
+from .dataset import ImageData, Images, Labels, Unlabelled, part
 from .folders import read_csv, read_folder, read_unlabelled
-from .hub import read_hub
-from .images import ImageData, Images, Labels, Unlabelled, part
+from .huggingface import read_hub
 from .splits import stratified
 
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")

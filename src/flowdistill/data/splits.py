@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .images import Labels
+from .dataset import Labels
 
 CHOICE_SEED = 0  # fixed: every run of a data set gets the same images
 HOLDOUT_PART = 10  # a tenth of each class is held out

@@ -23,8 +23,8 @@ from ..checks import UserError, first_line, shortage
 from ..device import sensible_workers
 from ..randomness import generator, seeded
 from .augment import boxes
-from .pictures import Pictures, quiet
-from .supply import at_once
+from .interfaces import at_once
+from .lazy_images import Pictures, quiet
 
 OPERATIONS = 2  # of RandAugment on an image: Cubuk et al. 2020, section 4.4 (ImageNet)
 LOST = 74  # exit status of a process whose batch was lost: EX_IOERR

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..config import MOST_EPOCHS
-from ..taps import Batch, NetSpec, Outputs
+from ..types import Batch, NetSpec, Outputs
 from .base import Method, Needs, Paper, Phase, StagedOptions, after_relu, full, paired_stages, register, same_shape, then_the_task
 from .fitnets import connector
 from .fsp import pooled

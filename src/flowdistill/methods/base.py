@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import MOST_EPOCHS, Frozen, parse_as
 from ..registry import Registry
-from ..taps import Batch, Facts, NetSpec, Outputs
+from ..types import Batch, Facts, NetSpec, Outputs
 
 
 class Paper(NamedTuple):

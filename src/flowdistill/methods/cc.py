@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..taps import Batch, NetSpec, Outputs
+from ..types import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, full, register, same_shape, unit
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..checks import UserError, did_you_mean
 from ..config import parse_as
-from ..taps import Batch, DataSpec, Facts, NetSpec, Outputs
+from ..types import Batch, DataSpec, Facts, NetSpec, Outputs
 from . import base
 from .base import Method, MethodOptions, Phase
 from .standardise import PREFIX, standardised

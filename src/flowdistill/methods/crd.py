@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..taps import Batch, DataSpec, Facts, NetSpec, Outputs
+from ..types import Batch, DataSpec, Facts, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, full, register, unit
 from .dkd import given_labels
 from .hashed import of_batch, salt, words

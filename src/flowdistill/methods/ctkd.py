@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..config import MOST_EPOCHS
-from ..taps import Batch, NetSpec, Outputs
+from ..types import Batch, NetSpec, Outputs
 from .base import LogitMethod, MethodOptions, Paper, full, register
 from .kd import kd_loss
 

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..config import MOST_EPOCHS
-from ..taps import Batch, NetSpec, Outputs, TapSpec
+from ..types import Batch, NetSpec, Outputs, TapSpec
 from .base import Method, Needs, Paper, Phase, StagedOptions, full, paired_stages, register, same_shape, then_the_task
 from .fsp import match_sizes
 

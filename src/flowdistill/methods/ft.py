@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..config import MOST_EPOCHS
-from ..taps import Batch, NetSpec, Outputs
+from ..types import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, Phase, full, paired_stages, register, same_shape, unit
 from .fsp import match_sizes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..taps import Batch
+from ..types import Batch
 
 WORD = 0xFFFFFFFF
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..taps import Batch, NetSpec, Outputs
+from ..types import Batch, NetSpec, Outputs
 from .base import LEAST_PRODUCT, Method, Needs, Paper, after_relu, full, paired_stages, register, same_shape, unit
 
 

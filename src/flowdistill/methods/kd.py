@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..taps import Batch, Outputs
+from ..types import Batch, Outputs
 from .base import LogitMethod, MethodOptions, Paper, divergence, full, register, same_shape
 
 

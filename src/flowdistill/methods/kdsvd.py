@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..taps import Batch, NetSpec, Outputs
+from ..types import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, full, paired_stages, register, unit
 
 CLOSE = 1e-5  # share of the largest eigenvalue: two that are closer have no directions of their own, and no gradient between them

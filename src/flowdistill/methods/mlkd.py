@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..taps import Batch, Outputs
+from ..types import Batch, Outputs
 from .base import LogitMethod, MethodOptions, Paper, full, register, same_shape
 from .kd import kd_loss
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..taps import Batch, Facts, NetSpec, Outputs
+from ..types import Batch, Facts, NetSpec, Outputs
 from .base import LEAST, Method, Needs, Paper, full, register, same_shape, unit
 from .dkd import given_labels
 from .hashed import channel_mask, salt

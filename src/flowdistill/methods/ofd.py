@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..taps import Batch, Facts, NetSpec, Outputs
+from ..types import Batch, Facts, NetSpec, Outputs
 from .base import Method, Needs, Paper, before_relu, full, paired_stages, register, same_shape
 from .fsp import match_sizes
 

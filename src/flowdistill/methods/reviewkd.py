@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..taps import Batch, NetSpec, Outputs
+from ..types import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, before_relu, full, paired_stages, register, same_shape
 from .fsp import pooled
 

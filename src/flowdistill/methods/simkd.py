@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor
 
-from ..taps import Batch, NetSpec, Outputs
+from ..types import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, after_relu, full, register, same_classes, same_shape
 from .fsp import match_sizes
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..taps import Batch, Facts, NetSpec, Outputs
+from ..types import Batch, Facts, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, after_relu, full, register, same_shape
 
 

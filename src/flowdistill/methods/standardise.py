@@ -15,7 +15,7 @@ from pydantic import Field, create_model
 from torch import Tensor
 
 from ..checks import UserError
-from ..taps import Batch, NetSpec, Outputs
+from ..types import Batch, NetSpec, Outputs
 from .base import Method, Paper, full, get
 
 PREFIX = "ls:"

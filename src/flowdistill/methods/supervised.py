@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..taps import Batch, Outputs
+from ..types import Batch, Outputs
 from .base import Method, Paper, register
 
 

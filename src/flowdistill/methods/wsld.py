@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..taps import Batch, Outputs
+from ..types import Batch, Outputs
 from .base import LogitMethod, MethodOptions, Paper, expectation, full, register, same_shape
 from .dkd import given_labels
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..taps import Batch, Outputs
+from ..types import Batch, Outputs
 from .base import LogitMethod, full, register
 from .ttm import PAPER, TTMOptions, divergences
 

@@ -15,7 +15,7 @@ from ..checks import UserError, first_line
 from ..config import model_name
 from ..randomness import seeded
 from ..registry import Registry
-from ..taps import DataSpec, NetSpec, Outputs, TapSpec
+from ..types import DataSpec, NetSpec, Outputs, TapSpec
 from .front import Front, View
 from .state import shape_buffers
 

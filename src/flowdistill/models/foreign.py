@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 from .. import trust
 from ..checks import FAILURES, UserError, did_you_mean, first_line, summary
 from ..randomness import seeded
-from ..taps import DataSpec, NetSpec, Outputs, TapSpec
+from ..types import DataSpec, NetSpec, Outputs, TapSpec
 from .base import FORMS, Network
 from .code import contents, digest, hashes, own_modules, place_of
 from .front import View

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checks import FAILURES, pass_on_shortage
 from ..randomness import seeded
-from ..taps import Outputs
+from ..types import Outputs
 from .base import Network
 
 Answers = Mapping[str, Sequence[float]]

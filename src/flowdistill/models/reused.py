@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import UserError
-from ..taps import DataSpec
+from ..types import DataSpec
 from .base import CAM, FORMS, MODELS, ImageFactory, ImageNetwork, Network, spec
 
 PROJECTED = "projected"

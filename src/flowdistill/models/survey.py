@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..checks import FAILURES, pass_on_shortage
 from ..randomness import seeded, states
-from ..taps import NetSpec, TapSpec
+from ..types import NetSpec, TapSpec
 from .head import ROUNDING, SAME, apart, candidates, find_head
 from .stages import attention, find_taps
 from .state import buffers, kept, shapes

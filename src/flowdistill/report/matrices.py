@@ -15,7 +15,7 @@ from ..data.normalisation import Normalisation
 from ..data.sources import load
 from ..ledger import Ledger, Run
 from ..methods.fsp import FSP, fsp_matrix, match_sizes
-from ..runner.networks import resolve
+from ..runner.references import resolve
 from ..training.weights import write_whole
 
 if TYPE_CHECKING:

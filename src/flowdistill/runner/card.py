@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..advice import train as train_command
 from ..checks import UserError
 from ..config import RunConfig, validate
-from ..data.images import ImageData, part
-from ..data.loader import labelled
+from ..data.batches import labelled
+from ..data.dataset import ImageData, part
 from ..data.normalisation import Normalisation
 from ..data.sources import load
 from ..data.splits import trained_positions
@@ -28,7 +28,7 @@ from ..models import Network
 from ..stats import Agreement, agreement, calibration_error, negative_log_likelihood
 from ..training.evaluate import predict
 from ..training.weight_files import located
-from .networks import NetworkRef, recorded_teacher, resolve
+from .references import NetworkRef, recorded_teacher, resolve
 
 TEACHER, STUDENT, ALONE = "teacher", "student", "student alone"
 WARM_UP = 10  # forward passes that are not timed

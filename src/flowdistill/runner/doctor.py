@@ -13,22 +13,22 @@ import torch
 from .. import models
 from ..checks import UserError
 from ..config import RunConfig
-from ..data.images import ImageData
-from ..data.loader import DeviceData, place
+from ..data.batches import DeviceData, place
+from ..data.dataset import ImageData
 from ..device import computing, describe, peak_memory
 from ..ledger import Ledger
 from ..models import Network
-from ..training.choice import choose
+from ..training.engine_choice import choose
 from ..training.gradients import first_gradients
 from ..training.timing import seconds_per_epoch
-from .answers import another_order, ask, given, listed, other_images, sample
-from .assemble import GRADIENT_LIMIT
+from .cohorts import GRADIENT_LIMIT
 from .estimate import unmeasured
 from .identity import Identities
 from .job import Job
-from .networks import NetworkRef
 from .pairing import compared
 from .plan import checked, drafts
+from .references import NetworkRef
+from .teacher_diagnosis import another_order, ask, given, listed, other_images, sample
 from .watcher import Watcher
 
 FEEBLE = 1e-3  # a term whose gradient is smaller than this, relative to the task's, does next to nothing

@@ -9,14 +9,14 @@ from datetime import timedelta
 import torch
 
 from ..config import RunConfig
-from ..data.loader import place
-from ..data.supply import First, Supply
+from ..data.batches import place
+from ..data.interfaces import First, Supply
 from ..device import computing
 from ..ledger import Ledger
 from ..training.cohort import Cohort
 from ..training.gradients import first_gradients
 from ..training.timing import seconds_per_epoch
-from .assemble import Member, assemble
+from .cohorts import Member, assemble
 from .execute import before
 from .job import Job
 from .plan import cohorts, plan

@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from .. import models, trust
 from ..checks import Changes, UserError
 from ..config import DataConfig, parse_as
+from ..data.batches import labelled
+from ..data.dataset import ImageData
 from ..data.given import GivenData
-from ..data.images import ImageData
-from ..data.loader import labelled
 from ..data.normalisation import Normalisation
 from ..data.sources import load
 from ..device import Precision, computing, describe, resolve_precision
@@ -23,11 +23,11 @@ from ..ledger import STUDENT_FILE, Ledger
 from ..models import Network
 from ..models.front import View, front
 from ..talk import Remarks
-from ..taps import DataSpec
 from ..training.evaluate import evaluate as measure
 from ..training.weights import fill, load_weights, refuse_misfit
+from ..types import DataSpec
 from .integrity import made, meet_changes, meet_damage, newer
-from .networks import run_number
+from .references import run_number
 
 Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
 

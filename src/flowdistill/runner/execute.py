@@ -22,7 +22,7 @@ from ..models.foreign import own_place
 from ..training import checkpoint
 from ..training.cohort import Cohort, train
 from ..training.student import Student
-from .assemble import Member, check_start, prepare
+from .cohorts import Member, check_start, prepare
 from .integrity import missing
 from .job import Job, other_side
 from .plan import plan, recorded

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..checks import Changes, UserError, obstacle, summary
-from ..data.images import ImageData, Images
-from ..data.loader import labelled
+from ..data.batches import labelled
+from ..data.dataset import ImageData, Images
 from ..data.normalisation import Normalisation
 from ..data.splits import stratified
 from ..models import Network

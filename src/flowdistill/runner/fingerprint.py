@@ -13,7 +13,7 @@ from ..methods import Needs
 from ..models.foreign import is_foreign
 from ..models.front import View
 from .job import Job
-from .networks import NetworkRef
+from .references import NetworkRef
 
 
 def fingerprint(job: Job, needs: Needs, versions: Mapping[str, int], made_of: Mapping[str, list[Any]]) -> str:

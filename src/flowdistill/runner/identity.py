@@ -10,10 +10,10 @@ from .. import models
 from ..ledger import Ledger, Run
 from ..models.code import digest
 from ..models.probe import Answers, difference, probe
-from ..taps import DataSpec
 from ..training.weights import hash_weights
+from ..types import DataSpec
 from .integrity import newer
-from .networks import NetworkRef
+from .references import NetworkRef
 
 
 @dataclass(frozen=True)

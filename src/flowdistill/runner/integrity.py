@@ -16,9 +16,9 @@ from ..env import versions
 from ..ledger import DAMAGED, EXPORTS, NAME, PREDICTIONS, RECORD, STUDENT_FILE, Ledger, Run, files_of, sealed
 from ..models.code import file_hash
 from ..models.probe import Answers, difference, probe
-from ..taps import DataSpec
 from ..training import checkpoint
 from ..training.weights import Weights, fill, hash_weights, load_weights, write_whole
+from ..types import DataSpec
 
 OWN = (STUDENT_FILE, PREDICTIONS, RECORD)  # what every finished run has; what is exported comes beside it
 

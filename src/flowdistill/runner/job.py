@@ -9,16 +9,16 @@ from functools import cached_property
 from .. import advice, methods, models
 from ..checks import UserError
 from ..config import RunConfig
-from ..data.images import ImageData
+from ..data.dataset import ImageData
 from ..data.splits import trained_positions
 from ..device import Precision
 from ..methods import Method, Settled
 from ..models.foreign import is_foreign
 from ..randomness import derive, seeded
-from ..taps import NetSpec
+from ..types import NetSpec
 from .identity import Identity
-from .networks import NetworkRef
 from .pairing import Pairing, pair
+from .references import NetworkRef
 
 
 @dataclass(frozen=True)

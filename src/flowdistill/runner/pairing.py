@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ..checks import UserError
-from ..taps import DataSpec, NetSpec, TapSpec
+from ..types import DataSpec, NetSpec, TapSpec
 
 LEAST = 2  # pairs of one stride, before their number counts for more than their order
 

@@ -11,7 +11,7 @@ import torch
 from .. import methods, models, trust
 from ..checks import UserError
 from ..config import DataConfig, Role, RunConfig, validate
-from ..data.images import ImageData
+from ..data.dataset import ImageData
 from ..data.sources import load, load_unlabelled
 from ..device import Precision, resolve_precision
 from ..ledger import Ledger, Run
@@ -22,7 +22,7 @@ from .fingerprint import fingerprint
 from .identity import Identities
 from .integrity import changed_files
 from .job import Job, other_side, weights_seed
-from .networks import NetworkRef, Wanted, as_configured, choose_teacher, first_weights, recorded_teacher, refuse_contaminated
+from .references import NetworkRef, Wanted, as_configured, choose_teacher, first_weights, recorded_teacher, refuse_contaminated
 
 
 def plan(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device, *, stand_in: bool = False) -> list[Job]:

@@ -10,9 +10,9 @@ import torch
 from ..config import RunConfig
 from ..device import computing, describe
 from ..ledger import Ledger
-from ..taps import NetSpec
 from ..training.cohort import Cohort
-from .assemble import Member, check_start, prepare
+from ..types import NetSpec
+from .cohorts import Member, check_start, prepare
 from .estimate import Duration, by, epoch_of
 from .execute import before
 from .plan import plan

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.supply import Supply
+from ..data.interfaces import Supply
 from ..device import describe, peak_memory
 from ..env import processor
 from ..ledger import JOURNAL, PREDICTIONS, STUDENT_FILE, Epoch, Ledger, Run
@@ -19,10 +19,10 @@ from ..models import Network
 from ..training.cohort import Cohort, EpochReport
 from ..training.evaluate import Evaluation, evaluate
 from ..training.weights import hash_weights, save_weights, write_whole
-from .assemble import Member
+from .cohorts import Member
 from .integrity import listed, made_with, write_record
 from .job import Job
-from .networks import trained_on
+from .references import trained_on
 from .watcher import Report, Watcher
 
 

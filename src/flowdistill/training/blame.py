@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..checks import UserError
-from ..taps import Outputs
+from ..types import Outputs
 from .student import Student
 from .tally import are
 from .task import TASK

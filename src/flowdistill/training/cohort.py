@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..config import TrainConfig
-from ..data.supply import Supply
+from ..data.interfaces import Supply
 from ..device import Precision, Stopwatch
 from .blame import Seen, fault
 from .engine import Eager

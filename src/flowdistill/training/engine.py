@@ -15,12 +15,12 @@ from torch.func import functional_call
 
 from ..checks import summary
 from ..data.augment import Draws
-from ..data.loader import Stream
-from ..data.supply import Supply
+from ..data.batches import Stream
+from ..data.interfaces import Supply
 from ..device import Precision, synchronize
 from ..models import Network
 from ..models.state import kept
-from ..taps import Batch, Outputs
+from ..types import Batch, Outputs
 from .evaluate import Evaluation, evaluate_all, plainly
 from .step import Objective, drawing, losses, train_step
 from .student import Group, Lane, Student

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.supply import Labelled
+from ..data.interfaces import Labelled
 from ..device import Precision, autocast
 from ..models import Network
 from ..models.state import kept
 from ..randomness import seeded
-from ..taps import Outputs
+from ..types import Outputs
 
 
 class Evaluation(NamedTuple):

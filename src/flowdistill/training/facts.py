@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import UserError
-from ..data.supply import Supply
+from ..data.interfaces import Supply
 from ..device import Precision
 from ..methods import Needs
 from ..models import Network
-from ..taps import Facts
+from ..types import Facts
 from .evaluate import answering
 from .teacher import teach
 

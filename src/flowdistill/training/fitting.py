@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import models
 from ..checks import short, some
 from ..models import Network
-from ..taps import DataSpec
+from ..types import DataSpec
 from .weight_files import below
 
 Weights = Mapping[str, Tensor]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import FAILURES, UserError, shortage, summary
-from ..data.supply import Batches
+from ..data.interfaces import Batches
 from ..device import Precision
 from ..models.state import kept
-from ..taps import NO_LABEL, Batch, Outputs
+from ..types import NO_LABEL, Batch, Outputs
 from .blame import refuse_first
 from .cohort import Cohort
 from .step import Objective, drawing

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..checks import summary
 from ..data.augment import Draws
-from ..data.loader import Stream
-from ..data.supply import Batches, Supply
+from ..data.batches import Stream
+from ..data.interfaces import Batches, Supply
 from ..device import free_memory, synchronize
 from .engine import Eager, quiet, standing_still, taken_back
 from .evaluate import Evaluation

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..methods import Needs
-from ..taps import Outputs
+from ..types import Outputs
 
 ANSWER, EMBEDDING, MAP = "answer (logits)", "embedding", "map "
 

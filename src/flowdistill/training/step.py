@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..device import Precision, autocast
 from ..methods import Method
 from ..randomness import seeded
-from ..taps import Batch, Outputs
+from ..types import Batch, Outputs
 from .at_once import cast_at_once, counted_at_once, give
 from .student import Group
 from .task import TASK, task_loss

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..checks import UserError
 from ..config import TrainConfig
-from ..data.supply import Batches
+from ..data.interfaces import Batches
 from ..methods import Method, Phase, Settled
 from ..models import Network
-from ..taps import Outputs
+from ..types import Outputs
 from .evaluate import answering
 from .freeze import freeze
 from .optim import build_optimizer, trained_parameters

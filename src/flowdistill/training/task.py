@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..methods.base import full
-from ..taps import NO_LABEL, Batch
+from ..types import NO_LABEL, Batch
 
 TASK = "task"  # the cross-entropy with the labels
 

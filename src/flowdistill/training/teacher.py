@@ -14,7 +14,7 @@ from ..checks import summary
 from ..device import Precision, autocast
 from ..methods import Needs
 from ..models import Network
-from ..taps import Outputs
+from ..types import Outputs
 from .said import looked_at, measure
 
 

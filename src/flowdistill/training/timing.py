@@ -6,7 +6,7 @@ import contextlib
 import statistics
 import time
 
-from ..data.supply import First, at_once
+from ..data.interfaces import First, at_once
 from ..device import synchronize
 from .cohort import Cohort, ready, train_epoch
 from .evaluate import evaluate

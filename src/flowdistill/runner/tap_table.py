@@ -8,8 +8,8 @@ from typing import Any
 from .. import models
 from ..ledger import Ledger
 from ..models.front import View
-from ..taps import DataSpec
-from .networks import named, resolve, run_number
+from ..types import DataSpec
+from .references import named, resolve, run_number
 
 COLUMNS = ("name", "module", "channels", "size", "stride")
 OWN = View(3, 32, 32)  # what the networks here are made for

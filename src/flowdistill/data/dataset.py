@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config import Crop
-from ..taps import DataSpec
-from .pictures import Images, Labels, Pictures, in_threads
+from ..types import DataSpec
+from .lazy_images import Images, Labels, Pictures, in_threads
 
 __all__ = ["ImageData", "Images", "Labels", "Pictures", "Unlabelled", "digest", "part"]
 

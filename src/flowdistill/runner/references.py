@@ -15,16 +15,16 @@ from torch import Tensor
 from .. import advice, models, trust
 from ..checks import Changes, UserError, is_there
 from ..config import DataConfig, InputConfig, Role, RunConfig, model_name, validate
-from ..data.images import ImageData
+from ..data.dataset import ImageData
 from ..data.normalisation import Normalisation
 from ..ledger import STUDENT_FILE, Ledger, Run, newest
 from ..models import Network
 from ..models.foreign import is_foreign
 from ..models.front import View, front
-from ..taps import DataSpec, NetSpec
 from ..training.fitting import named_as_in, registered
 from ..training.weight_files import located
 from ..training.weights import fill, hash_weights, load_weights
+from ..types import DataSpec, NetSpec
 from .integrity import meet_changes, meet_damage
 
 

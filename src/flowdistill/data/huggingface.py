@@ -19,9 +19,9 @@ from PIL import Image
 from ..checks import UserError, did_you_mean, first_line, some
 from ..config import DataConfig
 from ..talk import Remarks
-from .files import OTHER_WORDS, SPLITS, Item, assemble
-from .images import ImageData
-from .pictures import decode
+from .dataset import ImageData
+from .image_files import OTHER_WORDS, SPLITS, Item, assemble
+from .lazy_images import decode
 
 TAIL = 64  # bytes of an image's file that its identity covers
 IMAGE_NAMES = ("image", "img")

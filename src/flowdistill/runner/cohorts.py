@@ -13,20 +13,20 @@ import torch
 
 from .. import models
 from ..checks import UserError
-from ..data.loader import place
+from ..data.batches import place
+from ..data.interfaces import Supply
 from ..data.normalisation import Normalisation
-from ..data.supply import Supply
 from ..device import Precision, keep_freed_memory
 from ..models import Network
 from ..models.reused import Reused
-from ..taps import Facts
-from ..training.choice import choose
 from ..training.cohort import Cohort, Progress
+from ..training.engine_choice import choose
 from ..training.evaluate import evaluate
 from ..training.facts import gather
 from ..training.gradients import first_gradients
 from ..training.student import Lane, Student
 from ..training.teacher import Teacher
+from ..types import Facts
 from .job import Job, other_side, weights_seed
 from .pairing import compared
 from .plan import cohorts

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..checks import UserError
-from ..taps import Batch
+from ..types import Batch
 from .given import EVERY_PASS, TRAIN, VAL, Finite, GivenData, checked, drawn, refuse_other_labels, refuse_other_sizes, smallest
+from .interfaces import Labelled
 from .normalisation import Normalisation
-from .supply import Labelled
 
 WHOLE = "which a loader does not tell; choose another method, or give the data by name"
 

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from ..checks import UserError, some
 from ..device import free_memory
-from ..taps import NO_LABEL, Batch, Targets
+from ..types import NO_LABEL, Batch, Targets
 from .augment import Draws, crop_and_flip, draw_boxes, draw_epoch, draw_shares, mix, partners, reflect_pad, resize_and_flip
+from .dataset import ImageData, Images, Labels, Pictures, part
 from .given import GivenData
-from .given_supply import GivenSupply
-from .images import ImageData, Images, Labels, Pictures, part
+from .interfaces import Labelled, at_once
+from .lazy_images import Rows
 from .normalisation import Normalisation
-from .pictures import Rows
 from .splits import trained_positions
 from .streaming import Decoder, Shot, StreamedSet, Workers
-from .supply import Labelled, at_once
+from .user_batches import GivenSupply
 
 RESIDENT_SHARE = 0.4  # of the device's free memory that the training images may take; the copy that pads them takes as much again
 

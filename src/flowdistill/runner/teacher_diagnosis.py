@@ -15,17 +15,17 @@ from torch import Tensor
 
 from .. import advice
 from ..checks import FAILURES
-from ..data.images import part
-from ..data.loader import DeviceData, labelled
+from ..data.batches import DeviceData, labelled
+from ..data.dataset import part
+from ..data.interfaces import Labelled
 from ..data.normalisation import Normalisation
 from ..data.splits import holdout_positions, stratified
-from ..data.supply import Labelled
 from ..device import Precision
 from ..models import Network
 from ..models.front import View, front
 from ..training.evaluate import predict
 from .job import Job
-from .networks import NetworkRef
+from .references import NetworkRef
 
 SAMPLE = 512  # images that a teacher is measured on, the same share of each class
 ERRORS = 3  # standard errors that tell an accuracy from chance

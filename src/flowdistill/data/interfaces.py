@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..taps import Batch, DataSpec
+from ..types import Batch, DataSpec
 from .normalisation import Normalisation
 
 BATCH = 500  # images of a forward pass where a network is measured on a CPU

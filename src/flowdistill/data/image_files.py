@@ -20,8 +20,8 @@ from ..checks import UserError, some
 from ..config import LARGEST_IMAGE, DataConfig
 from ..env import memory
 from ..talk import Remarks
-from .images import ImageData
-from .pictures import FORMATS, Broken, Encoded, Images, Labels, Pictures, in_threads, or_broken, quiet
+from .dataset import ImageData
+from .lazy_images import FORMATS, Broken, Encoded, Images, Labels, Pictures, in_threads, or_broken, quiet
 
 T = TypeVar("T")
 

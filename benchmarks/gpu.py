@@ -423,18 +423,18 @@ def _running(asked: argparse.Namespace, engine: str, methods: Sequence[str] = ("
 
     device, images = torch.device(asked.device), _images(asked.images)
     work = Work(*asked.pair.split(":"), asked.batch_size, images, DeviceData(images, "full", device))
-    lanes = work.lanes(methods, asked.seeds, asked.precision)
+    seed_groups = work.seed_groups(methods, asked.seeds, asked.precision)
     began = time.perf_counter()
     with quiet():
-        ready = choose(engine, device, asked.precision, pixels=0).ready(lanes)
+        ready = choose(engine, device, asked.precision, pixels=0).ready(seed_groups)
     synchronize(device)
     if ready.name != engine and not fall_back:
         raise RefusedError(f"{engine} was asked for and {ready.name} came: {ready.why}")
-    students = [student for lane in lanes for student in lane.students]
+    students = [student for seed_group in seed_groups for student in seed_group.students]
 
     def steps() -> Iterator[None]:
         for epoch in itertools.count():
-            yield from ready.epoch(lanes, epoch, {student: student.rates(0, 1, lanes[0].stream.steps) for student in students})
+            yield from ready.epoch(seed_groups, epoch, {student: student.rates(0, 1, seed_groups[0].stream.steps) for student in students})
 
     return Running(work, ready, steps(), students, time.perf_counter() - began)
 

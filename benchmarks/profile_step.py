@@ -62,9 +62,9 @@ def main() -> None:
     work = Work("resnet8", "resnet20", 128, images, DeviceData(images, "full", device))
 
     def ours(engine: Eager) -> Iterator[None]:
-        lanes = work.lanes(["fsp"], 1, "bf16")
-        (student,) = lanes[0].students
-        return engine.ready(lanes).epoch(lanes, 0, {student: student.rates(0, 1, lanes[0].stream.steps)})
+        seed_groups = work.seed_groups(["fsp"], 1, "bf16")
+        (student,) = seed_groups[0].students
+        return engine.ready(seed_groups).epoch(seed_groups, 0, {student: student.rates(0, 1, seed_groups[0].stream.steps)})
 
     member = work.member("fsp", 0)
     plain = PlainLoop(member, work.network(member.method.needs), images, work.data, 0, strong=False)

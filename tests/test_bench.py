@@ -53,11 +53,11 @@ def test_a_plain_loop_trains_what_the_engine_trains(images: ImageData, method: s
     member = work.member(method, 0)
     plain = PlainLoop(member, work.network(member.method.needs), whole, work.data, 0, strong=strong)
     plain.optimizer.param_groups[0]["lr"] = 0.01
-    (lane,) = work.lanes([method], 1, "fp32")
-    (student,) = lane.students
+    (seed_group,) = work.seed_groups([method], 1, "fp32")
+    (student,) = seed_group.students
     before = student.net.fc.weight.detach().clone()
     assert torch.equal(before, member.net.fc.weight)
-    next(Eager("bf16" if strong else "fp32", "").epoch([lane], 0, {student: torch.tensor([0.01])}))
+    next(Eager("bf16" if strong else "fp32", "").epoch([seed_group], 0, {student: torch.tensor([0.01])}))
     assert len(list(plain.steps())) == 1
     moved, plainly = (net.fc.weight.detach() - before for net in (student.net, member.net))
     off = float((plainly - moved).norm() / moved.norm())

@@ -66,8 +66,8 @@ def harmed(outputs: Outputs, name: str, value: float) -> Outputs:
 
 def after(cohort: Cohort, name: str, value: float, batch: int) -> Progress:
     """An epoch in which one output of the teacher holds a value at one place, from a batch on."""
-    (lane,), count = cohort.lanes, 0
-    teacher, (student,) = lane.teacher, lane.students
+    (seed_group,), count = cohort.seed_groups, 0
+    teacher, (student,) = seed_group.teacher, seed_group.students
     assert teacher is not None
     teach = teacher.teach
 
@@ -82,7 +82,7 @@ def after(cohort: Cohort, name: str, value: float, batch: int) -> Progress:
 
 @pytest.mark.parametrize("method", LEARN_FROM_A_TEACHER)
 def test_what_a_teacher_says_is_named_whatever_the_method_makes_of_it(taught: Ledger, small_npz: Path, method: str) -> None:
-    said = prepared(taught, small_npz, method).lanes[0].teacher.said  # type: ignore[union-attr]
+    said = prepared(taught, small_npz, method).seed_groups[0].teacher.said  # type: ignore[union-attr]
     for name, value in [*((name, torch.nan) for name in said), *((name, torch.inf) for name in said[:1])]:
         error = after(prepared(taught, small_npz, method), name, value, 2).error
         assert error == (f"stopped in epoch 1: the teacher's {name} is not finite on batch 2 of 3; mend the teacher, or choose another")
@@ -90,7 +90,7 @@ def test_what_a_teacher_says_is_named_whatever_the_method_makes_of_it(taught: Le
 
 def test_the_first_of_several_maps_is_named_with_those_that_break_with_it(data: ImageData, small_npz: Path) -> None:
     cohort, (student,) = a_cohort(data, [config(small_npz, method="at+kd", teacher="-", train={"epochs": 1})])
-    teacher = cohort.lanes[0].teacher
+    teacher = cohort.seed_groups[0].teacher
     assert teacher is not None
     with torch.no_grad():
         teacher.net.get_parameter("layer2.0.conv1.bias")[0] = torch.nan
@@ -103,7 +103,7 @@ def test_the_first_of_several_maps_is_named_with_those_that_break_with_it(data: 
 def test_students_that_do_not_look_at_it_go_on(data: ImageData, small_npz: Path) -> None:
     runs = [config(small_npz, method=method, teacher="-", train={"epochs": 1}) for method in ("base", "kd", "at")]
     cohort, (base, kd, at) = a_cohort(data, runs)
-    teacher = cohort.lanes[0].teacher
+    teacher = cohort.seed_groups[0].teacher
     assert teacher is not None
     teach = teacher.teach
     teacher.teach = lambda images: harmed(teach(images), f"{MAP}stage2", torch.nan)  # type: ignore[method-assign]
@@ -119,7 +119,7 @@ def data(small_npz: Path) -> ImageData:
 
 def test_a_teacher_may_rule_classes_out(taught: Ledger, small_npz: Path) -> None:
     cohort = prepared(taught, small_npz, "at")
-    teacher = cohort.lanes[0].teacher
+    teacher = cohort.seed_groups[0].teacher
     assert teacher is not None
     few = Outputs(torch.tensor([[0.0, -torch.inf], [-torch.inf, 2.0]]), torch.zeros(2, 1))
     teacher.said = (ANSWER,)
@@ -151,12 +151,12 @@ def test_engines_name_the_same_batch(data: ImageData, small_npz: Path) -> None:
     told = []
     for kind in (Eager, Taped, Compiled):
         cohort, (student,) = a_cohort(dataclasses.replace(data, x_train=images), [config(small_npz, method="at", teacher="-")])
-        (lane,) = cohort.lanes
-        assert lane.teacher is not None
-        lane.teacher.net = White(lane.teacher.net).eval()
-        lane.teacher._kept = {name: value.clone() for name, value in lane.teacher.net.state_dict().items()}
+        (seed_group,) = cohort.seed_groups
+        assert seed_group.teacher is not None
+        seed_group.teacher.net = White(seed_group.teacher.net).eval()
+        seed_group.teacher._kept = {name: value.clone() for name, value in seed_group.teacher.net.state_dict().items()}
         cohort.engine = kind("fp32", "")
-        batches = [int((images.amin((1, 2, 3)) > 1.0).any()) for images, _ in lane.stream.epoch(0)]
+        batches = [int((images.amin((1, 2, 3)) > 1.0).any()) for images, _ in seed_group.stream.epoch(0)]
         assert sum(batches) == 1
         told.append(next(train(cohort)).progress[student].error)
         assert isinstance(cohort.engine, kind), cohort.engine.why
@@ -257,7 +257,7 @@ def test_a_term_that_is_broken_from_the_start(data: ImageData, small_npz: Path, 
 
 def test_a_teacher_that_is_broken_from_the_start(taught: Ledger, small_npz: Path) -> None:
     cohort = prepared(taught, small_npz, "ofd")
-    teacher = cohort.lanes[0].teacher
+    teacher = cohort.seed_groups[0].teacher
     assert teacher is not None
     teach, name = teacher.teach, teacher.said[0]
     teacher.teach = lambda images: harmed(teach(images), name, -torch.inf)  # type: ignore[method-assign]

@@ -31,8 +31,8 @@ from flowdistill.training import graph
 from flowdistill.training.at_once import give
 from flowdistill.training.engine import Compiled, Eager
 from flowdistill.training.evaluate import evaluate_all
-from flowdistill.training.graph import Graph, Tape
-from flowdistill.training.student import Lane
+from flowdistill.training.graph import Graph, StaticStep
+from flowdistill.training.student import SeedGroup
 from flowdistill.training.task import TASK
 
 CPU = torch.device("cpu")
@@ -52,10 +52,10 @@ def images(**keys: Any) -> ImageData:
 
 def lanes_of(
     device: torch.device, names: list[str], precision: str = "fp32", *, seeds: int = 1, student: str = "resnet8", teacher: str = "resnet8"
-) -> list[Lane]:
-    """A lane a seed, with a student of each method."""
+) -> list[SeedGroup]:
+    """A seed group per seed, with a student of each method."""
     held = images()
-    return Work(student, teacher, BATCH, held, DeviceData(held, "full", device)).lanes(names, seeds, precision)
+    return Work(student, teacher, BATCH, held, DeviceData(held, "full", device)).seed_groups(names, seeds, precision)
 
 
 class Walk(NamedTuple):
@@ -75,14 +75,14 @@ class Walk(NamedTuple):
     whole: str
 
 
-def walk(watch: Watch, lanes: list[Lane], precision: str) -> Walk:
+def walk(watch: Watch, seed_groups: list[SeedGroup], precision: str) -> Walk:
     """Of every phase the step that a graph would hold, its second; then an evaluation."""
-    students = [student for lane in lanes for student in lane.students]
+    students = [student for seed_group in seed_groups for student in seed_group.students]
     step, fused = Counter[str](), []
     for phase in range(max(len(student.settled.phases) for student in students)):
         for student in students:
             student.begin_phase(phase)
-        tape = Tape(Eager(precision, ""), lanes)
+        tape = StaticStep(Eager(precision, ""), seed_groups)
         tape.step()
         watch.forget()
         tape.step()
@@ -90,8 +90,8 @@ def walk(watch: Watch, lanes: list[Lane], precision: str) -> Walk:
         fused.append(watch.fused)
     launches = Counter(watch.launches)
     watch.forget()
-    evaluate_all([student.net for student in students], lanes[0].stream.data.curve, precision)
-    return Walk(dict(step), dict(watch.faults), launches, fused, "" if lanes[0].teacher is None else lanes[0].teacher.whole)
+    evaluate_all([student.net for student in students], seed_groups[0].stream.data.curve, precision)
+    return Walk(dict(step), dict(watch.faults), launches, fused, "" if seed_groups[0].teacher is None else seed_groups[0].teacher.whole)
 
 
 def on_a_gpu(names: list[str], precision: str = "bf16", *, index: int = 0, **networks: str) -> Walk:
@@ -164,13 +164,13 @@ def test_so_do_images_that_are_resized_and_mixed(crop: str, mixup: float, precis
     with fake_cuda() as watch:
         held = images(crop=crop, pad=4 if crop == "shift" else 0)
         data = DeviceData(held, "full", watch.device)
-        lanes = Work("resnet8", "resnet8", BATCH, held, data).lanes(["kd"], 1, precision)
-        lanes[0].stream = Stream(data, 0, BATCH, mixup=mixup)
-        (student,) = lanes[0].students
+        seed_groups = Work("resnet8", "resnet8", BATCH, held, data).seed_groups(["kd"], 1, precision)
+        seed_groups[0].stream = Stream(data, 0, BATCH, mixup=mixup)
+        (student,) = seed_groups[0].students
         student.train = student.train.model_copy(update={"mixup": mixup})
         if mixup is True:  # no image has a label of its own
             student.settled = settle("kd", {}, {TASK: 0.0})
-        found = walk(watch, lanes, precision)
+        found = walk(watch, seed_groups, precision)
     assert (found.step, found.evaluation, found.fused) == ({}, {}, [29])
 
 
@@ -325,16 +325,16 @@ def captured(
     index: int = 0,
     warm_up: int = 0,
     evaluations: int = 0,
-    prepare: Callable[[list[Lane]], None] = lambda lanes: None,
+    prepare: Callable[[list[SeedGroup]], None] = lambda seed_groups: None,
 ) -> Captured:
     """A cohort that asks for a graph; every student is then measured so often. There are no libraries to warm up."""
     warm, spent = patch.object(graph, "WARM_UP", warm_up), patch.object(Graph, "spent", "")
     with warm, spent, fake_cuda(index) as watch, fake_capture(watch.device) as machine:
-        lanes = lanes_of(watch.device, names, seeds=seeds)
-        prepare(lanes)
-        engine = Graph(Eager("fp32", "asked for"), "").ready(lanes)
-        students = [student for lane in lanes for student in lane.students]
-        found = [engine.evaluate(students, lanes[0].stream.data) for _ in range(evaluations)]
+        seed_groups = lanes_of(watch.device, names, seeds=seeds)
+        prepare(seed_groups)
+        engine = Graph(Eager("fp32", "asked for"), "").ready(seed_groups)
+        students = [student for seed_group in seed_groups for student in seed_group.students]
+        found = [engine.evaluate(students, seed_groups[0].stream.data) for _ in range(evaluations)]
         return Captured(engine, machine, dict(watch.faults), sum(map(len, found)))
 
 
@@ -343,7 +343,7 @@ MIX = ["base", "kd", "fsp", "at", "logits", "crd", "sp", "pkt", "cc", "nst"]
 
 @pytest.mark.parametrize("groups", range(1, 11))
 def test_a_cohort_of_one_to_ten_groups_keeps_the_rules_of_a_capture(groups: int) -> None:
-    """In one lane, or where that goes in two with half of them each."""
+    """In one seed group, or where that goes in two with half of them each."""
     seeds = 2 - groups % 2
     found = captured(MIX[: groups // seeds], seeds=seeds)
     assert isinstance(found.engine, Graph), found.engine.why
@@ -371,9 +371,9 @@ def test_an_evaluation_is_captured_at_the_second_time() -> None:
 
 
 def test_an_evaluation_that_can_not_be_captured_is_done_plainly() -> None:
-    def waiting(lanes: list[Lane]) -> None:
+    def waiting(seed_groups: list[SeedGroup]) -> None:
         """A network that looks at its answer in eval mode."""
-        (student,) = lanes[0].students
+        (student,) = seed_groups[0].students
         student.net.register_forward_hook(lambda net, given, outputs: None if net.training else beside(float(outputs.logits.sum())))
 
     found = captured(["base"], evaluations=3, prepare=waiting)

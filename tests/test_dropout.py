@@ -23,7 +23,7 @@ from flowdistill.runner.watcher import Watcher
 from flowdistill.training.engine import Eager
 from flowdistill.training.facts import gather
 from flowdistill.training.graph import Graph
-from flowdistill.training.student import Lane
+from flowdistill.training.student import SeedGroup
 from flowdistill.training.teacher import Teacher
 from flowdistill.training.weights import save_weights
 from flowdistill.types import DataSpec
@@ -183,7 +183,7 @@ def test_a_teacher_draws_by_seed_epoch_and_step(small_npz, tmp_path: Path):
     images = torch.ones(4, 1, 8, 8)
 
     def said(seed: int, epoch: int, step: int) -> Tensor:
-        with Lane(data.stream(seed, 64), teacher, []).teaching(epoch, step):
+        with SeedGroup(data.stream(seed, 64), teacher, []).teaching(epoch, step):
             return teacher.teach(images).logits
 
     places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
@@ -236,6 +236,6 @@ def test_a_graph_does_not_hold_what_a_teacher_draws(nets: Path):
         net, taught, peers = models.build("resnet8", DATA), True, ()
 
     teacher = Teacher(models.build(f"{nets}:Torch", DATA, seed=7).eval(), Needs(logits=True), "fp32")
-    engine = Graph(Eager("fp32", "inside"), "outside").ready([Lane(None, teacher, [Taught()])])
+    engine = Graph(Eager("fp32", "inside"), "outside").ready([SeedGroup(None, teacher, [Taught()])])
     assert type(engine) is Eager
     assert engine.why == "a teacher draws random numbers in eval mode, or moves its buffers, which a graph would not hold to its seed"

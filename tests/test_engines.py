@@ -28,7 +28,7 @@ from flowdistill.training import engine_choice
 from flowdistill.training.cohort import Cohort, train
 from flowdistill.training.engine import Compiled, Eager
 from flowdistill.training.engine_choice import choose
-from flowdistill.training.graph import Tape
+from flowdistill.training.graph import StaticStep
 from flowdistill.training.student import Student
 from flowdistill.training.teacher import Teacher, fold, teach, trim
 from flowdistill.types import Batch, DataSpec
@@ -48,10 +48,10 @@ class Taped(Eager):
 
     name = "taped"
 
-    def epoch(self, lanes, number, rates):
-        tape = Tape(self, lanes)
+    def epoch(self, seed_groups, number, rates):
+        tape = StaticStep(self, seed_groups)
         tape.fill(number, rates)
-        for _ in range(lanes[0].stream.steps):
+        for _ in range(seed_groups[0].stream.steps):
             tape.step()
             yield
 
@@ -108,13 +108,13 @@ def test_each_compiled_step_is_the_eager_one_within_rounding(data: ImageData, sm
     """From the same weights and momenta; over many steps a rounding that turns a ReLU grows, in eager with two threads as well."""
     plain, ours = a_cohort(data, grid(small_npz))
     other, theirs = a_cohort(data, grid(small_npz))
-    eager, engine, steps = Eager("fp32", ""), compiled[3], plain.lanes[0].stream.steps
+    eager, engine, steps = Eager("fp32", ""), compiled[3], plain.seed_groups[0].stream.steps
     for student in (*ours, *theirs):
         student.begin_phase(0)
         student.begin_epoch()
     for epoch in range(2):
         rates = [{student: student.rates(epoch, 2, steps) for student in students} for students in (ours, theirs)]
-        expected, found = eager.epoch(plain.lanes, epoch, rates[0]), engine.epoch(other.lanes, epoch, rates[1])
+        expected, found = eager.epoch(plain.seed_groups, epoch, rates[0]), engine.epoch(other.seed_groups, epoch, rates[1])
         for _ in range(steps):
             stood = {one: [value.clone() for value in _moving(one)] for one in ours}
             for one, again in zip(ours, theirs, strict=True):
@@ -154,7 +154,7 @@ def test_a_step_that_is_taken_back_leaves_no_trace(data: ImageData, small_npz: P
     before = {name: value.clone() for name, value in student.state()[0].items()}
     engine = compiled[3]
     engine._tried.clear()
-    assert engine.ready(cohort.lanes) is engine
+    assert engine.ready(cohort.seed_groups) is engine
     assert all(torch.equal(value, before[name]) for name, value in student.state()[0].items())
     assert all(float(value) == 0 for value in student.sums.values())
 

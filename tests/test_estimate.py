@@ -51,7 +51,7 @@ def test_one_seed_of_each_method_is_measured_and_scaled(ledger: Ledger, small_np
     assert estimate(base(small_npz, 0, 1, 2, epochs=5), ledger, CPU).seconds == SECONDS * 5 * 3
     assert [len(cohort.students) for cohort in measured] == [1, 1]  # in bf16, and plainly
     assert estimate(taught(small_npz, 0, 1, 2), ledger, CPU).seconds == SECONDS * 2 * 6
-    assert [(len(cohort.lanes), len(cohort.students)) for cohort in measured[2:]] == [(1, 2), (1, 2)]
+    assert [(len(cohort.seed_groups), len(cohort.students)) for cohort in measured[2:]] == [(1, 2), (1, 2)]
 
 
 def test_it_measures_what_would_train_and_beside_it_the_plain_way(

@@ -1,6 +1,6 @@
 """What decides around a CUDA graph, on a CPU: what is captured, what is trained beside it, and what becomes of a capture that fails.
 
-The graph itself is stood in for by the step that it would hold (``Tape``), which the tests of engines hold to the plain one.
+The graph itself is stood in for by the step that it would hold (``StaticStep``), which the tests of engines hold to the plain one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flowdistill.methods.fsp import FSP
 from flowdistill.training import engine as engines
 from flowdistill.training import graph as graphs
 from flowdistill.training.engine import Compiled, Eager
-from flowdistill.training.graph import Graph, Tape
+from flowdistill.training.graph import Graph, StaticStep
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def data(small_npz: Path) -> ImageData:
 class Recorded:
     """Stands for torch.cuda.CUDAGraph: a replay is a step of the tape that was captured into it."""
 
-    tape: Tape | None = None
+    tape: StaticStep | None = None
 
     def replay(self) -> None:
         assert self.tape is not None
@@ -46,10 +46,10 @@ def replaying(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Captures are stood in for; the widths that were asked for."""
     widths: list[int] = []
 
-    def capture(self: Graph, lanes: list, width: int) -> tuple[Tape, Recorded]:
+    def capture(self: Graph, seed_groups: list, width: int) -> tuple[StaticStep, Recorded]:
         widths.append(width)
         recorded = Recorded()
-        recorded.tape = Tape(self.inner, lanes)
+        recorded.tape = StaticStep(self.inner, seed_groups)
         return recorded.tape, recorded
 
     @contextlib.contextmanager
@@ -97,7 +97,7 @@ def test_what_waits_is_trained_beside_the_graph_and_named(
     assert [beside.engine.of(student) for student in theirs] == ["eager" if method == "fsp" else "graph" for method, _ in GRID]
     cause = "it can't be captured (RuntimeError: called a synchronizing CUDA operation)"
     assert beside.engine.why == "; ".join(["bound by launches", *[f"fsp resnet8 beside it, eager: {cause}"] * 2])
-    captured = {student.settled.name for lane in beside.engine._tape.lanes for student in lane.students}  # type: ignore[attr-defined]
+    captured = {student.settled.name for seed_group in beside.engine._step.seed_groups for student in seed_group.students}  # type: ignore[attr-defined]
     assert captured == {"base", "at+kd", "crd"}
     assert replaying == [len(GRID) - 2]
 
@@ -114,8 +114,8 @@ def test_where_all_wait_the_engine_inside_trains(
 
 def test_a_lane_without_students_does_not_hinder(data: ImageData, small_npz: Path, replaying: list[int]) -> None:
     cohort, students = a_cohort(data, grid(small_npz))
-    gone = cohort.lanes[0].students[:]
-    cohort.lanes[0].students.clear()
+    gone = cohort.seed_groups[0].students[:]
+    cohort.seed_groups[0].students.clear()
     trained(cohort, Graph(Eager("fp32", ""), ""))
     assert cohort.engine.name == "graph", cohort.engine.why
     assert replaying == [len(students) - len(gone)]
@@ -193,12 +193,12 @@ def test_what_was_captured_before_such_a_failure_is_still_replayed(
         student.begin_phase(0)
         student.begin_epoch()
     engine = Graph(Eager("fp32", ""), "")
-    assert engine.ready(cohort.lanes) is engine
+    assert engine.ready(cohort.seed_groups) is engine
     monkeypatch.setattr(Graph, "spent", "an earlier capture failed")
-    assert engine.ready(cohort.lanes) is engine
+    assert engine.ready(cohort.seed_groups) is engine
     for student in students:
         student.begin_phase(0)
-    assert type(engine.ready(cohort.lanes)) is Eager, "another phase needs another capture"
+    assert type(engine.ready(cohort.seed_groups)) is Eager, "another phase needs another capture"
     assert len(replaying) == 1
 
 
@@ -280,7 +280,7 @@ def test_weights_are_put_back_when_the_device_has_done_all_it_was_given(
     weight = next(student.net.parameters())
     before, found = weight.detach().clone(), []
     monkeypatch.setattr(engines, "synchronize", lambda device: found.append(torch.equal(weight, before)))
-    with contextlib.suppress(ValueError), engines.taken_back(cohort.lanes), torch.no_grad():
+    with contextlib.suppress(ValueError), engines.taken_back(cohort.seed_groups), torch.no_grad():
         weight.add_(1)
         raise ValueError
     assert found == [False]

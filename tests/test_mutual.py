@@ -56,7 +56,7 @@ def test_a_step_is_that_of_the_paper(ledger: Ledger, small_npz: Path) -> None:
     cohort, students = prepared(ledger, small_npz)
     nets = [copy.deepcopy(student.net).train() for student in students]
     optimisers = [torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4) for net in nets]
-    images, batch = next(cohort.lanes[0].stream.epoch(0))
+    images, batch = next(cohort.seed_groups[0].stream.epoch(0))
     logits = [net(images).logits for net in nets]
     for own, other, optimiser in zip(logits, reversed(logits), optimisers, strict=True):
         divergence = F.kl_div(own.log_softmax(1), other.detach().softmax(1), reduction="batchmean")
@@ -65,7 +65,7 @@ def test_a_step_is_that_of_the_paper(ledger: Ledger, small_npz: Path) -> None:
     for student in students:
         student.begin_phase(0)
         student.begin_epoch()
-    next(cohort.engine.epoch(cohort.lanes, 0, {student: torch.full((STEPS,), 0.05) for student in students}))
+    next(cohort.engine.epoch(cohort.seed_groups, 0, {student: torch.full((STEPS,), 0.05) for student in students}))
     for student, net in zip(students, nets, strict=True):
         for (name, found), expected in zip(student.net.state_dict().items(), net.state_dict().values(), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=name)
@@ -112,7 +112,7 @@ def test_where_one_diverges_both_are_failed_and_others_go_on(ledger: Ledger, sma
 
     def harmed(cohort: engine.Cohort, report: engine.EpochReport) -> None:
         for student, progress in report.progress.items():
-            if student.peers and student is cohort.lanes[0].students[0]:
+            if student.peers and student is cohort.seed_groups[0].students[0]:
                 progress.error = "diverged in epoch 1: dml is not finite"
         original(cohort, report)
 

@@ -78,7 +78,9 @@ def test_training_smooths_the_task_and_no_term_of_a_method(data: ImageData, smal
     for smoothing in (0.0, 0.3):
         run = config(small_npz, method="kd+dkd", teacher="-", train={**STILL, "label_smoothing": smoothing})
         cohort, (student,) = a_cohort(data, [run])
-        slow = [slow_task(answers(student, images), batch.labels.tolist(), smoothing) for images, batch in cohort.lanes[0].stream.epoch(0)]
+        slow = [
+            slow_task(answers(student, images), batch.labels.tolist(), smoothing) for images, batch in cohort.seed_groups[0].stream.epoch(0)
+        ]
         terms.append(first_epoch(cohort, student))
         assert terms[-1]["task"] == pytest.approx(sum(slow) / len(slow), rel=1e-6)
     assert terms[0]["task"] != pytest.approx(terms[1]["task"], rel=1e-5)
@@ -91,9 +93,9 @@ def test_gradients_are_told_relative_to_the_smoothed_task(data: ImageData, small
         cohort, (student,) = a_cohort(data, [config(small_npz, method="kd", teacher="-", train={"label_smoothing": smoothing})])
         student.begin_phase(0)
         ratios.append(first_gradients(cohort)[student]["kd"])
-        images, batch = next(cohort.lanes[0].stream.epoch(0))
-        assert cohort.lanes[0].teacher is not None
-        logits, taught = student.net.train()(images).logits, cohort.lanes[0].teacher.teach(images).logits
+        images, batch = next(cohort.seed_groups[0].stream.epoch(0))
+        assert cohort.seed_groups[0].teacher is not None
+        logits, taught = student.net.train()(images).logits, cohort.seed_groups[0].teacher.teach(images).logits
         norms = []
         for loss in (task_loss(logits, batch, smoothing), kd_loss(logits, taught, 4.0)):
             gradients = torch.autograd.grad(loss, list(student.net.parameters()), retain_graph=True)
@@ -115,7 +117,7 @@ def test_training_mixes_the_task_and_shows_methods_images_without_labels(data: I
     """The labels of the unmixed batch and the share, found again from the images, give the task; teacher and student see the mixture."""
     run = config(small_npz, method="kd", teacher="-", train={**STILL, "mixup": 0.4, "label_smoothing": 0.1})
     cohort, (student,) = a_cohort(data, [run])
-    stream, teacher = cohort.lanes[0].stream, cohort.lanes[0].teacher
+    stream, teacher = cohort.seed_groups[0].stream, cohort.seed_groups[0].teacher
     assert teacher is not None
     plain, task, kd, shares = Stream(cohort.data, run.seed, 64), [], [], []
     for (images, known), (mixture, batch) in zip(plain.epoch(0), stream.epoch(0), strict=True):
@@ -138,7 +140,7 @@ def test_training_mixes_the_task_and_shows_methods_images_without_labels(data: I
 
 def test_training_on_the_labels_alone_mixes_them(data: ImageData, small_npz: Path) -> None:
     cohort, (student,) = a_cohort(data, [config(small_npz, train={"mixup": 1.0, "epochs": 6})])
-    cohort.lanes[0].teacher = None
+    cohort.seed_groups[0].teacher = None
     tasks = [report.progress[student].terms for report in train(cohort)]
     assert [list(terms) for terms in tasks] == [["task"]] * 6
     assert tasks[-1]["task"] < tasks[0]["task"]

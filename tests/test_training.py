@@ -29,7 +29,7 @@ from flowdistill.training.cohort import Cohort, train
 from flowdistill.training.engine import Eager
 from flowdistill.training.facts import gather
 from flowdistill.training.gradients import first_gradients, gradient_ratios
-from flowdistill.training.student import Lane, Student
+from flowdistill.training.student import SeedGroup, Student
 from flowdistill.training.teacher import Teacher, teach
 from flowdistill.training.weights import hash_weights
 
@@ -64,15 +64,15 @@ def a_student(run: RunConfig, data: DeviceData, wider: int = 0) -> Student:
 
 def a_cohort(data: ImageData, runs: list[RunConfig], precision: str = "fp32", split: str = "full") -> tuple[Cohort, list[Student]]:
     on_device = DeviceData(data, split, CPU)
-    lanes: dict[int, Lane] = {}
+    seed_groups: dict[int, SeedGroup] = {}
     students = []
     for run in runs:
         stream = Stream(on_device, run.seed, run.train.batch_size, mixup=run.train.mixup)
-        lane = lanes.setdefault(run.seed, Lane(stream, a_teacher(on_device, precision), []))
-        lane.students.append(a_student(run, on_device))
-        students.append(lane.students[-1])
+        seed_group = seed_groups.setdefault(run.seed, SeedGroup(stream, a_teacher(on_device, precision), []))
+        seed_group.students.append(a_student(run, on_device))
+        students.append(seed_group.students[-1])
     phases = [phase.epochs or runs[0].train.epochs for phase in students[0].settled.phases]
-    return Cohort(on_device, list(lanes.values()), runs[0].train, phases, Eager(precision, ""), split == "holdout"), students  # type: ignore[arg-type]
+    return Cohort(on_device, list(seed_groups.values()), runs[0].train, phases, Eager(precision, ""), split == "holdout"), students  # type: ignore[arg-type]
 
 
 def weights_of(student: Student) -> str:
@@ -218,7 +218,7 @@ def test_teacher_and_student_match_on_one_and_the_same_mixed_view(data: ImageDat
     weights = {"task": 0.0, "kd": 2.0}
     run = config(small_npz, method="kd", teacher="-", crop="resized", weights=weights, options={"kd": {"T": 10.0}}, train={"mixup": True})
     cohort, (student,) = a_cohort(replace(data, crop="resized", pad=0), [run])
-    teacher = cohort.lanes[0].teacher
+    teacher = cohort.seed_groups[0].teacher
     assert teacher is not None
     plain, seen = models.build("resnet8", cohort.data.spec, seed=run.seed), {student.net: [], teacher.net: []}
     optimizer, stream = sgd(plain.parameters(), run.train), Stream(cohort.data, run.seed, run.train.batch_size, mixup=True)
@@ -277,7 +277,7 @@ def test_two_stages_train_fsp_alone_without_the_head_then_the_task_alone(data: I
 def test_a_method_without_a_teacher_is_trained_and_reported(data: ImageData, small_npz: Path) -> None:
     run = config(small_npz, method="tf_kd", weights={"task": 0.5, "tf_kd": 3.0}, train={"epochs": 4, **RECIPE})
     cohort, (student,) = a_cohort(data, [run])
-    cohort.lanes[0].teacher = None
+    cohort.seed_groups[0].teacher = None
     plain = models.build("resnet8", cohort.data.spec, seed=run.seed)
     optimizer, stream = sgd(plain.parameters(), run.train), Stream(cohort.data, run.seed, run.train.batch_size)
     assert first_gradients(cohort)[student].keys() == {"tf_kd"}
@@ -304,12 +304,12 @@ def test_a_teacher_in_the_lane_changes_nothing_for_a_method_without_one(data: Im
     runs = [config(small_npz, method=method, teacher="-") for method in ("tf_kd", "kd")]
     together, students = a_cohort(data, runs)
     alone, (student,) = a_cohort(data, runs[:1])
-    alone.lanes[0].teacher = None
+    alone.seed_groups[0].teacher = None
     for cohort in (together, alone):
         for _ in train(cohort):
             pass
-    assert together.lanes[0].taught
-    assert not alone.lanes[0].taught
+    assert together.seed_groups[0].taught
+    assert not alone.seed_groups[0].taught
     assert weights_of(students[0]) == weights_of(student)
 
 
@@ -386,7 +386,7 @@ def test_a_teacher_that_changes_is_noticed(
 ) -> None:
     monkeypatch.setattr(teaching, "fold", lambda net: net)
     cohort, _ = a_cohort(data, [config(small_npz, method="fsp", teacher="-")])
-    teacher = cohort.lanes[0].teacher
+    teacher = cohort.seed_groups[0].teacher
     assert teacher is not None
     if harm == "train mode":
         teacher.net.layer1.train()
@@ -403,7 +403,7 @@ def test_the_teacher_stays_as_it_was_and_students_train_in_train_mode(
 ) -> None:
     monkeypatch.setattr(teaching, "fold", lambda net: net)  # one with statistics that could move
     cohort, (student,) = a_cohort(data, [config(small_npz, method="fsp", teacher="-")])
-    teacher = cohort.lanes[0].teacher
+    teacher = cohort.seed_groups[0].teacher
     assert teacher is not None
     before = hash_weights(teacher.net.state_dict())
     statistics = student.net.bn1.running_mean.clone()
@@ -425,10 +425,10 @@ def test_adapters_are_trained(data: ImageData, small_npz: Path) -> None:
 
 def test_gradient_ratios_are_those_of_autograd_and_change_nothing(data: ImageData, small_npz: Path) -> None:
     cohort, (student,) = a_cohort(data, [config(small_npz, method="logits", teacher="-", weights={"logits": 3.0})])
-    lane = cohort.lanes[0]
-    assert lane.teacher is not None
-    images, batch = next(lane.stream.epoch(0))
-    taught = lane.teacher.teach(images)
+    seed_group = cohort.seed_groups[0]
+    assert seed_group.teacher is not None
+    images, batch = next(seed_group.stream.epoch(0))
+    taught = seed_group.teacher.teach(images)
     before = weights_of(student)
     found = gradient_ratios((student,), images, taught, batch, "fp32")[student]
     assert weights_of(student) == before

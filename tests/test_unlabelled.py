@@ -103,10 +103,10 @@ def test_the_task_is_that_of_the_labelled_images_alone(labels: list[int], smooth
 def test_the_teacher_is_followed_on_all_images_and_the_task_on_the_labelled(both: ImageData, small_npz: Path) -> None:
     """An epoch of both terms against loops over its batches; the unlabelled images move the gradient of kd, and not that of the task."""
     cohort, (student,) = a_cohort(both, [config(small_npz, method="kd", teacher="-", train={**STILL, "batch_size": 20})])
-    lane, task, kd, apart = cohort.lanes[0], [], [], []
-    assert lane.teacher is not None
-    for images, batch in lane.stream.epoch(0):
-        logits, taught = answers(student, images), lane.teacher.teach(images).logits
+    seed_group, task, kd, apart = cohort.seed_groups[0], [], [], []
+    assert seed_group.teacher is not None
+    for images, batch in seed_group.stream.epoch(0):
+        logits, taught = answers(student, images), seed_group.teacher.teach(images).logits
         task.append(slow_task(logits, batch.targets.labels.tolist()))
         kd.append(float(kd_loss(torch.from_numpy(logits), taught, 4.0)))
         given = student.net.train()(images).logits
@@ -121,7 +121,7 @@ def test_gradients_are_told_on_the_first_batch_with_a_label(both: ImageData, sma
     few = replace(both, x_train=both.x_train[:6], y_train=both.y_train[:6])
     cohort, (student,) = a_cohort(few, [config(small_npz, method="kd", teacher="-", train={"batch_size": 6})])
     student.begin_phase(0)
-    assert not (next(cohort.lanes[0].stream.epoch(0))[1].targets.labels >= 0).any()
+    assert not (next(cohort.seed_groups[0].stream.epoch(0))[1].targets.labels >= 0).any()
     assert 0 < first_gradients(cohort)[student]["kd"] < 1e6
 
 

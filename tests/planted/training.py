@@ -317,9 +317,9 @@ def a_share_for_each_image(images, share):
 
 
 @bug(Eager, "teach", suite.test_teacher_and_student_match_on_one_and_the_same_mixed_view)
-def teacher_with_a_view_of_its_own(self, lane, images):
+def teacher_with_a_view_of_its_own(self, seed_group, images):
     """Teacher and student each augment for themselves: the inconsistent teaching that function matching warns of."""
-    return eager_teach(self, lane, images.flip(3))
+    return eager_teach(self, seed_group, images.flip(3))
 
 
 @bug(batches.Stream, "batch", test_loader.test_batches_cover_distinct_images_and_agree_with_their_labels, {"split": "full"})

@@ -31,7 +31,7 @@ from ..talk import say
 from ..training.engine import Eager, quiet
 from ..training.engine_choice import choose
 from ..training.facts import gather
-from ..training.student import Lane, Student
+from ..training.student import SeedGroup, Student
 from ..training.teacher import Teacher
 from .plain import PlainLoop
 from .roofline import roofline
@@ -129,27 +129,27 @@ class Work:
         """The teacher's network, untrained."""
         return models.build(self.teacher, self.data.spec, taps=tuple(sorted(needs.teacher)), seed=99).on(self.data.device)
 
-    def lanes(self, names: Sequence[str], seeds: int, precision: Precision) -> list[Lane]:
-        """A lane a seed with a student of each method, at the start of their first phase."""
-        lanes = [
-            Lane(Stream(self.data, seed, self.batch_size), None, [one for name in names for one in self.members(name, seed)])
+    def seed_groups(self, names: Sequence[str], seeds: int, precision: Precision) -> list[SeedGroup]:
+        """A seed group per seed with a student of each method, at the start of their first phase."""
+        seed_groups = [
+            SeedGroup(Stream(self.data, seed, self.batch_size), None, [one for name in names for one in self.members(name, seed)])
             for seed in range(seeds)
         ]
         needs = Needs()
-        for student in lanes[0].students:
+        for student in seed_groups[0].students:
             needs = needs | student.method.needs
         network = self.network(needs).eval()
         facts = gather(needs._replace(facts=needs.facts - {"class_means"}), network, self.data, precision)
         means = torch.ones(network.spec.classes, network.spec.embedding, device=self.data.device)
         facts = replace(facts, class_means=means)  # a pass over all images is no part of a step
         teacher = Teacher(network, needs, precision)
-        for lane in lanes:
-            lane.teacher = teacher
-            for student in lane.students:
+        for seed_group in seed_groups:
+            seed_group.teacher = teacher
+            for student in seed_group.students:
                 student.method.know(facts)
                 student.begin_phase(0)
                 student.begin_epoch()
-        return lanes
+        return seed_groups
 
 
 def bench(
@@ -211,7 +211,7 @@ def bench(
             ]
             _take_turns(contenders, work, steps, rounds)
             rows = [_row(one, contenders, batch_size) for one in contenders]
-            floor = roofline(work.lanes(names[:1], 1, precisions[-1]), precisions[-1])
+            floor = roofline(work.seed_groups(names[:1], 1, precisions[-1]), precisions[-1])
             found.append({"pair": f"{work.student} <- {work.teacher}", "rows": rows, "roofline": floor})
         about = {"methods": list(names), "batch_size": batch_size, "steps": steps, "rounds": rounds, "hardware": hardware(device)}
     return {**about, "pairs": found}
@@ -266,23 +266,23 @@ def _ours(work: Work, names: Sequence[str], engine: str, precision: Precision, c
 
 
 def _contender(work: Work, names: Sequence[str], seeds: int, engine: str, precision: Precision, what: str) -> Contender:
-    lanes: list[Lane] = []
+    seed_groups: list[SeedGroup] = []
     ready: list[Eager] = []
 
     def start() -> Iterator[None]:
         chosen = choose(engine, work.data.device, precision, pixels=0, resident=work.data.resident)
-        lanes.extend(work.lanes(names, seeds, precision))
+        seed_groups.extend(work.seed_groups(names, seeds, precision))
         with quiet():
-            ready.append(chosen.ready(lanes))
+            ready.append(chosen.ready(seed_groups))
         if ready[0].name != engine:
             raise UnavailableError(f"{engine} for {what}: {ready[0].why}")
-        students = [student for lane in lanes for student in lane.students]
-        steps = lanes[0].stream.steps
+        students = [student for seed_group in seed_groups for student in seed_group.students]
+        steps = seed_groups[0].stream.steps
         for number in range(sys.maxsize):
-            yield from ready[0].epoch(lanes, number, {student: student.rates(0, 1, steps) for student in students})
+            yield from ready[0].epoch(seed_groups, number, {student: student.rates(0, 1, steps) for student in students})
 
     def evaluate() -> None:
-        ready[0].evaluate([student for lane in lanes for student in lane.students], work.data)
+        ready[0].evaluate([student for seed_group in seed_groups for student in seed_group.students], work.data)
 
     return Contender(f"{engine}, {precision}: {what}", start, len(names) * seeds, evaluate=evaluate)
 

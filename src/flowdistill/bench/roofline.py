@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..device import Precision, synchronize
 from ..training.engine import Eager
-from ..training.student import Lane
+from ..training.student import SeedGroup
 
 CONTRACTIONS = ("convolution", "convolution_backward", "mm", "addmm", "bmm")
 
@@ -33,15 +33,15 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
-def roofline(lanes: Sequence[Lane], precision: Precision) -> dict[str, Any]:
-    """Operations and bytes of the next eager step of these lanes, the machine's measured rates, and the floor that both give in ms.
+def roofline(seed_groups: Sequence[SeedGroup], precision: Precision) -> dict[str, Any]:
+    """Operations and bytes of the next eager step of these seed groups, the machine's measured rates, and the floor that both give in ms.
 
-    Lanes must stand at the start of an epoch; their students move by one step at rate 0.
+    They must stand at the start of an epoch; their students move by one step at rate 0.
     """
-    device = lanes[0].stream.data.device
-    rates = {student: torch.zeros(lane.stream.steps, device=device) for lane in lanes for student in lane.students}
+    device = seed_groups[0].stream.data.device
+    rates = {student: torch.zeros(seed_group.stream.steps, device=device) for seed_group in seed_groups for student in seed_group.students}
     with Traffic() as traffic, FlopCounterMode(display=False) as counter:
-        next(Eager(precision, "").epoch(lanes, 0, rates))
+        next(Eager(precision, "").epoch(seed_groups, 0, rates))
     operations, speed, bandwidth = counter.get_total_flops(), _arithmetic(device, precision), _bandwidth(device)
     return {
         "precision": precision,

@@ -24,7 +24,7 @@ from ..training.engine_choice import choose
 from ..training.evaluate import evaluate
 from ..training.facts import gather
 from ..training.gradients import first_gradients
-from ..training.student import Lane, Student
+from ..training.student import SeedGroup, Student
 from ..training.teacher import Teacher
 from ..types import Facts
 from .job import Job, other_side, weights_seed
@@ -72,7 +72,7 @@ def assemble(jobs: Sequence[Job], data: Supply, device: torch.device, engine: st
     needs = functools.reduce(operator.or_, (method.needs for method in methods))
     taught = {job.config.seed: job.teacher.origin for job in jobs if job.teacher}
     teachers: dict[str, tuple[Teacher, float | None, Facts]] = {}
-    lanes: dict[tuple[int, str], Lane] = {}
+    seed_groups: dict[tuple[int, str], SeedGroup] = {}
     members = []
     for job, method in zip(jobs, methods, strict=True):
         net = _network(job, tuple(sorted(method.needs.student)), data.normalisation).on(device)
@@ -80,7 +80,7 @@ def assemble(jobs: Sequence[Job], data: Supply, device: torch.device, engine: st
         member = Member(job, student)
         origin = job.teacher.origin if job.teacher else taught.get(job.config.seed, "")
         stream = data.stream(job.config.seed, job.config.train.batch_size, job.config.train.mixup)
-        lane = lanes.setdefault((job.config.seed, origin), Lane(stream, None, []))
+        seed_group = seed_groups.setdefault((job.config.seed, origin), SeedGroup(stream, None, []))
         if job.teacher:
             if origin not in teachers:
                 spec = job.pairing.teacher if job.pairing else None
@@ -89,16 +89,16 @@ def assemble(jobs: Sequence[Job], data: Supply, device: torch.device, engine: st
                 accuracy = None if job.teacher.other_classes(job.data) else _accuracy(teacher, data, job.precision)
                 facts = gather(needs, teacher, data, job.precision)
                 teachers[origin] = Teacher(teacher, needs, job.precision), accuracy, facts
-            lane.teacher, member.teacher_accuracy, facts = teachers[origin]
+            seed_group.teacher, member.teacher_accuracy, facts = teachers[origin]
             student.method.know(facts)
-        lane.students.append(student)
+        seed_group.students.append(student)
         members.append(member)
     for member in members:
         if member.job.settled.mutual:
             other = other_side(member.job.config)
             member.student.peers = tuple(peer.student for peer in members if peer.job.config == other)
     select = first.config.split == "holdout"
-    found = list(lanes.values())
+    found = list(seed_groups.values())
     pixels = sum(first.phase_epochs) * found[0].stream.steps * found[0].stream.batch_size * data.spec.height * data.spec.width
     chosen = choose(engine, device, first.precision, pixels=pixels, resident=data.resident)
     return Cohort(data, found, first.config.train, first.phase_epochs, chosen, select), members

@@ -212,8 +212,8 @@ def _of_method(group: Sequence[Job], ledger: Ledger, data: DeviceData) -> Iterat
         cohort.engine = choose("auto", data.device, cohort.precision, pixels=0, resident=data.resident)  # compiling takes too long here
         seconds = round(seconds_per_epoch(cohort) * cohort.epochs)
     finally:
-        for lane in cohort.lanes:
-            lane.stream.close()
+        for seed_group in cohort.seed_groups:
+            seed_group.stream.close()
     memory = f"{peak_memory(data.device) / 2**20:,.0f} MiB at most so far"
     duration = f"{cohort.epochs} epochs: about {timedelta(seconds=seconds)} (h:mm:ss) on {describe(data.device)}, not compiled"
     yield Finding(f"{name}: cost", "ok", f"{duration}; {memory}")

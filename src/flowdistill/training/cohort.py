@@ -1,7 +1,7 @@
 """Training, whole: a cohort of students, epoch by epoch.
 
-A cohort's students agree on data, split, batch size, recipe and phase boundaries. Students of one seed sit in one lane: they see
-the very same batches, and their teacher runs once a batch for all of them. A plain run is a cohort of one.
+A cohort's students agree on data, split, batch size, recipe and phase boundaries. Students of one seed form a seed group: they
+see the very same batches, and their teacher runs once per batch for all of them. A plain run is a cohort of one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..device import Precision, Stopwatch
 from .blame import Seen, fault
 from .engine import Eager
 from .evaluate import Evaluation
-from .student import Lane, Student
+from .student import SeedGroup, Student
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Cohort:
     """
 
     data: Supply
-    lanes: list[Lane]
+    seed_groups: list[SeedGroup]
     train: TrainConfig
     phase_epochs: Sequence[int]
     engine: Eager
@@ -48,8 +48,8 @@ class Cohort:
 
     @property
     def students(self) -> list[Student]:
-        """All students, in lane order."""
-        return [student for lane in self.lanes for student in lane.students]
+        """All students, in the order of their seed groups."""
+        return [student for seed_group in self.seed_groups for student in seed_group.students]
 
     @property
     def epochs(self) -> int:
@@ -59,7 +59,7 @@ class Cohort:
     @property
     def steps(self) -> int:
         """Steps that are ahead of it."""
-        return (self.epochs - self.done) * self.lanes[0].stream.steps
+        return (self.epochs - self.done) * self.seed_groups[0].stream.steps
 
     @property
     def place(self) -> tuple[int, int]:
@@ -124,8 +124,8 @@ def train(cohort: Cohort, on_step: Callable[[], None] = lambda: None) -> Iterato
             cohort.done += 1
             yield report
     finally:
-        for lane in cohort.lanes:
-            lane.stream.close()
+        for seed_group in cohort.seed_groups:
+            seed_group.stream.close()
 
 
 def ready(cohort: Cohort) -> float:
@@ -133,7 +133,7 @@ def ready(cohort: Cohort) -> float:
     started = time.perf_counter()
     for student in cohort.students:
         student.begin_epoch()
-    cohort.engine = cohort.engine.ready(cohort.lanes)
+    cohort.engine = cohort.engine.ready(cohort.seed_groups)
     return time.perf_counter() - started
 
 
@@ -141,16 +141,16 @@ def train_epoch(cohort: Cohort, epoch: int, epochs: int, on_step: Callable[[], N
     """``epoch`` epochs of this phase of ``epochs`` are done."""
     for student in cohort.students:
         student.begin_epoch()
-    steps = cohort.lanes[0].stream.steps
+    steps = cohort.seed_groups[0].stream.steps
     rates = {student: student.rates(epoch, epochs, steps) for student in cohort.students}
-    for _ in cohort.engine.epoch(cohort.lanes, cohort.done, rates):
+    for _ in cohort.engine.epoch(cohort.seed_groups, cohort.done, rates):
         on_step()
 
 
 def _measure(cohort: Cohort, epoch: int, epochs: int) -> dict[Student, Progress]:
     """Evaluate every student, check the teachers, and read all figures in one transfer from the device."""
-    students, steps, images = cohort.students, cohort.lanes[0].stream.steps, len(cohort.data.curve)
-    teachers = [lane.teacher for lane in cohort.lanes if lane.teacher is not None]
+    students, steps, images = cohort.students, cohort.seed_groups[0].stream.steps, len(cohort.data.curve)
+    teachers = [seed_group.teacher for seed_group in cohort.seed_groups if seed_group.teacher is not None]
     found = cohort.engine.evaluate(students, cohort.data)
     figures = [teacher.drift() for teacher in teachers]
     for student, evaluation in zip(students, found, strict=True):
@@ -174,14 +174,14 @@ def _measure(cohort: Cohort, epoch: int, epochs: int) -> dict[Student, Progress]
 
 
 def _dismiss_diverged(cohort: Cohort, report: EpochReport) -> None:
-    for lane in cohort.lanes:
-        for group in lane.groups:
+    for seed_group in cohort.seed_groups:
+        for group in seed_group.peer_groups:
             if any(report.progress[student].error for student in group):
                 for student in group:
                     progress = report.progress[student]
                     progress.error = progress.error or f"its peer diverged in epoch {report.epoch}"
                     progress.evaluation = None
-                    lane.students.remove(student)
+                    seed_group.students.remove(student)
 
 
 def _choose(cohort: Cohort, report: EpochReport) -> None:

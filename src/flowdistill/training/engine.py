@@ -23,7 +23,7 @@ from ..models.state import kept
 from ..types import Batch, Outputs
 from .evaluate import Evaluation, evaluate_all, plainly
 from .step import Objective, drawing, losses, train_step
-from .student import Group, Lane, Student
+from .student import PeerGroup, SeedGroup, Student
 from .teacher import Teacher
 
 EVALUATION_COMPILED = ("cuda",)  # kinds of devices on which evaluation is compiled where training is
@@ -41,18 +41,18 @@ class Eager:
     def __init__(self, precision: Precision, why: str) -> None:
         self.precision, self.why = precision, why
 
-    def ready(self, lanes: Sequence[Lane]) -> Eager:  # noqa: ARG002 (the others look)
+    def ready(self, seed_groups: Sequence[SeedGroup]) -> Eager:  # noqa: ARG002 (the others look)
         """Before an epoch: set up what its phase and students need. The engine to use: itself, or what it falls back to, with ``why``."""
         return self
 
-    def epoch(self, lanes: Sequence[Lane], number: int, rates: Mapping[Student, Tensor]) -> Iterator[None]:
+    def epoch(self, seed_groups: Sequence[SeedGroup], number: int, rates: Mapping[Student, Tensor]) -> Iterator[None]:
         """Train every student for one epoch (0-based ``number`` over all phases), a step at a time."""
-        for step, batches in enumerate(zip(*(lane.stream.epoch(number) for lane in lanes), strict=True)):
-            for lane, (images, batch) in zip(lanes, batches, strict=True):
-                with lane.teaching(number, step):
-                    taught = self.teach(lane, images)
-                heard = lane.heard(taught)
-                for group in lane.groups:
+        for step, batches in enumerate(zip(*(seed_group.stream.epoch(number) for seed_group in seed_groups), strict=True)):
+            for seed_group, (images, batch) in zip(seed_groups, batches, strict=True):
+                with seed_group.teaching(number, step):
+                    taught = self.teach(seed_group, images)
+                heard = seed_group.heard(taught)
+                for group in seed_group.peer_groups:
                     lr = rates[group[0]][step]
                     with drawing(group, number, step, images.device):
                         train_step(group, images, taught, batch, lr=lr, precision=self.precision, losses=self.losses, heard=heard)
@@ -66,15 +66,17 @@ class Eager:
         """The batch at the places ``shown`` of an epoch that was drawn, as a graph draws it."""
         return source.batch(draws, shown, epoch)
 
-    def teach(self, lane: Lane, images: Tensor) -> Outputs | None:
-        """What the teacher says of a batch, once for all students of the lane."""
-        return self.ask(lane.teacher, images) if lane.teacher is not None and lane.taught else None
+    def teach(self, seed_group: SeedGroup, images: Tensor) -> Outputs | None:
+        """What the teacher says of a batch, once for all students of the seed group."""
+        return self.ask(seed_group.teacher, images) if seed_group.teacher is not None and seed_group.taught else None
 
     def ask(self, teacher: Teacher, images: Tensor) -> Outputs:
         """A teacher's outputs."""
         return teacher.teach(images)
 
-    def losses(self, group: Group, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> list[dict[str, Tensor]]:
+    def losses(
+        self, group: PeerGroup, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision
+    ) -> list[dict[str, Tensor]]:
         """Each student's terms on a batch."""
         return losses(group, images, taught, batch, precision)
 
@@ -96,14 +98,16 @@ class Compiled(Eager):
         self._evaluated: dict[Any, Callable[[dict[str, Tensor], Tensor], Outputs] | None] = {}
         self._tried: set[Any] = set()
 
-    def ready(self, lanes: Sequence[Lane]) -> Eager:
+    def ready(self, seed_groups: Sequence[SeedGroup]) -> Eager:
         """Compile what is new, by one step that is taken back."""
-        new = {_kind(group) for lane in lanes for group in lane.groups} | {lane.teacher for lane in lanes if lane.taught}
+        new = {_kind(group) for seed_group in seed_groups for group in seed_group.peer_groups} | {
+            seed_group.teacher for seed_group in seed_groups if seed_group.taught
+        }
         if new <= self._tried:
             return self
         try:
-            with taken_back(lanes), quiet():
-                next(self.epoch(lanes, 0, standing_still(lanes)))
+            with taken_back(seed_groups), quiet():
+                next(self.epoch(seed_groups, 0, standing_still(seed_groups)))
         except Exception as error:  # a compiler that is missing, or one that can't
             return Eager(self.precision, f"compiling failed ({summary(error)})")
         self._tried |= new
@@ -122,7 +126,9 @@ class Compiled(Eager):
             self._teachers[teacher] = _compile(_teaching(teacher))
         return self._teachers[teacher](images)
 
-    def losses(self, group: Group, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> list[dict[str, Tensor]]:
+    def losses(
+        self, group: PeerGroup, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision
+    ) -> list[dict[str, Tensor]]:
         """Compiled once a kind of student; weights and statistics are its inputs."""
         kind = _kind(group)
         if kind not in self._losses:
@@ -151,14 +157,14 @@ class Compiled(Eager):
         return plainly(net, images)
 
 
-def _kind(group: Group) -> tuple[Any, ...]:
+def _kind(group: PeerGroup) -> tuple[Any, ...]:
     """Students of one kind have one compiled function."""
     options = tuple((name, repr(option)) for name, option in group[0].settled.options.items())
     networks = tuple((type(student.net), student.net.spec, student.net.taps) for student in group)
     return networks, options, group[0].taught
 
 
-def _computing(group: Group, precision: Precision) -> Callable[..., list[dict[str, Tensor]]]:
+def _computing(group: PeerGroup, precision: Precision) -> Callable[..., list[dict[str, Tensor]]]:
     """``losses`` with the tensors of any students of this kind in the place of these."""
     objective = _hollow(Objective(group), {})
 
@@ -227,9 +233,9 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def taken_back(lanes: Sequence[Lane]) -> Iterator[None]:
+def taken_back(seed_groups: Sequence[SeedGroup]) -> Iterator[None]:
     """What is trained inside leaves no trace: every tensor gets its value back in its place, and buffers the shape that they had."""
-    students = [student for lane in lanes for student in lane.students]
+    students = [student for seed_group in seed_groups for student in seed_group.students]
     modules = nn.ModuleList(module for student in students for module in (student.net, student.method))
     momenta = [value for student in students for name, value in student.state()[0].items() if name.startswith("momentum.")]
     sums = [value for student in students for value in student.tally.tensors]
@@ -238,15 +244,19 @@ def taken_back(lanes: Sequence[Lane]) -> Iterator[None]:
         with kept(modules):
             yield
     finally:
-        synchronize(lanes[0].stream.data.device)  # streams beside this one may still write
+        synchronize(seed_groups[0].stream.data.device)  # streams beside this one may still write
         with torch.no_grad():
             for value, old in before:
                 value.copy_(old)
 
 
-def standing_still(lanes: Sequence[Lane]) -> dict[Student, Tensor]:
+def standing_still(seed_groups: Sequence[SeedGroup]) -> dict[Student, Tensor]:
     """Rates of 0 for a step or more that is taken back."""
-    return {student: torch.zeros(lane.stream.steps, device=lane.stream.data.device) for lane in lanes for student in lane.students}
+    return {
+        student: torch.zeros(seed_group.stream.steps, device=seed_group.stream.data.device)
+        for seed_group in seed_groups
+        for student in seed_group.students
+    }
 
 
 @contextlib.contextmanager

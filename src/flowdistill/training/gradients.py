@@ -18,12 +18,12 @@ from ..types import NO_LABEL, Batch, Outputs
 from .blame import refuse_first
 from .cohort import Cohort
 from .step import Objective, drawing
-from .student import Group, Student
+from .student import PeerGroup, Student
 from .task import TASK
 
 
 def gradient_ratios(
-    group: Group, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision
+    group: PeerGroup, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision
 ) -> dict[Student, dict[str, float]]:
     """The norm of each weighted term's gradient on its network's weights, relative to that of the task at weight 1.
 
@@ -46,7 +46,7 @@ def gradient_ratios(
         return _ratios(group, images, found)
 
 
-def _ratios(group: Group, images: Tensor, found: Sequence[dict[str, Tensor]]) -> dict[Student, dict[str, float]]:
+def _ratios(group: PeerGroup, images: Tensor, found: Sequence[dict[str, Tensor]]) -> dict[Student, dict[str, float]]:
     """See ``gradient_ratios``, from the terms of each student."""
 
     def norm(value: Tensor, weights: list[nn.Parameter]) -> float:
@@ -66,7 +66,7 @@ def _ratios(group: Group, images: Tensor, found: Sequence[dict[str, Tensor]]) ->
     return ratios
 
 
-def refuse_short(group: Group, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision, count: int) -> None:
+def refuse_short(group: PeerGroup, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision, count: int) -> None:
     """Compute the terms of the first ``count`` images of a batch, as many as the smallest batch to come will have; changes nothing.
 
     Raises:
@@ -88,7 +88,7 @@ def refuse_short(group: Group, images: Tensor, taught: Outputs | None, batch: Ba
 
 
 @contextmanager
-def _failures_of(group: Group, images: Tensor) -> Iterator[None]:
+def _failures_of(group: PeerGroup, images: Tensor) -> Iterator[None]:
     """What the networks' own code raises, in one line."""
     try:
         yield
@@ -109,15 +109,15 @@ def first_gradients(cohort: Cohort) -> dict[Student, dict[str, float]]:
         UserError: images, a teacher's answer, a student's or a term is not finite; and what ``gradient_ratios`` refuses.
     """
     found: dict[Student, dict[str, float]] = {}
-    for lane in cohort.lanes:
-        images, batch = _first_labelled(lane.stream.with_labels())
-        with lane.teaching(0, 0):
-            taught = lane.teacher.teach(images) if lane.teacher else None
-        refuse_first(images, lane.teacher, taught)
-        for group in lane.groups:
+    for seed_group in cohort.seed_groups:
+        images, batch = _first_labelled(seed_group.stream.with_labels())
+        with seed_group.teaching(0, 0):
+            taught = seed_group.teacher.teach(images) if seed_group.teacher else None
+        refuse_first(images, seed_group.teacher, taught)
+        for group in seed_group.peer_groups:
             found |= gradient_ratios(group, images, taught, batch, cohort.precision)
-            if lane.stream.least < len(images):
-                refuse_short(group, images, taught, batch, cohort.precision, lane.stream.least)
+            if seed_group.stream.least < len(images):
+                refuse_short(group, images, taught, batch, cohort.precision, seed_group.stream.least)
     return found
 
 

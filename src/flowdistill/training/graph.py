@@ -1,8 +1,8 @@
 """The whole step of a cohort as one CUDA graph: gather, augmentation, teachers, students, backward, optimisers, sums, the step counter.
 
 A graph replays the same kernels on the same memory, so everything that changes from step to step stands in tensors of fixed place: an
-epoch's draws, its rates, and the number of the step, which the graph itself counts up. ``Tape`` is that step; it runs on any device, and
-the tests hold it to the eager engine on a CPU. ``Graph`` captures it.
+epoch's draws, its rates, and the number of the step, which the graph itself counts up. ``StaticStep`` is that step; it runs on any
+device, and the tests hold it to the eager engine on a CPU. ``Graph`` captures it.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from ..device import free_memory, synchronize
 from .engine import Eager, quiet, standing_still, taken_back
 from .evaluate import Evaluation
 from .step import train_step
-from .student import Group, Lane, Student
+from .student import PeerGroup, SeedGroup, Student
 
 WARM_UP = 3  # steps before a capture: libraries set up their workspaces, and compilers compile
 MOST_STREAMS = 8  # 8 and 16 students at once took the same time each on a prototype
 MEMORY_SHARE = 0.7  # of the free memory, for what students hold at the same time
 
 
-class Tape:
+class StaticStep:
     """One step of a cohort on memory of fixed place.
 
-    Every group of students goes to a stream in turn, and a lane draws its batch and asks its teacher on the stream of its first group, so
-    that lanes compute beside each other. Groups of one stream follow each other and share memory.
+    Every peer group goes to a stream in turn. A seed group draws its batch and asks its teacher on the stream of its first peer group, so
+    that seed groups compute beside each other. Peer groups of one stream follow each other and share memory.
     """
 
-    def __init__(self, inner: Eager, lanes: Sequence[Lane], streams: Sequence[torch.cuda.Stream] = ()) -> None:
+    def __init__(self, inner: Eager, seed_groups: Sequence[SeedGroup], streams: Sequence[torch.cuda.Stream] = ()) -> None:
         self.inner, self.streams = inner, streams
-        self.lanes = [replace(lane, students=list(lane.students)) for lane in lanes if lane.students]
-        device = lanes[0].stream.data.device
-        self.sources = [_drawn(lane.stream) for lane in self.lanes]
+        self.seed_groups = [replace(seed_group, students=list(seed_group.students)) for seed_group in seed_groups if seed_group.students]
+        device = seed_groups[0].stream.data.device
+        self.sources = [_drawn(seed_group.stream) for seed_group in self.seed_groups]
         self.draws = [stream.draws(0) for stream in self.sources]
-        self.rates = standing_still(self.lanes)
+        self.rates = standing_still(self.seed_groups)
         self.number = torch.zeros((), dtype=torch.int64, device=device)
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
-        self.places = torch.arange(lanes[0].stream.batch_size, device=device)
+        self.places = torch.arange(seed_groups[0].stream.batch_size, device=device)
 
     def fill(self, number: int, rates: Mapping[Student, Tensor]) -> None:
         """Wind to the start of an epoch."""
@@ -65,13 +65,13 @@ class Tape:
         """The next step of every student."""
         shown = self.counter * len(self.places) + self.places
         alive, turn = [], 0
-        for lane, source, draws in zip(self.lanes, self.sources, self.draws, strict=True):
+        for seed_group, source, draws in zip(self.seed_groups, self.sources, self.draws, strict=True):
             with self._on(turn) as own:
                 images, batch = self.inner.draw(source, draws, shown, self.number)
-                taught = self.inner.teach(lane, images)
-                heard = lane.heard(taught)
+                taught = self.inner.teach(seed_group, images)
+                heard = seed_group.heard(taught)
             alive.append((images, batch, taught, heard))
-            for group in lane.groups:
+            for group in seed_group.peer_groups:
                 with self._on(turn, after=own):
                     lr = self.rates[group[0]].index_select(0, self.counter).view(())
                     precision, losses = self.inner.precision, self.inner.losses
@@ -109,7 +109,7 @@ class Trial:
 
 
 class Graph(Eager):
-    """``Tape`` captured once for a phase and a set of students, and replayed. Students that can't be captured are trained beside it.
+    """``StaticStep`` captured once for a phase and a set of students, and replayed. Students that can't be captured are trained beside it.
 
     Attributes:
         spent: why this process can capture nothing more, or empty. Before PyTorch 2.12 a capture that failed leaves the allocator so.
@@ -121,37 +121,45 @@ class Graph(Eager):
         super().__init__(inner.precision, why)
         self.inner, self._why = inner, why
         self.name = "graph" if type(inner) is Eager else f"graph+{inner.name}"
-        self._tape: Tape | None = None
+        self._step: StaticStep | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._beside: list[Lane] = []
+        self._beside: list[SeedGroup] = []
         self._captured: list[tuple[Student, torch.optim.SGD]] | None = None
         self._measured = Measured()
 
-    def ready(self, lanes: Sequence[Lane]) -> Eager:
+    def ready(self, seed_groups: Sequence[SeedGroup]) -> Eager:
         """Capture what is new. Groups that can't be captured, or all where none can, are trained by the engine inside."""
-        if self._captured is not None and self._captured == _students(lanes):
+        if self._captured is not None and self._captured == _students(seed_groups):
             return self
-        known = {group: _known_hindrance(lane, group) for lane in lanes for group in lane.groups}
+        known = {group: _known_hindrance(seed_group, group) for seed_group in seed_groups for group in seed_group.peer_groups}
         if why := Graph.spent or (next(iter(known.values())) if all(known.values()) else ""):
             self.inner.why = why
-            return self.inner.ready(lanes)
-        self._tape = self._graph = None
-        inner = self.inner.ready(lanes)
+            return self.inner.ready(seed_groups)
+        self._step = self._graph = None
+        inner = self.inner.ready(seed_groups)
         if inner is not self.inner:
             self.inner, self.name, self._why = inner, "graph", f"{self._why}; {inner.why}"
         try:
-            with taken_back(lanes), quiet():
-                trials = {group: Trial(why) if (why := known[group]) else self._try(lane, group) for lane in lanes for group in lane.groups}
+            with taken_back(seed_groups), quiet():
+                trials = {
+                    group: Trial(why) if (why := known[group]) else self._try(seed_group, group)
+                    for seed_group in seed_groups
+                    for group in seed_group.peer_groups
+                }
                 hindered = {group: trial.hindrance for group, trial in trials.items() if trial.hindrance}
                 if len(hindered) == len(trials):
                     return self._instead(next(iter(hindered.values())))
-                held = [_only(lane, lambda group: group not in hindered) for lane in lanes]
-                self._tape, self._graph = self._capture(held, _width(list(trials.values()), lanes[0].stream.data.device))
+                held = [_only(seed_group, lambda group: group not in hindered) for seed_group in seed_groups]
+                self._step, self._graph = self._capture(held, _width(list(trials.values()), seed_groups[0].stream.data.device))
         except Exception as error:  # whatever a model does that a graph can't hold
             return self._instead(f"it can't be captured ({summary(error)})")
-        self._beside = [lane for lane in (_only(lane, lambda group: group in hindered) for lane in lanes) if lane.students]
+        self._beside = [
+            seed_group
+            for seed_group in (_only(seed_group, lambda group: group in hindered) for seed_group in seed_groups)
+            if seed_group.students
+        ]
         self.why = "; ".join([self._why, *(f"{_named(group)} beside it, {self.inner.name}: {why}" for group, why in hindered.items())])
-        self._captured = _students(lanes)
+        self._captured = _students(seed_groups)
         return self
 
     def _instead(self, why: str) -> Eager:
@@ -160,13 +168,13 @@ class Graph(Eager):
         self.inner.why = why
         return self.inner
 
-    def _try(self, lane: Lane, group: Group) -> Trial:
+    def _try(self, seed_group: SeedGroup, group: PeerGroup) -> Trial:
         """Two steps of a group alone; in the second, waiting for the device is an error, as it is in a capture."""
-        device = lane.stream.data.device
+        device = seed_group.stream.data.device
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(device)
         try:
-            tape = Tape(self.inner, [replace(lane, students=list(group))])
+            tape = StaticStep(self.inner, [replace(seed_group, students=list(group))])
             tape.step()  # libraries set up their workspaces, compilers compile
             tape.counter.zero_()
             with _waiting_refused():
@@ -175,10 +183,10 @@ class Graph(Eager):
             return Trial(f"it can't be captured ({summary(error)})")
         return Trial("", max(torch.cuda.memory_reserved(device) - before, 1))
 
-    def _capture(self, lanes: Sequence[Lane], width: int) -> tuple[Tape, torch.cuda.CUDAGraph]:
-        device = lanes[0].stream.data.device
-        tape = Tape(self.inner, lanes, [_stream(device) for _ in range(width)])
-        tape.fill(0, standing_still(lanes))
+    def _capture(self, seed_groups: Sequence[SeedGroup], width: int) -> tuple[StaticStep, torch.cuda.CUDAGraph]:
+        device = seed_groups[0].stream.data.device
+        tape = StaticStep(self.inner, seed_groups, [_stream(device) for _ in range(width)])
+        tape.fill(0, standing_still(seed_groups))
         aside = _stream(device)
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
@@ -186,28 +194,28 @@ class Graph(Eager):
                 tape.counter.zero_()
                 tape.step()
         torch.cuda.current_stream(device).wait_stream(aside)
-        for lane in lanes:
-            for student in lane.students:
+        for seed_group in seed_groups:
+            for student in seed_group.students:
                 student.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         with capturing(graph, device):
             tape.step()
         return tape, graph
 
-    def epoch(self, lanes: Sequence[Lane], number: int, rates: Mapping[Student, Tensor]) -> Iterator[None]:
+    def epoch(self, seed_groups: Sequence[SeedGroup], number: int, rates: Mapping[Student, Tensor]) -> Iterator[None]:
         """One replay a step, and a step of those beside it."""
-        assert self._tape is not None
+        assert self._step is not None
         assert self._graph is not None
-        self._tape.fill(number, rates)
+        self._step.fill(number, rates)
         beside = self.inner.epoch(self._beside, number, rates) if self._beside else itertools.repeat(None)
-        for _ in range(lanes[0].stream.steps):
+        for _ in range(seed_groups[0].stream.steps):
             self._graph.replay()
             next(beside)
             yield
 
     def of(self, student: Student) -> str:
         """That of the engine inside for those beside the graph."""
-        return self.inner.name if any(student in lane.students for lane in self._beside) else self.name
+        return self.inner.name if any(student in seed_group.students for seed_group in self._beside) else self.name
 
     def evaluate(self, students: Sequence[Student], data: Supply) -> list[Evaluation]:
         """One by one, each captured at the second time: the first, which is plain, warms up."""
@@ -286,11 +294,11 @@ def capturing(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = Non
         raise cause from None
 
 
-def _known_hindrance(lane: Lane, group: Group) -> str:
+def _known_hindrance(seed_group: SeedGroup, group: PeerGroup) -> str:
     """Why a group's step can't be captured, as far as its networks tell; else empty."""
     if any(student.net.draws_from is not None for student in group):
         return "a student's layers draw random numbers (dropout), which would not be those of its seed in a graph"
-    teacher = lane.teacher.given if lane.teacher is not None and any(student.taught for student in group) else None
+    teacher = seed_group.teacher.given if seed_group.teacher is not None and any(student.taught for student in group) else None
     if teacher is not None and (teacher.draws_always or teacher.unsettled):
         return "a teacher draws random numbers in eval mode, or moves its buffers, which a graph would not hold to its seed"
     if growing := next((student.net for student in group if student.net.grown), None):
@@ -298,17 +306,17 @@ def _known_hindrance(lane: Lane, group: Group) -> str:
     return ""
 
 
-def _students(lanes: Sequence[Lane]) -> list[tuple[Student, torch.optim.SGD]]:
+def _students(seed_groups: Sequence[SeedGroup]) -> list[tuple[Student, torch.optim.SGD]]:
     """What a graph is captured for; every phase has optimisers of its own."""
-    return [(student, student.optimizer) for lane in lanes for student in lane.students]
+    return [(student, student.optimizer) for seed_group in seed_groups for student in seed_group.students]
 
 
-def _only(lane: Lane, wanted: Callable[[Group], bool]) -> Lane:
-    """A lane with those of its groups."""
-    return replace(lane, students=[student for group in lane.groups if wanted(group) for student in group])
+def _only(seed_group: SeedGroup, wanted: Callable[[PeerGroup], bool]) -> SeedGroup:
+    """A seed group with those of its peer groups."""
+    return replace(seed_group, students=[student for group in seed_group.peer_groups if wanted(group) for student in group])
 
 
-def _named(group: Group) -> str:
+def _named(group: PeerGroup) -> str:
     return f"{group[0].settled.name} {group[0].net.spec.name}"
 
 

@@ -14,7 +14,7 @@ from ..methods import Method
 from ..randomness import seeded
 from ..types import Batch, Outputs
 from .at_once import cast_at_once, counted_at_once, give
-from .student import Group
+from .student import PeerGroup
 from .task import TASK, task_loss
 
 
@@ -30,7 +30,7 @@ def terms(method: Method, own: Outputs, taught: Outputs | None, batch: Batch, sm
 class Objective(nn.Module):
     """What the students of a group minimise: their networks and methods as one module."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: PeerGroup) -> None:
         super().__init__()
         self.smoothing = group[0].train.label_smoothing
         self.nets = nn.ModuleList(student.net for student in group)
@@ -56,23 +56,23 @@ class Objective(nn.Module):
         return found
 
 
-def losses(group: Group, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> list[dict[str, Tensor]]:
+def losses(group: PeerGroup, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> list[dict[str, Tensor]]:
     """Every unweighted term of this phase, of each student."""
     found: list[dict[str, Tensor]] = Objective(group)(images, taught, batch, precision)
     return found
 
 
-def drawing(group: Group, epoch: int, step: int, device: torch.device) -> AbstractContextManager[None]:
+def drawing(group: PeerGroup, epoch: int, step: int, device: torch.device) -> AbstractContextManager[None]:
     """What layers of these students draw inside, as dropout does, is a function of (seed, epoch, step) alone."""
     seeds = [student.net.draws_from for student in group if student.net.draws_from is not None]
     return seeded(seeds[0], f"layers {step}", epoch, device) if seeds else nullcontext()
 
 
-Losses = Callable[[Group, Tensor, "Outputs | None", Batch, Precision], list[dict[str, Tensor]]]
+Losses = Callable[[PeerGroup, Tensor, "Outputs | None", Batch, Precision], list[dict[str, Tensor]]]
 
 
 def train_step(
-    group: Group,
+    group: PeerGroup,
     images: Tensor,
     taught: Outputs | None,
     batch: Batch,

@@ -1,4 +1,4 @@
-"""What is trained: a student, those that one step moves together, and the lane of a seed."""
+"""What is trained: a student, the peers that one step moves together, and the group of students that share a seed."""
 
 from __future__ import annotations
 
@@ -199,22 +199,22 @@ class Student:
         return torch.tensor(rates, device=next(self.net.parameters()).device)
 
 
-Group = tuple[Student, ...]
+PeerGroup = tuple[Student, ...]
 """Students that one step moves: a single one, or those that teach each other."""
 
 
 @dataclass
-class Lane:
-    """One seed: its stream of batches, its teacher, and the students that share both."""
+class SeedGroup:
+    """The students of one seed: they share its batches and its teacher."""
 
     stream: Batches
     teacher: Teacher | None
     students: list[Student]
 
     @property
-    def groups(self) -> list[Group]:
+    def peer_groups(self) -> list[PeerGroup]:
         """The students, those that teach each other together."""
-        found: dict[Student, Group] = {}
+        found: dict[Student, PeerGroup] = {}
         for student in self.students:
             if student not in found:
                 group = (student, *student.peers)

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from flowdistill.bench.measure import Work
     from flowdistill.data.dataset import ImageData
-    from flowdistill.training.engine import Eager
+    from flowdistill.training.engine import Engine
     from flowdistill.training.student import Student
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -397,7 +397,7 @@ class Running(NamedTuple):
     """A cohort in training: its engine, an iterator that takes a step a turn, its students, and the seconds of set-up."""
 
     work: Work
-    engine: Eager
+    engine: Engine
     steps: Iterator[None]
     students: list[Student]
     setup: float

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from flowdistill.bench.measure import Work, random_images
 from flowdistill.bench.plain import PlainLoop
 from flowdistill.data.batches import DeviceData
-from flowdistill.training.engine import Compiled, Eager
+from flowdistill.training.engine import CompiledEngine, EagerEngine, Engine
 
 WARM, STEPS, SHOWN = 4, 10, 14
 KINDS = {
@@ -61,14 +61,18 @@ def main() -> None:
     images = random_images()
     work = Work("resnet8", "resnet20", 128, images, DeviceData(images, "full", device))
 
-    def ours(engine: Eager) -> Iterator[None]:
+    def ours(engine: Engine) -> Iterator[None]:
         seed_groups = work.seed_groups(["fsp"], 1, "bf16")
         (student,) = seed_groups[0].students
         return engine.ready(seed_groups).epoch(seed_groups, 0, {student: student.rates(0, 1, seed_groups[0].stream.steps)})
 
     member = work.member("fsp", 0)
     plain = PlainLoop(member, work.network(member.method.needs), images, work.data, 0, strong=False)
-    loops = {"plain loop, fp32": plain.steps(), "eager, bf16": ours(Eager("bf16", "")), "compiled, bf16": ours(Compiled("bf16", ""))}
+    loops = {
+        "plain loop, fp32": plain.steps(),
+        "eager, bf16": ours(EagerEngine("bf16", "")),
+        "compiled, bf16": ours(CompiledEngine("bf16", "")),
+    }
     found = {name: milliseconds(steps, device) for name, steps in loops.items()}
     kinds = sorted(
         {kind for times in found.values() for kind in times}, key=lambda kind: -max(times.get(kind, 0) for times in found.values())

@@ -14,7 +14,7 @@ from flowdistill import models
 from flowdistill.data.sources import read_npz
 from flowdistill.models import MODELS, ImageNetwork
 from flowdistill.training.at_once import cast_at_once, counted_at_once, give
-from flowdistill.training.engine import Eager
+from flowdistill.training.engine import EagerEngine
 from flowdistill.types import DataSpec
 
 SMALL = DataSpec("images", 100, 10, 1, 16, 16)
@@ -25,10 +25,10 @@ IMAGES = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
 def test_training_is_the_same_bit_for_bit(small_npz: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = read_npz(small_npz)
     cohort, ours = a_cohort(data, grid(small_npz), precision)
-    terms = trained(cohort, Eager(precision, ""))
+    terms = trained(cohort, EagerEngine(precision, ""))
     monkeypatch.setattr(ImageNetwork, "each_once", False)
     layer_by_layer, theirs = a_cohort(data, grid(small_npz), precision)
-    expected = trained(layer_by_layer, Eager(precision, ""))
+    expected = trained(layer_by_layer, EagerEngine(precision, ""))
     for one, other in zip(ours, theirs, strict=True):
         assert weights_of(one) == weights_of(other)
         assert [epoch[one] for epoch in terms] == [epoch[other] for epoch in expected]

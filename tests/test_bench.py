@@ -22,7 +22,7 @@ from flowdistill.data.batches import DeviceData
 from flowdistill.data.dataset import ImageData
 from flowdistill.data.sources import read_npz
 from flowdistill.report.tables import render
-from flowdistill.training.engine import Eager
+from flowdistill.training.engine import EagerEngine
 
 CPU = torch.device("cpu")
 
@@ -57,7 +57,7 @@ def test_a_plain_loop_trains_what_the_engine_trains(images: ImageData, method: s
     (student,) = seed_group.students
     before = student.net.fc.weight.detach().clone()
     assert torch.equal(before, member.net.fc.weight)
-    next(Eager("bf16" if strong else "fp32", "").epoch([seed_group], 0, {student: torch.tensor([0.01])}))
+    next(EagerEngine("bf16" if strong else "fp32", "").epoch([seed_group], 0, {student: torch.tensor([0.01])}))
     assert len(list(plain.steps())) == 1
     moved, plainly = (net.fc.weight.detach() - before for net in (student.net, member.net))
     off = float((plainly - moved).norm() / moved.norm())

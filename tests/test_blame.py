@@ -22,7 +22,7 @@ from flowdistill.runner import run
 from flowdistill.runner.cohorts import prepare
 from flowdistill.runner.plan import plan
 from flowdistill.training.cohort import Cohort, Progress, train
-from flowdistill.training.engine import Compiled, Eager
+from flowdistill.training.engine import CompiledEngine, EagerEngine, Engine
 from flowdistill.training.evaluate import Evaluation
 from flowdistill.training.gradients import first_gradients
 from flowdistill.training.said import ANSWER, EMBEDDING, MAP
@@ -149,7 +149,7 @@ def test_engines_name_the_same_batch(data: ImageData, small_npz: Path) -> None:
     images = data.x_train.copy()
     images[17] = 255
     told = []
-    for kind in (Eager, Taped, Compiled):
+    for kind in (EagerEngine, Taped, CompiledEngine):
         cohort, (student,) = a_cohort(dataclasses.replace(data, x_train=images), [config(small_npz, method="at", teacher="-")])
         (seed_group,) = cohort.seed_groups
         assert seed_group.teacher is not None
@@ -164,7 +164,7 @@ def test_engines_name_the_same_batch(data: ImageData, small_npz: Path) -> None:
     assert len(set(told)) == 1
 
 
-class Harmed(Eager):
+class Harmed(EagerEngine):
     """Terms of one student are not finite at one step, counted over groups and epochs."""
 
     def __init__(self, step: int, terms: tuple[str, ...], of: int = 0) -> None:
@@ -206,13 +206,13 @@ def test_a_student_whose_losses_were_finite(
     data: ImageData, small_npz: Path, harm: str, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cohort, (student,) = a_cohort(data, [config(small_npz, method="base", teacher="-")])
-    evaluate = Eager.evaluate
+    evaluate = Engine.evaluate
 
     def after_the_last_step(*args: Any) -> list[Evaluation]:
         student.net.state_dict()[harm][1] = torch.nan
         return evaluate(*args)
 
-    monkeypatch.setattr(Eager, "evaluate", after_the_last_step)
+    monkeypatch.setattr(Engine, "evaluate", after_the_last_step)
     (report,) = train(cohort)
     what = f"its {what} is not finite, its logits are not finite for 150 of 150 images that it is measured on"
     assert report.progress[student].error == f"diverged in epoch 1: {what}, though its losses are; lower train.lr or weights.task"

@@ -29,9 +29,9 @@ from flowdistill.methods.kd import KD
 from flowdistill.models import MODELS
 from flowdistill.training import graph
 from flowdistill.training.at_once import give
-from flowdistill.training.engine import Compiled, Eager
+from flowdistill.training.engine import CompiledEngine, EagerEngine, Engine
 from flowdistill.training.evaluate import evaluate_all
-from flowdistill.training.graph import Graph, StaticStep
+from flowdistill.training.graph import GraphEngine, StaticStep
 from flowdistill.training.student import SeedGroup
 from flowdistill.training.task import TASK
 
@@ -82,7 +82,7 @@ def walk(watch: Watch, seed_groups: list[SeedGroup], precision: str) -> Walk:
     for phase in range(max(len(student.settled.phases) for student in students)):
         for student in students:
             student.begin_phase(phase)
-        tape = StaticStep(Eager(precision, ""), seed_groups)
+        tape = StaticStep(EagerEngine(precision, ""), seed_groups)
         tape.step()
         watch.forget()
         tape.step()
@@ -312,7 +312,7 @@ def test_what_is_patched_is_put_back() -> None:
 class Captured(NamedTuple):
     """A graph, or what it fell back to, and how it came."""
 
-    engine: Eager
+    engine: Engine
     machine: Machine
     faults: dict[str, int]
     evaluated: int
@@ -328,11 +328,11 @@ def captured(
     prepare: Callable[[list[SeedGroup]], None] = lambda seed_groups: None,
 ) -> Captured:
     """A cohort that asks for a graph; every student is then measured so often. There are no libraries to warm up."""
-    warm, spent = patch.object(graph, "WARM_UP", warm_up), patch.object(Graph, "spent", "")
+    warm, spent = patch.object(graph, "WARM_UP", warm_up), patch.object(GraphEngine, "spent", "")
     with warm, spent, fake_cuda(index) as watch, fake_capture(watch.device) as machine:
         seed_groups = lanes_of(watch.device, names, seeds=seeds)
         prepare(seed_groups)
-        engine = Graph(Eager("fp32", "asked for"), "").ready(seed_groups)
+        engine = GraphEngine(EagerEngine("fp32", "asked for"), "").ready(seed_groups)
         students = [student for seed_group in seed_groups for student in seed_group.students]
         found = [engine.evaluate(students, seed_groups[0].stream.data) for _ in range(evaluations)]
         return Captured(engine, machine, dict(watch.faults), sum(map(len, found)))
@@ -346,7 +346,7 @@ def test_a_cohort_of_one_to_ten_groups_keeps_the_rules_of_a_capture(groups: int)
     """In one seed group, or where that goes in two with half of them each."""
     seeds = 2 - groups % 2
     found = captured(MIX[: groups // seeds], seeds=seeds)
-    assert isinstance(found.engine, Graph), found.engine.why
+    assert isinstance(found.engine, GraphEngine), found.engine.why
     (one,) = found.machine.captures
     assert len(one.members) > 1
     assert {stream.device.index for stream in one.members} == {0}
@@ -354,13 +354,13 @@ def test_a_cohort_of_one_to_ten_groups_keeps_the_rules_of_a_capture(groups: int)
 
 def test_ten_lanes_keep_them() -> None:
     found = captured(["base"], seeds=10, warm_up=1)
-    assert isinstance(found.engine, Graph), found.engine.why
+    assert isinstance(found.engine, GraphEngine), found.engine.why
 
 
 @pytest.mark.parametrize(("names", "seeds"), [(["dml"], 1), (["dml"], 2), (["base", "dml"], 1)])
 def test_students_that_teach_each_other_keep_them(names: list[str], seeds: int) -> None:
     found = captured(names, seeds=seeds)
-    assert isinstance(found.engine, Graph), found.engine.why
+    assert isinstance(found.engine, GraphEngine), found.engine.why
 
 
 def test_an_evaluation_is_captured_at_the_second_time() -> None:
@@ -377,7 +377,7 @@ def test_an_evaluation_that_can_not_be_captured_is_done_plainly() -> None:
         student.net.register_forward_hook(lambda net, given, outputs: None if net.training else beside(float(outputs.logits.sum())))
 
     found = captured(["base"], evaluations=3, prepare=waiting)
-    assert isinstance(found.engine, Graph), found.engine.why
+    assert isinstance(found.engine, GraphEngine), found.engine.why
     assert (len(found.machine.captures), found.machine.replays, found.evaluated) == (1, 0, 3)
 
 
@@ -390,13 +390,13 @@ def test_a_method_that_waits_falls_back() -> None:
 
 def test_the_others_of_its_cohort_are_captured() -> None:
     found = captured(["base", *WAITS])
-    assert isinstance(found.engine, Graph), found.engine.why
+    assert isinstance(found.engine, GraphEngine), found.engine.why
     assert len(found.machine.captures) == 1
 
 
 def test_on_the_second_gpu_all_streams_are_its_own() -> None:
     found = captured(["base", "fsp"], index=1, warm_up=3, evaluations=2)
-    assert isinstance(found.engine, Graph), found.engine.why
+    assert isinstance(found.engine, GraphEngine), found.engine.why
     assert {stream.device.index for stream in found.machine.streams} == {1}
     assert {one.origin.device.index for one in found.machine.captures} == {1}
     assert not [fault for fault in found.faults if fault.startswith("on cuda:")]
@@ -538,7 +538,7 @@ def traces(monkeypatch: pytest.MonkeyPatch, names: list[str], seeds: int) -> int
     compiling = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **keys: compiling(function, **keys, backend=backend))
     torch._dynamo.reset()
-    engine = Compiled("fp32", "").ready(lanes_of(CPU, names, seeds=seeds))
+    engine = CompiledEngine("fp32", "").ready(lanes_of(CPU, names, seeds=seeds))
     assert engine.name == "compiled", engine.why
     return len(traced)
 

@@ -20,9 +20,9 @@ from flowdistill.models.foreign import adopt
 from flowdistill.runner import evaluate, export, resume, run
 from flowdistill.runner.doctor import examine
 from flowdistill.runner.watcher import Watcher
-from flowdistill.training.engine import Eager
+from flowdistill.training.engine import EagerEngine
 from flowdistill.training.facts import gather
-from flowdistill.training.graph import Graph
+from flowdistill.training.graph import GraphEngine
 from flowdistill.training.student import SeedGroup
 from flowdistill.training.teacher import Teacher
 from flowdistill.training.weights import save_weights
@@ -236,6 +236,6 @@ def test_a_graph_does_not_hold_what_a_teacher_draws(nets: Path):
         net, taught, peers = models.build("resnet8", DATA), True, ()
 
     teacher = Teacher(models.build(f"{nets}:Torch", DATA, seed=7).eval(), Needs(logits=True), "fp32")
-    engine = Graph(Eager("fp32", "inside"), "outside").ready([SeedGroup(None, teacher, [Taught()])])
-    assert type(engine) is Eager
+    engine = GraphEngine(EagerEngine("fp32", "inside"), "outside").ready([SeedGroup(None, teacher, [Taught()])])
+    assert type(engine) is EagerEngine
     assert engine.why == "a teacher draws random numbers in eval mode, or moves its buffers, which a graph would not hold to its seed"

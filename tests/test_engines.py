@@ -26,7 +26,7 @@ from flowdistill.methods import METHODS, Needs
 from flowdistill.runner import resume, run
 from flowdistill.training import engine_choice
 from flowdistill.training.cohort import Cohort, train
-from flowdistill.training.engine import Compiled, Eager
+from flowdistill.training.engine import CompiledEngine, EagerEngine, Engine
 from flowdistill.training.engine_choice import choose
 from flowdistill.training.graph import StaticStep
 from flowdistill.training.student import Student
@@ -43,7 +43,7 @@ def data(small_npz: Path) -> ImageData:
     return read_npz(small_npz)
 
 
-class Taped(Eager):
+class Taped(EagerEngine):
     """What a CUDA graph would replay, run step by step."""
 
     name = "taped"
@@ -56,7 +56,7 @@ class Taped(Eager):
             yield
 
 
-def trained(cohort: Cohort, engine: Eager) -> list[dict[Student, dict[str, float]]]:
+def trained(cohort: Cohort, engine: Engine) -> list[dict[Student, dict[str, float]]]:
     """The terms of every epoch."""
     cohort.engine = engine
     return [{student: progress.terms for student, progress in report.progress.items()} for report in train(cohort)]
@@ -74,7 +74,7 @@ def test_the_step_that_a_graph_holds_is_the_eager_one_bit_for_bit(data: ImageDat
     for precision in ("fp32", "bf16"):
         plain, ours = a_cohort(data, grid(small_npz), precision)
         taped, theirs = a_cohort(data, grid(small_npz), precision)
-        expected, found = trained(plain, Eager(precision, "")), trained(taped, Taped(precision, ""))
+        expected, found = trained(plain, EagerEngine(precision, "")), trained(taped, Taped(precision, ""))
         for one, other in zip(ours, theirs, strict=True):
             assert weights_of(one) == weights_of(other)
             assert [epoch[one] for epoch in expected] == [epoch[other] for epoch in found]
@@ -88,7 +88,7 @@ def test_so_it_is_with_resized_and_mixed_images(data: ImageData, small_npz: Path
     runs = [config(small_npz, method=method, seed=seed, crop="resized", **MIXED) for method, seed in (("kd", 0), ("sp", 0), ("kd", 1))]
     plain, ours = a_cohort(cropped, runs)
     taped, theirs = a_cohort(cropped, runs)
-    expected, found = trained(plain, Eager("fp32", "")), trained(taped, Taped("fp32", ""))
+    expected, found = trained(plain, EagerEngine("fp32", "")), trained(taped, Taped("fp32", ""))
     for one, other in zip(ours, theirs, strict=True):
         assert weights_of(one) == weights_of(other)
         assert [epoch[one] for epoch in expected] == [epoch[other] for epoch in found]
@@ -96,9 +96,9 @@ def test_so_it_is_with_resized_and_mixed_images(data: ImageData, small_npz: Path
 
 
 @pytest.fixture(scope="module")
-def compiled(data: ImageData, small_npz: Path) -> tuple[Cohort, list[Student], list, Compiled]:
+def compiled(data: ImageData, small_npz: Path) -> tuple[Cohort, list[Student], list, CompiledEngine]:
     cohort, students = a_cohort(data, grid(small_npz))
-    engine = Compiled("fp32", "")
+    engine = CompiledEngine("fp32", "")
     terms = trained(cohort, engine)
     assert cohort.engine is engine, cohort.engine.why
     return cohort, students, terms, engine
@@ -108,7 +108,7 @@ def test_each_compiled_step_is_the_eager_one_within_rounding(data: ImageData, sm
     """From the same weights and momenta; over many steps a rounding that turns a ReLU grows, in eager with two threads as well."""
     plain, ours = a_cohort(data, grid(small_npz))
     other, theirs = a_cohort(data, grid(small_npz))
-    eager, engine, steps = Eager("fp32", ""), compiled[3], plain.seed_groups[0].stream.steps
+    eager, engine, steps = EagerEngine("fp32", ""), compiled[3], plain.seed_groups[0].stream.steps
     for student in (*ours, *theirs):
         student.begin_phase(0)
         student.begin_epoch()
@@ -164,10 +164,10 @@ def test_what_can_not_be_compiled_is_trained_eagerly_and_told(data: ImageData, s
         raise RuntimeError("no such compiler\nand more")
 
     plain, (one,) = a_cohort(data, grid(small_npz)[1:2])
-    trained(plain, Eager("fp32", ""))
+    trained(plain, EagerEngine("fp32", ""))
     cohort, (other,) = a_cohort(data, grid(small_npz)[1:2])
     monkeypatch.setattr("flowdistill.training.engine._compile", lambda function: refuses)
-    trained(cohort, Compiled("fp32", ""))
+    trained(cohort, CompiledEngine("fp32", ""))
     assert (cohort.engine.name, cohort.engine.why) == ("eager", "compiling failed (RuntimeError: no such compiler)")
     assert weights_of(one) == weights_of(other)
 

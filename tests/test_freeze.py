@@ -22,7 +22,7 @@ from flowdistill.ledger import Ledger
 from flowdistill.models.foreign import adopt
 from flowdistill.runner import execute, resume, run
 from flowdistill.training.cohort import Cohort
-from flowdistill.training.engine import Compiled, Eager
+from flowdistill.training.engine import CompiledEngine, EagerEngine, Engine
 from flowdistill.training.freeze import freeze
 from flowdistill.training.gradients import first_gradients
 from flowdistill.training.student import Student
@@ -44,7 +44,7 @@ def state(student: Student) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in student.net.state_dict().items()}
 
 
-def assert_the_front_stays_and_the_rest_moves(cohort: Cohort, students: list[Student], engine: Eager) -> None:
+def assert_the_front_stays_and_the_rest_moves(cohort: Cohort, students: list[Student], engine: Engine) -> None:
     before = [state(student) for student in students]
     trained(cohort, engine)
     assert type(cohort.engine) is type(engine), cohort.engine.why
@@ -54,15 +54,15 @@ def assert_the_front_stays_and_the_rest_moves(cohort: Cohort, students: list[Stu
 
 
 @pytest.mark.usefixtures("no_kernels")
-@pytest.mark.parametrize("engine", [Eager, Taped, Compiled])
-def test_what_is_frozen_stays_to_the_bit_and_all_else_moves(engine: type[Eager], data: ImageData, small_npz: Path) -> None:
+@pytest.mark.parametrize("engine", [EagerEngine, Taped, CompiledEngine])
+def test_what_is_frozen_stays_to_the_bit_and_all_else_moves(engine: type[Engine], data: ImageData, small_npz: Path) -> None:
     cohort, students = a_cohort(data, [frozen(small_npz), frozen(small_npz, method="base", seed=1)])
     assert_the_front_stays_and_the_rest_moves(cohort, students, engine("fp32", ""))
 
 
 def test_frozen_parts_get_no_gradient_and_no_momentum(data: ImageData, small_npz: Path) -> None:
     cohort, (student,) = a_cohort(data, [frozen(small_npz, method="base", teacher=None)])
-    trained(cohort, Eager("fp32", ""))
+    trained(cohort, EagerEngine("fp32", ""))
     still = [p for name, p in student.net.named_parameters() if name.startswith(("conv1.", "bn1.", "layer1."))]
     assert still
     assert all(p.grad is None and p not in student.optimizer.state for p in still)
@@ -72,7 +72,7 @@ def test_frozen_parts_get_no_gradient_and_no_momentum(data: ImageData, small_npz
 def test_the_step_that_a_graph_holds_is_the_eager_one(data: ImageData, small_npz: Path) -> None:
     runs = [frozen(small_npz), frozen(small_npz, method="base", seed=1)]
     ends = []
-    for engine in (Eager, Taped):
+    for engine in (EagerEngine, Taped):
         cohort, students = a_cohort(data, runs)
         trained(cohort, engine("fp32", ""))
         ends.append([state(student) for student in students])

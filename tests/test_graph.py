@@ -22,8 +22,8 @@ from flowdistill.data.sources import read_npz
 from flowdistill.methods.fsp import FSP
 from flowdistill.training import engine as engines
 from flowdistill.training import graph as graphs
-from flowdistill.training.engine import Compiled, Eager
-from flowdistill.training.graph import Graph, StaticStep
+from flowdistill.training.engine import CompiledEngine, EagerEngine
+from flowdistill.training.graph import GraphEngine, StaticStep
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def replaying(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Captures are stood in for; the widths that were asked for."""
     widths: list[int] = []
 
-    def capture(self: Graph, seed_groups: list, width: int) -> tuple[StaticStep, Recorded]:
+    def capture(self: GraphEngine, seed_groups: list, width: int) -> tuple[StaticStep, Recorded]:
         widths.append(width)
         recorded = Recorded()
         recorded.tape = StaticStep(self.inner, seed_groups)
@@ -60,8 +60,8 @@ def replaying(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         finally:
             waiting.pop()
 
-    monkeypatch.setattr(Graph, "_capture", capture)
-    monkeypatch.setattr(Graph, "_evaluate", lambda self, student, data: self.inner.evaluate([student], data)[0])
+    monkeypatch.setattr(GraphEngine, "_capture", capture)
+    monkeypatch.setattr(GraphEngine, "_evaluate", lambda self, student, data: self.inner.evaluate([student], data)[0])
     monkeypatch.setattr(graphs, "_waiting_refused", refuses)
     return widths
 
@@ -87,9 +87,9 @@ def test_what_waits_is_trained_beside_the_graph_and_named(
 ) -> None:
     plain, ours = a_cohort(data, grid(small_npz))
     beside, theirs = a_cohort(data, grid(small_npz))
-    expected = trained(plain, Eager("fp32", ""))
+    expected = trained(plain, EagerEngine("fp32", ""))
     waits(monkeypatch)
-    found = trained(beside, Graph(Eager("fp32", ""), "bound by launches"))
+    found = trained(beside, GraphEngine(EagerEngine("fp32", ""), "bound by launches"))
     for one, other in zip(ours, theirs, strict=True):
         assert weights_of(one) == weights_of(other)
         assert [epoch[one] for epoch in expected] == [epoch[other] for epoch in found]
@@ -107,8 +107,8 @@ def test_where_all_wait_the_engine_inside_trains(
 ) -> None:
     waits(monkeypatch)
     cohort, _ = a_cohort(data, grid(small_npz)[1:2])
-    trained(cohort, Graph(Eager("fp32", ""), ""))
-    assert (type(cohort.engine), replaying) == (Eager, [])
+    trained(cohort, GraphEngine(EagerEngine("fp32", ""), ""))
+    assert (type(cohort.engine), replaying) == (EagerEngine, [])
     assert cohort.engine.why == "it can't be captured (RuntimeError: called a synchronizing CUDA operation)"
 
 
@@ -116,7 +116,7 @@ def test_a_lane_without_students_does_not_hinder(data: ImageData, small_npz: Pat
     cohort, students = a_cohort(data, grid(small_npz))
     gone = cohort.seed_groups[0].students[:]
     cohort.seed_groups[0].students.clear()
-    trained(cohort, Graph(Eager("fp32", ""), ""))
+    trained(cohort, GraphEngine(EagerEngine("fp32", ""), ""))
     assert cohort.engine.name == "graph", cohort.engine.why
     assert replaying == [len(students) - len(gone)]
 
@@ -125,7 +125,7 @@ def test_streams_are_counted_by_group(data: ImageData, small_npz: Path, replayin
     """Two that teach each other are moved by one step, on one stream."""
     cohort, (first, second, _) = a_cohort(data, [config(small_npz), config(small_npz), config(small_npz, method="fsp", teacher="-")])
     first.peers, second.peers = (second,), (first,)
-    trained(cohort, Graph(Eager("fp32", ""), ""))
+    trained(cohort, GraphEngine(EagerEngine("fp32", ""), ""))
     assert replaying == [2]
 
 
@@ -159,7 +159,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: "the stream before")
     monkeypatch.setattr(torch.cuda, "set_stream", current.append)
     monkeypatch.setattr(graphs, "_stream", lambda device: device)
-    monkeypatch.setattr(Graph, "spent", "")
+    monkeypatch.setattr(GraphEngine, "spent", "")
     return current
 
 
@@ -174,14 +174,14 @@ def test_a_capture_that_fails_tells_its_cause_and_puts_the_stream_back(
     told = (
         f"an earlier capture failed in this process (ValueError: what the model did), after which PyTorch {version} can't capture any more"
     )
-    assert Graph.spent == (told if spent else "")
+    assert GraphEngine.spent == (told if spent else "")
 
 
 def test_after_such_a_failure_nothing_is_captured(data: ImageData, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Graph, "spent", "an earlier capture failed")
+    monkeypatch.setattr(GraphEngine, "spent", "an earlier capture failed")
     cohort, _ = a_cohort(data, grid(small_npz)[:1])
-    trained(cohort, Graph(Eager("fp32", ""), ""))
-    assert (type(cohort.engine), cohort.engine.why) == (Eager, "an earlier capture failed")
+    trained(cohort, GraphEngine(EagerEngine("fp32", ""), ""))
+    assert (type(cohort.engine), cohort.engine.why) == (EagerEngine, "an earlier capture failed")
 
 
 def test_what_was_captured_before_such_a_failure_is_still_replayed(
@@ -192,20 +192,20 @@ def test_what_was_captured_before_such_a_failure_is_still_replayed(
     for student in students:
         student.begin_phase(0)
         student.begin_epoch()
-    engine = Graph(Eager("fp32", ""), "")
+    engine = GraphEngine(EagerEngine("fp32", ""), "")
     assert engine.ready(cohort.seed_groups) is engine
-    monkeypatch.setattr(Graph, "spent", "an earlier capture failed")
+    monkeypatch.setattr(GraphEngine, "spent", "an earlier capture failed")
     assert engine.ready(cohort.seed_groups) is engine
     for student in students:
         student.begin_phase(0)
-    assert type(engine.ready(cohort.seed_groups)) is Eager, "another phase needs another capture"
+    assert type(engine.ready(cohort.seed_groups)) is EagerEngine, "another phase needs another capture"
     assert len(replaying) == 1
 
 
 @pytest.mark.usefixtures("failing")
 def test_an_evaluation_that_can_not_be_captured_is_plain(data: ImageData, small_npz: Path) -> None:
     cohort, (student,) = a_cohort(data, grid(small_npz)[:1])
-    engine = Graph(Eager("fp32", ""), "bound by launches")
+    engine = GraphEngine(EagerEngine("fp32", ""), "bound by launches")
     engine.why += "; kdsvd resnet8 beside it"
     first, second, third = (engine.evaluate([student], cohort.data)[0] for _ in range(3))
     assert torch.equal(first.probabilities, second.probabilities)
@@ -231,8 +231,8 @@ def test_captured_evaluations_of_students_that_left_are_dropped(data: ImageData,
 def test_a_compiled_evaluation_answers_as_the_plain_one(data: ImageData, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "EVALUATION_COMPILED", ("cpu",))
     cohort, students = a_cohort(data, [config(small_npz, seed=seed) for seed in (0, 1)])
-    engine = Compiled("fp32", "")
-    found, plain = engine.evaluate(students, cohort.data), Eager("fp32", "").evaluate(students, cohort.data)
+    engine = CompiledEngine("fp32", "")
+    found, plain = engine.evaluate(students, cohort.data), EagerEngine("fp32", "").evaluate(students, cohort.data)
     for one, other in zip(found, plain, strict=True):
         assert torch.equal(one.classes, other.classes)
         assert torch.allclose(one.probabilities, other.probabilities, atol=1e-5)
@@ -248,7 +248,7 @@ def test_an_evaluation_that_can_not_be_compiled_is_plain(data: ImageData, small_
     monkeypatch.setattr(engines, "EVALUATION_COMPILED", ("cpu",))
     monkeypatch.setattr(engines, "_compile", lambda function: refuses)
     cohort, students = a_cohort(data, grid(small_npz)[:1])
-    (found,), (plain,) = Compiled("fp32", "").evaluate(students, cohort.data), Eager("fp32", "").evaluate(students, cohort.data)
+    (found,), (plain,) = CompiledEngine("fp32", "").evaluate(students, cohort.data), EagerEngine("fp32", "").evaluate(students, cohort.data)
     assert torch.equal(found.probabilities, plain.probabilities)
 
 
@@ -257,7 +257,7 @@ def test_compiled_batches_are_the_plain_ones(data: ImageData, crop: str, mixup: 
     """Once for all seeds of the same images."""
     images = DeviceData(replace(data, crop=crop, pad=0 if crop == "resized" else data.pad), "full", torch.device("cpu"))
     streams = [Stream(images, seed, 64, mixup=mixup) for seed in (0, 1)]
-    engine, shown, epoch = Compiled("fp32", ""), torch.arange(64), torch.tensor(3)
+    engine, shown, epoch = CompiledEngine("fp32", ""), torch.arange(64), torch.tensor(3)
     for stream in streams:
         draws = stream.draws(3)
         found, batch = engine.draw(stream, draws, shown, epoch)

@@ -21,7 +21,7 @@ from flowdistill.runner.cohorts import prepare
 from flowdistill.runner.plan import plan
 from flowdistill.training import cohort as engine
 from flowdistill.training.cohort import train
-from flowdistill.training.engine import Compiled, Eager
+from flowdistill.training.engine import CompiledEngine, EagerEngine, Engine
 
 CPU = torch.device("cpu")
 
@@ -72,10 +72,10 @@ def test_a_step_is_that_of_the_paper(ledger: Ledger, small_npz: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_kernels")
-@pytest.mark.parametrize("other", [Taped("fp32", ""), Compiled("fp32", "")], ids=["tape", "compiled"])
-def test_every_engine_moves_both_alike(ledger: Ledger, small_npz: Path, other: Eager) -> None:
+@pytest.mark.parametrize("other", [Taped("fp32", ""), CompiledEngine("fp32", "")], ids=["tape", "compiled"])
+def test_every_engine_moves_both_alike(ledger: Ledger, small_npz: Path, other: Engine) -> None:
     found = []
-    for one in (Eager("fp32", ""), other):
+    for one in (EagerEngine("fp32", ""), other):
         cohort, students = prepared(ledger, small_npz, train={"epochs": 1})
         cohort.engine = one
         terms = [list(report.progress[student].terms.values()) for report in train(cohort) for student in students]

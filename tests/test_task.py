@@ -20,7 +20,7 @@ from flowdistill.data.dataset import ImageData, Unlabelled
 from flowdistill.data.sources import read_npz
 from flowdistill.methods.kd import kd_loss
 from flowdistill.training.cohort import Cohort, train
-from flowdistill.training.engine import Compiled, Eager
+from flowdistill.training.engine import CompiledEngine, EagerEngine, Engine
 from flowdistill.training.gradients import first_gradients
 from flowdistill.training.student import Student
 from flowdistill.training.task import task_loss
@@ -156,9 +156,9 @@ KINDS: dict[str, tuple[dict[str, Any], Unlabelled | None]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("engine", [Taped, Compiled])
+@pytest.mark.parametrize("engine", [Taped, CompiledEngine])
 def test_every_engine_gives_the_eager_losses(
-    data: ImageData, small_npz: Path, kind: str, engine: Callable[..., Eager], request: pytest.FixtureRequest
+    data: ImageData, small_npz: Path, kind: str, engine: Callable[..., Engine], request: pytest.FixtureRequest
 ) -> None:
     train, unlabelled = KINDS[kind]
     if kind != "mixed with unlabelled images":  # kernels are generated for the widest of them
@@ -167,9 +167,9 @@ def test_every_engine_gives_the_eager_losses(
     data = replace(data, unlabelled=unlabelled)
     plain, ours = a_cohort(data, runs)
     other, theirs = a_cohort(data, runs)
-    expected, found = trained(plain, Eager("fp32", "")), trained(other, engine("fp32", ""))
+    expected, found = trained(plain, EagerEngine("fp32", "")), trained(other, engine("fp32", ""))
     assert type(other.engine) is engine, other.engine.why
     for one, again in zip(ours, theirs, strict=True):
-        assert engine is Compiled or weights_of(one) == weights_of(again)
+        assert engine is CompiledEngine or weights_of(one) == weights_of(again)
         for before, after in zip(expected, found, strict=True):
-            assert after[again] == (pytest.approx(before[one], rel=1e-5) if engine is Compiled else before[one])
+            assert after[again] == (pytest.approx(before[one], rel=1e-5) if engine is CompiledEngine else before[one])

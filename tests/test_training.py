@@ -26,7 +26,7 @@ from flowdistill.randomness import seeded
 from flowdistill.training import cohort as engine
 from flowdistill.training import teacher as teaching
 from flowdistill.training.cohort import Cohort, train
-from flowdistill.training.engine import Eager
+from flowdistill.training.engine import EagerEngine
 from flowdistill.training.facts import gather
 from flowdistill.training.gradients import first_gradients, gradient_ratios
 from flowdistill.training.student import SeedGroup, Student
@@ -72,7 +72,7 @@ def a_cohort(data: ImageData, runs: list[RunConfig], precision: str = "fp32", sp
         seed_group.students.append(a_student(run, on_device))
         students.append(seed_group.students[-1])
     phases = [phase.epochs or runs[0].train.epochs for phase in students[0].settled.phases]
-    return Cohort(on_device, list(seed_groups.values()), runs[0].train, phases, Eager(precision, ""), split == "holdout"), students  # type: ignore[arg-type]
+    return Cohort(on_device, list(seed_groups.values()), runs[0].train, phases, EagerEngine(precision, ""), split == "holdout"), students  # type: ignore[arg-type]
 
 
 def weights_of(student: Student) -> str:

@@ -34,7 +34,7 @@ def waiting_found_by_the_capture_itself():
     yield
 
 
-@bug(graph.Graph, "of", test_graph.test_what_waits_is_trained_beside_the_graph_and_named)
+@bug(graph.GraphEngine, "of", test_graph.test_what_waits_is_trained_beside_the_graph_and_named)
 def recorded_as_captured(self, student):
     """The cohort's engine on every record, also of a student that was trained beside the graph."""
     return self.name

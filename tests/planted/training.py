@@ -20,7 +20,7 @@ from flowdistill.data import augment, batches, names, splits
 from flowdistill.data.given import Finite
 from flowdistill.models import base
 from flowdistill.training import blame, cohort, engine, optim, schedule, step, teacher
-from flowdistill.training.engine import Eager
+from flowdistill.training.engine import Engine
 from flowdistill.training.optim import build_optimizer
 from flowdistill.training.schedule import lr_factor
 from flowdistill.training.student import Student
@@ -293,7 +293,7 @@ def one_crop_for_the_whole_batch(padded, indices, rows, columns, flips, size):
 
 
 RESIZED = {"height": 32, "width": 32, "channels": 3}
-resize_and_flip, mix, eager_teach = augment.resize_and_flip, augment.mix, Eager.teach
+resize_and_flip, mix, eager_teach = augment.resize_and_flip, augment.mix, Engine.teach
 
 
 @bug(augment, "resize_and_flip", test_augment.test_a_box_is_enlarged_as_torchvision_does, RESIZED)
@@ -316,7 +316,7 @@ def a_share_for_each_image(images, share):
     return mix(images, ((share + torch.arange(len(images)) / len(images)) % 1)[:, None, None, None])
 
 
-@bug(Eager, "teach", suite.test_teacher_and_student_match_on_one_and_the_same_mixed_view)
+@bug(Engine, "teach", suite.test_teacher_and_student_match_on_one_and_the_same_mixed_view)
 def teacher_with_a_view_of_its_own(self, seed_group, images):
     """Teacher and student each augment for themselves: the inconsistent teaching that function matching warns of."""
     return eager_teach(self, seed_group, images.flip(3))

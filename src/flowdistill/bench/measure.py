@@ -28,7 +28,7 @@ from ..device import Precision, computing, describe, keep_freed_memory, synchron
 from ..env import processor
 from ..methods import Needs
 from ..talk import say
-from ..training.engine import Eager, quiet
+from ..training.engine import Engine, quiet
 from ..training.engine_choice import choose
 from ..training.facts import gather
 from ..training.student import SeedGroup, Student
@@ -267,7 +267,7 @@ def _ours(work: Work, names: Sequence[str], engine: str, precision: Precision, c
 
 def _contender(work: Work, names: Sequence[str], seeds: int, engine: str, precision: Precision, what: str) -> Contender:
     seed_groups: list[SeedGroup] = []
-    ready: list[Eager] = []
+    ready: list[Engine] = []
 
     def start() -> Iterator[None]:
         chosen = choose(engine, work.data.device, precision, pixels=0, resident=work.data.resident)

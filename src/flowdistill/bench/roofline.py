@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..device import Precision, synchronize
-from ..training.engine import Eager
+from ..training.engine import EagerEngine
 from ..training.student import SeedGroup
 
 CONTRACTIONS = ("convolution", "convolution_backward", "mm", "addmm", "bmm")
@@ -41,7 +41,7 @@ def roofline(seed_groups: Sequence[SeedGroup], precision: Precision) -> dict[str
     device = seed_groups[0].stream.data.device
     rates = {student: torch.zeros(seed_group.stream.steps, device=device) for seed_group in seed_groups for student in seed_group.students}
     with Traffic() as traffic, FlopCounterMode(display=False) as counter:
-        next(Eager(precision, "").epoch(seed_groups, 0, rates))
+        next(EagerEngine(precision, "").epoch(seed_groups, 0, rates))
     operations, speed, bandwidth = counter.get_total_flops(), _arithmetic(device, precision), _bandwidth(device)
     return {
         "precision": precision,

@@ -17,7 +17,7 @@ from ..config import TrainConfig
 from ..data.interfaces import Supply
 from ..device import Precision, Stopwatch
 from .blame import Seen, fault
-from .engine import Eager
+from .engine import Engine
 from .evaluate import Evaluation
 from .student import SeedGroup, Student
 
@@ -37,7 +37,7 @@ class Cohort:
     seed_groups: list[SeedGroup]
     train: TrainConfig
     phase_epochs: Sequence[int]
-    engine: Eager
+    engine: Engine
     select: bool = False
     done: int = 0
 

@@ -1,4 +1,4 @@
-"""How the steps of a cohort are computed: plainly, or with compiled losses. ``graph.py`` has the third way, ``choice.py`` chooses."""
+"""How the steps of a cohort are computed: plainly, or compiled. ``graph.py`` has the third way, ``engine_choice.py`` chooses."""
 
 from __future__ import annotations
 
@@ -29,19 +29,20 @@ from .teacher import Teacher
 EVALUATION_COMPILED = ("cuda",)  # kinds of devices on which evaluation is compiled where training is
 
 
-class Eager:
-    """Operation by operation: the plain, readable engine that the others are held to.
+class Engine:
+    """How the steps of a cohort are computed: operation by operation, unless an engine does a part otherwise.
 
     Attributes:
+        name: as a run's record has it.
         why: as a user is told, why it is this one.
     """
 
-    name = "eager"
+    name: str
 
     def __init__(self, precision: Precision, why: str) -> None:
         self.precision, self.why = precision, why
 
-    def ready(self, seed_groups: Sequence[SeedGroup]) -> Eager:  # noqa: ARG002 (the others look)
+    def ready(self, seed_groups: Sequence[SeedGroup]) -> Engine:  # noqa: ARG002 (the others look)
         """Before an epoch: set up what its phase and students need. The engine to use: itself, or what it falls back to, with ``why``."""
         return self
 
@@ -85,7 +86,13 @@ class Eager:
         return evaluate_all([student.net for student in students], data.curve, self.precision)
 
 
-class Compiled(Eager):
+class EagerEngine(Engine):
+    """Operation by operation in all parts: the plain, readable engine that the others are held to."""
+
+    name = "eager"
+
+
+class CompiledEngine(Engine):
     """Teacher, forward and losses by torch.compile, in static shapes: once for all students of one architecture and method."""
 
     name = "compiled"
@@ -98,7 +105,7 @@ class Compiled(Eager):
         self._evaluated: dict[Any, Callable[[dict[str, Tensor], Tensor], Outputs] | None] = {}
         self._tried: set[Any] = set()
 
-    def ready(self, seed_groups: Sequence[SeedGroup]) -> Eager:
+    def ready(self, seed_groups: Sequence[SeedGroup]) -> Engine:
         """Compile what is new, by one step that is taken back."""
         new = {_kind(group) for seed_group in seed_groups for group in seed_group.peer_groups} | {
             seed_group.teacher for seed_group in seed_groups if seed_group.taught
@@ -109,7 +116,7 @@ class Compiled(Eager):
             with taken_back(seed_groups), quiet():
                 next(self.epoch(seed_groups, 0, standing_still(seed_groups)))
         except Exception as error:  # a compiler that is missing, or one that can't
-            return Eager(self.precision, f"compiling failed ({summary(error)})")
+            return EagerEngine(self.precision, f"compiling failed ({summary(error)})")
         self._tried |= new
         return self
 

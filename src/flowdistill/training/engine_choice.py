@@ -9,8 +9,8 @@ import torch
 
 from ..checks import UserError, did_you_mean
 from ..device import Precision
-from .engine import Compiled, Eager
-from .graph import Graph
+from .engine import CompiledEngine, EagerEngine, Engine
+from .graph import GraphEngine
 
 ENGINES = ("auto", "eager", "compiled", "graph")
 WORTH_COMPILING = {"cpu": 1e9, "cuda": 7e9}
@@ -18,7 +18,7 @@ WORTH_COMPILING = {"cpu": 1e9, "cuda": 7e9}
 and this is twenty. GPU: a prototype's 40 seconds for 0.3 a CIFAR epoch."""
 
 
-def choose(wanted: str, device: torch.device, precision: Precision, *, pixels: float, resident: bool = True) -> Eager:
+def choose(wanted: str, device: torch.device, precision: Precision, *, pixels: float, resident: bool = True) -> Engine:
     """The engine that is wanted, or for ``auto`` the best one; what can't be had falls back, and its ``why`` says so.
 
     Depends on the device, on what is installed and on the length of the run, never on a clock: a run that is repeated gets the same.
@@ -34,20 +34,20 @@ def choose(wanted: str, device: torch.device, precision: Precision, *, pixels: f
     if wanted not in (*ENGINES, "graph+compiled"):
         raise UserError(f"engine {wanted!r}: {did_you_mean(wanted, ENGINES)}")
     if wanted == "eager":
-        return Eager(precision, "asked for")
+        return EagerEngine(precision, "asked for")
     lacks = _lacks_compiler(device)
     if wanted == "compiled":
-        return Eager(precision, f"compiled was asked for, but {lacks}") if lacks else Compiled(precision, "asked for")
+        return EagerEngine(precision, f"compiled was asked for, but {lacks}") if lacks else CompiledEngine(precision, "asked for")
     long = pixels >= WORTH_COMPILING.get(device.type, float("inf"))
     compiling = not lacks and (long or wanted == "graph+compiled")
     length = "compiled, for the run is long" if compiling else f"not compiled, for {lacks or 'the run is short'}"
     cannot = "" if device.type == "cuda" else f"CUDA graphs need a CUDA GPU, not {device.type}"
     cannot = cannot or ("" if resident else "the training images do not fit on the device")
     if not cannot:
-        inner = Compiled(precision, length) if compiling else Eager(precision, length)
-        return Graph(inner, f"a step is bound by launches on a GPU; {length}")
+        inner = CompiledEngine(precision, length) if compiling else EagerEngine(precision, length)
+        return GraphEngine(inner, f"a step is bound by launches on a GPU; {length}")
     why = length if wanted == "auto" and device.type != "cuda" else f"no graph: {cannot}; {length}"
-    return Compiled(precision, why) if compiling else Eager(precision, why)
+    return CompiledEngine(precision, why) if compiling else EagerEngine(precision, why)
 
 
 def _lacks_compiler(device: torch.device) -> str:

@@ -2,7 +2,7 @@
 
 A graph replays the same kernels on the same memory, so everything that changes from step to step stands in tensors of fixed place: an
 epoch's draws, its rates, and the number of the step, which the graph itself counts up. ``StaticStep`` is that step; it runs on any
-device, and the tests hold it to the eager engine on a CPU. ``Graph`` captures it.
+device, and the tests hold it to the eager engine on a CPU. ``GraphEngine`` captures it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..data.augment import Draws
 from ..data.batches import Stream
 from ..data.interfaces import Batches, Supply
 from ..device import free_memory, synchronize
-from .engine import Eager, quiet, standing_still, taken_back
+from .engine import EagerEngine, Engine, quiet, standing_still, taken_back
 from .evaluate import Evaluation
 from .step import train_step
 from .student import PeerGroup, SeedGroup, Student
@@ -38,7 +38,7 @@ class StaticStep:
     that seed groups compute beside each other. Peer groups of one stream follow each other and share memory.
     """
 
-    def __init__(self, inner: Eager, seed_groups: Sequence[SeedGroup], streams: Sequence[torch.cuda.Stream] = ()) -> None:
+    def __init__(self, inner: Engine, seed_groups: Sequence[SeedGroup], streams: Sequence[torch.cuda.Stream] = ()) -> None:
         self.inner, self.streams = inner, streams
         self.seed_groups = [replace(seed_group, students=list(seed_group.students)) for seed_group in seed_groups if seed_group.students]
         device = seed_groups[0].stream.data.device
@@ -108,7 +108,7 @@ class Trial:
     memory: int = 0
 
 
-class Graph(Eager):
+class GraphEngine(Engine):
     """``StaticStep`` captured once for a phase and a set of students, and replayed. Students that can't be captured are trained beside it.
 
     Attributes:
@@ -117,22 +117,22 @@ class Graph(Eager):
 
     spent = ""
 
-    def __init__(self, inner: Eager, why: str) -> None:
+    def __init__(self, inner: Engine, why: str) -> None:
         super().__init__(inner.precision, why)
         self.inner, self._why = inner, why
-        self.name = "graph" if type(inner) is Eager else f"graph+{inner.name}"
+        self.name = "graph" if isinstance(inner, EagerEngine) else f"graph+{inner.name}"
         self._step: StaticStep | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._beside: list[SeedGroup] = []
         self._captured: list[tuple[Student, torch.optim.SGD]] | None = None
         self._measured = Measured()
 
-    def ready(self, seed_groups: Sequence[SeedGroup]) -> Eager:
+    def ready(self, seed_groups: Sequence[SeedGroup]) -> Engine:
         """Capture what is new. Groups that can't be captured, or all where none can, are trained by the engine inside."""
         if self._captured is not None and self._captured == _students(seed_groups):
             return self
         known = {group: _known_hindrance(seed_group, group) for seed_group in seed_groups for group in seed_group.peer_groups}
-        if why := Graph.spent or (next(iter(known.values())) if all(known.values()) else ""):
+        if why := GraphEngine.spent or (next(iter(known.values())) if all(known.values()) else ""):
             self.inner.why = why
             return self.inner.ready(seed_groups)
         self._step = self._graph = None
@@ -162,7 +162,7 @@ class Graph(Eager):
         self._captured = _students(seed_groups)
         return self
 
-    def _instead(self, why: str) -> Eager:
+    def _instead(self, why: str) -> Engine:
         """The engine inside, for all."""
         self._measured = Measured()
         self.inner.why = why
@@ -224,7 +224,7 @@ class Graph(Eager):
 
     def _evaluate(self, student: Student, data: Supply) -> Evaluation:
         measured = self._measured
-        if Graph.spent or measured.failed or student.net.draws_always or student.net.unsettled or not measured.warm(student):
+        if GraphEngine.spent or measured.failed or student.net.draws_always or student.net.unsettled or not measured.warm(student):
             return self.inner.evaluate([student], data)[0]
         if student not in measured.graphs:
             try:
@@ -290,7 +290,7 @@ def capturing(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = Non
         cause = error.__context__ if isinstance(error.__context__, Exception) else error
         if _version() < (2, 12):
             spent = f"after which PyTorch {torch.__version__} can't capture any more"
-            Graph.spent = f"an earlier capture failed in this process ({summary(cause)}), {spent}"
+            GraphEngine.spent = f"an earlier capture failed in this process ({summary(cause)}), {spent}"
         raise cause from None
 
 

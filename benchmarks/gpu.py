@@ -434,7 +434,7 @@ def _running(asked: argparse.Namespace, engine: str, methods: Sequence[str] = ("
 
     def steps() -> Iterator[None]:
         for epoch in itertools.count():
-            yield from ready.epoch(seed_groups, epoch, {student: student.rates(0, 1, seed_groups[0].stream.steps) for student in students})
+            yield from ready.epoch(seed_groups, epoch, {student: student.rates(0, 1, seed_groups[0].batches.steps) for student in students})
 
     return Running(work, ready, steps(), students, time.perf_counter() - began)
 

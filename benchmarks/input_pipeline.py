@@ -43,7 +43,7 @@ def measure(folder: Path, keys: dict[str, object], workers: int, model: str, bat
     device = resolve_device("auto")
     with computing(device):
         ((cohort, _),) = prepare(plan([config], Ledger(folder.parent / "runs", create=True), device), device, "eager", workers)
-        stream, seconds = cohort.seed_groups[0].stream, 0.0
+        stream, seconds = cohort.seed_groups[0].batches, 0.0
         for number in range(2):  # the first starts the processes
             started = time.perf_counter()
             for _ in stream.epoch(number):

@@ -64,7 +64,7 @@ def main() -> None:
     def ours(engine: Engine) -> Iterator[None]:
         seed_groups = work.seed_groups(["fsp"], 1, "bf16")
         (student,) = seed_groups[0].students
-        return engine.ready(seed_groups).epoch(seed_groups, 0, {student: student.rates(0, 1, seed_groups[0].stream.steps)})
+        return engine.ready(seed_groups).epoch(seed_groups, 0, {student: student.rates(0, 1, seed_groups[0].batches.steps)})
 
     member = work.member("fsp", 0)
     plain = PlainLoop(member, work.network(member.method.needs), images, work.data, 0, strong=False)

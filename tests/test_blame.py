@@ -156,7 +156,7 @@ def test_engines_name_the_same_batch(data: ImageData, small_npz: Path) -> None:
         seed_group.teacher.net = White(seed_group.teacher.net).eval()
         seed_group.teacher._kept = {name: value.clone() for name, value in seed_group.teacher.net.state_dict().items()}
         cohort.engine = kind("fp32", "")
-        batches = [int((images.amin((1, 2, 3)) > 1.0).any()) for images, _ in seed_group.stream.epoch(0)]
+        batches = [int((images.amin((1, 2, 3)) > 1.0).any()) for images, _ in seed_group.batches.epoch(0)]
         assert sum(batches) == 1
         told.append(next(train(cohort)).progress[student].error)
         assert isinstance(cohort.engine, kind), cohort.engine.why

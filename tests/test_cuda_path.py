@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from flowdistill import models
 from flowdistill.bench.measure import Work
-from flowdistill.data.batches import DeviceData, Stream
+from flowdistill.data.batches import DeviceData, SeedBatches
 from flowdistill.data.dataset import ImageData
 from flowdistill.device import computing
 from flowdistill.methods import METHODS, settle
@@ -90,7 +90,7 @@ def walk(watch: Watch, seed_groups: list[SeedGroup], precision: str) -> Walk:
         fused.append(watch.fused)
     launches = Counter(watch.launches)
     watch.forget()
-    evaluate_all([student.net for student in students], seed_groups[0].stream.data.curve, precision)
+    evaluate_all([student.net for student in students], seed_groups[0].batches.data.curve, precision)
     return Walk(dict(step), dict(watch.faults), launches, fused, "" if seed_groups[0].teacher is None else seed_groups[0].teacher.whole)
 
 
@@ -165,7 +165,7 @@ def test_so_do_images_that_are_resized_and_mixed(crop: str, mixup: float, precis
         held = images(crop=crop, pad=4 if crop == "shift" else 0)
         data = DeviceData(held, "full", watch.device)
         seed_groups = Work("resnet8", "resnet8", BATCH, held, data).seed_groups(["kd"], 1, precision)
-        seed_groups[0].stream = Stream(data, 0, BATCH, mixup=mixup)
+        seed_groups[0].batches = SeedBatches(data, 0, BATCH, mixup=mixup)
         (student,) = seed_groups[0].students
         student.train = student.train.model_copy(update={"mixup": mixup})
         if mixup is True:  # no image has a label of its own
@@ -334,7 +334,7 @@ def captured(
         prepare(seed_groups)
         engine = GraphEngine(EagerEngine("fp32", "asked for"), "").ready(seed_groups)
         students = [student for seed_group in seed_groups for student in seed_group.students]
-        found = [engine.evaluate(students, seed_groups[0].stream.data) for _ in range(evaluations)]
+        found = [engine.evaluate(students, seed_groups[0].batches.data) for _ in range(evaluations)]
         return Captured(engine, machine, dict(watch.faults), sum(map(len, found)))
 
 

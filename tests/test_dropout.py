@@ -183,7 +183,7 @@ def test_a_teacher_draws_by_seed_epoch_and_step(small_npz, tmp_path: Path):
     images = torch.ones(4, 1, 8, 8)
 
     def said(seed: int, epoch: int, step: int) -> Tensor:
-        with SeedGroup(data.stream(seed, 64), teacher, []).teaching(epoch, step):
+        with SeedGroup(data.seed_batches(seed, 64), teacher, []).teaching(epoch, step):
             return teacher.teach(images).logits
 
     places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]

@@ -16,7 +16,7 @@ from test_training import a_cohort, weights_of
 
 from flowdistill import methods, models
 from flowdistill.checks import UserError
-from flowdistill.data.batches import DeviceData, Stream
+from flowdistill.data.batches import DeviceData, SeedBatches
 from flowdistill.data.dataset import ImageData
 from flowdistill.data.sources import read_npz
 from flowdistill.device import _cpu_computes_bf16 as of_this_processor
@@ -51,7 +51,7 @@ class Taped(EagerEngine):
     def epoch(self, seed_groups, number, rates):
         tape = StaticStep(self, seed_groups)
         tape.fill(number, rates)
-        for _ in range(seed_groups[0].stream.steps):
+        for _ in range(seed_groups[0].batches.steps):
             tape.step()
             yield
 
@@ -108,7 +108,7 @@ def test_each_compiled_step_is_the_eager_one_within_rounding(data: ImageData, sm
     """From the same weights and momenta; over many steps a rounding that turns a ReLU grows, in eager with two threads as well."""
     plain, ours = a_cohort(data, grid(small_npz))
     other, theirs = a_cohort(data, grid(small_npz))
-    eager, engine, steps = EagerEngine("fp32", ""), compiled[3], plain.seed_groups[0].stream.steps
+    eager, engine, steps = EagerEngine("fp32", ""), compiled[3], plain.seed_groups[0].batches.steps
     for student in (*ours, *theirs):
         student.begin_phase(0)
         student.begin_epoch()
@@ -342,7 +342,7 @@ def test_images_kept_in_host_memory_give_the_same_batches(data: ImageData, monke
     monkeypatch.setattr("flowdistill.data.batches.free_memory", lambda device: 1000.0)
     fetched = DeviceData(data, "full", CPU)
     assert (resident.resident, fetched.resident) == (True, False)
-    streams = [Stream(images, 3, 64, mixup=mixed) for images in (resident, fetched)]
+    streams = [SeedBatches(images, 3, 64, mixup=mixed) for images in (resident, fetched)]
     for (ours, known), (theirs, told) in zip(*(stream.epoch(2) for stream in streams), strict=True):
         assert torch.equal(ours, theirs)
         assert (known.labels is None, told.labels is None) == (mixed, mixed)

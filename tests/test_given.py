@@ -484,7 +484,7 @@ def test_every_batch_is_looked_at() -> None:
     batches = [(IMAGES, LABELS)] * 3
     data = given.adopt(Late(batches, 3, 1, torch.nan), batches)
     with pytest.raises(UserError, match=r"^train_loader: 2 of 2 images of batch 3 in epoch 6 hold values that are not finite"):
-        list(GivenSupply(data, torch.device("cpu")).stream(0, 2).epoch(5))
+        list(GivenSupply(data, torch.device("cpu")).seed_batches(0, 2).epoch(5))
     data = given.adopt(batches, Late(batches, 2, 2, torch.inf))
     with pytest.raises(UserError, match=r"^val_loader: 2 of 2 images of batch 2 hold values that are not finite"):
         list(GivenSupply(data, torch.device("cpu")).test.batches())

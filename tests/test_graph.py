@@ -16,7 +16,7 @@ from small import config
 from test_engines import GRID, grid, trained
 from test_training import a_cohort, weights_of
 
-from flowdistill.data.batches import DeviceData, Stream
+from flowdistill.data.batches import DeviceData, SeedBatches
 from flowdistill.data.dataset import ImageData
 from flowdistill.data.sources import read_npz
 from flowdistill.methods.fsp import FSP
@@ -256,7 +256,7 @@ def test_an_evaluation_that_can_not_be_compiled_is_plain(data: ImageData, small_
 def test_compiled_batches_are_the_plain_ones(data: ImageData, crop: str, mixup: float) -> None:
     """Once for all seeds of the same images."""
     images = DeviceData(replace(data, crop=crop, pad=0 if crop == "resized" else data.pad), "full", torch.device("cpu"))
-    streams = [Stream(images, seed, 64, mixup=mixup) for seed in (0, 1)]
+    streams = [SeedBatches(images, seed, 64, mixup=mixup) for seed in (0, 1)]
     engine, shown, epoch = CompiledEngine("fp32", ""), torch.arange(64), torch.tensor(3)
     for stream in streams:
         draws = stream.draws(3)

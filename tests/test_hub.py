@@ -17,7 +17,7 @@ from PIL import Image
 from flowdistill.checks import UserError
 from flowdistill.config import DataConfig
 from flowdistill.data import huggingface
-from flowdistill.data.batches import Stream, place
+from flowdistill.data.batches import SeedBatches, place
 from flowdistill.data.dataset import ImageData
 from flowdistill.data.sources import load
 from flowdistill.talk import Remarks
@@ -70,7 +70,7 @@ def test_it_gives_the_pixels_and_classes_that_were_put_in(tmp_path: Path, channe
 
 def test_streamed_batches_are_those_of_memory_whatever_decodes_them(small: Path) -> None:
     found = [
-        [images for images, _ in Stream(place(read(small, stream=stream), "holdout", CPU, workers), 0, 5).epoch(1)]
+        [images for images, _ in SeedBatches(place(read(small, stream=stream), "holdout", CPU, workers), 0, 5).epoch(1)]
         for stream, workers in ((False, 0), (True, 0), (True, 1))
     ]
     assert len(found[0]) > 3

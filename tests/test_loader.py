@@ -9,7 +9,7 @@ import torch
 from torchvision.transforms.v2 import functional as tv
 
 from flowdistill.checks import UserError
-from flowdistill.data.batches import DeviceData, Normalisation, Stream
+from flowdistill.data.batches import DeviceData, Normalisation, SeedBatches
 from flowdistill.data.dataset import ImageData
 from flowdistill.data.splits import holdout_positions
 
@@ -171,7 +171,7 @@ def test_holdout_of_too_few_images_says_how_many_are_enough(each):
 
 @pytest.mark.parametrize(("n", "batch_size", "steps"), [(100, 10, 10), (100, 32, 3), (100, 100, 1), (100, 51, 1), (100, 1, 100)])
 def test_the_last_partial_batch_is_dropped(n, batch_size, steps):
-    stream = Stream(DeviceData(data(n), "full", CPU), 0, batch_size)
+    stream = SeedBatches(DeviceData(data(n), "full", CPU), 0, batch_size)
     batches = list(stream.epoch(0))
     assert stream.steps == len(batches) == steps
     assert all(images.shape == (batch_size, 3, 6, 8) for images, _ in batches)
@@ -185,7 +185,7 @@ def test_batches_cover_distinct_images_and_agree_with_their_labels(split):
     trained = np.setdiff1d(np.arange(200), held)
     device_data = DeviceData(own, split, CPU)
     seen = []
-    for images, batch in Stream(device_data, 0, 32).epoch(4):
+    for images, batch in SeedBatches(device_data, 0, 32).epoch(4):
         shown = numbers(images, device_data.normalisation)
         assert trained[batch.indices].tolist() == shown
         assert batch.labels.tolist() == own.y_train[shown].tolist()
@@ -197,14 +197,14 @@ def test_batches_cover_distinct_images_and_agree_with_their_labels(split):
 
 def test_every_image_is_shown_over_some_epochs():
     device_data = DeviceData(flat(), "full", CPU)
-    stream = Stream(device_data, 0, 64)
+    stream = SeedBatches(device_data, 0, 64)
     seen = {number for epoch in range(10) for images, _ in stream.epoch(epoch) for number in numbers(images, device_data.normalisation)}
     assert seen == set(range(200))
 
 
 def test_batches_are_normalised_float32_channels_last():
     device_data = DeviceData(data(pad=0, flip=False), "full", CPU)
-    for images, batch in Stream(device_data, 0, 25).epoch(0):
+    for images, batch in SeedBatches(device_data, 0, 25).epoch(0):
         assert images.dtype == torch.float32
         assert images.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(images, device_data.normalise(device_data.padded[batch.indices]))
@@ -213,16 +213,16 @@ def test_batches_are_normalised_float32_channels_last():
 def test_padding_moves_the_images_and_flip_mirrors_some():
     plain = DeviceData(data(pad=0, flip=False), "full", CPU)
     mirrored = DeviceData(data(pad=0), "full", CPU)
-    (unturned, _), (turned, _) = next(Stream(plain, 0, 100).epoch(0)), next(Stream(mirrored, 0, 100).epoch(0))
+    (unturned, _), (turned, _) = next(SeedBatches(plain, 0, 100).epoch(0)), next(SeedBatches(mirrored, 0, 100).epoch(0))
     same = (turned == unturned).all((1, 2, 3))
     assert torch.equal(turned[~same], unturned[~same].flip(3))
     assert 30 < int(same.sum()) < 70
-    moved, _ = next(Stream(DeviceData(data(pad=2), "full", CPU), 0, 100).epoch(0))
+    moved, _ = next(SeedBatches(DeviceData(data(pad=2), "full", CPU), 0, 100).epoch(0))
     assert int((moved == turned).all((1, 2, 3)).sum()) < 20
 
 
 def first_order(seed: int, epoch: int = 0) -> list[int]:
-    return torch.cat([batch.indices for _, batch in Stream(DeviceData(flat(), "full", CPU), seed, 50).epoch(epoch)]).tolist()
+    return torch.cat([batch.indices for _, batch in SeedBatches(DeviceData(flat(), "full", CPU), seed, 50).epoch(epoch)]).tolist()
 
 
 def test_seed_0_is_a_seed():
@@ -232,7 +232,7 @@ def test_seed_0_is_a_seed():
 
 
 def test_epochs_differ_and_one_can_be_drawn_alone():
-    stream = Stream(DeviceData(flat(), "full", CPU), 0, 50)
+    stream = SeedBatches(DeviceData(flat(), "full", CPU), 0, 50)
     whole = [torch.cat([batch.indices for _, batch in stream.epoch(epoch)]).tolist() for epoch in range(3)]
     assert whole[0] != whole[1] != whole[2] != whole[0]
     assert first_order(0, epoch=2) == whole[2]
@@ -241,7 +241,7 @@ def test_epochs_differ_and_one_can_be_drawn_alone():
 @pytest.mark.parametrize("crop", ["shift", "resized"])
 def test_a_mixed_batch_is_its_plain_one_mixed_by_one_share_and_has_no_labels(crop):
     device_data = DeviceData(replace(data(pad=0), crop=crop), "full", CPU)
-    plain, mixed, shares = Stream(device_data, 0, 25), Stream(device_data, 0, 25, mixup=True), []
+    plain, mixed, shares = SeedBatches(device_data, 0, 25), SeedBatches(device_data, 0, 25, mixup=True), []
     for (images, known), (mixture, batch) in zip(plain.epoch(3), mixed.epoch(3), strict=True):
         before = images.roll(1, 0)
         apart = images - before
@@ -260,7 +260,7 @@ def test_resized_crops_are_cut_from_images_without_a_border():
     own = replace(data(pad=0), crop="resized")
     device_data = DeviceData(own, "full", CPU)
     assert device_data.padded.shape == own.x_train.shape
-    stream = Stream(device_data, 0, 25)
+    stream = SeedBatches(device_data, 0, 25)
     draws, (images, batch) = stream.draws(1), list(stream.epoch(1))[2]
     for place, (image, index) in enumerate(zip(images, batch.indices, strict=True), 50):
         shown = tv.resized_crop(
@@ -277,9 +277,9 @@ def test_resized_crops_are_cut_from_images_without_a_border():
 @pytest.mark.parametrize(("split", "there"), [("full", 100), ("holdout", 90)])
 def test_batch_size_beyond_the_data_is_told_in_one_line(split, there):
     device_data = DeviceData(data(), split, CPU)
-    assert Stream(device_data, 0, there).steps == 1
+    assert SeedBatches(device_data, 0, there).steps == 1
     with pytest.raises(UserError) as caught:
-        Stream(device_data, 0, there + 1)
+        SeedBatches(device_data, 0, there + 1)
     message = str(caught.value)
     assert len(message.splitlines()) == 1
     assert [word for word in (f"train.batch_size={there + 1}", str(there), "lower") if word not in message] == []

@@ -56,7 +56,7 @@ def test_a_step_is_that_of_the_paper(ledger: Ledger, small_npz: Path) -> None:
     cohort, students = prepared(ledger, small_npz)
     nets = [copy.deepcopy(student.net).train() for student in students]
     optimisers = [torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4) for net in nets]
-    images, batch = next(cohort.seed_groups[0].stream.epoch(0))
+    images, batch = next(cohort.seed_groups[0].batches.epoch(0))
     logits = [net(images).logits for net in nets]
     for own, other, optimiser in zip(logits, reversed(logits), optimisers, strict=True):
         divergence = F.kl_div(own.log_softmax(1), other.detach().softmax(1), reduction="batchmean")

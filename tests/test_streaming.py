@@ -28,7 +28,7 @@ from torch.utils.data._utils import signal_handling
 from flowdistill.checks import UserError
 from flowdistill.data import image_files, normalisation
 from flowdistill.data.augment import boxes
-from flowdistill.data.batches import DeviceData, Stream, StreamedData, place
+from flowdistill.data.batches import DeviceData, SeedBatches, StreamedData, place
 from flowdistill.data.dataset import ImageData, Unlabelled
 from flowdistill.data.lazy_images import Pictures
 from flowdistill.data.sources import read_npz
@@ -66,7 +66,7 @@ def mixed(tmp_path: Path) -> Path:
 
 def epoch(data: ImageData, number: int = 0, *, seed: int = 0, workers: int = 0, split: str = "full", **keys: Any) -> list[Any]:
     """An epoch's batches of ten: images, labels, indices."""
-    stream = Stream(place(data, split, CPU, workers), seed, 10, **keys)
+    stream = SeedBatches(place(data, split, CPU, workers), seed, 10, **keys)
     found = [(images, batch.labels, batch.indices) for images, batch in stream.epoch(number)]
     stream.close()
     return found
@@ -177,7 +177,7 @@ def test_the_number_of_workers_changes_nothing(mixed: Path, keys: dict[str, Any]
 
 def test_an_epoch_can_be_left_and_others_follow(mixed: Path) -> None:
     """By the processes that were kept: what they had decoded ahead belongs to no other epoch."""
-    stream = Stream(place(folder_data(mixed, size=7, stream=True, pad=None), "full", CPU, 2), 0, 4)
+    stream = SeedBatches(place(folder_data(mixed, size=7, stream=True, pad=None), "full", CPU, 2), 0, 4)
     want = {number: [batch for batch, _ in stream.epoch(number)] for number in range(3)}
     for number in (2, 0, 1):
         next(stream.epoch(0))
@@ -213,7 +213,7 @@ def test_randaugment_of_images_in_memory_is_torchvisions(small_npz: Path, crop: 
     data = replace(read_npz(small_npz), pad=0, flip=False)
     data = replace(data, x_train=data.x_train.repeat(channels, 3), x_test=data.x_test.repeat(channels, 3))
     on_device, plain = place(replace(data, randaugment=9), "full", CPU, 0), place(data, "full", CPU)
-    shown, batch = next(Stream(on_device, 3, 20).epoch(1))
+    shown, batch = next(SeedBatches(on_device, 3, 20).epoch(1))
     for image, index in zip(shown, batch.indices.tolist(), strict=True):
         with seeded(3, f"randaugment {index}", 1):
             want = tv.RandAugment(2, 9)(Image.fromarray(data.x_train[index].squeeze()))
@@ -237,7 +237,7 @@ def test_unlabelled_images_are_augmented_beside_the_labelled(small_npz: Path, cr
     labels = torch.from_numpy(whole.y_train)
     labels[200:] = NO_LABEL
     theirs.normalise = ours.normalise
-    for (shown, batch), (wanted, known) in zip(Stream(ours, 3, 20).epoch(1), Stream(theirs, 3, 20).epoch(1), strict=True):
+    for (shown, batch), (wanted, known) in zip(SeedBatches(ours, 3, 20).epoch(1), SeedBatches(theirs, 3, 20).epoch(1), strict=True):
         assert torch.equal(shown, wanted)
         assert torch.equal(batch.indices, known.indices)
         assert (batch.labels, batch.targets.labels.tolist()) == (None, labels[batch.indices].tolist())
@@ -280,7 +280,7 @@ def test_what_does_not_fit_is_streamed_and_never_held(tmp_path: Path, monkeypatc
         tracemalloc.start()
         data = folder_data(tmp_path, pad=None)
         on_device = place(data, "full", CPU, 0)
-        shown = [len(batch.indices) for _, batch in Stream(on_device, 0, 10).epoch(0)]
+        shown = [len(batch.indices) for _, batch in SeedBatches(on_device, 0, 10).epoch(0)]
         tested = sum(len(labels) for _, labels in on_device.test.batches())
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
@@ -441,7 +441,7 @@ def test_a_file_that_cannot_be_decoded_is_replaced_by_the_next_of_its_class(smal
     data = folder_data(small, stream=True, skip_broken=True)
     np.testing.assert_array_equal(data.x_train[np.array([first, last])], before.x_train[np.array([first + 2, first + 2])])
     on_device = place(data, "full", CPU, 1)
-    shown = [batch for _, batch in Stream(on_device, 0, 90).epoch(0)]
+    shown = [batch for _, batch in SeedBatches(on_device, 0, 90).epoch(0)]
     assert on_device.remarks() == [
         "3 images could not be decoded, and others of their classes took their places: "
         + ", ".join(str(path.relative_to(small)) for path in (bees[0], bees[1], bees[-1]))
@@ -473,7 +473,7 @@ def test_an_image_of_another_size_than_its_header_said_is_told(small: Path) -> N
 
 def test_a_process_that_decodes_holds_no_lock_of_its_parent(ledger: Ledger, mixed: Path) -> None:
     """Else a run that was killed would count as running for as long as they live."""
-    stream = Stream(place(folder_data(mixed, size=7, stream=True, pad=None), "full", CPU, 1), 0, 4)
+    stream = SeedBatches(place(folder_data(mixed, size=7, stream=True, pad=None), "full", CPU, 1), 0, 4)
     with ledger.lock(1):
         list(stream.epoch(0))
         assert held(ledger.lock(1).path)
@@ -482,7 +482,7 @@ def test_a_process_that_decodes_holds_no_lock_of_its_parent(ledger: Ledger, mixe
 
 
 def test_a_worker_that_is_killed_is_told_in_one_line(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = Stream(place(folder_data(mixed, size=7, stream=True, pad=None), "full", CPU, 0), 0, 4)
+    stream = SeedBatches(place(folder_data(mixed, size=7, stream=True, pad=None), "full", CPU, 0), 0, 4)
     stream._fetch.workers.count = 1
     monkeypatch.setattr(Pictures, "shown", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(UserError, match=r"a process that decodes was killed \(.*\); resume with fewer --workers, or 0"):
@@ -493,7 +493,7 @@ def test_a_worker_that_is_killed_between_two_batches_stops_nothing_else(mixed: P
     """The process that computes may be anywhere, in the ledger's transaction too."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)  # as in a process that had no other loader
-    stream = Stream(place(folder_data(mixed, size=7, stream=True, pad=None), "full", CPU, 1), 0, 4)
+    stream = SeedBatches(place(folder_data(mixed, size=7, stream=True, pad=None), "full", CPU, 1), 0, 4)
     others = multiprocessing.active_children()
     list(stream.epoch(0))
     (worker,) = [child for child in multiprocessing.active_children() if child not in others]

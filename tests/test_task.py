@@ -15,7 +15,7 @@ from small import config
 from test_engines import Taped, trained
 from test_training import a_cohort, weights_of
 
-from flowdistill.data.batches import Stream
+from flowdistill.data.batches import SeedBatches
 from flowdistill.data.dataset import ImageData, Unlabelled
 from flowdistill.data.sources import read_npz
 from flowdistill.methods.kd import kd_loss
@@ -79,7 +79,8 @@ def test_training_smooths_the_task_and_no_term_of_a_method(data: ImageData, smal
         run = config(small_npz, method="kd+dkd", teacher="-", train={**STILL, "label_smoothing": smoothing})
         cohort, (student,) = a_cohort(data, [run])
         slow = [
-            slow_task(answers(student, images), batch.labels.tolist(), smoothing) for images, batch in cohort.seed_groups[0].stream.epoch(0)
+            slow_task(answers(student, images), batch.labels.tolist(), smoothing)
+            for images, batch in cohort.seed_groups[0].batches.epoch(0)
         ]
         terms.append(first_epoch(cohort, student))
         assert terms[-1]["task"] == pytest.approx(sum(slow) / len(slow), rel=1e-6)
@@ -93,7 +94,7 @@ def test_gradients_are_told_relative_to_the_smoothed_task(data: ImageData, small
         cohort, (student,) = a_cohort(data, [config(small_npz, method="kd", teacher="-", train={"label_smoothing": smoothing})])
         student.begin_phase(0)
         ratios.append(first_gradients(cohort)[student]["kd"])
-        images, batch = next(cohort.seed_groups[0].stream.epoch(0))
+        images, batch = next(cohort.seed_groups[0].batches.epoch(0))
         assert cohort.seed_groups[0].teacher is not None
         logits, taught = student.net.train()(images).logits, cohort.seed_groups[0].teacher.teach(images).logits
         norms = []
@@ -117,9 +118,9 @@ def test_training_mixes_the_task_and_shows_methods_images_without_labels(data: I
     """The labels of the unmixed batch and the share, found again from the images, give the task; teacher and student see the mixture."""
     run = config(small_npz, method="kd", teacher="-", train={**STILL, "mixup": 0.4, "label_smoothing": 0.1})
     cohort, (student,) = a_cohort(data, [run])
-    stream, teacher = cohort.seed_groups[0].stream, cohort.seed_groups[0].teacher
+    stream, teacher = cohort.seed_groups[0].batches, cohort.seed_groups[0].teacher
     assert teacher is not None
-    plain, task, kd, shares = Stream(cohort.data, run.seed, 64), [], [], []
+    plain, task, kd, shares = SeedBatches(cohort.data, run.seed, 64), [], [], []
     for (images, known), (mixture, batch) in zip(plain.epoch(0), stream.epoch(0), strict=True):
         assert batch.labels is None
         before = images.roll(1, 0)

@@ -16,7 +16,7 @@ from torch import Tensor
 from flowdistill import methods, models
 from flowdistill.checks import UserError
 from flowdistill.config import RunConfig, TrainConfig
-from flowdistill.data.batches import DeviceData, Stream
+from flowdistill.data.batches import DeviceData, SeedBatches
 from flowdistill.data.dataset import ImageData
 from flowdistill.data.sources import read_npz
 from flowdistill.ledger import Ledger
@@ -67,7 +67,7 @@ def a_cohort(data: ImageData, runs: list[RunConfig], precision: str = "fp32", sp
     seed_groups: dict[int, SeedGroup] = {}
     students = []
     for run in runs:
-        stream = Stream(on_device, run.seed, run.train.batch_size, mixup=run.train.mixup)
+        stream = SeedBatches(on_device, run.seed, run.train.batch_size, mixup=run.train.mixup)
         seed_group = seed_groups.setdefault(run.seed, SeedGroup(stream, a_teacher(on_device, precision), []))
         seed_group.students.append(a_student(run, on_device))
         students.append(seed_group.students[-1])
@@ -84,7 +84,13 @@ def sgd(parameters: Iterable[Tensor], train: TrainConfig) -> torch.optim.SGD:
 
 
 def plain_loop(
-    net: Network, teacher: Network, stream: Stream, rates: dict[int, float], optimizer: torch.optim.SGD, task: float = 1, fsp: float = 1
+    net: Network,
+    teacher: Network,
+    stream: SeedBatches,
+    rates: dict[int, float],
+    optimizer: torch.optim.SGD,
+    task: float = 1,
+    fsp: float = 1,
 ) -> None:
     """FSP + CE as a user would write it from the paper: no engine, no schedule object, einsum for the matrices; epoch -> its rate."""
     for epoch, rate in rates.items():
@@ -121,7 +127,7 @@ def test_the_engine_is_the_plain_loop(data: ImageData, small_npz: Path) -> None:
     run = config(small_npz, method="fsp", teacher="-", weights={"task": 0.5, "fsp": 3.0}, train={"epochs": 4, **RECIPE})
     cohort, (student,) = a_cohort(data, [run])
     plain = models.build("resnet8", cohort.data.spec, taps=("stem", "stage1", "stage2", "stage3"), seed=run.seed)
-    stream, teacher = Stream(cohort.data, run.seed, run.train.batch_size), a_teacher(cohort.data).net
+    stream, teacher = SeedBatches(cohort.data, run.seed, run.train.batch_size), a_teacher(cohort.data).net
     plain_loop(plain, teacher, stream, {0: 0.05, 1: 0.05, 2: 0.005, 3: 0.0005}, sgd(plain.parameters(), run.train), task=0.5, fsp=3)
     for _ in train(cohort):
         pass
@@ -133,7 +139,7 @@ def test_two_stages_are_two_plain_loops_each_with_an_optimiser_of_its_own(data: 
     run = config(small_npz, method="fsp", teacher="-", options=options, train={"epochs": 2, **RECIPE})
     cohort, (student,) = a_cohort(data, [run])
     plain = models.build("resnet8", cohort.data.spec, taps=("stem", "stage1", "stage2", "stage3"), seed=run.seed)
-    stream, teacher = Stream(cohort.data, run.seed, run.train.batch_size), a_teacher(cohort.data).net
+    stream, teacher = SeedBatches(cohort.data, run.seed, run.train.batch_size), a_teacher(cohort.data).net
     body = [value for name, value in plain.named_parameters() if not name.startswith("fc.")]
     plain_loop(plain, teacher, stream, {0: 0.03, 1: 0.03}, sgd(body, run.train), task=0)
     plain_loop(plain, teacher, stream, {2: 0.05, 3: 0.005}, sgd(plain.parameters(), run.train), fsp=0)
@@ -162,7 +168,7 @@ def test_an_adapter_leaves_the_initial_weights_and_batches_alone(data: ImageData
         student = a_student(run, on_device, wider)
         adapters.append(len(list(student.method.parameters())))
         weights.append(weights_of(student))
-        batches.append(next(Stream(on_device, run.seed, 64).epoch(0))[0])
+        batches.append(next(SeedBatches(on_device, run.seed, 64).epoch(0))[0])
     assert adapters == [0, 4]
     assert weights[0] == weights[1]
     assert torch.equal(*batches)
@@ -205,7 +211,7 @@ def test_reported_terms_are_unweighted_means_over_the_steps_of_their_epoch(data:
     net, teacher = models.build("resnet8", cohort.data.spec, seed=run.seed), a_teacher(cohort.data).net
     for epoch, report in enumerate(train(cohort)):
         task, logits = [], []
-        for images, batch in Stream(cohort.data, run.seed, run.train.batch_size).epoch(epoch):
+        for images, batch in SeedBatches(cohort.data, run.seed, run.train.batch_size).epoch(epoch):
             given, taught = net(images).logits, teacher(images).logits
             task.append(F.cross_entropy(given, batch.labels).item())
             logits.append((given - taught).square().mean().item())
@@ -221,7 +227,7 @@ def test_teacher_and_student_match_on_one_and_the_same_mixed_view(data: ImageDat
     teacher = cohort.seed_groups[0].teacher
     assert teacher is not None
     plain, seen = models.build("resnet8", cohort.data.spec, seed=run.seed), {student.net: [], teacher.net: []}
-    optimizer, stream = sgd(plain.parameters(), run.train), Stream(cohort.data, run.seed, run.train.batch_size, mixup=True)
+    optimizer, stream = sgd(plain.parameters(), run.train), SeedBatches(cohort.data, run.seed, run.train.batch_size, mixup=True)
     hooks = [net.register_forward_pre_hook(lambda net, given: seen[net].append(given[0])) for net in seen]
     reports = []
     for report in train(cohort):
@@ -279,7 +285,7 @@ def test_a_method_without_a_teacher_is_trained_and_reported(data: ImageData, sma
     cohort, (student,) = a_cohort(data, [run])
     cohort.seed_groups[0].teacher = None
     plain = models.build("resnet8", cohort.data.spec, seed=run.seed)
-    optimizer, stream = sgd(plain.parameters(), run.train), Stream(cohort.data, run.seed, run.train.batch_size)
+    optimizer, stream = sgd(plain.parameters(), run.train), SeedBatches(cohort.data, run.seed, run.train.batch_size)
     assert first_gradients(cohort)[student].keys() == {"tf_kd"}
     for (epoch, rate), report in zip({0: 0.05, 1: 0.05, 2: 0.005, 3: 0.0005}.items(), train(cohort), strict=True):
         optimizer.param_groups[0]["lr"] = rate
@@ -427,7 +433,7 @@ def test_gradient_ratios_are_those_of_autograd_and_change_nothing(data: ImageDat
     cohort, (student,) = a_cohort(data, [config(small_npz, method="logits", teacher="-", weights={"logits": 3.0})])
     seed_group = cohort.seed_groups[0]
     assert seed_group.teacher is not None
-    images, batch = next(seed_group.stream.epoch(0))
+    images, batch = next(seed_group.batches.epoch(0))
     taught = seed_group.teacher.teach(images)
     before = weights_of(student)
     found = gradient_ratios((student,), images, taught, batch, "fp32")[student]

@@ -19,7 +19,7 @@ from flowdistill import models
 from flowdistill.checks import UserError
 from flowdistill.config import DataConfig, RunConfig, validate
 from flowdistill.data import image_files
-from flowdistill.data.batches import DeviceData, Stream
+from flowdistill.data.batches import DeviceData, SeedBatches
 from flowdistill.data.dataset import ImageData, Unlabelled
 from flowdistill.data.sources import load, load_unlabelled, read_npz
 from flowdistill.ledger import Ledger
@@ -73,7 +73,7 @@ def test_an_epoch_shows_every_image_and_normalises_by_the_labelled(both: ImageDa
         assert found.normalisation == plain.normalisation
         assert torch.equal(found.labels[:labelled], plain.labels)
         assert torch.equal(found.curve.labels, plain.curve.labels)
-        batches = [batch for _, batch in Stream(found, 0, 10).epoch(0)]
+        batches = [batch for _, batch in SeedBatches(found, 0, 10).epoch(0)]
         assert sorted(torch.cat([batch.indices for batch in batches]).tolist()) == list(range(labelled + 120))
         for batch in batches:
             assert batch.labels is None
@@ -105,7 +105,7 @@ def test_the_teacher_is_followed_on_all_images_and_the_task_on_the_labelled(both
     cohort, (student,) = a_cohort(both, [config(small_npz, method="kd", teacher="-", train={**STILL, "batch_size": 20})])
     seed_group, task, kd, apart = cohort.seed_groups[0], [], [], []
     assert seed_group.teacher is not None
-    for images, batch in seed_group.stream.epoch(0):
+    for images, batch in seed_group.batches.epoch(0):
         logits, taught = answers(student, images), seed_group.teacher.teach(images).logits
         task.append(slow_task(logits, batch.targets.labels.tolist()))
         kd.append(float(kd_loss(torch.from_numpy(logits), taught, 4.0)))
@@ -121,7 +121,7 @@ def test_gradients_are_told_on_the_first_batch_with_a_label(both: ImageData, sma
     few = replace(both, x_train=both.x_train[:6], y_train=both.y_train[:6])
     cohort, (student,) = a_cohort(few, [config(small_npz, method="kd", teacher="-", train={"batch_size": 6})])
     student.begin_phase(0)
-    assert not (next(cohort.seed_groups[0].stream.epoch(0))[1].targets.labels >= 0).any()
+    assert not (next(cohort.seed_groups[0].batches.epoch(0))[1].targets.labels >= 0).any()
     assert 0 < first_gradients(cohort)[student]["kd"] < 1e6
 
 

@@ -41,7 +41,7 @@ class DataConfig(Frozen):
     """Which images. ``pad`` and ``flip`` left out take the data set's own habit (``flowdistill datasets`` shows it).
 
     ``crop=shift`` moves the image in a reflected border, ``crop=resized`` enlarges a random box of it (Inception crop); left out it is
-    ``resized`` where the images are streamed, else ``shift``. ``size``, ``channels``, ``skip_broken``, ``stream`` and ``label`` say how
+    ``resized`` where the images are streamed, else ``shift``. ``size``, ``channels``, ``skip_broken``, ``batches`` and ``label`` say how
     image files are read. ``unlabelled`` are images without labels, ``folder:PATH`` or ``npz:PATH``, that are drawn into the batches
     beside the others: the task does not see them. These, ``crop`` and ``randaugment`` are dumped only where they are not the default, as
     ``train.mixup`` and ``train.label_smoothing`` are: runs that were recorded before these keys came stay comparable.

@@ -8,7 +8,7 @@ import test_weights
 import torch
 
 from flowdistill.config import validate
-from flowdistill.data.batches import Stream
+from flowdistill.data.batches import SeedBatches
 from flowdistill.device import computing
 from flowdistill.ledger import Ledger
 from flowdistill.runner import execute, plan, references
@@ -19,7 +19,7 @@ from .bug import bug
 
 STRAIGHT = suite.test_resumed_is_straight_bit_for_bit
 load, state, restore, save = Student.load, Student.state, checkpoint.restore, execute._save
-epoch_of_stream, save_weights = Stream.epoch, weights.save_weights
+epoch_of_stream, save_weights = SeedBatches.epoch, weights.save_weights
 
 
 @bug(Student, "state", STRAIGHT, {"kind": "base"})
@@ -80,7 +80,7 @@ def epochs_counted_from_nought_again(cohort, keys, saved):
     cohort.done = 0
 
 
-@bug(Stream, "epoch", STRAIGHT, {"kind": "base"})
+@bug(SeedBatches, "epoch", STRAIGHT, {"kind": "base"})
 def order_drawn_from_the_global_generator(self, epoch):
     """A generator's state that no checkpoint holds."""
     return epoch_of_stream(self, int(torch.randint(1000, ())))

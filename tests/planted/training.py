@@ -322,14 +322,14 @@ def teacher_with_a_view_of_its_own(self, seed_group, images):
     return eager_teach(self, seed_group, images.flip(3))
 
 
-@bug(batches.Stream, "batch", test_loader.test_batches_cover_distinct_images_and_agree_with_their_labels, {"split": "full"})
+@bug(batches.SeedBatches, "batch", test_loader.test_batches_cover_distinct_images_and_agree_with_their_labels, {"split": "full"})
 def labels_in_another_order_than_images(self, draws, shown, epoch, padded=None):
     """Images shuffled, labels not: training runs, and learns nothing."""
     images, batch = stream_batch(self, draws, shown, epoch, padded)
     return images, batches.Batch(self.data.labels[shown], batch.indices, epoch)
 
 
-stream_batch = batches.Stream.batch
+stream_batch = batches.SeedBatches.batch
 
 
 @bug(splits, "holdout_positions", test_loader.test_holdout_is_fixed_and_reads_no_global_generator)

@@ -22,7 +22,7 @@ import torch
 from .. import methods, models
 from ..checks import UserError, did_you_mean
 from ..config import validate
-from ..data.batches import DeviceData, Stream
+from ..data.batches import DeviceData, SeedBatches
 from ..data.dataset import ImageData
 from ..device import Precision, computing, describe, keep_freed_memory, synchronize
 from ..env import processor
@@ -132,7 +132,7 @@ class Work:
     def seed_groups(self, names: Sequence[str], seeds: int, precision: Precision) -> list[SeedGroup]:
         """A seed group per seed with a student of each method, at the start of their first phase."""
         seed_groups = [
-            SeedGroup(Stream(self.data, seed, self.batch_size), None, [one for name in names for one in self.members(name, seed)])
+            SeedGroup(SeedBatches(self.data, seed, self.batch_size), None, [one for name in names for one in self.members(name, seed)])
             for seed in range(seeds)
         ]
         needs = Needs()
@@ -277,7 +277,7 @@ def _contender(work: Work, names: Sequence[str], seeds: int, engine: str, precis
         if ready[0].name != engine:
             raise UnavailableError(f"{engine} for {what}: {ready[0].why}")
         students = [student for seed_group in seed_groups for student in seed_group.students]
-        steps = seed_groups[0].stream.steps
+        steps = seed_groups[0].batches.steps
         for number in range(sys.maxsize):
             yield from ready[0].epoch(seed_groups, number, {student: student.rates(0, 1, steps) for student in students})
 

@@ -38,8 +38,8 @@ def roofline(seed_groups: Sequence[SeedGroup], precision: Precision) -> dict[str
 
     They must stand at the start of an epoch; their students move by one step at rate 0.
     """
-    device = seed_groups[0].stream.data.device
-    rates = {student: torch.zeros(seed_group.stream.steps, device=device) for seed_group in seed_groups for student in seed_group.students}
+    device = seed_groups[0].batches.data.device
+    rates = {student: torch.zeros(seed_group.batches.steps, device=device) for seed_group in seed_groups for student in seed_group.students}
     with Traffic() as traffic, FlopCounterMode(display=False) as counter:
         next(EagerEngine(precision, "").epoch(seed_groups, 0, rates))
     operations, speed, bandwidth = counter.get_total_flops(), _arithmetic(device, precision), _bandwidth(device)

@@ -157,9 +157,9 @@ class DeviceData:
         """What brings a seed's batches to a device that does not hold all images."""
         return Copies(self.padded, self.device)
 
-    def stream(self, seed: int, batch_size: int, mixup: float = False) -> Stream:
+    def seed_batches(self, seed: int, batch_size: int, mixup: float = False) -> SeedBatches:
         """The batches of one seed."""
-        return Stream(self, seed, batch_size, mixup=mixup)
+        return SeedBatches(self, seed, batch_size, mixup=mixup)
 
     def remarks(self) -> list[str]:
         """As ``Supply`` says."""
@@ -196,7 +196,7 @@ def place(data: ImageData, split: str, device: torch.device, workers: int | None
     return (StreamedData if data.streamed or data.randaugment is not None else DeviceData)(data, split, device, workers)
 
 
-class Stream:
+class SeedBatches:
     """The batches of one seed: every student of that seed sees the same images in the same order, cropped and mixed alike."""
 
     def __init__(self, data: DeviceData, seed: int, batch_size: int, *, mixup: float = False) -> None:
@@ -206,9 +206,9 @@ class Stream:
         if self.steps == 0:
             raise UserError(f"train.batch_size={batch_size} is more than the {len(data.labels)} training images; set --batch-size lower")
 
-    def with_labels(self) -> Stream:
+    def with_labels(self) -> SeedBatches:
         """As ``Batches`` says."""
-        return Stream(self.data, self.seed, self.batch_size) if self.mixup is True else self
+        return SeedBatches(self.data, self.seed, self.batch_size) if self.mixup is True else self
 
     def close(self) -> None:
         """End the processes that decode; the next epoch starts them anew."""

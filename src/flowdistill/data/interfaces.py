@@ -69,7 +69,7 @@ class Supply(Protocol):
     def test(self) -> Labelled:
         """The test images."""
 
-    def stream(self, seed: int, batch_size: int, mixup: float = False) -> Batches:
+    def seed_batches(self, seed: int, batch_size: int, mixup: float = False) -> Batches:
         """The batches of one seed."""
 
     def remarks(self) -> list[str]:

@@ -71,16 +71,16 @@ class GivenSupply:
         """
         raise UserError(f"this method needs all training images as they are, {WHOLE}")
 
-    def stream(self, seed: int, batch_size: int, mixup: float = False) -> GivenStream:  # noqa: ARG002 (the loader's own)
+    def seed_batches(self, seed: int, batch_size: int, mixup: float = False) -> UserBatches:  # noqa: ARG002 (the loader's own)
         """The batches of one seed."""
-        return GivenStream(self, seed)
+        return UserBatches(self, seed)
 
     def remarks(self) -> list[str]:
         """Nothing."""
         return []
 
 
-class GivenStream:
+class UserBatches:
     """The batches of a loader; the places of their images in an epoch are their indices."""
 
     def __init__(self, data: GivenSupply, seed: int) -> None:
@@ -109,7 +109,7 @@ class GivenStream:
             cure = f"give it the right length; it must {EVERY_PASS}"
             raise UserError(f"{TRAIN}: it gave {what} batches in epoch {epoch + 1}, its length is {self.steps}; {cure}")
 
-    def with_labels(self) -> GivenStream:
+    def with_labels(self) -> UserBatches:
         """As ``Batches`` says."""
         return self
 

@@ -79,8 +79,8 @@ def assemble(jobs: Sequence[Job], data: Supply, device: torch.device, engine: st
         student = Student(net, method.to(device), job.settled, job.config.train)
         member = Member(job, student)
         origin = job.teacher.origin if job.teacher else taught.get(job.config.seed, "")
-        stream = data.stream(job.config.seed, job.config.train.batch_size, job.config.train.mixup)
-        seed_group = seed_groups.setdefault((job.config.seed, origin), SeedGroup(stream, None, []))
+        batches = data.seed_batches(job.config.seed, job.config.train.batch_size, job.config.train.mixup)
+        seed_group = seed_groups.setdefault((job.config.seed, origin), SeedGroup(batches, None, []))
         if job.teacher:
             if origin not in teachers:
                 spec = job.pairing.teacher if job.pairing else None
@@ -99,7 +99,7 @@ def assemble(jobs: Sequence[Job], data: Supply, device: torch.device, engine: st
             member.student.peers = tuple(peer.student for peer in members if peer.job.config == other)
     select = first.config.split == "holdout"
     found = list(seed_groups.values())
-    pixels = sum(first.phase_epochs) * found[0].stream.steps * found[0].stream.batch_size * data.spec.height * data.spec.width
+    pixels = sum(first.phase_epochs) * found[0].batches.steps * found[0].batches.batch_size * data.spec.height * data.spec.width
     chosen = choose(engine, device, first.precision, pixels=pixels, resident=data.resident)
     return Cohort(data, found, first.config.train, first.phase_epochs, chosen, select), members
 

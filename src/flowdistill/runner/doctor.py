@@ -213,7 +213,7 @@ def _of_method(group: Sequence[Job], ledger: Ledger, data: DeviceData) -> Iterat
         seconds = round(seconds_per_epoch(cohort) * cohort.epochs)
     finally:
         for seed_group in cohort.seed_groups:
-            seed_group.stream.close()
+            seed_group.batches.close()
     memory = f"{peak_memory(data.device) / 2**20:,.0f} MiB at most so far"
     duration = f"{cohort.epochs} epochs: about {timedelta(seconds=seconds)} (h:mm:ss) on {describe(data.device)}, not compiled"
     yield Finding(f"{name}: cost", "ok", f"{duration}; {memory}")

@@ -105,7 +105,7 @@ def finish(member: Member, cohort: Cohort, ledger: Ledger, device: torch.device)
     about |= {"network": made_with(job.trained, sizes, weights), "device": describe(device), "processor": processor()}
     save_weights(folder / STUDENT_FILE, weights, about)
     write_whole(folder / PREDICTIONS, _predictions(final))
-    images = cohort.seed_groups[0].stream.steps * job.config.train.batch_size * sum(job.phase_epochs)
+    images = cohort.seed_groups[0].batches.steps * job.config.train.batch_size * sum(job.phase_epochs)
     values: dict[str, Any] = {
         "epoch": student.chosen_epoch,
         "correct": int(final.correct),

@@ -59,7 +59,7 @@ class Cohort:
     @property
     def steps(self) -> int:
         """Steps that are ahead of it."""
-        return (self.epochs - self.done) * self.seed_groups[0].stream.steps
+        return (self.epochs - self.done) * self.seed_groups[0].batches.steps
 
     @property
     def place(self) -> tuple[int, int]:
@@ -125,7 +125,7 @@ def train(cohort: Cohort, on_step: Callable[[], None] = lambda: None) -> Iterato
             yield report
     finally:
         for seed_group in cohort.seed_groups:
-            seed_group.stream.close()
+            seed_group.batches.close()
 
 
 def ready(cohort: Cohort) -> float:
@@ -141,7 +141,7 @@ def train_epoch(cohort: Cohort, epoch: int, epochs: int, on_step: Callable[[], N
     """``epoch`` epochs of this phase of ``epochs`` are done."""
     for student in cohort.students:
         student.begin_epoch()
-    steps = cohort.seed_groups[0].stream.steps
+    steps = cohort.seed_groups[0].batches.steps
     rates = {student: student.rates(epoch, epochs, steps) for student in cohort.students}
     for _ in cohort.engine.epoch(cohort.seed_groups, cohort.done, rates):
         on_step()
@@ -149,7 +149,7 @@ def train_epoch(cohort: Cohort, epoch: int, epochs: int, on_step: Callable[[], N
 
 def _measure(cohort: Cohort, epoch: int, epochs: int) -> dict[Student, Progress]:
     """Evaluate every student, check the teachers, and read all figures in one transfer from the device."""
-    students, steps, images = cohort.students, cohort.seed_groups[0].stream.steps, len(cohort.data.curve)
+    students, steps, images = cohort.students, cohort.seed_groups[0].batches.steps, len(cohort.data.curve)
     teachers = [seed_group.teacher for seed_group in cohort.seed_groups if seed_group.teacher is not None]
     found = cohort.engine.evaluate(students, cohort.data)
     figures = [teacher.drift() for teacher in teachers]

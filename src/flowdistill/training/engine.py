@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from ..checks import summary
 from ..data.augment import Draws
-from ..data.batches import Stream
+from ..data.batches import SeedBatches
 from ..data.interfaces import Supply
 from ..device import Precision, synchronize
 from ..models import Network
@@ -48,7 +48,7 @@ class Engine:
 
     def epoch(self, seed_groups: Sequence[SeedGroup], number: int, rates: Mapping[Student, Tensor]) -> Iterator[None]:
         """Train every student for one epoch (0-based ``number`` over all phases), a step at a time."""
-        for step, batches in enumerate(zip(*(seed_group.stream.epoch(number) for seed_group in seed_groups), strict=True)):
+        for step, batches in enumerate(zip(*(seed_group.batches.epoch(number) for seed_group in seed_groups), strict=True)):
             for seed_group, (images, batch) in zip(seed_groups, batches, strict=True):
                 with seed_group.teaching(number, step):
                     taught = self.teach(seed_group, images)
@@ -63,7 +63,7 @@ class Engine:
         """The name of the engine that trains a student, as its record has it."""
         return self.name
 
-    def draw(self, source: Stream, draws: Draws, shown: Tensor, epoch: Tensor) -> tuple[Tensor, Batch]:
+    def draw(self, source: SeedBatches, draws: Draws, shown: Tensor, epoch: Tensor) -> tuple[Tensor, Batch]:
         """The batch at the places ``shown`` of an epoch that was drawn, as a graph draws it."""
         return source.batch(draws, shown, epoch)
 
@@ -120,7 +120,7 @@ class CompiledEngine(Engine):
         self._tried |= new
         return self
 
-    def draw(self, source: Stream, draws: Draws, shown: Tensor, epoch: Tensor) -> tuple[Tensor, Batch]:
+    def draw(self, source: SeedBatches, draws: Draws, shown: Tensor, epoch: Tensor) -> tuple[Tensor, Batch]:
         """Compiled once for all streams of the same images: gather, crop, flip and normalisation in a few kernels."""
         kind = (source.data, source.batch_size, source.mixup)
         if kind not in self._batches:
@@ -217,7 +217,7 @@ def _hollow(module: nn.Module, made: dict[Any, Any]) -> nn.Module:
     return found
 
 
-def _drawing(source: Stream) -> Callable[[Draws, Tensor, Tensor], tuple[Tensor, Batch]]:
+def _drawing(source: SeedBatches) -> Callable[[Draws, Tensor, Tensor], tuple[Tensor, Batch]]:
     def draw(draws: Draws, shown: Tensor, epoch: Tensor) -> tuple[Tensor, Batch]:
         return source.batch(draws, shown, epoch)
 
@@ -251,7 +251,7 @@ def taken_back(seed_groups: Sequence[SeedGroup]) -> Iterator[None]:
         with kept(modules):
             yield
     finally:
-        synchronize(seed_groups[0].stream.data.device)  # streams beside this one may still write
+        synchronize(seed_groups[0].batches.data.device)  # streams beside this one may still write
         with torch.no_grad():
             for value, old in before:
                 value.copy_(old)
@@ -260,7 +260,7 @@ def taken_back(seed_groups: Sequence[SeedGroup]) -> Iterator[None]:
 def standing_still(seed_groups: Sequence[SeedGroup]) -> dict[Student, Tensor]:
     """Rates of 0 for a step or more that is taken back."""
     return {
-        student: torch.zeros(seed_group.stream.steps, device=seed_group.stream.data.device)
+        student: torch.zeros(seed_group.batches.steps, device=seed_group.batches.data.device)
         for seed_group in seed_groups
         for student in seed_group.students
     }

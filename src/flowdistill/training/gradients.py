@@ -110,14 +110,14 @@ def first_gradients(cohort: Cohort) -> dict[Student, dict[str, float]]:
     """
     found: dict[Student, dict[str, float]] = {}
     for seed_group in cohort.seed_groups:
-        images, batch = _first_labelled(seed_group.stream.with_labels())
+        images, batch = _first_labelled(seed_group.batches.with_labels())
         with seed_group.teaching(0, 0):
             taught = seed_group.teacher.teach(images) if seed_group.teacher else None
         refuse_first(images, seed_group.teacher, taught)
         for group in seed_group.peer_groups:
             found |= gradient_ratios(group, images, taught, batch, cohort.precision)
-            if seed_group.stream.least < len(images):
-                refuse_short(group, images, taught, batch, cohort.precision, seed_group.stream.least)
+            if seed_group.batches.least < len(images):
+                refuse_short(group, images, taught, batch, cohort.precision, seed_group.batches.least)
     return found
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..checks import summary
 from ..data.augment import Draws
-from ..data.batches import Stream
+from ..data.batches import SeedBatches
 from ..data.interfaces import Batches, Supply
 from ..device import free_memory, synchronize
 from .engine import EagerEngine, Engine, quiet, standing_still, taken_back
@@ -41,13 +41,13 @@ class StaticStep:
     def __init__(self, inner: Engine, seed_groups: Sequence[SeedGroup], streams: Sequence[torch.cuda.Stream] = ()) -> None:
         self.inner, self.streams = inner, streams
         self.seed_groups = [replace(seed_group, students=list(seed_group.students)) for seed_group in seed_groups if seed_group.students]
-        device = seed_groups[0].stream.data.device
-        self.sources = [_drawn(seed_group.stream) for seed_group in self.seed_groups]
-        self.draws = [stream.draws(0) for stream in self.sources]
+        device = seed_groups[0].batches.data.device
+        self.sources = [_drawn(seed_group.batches) for seed_group in self.seed_groups]
+        self.draws = [source.draws(0) for source in self.sources]
         self.rates = standing_still(self.seed_groups)
         self.number = torch.zeros((), dtype=torch.int64, device=device)
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
-        self.places = torch.arange(seed_groups[0].stream.batch_size, device=device)
+        self.places = torch.arange(seed_groups[0].batches.batch_size, device=device)
 
     def fill(self, number: int, rates: Mapping[Student, Tensor]) -> None:
         """Wind to the start of an epoch."""
@@ -150,7 +150,7 @@ class GraphEngine(Engine):
                 if len(hindered) == len(trials):
                     return self._instead(next(iter(hindered.values())))
                 held = [_only(seed_group, lambda group: group not in hindered) for seed_group in seed_groups]
-                self._step, self._graph = self._capture(held, _width(list(trials.values()), seed_groups[0].stream.data.device))
+                self._step, self._graph = self._capture(held, _width(list(trials.values()), seed_groups[0].batches.data.device))
         except Exception as error:  # whatever a model does that a graph can't hold
             return self._instead(f"it can't be captured ({summary(error)})")
         self._beside = [
@@ -170,7 +170,7 @@ class GraphEngine(Engine):
 
     def _try(self, seed_group: SeedGroup, group: PeerGroup) -> Trial:
         """Two steps of a group alone; in the second, waiting for the device is an error, as it is in a capture."""
-        device = seed_group.stream.data.device
+        device = seed_group.batches.data.device
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(device)
         try:
@@ -184,7 +184,7 @@ class GraphEngine(Engine):
         return Trial("", max(torch.cuda.memory_reserved(device) - before, 1))
 
     def _capture(self, seed_groups: Sequence[SeedGroup], width: int) -> tuple[StaticStep, torch.cuda.CUDAGraph]:
-        device = seed_groups[0].stream.data.device
+        device = seed_groups[0].batches.data.device
         tape = StaticStep(self.inner, seed_groups, [_stream(device) for _ in range(width)])
         tape.fill(0, standing_still(seed_groups))
         aside = _stream(device)
@@ -208,7 +208,7 @@ class GraphEngine(Engine):
         assert self._graph is not None
         self._step.fill(number, rates)
         beside = self.inner.epoch(self._beside, number, rates) if self._beside else itertools.repeat(None)
-        for _ in range(seed_groups[0].stream.steps):
+        for _ in range(seed_groups[0].batches.steps):
             self._graph.replay()
             next(beside)
             yield
@@ -342,9 +342,9 @@ def _version() -> tuple[int, ...]:
     return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
 
-def _drawn(batches: Batches) -> Stream:
+def _drawn(batches: Batches) -> SeedBatches:
     """A graph draws its batches itself, which those of images on the device allow."""
-    assert isinstance(batches, Stream)
+    assert isinstance(batches, SeedBatches)
     return batches
 
 

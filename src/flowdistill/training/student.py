@@ -207,7 +207,7 @@ PeerGroup = tuple[Student, ...]
 class SeedGroup:
     """The students of one seed: they share its batches and its teacher."""
 
-    stream: Batches
+    batches: Batches
     teacher: Teacher | None
     students: list[Student]
 
@@ -234,4 +234,4 @@ class SeedGroup:
         """Its teacher answers inside: what that draws is a function of (seed, epoch, step) alone, and nothing of it moves."""
         if self.teacher is None:
             return contextlib.nullcontext()
-        return answering(self.teacher.given, "teacher", step, self.stream.data.device, seed=self.stream.seed, epoch=epoch)
+        return answering(self.teacher.given, "teacher", step, self.batches.data.device, seed=self.batches.seed, epoch=epoch)

@@ -35,10 +35,10 @@ def seconds_per_epoch(cohort: Cohort, steps: int = 5) -> float:
     try:
         with contextlib.suppress(StopIteration):
             train_epoch(cohort, 0, 1, on_step)
-        return statistics.median(times[1:] or times) * cohort.seed_groups[0].stream.steps + _evaluation_seconds(cohort)
+        return statistics.median(times[1:] or times) * cohort.seed_groups[0].batches.steps + _evaluation_seconds(cohort)
     finally:
         for seed_group in cohort.seed_groups:
-            seed_group.stream.close()
+            seed_group.batches.close()
 
 
 def _evaluation_seconds(cohort: Cohort) -> float:

@@ -17,7 +17,7 @@ import torch
 
 from flowdistill import methods, models
 from flowdistill.methods import METHODS, Needs
-from flowdistill.types import Batch, DataSpec, Facts, Outputs
+from flowdistill.types import Batch, DataSpec, MethodContext, Outputs
 
 BATCH, ROUNDS = 128, 7
 DATA = DataSpec("random", 50_000, 10, 3, 32, 32)
@@ -56,7 +56,7 @@ def cost(name: str, student: str, teacher: str) -> tuple[float, float]:
     head = models.build(teacher, DATA).get_submodule(spec.head)
     norms = {tap.name: (torch.ones(tap.channels), torch.zeros(tap.channels)) for tap in spec.taps if tap.norm}
     labels = torch.arange(DATA.n_train) % DATA.classes
-    method.know(Facts((head.weight, head.bias), norms, torch.randn(DATA.classes, spec.embedding), labels))
+    method.setup(MethodContext((head.weight, head.bias), norms, torch.randn(DATA.classes, spec.embedding), labels))
     ours, theirs = outputs(trained, method.needs.student, trained=True), outputs(teacher, method.needs.teacher, trained=False)
     batch = Batch(labels[:BATCH], torch.arange(BATCH), torch.tensor(30), (theirs,))
     times = []

@@ -78,8 +78,8 @@ TOLD = {"head": "classifier", "norms": "normalisations", "class_means": "class m
 def wants(method: Method) -> str:
     """Of the teacher."""
     parts = [*sorted(method.needs.teacher)] + ["embedding"] * method.needs.embedding + ["logits"] * method.needs.logits
-    parts += [TOLD[fact] for fact in sorted(method.needs.facts) if fact in TOLD]
-    parts += [fact.replace("_", " ") for fact in sorted(method.needs.facts)]
+    parts += [TOLD[fact] for fact in sorted(method.needs.context) if fact in TOLD]
+    parts += [fact.replace("_", " ") for fact in sorted(method.needs.context)]
     return ", ".join(parts) or "nothing"
 
 

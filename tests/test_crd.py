@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_methods import PAIRS, facts, scene
+from test_methods import PAIRS, method_context, scene
 from torch import Tensor
 
 from flowdistill.methods.crd import CRD
 from flowdistill.randomness import seeded
-from flowdistill.types import Batch, DataSpec, Facts
+from flowdistill.types import Batch, DataSpec, MethodContext
 
 DATA = DataSpec("tiny", n_train=30, classes=5, channels=3, height=8, width=8)
 STUDENT, TEACHER = PAIRS["even"]
@@ -18,12 +18,12 @@ STUDENT, TEACHER = PAIRS["even"]
 def a_method(seed: int = 0, **options: object) -> CRD:
     with seeded(seed, "adapters"):
         method = CRD({"negatives": 600, "dim": 4, **options}, student=STUDENT, teacher=TEACHER, data=DATA)
-    method.know(facts(TEACHER))
+    method.setup(method_context(TEACHER))
     return method
 
 
 def banks(method: CRD) -> tuple[Tensor, Tensor]:
-    return method.kept("bank_student").clone(), method.kept("bank_teacher").clone()
+    return method.held("bank_student").clone(), method.held("bank_teacher").clone()
 
 
 def test_negatives_are_all_images_of_other_classes_alike() -> None:
@@ -63,16 +63,16 @@ def test_a_step_moves_the_rows_of_its_images_alone_half_way_and_to_norm_1() -> N
 def test_the_divisor_is_that_of_the_first_batch() -> None:
     method, given = a_method().double(), scene(PAIRS["even"])
     method(*given)
-    mean = method.kept("mean_student").clone()
+    mean = method.held("mean_student").clone()
     assert mean > 0
     method(given.student._replace(embedding=given.student.embedding.flip(0)), given.teacher, given.batch)
-    assert torch.equal(method.kept("mean_student"), mean)
+    assert torch.equal(method.held("mean_student"), mean)
 
 
 def test_labels_that_can_not_be_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^crd: 29 labels for banks of 30 images; give both for the same training set$"):
-        a_method().know(Facts(labels=torch.arange(29) % 5))
+        a_method().setup(MethodContext(labels=torch.arange(29) % 5))
     with pytest.raises(ValueError, match=r"^crd: all training images are of one class, so there are no negatives; choose other data "):
-        a_method().know(Facts(labels=torch.zeros(30, dtype=torch.int64)))
+        a_method().setup(MethodContext(labels=torch.zeros(30, dtype=torch.int64)))
     with pytest.raises(ValueError, match=r"^crd: give Batch\(labels, indices\)"):
         a_method()(*scene(PAIRS["even"])[:2], Batch(torch.arange(3)))

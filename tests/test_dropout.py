@@ -21,8 +21,8 @@ from flowdistill.runner import evaluate, export, resume, run
 from flowdistill.runner.doctor import examine
 from flowdistill.runner.watcher import Watcher
 from flowdistill.training.engine import EagerEngine
-from flowdistill.training.facts import gather
 from flowdistill.training.graph import GraphEngine
+from flowdistill.training.method_context import gather
 from flowdistill.training.student import SeedGroup
 from flowdistill.training.teacher import Teacher
 from flowdistill.training.weights import save_weights
@@ -224,7 +224,7 @@ def test_class_means_and_the_doctor_of_what_always_draws(small_npz, tmp_path: Pa
     one = config(small_npz, student="resnet8", teacher=a_teacher(nets, "Torch"), method="kd")
     for number in range(2):
         disturbed(number)
-        means = gather(Needs(facts=frozenset({"class_means"})), net, data, "fp32").class_means
+        means = gather(Needs(context=frozenset({"class_means"})), net, data, "fp32").class_means
         found.append((means, [finding for finding in examine([one], ledger, CPU) if "cost" not in finding.check]))
     assert torch.equal(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from small import config
-from test_methods import facts, forgetful
+from test_methods import forgetful, method_context
 from test_training import a_cohort, weights_of
 
 from flowdistill import methods, models
@@ -321,7 +321,7 @@ def test_a_method_wants_of_the_teacher_what_it_names_and_nothing_else(name: str)
     spec = models.spec("resnet14", CIFAR)
     trained = models.spec(settled.trained_model("resnet14", "resnet14"), CIFAR)
     method = methods.build(settled, student=trained, teacher=spec, data=CIFAR)
-    method.know(facts(spec, CIFAR.n_train))
+    method.setup(method_context(spec, CIFAR.n_train))
     method = forgetful(method)
     taps = tuple(sorted({*TAPS, *method.needs.teacher}))
     net = a_network(taps=taps)

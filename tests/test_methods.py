@@ -27,7 +27,7 @@ from flowdistill.methods import METHODS, Composed, Method, build, get, parts, se
 from flowdistill.methods.standardise import standardise
 from flowdistill.randomness import seeded
 from flowdistill.training.teacher import teach
-from flowdistill.types import Batch, DataSpec, Facts, NetSpec, Outputs
+from flowdistill.types import Batch, DataSpec, MethodContext, NetSpec, Outputs
 
 COMPOSITION = "at+kd"
 SHEETS = {
@@ -112,7 +112,7 @@ def make(name: str, options: dict[str, Any], pair: tuple[NetSpec, NetSpec], clas
     """The method, told of a teacher with this number of classes in the data, or with as many as the teacher's own."""
     with seeded(0, "adapters"):
         method = build(settle(name, by_part(name, options), {}), student=pair[0], teacher=pair[1], data=DATA)
-    method.know(facts(pair[1], classes=classes))
+    method.setup(method_context(pair[1], classes=classes))
     return forgetful(method)
 
 
@@ -138,7 +138,7 @@ def forgetful(method: Method) -> Method:
     return method
 
 
-def facts(teacher: NetSpec, images: int = DATA.n_train, classes: int | None = None) -> Facts:
+def method_context(teacher: NetSpec, images: int = DATA.n_train, classes: int | None = None) -> MethodContext:
     """Of a teacher known by its spec: drawn numbers. ``classes``: of the data, where they are not the teacher's."""
     generator = torch.Generator().manual_seed(3)
 
@@ -148,7 +148,7 @@ def facts(teacher: NetSpec, images: int = DATA.n_train, classes: int | None = No
     norms = {tap.name: (normal(tap.channels), normal(tap.channels)) for tap in teacher.taps if tap.norm}
     head = normal(teacher.classes, teacher.embedding), normal(teacher.classes)
     classes = classes or teacher.classes
-    return Facts(head, norms, normal(classes, teacher.embedding), torch.arange(images) % classes)
+    return MethodContext(head, norms, normal(classes, teacher.embedding), torch.arange(images) % classes)
 
 
 def refused(name: str, options: dict[str, Any], pair: tuple[NetSpec, NetSpec]) -> str:

@@ -27,8 +27,8 @@ from flowdistill.training import cohort as engine
 from flowdistill.training import teacher as teaching
 from flowdistill.training.cohort import Cohort, train
 from flowdistill.training.engine import EagerEngine
-from flowdistill.training.facts import gather
 from flowdistill.training.gradients import first_gradients, gradient_ratios
+from flowdistill.training.method_context import gather
 from flowdistill.training.student import SeedGroup, Student
 from flowdistill.training.teacher import Teacher, teach
 from flowdistill.training.weights import hash_weights
@@ -58,7 +58,7 @@ def a_student(run: RunConfig, data: DeviceData, wider: int = 0) -> Student:
     theirs = replace(theirs, taps=tuple(replace(tap, channels=tap.channels + wider) for tap in theirs.taps))
     with seeded(run.seed, "adapters"):
         method = methods.build(settled, student=ours, teacher=theirs, data=data.spec)
-    method.know(gather(method.needs, None, data, "fp32"))
+    method.setup(gather(method.needs, None, data, "fp32"))
     return Student(models.build(run.student, data.spec, taps=tuple(method.needs.student), seed=run.seed), method, settled, run.train)
 
 

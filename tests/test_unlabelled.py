@@ -29,8 +29,8 @@ from flowdistill.runner import run
 from flowdistill.runner.evaluate import evaluate
 from flowdistill.runner.plan import plan
 from flowdistill.talk import Remarks
-from flowdistill.training.facts import class_means
 from flowdistill.training.gradients import first_gradients
+from flowdistill.training.method_context import class_means
 from flowdistill.training.task import task_loss
 from flowdistill.types import NO_LABEL, Batch, Targets
 
@@ -158,7 +158,7 @@ def test_other_unlabelled_images_are_another_run(small_npz: Path, tmp_path: Path
         found.append(plan([with_more(small_npz, f"npz:{tmp_path / name}.npz", **teacher)], ledger, CPU)[0])
     assert found[0].fingerprint == found[1].fingerprint != found[2].fingerprint
     assert [job.variant for job in found] == [f"peer=resnet8, unlabelled={name}" for name in "abc"]
-    assert found[0].method().needs.facts == frozenset()
+    assert found[0].method().needs.context == frozenset()
 
 
 def test_files_are_read_in_any_folders_at_the_size_and_channels_of_the_labelled(

@@ -22,7 +22,7 @@ from .models.state import kept
 from .randomness import seeded
 from .runner.pairing import pair
 from .runner.plan import refuse_users
-from .training.facts import of_teacher
+from .training.method_context import of_teacher
 from .training.optim import trained_parameters
 from .training.step import terms
 from .training.task import TASK
@@ -84,7 +84,7 @@ class Distiller(nn.Module):
         except ValueError as error:
             raise UserError(str(error)) from None
         needs = self.method.needs
-        if unknown := sorted(needs.facts - {"head", "norms"}):
+        if unknown := sorted(needs.context - {"head", "norms"}):
             what = unknown[0].replace("_", " ")
             raise UserError(f"method {self.settled.name!r} needs the {what} of all training images; {CURE}")
         self.size = size
@@ -94,7 +94,7 @@ class Distiller(nn.Module):
         self._hooks = weakref.finalize(self, _release, self.student, self.teacher)
         if self.teacher is not None:
             self.teacher.requires_grad_(False)
-            self.method.know(of_teacher(needs, self.teacher))
+            self.method.setup(of_teacher(needs, self.teacher))
         self.method.to(next(self.student.parameters()).device)
         self.begin_phase(0)
         self.train()

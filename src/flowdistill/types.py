@@ -126,7 +126,7 @@ class DataSpec:
 
 
 @dataclass(frozen=True)
-class Facts:
+class MethodContext:
     """What stands still while students train; a method is told once what its ``needs`` name of it.
 
     Attributes:

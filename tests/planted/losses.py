@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-import test_facts
 import test_fsp
 import test_golden
 import test_limits
+import test_method_context
 import test_methods as suite
 import torch
 import torch.nn.functional as F
@@ -657,7 +657,7 @@ def itrd_divides_by_a_deviation_of_zero(projected, teacher, alpha=1.01):
 
 # what is told of the teacher
 
-HEAD_BIAS = dict(zip(("name", "kept", "told"), test_facts.TOLD[1], strict=True))
+HEAD_BIAS = dict(zip(("name", "kept", "told"), test_method_context.TOLD[1], strict=True))
 
 
 @bug(ofd, "partial_distance", suite.test_formula_equals_the_reference, {"name": "ofd", "options": {}, "pair": "even"})
@@ -667,10 +667,10 @@ def ofd_pulled_up_to_the_margin(student, teacher, margin):
     return (full(student) - target).square().flatten(1).sum(1).mean()
 
 
-@bug(SRRL, "know", test_facts.test_what_is_told_is_kept_and_not_trained, HEAD_BIAS)
-def srrl_without_the_bias_of_the_head(self, facts):
+@bug(SRRL, "know", test_method_context.test_what_is_told_is_kept_and_not_trained, HEAD_BIAS)
+def srrl_without_the_bias_of_the_head(self, context):
     """features @ head.weight.T: the teacher's classifier without its bias."""
-    self.keep(head_weight=facts.head[0], head_bias=torch.zeros_like(facts.head[1]))
+    self.hold(head_weight=context.head[0], head_bias=torch.zeros_like(context.head[1]))
 
 
 @bug(cat_kd, "class_attention", suite.test_formula_equals_the_reference, {"name": "cat_kd", "options": {}, "pair": "even"})

@@ -29,7 +29,7 @@ def crd_noise_of_the_batch(scores, images):
 @bug(CRD, "negatives", test_crd.test_negatives_are_all_images_of_other_classes_alike)
 def crd_negatives_of_any_class(self, labels, indices, epoch):
     """Images of the own class among the negatives: a sampler that was given no labels."""
-    return crd.words(self.kept("salt"), epoch, indices, self.options.negatives) * self.images >> 32
+    return crd.words(self.held("salt"), epoch, indices, self.options.negatives) * self.images >> 32
 
 
 @bug(crd, "moved", test_crd.test_a_step_moves_the_rows_of_its_images_alone_half_way_and_to_norm_1)

@@ -30,7 +30,7 @@ from ..methods import Needs
 from ..talk import say
 from ..training.engine import Engine, quiet
 from ..training.engine_choice import choose
-from ..training.facts import gather
+from ..training.method_context import gather
 from ..training.student import SeedGroup, Student
 from ..training.teacher import Teacher
 from .plain import PlainLoop
@@ -139,14 +139,14 @@ class Work:
         for student in seed_groups[0].students:
             needs = needs | student.method.needs
         network = self.network(needs).eval()
-        facts = gather(needs._replace(facts=needs.facts - {"class_means"}), network, self.data, precision)
+        context = gather(needs._replace(context=needs.context - {"class_means"}), network, self.data, precision)
         means = torch.ones(network.spec.classes, network.spec.embedding, device=self.data.device)
-        facts = replace(facts, class_means=means)  # a pass over all images is no part of a step
+        context = replace(context, class_means=means)  # a pass over all images is no part of a step
         teacher = Teacher(network, needs, precision)
         for seed_group in seed_groups:
             seed_group.teacher = teacher
             for student in seed_group.students:
-                student.method.know(facts)
+                student.method.setup(context)
                 student.begin_phase(0)
                 student.begin_epoch()
         return seed_groups

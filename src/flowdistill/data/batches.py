@@ -105,7 +105,7 @@ class Decoding:
 
 
 class DeviceData:
-    """One data set under one split, on the device: shared by all streams of a cohort.
+    """One data set under one split, on the device: shared by all seed batches of a cohort.
 
     Attributes:
         padded: uint8 [n, H+2p, W+2p, C] training images; in the host's memory where they are too many for the device.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import MOST_EPOCHS, Frozen, parse_as
 from ..registry import Registry
-from ..types import Batch, Facts, NetSpec, Outputs
+from ..types import Batch, MethodContext, NetSpec, Outputs
 
 
 class Paper(NamedTuple):
@@ -79,7 +79,7 @@ class StagedOptions(MethodOptions):
         return self
 
 
-Fact = Literal["head", "norms", "class_means", "labels"]
+ContextItem = Literal["head", "norms", "class_means", "labels"]
 
 
 class Needs(NamedTuple):
@@ -88,14 +88,14 @@ class Needs(NamedTuple):
     Attributes:
         student, teacher: taps.
         logits, embedding: the teacher's.
-        facts: attributes of ``Facts``, of which it is told before training.
+        context: attributes of ``MethodContext`` that it is set up with before training.
     """
 
     student: frozenset[str] = frozenset()
     teacher: frozenset[str] = frozenset()
     logits: bool = False
     embedding: bool = False
-    facts: frozenset[Fact] = frozenset()
+    context: frozenset[ContextItem] = frozenset()
 
     def __or__(self, other: Needs) -> Needs:
         """What either wants."""
@@ -104,7 +104,7 @@ class Needs(NamedTuple):
             self.teacher | other.teacher,
             self.logits or other.logits,
             self.embedding or other.embedding,
-            self.facts | other.facts,
+            self.context | other.context,
         )
 
 
@@ -175,22 +175,24 @@ class Method(nn.Module):
         """The model that is trained and ships: the student, unless the paper builds another on it."""
         return student
 
-    def know(self, facts: Facts) -> None:
-        """Keep of the facts what it needs, on the device that they are on, by ``keep``. Called once, before training."""
+    def setup(self, context: MethodContext) -> None:
+        """Copy what it needs of the context, by ``hold``, on the device that it is on. Called once, before training."""
 
-    def keep(self, **tensors: Tensor) -> None:
+    def hold(self, **tensors: Tensor) -> None:
         """Hold copies of tensors in buffers of these names."""
         for name, value in tensors.items():
             self.register_buffer(name, value.detach().clone())
 
-    def kept(self, name: str) -> Tensor:
+    def held(self, name: str) -> Tensor:
         """The buffer of that name.
 
         Raises:
-            RuntimeError: the method was not told yet.
+            RuntimeError: the method was not set up yet.
         """
         if name not in self._buffers:
-            raise RuntimeError(f"{self.name} was not told of the {', '.join(sorted(self.needs.facts))}: call know(Facts(...)) first")
+            raise RuntimeError(
+                f"{self.name} was not told of the {', '.join(sorted(self.needs.context))}: call setup(MethodContext(...)) first"
+            )
         return self.get_buffer(name)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:

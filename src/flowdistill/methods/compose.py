@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..checks import UserError, did_you_mean
 from ..config import parse_as
-from ..types import Batch, DataSpec, Facts, NetSpec, Outputs
+from ..types import Batch, DataSpec, MethodContext, NetSpec, Outputs
 from . import base
 from .base import Method, MethodOptions, Phase
 from .standardise import PREFIX, standardised
@@ -136,7 +136,7 @@ def _refuse_other_logits(method: Method, teacher: NetSpec) -> None:
     """
     if method.needs.logits and teacher.altered:
         raise ValueError(f"{method.name}: teacher {teacher.name}: {teacher.altered}, or choose a method on feature maps, such as at")
-    if "head" in method.needs.facts and teacher.apart:
+    if "head" in method.needs.context and teacher.apart:
         raise ValueError(f"{method.name}: teacher {teacher.name}: {teacher.apart}, and {method.name} teaches by these; choose kd")
 
 
@@ -165,11 +165,11 @@ class Composed(Method):
             found |= method.versions
         return found
 
-    def know(self, facts: Facts) -> None:
+    def setup(self, context: MethodContext) -> None:
         """Tell every part."""
         for method in self.methods.children():
             assert isinstance(method, Method)
-            method.know(facts)
+            method.setup(context)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """The terms of every part."""

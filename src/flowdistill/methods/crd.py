@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..types import Batch, DataSpec, Facts, NetSpec, Outputs
+from ..types import Batch, DataSpec, MethodContext, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, full, register, unit
 from .dkd import given_labels
 from .hashed import of_batch, salt, words
@@ -93,39 +93,39 @@ class CRD(Method):
 
     def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, data: DataSpec, **_: Any) -> None:
         super().__init__(options)
-        self.needs = Needs(embedding=True, facts=frozenset({"labels"}))
+        self.needs = Needs(embedding=True, context=frozenset({"labels"}))
         self.images, dim = data.n_train, self.options.dim
         self.embed_student, self.embed_teacher = nn.Linear(student.embedding, dim), nn.Linear(teacher.embedding, dim)
         bound = 1 / math.sqrt(dim / 3)
-        self.keep(bank_student=torch.empty(self.images, dim).uniform_(-bound, bound))
-        self.keep(bank_teacher=torch.empty(self.images, dim).uniform_(-bound, bound))
-        self.keep(mean_student=torch.zeros(()), mean_teacher=torch.zeros(()), salt=salt())
+        self.hold(bank_student=torch.empty(self.images, dim).uniform_(-bound, bound))
+        self.hold(bank_teacher=torch.empty(self.images, dim).uniform_(-bound, bound))
+        self.hold(mean_student=torch.zeros(()), mean_teacher=torch.zeros(()), salt=salt())
 
     @classmethod
     def default_weights(cls, options: Any) -> dict[str, float]:
         """0.8, beside a task weight of 1: the authors' code. (With kd: 1 for that.)"""
         return {"crd": 0.8}
 
-    def know(self, facts: Facts) -> None:
+    def setup(self, context: MethodContext) -> None:
         """Which images are of other classes.
 
         Raises:
             ValueError: not as many labels as training images, or they are all of one class.
         """
-        assert facts.labels is not None
-        if len(facts.labels) != self.images:
-            raise ValueError(f"crd: {len(facts.labels)} labels for banks of {self.images} images; give both for the same training set")
-        order, counts = facts.labels.argsort(stable=True), facts.labels.bincount()
+        assert context.labels is not None
+        if len(context.labels) != self.images:
+            raise ValueError(f"crd: {len(context.labels)} labels for banks of {self.images} images; give both for the same training set")
+        order, counts = context.labels.argsort(stable=True), context.labels.bincount()
         if counts.max() == self.images:
             raise ValueError("crd: all training images are of one class, so there are no negatives; choose other data or another method")
-        self.keep(order=order, counts=counts, starts=counts.cumsum(0) - counts)
+        self.hold(order=order, counts=counts, starts=counts.cumsum(0) - counts)
 
     def negatives(self, labels: Tensor, indices: Tensor, epoch: Tensor | int) -> Tensor:
         """[N, K] images of other classes, each as likely as the other."""
-        own = self.kept("counts")[labels][:, None]
-        drawn = words(self.kept("salt"), epoch, indices, self.options.negatives)
+        own = self.held("counts")[labels][:, None]
+        drawn = words(self.held("salt"), epoch, indices, self.options.negatives)
         rank = (drawn * (self.images - own)) >> 32
-        return self.kept("order")[torch.where(rank < self.kept("starts")[labels][:, None], rank, rank + own)]
+        return self.held("order")[torch.where(rank < self.held("starts")[labels][:, None], rank, rank + own)]
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``crd``: the sum over both networks; the banks then move towards this batch.
@@ -143,12 +143,12 @@ class CRD(Method):
             theirs = unit(self.embed_teacher(full(teacher.embedding)), 1)
         losses = []
         for anchors, bank, mean in ((ours, "bank_teacher", "mean_student"), (theirs, "bank_student", "mean_teacher")):
-            turned = self.kept(bank).T.contiguous()  # a copy, for the bank moves before the backward pass; inductor drops a plain clone
+            turned = self.held(bank).T.contiguous()  # a copy, for the bank moves before the backward pass; inductor drops a plain clone
             scores = similarities(anchors, turned, places, self.options.T)
-            first = self.kept(mean)
+            first = self.held(mean)
             first.copy_(torch.where(first > 0, first, scores.detach().mean()))
             losses.append(nce_loss(scores / (self.images * first.clone()), self.images))
         for bank, latest in (("bank_student", ours), ("bank_teacher", theirs)):
-            held = self.kept(bank)
+            held = self.held(bank)
             held.index_copy_(0, indices, moved(held, indices, latest.detach(), self.options.momentum).to(held.dtype))
         return {"crd": torch.stack(losses).sum()}

@@ -71,7 +71,7 @@ class MGD(Method):
         ours, theirs = student.tap(self.stage).channels, teacher.tap(self.stage).channels
         self.align = nn.Sequential() if ours == theirs else nn.Conv2d(ours, theirs, 1)
         self.generation = nn.Sequential(nn.Conv2d(theirs, theirs, 3, padding=1), nn.ReLU(), nn.Conv2d(theirs, theirs, 3, padding=1))
-        self.keep(salt=salt())
+        self.hold(salt=salt())
 
     @classmethod
     def default_weights(cls, options: Any) -> dict[str, float]:

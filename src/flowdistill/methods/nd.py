@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..types import Batch, Facts, NetSpec, Outputs
+from ..types import Batch, MethodContext, NetSpec, Outputs
 from .base import LEAST, Method, Needs, Paper, full, register, same_shape, unit
 from .dkd import given_labels
 from .hashed import channel_mask, salt
@@ -86,7 +86,7 @@ class ND(Method):
                 f"nd: the embedding of {teacher.name} has width {teacher.embedding}, which leaves no direction to learn; choose a teacher "
                 f"with a wider embedding"
             )
-        self.needs = Needs(embedding=True, facts=frozenset({"class_means"}))
+        self.needs = Needs(embedding=True, context=frozenset({"class_means"}))
         self.embedder = None if student.embedding == teacher.embedding else Embedder(student.embedding, teacher.embedding)
 
     @classmethod
@@ -94,13 +94,13 @@ class ND(Method):
         """2: the authors' code for resnet56-resnet20 (0.5 to 2 by pair), with kd beside it."""
         return {"nd": 2.0}
 
-    def know(self, facts: Facts) -> None:
+    def setup(self, context: MethodContext) -> None:
         """Keep the class means."""
-        if facts.class_means is not None:
-            self.keep(class_means=facts.class_means)
+        if context.class_means is not None:
+            self.hold(class_means=context.class_means)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``nd``."""
         labels = given_labels(batch, self.name)
         embedding = student.embedding if self.embedder is None else self.embedder(student.embedding, batch)
-        return {"nd": nd_loss(embedding, teacher.embedding, self.kept("class_means")[labels])}
+        return {"nd": nd_loss(embedding, teacher.embedding, self.held("class_means")[labels])}

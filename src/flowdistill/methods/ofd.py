@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..types import Batch, Facts, NetSpec, Outputs
+from ..types import Batch, MethodContext, NetSpec, Outputs
 from .base import Method, Needs, Paper, before_relu, full, paired_stages, register, same_shape
 from .fsp import match_sizes
 
@@ -112,7 +112,7 @@ class OFD(Method):
                 f"ofd: in {teacher.name} no single batch normalisation gives the tap {', '.join(unknown)}, and the margins are made of its "
                 f"weight and bias; choose a teacher where one does, such as a ResNet, or a method without margins such as ab"
             )
-        self.needs = Needs(frozenset(self.taps), frozenset(self.taps), facts=frozenset({"norms"}))
+        self.needs = Needs(frozenset(self.taps), frozenset(self.taps), context=frozenset({"norms"}))
         self.connectors = nn.ModuleList(connector(student.tap(tap).channels, teacher.tap(tap).channels) for tap in self.taps)
 
     @classmethod
@@ -120,9 +120,9 @@ class OFD(Method):
         """1e-3: the authors' code for CIFAR-100, mdistiller. (The authors for ImageNet: 1e-4, for segmentation: 1e-5.)"""
         return {"ofd": 1e-3}
 
-    def know(self, facts: Facts) -> None:
+    def setup(self, context: MethodContext) -> None:
         """Keep the margins of every stage."""
-        self.keep(**{_margin(tap): margins(*facts.norms[tap]) for tap in self.taps if tap in facts.norms})
+        self.hold(**{_margin(tap): margins(*context.norms[tap]) for tap in self.taps if tap in context.norms})
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``ofd``."""
@@ -132,7 +132,7 @@ class OFD(Method):
             with torch.autocast(ours.device.type, enabled=False):
                 responses.append(connect(ours))
             targets.append(theirs)
-        return {"ofd": ofd_loss(responses, targets, [self.kept(_margin(tap)) for tap in self.taps])}
+        return {"ofd": ofd_loss(responses, targets, [self.held(_margin(tap)) for tap in self.taps])}
 
 
 def _margin(tap: str) -> str:

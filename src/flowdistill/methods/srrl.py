@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..types import Batch, Facts, NetSpec, Outputs
+from ..types import Batch, MethodContext, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, after_relu, full, register, same_shape
 
 
@@ -71,7 +71,7 @@ class SRRL(Method):
         if not student.stages:
             raise ValueError(f"srrl: {student.name} has no stages, and its last one is connected; choose a student that has, or kd")
         (self.stage,) = after_relu(student, student.stages[-1:])
-        self.needs = Needs(frozenset({self.stage}), logits=True, embedding=True, facts=frozenset({"head"}))
+        self.needs = Needs(frozenset({self.stage}), logits=True, embedding=True, context=frozenset({"head"}))
         convolution = nn.Conv2d(student.tap(self.stage).channels, teacher.embedding, 1, bias=False)
         self.connector = nn.Sequential(convolution, nn.BatchNorm2d(teacher.embedding), nn.ReLU())
 
@@ -80,15 +80,15 @@ class SRRL(Method):
         """1, beside a task weight of 1: the authors' code."""
         return {"srrl": 1.0}
 
-    def know(self, facts: Facts) -> None:
+    def setup(self, context: MethodContext) -> None:
         """Keep the teacher's classifier."""
-        if facts.head is not None:
-            self.keep(head_weight=facts.head[0], head_bias=facts.head[1])
+        if context.head is not None:
+            self.hold(head_weight=context.head[0], head_bias=context.head[1])
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``srrl``."""
         features = full(student.maps[self.stage])
         with torch.autocast(features.device.type, enabled=False):
             connected: Tensor = self.connector(features).mean((2, 3))
-            logits = F.linear(connected, self.kept("head_weight"), self.kept("head_bias"))
+            logits = F.linear(connected, self.held("head_weight"), self.held("head_bias"))
         return {"srrl": srrl_loss(connected, teacher.embedding, logits, teacher.logits, self.options.beta)}

@@ -104,7 +104,7 @@ def standardised(wrapped: str) -> type[Method]:
     options = inside.Options
     if inside.name in BY_AUTHORS and "T" in options.model_fields:
         options = create_model(f"Standardised{options.__name__}", __base__=options, T=(float, Field(2.0, gt=0, strict=True)))
-    facts = {
+    context = {
         "__doc__": f"{wrapped} on standardised logits. {inside.__doc__}",
         "__module__": __name__,
         "inside": inside,
@@ -120,4 +120,4 @@ def standardised(wrapped: str) -> type[Method]:
         "terms": tuple(PREFIX + term for term in inside.terms),
         "Options": options,
     }
-    return type(f"Standardised{inside.__name__}", (Standardised, inside), facts)
+    return type(f"Standardised{inside.__name__}", (Standardised, inside), context)

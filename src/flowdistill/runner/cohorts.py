@@ -22,11 +22,11 @@ from ..models.reused import Reused
 from ..training.cohort import Cohort, Progress
 from ..training.engine_choice import choose
 from ..training.evaluate import evaluate
-from ..training.facts import gather
 from ..training.gradients import first_gradients
+from ..training.method_context import gather
 from ..training.student import SeedGroup, Student
 from ..training.teacher import Teacher
-from ..types import Facts
+from ..types import MethodContext
 from .job import Job, other_side, weights_seed
 from .pairing import compared
 from .plan import cohorts
@@ -71,7 +71,7 @@ def assemble(jobs: Sequence[Job], data: Supply, device: torch.device, engine: st
     methods = [job.method() for job in jobs]
     needs = functools.reduce(operator.or_, (method.needs for method in methods))
     taught = {job.config.seed: job.teacher.origin for job in jobs if job.teacher}
-    teachers: dict[str, tuple[Teacher, float | None, Facts]] = {}
+    teachers: dict[str, tuple[Teacher, float | None, MethodContext]] = {}
     seed_groups: dict[tuple[int, str], SeedGroup] = {}
     members = []
     for job, method in zip(jobs, methods, strict=True):
@@ -87,10 +87,10 @@ def assemble(jobs: Sequence[Job], data: Supply, device: torch.device, engine: st
                 built = job.teacher.build(data.spec, taps=tuple(sorted(needs.teacher)), spec=spec, given=data.normalisation)
                 teacher = built.on(device).eval()
                 accuracy = None if job.teacher.other_classes(job.data) else _accuracy(teacher, data, job.precision)
-                facts = gather(needs, teacher, data, job.precision)
-                teachers[origin] = Teacher(teacher, needs, job.precision), accuracy, facts
-            seed_group.teacher, member.teacher_accuracy, facts = teachers[origin]
-            student.method.know(facts)
+                context = gather(needs, teacher, data, job.precision)
+                teachers[origin] = Teacher(teacher, needs, job.precision), accuracy, context
+            seed_group.teacher, member.teacher_accuracy, context = teachers[origin]
+            student.method.setup(context)
         seed_group.students.append(student)
         members.append(member)
     for member in members:

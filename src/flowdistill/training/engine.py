@@ -121,7 +121,7 @@ class CompiledEngine(Engine):
         return self
 
     def draw(self, source: SeedBatches, draws: Draws, shown: Tensor, epoch: Tensor) -> tuple[Tensor, Batch]:
-        """Compiled once for all streams of the same images: gather, crop, flip and normalisation in a few kernels."""
+        """Compiled once for all seed batches of the same images: gather, crop, flip and normalisation in a few kernels."""
         kind = (source.data, source.batch_size, source.mixup)
         if kind not in self._batches:
             self._batches[kind] = _compile(_drawing(source))

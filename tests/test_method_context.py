@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_methods import PAIRS, facts, make
+from test_methods import PAIRS, make, method_context
 from test_training import CPU, data
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -21,12 +21,12 @@ from flowdistill.data.dataset import ImageData
 from flowdistill.methods import METHODS, Needs
 from flowdistill.methods.nd import nd_loss
 from flowdistill.methods.ofd import margins
-from flowdistill.training.facts import gather
-from flowdistill.types import Facts, NetSpec
+from flowdistill.training.method_context import gather
+from flowdistill.types import MethodContext, NetSpec
 
 __all__ = ["data"]  # a fixture
 SPEC = NetSpec("net", (), 4, 4)
-ALL = Needs(teacher=frozenset({"stage1.pre", "stage2"}), facts=frozenset({"head", "norms", "class_means", "labels"}))
+ALL = Needs(teacher=frozenset({"stage1.pre", "stage2"}), context=frozenset({"head", "norms", "class_means", "labels"}))
 
 
 def a_teacher(on_device: DeviceData) -> models.Network:
@@ -77,7 +77,7 @@ def test_head_and_norms_are_the_teachers_own(data: ImageData) -> None:
 
 def test_a_head_without_a_bias_and_one_whose_weight_is_computed(data: ImageData) -> None:
     on_device = DeviceData(data, "full", CPU)
-    teacher, only = a_teacher(on_device), Needs(facts=frozenset({"head"}))
+    teacher, only = a_teacher(on_device), Needs(context=frozenset({"head"}))
     teacher.add_module("fc", weight_norm(nn.Linear(64, 10, bias=False)).requires_grad_(False))
     with torch.no_grad():
         teacher.get_submodule("fc").parametrizations.weight.original0.mul_(2)
@@ -91,8 +91,8 @@ def test_what_is_not_needed_is_not_gathered(data: ImageData) -> None:
     on_device = DeviceData(data, "full", CPU)
     found = gather(Needs(), a_teacher(on_device), on_device, "fp32")
     assert (found.head, found.norms, found.class_means, found.labels) == (None, {}, None, None)
-    assert gather(ALL._replace(facts=frozenset({"head"})), a_teacher(on_device), on_device, "fp32").norms == {}
-    assert gather(ALL, None, on_device, "fp32") == Facts(labels=on_device.labels)
+    assert gather(ALL._replace(context=frozenset({"head"})), a_teacher(on_device), on_device, "fp32").norms == {}
+    assert gather(ALL, None, on_device, "fp32") == MethodContext(labels=on_device.labels)
 
 
 def test_a_classifier_of_several_layers_is_refused(data: ImageData) -> None:
@@ -107,28 +107,28 @@ def test_a_method_that_was_not_told_says_so() -> None:
     method = METHODS["kd"]({}, student=SPEC, teacher=SPEC)
     method.needs = ALL
     with pytest.raises(
-        RuntimeError, match=r"^kd was not told of the class_means, head, labels, norms: call know\(Facts\(\.\.\.\)\) first$"
+        RuntimeError, match=r"^kd was not told of the class_means, head, labels, norms: call setup\(MethodContext\(\.\.\.\)\) first$"
     ):
-        method.kept("head_weight")
+        method.held("head_weight")
     weight = torch.ones(2, requires_grad=True)
-    method.keep(head_weight=weight)
-    assert torch.equal(method.kept("head_weight"), weight)
-    assert not method.kept("head_weight").requires_grad
+    method.hold(head_weight=weight)
+    assert torch.equal(method.held("head_weight"), weight)
+    assert not method.held("head_weight").requires_grad
     assert [name for name, _ in method.named_buffers()] == ["head_weight"]
 
 
-TOLD: list[tuple[str, str, Callable[[Facts], Tensor]]] = [
-    ("srrl", "head_weight", lambda facts: facts.head[0]),
-    ("srrl", "head_bias", lambda facts: facts.head[1]),
-    ("nd", "class_means", lambda facts: facts.class_means),
+TOLD: list[tuple[str, str, Callable[[MethodContext], Tensor]]] = [
+    ("srrl", "head_weight", lambda method_context: method_context.head[0]),
+    ("srrl", "head_bias", lambda method_context: method_context.head[1]),
+    ("nd", "class_means", lambda method_context: method_context.class_means),
 ]
 
 
 @pytest.mark.parametrize(("name", "kept", "told"), TOLD)
-def test_what_is_told_is_kept_and_not_trained(name: str, kept: str, told: Callable[[Facts], Tensor]) -> None:
+def test_what_is_told_is_kept_and_not_trained(name: str, kept: str, told: Callable[[MethodContext], Tensor]) -> None:
     pair = PAIRS["wide embedding"]
     method = make(name, {}, pair)
-    assert torch.equal(method.kept(kept), told(facts(pair[1])))
+    assert torch.equal(method.held(kept), told(method_context(pair[1])))
     assert kept not in dict(method.named_parameters())
     assert kept in method.state_dict()
 
@@ -144,9 +144,9 @@ def mean_of_negatives(weight: float, bias: float) -> float:
 
 def test_ofd_keeps_the_mean_negative_response_of_every_stage() -> None:
     pair = PAIRS["wide"]
-    method, told = make("ofd", {}, pair), facts(pair[1]).norms
+    method, told = make("ofd", {}, pair), method_context(pair[1]).norms
     for stage in ("stage1", "stage2", "stage3"):
-        found = method.kept(f"margin_{stage}")
+        found = method.held(f"margin_{stage}")
         for margin, weight, bias in zip(found.tolist(), *(x.tolist() for x in told[f"{stage}.pre"]), strict=True):
             rare = math.erfc(bias / abs(weight) / math.sqrt(2)) / 2 <= 1e-3
             assert margin == pytest.approx(-3 * abs(weight) if rare else mean_of_negatives(weight, bias), rel=1e-4)
@@ -183,7 +183,7 @@ def test_what_a_teacher_tells_before_training_is_finite(data: ImageData, broken:
     """A margin of NaN is on neither side of a map: ofd and ab would learn from nothing without a word."""
     on_device = DeviceData(data, "full", CPU)
     teacher = a_teacher(on_device)
-    needs = Needs(teacher=frozenset({"stage1.pre"}), facts=frozenset({"class_means" if "mean" in what else "head", "norms"}))
+    needs = Needs(teacher=frozenset({"stage1.pre"}), context=frozenset({"class_means" if "mean" in what else "head", "norms"}))
     teacher.get_parameter(broken).data.view(-1)[3] = torch.nan
     with pytest.raises(UserError) as caught:
         gather(needs, teacher, on_device, "fp32")

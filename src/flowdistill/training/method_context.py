@@ -13,35 +13,35 @@ from ..data.interfaces import Supply
 from ..device import Precision
 from ..methods import Needs
 from ..models import Network
-from ..types import Facts
+from ..types import MethodContext
 from .evaluate import answering
 from .teacher import teach
 
 
-def gather(needs: Needs, teacher: Network | None, data: Supply, precision: Precision) -> Facts:
-    """The facts that are needed; of a teacher only where there is one.
+def gather(needs: Needs, teacher: Network | None, data: Supply, precision: Precision) -> MethodContext:
+    """The parts of the context that are needed; of a teacher only if there is one.
 
     Raises:
         UserError: the teacher's classifier is no linear layer, or what it tells is not finite.
     """
-    labels = data.labels if "labels" in needs.facts else None
+    labels = data.labels if "labels" in needs.context else None
     if teacher is None:
-        return Facts(labels=labels)
-    means = class_means(teacher, data, precision) if "class_means" in needs.facts else None
-    facts = replace(of_teacher(needs, teacher), class_means=means, labels=labels)
-    told = {"classifier": facts.head or (), "mean embedding of a class": () if means is None else (means,)}
-    told |= {f"batch normalisation before the ReLU of {tap.removesuffix('.pre')}": pair for tap, pair in facts.norms.items()}
+        return MethodContext(labels=labels)
+    means = class_means(teacher, data, precision) if "class_means" in needs.context else None
+    context = replace(of_teacher(needs, teacher), class_means=means, labels=labels)
+    told = {"classifier": context.head or (), "mean embedding of a class": () if means is None else (means,)}
+    told |= {f"batch normalisation before the ReLU of {tap.removesuffix('.pre')}": pair for tap, pair in context.norms.items()}
     for what, tensors in told.items():
         if not all(tensor.isfinite().all() for tensor in tensors):
             raise UserError(f"teacher {teacher.spec.name}: its {what} is not finite; mend the teacher, or choose another")
-    return facts
+    return context
 
 
-def of_teacher(needs: Needs, teacher: Network) -> Facts:
-    """Those of the facts that the teacher alone tells."""
-    return Facts(
-        head=_head(teacher) if "head" in needs.facts else None,
-        norms=_norms(teacher, needs) if "norms" in needs.facts else {},
+def of_teacher(needs: Needs, teacher: Network) -> MethodContext:
+    """The parts of the context that come from the teacher alone."""
+    return MethodContext(
+        head=_head(teacher) if "head" in needs.context else None,
+        norms=_norms(teacher, needs) if "norms" in needs.context else {},
     )
 
 

@@ -566,7 +566,7 @@ def evaluation(asked: argparse.Namespace) -> None:
             running.engine.evaluate(running.students, running.work.data)
             synchronize(running.work.data.device)
             seconds.append(round(time.perf_counter() - began, 4))
-        tell(images=len(running.work.data.curve), batch=batch, first_captured_replayed_s=seconds)
+        tell(images=len(running.work.data.epoch_images), batch=batch, first_captured_replayed_s=seconds)
 
 
 def bench(asked: argparse.Namespace) -> None:

@@ -35,16 +35,16 @@ def rows(runs: int, groups: int) -> list[dict[str, Any]]:
     for group in range(groups):
         method, student = METHODS[group % len(METHODS)], STUDENTS[group // len(METHODS) % len(STUDENTS)]
         lr = round(0.1 + group // (len(METHODS) * len(STUDENTS)) * 1e-3, 6)
-        taught = method != "base"
-        config = validate({"student": student, "teacher": "resnet110" if taught else None, "method": method, "train": {"lr": lr}})
+        has_teacher = method != "base"
+        config = validate({"student": student, "teacher": "resnet110" if has_teacher else None, "method": method, "train": {"lr": lr}})
         values = config.model_dump(mode="json")
         fingerprint = hashlib.sha256(f"{group}".encode()).hexdigest()
         for seed in range(runs // groups + (group < runs % groups)):
             found.append(
                 {
                     "status": "finished", "method": method, "variant": "", "dataset": "cifar10", "data_hash": "d" * 64, "student": student,
-                    "student_fingerprint": "", "teacher": "resnet110" if taught else "-", "teacher_run": 1 if taught else None,
-                    "teacher_fingerprint": "t" * 64 if taught else "", "teacher_accuracy": 93.0, "seed": seed, "split": "full",
+                    "student_fingerprint": "", "teacher": "resnet110" if has_teacher else "-", "teacher_run": 1 if has_teacher else None,
+                    "teacher_fingerprint": "t" * 64 if has_teacher else "", "teacher_accuracy": 93.0, "seed": seed, "split": "full",
                     "fingerprint": fingerprint, "config": json.dumps(values | {"seed": seed}), "nepoch": 200, "lr": lr,
                     "batch_size": 128, "precision": "fp32", "device": "cpu (2 threads)", "engine": "eager", "deterministic": 0,
                     "cohort_size": 1, "init_hash": hashlib.sha256(f"{seed}".encode()).hexdigest(), "parameters": 272474,
@@ -53,7 +53,7 @@ def rows(runs: int, groups: int) -> list[dict[str, Any]]:
                     "correct": chance.randrange(9000, 9400), "images": 10000, "best_epoch": 190, "best_correct": 9400,
                     "setup_seconds": 1.0, "train_seconds": 3600.0, "eval_seconds": 60.0, "images_per_second": 2777.0,
                     "peak_memory": 1 << 30, "weights_hash": hashlib.sha256(f"{group} {seed}".encode()).hexdigest(), "threads": 2,
-                    "networks": json.dumps({"student": network, "teacher": network} if taught else {"student": network}),
+                    "networks": json.dumps({"student": network, "teacher": network} if has_teacher else {"student": network}),
                 }
             )  # fmt: skip
     chance.shuffle(found)

@@ -49,10 +49,10 @@ def everything(outputs: Outputs, needs: Needs | None = None) -> list[torch.Tenso
 
 def cost(name: str, student: str, teacher: str) -> tuple[float, float]:
     """Milliseconds, and MiB."""
-    settled = methods.settle(name, {}, {})
-    trained = settled.trained_model(student, teacher)
+    resolved = methods.resolve(name, {}, {})
+    trained = resolved.shipped_model(student, teacher)
     spec = models.spec(teacher, DATA)
-    method = methods.build(settled, student=models.spec(trained, DATA), teacher=spec, data=DATA)
+    method = methods.build(resolved, student=models.spec(trained, DATA), teacher=spec, data=DATA)
     head = models.build(teacher, DATA).get_submodule(spec.head)
     norms = {tap.name: (torch.ones(tap.channels), torch.zeros(tap.channels)) for tap in spec.taps if tap.norm}
     labels = torch.arange(DATA.n_train) % DATA.classes

@@ -67,9 +67,9 @@ LEFT_OUT = """## Left out
 
 def built(name: str) -> Method:
     """With its defaults, for a pair that every method takes."""
-    settled = methods.settle(name, {}, {})
-    student = models.spec(settled.trained_model("resnet20", "resnet20"), CIFAR100)
-    return methods.build(settled, student=student, teacher=models.spec("resnet20", CIFAR100), data=CIFAR100)
+    resolved = methods.resolve(name, {}, {})
+    student = models.spec(resolved.shipped_model("resnet20", "resnet20"), CIFAR100)
+    return methods.build(resolved, student=student, teacher=models.spec("resnet20", CIFAR100), data=CIFAR100)
 
 
 TOLD = {"head": "classifier", "norms": "normalisations", "class_means": "class means"}

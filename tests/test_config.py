@@ -323,9 +323,9 @@ def test_keys_of_image_files_are_dumped_where_they_are_not_the_default() -> None
 def test_unlabelled_files_may_be_skipped_whatever_the_data_set_is() -> None:
     read = validate({"data": {"name": "digits", "unlabelled": "folder:more", "skip_broken": True}}).data
     assert validate({"data": read.model_dump(mode="json")}).data == read
-    assert read.labelled == DataConfig(name="digits")
+    assert read.without_unlabelled == DataConfig(name="digits")
     files = read.model_copy(update={"name": "folder:a", "size": 64})
-    assert files.labelled.model_dump(exclude_defaults=True) == {"name": "folder:a", "size": 64, "skip_broken": True}
+    assert files.without_unlabelled.model_dump(exclude_defaults=True) == {"name": "folder:a", "size": 64, "skip_broken": True}
     line = "data: size=64 belongs to folder:PATH, csv:FILE and hf:NAME, not to digits; leave it out"
     assert complaint(validate, {"data": {"name": "digits", "unlabelled": "folder:more", "size": 64}}) == line
     line = "data: skip_broken=True belongs to folder:PATH, csv:FILE and hf:NAME, not to digits; leave it out"

@@ -23,7 +23,7 @@ from flowdistill.bench.measure import Work
 from flowdistill.data.batches import DeviceData, SeedBatches
 from flowdistill.data.dataset import ImageData
 from flowdistill.device import computing
-from flowdistill.methods import METHODS, settle
+from flowdistill.methods import METHODS, resolve
 from flowdistill.methods.fsp import FSP
 from flowdistill.methods.kd import KD
 from flowdistill.models import MODELS
@@ -79,7 +79,7 @@ def walk(watch: Watch, seed_groups: list[SeedGroup], precision: str) -> Walk:
     """Of every phase the step that a graph would hold, its second; then an evaluation."""
     students = [student for seed_group in seed_groups for student in seed_group.students]
     step, fused = Counter[str](), []
-    for phase in range(max(len(student.settled.phases) for student in students)):
+    for phase in range(max(len(student.resolved.phases) for student in students)):
         for student in students:
             student.begin_phase(phase)
         tape = StaticStep(EagerEngine(precision, ""), seed_groups)
@@ -90,7 +90,7 @@ def walk(watch: Watch, seed_groups: list[SeedGroup], precision: str) -> Walk:
         fused.append(watch.fused)
     launches = Counter(watch.launches)
     watch.forget()
-    evaluate_all([student.net for student in students], seed_groups[0].batches.data.curve, precision)
+    evaluate_all([student.net for student in students], seed_groups[0].batches.data.epoch_images, precision)
     return Walk(dict(step), dict(watch.faults), launches, fused, "" if seed_groups[0].teacher is None else seed_groups[0].teacher.whole)
 
 
@@ -169,7 +169,7 @@ def test_so_do_images_that_are_resized_and_mixed(crop: str, mixup: float, precis
         (student,) = seed_groups[0].students
         student.train = student.train.model_copy(update={"mixup": mixup})
         if mixup is True:  # no image has a label of its own
-            student.settled = settle("kd", {}, {TASK: 0.0})
+            student.resolved = resolve("kd", {}, {TASK: 0.0})
         found = walk(watch, seed_groups, precision)
     assert (found.step, found.evaluation, found.fused) == ({}, {}, [29])
 

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import flowdistill
 from flowdistill import Distiller, UserError, methods, models
 from flowdistill.config import TrainConfig
-from flowdistill.methods import settle
+from flowdistill.methods import resolve
 from flowdistill.training.step import losses
 from flowdistill.training.student import Student
 from flowdistill.training.teacher import teach
@@ -48,14 +48,14 @@ def test_every_method_gives_its_terms_and_gradients(name: str) -> None:
     teacher, student = nets()
     distiller = Distiller(teacher, student, name, images=SIZE)
     before = deepcopy(teacher.state_dict())
-    for number, phase in enumerate(distiller.settled.phases):
+    for number, phase in enumerate(distiller.resolved.phases):
         distiller.begin_phase(number)
         distiller.zero_grad()
         loss, terms = distiller(*batch())
         loss.backward()
         assert set(distiller.weights) <= set(terms) <= {"task", *distiller.method.terms}
         assert not any(value.requires_grad for value in terms.values())
-        moved, reached = ({id(p) for p in found} for found in (distiller.trained(), _reached(student)))
+        moved, reached = ({id(p) for p in found} for found in (distiller.trainable_parameters(), _reached(student)))
         assert (reached | {id(p) for p in _reached(distiller.method)}) & moved
         assert phase.only or reached == {id(p) for p in student.parameters()}
     if distiller.teacher is not None:
@@ -71,16 +71,16 @@ def _reached(module: nn.Module) -> list[nn.Parameter]:
 
 def test_a_few_steps_are_those_of_training() -> None:
     """Same networks, same batches, same optimiser: the loop that training has, and one's own."""
-    weights, settled = {"at": 20.0}, settle("at+kd", {}, {"at": 20.0})
+    weights, resolved = {"at": 20.0}, resolve("at+kd", {}, {"at": 20.0})
     teacher, student = nets()
-    method = methods.build(settled, student=student.spec, teacher=teacher.spec, data=DATA)
+    method = methods.build(resolved, student=student.spec, teacher=teacher.spec, data=DATA)
     stages = teacher.spec.stages
     theirs, ours = (models.build(net, DATA, taps=stages, seed=seed) for net, seed in (("resnet14", 1), ("resnet8", 2)))
-    trained = Student(ours, method, settled, TrainConfig(lr=0.1, precision="fp32"))
+    trained = Student(ours, method, resolved, TrainConfig(lr=0.1, precision="fp32"))
     trained.begin_phase(0)
     trained.begin_epoch()
     distiller = Distiller(teacher, student, "at+kd", weights=weights, images=SIZE)
-    optimizer = torch.optim.SGD(distiller.trained(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(distiller.trainable_parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     theirs.eval()
     for step in range(3):
         images, labels = batch(step)
@@ -106,7 +106,7 @@ def test_modules_of_others_are_trained_in_place_and_left_bare() -> None:
     assert not teacher.training
     adapters = list(distiller.method.parameters())
     assert adapters
-    optimizer = torch.optim.SGD(distiller.trained(), lr=0.1)
+    optimizer = torch.optim.SGD(distiller.trainable_parameters(), lr=0.1)
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} >= {id(p) for p in (*student.parameters(), *adapters)}
     kept = [parameter.detach().clone() for parameter in adapters]
     for step in range(2):
@@ -232,18 +232,18 @@ def test_compiled_equals_eager(foreign: bool) -> None:
     compiled = torch.compile(distiller, backend="aot_eager", fullgraph=True)
     for step in range(2):
         loss, terms = distiller(*batch(step))
-        expected = torch.autograd.grad(loss, distiller.trained())
+        expected = torch.autograd.grad(loss, distiller.trainable_parameters())
         other, others = compiled(*batch(step))
         assert other.item() == pytest.approx(loss.item(), rel=1e-5)
         assert {term: value.item() for term, value in others.items()} == pytest.approx({t: v.item() for t, v in terms.items()}, rel=1e-5)
-        for ours, theirs in zip(torch.autograd.grad(other, distiller.trained()), expected, strict=True):
+        for ours, theirs in zip(torch.autograd.grad(other, distiller.trainable_parameters()), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
 def test_curricula_count_epochs() -> None:
     distiller = Distiller(*nets(), "dkd", images=SIZE)
     (_, late), (_, first) = distiller(*batch()), distiller(*batch(), epoch=0)
-    assert first["dkd"].item() == pytest.approx(late["dkd"].item() / distiller.settled.options["dkd"].warmup, rel=1e-5)
+    assert first["dkd"].item() == pytest.approx(late["dkd"].item() / distiller.resolved.options["dkd"].warmup, rel=1e-5)
 
 
 def test_its_state_goes_into_a_checkpoint_and_back() -> None:
@@ -263,7 +263,7 @@ def test_label_smoothing_and_frozen_parts() -> None:
     images, labels = batch()
     _, terms = distiller(images, labels)
     assert terms["task"].item() == pytest.approx(nn.functional.cross_entropy(student(images), labels, label_smoothing=0.1).item(), rel=1e-5)
-    assert not {id(p) for p in student.stem.parameters()} & {id(p) for p in distiller.trained()}
+    assert not {id(p) for p in student.stem.parameters()} & {id(p) for p in distiller.trainable_parameters()}
 
 
 def test_a_distilled_student_distils_on() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flowdistill import UserError, models
 from flowdistill.config import RunConfig, assign
-from flowdistill.data.interfaces import Labelled
+from flowdistill.data.interfaces import EvalSet
 from flowdistill.ledger import Ledger
 from flowdistill.runner import run
 from flowdistill.runner.doctor import Finding, examine
@@ -289,7 +289,7 @@ def test_two_classes_of_which_one_is_common(
         np.savez(work / "two.npz", **{**whole, "y_train": np.arange(300) % 2, "y_test": (np.arange(150) >= common) * 1})
     fresh = models.build("resnet14", DataSpec("", 1, 2, 1, 8, 8), seed=3).state_dict()
 
-    def asked(_net: object, shown: Labelled, _precision: str) -> Answers:
+    def asked(_net: object, shown: EvalSet, _precision: str) -> Answers:
         labels = torch.cat([labels for _, labels in shown.batches()]).numpy()
         order = np.argsort(labels, kind="stable")
         said = labels.copy()

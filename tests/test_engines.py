@@ -317,10 +317,10 @@ def test_a_network_that_can_not_be_traced_teaches_whole_and_says_why() -> None:
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "base"])
 def test_a_method_wants_of_the_teacher_what_it_names_and_nothing_else(name: str) -> None:
-    settled = methods.settle(name, {}, {})
+    resolved = methods.resolve(name, {}, {})
     spec = models.spec("resnet14", CIFAR)
-    trained = models.spec(settled.trained_model("resnet14", "resnet14"), CIFAR)
-    method = methods.build(settled, student=trained, teacher=spec, data=CIFAR)
+    trained = models.spec(resolved.shipped_model("resnet14", "resnet14"), CIFAR)
+    method = methods.build(resolved, student=trained, teacher=spec, data=CIFAR)
     method.setup(method_context(spec, CIFAR.n_train))
     method = forgetful(method)
     taps = tuple(sorted({*TAPS, *method.needs.teacher}))

@@ -12,7 +12,7 @@ from small import config
 
 from flowdistill import UserError
 from flowdistill.config import RunConfig
-from flowdistill.data.interfaces import Labelled
+from flowdistill.data.interfaces import EvalSet
 from flowdistill.ledger import Epoch, Ledger, Run
 from flowdistill.runner import Duration, estimate, run
 from flowdistill.training import engine_choice, timing
@@ -126,7 +126,7 @@ def test_a_refusal_comes_before_training(ledger: Ledger, small_npz: Path) -> Non
 def test_it_measures_a_batch_a_student_and_counts_all_images(ledger: Ledger, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, clock = [], iter(range(1000))
 
-    def evaluate(net: object, on: Labelled, *rest: object) -> Evaluation:
+    def evaluate(net: object, on: EvalSet, *rest: object) -> Evaluation:
         seen.append(len(on))
         return Evaluation(torch.tensor(0), torch.zeros(0), torch.zeros(0))
 

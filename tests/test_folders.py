@@ -701,8 +701,8 @@ def test_classes_under_other_names_are_trained_anew_and_not_gone_on_with(small: 
 def test_holdout_keeps_a_tenth_of_each_class_out(small: Path) -> None:
     data = DeviceData(folder_data(small), "holdout", CPU)
     counts = np.bincount(digits(90)[1])
-    assert torch.bincount(data.curve.labels).tolist() == [(2 * count + 10) // 20 for count in counts.tolist()]
-    assert len(data.labels) + len(data.curve.labels) == 90
+    assert torch.bincount(data.epoch_images.labels).tolist() == [(2 * count + 10) // 20 for count in counts.tolist()]
+    assert len(data.labels) + len(data.epoch_images.labels) == 90
 
 
 def test_a_student_is_measured_again_from_its_file_and_knows_its_classes(small: Path, ledger: Ledger) -> None:

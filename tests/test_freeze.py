@@ -66,7 +66,7 @@ def test_frozen_parts_get_no_gradient_and_no_momentum(data: ImageData, small_npz
     still = [p for name, p in student.net.named_parameters() if name.startswith(("conv1.", "bn1.", "layer1."))]
     assert still
     assert all(p.grad is None and p not in student.optimizer.state for p in still)
-    assert {id(p) for p in student.trained()} == {id(p) for p in student.net.parameters()} - {id(p) for p in still}
+    assert {id(p) for p in student.trainable_parameters()} == {id(p) for p in student.net.parameters()} - {id(p) for p in still}
 
 
 def test_the_step_that_a_graph_holds_is_the_eager_one(data: ImageData, small_npz: Path) -> None:
@@ -157,7 +157,7 @@ def test_students_of_a_wider_teacher_train_their_adapters_all_the_same(data: Ima
     adapted = {"options": {"fsp": {"adapter": "conv1x1"}}}
     student = a_student(frozen(small_npz, **adapted), DeviceData(data, "full", CPU), wider=1)
     student.begin_phase(0)
-    assert {id(p) for p in student.method.parameters()} <= {id(p) for p in student.trained()}
+    assert {id(p) for p in student.method.parameters()} <= {id(p) for p in student.trainable_parameters()}
 
 
 def test_a_network_of_others_is_frozen_by_its_own_names() -> None:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from flowdistill import UserError, fsp_loss, fsp_matrix
-from flowdistill.methods import Phase, Settled, get, settle
+from flowdistill.methods import Phase, ResolvedMethod, get
+from flowdistill.methods import resolve as resolve_method
 from flowdistill.methods.fsp import FSPOptions, match_sizes
 from flowdistill.types import NetSpec, Outputs, TapSpec
 
 
-def resolve(**options: Any) -> Settled:
-    return settle("fsp", {"fsp": options}, {})
+def resolve(**options: Any) -> ResolvedMethod:
+    return resolve_method("fsp", {"fsp": options}, {})
 
 
 def variant(**options: Any) -> str:
@@ -121,12 +122,12 @@ PRESETS: list[tuple[str, dict[str, str], float, tuple[Phase, ...]]] = [
 
 @pytest.mark.parametrize(("preset", "options", "weight", "phases"), PRESETS, ids=[p[0] for p in PRESETS])
 def test_preset(preset: str, options: dict[str, str], weight: float, phases: tuple[Phase, ...]) -> None:
-    settled = resolve(preset=preset)
-    dumped = settled.options["fsp"].model_dump()
+    resolved = resolve(preset=preset)
+    dumped = resolved.options["fsp"].model_dump()
     assert {key: dumped[key] for key in options} == options
     assert dumped["adapter"] == "none"
-    assert settled.weights == {"task": 1.0, "fsp": weight}
-    assert settled.phases == phases
+    assert resolved.weights == {"task": 1.0, "fsp": weight}
+    assert resolved.phases == phases
 
 
 def test_left_out_is_ours() -> None:
@@ -137,11 +138,11 @@ def test_preset_log_is_the_logs_sum_over_nine() -> None:
     """The reference log divides the sum over three pairs by 9; the package averages the pairs and weighs with 1/3."""
     spec = network()
     student, teacher = outputs(spec, 1), outputs(spec, 2)
-    settled = resolve(preset="log")
-    loss = get("fsp")(settled.options["fsp"], student=spec, teacher=spec)(student, teacher)["fsp"].item()
+    resolved = resolve(preset="log")
+    loss = get("fsp")(resolved.options["fsp"], student=spec, teacher=spec)(student, teacher)["fsp"].item()
     pairs = (("stem", "stage1"), ("stage1", "stage2"), ("stage2", "stage3"))
     single = [fsp_loss([(student.maps[a], student.maps[b])], [(teacher.maps[a], teacher.maps[b])], pool="avg").item() for a, b in pairs]
-    assert settled.weights["fsp"] * loss == pytest.approx(sum(single) / 9, rel=1e-6)
+    assert resolved.weights["fsp"] * loss == pytest.approx(sum(single) / 9, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -157,10 +158,10 @@ def test_preset_log_is_the_logs_sum_over_nine() -> None:
 def test_rate_and_weight_follow_the_reduction(
     options: dict[str, Any], epochs: int, lr: float, milestones: tuple[float, ...], weight: float
 ) -> None:
-    settled = resolve(**options)
-    first = settled.phases[0]
+    resolved = resolve(**options)
+    first = resolved.phases[0]
     assert (first.epochs, first.lr, first.milestones) == (epochs, lr, milestones)
-    assert settled.weights["fsp"] == weight
+    assert resolved.weights["fsp"] == weight
 
 
 def test_variant_names_the_preset_and_what_differs_from_it() -> None:
@@ -172,7 +173,7 @@ def test_variant_names_the_preset_and_what_differs_from_it() -> None:
     assert variant(adapter="conv1x1") == "ours, adapter=conv1x1"
     assert variant(preset="paper", reduction="mean") == "paper, reduction=mean, stage_lr=0.01"
     assert variant(preset="kd-zoo", stage_epochs=3) == "kd-zoo, stage_epochs=3"
-    assert settle("fsp", {}, {"fsp": 30}).variant == "ours, weights.fsp=30"
+    assert resolve("fsp", {}, {"fsp": 30}).variant == "ours, weights.fsp=30"
 
 
 def test_options_that_went_through_json_are_the_same() -> None:

@@ -97,7 +97,7 @@ def test_what_waits_is_trained_beside_the_graph_and_named(
     assert [beside.engine.of(student) for student in theirs] == ["eager" if method == "fsp" else "graph" for method, _ in GRID]
     cause = "it can't be captured (RuntimeError: called a synchronizing CUDA operation)"
     assert beside.engine.why == "; ".join(["bound by launches", *[f"fsp resnet8 beside it, eager: {cause}"] * 2])
-    captured = {student.settled.name for seed_group in beside.engine._step.seed_groups for student in seed_group.students}  # type: ignore[attr-defined]
+    captured = {student.resolved.name for seed_group in beside.engine._step.seed_groups for student in seed_group.students}  # type: ignore[attr-defined]
     assert captured == {"base", "at+kd", "crd"}
     assert replaying == [len(GRID) - 2]
 

@@ -12,7 +12,7 @@ from test_methods import ALL, Scene, both, gradients, label, make, scene, total,
 from torch import Tensor
 
 from flowdistill import models
-from flowdistill.methods import METHODS, build, get, settle
+from flowdistill.methods import METHODS, build, get, resolve
 from flowdistill.methods.base import Method
 from flowdistill.methods.kd import kd_loss
 from flowdistill.methods.kdsvd import kdsvd_loss
@@ -269,7 +269,7 @@ def test_maps_that_are_not_finite_give_kdsvd_a_loss_that_is_not_and_no_traceback
 
 
 def second(name: str, student: str, teacher: str) -> Method:
-    return build(settle(name, {}, {}), student=models.spec(student, CIFAR100), teacher=models.spec(teacher, CIFAR100), data=CIFAR100)
+    return build(resolve(name, {}, {}), student=models.spec(student, CIFAR100), teacher=models.spec(teacher, CIFAR100), data=CIFAR100)
 
 
 @pytest.mark.parametrize(

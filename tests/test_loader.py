@@ -121,7 +121,7 @@ def test_constant_channel_stays_finite_and_leaves_the_others_alone(value):
 def test_full_run_trains_on_all_and_its_curve_is_test():
     own = data()
     found = DeviceData(own, "full", CPU)
-    assert found.curve is found.test
+    assert found.epoch_images is found.test
     np.testing.assert_array_equal(found.test.images.numpy(), own.x_test)
     assert found.test.labels.tolist() == own.y_test.tolist()
     assert found.labels.tolist() == own.y_train.tolist()
@@ -137,12 +137,12 @@ def test_holdout_run_keeps_its_tenth_apart():
     held = holdout_positions(own.y_train)
     trained = [i for i in range(100) if i not in held]
     found = DeviceData(own, "holdout", CPU)
-    np.testing.assert_array_equal(found.curve.images.numpy(), own.x_train[held])
-    assert found.curve.labels.tolist() == own.y_train[held].tolist()
+    np.testing.assert_array_equal(found.epoch_images.images.numpy(), own.x_train[held])
+    assert found.epoch_images.labels.tolist() == own.y_train[held].tolist()
     np.testing.assert_array_equal(found.padded[:, 1:-1, 1:-1].numpy(), own.x_train[trained])
     assert found.labels.tolist() == own.y_train[trained].tolist()
     np.testing.assert_array_equal(found.test.images.numpy(), own.x_test)
-    assert (len(found.labels), len(found.curve.labels)) == (90, 10)
+    assert (len(found.labels), len(found.epoch_images.labels)) == (90, 10)
 
 
 def test_statistics_are_those_of_the_trained_images_only():
@@ -166,7 +166,7 @@ def test_holdout_of_too_few_images_says_how_many_are_enough(each):
     assert "--holdout" in message
     enough = int(next(word for word in message.split() if word.isdigit()))
     assert enough > each
-    assert len(DeviceData(data(y_train=np.repeat(np.arange(3), enough)), "holdout", CPU).curve.labels) >= 3
+    assert len(DeviceData(data(y_train=np.repeat(np.arange(3), enough)), "holdout", CPU).epoch_images.labels) >= 3
 
 
 @pytest.mark.parametrize(("n", "batch_size", "steps"), [(100, 10, 10), (100, 32, 3), (100, 100, 1), (100, 51, 1), (100, 1, 100)])

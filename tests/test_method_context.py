@@ -46,7 +46,7 @@ def test_class_means_are_those_of_the_images_as_they_are(data: ImageData, split:
     assert found.labels is on_device.labels
     plain = torch.from_numpy(data.x_train)
     if split == "holdout":
-        held_out = {image.tobytes() for image in on_device.curve.images.numpy()}
+        held_out = {image.tobytes() for image in on_device.epoch_images.images.numpy()}
         plain = torch.stack([image for image in plain if image.numpy().tobytes() not in held_out])
     for k in range(data.classes):
         with torch.no_grad():

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flowdistill import models
 from flowdistill.checks import UserError
-from flowdistill.methods import METHODS, Composed, Method, build, get, parts, settle
+from flowdistill.methods import METHODS, Composed, Method, build, get, parts, resolve
 from flowdistill.methods.standardise import standardise
 from flowdistill.randomness import seeded
 from flowdistill.training.teacher import teach
@@ -111,7 +111,7 @@ def promising(promise: str) -> pytest.MarkDecorator:
 def make(name: str, options: dict[str, Any], pair: tuple[NetSpec, NetSpec], classes: int | None = None) -> Method:
     """The method, told of a teacher with this number of classes in the data, or with as many as the teacher's own."""
     with seeded(0, "adapters"):
-        method = build(settle(name, by_part(name, options), {}), student=pair[0], teacher=pair[1], data=DATA)
+        method = build(resolve(name, by_part(name, options), {}), student=pair[0], teacher=pair[1], data=DATA)
     method.setup(method_context(pair[1], classes=classes))
     return forgetful(method)
 
@@ -162,7 +162,7 @@ def refused(name: str, options: dict[str, Any], pair: tuple[NetSpec, NetSpec]) -
 
 def real(name: str, options: dict[str, Any], student: str, teacher: str, data: DataSpec) -> tuple[NetSpec, NetSpec]:
     """What is trained by the method, and the teacher, as specs."""
-    trained = settle(name, by_part(name, options), {}).trained_model(student, teacher)
+    trained = resolve(name, by_part(name, options), {}).shipped_model(student, teacher)
     return models.spec(trained, data), models.spec(teacher, data)
 
 
@@ -292,7 +292,7 @@ def test_method_says_where_it_comes_from(name: str) -> None:
 def test_base_adds_nothing_to_the_cross_entropy() -> None:
     method = make("base", {}, PAIRS["even"])
     assert method(*scene(PAIRS["even"])) == {}
-    assert settle("base", {}, {}).weights == {"task": 1.0}
+    assert resolve("base", {}, {}).weights == {"task": 1.0}
     assert (method.uses_teacher, method.uses_labels) == (False, True)
 
 
@@ -322,7 +322,7 @@ def test_formula_holds_where_the_teachers_embedding_is_wider(name: str, options:
 def test_terms_are_float32_scalars_with_a_weight_each(name: str, options: dict[str, Any]) -> None:
     pair = widest(name, options)
     method = make(name, options, pair)
-    assert settle(name, by_part(name, options), {}).weights.keys() == {"task", *method.terms}
+    assert resolve(name, by_part(name, options), {}).weights.keys() == {"task", *method.terms}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         found = method(*both(scene(pair), lambda x, dtype=dtype: x.to(dtype)))
         assert tuple(found) == method.terms
@@ -471,8 +471,8 @@ def test_a_teacher_of_other_classes_teaches_or_is_refused_by_both_numbers(name: 
     method = make(name, options, (student, teacher), classes=DATA.classes)
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     shown = models.build(student.name, DATA, taps=tuple(method.needs.student), seed=0)(images)
-    taught = teach(models.build("resnet14", TEN, taps=tuple(method.needs.teacher), seed=1).eval(), images, "fp32")
-    terms = method(shown, taught, Batch(torch.arange(4), torch.arange(4), peers=(shown,)))
+    teacher_outputs = teach(models.build("resnet14", TEN, taps=tuple(method.needs.teacher), seed=1).eval(), images, "fp32")
+    terms = method(shown, teacher_outputs, Batch(torch.arange(4), torch.arange(4), peers=(shown,)))
     assert terms
     assert all(value.shape == () and value.isfinite() for value in terms.values())
 
@@ -507,7 +507,7 @@ def test_logits_on_the_embedding_takes_a_teacher_of_other_classes() -> None:
 
 def test_what_logits_compares_is_dumped_where_it_is_not_the_logits() -> None:
     """A run that was recorded before there was a choice keeps its fingerprint."""
-    plain, embedded = (settle("logits", {"logits": given}, {}) for given in ({"on": "logits"}, {"on": "embedding"}))
+    plain, embedded = (resolve("logits", {"logits": given}, {}) for given in ({"on": "logits"}, {"on": "embedding"}))
     assert (plain.options["logits"].model_dump(), plain.variant) == ({}, "")
     assert (embedded.options["logits"].model_dump(), embedded.variant) == ({"on": "embedding"}, "on=embedding")
     assert plain.weights == embedded.weights == {"task": 1.0, "logits": 1.0}
@@ -522,8 +522,8 @@ def test_real_networks_learn_and_the_teacher_stays(name: str, options: dict[str,
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     shown = student(images)
     below = set(leaves_below(total({name: x.sum() for name, x in tensors(shown).items() if name in wanted(method)})))
-    taught = teach(teacher, images, "fp32")
-    total(method(shown, taught, Batch(torch.arange(4), torch.arange(4), peers=(taught,)))).backward()
+    teacher_outputs = teach(teacher, images, "fp32")
+    total(method(shown, teacher_outputs, Batch(torch.arange(4), torch.arange(4), peers=(teacher_outputs,)))).backward()
     assert all(p.grad is not None and p.grad.norm() > 0 for p in student.parameters() if p in below)
     assert all(p.grad is None for p in teacher.parameters())
 
@@ -662,9 +662,9 @@ def test_a_wrapped_method_is_composed_and_kept_apart_from_the_plain_one() -> Non
         **make("ls:kd", options["ls:kd"], PAIRS["even"])(*given),
     }
     assert together["ls:kd"] != together["kd"]
-    settled = settle("ls:kd+at", {"ls:kd": {"T": 3}}, {"at": 2.0})
-    assert (settled.name, settled.variant) == ("at+ls:kd", "T=3, weights.at=2")
-    assert settled.weights == {"task": 1.0, "at": 2.0, "ls:kd": 9.0}
+    resolved = resolve("ls:kd+at", {"ls:kd": {"T": 3}}, {"at": 2.0})
+    assert (resolved.name, resolved.variant) == ("at+ls:kd", "T=3, weights.at=2")
+    assert resolved.weights == {"task": 1.0, "at": 2.0, "ls:kd": 9.0}
     assert make("ls:kd+at", {"ls:kd": {"T": 3.0}}, PAIRS["even"]).versions == {"at": 1, "ls:kd": 1}
 
 
@@ -672,10 +672,10 @@ def test_a_wrapped_method_is_composed_and_kept_apart_from_the_plain_one() -> Non
     ("name", "weight", "temperature"), [("ls:kd", 9, 2), ("ls:dkd", 9, 2), ("ls:mlkd", 9, 2), ("ls:logits", 1, None), ("ls:wsld", 2.5, 2)]
 )
 def test_wrapped_methods_have_the_defaults_of_the_authors_who_wrapped_them(name: str, weight: float, temperature: float | None) -> None:
-    settled = settle(name, {}, {})
-    assert settled.weights == {"task": 1, name: weight}
-    assert settled.variant == ""
-    assert getattr(settled.options[name], "T", None) == temperature
+    resolved = resolve(name, {}, {})
+    assert resolved.weights == {"task": 1, name: weight}
+    assert resolved.variant == ""
+    assert getattr(resolved.options[name], "T", None) == temperature
 
 
 @pytest.mark.parametrize(
@@ -694,7 +694,7 @@ def test_wrapped_methods_have_the_defaults_of_the_authors_who_wrapped_them(name:
 )
 def test_what_compares_no_logits_is_not_standardised(name: str, line: str) -> None:
     with pytest.raises(UserError) as refusal:
-        settle(name, {}, {})
+        resolve(name, {}, {})
     assert str(refusal.value).startswith(line)
     assert "\n" not in str(refusal.value)
 
@@ -711,19 +711,19 @@ def test_a_constant_row_is_standardised_to_zeros(value: float) -> None:
 
 @pytest.mark.parametrize(("options", "printed"), [({}, ""), ({"T": 4}, ""), ({"T": 2}, "T=2"), ({"T": 2.5}, "T=2.5")])
 def test_variant_prints_what_differs(options: dict[str, Any], printed: str) -> None:
-    assert settle("kd", {"kd": options}, {}).variant == printed
+    assert resolve("kd", {"kd": options}, {}).variant == printed
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "base"])
 def test_nonsense_for_an_option_or_a_weight_is_told_in_one_line(name: str) -> None:
     for field in get(name).Options.model_fields:
         with pytest.raises(UserError) as refusal:
-            settle(name, {name: {field: "nonsense"}}, {})
+            resolve(name, {name: {field: "nonsense"}}, {})
         assert str(refusal.value).startswith((f"options.{name}.{field}='nonsense': ", f"options.{name}: {field} "))
         assert "\n" not in str(refusal.value)
     with pytest.raises(UserError, match=rf"^unknown key 'options\.{name}\.nonsense': (choose from|there is none|did you mean)"):
-        settle(name, {name: {"nonsense": 1}}, {})
+        resolve(name, {name: {"nonsense": 1}}, {})
     with pytest.raises(UserError, match=rf"^weights\.nonsense: method '{name}' has no such term; "):
-        settle(name, {}, {"nonsense": 1.0})
+        resolve(name, {}, {"nonsense": 1.0})
     with pytest.raises(UserError, match=r"a weight is 0 or more$"):
-        settle(name, {}, {get(name).terms[0]: -1.0})
+        resolve(name, {}, {get(name).terms[0]: -1.0})

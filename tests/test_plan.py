@@ -222,12 +222,12 @@ def test_a_crop_without_a_border_is_not_the_resized_one(planned: Planner) -> Non
 def test_recorded_runs_keep_their_fingerprint(values: dict[str, Any], fingerprint: str, digits: ImageData) -> None:
     """As they were before data.crop and train.mixup: what a ledger has is neither trained again nor refused."""
     config = validate(values)
-    settled = methods.settle(config.method, config.options, config.weights)
-    options = {name: option.model_dump() for name, option in settled.options.items()}
-    resolved = config.model_copy(update={"options": options, "weights": settled.weights})
+    resolved = methods.resolve(config.method, config.options, config.weights)
+    options = {name: option.model_dump() for name, option in resolved.options.items()}
+    resolved = config.model_copy(update={"options": options, "weights": resolved.weights})
     teacher = NetworkRef("resnet20", fingerprint="of the teacher") if config.teacher else None
-    job = Job(resolved, digits, "of the data", settled, NetworkRef(config.student), teacher, "fp32", "", "")
-    assert fingerprinted(job, Needs(), dict.fromkeys(settled.options, 1), {"student": [], "teacher": []}) == fingerprint
+    job = Job(resolved, digits, "of the data", resolved, NetworkRef(config.student), teacher, "fp32", "", "")
+    assert fingerprinted(job, Needs(), dict.fromkeys(resolved.options, 1), {"student": [], "teacher": []}) == fingerprint
 
 
 @pytest.mark.parametrize(("method", "changes"), [("at", True), ("fsp", True), ("kd", False), ("base", False)])
@@ -365,7 +365,7 @@ def test_planning_writes_nothing(planned: Planner, ledger: Ledger) -> None:
 
 
 def together(*jobs: Job) -> list[list[str]]:
-    return [[f"{job.settled.name} {job.config.seed}" for job in group] for group in cohorts(jobs)]
+    return [[f"{job.resolved.name} {job.config.seed}" for job in group] for group in cohorts(jobs)]
 
 
 @pytest.mark.parametrize("order", [("base", "fsp"), ("fsp", "base")])

@@ -11,7 +11,7 @@ from command import command
 
 from flowdistill.checks import UserError
 from flowdistill.config import validate
-from flowdistill.methods import settle
+from flowdistill.methods import resolve
 from flowdistill.models import canonical
 from flowdistill.models.cifar_resnet import DEPTHS
 from flowdistill.recipes import RECIPES, recipe
@@ -112,7 +112,7 @@ def test_function_matching_is_patient_mixed_and_without_labels(tmp_path: Path) -
 @pytest.mark.parametrize(("method", "teacher", "student"), RECIPES["crd"].of_pair)
 def test_what_is_set_for_a_pair_is_valid(method: str, teacher: str, student: str) -> None:
     values = RECIPES["crd"].of_pair[method, teacher, student]
-    settle(method, values.get("options", {}), values.get("weights", {}))
+    resolve(method, values.get("options", {}), values.get("weights", {}))
     assert {canonical(teacher), canonical(student)} == {teacher, student}
 
 

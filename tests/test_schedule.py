@@ -16,11 +16,11 @@ LR = 0.1
 
 
 def student(schedule: str, lr: float = LR, phase: Phase | None = None, **train) -> Student:
-    settled = methods.settle("base", {}, {})
+    resolved = methods.resolve("base", {}, {})
     data = DataSpec("some", 64, 2, 1, 8, 8)
     spec = models.spec("resnet8", data)
-    method = methods.build(settled, student=spec, teacher=spec, data=data)
-    made = Student(models.build("resnet8", data), method, settled, TrainConfig(schedule=schedule, lr=lr, **train))
+    method = methods.build(resolved, student=spec, teacher=spec, data=data)
+    made = Student(models.build("resnet8", data), method, resolved, TrainConfig(schedule=schedule, lr=lr, **train))
     made.begin_phase(0)
     made.phase = phase or made.phase
     return made

@@ -93,7 +93,7 @@ def test_images_are_evaluated_as_they_are_in_memory(mixed: Path) -> None:
     for split in ("full", "holdout"):
         ours, theirs = place(streamed, split, CPU, 0), place(held, split, CPU)
         assert (ours.normalisation, ours.spec) == (theirs.normalisation, theirs.spec)
-        for one, other in ((ours.test, theirs.test), (ours.curve, theirs.curve), (ours.trained, theirs.trained)):
+        for one, other in ((ours.test, theirs.test), (ours.epoch_images, theirs.epoch_images), (ours.train_eval, theirs.train_eval)):
             assert same(list(one.batches()), list(other.batches()))
             assert len(one) == len(other)
 
@@ -233,7 +233,7 @@ def test_unlabelled_images_are_augmented_beside_the_labelled(small_npz: Path, cr
     both = replace(some, unlabelled=Unlabelled("more", whole.x_train[200:]))
     ours, alone, theirs = (place(data, "full", CPU, 0) for data in (both, some, whole))
     assert ours.normalisation == alone.normalisation != theirs.normalisation
-    assert same(list(ours.trained.batches()), list(alone.trained.batches()))
+    assert same(list(ours.train_eval.batches()), list(alone.train_eval.batches()))
     labels = torch.from_numpy(whole.y_train)
     labels[200:] = NO_LABEL
     theirs.normalise = ours.normalise

@@ -96,12 +96,12 @@ def test_gradients_are_told_relative_to_the_smoothed_task(data: ImageData, small
         ratios.append(first_gradients(cohort)[student]["kd"])
         images, batch = next(cohort.seed_groups[0].batches.epoch(0))
         assert cohort.seed_groups[0].teacher is not None
-        logits, taught = student.net.train()(images).logits, cohort.seed_groups[0].teacher.teach(images).logits
+        logits, teacher_outputs = student.net.train()(images).logits, cohort.seed_groups[0].teacher.teach(images).logits
         norms = []
-        for loss in (task_loss(logits, batch, smoothing), kd_loss(logits, taught, 4.0)):
+        for loss in (task_loss(logits, batch, smoothing), kd_loss(logits, teacher_outputs, 4.0)):
             gradients = torch.autograd.grad(loss, list(student.net.parameters()), retain_graph=True)
             norms.append(float(torch.cat([gradient.flatten() for gradient in gradients]).norm()))
-        assert ratios[-1] == pytest.approx(student.settled.weights["kd"] * norms[1] / norms[0], rel=1e-3)
+        assert ratios[-1] == pytest.approx(student.resolved.weights["kd"] * norms[1] / norms[0], rel=1e-3)
     assert ratios[0] != pytest.approx(ratios[1], rel=0.05)
 
 

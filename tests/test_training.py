@@ -53,13 +53,13 @@ def a_teacher(data: DeviceData, precision: str = "fp32") -> Teacher:
 
 def a_student(run: RunConfig, data: DeviceData, wider: int = 0) -> Student:
     """For a teacher whose maps are ``wider`` channels wider than a ResNet's."""
-    settled = methods.settle(run.method, run.options, run.weights)
+    resolved = methods.resolve(run.method, run.options, run.weights)
     ours, theirs = models.spec(run.student, data.spec), models.spec("resnet14", data.spec)
     theirs = replace(theirs, taps=tuple(replace(tap, channels=tap.channels + wider) for tap in theirs.taps))
     with seeded(run.seed, "adapters"):
-        method = methods.build(settled, student=ours, teacher=theirs, data=data.spec)
+        method = methods.build(resolved, student=ours, teacher=theirs, data=data.spec)
     method.setup(gather(method.needs, None, data, "fp32"))
-    return Student(models.build(run.student, data.spec, taps=tuple(method.needs.student), seed=run.seed), method, settled, run.train)
+    return Student(models.build(run.student, data.spec, taps=tuple(method.needs.student), seed=run.seed), method, resolved, run.train)
 
 
 def a_cohort(data: ImageData, runs: list[RunConfig], precision: str = "fp32", split: str = "full") -> tuple[Cohort, list[Student]]:
@@ -71,7 +71,7 @@ def a_cohort(data: ImageData, runs: list[RunConfig], precision: str = "fp32", sp
         seed_group = seed_groups.setdefault(run.seed, SeedGroup(stream, a_teacher(on_device, precision), []))
         seed_group.students.append(a_student(run, on_device))
         students.append(seed_group.students[-1])
-    phases = [phase.epochs or runs[0].train.epochs for phase in students[0].settled.phases]
+    phases = [phase.epochs or runs[0].train.epochs for phase in students[0].resolved.phases]
     return Cohort(on_device, list(seed_groups.values()), runs[0].train, phases, EagerEngine(precision, ""), split == "holdout"), students  # type: ignore[arg-type]
 
 
@@ -100,11 +100,11 @@ def plain_loop(
         for images, batch in stream.epoch(epoch):
             given = net(images)
             with torch.no_grad():
-                taught = teacher(images)
+                teacher_outputs = teacher(images)
             flow = []
             for first, second in (("stem", "stage1"), ("stage1", "stage2"), ("stage2", "stage3")):
                 matrices = []
-                for maps in (given.maps, taught.maps):
+                for maps in (given.maps, teacher_outputs.maps):
                     a, b = maps[first], maps[second]
                     a = a if a.shape == b.shape or first == "stem" else F.max_pool2d(a, 2)
                     matrices.append(torch.einsum("nchw,ndhw->ncd", a, b) / (b.shape[2] * b.shape[3]))
@@ -212,9 +212,9 @@ def test_reported_terms_are_unweighted_means_over_the_steps_of_their_epoch(data:
     for epoch, report in enumerate(train(cohort)):
         task, logits = [], []
         for images, batch in SeedBatches(cohort.data, run.seed, run.train.batch_size).epoch(epoch):
-            given, taught = net(images).logits, teacher(images).logits
+            given, teacher_outputs = net(images).logits, teacher(images).logits
             task.append(F.cross_entropy(given, batch.labels).item())
-            logits.append((given - taught).square().mean().item())
+            logits.append((given - teacher_outputs).square().mean().item())
         expected = {"task": sum(task) / len(task), "logits": sum(logits) / len(logits)}
         assert report.progress[student].terms == pytest.approx(expected, rel=1e-5)
 
@@ -314,8 +314,8 @@ def test_a_teacher_in_the_lane_changes_nothing_for_a_method_without_one(data: Im
     for cohort in (together, alone):
         for _ in train(cohort):
             pass
-    assert together.seed_groups[0].taught
-    assert not alone.seed_groups[0].taught
+    assert together.seed_groups[0].needs_teacher
+    assert not alone.seed_groups[0].needs_teacher
     assert weights_of(students[0]) == weights_of(student)
 
 
@@ -326,9 +326,9 @@ def test_a_method_without_a_teacher_trains_by_the_command_line_and_in_a_composit
     assert "gradient of tf_kd on the first batch" in said.err
     (run,) = Ledger(tmp_path / "runs").runs()
     assert (run.status, run.method, run.teacher, run.config["weights"]) == ("finished", "tf_kd", "-", {"task": 1.0, "tf_kd": 10.0})
-    assert methods.settle("kd+tf_kd", {}, {}).uses_teacher
+    assert methods.resolve("kd+tf_kd", {}, {}).uses_teacher
     with pytest.raises(UserError, match=r"'tf_kd\+base': 'base' is training on labels alone"):
-        methods.settle("tf_kd+base", {}, {})
+        methods.resolve("tf_kd+base", {}, {})
 
 
 def test_stage_two_runs_no_teacher(data: ImageData, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,13 +434,13 @@ def test_gradient_ratios_are_those_of_autograd_and_change_nothing(data: ImageDat
     seed_group = cohort.seed_groups[0]
     assert seed_group.teacher is not None
     images, batch = next(seed_group.batches.epoch(0))
-    taught = seed_group.teacher.teach(images)
+    teacher_outputs = seed_group.teacher.teach(images)
     before = weights_of(student)
-    found = gradient_ratios((student,), images, taught, batch, "fp32")[student]
+    found = gradient_ratios((student,), images, teacher_outputs, batch, "fp32")[student]
     assert weights_of(student) == before
     assert all(p.grad is None for p in student.net.parameters())
     norms = []
-    for of in (lambda logits: F.cross_entropy(logits, batch.labels), lambda logits: 3 * (logits - taught.logits).square().mean()):
+    for of in (lambda logits: F.cross_entropy(logits, batch.labels), lambda logits: 3 * (logits - teacher_outputs.logits).square().mean()):
         student.net.zero_grad()
         of(student.net(images).logits).backward()
         norms.append(torch.cat([p.grad.flatten() for p in student.net.parameters()]).norm())

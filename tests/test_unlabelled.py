@@ -69,10 +69,10 @@ def with_more(small_npz: Path, more: str, **keys: Any) -> RunConfig:
 def test_an_epoch_shows_every_image_and_normalises_by_the_labelled(both: ImageData, data: ImageData) -> None:
     for split, labelled in (("full", 300), ("holdout", 270)):
         plain, found = (DeviceData(images, split, CPU) for images in (replace(data, pad=1, flip=False), both))
-        assert (found.labelled, len(found.labels)) == (labelled, labelled + 120)
+        assert (found.num_labelled, len(found.labels)) == (labelled, labelled + 120)
         assert found.normalisation == plain.normalisation
         assert torch.equal(found.labels[:labelled], plain.labels)
-        assert torch.equal(found.curve.labels, plain.curve.labels)
+        assert torch.equal(found.epoch_images.labels, plain.epoch_images.labels)
         batches = [batch for _, batch in SeedBatches(found, 0, 10).epoch(0)]
         assert sorted(torch.cat([batch.indices for batch in batches]).tolist()) == list(range(labelled + 120))
         for batch in batches:
@@ -106,11 +106,11 @@ def test_the_teacher_is_followed_on_all_images_and_the_task_on_the_labelled(both
     seed_group, task, kd, apart = cohort.seed_groups[0], [], [], []
     assert seed_group.teacher is not None
     for images, batch in seed_group.batches.epoch(0):
-        logits, taught = answers(student, images), seed_group.teacher.teach(images).logits
+        logits, teacher_outputs = answers(student, images), seed_group.teacher.teach(images).logits
         task.append(slow_task(logits, batch.targets.labels.tolist()))
-        kd.append(float(kd_loss(torch.from_numpy(logits), taught, 4.0)))
+        kd.append(float(kd_loss(torch.from_numpy(logits), teacher_outputs, 4.0)))
         given = student.net.train()(images).logits
-        gradient = torch.autograd.grad(kd_loss(given, taught, 4.0), given)[0]
+        gradient = torch.autograd.grad(kd_loss(given, teacher_outputs, 4.0), given)[0]
         apart.append(float(gradient[batch.targets.labels == NO_LABEL].abs().sum()))
     assert len(task) == 420 // 20
     assert first_epoch(cohort, student) == pytest.approx({"task": sum(task) / len(task), "kd": sum(kd) / len(kd)}, rel=1e-4)

@@ -71,7 +71,7 @@ class DataConfig(Frozen):
         return self.name.startswith(LOADER)
 
     @property
-    def labelled(self) -> DataConfig:
+    def without_unlabelled(self) -> DataConfig:
         """The same without the unlabelled images and what is said of them alone."""
         return self.model_copy(update={"unlabelled": None, "skip_broken": self.skip_broken and self._files(self.name)})
 

@@ -15,7 +15,7 @@ from . import methods, models
 from .checks import UserError
 from .config import TrainConfig, parse_as
 from .data.given import checked, refuse_other_labels
-from .methods import Settled
+from .methods import ResolvedMethod
 from .models import Network
 from .models.foreign import Foreign, refuse_unready, surveyed, uncompiled
 from .models.state import kept
@@ -23,7 +23,7 @@ from .randomness import seeded
 from .runner.pairing import pair
 from .runner.plan import refuse_users
 from .training.method_context import of_teacher
-from .training.optim import trained_parameters
+from .training.optim import trainable_parameters
 from .training.step import terms
 from .training.task import TASK
 from .types import NO_LABEL, Batch, DataSpec, NetSpec, Outputs, Targets
@@ -70,27 +70,29 @@ class Distiller(nn.Module):
             UserError: a pair that can't work, or a method that needs all of the training images, or another student.
         """
         super().__init__()
-        self.settled, self.closed = _settled(method, options or {}, weights or {}), False
+        self.resolved, self.closed = _resolve_method(method, options or {}, weights or {}), False
         self.smoothing = parse_as(TrainConfig, {"label_smoothing": label_smoothing}).label_smoothing
         size = _size(images)
         own = _side(student, size, "student")
-        taught = self._side_of_teacher(teacher, student, size)
-        if taught:
-            paired = pair(own.spec, taught.spec, own.data, taught.data)
-            own, taught = own._replace(spec=paired.student), taught._replace(spec=paired.teacher)
+        teacher_side = self._side_of_teacher(teacher, student, size)
+        if teacher_side:
+            paired = pair(own.spec, teacher_side.spec, own.data, teacher_side.data)
+            own, teacher_side = own._replace(spec=paired.student), teacher_side._replace(spec=paired.teacher)
         try:
             with seeded(seed, "adapters"):
-                self.method = methods.build(self.settled, student=own.spec, teacher=taught.spec if taught else None, data=own.data)
+                self.method = methods.build(
+                    self.resolved, student=own.spec, teacher=teacher_side.spec if teacher_side else None, data=own.data
+                )
         except ValueError as error:
             raise UserError(str(error)) from None
         needs = self.method.needs
         if unknown := sorted(needs.context - {"head", "norms"}):
             what = unknown[0].replace("_", " ")
-            raise UserError(f"method {self.settled.name!r} needs the {what} of all training images; {CURE}")
+            raise UserError(f"method {self.resolved.name!r} needs the {what} of all training images; {CURE}")
         self.size = size
         self.student = own.build(own.spec, tuple(sorted(needs.student)))
-        self.teacher = taught.build(taught.spec, tuple(sorted(needs.teacher))) if taught else None
-        self._given = (student, teacher if taught else None)
+        self.teacher = teacher_side.build(teacher_side.spec, tuple(sorted(needs.teacher))) if teacher_side else None
+        self._given = (student, teacher if teacher_side else None)
         self._hooks = weakref.finalize(self, _release, self.student, self.teacher)
         if self.teacher is not None:
             self.teacher.requires_grad_(False)
@@ -100,10 +102,10 @@ class Distiller(nn.Module):
         self.train()
 
     def _side_of_teacher(self, teacher: nn.Module | None, student: nn.Module, size: tuple[int, int, int]) -> _Side | None:
-        if not self.settled.uses_teacher:
+        if not self.resolved.uses_teacher:
             return None
         if teacher is None:
-            raise UserError(f"method {self.settled.name!r} needs a teacher; give a module")
+            raise UserError(f"method {self.resolved.name!r} needs a teacher; give a module")
         side = _side(teacher, size, "teacher")
         if {id(parameter) for parameter in teacher.parameters()} & {id(parameter) for parameter in student.parameters()}:
             raise UserError("teacher and student share weights; give a copy as the teacher")
@@ -127,29 +129,29 @@ class Distiller(nn.Module):
             raise RuntimeError("this Distiller was closed; make another")
         self._refuse_other_sizes(images)
         if labels is None and (self.method.uses_labels or self.weights.keys() == {TASK}):
-            raise UserError(f"method {self.settled.name!r} learns from labels in phase {self.phase.name!r}; give them")
+            raise UserError(f"method {self.resolved.name!r} learns from labels in phase {self.phase.name!r}; give them")
         targets = None if labels is None else self._targets(images, labels)
-        own, taught = self.student(images), None
+        own, teacher_outputs = self.student(images), None
         if torch.is_grad_enabled():
             self.student.refuse_cut(own, embedding=self.method.needs.embedding)
         if self.teacher is not None and any(term != TASK for term in self.weights):
-            taught = self._taught(self.teacher, images)
+            teacher_outputs = self._ask(self.teacher, images)
         number = None if epoch is None else torch.tensor(epoch, device=images.device)
         with torch.autocast(images.device.type, enabled=False):
             known = Batch(targets.labels if targets else None, epoch=number, targets=targets)
-            found = terms(self.method, own, taught, known, self.smoothing)
+            found = terms(self.method, own, teacher_outputs, known, self.smoothing)
             loss = torch.stack([weight * found[term] for term, weight in self.weights.items() if term in found]).sum()
         return loss, {term: value.detach() for term, value in found.items()}
 
-    def _taught(self, teacher: Network, images: Tensor) -> Outputs:
+    def _ask(self, teacher: Network, images: Tensor) -> Outputs:
         """In eval mode, whatever its owner made of it since; nothing of it moves."""
         _, given = self._given
         for whole in (teacher, given):  # of a network made here the first is a view of the other
             if whole is not None and any(module.training for module in whole.modules()):
                 whole.eval()
         with torch.no_grad(), kept(teacher) if teacher.unsettled else contextlib.nullcontext():
-            taught: Outputs = teacher(images)
-        return taught
+            teacher_outputs: Outputs = teacher(images)
+        return teacher_outputs
 
     def _refuse_other_sizes(self, images: Tensor) -> None:
         """Taps and adapters are those of one size of image; logits and embedding go with any.
@@ -173,26 +175,26 @@ class Distiller(nn.Module):
             other = f"{NO_LABEL} where an image has none"
             refuse_other_labels(labels, self.student.spec.classes, least=NO_LABEL, what="the loop gives", other=other)
             if NO_LABEL in labels:
-                users = [cls for cls in methods.parts(self.settled.name) if cls.uses_labels]
+                users = [cls for cls in methods.parts(self.resolved.name) if cls.uses_labels]
                 refuse_users(users, f"label {NO_LABEL}: this image has none", "leave such images out")
         labels = labels.to(images.device, non_blocking=True)
         return Targets(labels, (labels != NO_LABEL).sum().clamp(min=1), None, None)
 
     def begin_phase(self, number: int) -> None:
-        """Take up a phase of a method that trains in several, 0-based; its optimiser is made anew, of ``trained()``.
+        """Take up a phase of a method that trains in several, 0-based; its optimiser is made anew, of ``trainable_parameters()``.
 
         Raises:
             UserError: there is none of that number.
         """
-        phases = self.settled.phases
+        phases = self.resolved.phases
         if not 0 <= number < len(phases):
             names = ", ".join(f"{place} ({phase.name})" for place, phase in enumerate(phases))
-            raise UserError(f"phase {number}: method {self.settled.name!r} has the phases {names}")
-        self.phase, self.weights = phases[number], self.settled.counted(phases[number])
+            raise UserError(f"phase {number}: method {self.resolved.name!r} has the phases {names}")
+        self.phase, self.weights = phases[number], self.resolved.counted(phases[number])
 
-    def trained(self) -> list[nn.Parameter]:
+    def trainable_parameters(self) -> list[nn.Parameter]:
         """What an optimiser moves in this phase: the student's parameters and the adapters, less what is frozen."""
-        return trained_parameters(self.student, self.method, self.phase)
+        return trainable_parameters(self.student, self.method, self.phase)
 
     def train(self, mode: bool = True) -> Distiller:
         """The student's and the method's mode; the teacher stays in eval mode."""
@@ -252,14 +254,14 @@ def _tapped(net: Network) -> Callable[[NetSpec, tuple[str, ...]], Network]:
     return build
 
 
-def _settled(method: str, options: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float]) -> Settled:
+def _resolve_method(method: str, options: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float]) -> ResolvedMethod:
     """The method with every default; refused where it needs a run of its own."""
-    settled = methods.settle(method, options, weights)
-    if settled.mutual:
-        raise UserError(f"the students of {settled.name!r} teach each other; {CURE}")
-    if settled.trained_model("student", "teacher") != "student":
-        raise UserError(f"method {settled.name!r} trains another network, made of registered models; {CURE}, and name two")
-    return settled
+    resolved = methods.resolve(method, options, weights)
+    if resolved.mutual:
+        raise UserError(f"the students of {resolved.name!r} teach each other; {CURE}")
+    if resolved.shipped_model("student", "teacher") != "student":
+        raise UserError(f"method {resolved.name!r} trains another network, made of registered models; {CURE}, and name two")
+    return resolved
 
 
 def _size(images: Tensor | Sequence[int]) -> tuple[int, int, int]:

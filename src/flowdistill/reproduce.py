@@ -14,7 +14,7 @@ from .checks import UserError, did_you_mean, obstacle
 from .config import RunConfig, validate
 from .device import describe
 from .ledger import Ledger, Run, baseline_key
-from .methods import parts, settle
+from .methods import parts, resolve
 from .recipes import Recipe, over, recipe
 from .report import fsp_log, log, tables
 from .report.progress import Bars
@@ -122,12 +122,12 @@ def rows(study: Study, given: str | None) -> tuple[str, ...]:
     """
     found: list[str] = []
     for name in study.rows if given is None else given.split(","):
-        settled = settle(name, **as_the_reference(name))
-        if settled.mutual:
-            raise UserError(f"--methods {settled.name}: its students teach each other, and a row has one teacher for each; leave it out")
-        if settled.name in found:
-            raise UserError(f"--methods {given} names {settled.name} twice; each row is trained once")
-        found.append(settled.name)
+        resolved = resolve(name, **as_the_reference(name))
+        if resolved.mutual:
+            raise UserError(f"--methods {resolved.name}: its students teach each other, and a row has one teacher for each; leave it out")
+        if resolved.name in found:
+            raise UserError(f"--methods {given} names {resolved.name} twice; each row is trained once")
+        found.append(resolved.name)
     own = [method for method in study.rows if method in found]
     return (*own, *(method for method in found if method not in (*own, "base")))
 

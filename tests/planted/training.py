@@ -92,7 +92,7 @@ PLAIN = suite.test_the_engine_is_the_plain_loop
 TWO_STAGES = suite.test_two_stages_are_two_plain_loops_each_with_an_optimiser_of_its_own
 
 
-@bug(optim, "trained_parameters", suite.test_adapters_are_trained)
+@bug(optim, "trainable_parameters", suite.test_adapters_are_trained)
 def adapters_left_out_of_the_optimiser(net, method, phase):
     """SGD(net.parameters()): adapters keep their random first weights."""
     return list(net.parameters())
@@ -101,13 +101,13 @@ def adapters_left_out_of_the_optimiser(net, method, phase):
 @bug(optim, "build_optimizer", PLAIN)
 def weight_decay_left_out(net, method, phase, train):
     """The config says 1e-4 and the optimiser never hears of it."""
-    return torch.optim.SGD(optim.trained_parameters(net, method, phase), lr=train.lr, momentum=train.momentum)
+    return torch.optim.SGD(optim.trainable_parameters(net, method, phase), lr=train.lr, momentum=train.momentum)
 
 
 @bug(optim, "build_optimizer", PLAIN)
 def weight_decay_on_convolutions_alone(net, method, phase, train):
     """Batch normalisation and biases spared: another recipe than the one that the figures quote."""
-    trained = optim.trained_parameters(net, method, phase)
+    trained = optim.trainable_parameters(net, method, phase)
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": train.weight_decay},
         {"params": [p for p in trained if p.dim() == 1]},
@@ -118,7 +118,7 @@ def weight_decay_on_convolutions_alone(net, method, phase, train):
 @bug(optim, "build_optimizer", PLAIN)
 def momentum_left_out(net, method, phase, train):
     """Plain SGD."""
-    return torch.optim.SGD(optim.trained_parameters(net, method, phase), lr=train.lr, weight_decay=train.weight_decay)
+    return torch.optim.SGD(optim.trainable_parameters(net, method, phase), lr=train.lr, weight_decay=train.weight_decay)
 
 
 @bug(optim, "build_optimizer", PLAIN)
@@ -142,10 +142,10 @@ def rate_of_the_epoch_before(self, epoch, epochs, step, steps):
 
 
 @bug(step, "train_step", PLAIN)
-def gradients_of_earlier_steps_kept(group, images, taught, batch, *, lr, precision, losses, heard):
+def gradients_of_earlier_steps_kept(group, images, teacher_outputs, batch, *, lr, precision, losses, heard):
     """No zero_grad."""
     (student,) = group
-    (terms,) = losses(group, images, taught if student.taught else None, batch, precision)
+    (terms,) = losses(group, images, teacher_outputs if student.needs_teacher else None, batch, precision)
     sum(weight * terms[term] for term, weight in student.weights.items()).backward()
     student.optimizer.param_groups[0]["lr"] = lr
     student.optimizer.step()
@@ -189,10 +189,10 @@ def student_trained_in_eval_mode(self):
 
 
 @bug(step, "train_step", suite.test_reported_terms_are_unweighted_means_over_the_steps_of_their_epoch)
-def weighted_terms_reported(group, images, taught, batch, *, lr, precision, losses, heard):
+def weighted_terms_reported(group, images, teacher_outputs, batch, *, lr, precision, losses, heard):
     """Curves of two weights can't be compared: most loops print the product."""
     (student,) = group
-    (terms,) = losses(group, images, taught if student.taught else None, batch, precision)
+    (terms,) = losses(group, images, teacher_outputs if student.needs_teacher else None, batch, precision)
     terms |= {term: weight * terms[term] for term, weight in student.weights.items()}
     student.optimizer.zero_grad()
     sum(terms[term] for term in student.weights).backward()

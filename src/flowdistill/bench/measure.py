@@ -107,19 +107,19 @@ class Work:
     def member(self, method: str, seed: int) -> Student:
         """A fresh student."""
         config = validate({"student": self.student, "method": method, "seed": seed, "train": {"batch_size": self.batch_size}})
-        settled, spec = methods.settle(method, {}, {}), self.data.spec
+        resolved, spec = methods.resolve(method, {}, {}), self.data.spec
         try:
-            trained = settled.trained_model(self.student, self.teacher)
-            built = methods.build(settled, student=models.spec(trained, spec), teacher=models.spec(self.teacher, spec), data=spec)
+            shipped = resolved.shipped_model(self.student, self.teacher)
+            built = methods.build(resolved, student=models.spec(shipped, spec), teacher=models.spec(self.teacher, spec), data=spec)
         except ValueError as error:
             raise UserError(str(error)) from None
-        net = models.build(trained, spec, taps=tuple(sorted(built.needs.student)), seed=seed)
-        return Student(net.on(self.data.device), built.to(self.data.device), settled, config.train)
+        net = models.build(shipped, spec, taps=tuple(sorted(built.needs.student)), seed=seed)
+        return Student(net.on(self.data.device), built.to(self.data.device), resolved, config.train)
 
     def members(self, method: str, seed: int) -> list[Student]:
         """A fresh student, and the one that it teaches and is taught by, where the method has such."""
         student = self.member(method, seed)
-        if not student.settled.mutual:
+        if not student.resolved.mutual:
             return [student]
         peer = self.member(method, seed + 1)
         student.peers, peer.peers = (peer,), (student,)

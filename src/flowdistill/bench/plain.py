@@ -65,7 +65,7 @@ class PlainLoop:
 
     def steps(self) -> Iterator[None]:
         """One epoch, a step a turn."""
-        device, method, weights = self.data.device, self.member.method, self.member.settled.weights
+        device, method, weights = self.data.device, self.member.method, self.member.resolved.weights
         self.member.net.train()
         for batch, known in self.loader:
             images = batch.to(device, non_blocking=True, memory_format=self.layout)
@@ -73,10 +73,10 @@ class PlainLoop:
             with autocast(device, "bf16" if self.strong else "fp32"):
                 given = self.student(images)
                 with torch.no_grad():
-                    taught = self.teacher(images) if method.uses_teacher else None
+                    teacher_outputs = self.teacher(images) if method.uses_teacher else None
             loss = F.cross_entropy(given.logits.float(), labels)
             if method.terms:
-                loss = loss + sum(weights[term] * value for term, value in method(given, taught, Batch(labels)).items())
+                loss = loss + sum(weights[term] * value for term, value in method(given, teacher_outputs, Batch(labels)).items())
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()

@@ -15,7 +15,7 @@ from ..types import NO_LABEL, Batch, Targets
 from .augment import Draws, crop_and_flip, draw_boxes, draw_epoch, draw_shares, mix, partners, reflect_pad, resize_and_flip
 from .dataset import ImageData, Images, Labels, Pictures, part
 from .given import GivenData
-from .interfaces import Labelled, at_once
+from .interfaces import EvalSet, at_once
 from .lazy_images import Rows
 from .normalisation import Normalisation
 from .splits import trained_positions
@@ -37,21 +37,21 @@ class ResidentSet:
         return len(self.labels)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """As ``Labelled`` says."""
+        """As ``EvalSet`` says."""
         size = at_once(self.images.shape[1], self.images.shape[2], self.labels.device)
         for start in range(0, len(self.images), size):
             images = self.images[start : start + size].to(self.labels.device)
             yield self.normalise(images), self.labels[start : start + size]
 
 
-def labelled(
+def eval_set(
     images: Images | Pictures,
     labels: Labels,
     normalise: Callable[[Tensor], Tensor],
     device: torch.device,
     workers: int | None = None,
     replaced: set[str] | None = None,
-) -> Labelled:
+) -> EvalSet:
     """Images to measure networks on; ``replaced`` gets the names of those that could not be decoded."""
     numbers = torch.from_numpy(labels).to(device)
     if isinstance(images, Pictures):
@@ -114,7 +114,7 @@ class DeviceData:
         labelled: how many have one: these come first.
         trained: these, neither padded nor cropped.
         test: the test images.
-        curve: what every epoch is measured on: ``test`` of a full run, the held-out tenth of a holdout run.
+        epoch_images: what every epoch is measured on: ``test`` of a full run, the held-out tenth of a holdout run.
         normalisation, normalise: from the labelled images trained on.
     """
 
@@ -123,10 +123,10 @@ class DeviceData:
     def __init__(self, data: ImageData, split: str, device: torch.device, workers: int | None = None) -> None:
         self.spec, self.crop, self.pad, self.flip, self.device = data.spec, data.crop, data.pad, data.flip, device
         self.workers, self.replaced = workers, set[str]()
-        trained = trained_positions(data.y_train, split)
-        held_out = np.setdiff1d(np.arange(len(data.y_train)), trained)
-        images, labels = part(data.x_train, trained), data.y_train[trained]
-        self.labelled = len(trained)
+        train_positions = trained_positions(data.y_train, split)
+        held_out = np.setdiff1d(np.arange(len(data.y_train)), train_positions)
+        images, labels = part(data.x_train, train_positions), data.y_train[train_positions]
+        self.num_labelled = len(train_positions)
         self.normalisation = Normalisation.measured(images, labels)
         self.normalise = self.normalisation.on(device)
         if data.unlabelled is not None:
@@ -134,16 +134,18 @@ class DeviceData:
             images = np.concatenate([images, data.unlabelled.images])
             labels = np.concatenate([labels, np.full(len(data.unlabelled.images), NO_LABEL)])
         self.labels = torch.from_numpy(labels).to(device)
-        self.trained = self._take_up(data, images)
-        self.test = self._labelled(data.x_test, data.y_test)
-        self.curve: Labelled = self._labelled(part(data.x_train, held_out), data.y_train[held_out]) if split == "holdout" else self.test
-        if not len(self.curve):
+        self.train_eval = self._take_up(data, images)
+        self.test = self._eval_set(data.x_test, data.y_test)
+        self.epoch_images: EvalSet = (
+            self._eval_set(part(data.x_train, held_out), data.y_train[held_out]) if split == "holdout" else self.test
+        )
+        if not len(self.epoch_images):
             raise UserError(f"--holdout: a tenth of each class of {data.name} is no image; give it at least 5 images a class")
 
-    def _labelled(self, images: Images | Pictures, labels: Labels) -> Labelled:
-        return labelled(images, labels, self.normalise, self.device, self.workers, self.replaced)
+    def _eval_set(self, images: Images | Pictures, labels: Labels) -> EvalSet:
+        return eval_set(images, labels, self.normalise, self.device, self.workers, self.replaced)
 
-    def _take_up(self, data: ImageData, images: Images | Pictures) -> Labelled:
+    def _take_up(self, data: ImageData, images: Images | Pictures) -> EvalSet:
         """Hold the training images."""
         assert not isinstance(images, Pictures)
         height, width, channels = data.spec.height, data.spec.width, data.spec.channels
@@ -151,7 +153,7 @@ class DeviceData:
         self.resident = len(images) * sides * channels <= RESIDENT_SHARE * free_memory(self.device)
         self.padded = reflect_pad(torch.from_numpy(images).to(self.device if self.resident else "cpu"), data.pad)
         inner = self.padded[:, data.pad : data.pad + height, data.pad : data.pad + width]
-        return ResidentSet(inner[: self.labelled], self.labels[: self.labelled], self.normalise)
+        return ResidentSet(inner[: self.num_labelled], self.labels[: self.num_labelled], self.normalise)
 
     def fetch(self, seed: int) -> Copies | Decoding:  # noqa: ARG002 (what is decoded is cropped by it)
         """What brings a seed's batches to a device that does not hold all images."""
@@ -173,15 +175,15 @@ class StreamedData(DeviceData):
 
     resident = False
 
-    def _take_up(self, data: ImageData, images: Images | Pictures) -> Labelled:
+    def _take_up(self, data: ImageData, images: Images | Pictures) -> EvalSet:
         if not isinstance(images, Pictures):
             everyone = np.arange(len(images))
             sides = (self.spec.height, self.spec.width, self.spec.channels)
             images = Pictures(data.name, Rows(images), everyone, self.labels.cpu().numpy(), sides)
         self.pictures, self.resized, self.randaugment = images, data.crop == "resized", data.randaugment
         self.crop = "shift"  # what is left to be done of it to a batch: a box was cut out before, and there is no border then
-        trained = np.arange(self.labelled)
-        return self._labelled(images.part(trained), images.labels[trained])
+        train_positions = np.arange(self.num_labelled)
+        return self._eval_set(images.part(train_positions), images.labels[train_positions])
 
     def fetch(self, seed: int) -> Decoding:
         """Processes of their own for every seed."""
@@ -262,7 +264,7 @@ class SeedBatches:
         if self.mixup is True:
             return Batch(None, indices, epoch)
         labels = self.data.labels[indices]
-        if share is None and self.data.labelled == len(self.data.labels):
+        if share is None and self.data.num_labelled == len(self.data.labels):
             return Batch(labels, indices, epoch)
         counted = (labels != NO_LABEL).sum().clamp(min=1)
         return Batch(None, indices, epoch, targets=Targets(labels, counted, None if share is None else partners(labels), share))

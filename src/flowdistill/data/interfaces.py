@@ -22,7 +22,7 @@ def at_once(height: int, width: int, device: torch.device) -> int:
     return max(1, min(most, BATCH_PIXELS // (height * width)))
 
 
-class Labelled(Protocol):
+class EvalSet(Protocol):
     """Labelled images that a network is measured on: the same in the same order at every pass, neither cropped nor mirrored at random."""
 
     def __len__(self) -> int:
@@ -36,10 +36,10 @@ class Supply(Protocol):
     """One data set under one split: shared by all batches of a cohort.
 
     Attributes:
-        curve: what every epoch is measured on: ``test`` of a full run, the held-out tenth of a holdout run.
+        epoch_images: what every epoch is measured on: ``test`` of a full run, the held-out tenth of a holdout run.
     """
 
-    curve: Labelled
+    epoch_images: EvalSet
 
     @property
     def spec(self) -> DataSpec:
@@ -62,11 +62,11 @@ class Supply(Protocol):
         """[n] of the training images, in the order of ``Batch.indices``; ``NO_LABEL`` for those that have none."""
 
     @property
-    def trained(self) -> Labelled:
+    def train_eval(self) -> EvalSet:
         """The training images that have a label, as they are."""
 
     @property
-    def test(self) -> Labelled:
+    def test(self) -> EvalSet:
         """The test images."""
 
     def seed_batches(self, seed: int, batch_size: int, mixup: float = False) -> Batches:
@@ -105,14 +105,14 @@ class Batches(Protocol):
 class First:
     """The first few images of others."""
 
-    def __init__(self, whole: Labelled, count: int) -> None:
+    def __init__(self, whole: EvalSet, count: int) -> None:
         self.whole, self.count = whole, min(count, len(whole))
 
     def __len__(self) -> int:
         return self.count
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """As ``Labelled`` says."""
+        """As ``EvalSet`` says."""
         left = self.count
         for images, labels in self.whole.batches():
             yield images[:left], labels[:left]

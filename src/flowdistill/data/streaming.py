@@ -237,7 +237,7 @@ class StreamedSet:
         return len(self.labels)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """As ``Labelled`` says."""
+        """As ``EvalSet`` says."""
         starts = range(0, len(self), self._size)
         orders = [[Shot(0, place) for place in range(start, min(start + self._size, len(self)))] for start in starts]
         for start, images in zip(starts, self._workers.batches(orders), strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..checks import UserError
 from ..types import Batch
 from .given import EVERY_PASS, TRAIN, VAL, Finite, GivenData, checked, drawn, refuse_other_labels, refuse_other_sizes, smallest
-from .interfaces import Labelled
+from .interfaces import EvalSet
 from .normalisation import Normalisation
 
 WHOLE = "which a loader does not tell; choose another method, or give the data by name"
@@ -26,7 +26,7 @@ class GivenSet:
         return self.data.counts[1]
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """As ``Labelled`` says.
+        """As ``EvalSet`` says.
 
         Raises:
             UserError: another number of images than on the first pass, or values that are not finite.
@@ -51,7 +51,7 @@ class GivenSupply:
         channels = data.size[0]
         self.normalisation = Normalisation((0.0,) * channels, (1.0,) * channels)
         self.test = GivenSet(data, device)
-        self.curve: Labelled = self.test
+        self.epoch_images: EvalSet = self.test
 
     @property
     def labels(self) -> Tensor:
@@ -63,7 +63,7 @@ class GivenSupply:
         raise UserError(f"this method needs the labels of all training images, {WHOLE}")
 
     @property
-    def trained(self) -> GivenSet:
+    def train_eval(self) -> GivenSet:
         """Unknown.
 
         Raises:

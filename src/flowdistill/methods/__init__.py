@@ -9,10 +9,10 @@ import importlib
 import pkgutil
 
 from .base import METHODS, Method, MethodOptions, Needs, Phase
-from .compose import Composed, Settled, build, get, parts, settle
+from .compose import Composed, ResolvedMethod, build, get, parts, resolve
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 METHODS.sort()
 
-__all__ = ["METHODS", "Composed", "Method", "MethodOptions", "Needs", "Phase", "Settled", "build", "get", "parts", "settle"]
+__all__ = ["METHODS", "Composed", "Method", "MethodOptions", "Needs", "Phase", "ResolvedMethod", "build", "get", "parts", "resolve"]

@@ -171,7 +171,7 @@ class Method(nn.Module):
         return (Phase("joint"),)
 
     @classmethod
-    def trained_model(cls, options: Any, student: str, teacher: str) -> str:
+    def shipped_model(cls, options: Any, student: str, teacher: str) -> str:
         """The model that is trained and ships: the student, unless the paper builds another on it."""
         return student
 

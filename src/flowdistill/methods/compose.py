@@ -1,6 +1,6 @@
 """A method's name in full: ``at+kd`` is the terms of both, ``ls:kd`` is kd on standardised logits.
 
-Every option, weight and phase is settled before training.
+Every option, weight and phase is resolved before training.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def parts(name: str) -> list[type[Method]]:
 
 
 @dataclass(frozen=True)
-class Settled:
+class ResolvedMethod:
     """A method with every option and weight filled in: what a run records, and what its fingerprint covers beside the versions."""
 
     name: str
@@ -64,13 +64,13 @@ class Settled:
         """The weights of the terms that count in a phase."""
         return {term: weight for term, weight in self.weights.items() if weight > 0 and phase.counts(term)}
 
-    def trained_model(self, student: str, teacher: str) -> str:
+    def shipped_model(self, student: str, teacher: str) -> str:
         """The model that is trained and ships, by the part that builds another than the student; names of models."""
-        built = (get(name).trained_model(options, student, teacher) for name, options in self.options.items())
+        built = (get(name).shipped_model(options, student, teacher) for name, options in self.options.items())
         return next((model for model in built if model != student), student)
 
 
-def settle(name: str, options: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float]) -> Settled:
+def resolve(name: str, options: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float]) -> ResolvedMethod:
     """Fill in the defaults of a method or composition.
 
     Raises:
@@ -94,17 +94,17 @@ def settle(name: str, options: Mapping[str, Mapping[str, Any]], weights: Mapping
     if len(staged) > 1:
         raise UserError(f"method {name!r}: {' and '.join(cls.name for cls in staged)} both train in stages; only one part may")
     leading = staged[0] if staged else classes[0]
-    settled = {term: float(weights.get(term, default)) for term, default in defaults.items()}
+    all_weights = {term: float(weights.get(term, default)) for term, default in defaults.items()}
     phases = leading.phases(filled[leading.name])
     for phase in phases:
-        if not any(weight for term, weight in settled.items() if phase.counts(term)):
+        if not any(weight for term, weight in all_weights.items() if phase.counts(term)):
             raise UserError(f"method {name!r}: every weight of its phase {phase.name!r} is 0, so nothing would be trained; raise one")
     notes = [filled[cls.name].variant() for cls in classes]
-    notes += [f"weights.{term}={value:g}" for term, value in settled.items() if value != defaults[term]]
-    return Settled(
+    notes += [f"weights.{term}={value:g}" for term, value in all_weights.items() if value != defaults[term]]
+    return ResolvedMethod(
         name=name,
         options=filled,
-        weights=settled,
+        weights=all_weights,
         phases=phases,
         uses_teacher=any(cls.uses_teacher for cls in classes),
         mutual=any(cls.mutual for cls in classes),
@@ -112,14 +112,14 @@ def settle(name: str, options: Mapping[str, Mapping[str, Any]], weights: Mapping
     )
 
 
-def build(settled: Settled, *, student: NetSpec, teacher: NetSpec | None, data: DataSpec) -> Method:
+def build(resolved: ResolvedMethod, *, student: NetSpec, teacher: NetSpec | None, data: DataSpec) -> Method:
     """The module that training calls: the method, or the composition of its parts.
 
     Raises:
         ValueError: this student and this teacher can't be paired, or one gives something else than logits.
     """
     networks = {"student": student, "teacher": teacher, "data": data}
-    built = [get(name)(options, **networks) for name, options in settled.options.items()]
+    built = [get(name)(options, **networks) for name, options in resolved.options.items()]
     if student.altered:
         raise ValueError(f"student {student.name}: {student.altered}")
     if teacher is not None:

@@ -80,7 +80,7 @@ class SimKD(Method):
         return {"task": 0.0, "simkd": 1.0}
 
     @classmethod
-    def trained_model(cls, options: Any, student: str, teacher: str) -> str:
+    def shipped_model(cls, options: Any, student: str, teacher: str) -> str:
         """The student with a projector and the teacher's classifier."""
         return f"reused({student},{teacher},{options.factor})"
 

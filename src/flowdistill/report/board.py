@@ -135,8 +135,8 @@ def _taught(run: Run, known: Mapping[int, Run]) -> float | None:
 def _row(group: Sequence[Entry], protocol: str) -> dict[str, Any]:
     """What a group says; times are means over its runs."""
     first, accuracies = group[0].run, [entry.accuracy for entry in group]
-    taught = [entry.teacher_seconds for entry in group if entry.teacher_seconds is not None]
-    teacher = statistics.fmean(taught) if len(taught) == len(group) else None
+    times = [entry.teacher_seconds for entry in group if entry.teacher_seconds is not None]
+    teacher = statistics.fmean(times) if len(times) == len(group) else None
     measured = [entry.run.teacher_accuracy for entry in group if entry.run.teacher_accuracy is not None]
     row = {
         "dataset": first.dataset,
@@ -272,12 +272,12 @@ def _command(runs: Sequence[Run]) -> str:
 
 def _beside_defaults(run: Run) -> dict[str, Any]:
     """Of a run's options and weights those that are not the method's defaults; all, of a method that is not known here."""
-    from ..methods import settle
+    from ..methods import resolve
 
     options, weights = run.config.get("options", {}), run.config.get("weights", {})
     try:
-        plain = {name: values.model_dump(mode="json") for name, values in settle(run.method, {}, {}).options.items()}
-        usual = settle(run.method, options, {}).weights
+        plain = {name: values.model_dump(mode="json") for name, values in resolve(run.method, {}, {}).options.items()}
+        usual = resolve(run.method, options, {}).weights
     except UserError:
         return {}
     own = {name: {key: value for key, value in values.items() if value != plain[name].get(key)} for name, values in options.items()}
@@ -314,13 +314,13 @@ def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
     def number(value: float | None, digits: int = 1) -> str:
         return "-" if value is None else f"{value:,.{digits}f}"
 
-    taught = f" ({row['teacher_accuracy']:.2f})" if row["teacher_accuracy"] is not None else ""
+    accuracy = f" ({row['teacher_accuracy']:.2f})" if row["teacher_accuracy"] is not None else ""
     estimated = row["times"] != "measured"
     return {
         "dataset": row["dataset"],
         "student": row["student"],
         "method": " ".join(filter(None, [row["method"], row["variant"]])),
-        "teacher": f"{row['teacher']}{taught}",
+        "teacher": f"{row['teacher']}{accuracy}",
         "epochs": row["epochs"],
         "n": row["n"] or "-",
         "accuracy": f"({row['mean']:.2f})" if estimated else f"{row['mean']:.2f}",

@@ -148,7 +148,7 @@ def beside(finished: Finished, first: Sequence[str], ledger: Ledger) -> list[dic
             theirs, reach = setting.runs.get(method), interval(last)
             few = len(own) < LEAST_N
             spread = " ".join(f"{value:.2f}" for value in last) if few else f"{statistics.fmean(last):.2f} +- {sample_std(last):.2f}"
-            taught = [ledger.run(no) for no in dict.fromkeys(run.teacher_run for run in own) if no]
+            teachers = [ledger.run(no) for no in dict.fromkeys(run.teacher_run for run in own) if no]
             rows.append(
                 {
                     "pair": tables.pair(own[0]),
@@ -160,7 +160,7 @@ def beside(finished: Finished, first: Sequence[str], ledger: Ledger) -> list[dic
                     "ours, last (n)": f"{spread} ({len(own)})",
                     f"{CONFIDENCE:.0%} interval": f"{reach[0]:.2f} to {reach[1]:.2f}" if reach else "-",
                     "seconds": f"{statistics.fmean(map(seconds, own)):,.0f}",
-                    "its teacher's": f"{statistics.fmean(map(seconds, taught)):,.0f}" if taught else "-",
+                    "its teacher's": f"{statistics.fmean(map(seconds, teachers)):,.0f}" if teachers else "-",
                     "nepoch": own[0].nepoch,
                 }
             )

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..advice import train as train_command
 from ..checks import UserError
 from ..config import RunConfig, validate
-from ..data.batches import labelled
+from ..data.batches import eval_set
 from ..data.dataset import ImageData, part
 from ..data.normalisation import Normalisation
 from ..data.sources import load
@@ -158,8 +158,8 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
     student, data = resolve(str(no), ledger), _data(run, config, ledger)
     found = {TEACHER: _teacher(run, ledger, data), STUDENT: student, ALONE: resolve(str(alone.no), ledger) if alone else None}
     networks = {role: network for role, network in found.items() if network}
-    trained = trained_positions(data.y_train, run.split)
-    normalisation = Normalisation.measured(part(data.x_train, trained), data.y_train[trained])
+    train_positions = trained_positions(data.y_train, run.split)
+    normalisation = Normalisation.measured(part(data.x_train, train_positions), data.y_train[train_positions])
     nets: dict[str, Network] = {}
     for role, network in networks.items():
         nets[role] = network.build(data.spec, given=normalisation).on(device).eval()
@@ -169,7 +169,7 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
     other = {role: network.other_classes(data) for role, network in networks.items()}
     with computing(device):
         judged = {role: net for role, net in nets.items() if not other[role]}
-        logits = [found for found, _ in predict(list(judged.values()), labelled(data.x_test, labels, normalise, device), precision)]
+        logits = [found for found, _ in predict(list(judged.values()), eval_set(data.x_test, labels, normalise, device), precision)]
         answers = {role: _answers(torch.cat(own)) for role, own in zip(judged, zip(*logits, strict=True), strict=True)}
         latencies: dict[str, list[Latency]] = {role: [] for role in nets}
         for size in dict.fromkeys((1, batch_size)):
@@ -273,7 +273,7 @@ def _advice(config: RunConfig, ledger: Ledger) -> str:
     """How the student is trained alone by the recipe of a run."""
     if config.train.mixup is True:
         return "No student alone: train.mixup=true leaves no labels to train it on."
-    images = {"name": config.data.name} | config.data.labelled.model_dump(mode="json", exclude_defaults=True)
+    images = {"name": config.data.name} | config.data.without_unlabelled.model_dump(mode="json", exclude_defaults=True)
     more = {"train": config.train.model_dump(mode="json", exclude={"freeze"}, exclude_defaults=True)}
     if "student" in config.inputs:
         more["inputs"] = {"student": config.inputs["student"].model_dump(mode="json", exclude_none=True)}

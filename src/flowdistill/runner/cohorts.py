@@ -70,15 +70,15 @@ def assemble(jobs: Sequence[Job], data: Supply, device: torch.device, engine: st
     first = jobs[0]
     methods = [job.method() for job in jobs]
     needs = functools.reduce(operator.or_, (method.needs for method in methods))
-    taught = {job.config.seed: job.teacher.origin for job in jobs if job.teacher}
+    teacher_of_seed = {job.config.seed: job.teacher.origin for job in jobs if job.teacher}
     teachers: dict[str, tuple[Teacher, float | None, MethodContext]] = {}
     seed_groups: dict[tuple[int, str], SeedGroup] = {}
     members = []
     for job, method in zip(jobs, methods, strict=True):
         net = _network(job, tuple(sorted(method.needs.student)), data.normalisation).on(device)
-        student = Student(net, method.to(device), job.settled, job.config.train)
+        student = Student(net, method.to(device), job.resolved, job.config.train)
         member = Member(job, student)
-        origin = job.teacher.origin if job.teacher else taught.get(job.config.seed, "")
+        origin = job.teacher.origin if job.teacher else teacher_of_seed.get(job.config.seed, "")
         batches = data.seed_batches(job.config.seed, job.config.train.batch_size, job.config.train.mixup)
         seed_group = seed_groups.setdefault((job.config.seed, origin), SeedGroup(batches, None, []))
         if job.teacher:
@@ -94,7 +94,7 @@ def assemble(jobs: Sequence[Job], data: Supply, device: torch.device, engine: st
         seed_group.students.append(student)
         members.append(member)
     for member in members:
-        if member.job.settled.mutual:
+        if member.job.resolved.mutual:
             other = other_side(member.job.config)
             member.student.peers = tuple(peer.student for peer in members if peer.job.config == other)
     select = first.config.split == "holdout"
@@ -107,9 +107,9 @@ def assemble(jobs: Sequence[Job], data: Supply, device: torch.device, engine: st
 def _network(job: Job, taps: tuple[str, ...], given: Normalisation) -> Network:
     """What a job trains: its student, or what is built on that and the teacher."""
     spec, seed = job.data.spec, weights_seed(job.config)
-    if job.trained == job.student.model:
+    if job.shipped_model == job.student.model:
         return job.student.build(spec, taps=taps, seed=seed, spec=job.student_taps, given=given)
-    net = models.build(job.trained, spec, taps=taps, seed=seed, spec=job.student_taps)
+    net = models.build(job.shipped_model, spec, taps=taps, seed=seed, spec=job.student_taps)
     assert isinstance(net, Reused)
     assert job.teacher is not None
     net.take_over(job.student.build(spec, seed=seed), job.teacher.build(spec))
@@ -122,7 +122,7 @@ def _accuracy(net: Network, data: Supply, precision: Precision) -> float:
     Raises:
         UserError: its logits are not all finite.
     """
-    found, images = evaluate(net, data.curve, precision), len(data.curve)
+    found, images = evaluate(net, data.epoch_images, precision), len(data.epoch_images)
     if broken := int(found.unanswered):
         which = f"{broken:,} of {images:,} images that it is measured on"
         raise UserError(f"teacher {net.spec.name}: its answer (logits) is not finite for {which}; mend it, or choose another")
@@ -154,7 +154,7 @@ def _told_of_taps(member: Member) -> tuple[str, ...]:
     if pairing is None or not method.needs.student:
         return ()
     adapters = [f"{name} {'x'.join(map(str, value.shape))}" for name, value in method.named_parameters()]
-    beside = [f"  {member.job.settled.name} trains beside the student: {', '.join(adapters)}"] if adapters else []
+    beside = [f"  {member.job.resolved.name} trains beside the student: {', '.join(adapters)}"] if adapters else []
     return (*compared(pairing, method.needs.student, method.needs.teacher), *beside)
 
 
@@ -169,7 +169,7 @@ def _told_of_teacher(member: Member) -> str:
 
 
 def _check_gradients(member: Member, ratios: Mapping[str, float], watcher: Watcher) -> None:
-    weights = member.job.settled.weights
+    weights = member.job.resolved.weights
     for term, ratio in ratios.items():
         watcher.say(f"{member.job.label}: gradient of {term} on the first batch {ratio:.3g} x the task's (weight {weights[term]:g})")
         if not math.isfinite(ratio):

@@ -107,14 +107,14 @@ def _alone(config: RunConfig) -> RunConfig:
     """The student trained on the labels."""
     plain: dict[str, Any] = {"method": "base", "teacher": None, "options": {}, "weights": {}, "peer": None, "side": 1}
     train = config.train.model_copy(update={"mixup": False})
-    return config.model_copy(update={**plain, "data": config.data.labelled, "train": train})
+    return config.model_copy(update={**plain, "data": config.data.without_unlabelled, "train": train})
 
 
 def _by_method(jobs: Sequence[Job]) -> dict[str, list[Job]]:
     """The jobs of each method's first seed: one, or the two sides of a pair."""
     groups: dict[str, list[Job]] = {}
     for job in jobs:
-        group = groups.setdefault(job.settled.name, [])
+        group = groups.setdefault(job.resolved.name, [])
         if all(job.config.seed == other.config.seed for other in group):
             group.append(job)
     return groups
@@ -193,7 +193,7 @@ def _of_answers(net: Network, teacher: NetworkRef, job: Job, data: DeviceData) -
 
 def _of_method(group: Sequence[Job], ledger: Ledger, data: DeviceData) -> Iterator[Finding]:
     """Its taps, the first gradient of its terms, and what training would take."""
-    job, name = group[0], group[0].settled.name
+    job, name = group[0], group[0].resolved.name
     try:
         needs, pairing = job.method().needs, job.pairing
         if pairing and needs.student:
@@ -207,7 +207,7 @@ def _of_method(group: Sequence[Job], ledger: Ledger, data: DeviceData) -> Iterat
         ratios = first_gradients(cohort)
         if not (job.teacher and job.teacher.weights is None):
             for member in members:
-                weights = member.job.settled.weights
+                weights = member.job.resolved.weights
                 yield from (_of_gradient(name, term, ratio, weights[term]) for term, ratio in ratios[member.student].items())
         cohort.engine = choose("auto", data.device, cohort.precision, pixels=0, resident=data.resident)  # compiling takes too long here
         seconds = round(seconds_per_epoch(cohort) * cohort.epochs)

@@ -74,7 +74,7 @@ def estimate(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device)
     found = Duration()
     with computing(device):
         for group in cohorts([job for key, job in jobs.items() if missing[key]]):
-            samples = list({(job.settled.name, job.settled.variant): job for job in reversed(group)}.values())
+            samples = list({(job.resolved.name, job.resolved.variant): job for job in reversed(group)}.values())
             epochs = sum(missing[job.key] for job in group)
             found += _epoch(samples, device) * (epochs / len(samples))
     return found
@@ -107,12 +107,12 @@ def epoch_of(cohort: Cohort, members: Sequence[Member]) -> Duration:
 
 def unmeasured(jobs: Sequence[Job], data: Supply, device: torch.device, engine: str = "auto") -> tuple[Cohort, list[Member]]:
     """The jobs as one cohort, its teachers measured on one image alone: all images take long."""
-    whole = data.curve
-    data.curve = First(whole, 1)
+    whole = data.epoch_images
+    data.epoch_images = First(whole, 1)
     try:
         return assemble(jobs, data, device, engine)
     finally:
-        data.curve = whole
+        data.epoch_images = whole
 
 
 def _clock(seconds: float) -> str:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from .. import models, trust
 from ..checks import Changes, UserError
 from ..config import DataConfig, parse_as
-from ..data.batches import labelled
+from ..data.batches import eval_set
 from ..data.dataset import ImageData
 from ..data.given import GivenData
 from ..data.normalisation import Normalisation
@@ -192,7 +192,7 @@ def evaluate(
     net, about = load_network(path, changes)
     data = load_fitting(path, about, dataset, changes)
     net = net.on(device)
-    test = labelled(data.x_test, data.y_test, Normalisation(about.mean, about.std).on(device), device, workers)
+    test = eval_set(data.x_test, data.y_test, Normalisation(about.mean, about.std).on(device), device, workers)
     arithmetic, images = resolve_precision(precision or about.precision, device), len(test)
     with computing(device):
         found = measure(net, test, arithmetic)

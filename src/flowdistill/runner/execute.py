@@ -150,7 +150,7 @@ def _known(jobs: Sequence[Job], ledger: Ledger) -> dict[tuple[str, int], Run]:
     """The runs that are skipped or gone on with, by key; of two students that teach each other both or none."""
     found = {job.key: one for job in jobs if (one := before(job, ledger))}
     for job in jobs:
-        if job.settled.mutual:
+        if job.resolved.mutual:
             pair = [other.key for other in jobs if other.config in (job.config, other_side(job.config))]
             if not found.keys() >= set(pair):
                 found = {key: one for key, one in found.items() if key not in pair}
@@ -322,6 +322,6 @@ def _numbers(members: Sequence[Member]) -> str:
 
 
 def _title(members: Sequence[Member]) -> str:
-    methods = ",".join(dict.fromkeys(member.job.settled.name for member in members))
+    methods = ",".join(dict.fromkeys(member.job.resolved.name for member in members))
     seeds = ",".join(str(seed) for seed in dict.fromkeys(member.job.config.seed for member in members))
     return f"{methods} {members[0].job.student.model} {members[0].job.data.name} seed {seeds}"

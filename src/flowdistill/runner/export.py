@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..checks import Changes, UserError, obstacle, summary
-from ..data.batches import labelled
+from ..data.batches import eval_set
 from ..data.dataset import ImageData, Images
 from ..data.normalisation import Normalisation
 from ..data.splits import stratified
@@ -323,7 +323,7 @@ def _quantised(content: bytes, data: ImageData) -> bytes:
 
 def _accuracy(answer: Answer, data: ImageData) -> float:
     """On all test images, in percent."""
-    test = labelled(data.x_test, data.y_test, lambda images: images, torch.device("cpu"))
+    test = eval_set(data.x_test, data.y_test, lambda images: images, torch.device("cpu"))
     correct = sum(int((answer(images).argmax(1) == labels).sum()) for images, labels in test.batches())
     return 100 * correct / len(test)
 

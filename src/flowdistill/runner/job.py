@@ -12,7 +12,7 @@ from ..config import RunConfig
 from ..data.dataset import ImageData
 from ..data.splits import trained_positions
 from ..device import Precision
-from ..methods import Method, Settled
+from ..methods import Method, ResolvedMethod
 from ..models.foreign import is_foreign
 from ..randomness import derive, seeded
 from ..types import NetSpec
@@ -35,7 +35,7 @@ class Job:
     config: RunConfig
     data: ImageData
     data_hash: str
-    settled: Settled
+    resolved: ResolvedMethod
     student: NetworkRef
     teacher: NetworkRef | None
     precision: Precision
@@ -46,7 +46,7 @@ class Job:
     @property
     def phase_epochs(self) -> tuple[int, ...]:
         """Epochs of each phase."""
-        return tuple(phase.epochs or self.config.train.epochs for phase in self.settled.phases)
+        return tuple(phase.epochs or self.config.train.epochs for phase in self.resolved.phases)
 
     @property
     def key(self) -> tuple[str, int]:
@@ -59,22 +59,22 @@ class Job:
         return [name for name in (self.student.model, self.teacher and self.teacher.model, self.config.peer) if name]
 
     @property
-    def trained(self) -> str:
+    def shipped_model(self) -> str:
         """The model that is trained and ships: the student, unless its method builds another on it."""
-        return self.settled.trained_model(self.student.model, self.teacher.model if self.teacher else "")
+        return self.resolved.shipped_model(self.student.model, self.teacher.model if self.teacher else "")
 
     @property
     def variant(self) -> str:
         """What differs from the method's defaults, as tables print it; of two that teach each other which one this is, and what ships
         where that is not the student; what it begins from, what of it is frozen, and which images and taps were given to whom.
         """
-        notes = [self.settled.variant]
+        notes = [self.resolved.variant]
         if self.data.unlabelled is not None:
             notes = [*notes, f"unlabelled={self.data.unlabelled.name}"]
         if self.config.peer is not None:
             notes = ["second"] * (self.config.side == 2) + [f"peer={self.config.peer}", *notes]
-        if self.trained != self.student.model:
-            notes = [f"ships {self.trained}", *notes]
+        if self.shipped_model != self.student.model:
+            notes = [f"ships {self.shipped_model}", *notes]
         if self.student.init:
             notes.append(f"init={self.student.origin}")
         if self.config.train.freeze:
@@ -91,7 +91,7 @@ class Job:
     def label(self) -> str:
         """As messages name it."""
         pair = f"{self.student.model} <- {self.teacher.model}" if self.teacher else self.student.model
-        return f"{self.settled.name} {pair} seed {self.config.seed}"
+        return f"{self.resolved.name} {pair} seed {self.config.seed}"
 
     @cached_property
     def pairing(self) -> Pairing | None:
@@ -100,7 +100,7 @@ class Job:
         Raises:
             UserError: the taps that were named do not go together, or what is trained can't be made of these two.
         """
-        if self.trained != self.student.model:
+        if self.shipped_model != self.student.model:
             self._refuse_parts()
         if self.teacher is None:
             return None
@@ -113,20 +113,20 @@ class Job:
         parts = [part.model for part in (self.student, self.teacher) if part]
         if foreign := next(filter(is_foreign, parts), ""):
             raise UserError(
-                f"{self.settled.name} needs registered models as student and teacher, {foreign} is none; name two that "
+                f"{self.resolved.name} needs registered models as student and teacher, {foreign} is none; name two that "
                 f"{advice.command('models')} lists, or choose another method"
             )
         if self.student.taps or self.config.inputs.get("student"):
             raise UserError(
-                f"{self.settled.name} trains another network than {self.student.model}; leave taps and inputs of the student out"
+                f"{self.resolved.name} trains another network than {self.student.model}; leave taps and inputs of the student out"
             )
 
     @property
     def student_spec(self) -> NetSpec:
         """What is trained, under its own names."""
-        if self.trained == self.student.model:
+        if self.shipped_model == self.student.model:
             return self.student.spec(self.data.spec)
-        return models.spec(self.trained, self.data.spec)
+        return models.spec(self.shipped_model, self.data.spec)
 
     @property
     def student_taps(self) -> NetSpec:
@@ -153,7 +153,7 @@ class Job:
         try:
             with seeded(self.config.seed, "adapters"):
                 return methods.build(
-                    self.settled,
+                    self.resolved,
                     student=replace(self.student_taps, labels=self.data.class_names),
                     teacher=teacher,
                     data=spec,

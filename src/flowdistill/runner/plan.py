@@ -15,7 +15,7 @@ from ..data.dataset import ImageData
 from ..data.sources import load, load_unlabelled
 from ..device import Precision, resolve_precision
 from ..ledger import Ledger, Run
-from ..methods import Method, Settled
+from ..methods import Method, ResolvedMethod
 from ..talk import Remarks
 from ..training.weights import hash_weights
 from .fingerprint import fingerprint
@@ -41,39 +41,43 @@ def drafts(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device, *
     Raises:
         UserError: a network or the data can't be had.
     """
-    cheap = _with_peers([(config, _settled(config)) for config in configs])  # refused before the data, which may have to be downloaded
+    cheap = _with_peers(
+        [(config, _resolve_method(config)) for config in configs]
+    )  # refused before the data, which may have to be downloaded
     students: dict[object, NetworkRef] = {}
-    for config, settled in cheap:
+    for config, resolved in cheap:
         if (config.student, config.init_from) not in students:
             students[config.student, config.init_from] = first = first_weights(config, ledger)
-            if settled.mutual and first.weights is not None:
-                raise UserError(f"student={config.student}: the students of {settled.name!r} begin from fresh weights; name a model")
+            if resolved.mutual and first.weights is not None:
+                raise UserError(f"student={config.student}: the students of {resolved.name!r} begin from fresh weights; name a model")
     load_once = _Loader(ledger.changes)
     return [
-        _planned(config, settled, students[config.student, config.init_from], *load_once(config.data), ledger, device, stand_in)
-        for config, settled in cheap
+        _planned(config, resolved, students[config.student, config.init_from], *load_once(config.data), ledger, device, stand_in)
+        for config, resolved in cheap
     ]
 
 
-def _with_peers(given: Sequence[tuple[RunConfig, Settled]]) -> list[tuple[RunConfig, Settled]]:
+def _with_peers(given: Sequence[tuple[RunConfig, ResolvedMethod]]) -> list[tuple[RunConfig, ResolvedMethod]]:
     """Each config of a mutual method is followed by that of the other student, unless that is given too.
 
     Raises:
         UserError: a peer for a method that has none, or two students that would begin alike.
     """
-    found: list[tuple[RunConfig, Settled]] = []
-    for config, settled in given:
-        if not settled.mutual and (config.peer is not None or config.side != 1):
-            raise UserError(f"peer={config.peer}: the students of {settled.name!r} do not teach each other; use dml, or leave peer out")
+    found: list[tuple[RunConfig, ResolvedMethod]] = []
+    for config, resolved in given:
+        if not resolved.mutual and (config.peer is not None or config.side != 1):
+            raise UserError(f"peer={config.peer}: the students of {resolved.name!r} do not teach each other; use dml, or leave peer out")
         sides = [config]
-        if settled.mutual and config.init_from is not None:
-            raise UserError(f"init_from={config.init_from}: the students of {settled.name!r} would both begin from it, alike; leave it out")
-        if settled.mutual:
+        if resolved.mutual and config.init_from is not None:
+            raise UserError(
+                f"init_from={config.init_from}: the students of {resolved.name!r} would both begin from it, alike; leave it out"
+            )
+        if resolved.mutual:
             own = config.model_copy(update={"peer": config.peer or config.student})
             sides = [own, other_side(own)]
         for side in sides:
-            if (side, settled) not in found:
-                found.append((side, settled))
+            if (side, resolved) not in found:
+                found.append((side, resolved))
     return found
 
 
@@ -105,7 +109,9 @@ def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[
             )
         student = as_configured(first_weights(config, ledger), config, "student", data.spec).on(data)
         teacher = recorded_teacher(run, ledger, data.spec)
-        job = checked(_job(config, _settled(config), student, teacher, data, data_hash, _initial(student, data, config), device), known)
+        job = checked(
+            _job(config, _resolve_method(config), student, teacher, data, data_hash, _initial(student, data, config), device), known
+        )
         if run.fingerprint != job.fingerprint and run.networks is None and run.fingerprint == _as_recorded(job):
             job = replace(job, fingerprint=run.fingerprint)
         if job.fingerprint != run.fingerprint:
@@ -136,7 +142,7 @@ def _initial(student: NetworkRef, data: ImageData, config: RunConfig) -> str:
     return hash_weights(student.build(data.spec, seed=weights_seed(config)).state_dict())
 
 
-def _settled(config: RunConfig) -> Settled:
+def _resolve_method(config: RunConfig) -> ResolvedMethod:
     """The method with every default filled in.
 
     Raises:
@@ -144,12 +150,12 @@ def _settled(config: RunConfig) -> Settled:
             that has no weight is to be smoothed.
     """
     _refuse_labels(config)
-    settled = methods.settle(config.method, config.options, config.weights)
-    if settled.uses_teacher and config.teacher is None:
-        raise UserError(f"method {settled.name!r} needs a teacher: --teacher MODEL, RUN or FILE")
-    if (smoothing := config.train.label_smoothing) and not settled.weights["task"]:
+    resolved = methods.resolve(config.method, config.options, config.weights)
+    if resolved.uses_teacher and config.teacher is None:
+        raise UserError(f"method {resolved.name!r} needs a teacher: --teacher MODEL, RUN or FILE")
+    if (smoothing := config.train.label_smoothing) and not resolved.weights["task"]:
         raise UserError(f"train.label_smoothing={smoothing:g} smooths the task, but weights.task=0; raise that, or leave smoothing out")
-    return settled
+    return resolved
 
 
 def _refuse_labels(config: RunConfig) -> None:
@@ -160,7 +166,7 @@ def _refuse_labels(config: RunConfig) -> None:
     if mixup is True:
         given, cure = "train.mixup=true: mixed images have no labels", "set train.mixup=false"
         refuse_users(users, given, cure)
-        if task := methods.settle(config.method, config.options, config.weights).weights["task"]:
+        if task := methods.resolve(config.method, config.options, config.weights).weights["task"]:
             raise UserError(f"{given}, but weights.task={task:g}; set weights.task=0, or {cure}")
     elif mixup:
         given = f"train.mixup={mixup:g}: mixed images have two labels each"
@@ -179,7 +185,7 @@ def refuse_users(users: Sequence[type[Method]], given: str, cure: str) -> None:
 
 def _planned(
     config: RunConfig,
-    settled: Settled,
+    resolved: ResolvedMethod,
     student: NetworkRef,
     data: ImageData,
     data_hash: str,
@@ -190,13 +196,13 @@ def _planned(
     student = as_configured(student, config, "student", data.spec).on(data)
     init_hash = _initial(student, data, config)
     recipe = config.train.model_dump(mode="json") | {"precision": _precision(config, student, data, device)}
-    wanted = Wanted(config.data.labelled, data_hash, config.split, config.seed, init_hash, recipe, str(ledger.folder))
+    wanted = Wanted(config.data.without_unlabelled, data_hash, config.split, config.seed, init_hash, recipe, str(ledger.folder))
     refuse_contaminated(student, wanted)
     teacher = None
-    if settled.uses_teacher and config.teacher is not None:
+    if resolved.uses_teacher and config.teacher is not None:
         found = choose_teacher(config.teacher, wanted, ledger, stand_in=stand_in)
         teacher = as_configured(found, config, "teacher", data.spec)
-    return _job(config, settled, student, teacher, data, data_hash, init_hash, device)
+    return _job(config, resolved, student, teacher, data, data_hash, init_hash, device)
 
 
 def _precision(config: RunConfig, student: NetworkRef, data: ImageData, device: torch.device) -> Precision:
@@ -221,7 +227,7 @@ def _precision(config: RunConfig, student: NetworkRef, data: ImageData, device: 
 
 def _job(
     config: RunConfig,
-    settled: Settled,
+    resolved: ResolvedMethod,
     student: NetworkRef,
     teacher: NetworkRef | None,
     data: ImageData,
@@ -230,18 +236,18 @@ def _job(
     device: torch.device,
 ) -> Job:
     precision = _precision(config, student, data, device)
-    resolved = config.model_copy(
+    full_config = config.model_copy(
         update={
-            "method": settled.name,
+            "method": resolved.name,
             "teacher": config.teacher if teacher else None,
             **({} if teacher else {key: _of_student(getattr(config, key)) for key in ("taps", "inputs")}),
             "data": config.data.model_copy(update=_resolved(data)),
             "train": config.train.model_copy(update={"precision": precision}),
-            "options": {name: options.model_dump() for name, options in settled.options.items()},
-            "weights": settled.weights,
+            "options": {name: options.model_dump() for name, options in resolved.options.items()},
+            "weights": resolved.weights,
         }
     )
-    return Job(resolved, data, data_hash, settled, student, teacher, precision, init_hash, "")
+    return Job(full_config, data, data_hash, resolved, student, teacher, precision, init_hash, "")
 
 
 def checked(job: Job, known: Identities) -> Job:

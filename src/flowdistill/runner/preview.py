@@ -49,11 +49,11 @@ def _of_cohort(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device
     for member in members:
         job = member.job
         done = before(job, ledger)
-        taught = {"model": job.teacher.model, "run": job.teacher.run, "accuracy": member.teacher_accuracy} if job.teacher else None
+        teacher = {"model": job.teacher.model, "run": job.teacher.run, "accuracy": member.teacher_accuracy} if job.teacher else None
         yield {
             "config": job.config.model_dump(mode="json"),
             "finished_run": done.no if done and done.status == "finished" else None,
-            "teacher": taught,
+            "teacher": teacher,
             "taps": {who: {name: spec.tap(name).shape for name in sorted(taps)} for who, spec, taps in _tapped(member)},
             "gradient_relative_to_task": ratios[member.student],
             "device": describe(device),
@@ -66,5 +66,5 @@ def _of_cohort(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device
 
 def _tapped(member: Member) -> list[tuple[str, NetSpec, frozenset[str]]]:
     needs, pairing = member.student.method.needs, member.job.pairing
-    taught = [("teacher", pairing.teacher, needs.teacher)] if pairing and needs.teacher else []
-    return [("student", member.student.net.spec, needs.student), *taught]
+    teacher_taps = [("teacher", pairing.teacher, needs.teacher)] if pairing and needs.teacher else []
+    return [("student", member.student.net.spec, needs.student), *teacher_taps]

@@ -30,7 +30,7 @@ def row(member: Member) -> dict[str, Any]:
     """What is known of a run when it begins, by column."""
     job = member.job
     return {
-        "method": job.settled.name,
+        "method": job.resolved.name,
         "variant": job.variant,
         "dataset": job.data.name,
         "data_hash": job.data_hash,
@@ -63,7 +63,7 @@ def now() -> str:
 
 def record_epoch(report: EpochReport, cohort: Cohort, members: Sequence[Member], ledger: Ledger, watcher: Watcher) -> list[Report]:
     """An epoch of every student, in one transaction; those that diverged are failed. What is to be reported of it."""
-    images = len(cohort.data.curve)
+    images = len(cohort.data.epoch_images)
     present = [member for member in members if member.student in report.progress]
     rows = {}
     for member in present:
@@ -72,7 +72,7 @@ def record_epoch(report: EpochReport, cohort: Cohort, members: Sequence[Member],
         member.setup_seconds += report.setup_seconds / len(present)
         member.train_seconds += report.train_seconds / len(present)
         member.eval_seconds += report.eval_seconds / len(present)
-        phase = member.job.settled.phases[report.phase].name
+        phase = member.job.resolved.phases[report.phase].name
         correct = None if progress.error else progress.correct
         seconds = report.train_seconds + report.eval_seconds
         rows[member.no] = Epoch(report.epoch, phase, progress.lr, progress.terms, correct, images, seconds)
@@ -102,7 +102,7 @@ def finish(member: Member, cohort: Cohort, ledger: Ledger, device: torch.device)
     about = _about(job, data, int(final.correct)) | _own_input(student.net)
     sizes = trained_on(about)
     assert sizes is not None, "it was just written"
-    about |= {"network": made_with(job.trained, sizes, weights), "device": describe(device), "processor": processor()}
+    about |= {"network": made_with(job.shipped_model, sizes, weights), "device": describe(device), "processor": processor()}
     save_weights(folder / STUDENT_FILE, weights, about)
     write_whole(folder / PREDICTIONS, _predictions(final))
     images = cohort.seed_groups[0].batches.steps * job.config.train.batch_size * sum(job.phase_epochs)
@@ -140,13 +140,13 @@ def told(run: Run) -> str:
 def _about(job: Job, data: Supply, correct: int) -> dict[str, Any]:
     """What travels in the student's file: enough to build it, feed it and measure it again."""
     return {
-        "model": job.trained,
+        "model": job.shipped_model,
         "classes": data.spec.classes,
         "labels": job.data.class_names,
         "input": [data.spec.channels, data.spec.height, data.spec.width],
         "mean": data.normalisation.mean,
         "std": data.normalisation.std,
-        "data": job.config.data.labelled.model_dump(mode="json"),
+        "data": job.config.data.without_unlabelled.model_dump(mode="json"),
         "data_hash": job.data_hash,
         "split": job.config.split,
         "precision": job.precision,

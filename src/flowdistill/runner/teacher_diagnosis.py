@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .. import advice
 from ..checks import FAILURES
-from ..data.batches import DeviceData, labelled
+from ..data.batches import DeviceData, eval_set
 from ..data.dataset import part
-from ..data.interfaces import Labelled
+from ..data.interfaces import EvalSet
 from ..data.normalisation import Normalisation
 from ..data.splits import holdout_positions, stratified
 from ..device import Precision
@@ -88,17 +88,17 @@ def given(data: DeviceData) -> View:
     return View(spec.channels, spec.height, spec.width, own.mean, own.std)
 
 
-def sample(job: Job, data: DeviceData) -> Labelled:
+def sample(job: Job, data: DeviceData) -> EvalSet:
     """Some of the images that every epoch is measured on."""
     images, labels = job.data.x_test, job.data.y_test
     if job.config.split == "holdout":
         held_out = holdout_positions(job.data.y_train)
         images, labels = part(job.data.x_train, held_out), job.data.y_train[held_out]
     places = stratified(labels, min(SAMPLE, len(labels)), len(labels), least=1)
-    return labelled(part(images, places), labels[places], data.normalise, data.device)
+    return eval_set(part(images, places), labels[places], data.normalise, data.device)
 
 
-def ask(net: Network, images: Labelled, precision: Precision) -> Answers:
+def ask(net: Network, images: EvalSet, precision: Precision) -> Answers:
     """What a network says of them."""
     found = [(logits.cpu(), labels.cpu()) for (logits,), labels in predict([net], images, precision)]
     return Answers(*(torch.cat(parts).numpy() for parts in zip(*found, strict=True)))
@@ -114,14 +114,14 @@ class Explained(NamedTuple):
 class Part:
     """Some of the images of others, a few in each batch; ``places`` are which, all where it is None."""
 
-    def __init__(self, whole: Labelled, places: npt.NDArray[np.int64] | None = None) -> None:
+    def __init__(self, whole: EvalSet, places: npt.NDArray[np.int64] | None = None) -> None:
         self.whole, self.places = whole, np.arange(len(whole)) if places is None else places
 
     def __len__(self) -> int:
         return len(self.places)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """As ``Labelled`` says."""
+        """As ``EvalSet`` says."""
         begin = 0
         for images, labels in self.whole.batches():
             inside = self.places[(self.places >= begin) & (self.places < begin + len(labels))] - begin
@@ -131,7 +131,7 @@ class Part:
 
 
 def other_images(
-    net: Network, teacher: NetworkRef, data: DeviceData, images: Labelled, precision: Precision, answers: Answers, *, sizes: bool
+    net: Network, teacher: NetworkRef, data: DeviceData, images: EvalSet, precision: Precision, answers: Answers, *, sizes: bool
 ) -> str:
     """How much better the teacher is under the best of the usual normalisations or, if wanted, sizes, where that is much; else empty."""
     least, own = max(answers.accuracy + GAIN, answers.guessed), net.front
@@ -148,7 +148,7 @@ def other_images(
 
 
 def _other_normalisations(
-    net: Network, teacher: NetworkRef, data: DeviceData, images: Labelled, precision: Precision
+    net: Network, teacher: NetworkRef, data: DeviceData, images: EvalSet, precision: Precision
 ) -> Iterator[Explained]:
     seen = given(data)
     channels = teacher.view.over(seen).channels
@@ -162,7 +162,7 @@ def _other_normalisations(
 
 
 def _other_sizes(
-    net: Network, teacher: NetworkRef, data: DeviceData, images: Labelled, precision: Precision, answers: Answers, least: float
+    net: Network, teacher: NetworkRef, data: DeviceData, images: EvalSet, precision: Precision, answers: Answers, least: float
 ) -> Iterator[Explained]:
     """Each size on a few images, in some seconds, and the best of them on all; those that the network can't take are passed over."""
     seen, until = given(data), time.perf_counter() + SECONDS
@@ -185,7 +185,7 @@ def _side(view: View) -> set[int]:
     return {view.height} if view.height is not None and view.height == view.width else set()
 
 
-def _at(size: int, net: Network, teacher: NetworkRef, seen: View, images: Labelled, precision: Precision) -> float | None:
+def _at(size: int, net: Network, teacher: NetworkRef, seen: View, images: EvalSet, precision: Precision) -> float | None:
     """The accuracy on images of that size; None where the network can't take them."""
     net.front = front(seen, replace(teacher.view, height=size, width=size))
     try:

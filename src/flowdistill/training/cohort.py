@@ -78,7 +78,7 @@ class Progress:
     Attributes:
         terms: mean of each unweighted term over the epoch's steps.
         evaluation: None when the student diverged.
-        correct: right answers on the curve's images.
+        correct: right answers on the epoch's images.
         error: why it was given up, or empty.
     """
 
@@ -149,7 +149,7 @@ def train_epoch(cohort: Cohort, epoch: int, epochs: int, on_step: Callable[[], N
 
 def _measure(cohort: Cohort, epoch: int, epochs: int) -> dict[Student, Progress]:
     """Evaluate every student, check the teachers, and read all figures in one transfer from the device."""
-    students, steps, images = cohort.students, cohort.seed_groups[0].batches.steps, len(cohort.data.curve)
+    students, steps, images = cohort.students, cohort.seed_groups[0].batches.steps, len(cohort.data.epoch_images)
     teachers = [seed_group.teacher for seed_group in cohort.seed_groups if seed_group.teacher is not None]
     found = cohort.engine.evaluate(students, cohort.data)
     figures = [teacher.drift() for teacher in teachers]

@@ -51,12 +51,12 @@ class Engine:
         for step, batches in enumerate(zip(*(seed_group.batches.epoch(number) for seed_group in seed_groups), strict=True)):
             for seed_group, (images, batch) in zip(seed_groups, batches, strict=True):
                 with seed_group.teaching(number, step):
-                    taught = self.teach(seed_group, images)
-                heard = seed_group.heard(taught)
+                    teacher_outputs = self.teach(seed_group, images)
+                heard = seed_group.heard(teacher_outputs)
                 for group in seed_group.peer_groups:
                     lr = rates[group[0]][step]
                     with drawing(group, number, step, images.device):
-                        train_step(group, images, taught, batch, lr=lr, precision=self.precision, losses=self.losses, heard=heard)
+                        train_step(group, images, teacher_outputs, batch, lr=lr, precision=self.precision, losses=self.losses, heard=heard)
             yield
 
     def of(self, student: Student) -> str:  # noqa: ARG002 (a graph tells)
@@ -69,21 +69,21 @@ class Engine:
 
     def teach(self, seed_group: SeedGroup, images: Tensor) -> Outputs | None:
         """What the teacher says of a batch, once for all students of the seed group."""
-        return self.ask(seed_group.teacher, images) if seed_group.teacher is not None and seed_group.taught else None
+        return self.ask(seed_group.teacher, images) if seed_group.teacher is not None and seed_group.needs_teacher else None
 
     def ask(self, teacher: Teacher, images: Tensor) -> Outputs:
         """A teacher's outputs."""
         return teacher.teach(images)
 
     def losses(
-        self, group: PeerGroup, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision
+        self, group: PeerGroup, images: Tensor, teacher_outputs: Outputs | None, batch: Batch, precision: Precision
     ) -> list[dict[str, Tensor]]:
         """Each student's terms on a batch."""
-        return losses(group, images, taught, batch, precision)
+        return losses(group, images, teacher_outputs, batch, precision)
 
     def evaluate(self, students: Sequence[Student], data: Supply) -> list[Evaluation]:
-        """Measure students on the curve's images."""
-        return evaluate_all([student.net for student in students], data.curve, self.precision)
+        """Measure students on the epoch's images."""
+        return evaluate_all([student.net for student in students], data.epoch_images, self.precision)
 
 
 class EagerEngine(Engine):
@@ -108,7 +108,7 @@ class CompiledEngine(Engine):
     def ready(self, seed_groups: Sequence[SeedGroup]) -> Engine:
         """Compile what is new, by one step that is taken back."""
         new = {_kind(group) for seed_group in seed_groups for group in seed_group.peer_groups} | {
-            seed_group.teacher for seed_group in seed_groups if seed_group.taught
+            seed_group.teacher for seed_group in seed_groups if seed_group.needs_teacher
         }
         if new <= self._tried:
             return self
@@ -134,7 +134,7 @@ class CompiledEngine(Engine):
         return self._teachers[teacher](images)
 
     def losses(
-        self, group: PeerGroup, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision
+        self, group: PeerGroup, images: Tensor, teacher_outputs: Outputs | None, batch: Batch, precision: Precision
     ) -> list[dict[str, Tensor]]:
         """Compiled once a kind of student; weights and statistics are its inputs."""
         kind = _kind(group)
@@ -142,12 +142,12 @@ class CompiledEngine(Engine):
             self._losses[kind] = _compile(_computing(group, precision))
         objective = Objective(group)
         tensors = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
-        return self._losses[kind](tensors, images, taught, batch)
+        return self._losses[kind](tensors, images, teacher_outputs, batch)
 
     def evaluate(self, students: Sequence[Student], data: Supply) -> list[Evaluation]:
         """Compiled as well on a GPU, where plain passes are bound by launches; on a CPU compiling costs more than it saves."""
         ask = self._answer if data.device.type in EVALUATION_COMPILED else plainly
-        return evaluate_all([student.net for student in students], data.curve, self.precision, ask)
+        return evaluate_all([student.net for student in students], data.epoch_images, self.precision, ask)
 
     def _answer(self, net: Network, images: Tensor) -> Outputs:
         """Compiled once an architecture; plainly where that can't be."""
@@ -166,17 +166,17 @@ class CompiledEngine(Engine):
 
 def _kind(group: PeerGroup) -> tuple[Any, ...]:
     """Students of one kind have one compiled function."""
-    options = tuple((name, repr(option)) for name, option in group[0].settled.options.items())
+    options = tuple((name, repr(option)) for name, option in group[0].resolved.options.items())
     networks = tuple((type(student.net), student.net.spec, student.net.taps) for student in group)
-    return networks, options, group[0].taught
+    return networks, options, group[0].needs_teacher
 
 
 def _computing(group: PeerGroup, precision: Precision) -> Callable[..., list[dict[str, Tensor]]]:
     """``losses`` with the tensors of any students of this kind in the place of these."""
     objective = _hollow(Objective(group), {})
 
-    def compute(tensors: dict[str, Tensor], images: Tensor, taught: Outputs | None, batch: Batch) -> list[dict[str, Tensor]]:
-        found: list[dict[str, Tensor]] = functional_call(objective, tensors, (images, taught, batch, precision))
+    def compute(tensors: dict[str, Tensor], images: Tensor, teacher_outputs: Outputs | None, batch: Batch) -> list[dict[str, Tensor]]:
+        found: list[dict[str, Tensor]] = functional_call(objective, tensors, (images, teacher_outputs, batch, precision))
         return found
 
     return compute

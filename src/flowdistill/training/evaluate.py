@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.interfaces import Labelled
+from ..data.interfaces import EvalSet
 from ..device import Precision, autocast
 from ..models import Network
 from ..models.state import kept
@@ -37,7 +37,7 @@ class Evaluation(NamedTuple):
         return (~self.probabilities.isfinite()).sum()
 
 
-def evaluate(net: Network, on: Labelled, precision: Precision) -> Evaluation:
+def evaluate(net: Network, on: EvalSet, precision: Precision) -> Evaluation:
     """Measure a network in eval mode on all images, the last partial batch included; its mode is put back after.
 
     Raises:
@@ -56,7 +56,7 @@ def plainly(net: Network, images: Tensor) -> Outputs:
     return outputs
 
 
-def evaluate_all(nets: Sequence[Network], on: Labelled, precision: Precision, ask: Ask = plainly) -> list[Evaluation]:
+def evaluate_all(nets: Sequence[Network], on: EvalSet, precision: Precision, ask: Ask = plainly) -> list[Evaluation]:
     """Measure several networks in one pass over the images."""
     known: list[Tensor] = []
     tops: list[list[tuple[Tensor, Tensor]]] = [[] for _ in nets]
@@ -77,7 +77,7 @@ def evaluate_all(nets: Sequence[Network], on: Labelled, precision: Precision, as
 
 
 @torch.no_grad()
-def predict(nets: Sequence[Network], on: Labelled, precision: Precision, ask: Ask = plainly) -> Iterator[tuple[list[Tensor], Tensor]]:
+def predict(nets: Sequence[Network], on: EvalSet, precision: Precision, ask: Ask = plainly) -> Iterator[tuple[list[Tensor], Tensor]]:
     """Logits float32 [B, K] of each network in eval mode and labels [B], a batch after the other; their modes are put back after.
 
     What layers draw in eval mode is a function of the batch's number alone: to be measured again gives the same.

@@ -23,7 +23,7 @@ from .task import TASK
 
 
 def gradient_ratios(
-    group: PeerGroup, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision
+    group: PeerGroup, images: Tensor, teacher_outputs: Outputs | None, batch: Batch, precision: Precision
 ) -> dict[Student, dict[str, float]]:
     """The norm of each weighted term's gradient on its network's weights, relative to that of the task at weight 1.
 
@@ -40,7 +40,7 @@ def gradient_ratios(
             given = objective.answer(images, precision)
         for student, outputs in zip(group, given, strict=True):
             student.net.refuse_cut(outputs, embedding=student.method.needs.embedding)
-        found = objective.compare(given, taught, batch)
+        found = objective.compare(given, teacher_outputs, batch)
         for student, outputs, terms in zip(group, given, found, strict=True):
             student.refuse_broken(outputs, terms)
         return _ratios(group, images, found)
@@ -62,11 +62,11 @@ def _ratios(group: PeerGroup, images: Tensor, found: Sequence[dict[str, Tensor]]
         student.refuse_idle(terms)
         weights = [parameter for parameter in student.net.parameters() if parameter.requires_grad]
         task = max(norm(terms.pop(TASK), weights), 1e-30)
-        ratios[student] = {term: norm(student.settled.weights[term] * value, weights) / task for term, value in terms.items()}
+        ratios[student] = {term: norm(student.resolved.weights[term] * value, weights) / task for term, value in terms.items()}
     return ratios
 
 
-def refuse_short(group: PeerGroup, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision, count: int) -> None:
+def refuse_short(group: PeerGroup, images: Tensor, teacher_outputs: Outputs | None, batch: Batch, precision: Precision, count: int) -> None:
     """Compute the terms of the first ``count`` images of a batch, as many as the smallest batch to come will have; changes nothing.
 
     Raises:
@@ -77,12 +77,14 @@ def refuse_short(group: PeerGroup, images: Tensor, taught: Outputs | None, batch
         return None if value is None else value[:count]
 
     short = Batch(few(batch.labels), few(batch.indices), batch.epoch)
-    if taught is not None:
-        taught = Outputs(few(taught.logits), few(taught.embedding), {name: few(value) for name, value in taught.maps.items()})
+    if teacher_outputs is not None:
+        teacher_outputs = Outputs(
+            few(teacher_outputs.logits), few(teacher_outputs.embedding), {name: few(value) for name, value in teacher_outputs.maps.items()}
+        )
     objective = Objective(group)
     try:
         with torch.no_grad(), kept(objective), drawing(group, 0, 0, images.device), _failures_of(group, images[:count]):
-            objective(images[:count], taught, short, precision)
+            objective(images[:count], teacher_outputs, short, precision)
     except UserError as error:
         raise UserError(f"{error}; so few images has the smallest batch: let the loader drop its last one (drop_last=True)") from None
 
@@ -112,12 +114,12 @@ def first_gradients(cohort: Cohort) -> dict[Student, dict[str, float]]:
     for seed_group in cohort.seed_groups:
         images, batch = _first_labelled(seed_group.batches.with_labels())
         with seed_group.teaching(0, 0):
-            taught = seed_group.teacher.teach(images) if seed_group.teacher else None
-        refuse_first(images, seed_group.teacher, taught)
+            teacher_outputs = seed_group.teacher.teach(images) if seed_group.teacher else None
+        refuse_first(images, seed_group.teacher, teacher_outputs)
         for group in seed_group.peer_groups:
-            found |= gradient_ratios(group, images, taught, batch, cohort.precision)
+            found |= gradient_ratios(group, images, teacher_outputs, batch, cohort.precision)
             if seed_group.batches.least < len(images):
-                refuse_short(group, images, taught, batch, cohort.precision, seed_group.batches.least)
+                refuse_short(group, images, teacher_outputs, batch, cohort.precision, seed_group.batches.least)
     return found
 
 

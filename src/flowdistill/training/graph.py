@@ -68,14 +68,14 @@ class StaticStep:
         for seed_group, source, draws in zip(self.seed_groups, self.sources, self.draws, strict=True):
             with self._on(turn) as own:
                 images, batch = self.inner.draw(source, draws, shown, self.number)
-                taught = self.inner.teach(seed_group, images)
-                heard = seed_group.heard(taught)
-            alive.append((images, batch, taught, heard))
+                teacher_outputs = self.inner.teach(seed_group, images)
+                heard = seed_group.heard(teacher_outputs)
+            alive.append((images, batch, teacher_outputs, heard))
             for group in seed_group.peer_groups:
                 with self._on(turn, after=own):
                     lr = self.rates[group[0]].index_select(0, self.counter).view(())
                     precision, losses = self.inner.precision, self.inner.losses
-                    train_step(group, images, taught, batch, lr=lr, precision=precision, losses=losses, heard=heard)
+                    train_step(group, images, teacher_outputs, batch, lr=lr, precision=precision, losses=losses, heard=heard)
                 turn += 1
         for stream in self.streams[:turn]:  # a stream that was given nothing is no part of a capture
             torch.cuda.current_stream().wait_stream(stream)
@@ -298,7 +298,7 @@ def _known_hindrance(seed_group: SeedGroup, group: PeerGroup) -> str:
     """Why a group's step can't be captured, as far as its networks tell; else empty."""
     if any(student.net.draws_from is not None for student in group):
         return "a student's layers draw random numbers (dropout), which would not be those of its seed in a graph"
-    teacher = seed_group.teacher.given if seed_group.teacher is not None and any(student.taught for student in group) else None
+    teacher = seed_group.teacher.given if seed_group.teacher is not None and any(student.needs_teacher for student in group) else None
     if teacher is not None and (teacher.draws_always or teacher.unsettled):
         return "a teacher draws random numbers in eval mode, or moves its buffers, which a graph would not hold to its seed"
     if growing := next((student.net for student in group if student.net.grown), None):
@@ -317,7 +317,7 @@ def _only(seed_group: SeedGroup, wanted: Callable[[PeerGroup], bool]) -> SeedGro
 
 
 def _named(group: PeerGroup) -> str:
-    return f"{group[0].settled.name} {group[0].net.spec.name}"
+    return f"{group[0].resolved.name} {group[0].net.spec.name}"
 
 
 def _width(trials: Sequence[Trial], device: torch.device) -> int:

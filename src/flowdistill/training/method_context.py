@@ -68,7 +68,7 @@ def class_means(teacher: Network, data: Supply, precision: Precision) -> Tensor:
     assert not teacher.training
     sums = torch.zeros(data.spec.classes, teacher.spec.embedding, device=data.device)
     counts = torch.zeros_like(sums[:, 0], dtype=torch.int64)
-    for step, (images, labels) in enumerate(data.trained.batches()):
+    for step, (images, labels) in enumerate(data.train_eval.batches()):
         with answering(teacher, "class means", step, data.device):
             sums.index_add_(0, labels, teach(teacher, images, precision).embedding.float())
         counts += torch.bincount(labels, minlength=len(counts))

@@ -10,7 +10,7 @@ from ..methods import Method, Phase
 from ..models import Network
 
 
-def trained_parameters(net: Network, method: Method, phase: Phase) -> list[nn.Parameter]:
+def trainable_parameters(net: Network, method: Method, phase: Phase) -> list[nn.Parameter]:
     """What a phase moves: the network (less its head where the phase leaves that out) and the adapters of active terms.
 
     What is left out gets no step and no weight decay.
@@ -28,7 +28,7 @@ def build_optimizer(net: Network, method: Method, phase: Phase, train: TrainConf
     Its fused form, which a CUDA graph can hold, with momentum at zero from the start, in the memory layout of its parameter.
     """
     optimizer = torch.optim.SGD(
-        trained_parameters(net, method, phase),
+        trainable_parameters(net, method, phase),
         lr=phase.lr or train.lr,
         momentum=train.momentum,
         weight_decay=train.weight_decay,

@@ -18,12 +18,12 @@ from .student import PeerGroup
 from .task import TASK, task_loss
 
 
-def terms(method: Method, own: Outputs, taught: Outputs | None, batch: Batch, smoothing: float) -> dict[str, Tensor]:
+def terms(method: Method, own: Outputs, teacher_outputs: Outputs | None, batch: Batch, smoothing: float) -> dict[str, Tensor]:
     """Every unweighted term of a network's outputs, float32 scalars. Without labels there is no task."""
     task = task_loss(own.logits, batch, smoothing)
     found = {} if task is None else {TASK: task}
-    if taught is not None or not method.uses_teacher:
-        found |= method(own, taught, Batch(batch.labels, batch.indices, batch.epoch, batch.peers))
+    if teacher_outputs is not None or not method.uses_teacher:
+        found |= method(own, teacher_outputs, Batch(batch.labels, batch.indices, batch.epoch, batch.peers))
     return found
 
 
@@ -36,29 +36,31 @@ class Objective(nn.Module):
         self.nets = nn.ModuleList(student.net for student in group)
         self.methods = nn.ModuleList(student.method for student in group)
 
-    def forward(self, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> list[dict[str, Tensor]]:
+    def forward(self, images: Tensor, teacher_outputs: Outputs | None, batch: Batch, precision: Precision) -> list[dict[str, Tensor]]:
         """Every unweighted term of each student, float32 scalars; the networks run under ``precision``, the losses never in half."""
-        return self.compare(self.answer(images, precision), taught, batch)
+        return self.compare(self.answer(images, precision), teacher_outputs, batch)
 
     def answer(self, images: Tensor, precision: Precision) -> list[Outputs]:
         """What each network gives."""
         with autocast(images.device, precision):
             return [net(images) for net in self.nets]
 
-    def compare(self, given: Sequence[Outputs], taught: Outputs | None, batch: Batch) -> list[dict[str, Tensor]]:
+    def compare(self, given: Sequence[Outputs], teacher_outputs: Outputs | None, batch: Batch) -> list[dict[str, Tensor]]:
         """Every unweighted term of each student, of what all gave."""
         found = []
         for number, (own, method) in enumerate(zip(given, self.methods, strict=True)):
             assert isinstance(method, Method)
             peers = (*given[:number], *given[number + 1 :])
             told = Batch(batch.labels, batch.indices, batch.epoch, peers, batch.targets)
-            found.append(terms(method, own, taught, told, self.smoothing))
+            found.append(terms(method, own, teacher_outputs, told, self.smoothing))
         return found
 
 
-def losses(group: PeerGroup, images: Tensor, taught: Outputs | None, batch: Batch, precision: Precision) -> list[dict[str, Tensor]]:
+def losses(
+    group: PeerGroup, images: Tensor, teacher_outputs: Outputs | None, batch: Batch, precision: Precision
+) -> list[dict[str, Tensor]]:
     """Every unweighted term of this phase, of each student."""
-    found: list[dict[str, Tensor]] = Objective(group)(images, taught, batch, precision)
+    found: list[dict[str, Tensor]] = Objective(group)(images, teacher_outputs, batch, precision)
     return found
 
 
@@ -74,7 +76,7 @@ Losses = Callable[[PeerGroup, Tensor, "Outputs | None", Batch, Precision], list[
 def train_step(
     group: PeerGroup,
     images: Tensor,
-    taught: Outputs | None,
+    teacher_outputs: Outputs | None,
     batch: Batch,
     *,
     lr: Tensor,
@@ -90,14 +92,14 @@ def train_step(
     """
     nets = [student.net for student in group]
     with counted_at_once(nets), cast_at_once(nets, precision) as casts:
-        found = losses(group, images, taught if group[0].taught else None, batch, precision)
+        found = losses(group, images, teacher_outputs if group[0].needs_teacher else None, batch, precision)
     weighted = [student.weighted(terms) for student, terms in zip(group, found, strict=True)]
     total = functools.reduce(torch.add, weighted)
-    trained = [parameter for student in group for parameter in student.trained()]
-    asked = [casts.get(parameter, parameter) for parameter in trained]
-    give(trained, torch.autograd.grad(total, asked, allow_unused=True))
+    parameters = [parameter for student in group for parameter in student.trainable_parameters()]
+    asked = [casts.get(parameter, parameter) for parameter in parameters]
+    give(parameters, torch.autograd.grad(total, asked, allow_unused=True))
     for student, terms in zip(group, found, strict=True):
-        for parameters in student.optimizer.param_groups:
-            parameters["lr"] = lr
+        for param_group in student.optimizer.param_groups:
+            param_group["lr"] = lr
         student.optimizer.step()
         student.tally.add({**terms, **heard})

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from ..checks import UserError
 from ..config import TrainConfig
 from ..data.interfaces import Batches
-from ..methods import Method, Phase, Settled
+from ..methods import Method, Phase, ResolvedMethod
 from ..models import Network
 from ..types import Outputs
 from .evaluate import answering
 from .freeze import freeze
-from .optim import build_optimizer, trained_parameters
+from .optim import build_optimizer, trainable_parameters
 from .said import looked_at
 from .schedule import WARMUP, lr_factor
 from .tally import Tally, are
@@ -32,11 +32,11 @@ class Student:
         peers: the students that it teaches and is taught by, where its method is mutual.
     """
 
-    def __init__(self, net: Network, method: Method, settled: Settled, train: TrainConfig) -> None:
-        self.net, self.method, self.settled, self.train = net, method, settled, train
+    def __init__(self, net: Network, method: Method, resolved: ResolvedMethod, train: TrainConfig) -> None:
+        self.net, self.method, self.resolved, self.train = net, method, resolved, train
         self._still = freeze(net, train.freeze)
-        for phase in settled.phases:
-            if not trained_parameters(net, method, phase):
+        for phase in resolved.phases:
+            if not trainable_parameters(net, method, phase):
                 raise UserError(f"{self._frozen} leaves nothing to train in phase {phase.name!r}; freeze less")
         self.optimizer: torch.optim.SGD
         self.weights = {}
@@ -57,8 +57,8 @@ class Student:
         Raises:
             UserError: a phase none of whose terms depends on anything that is trained.
         """
-        for phase in self.settled.phases:
-            if not any(terms[term].requires_grad for term in self.settled.counted(phase) if term in terms):
+        for phase in self.resolved.phases:
+            if not any(terms[term].requires_grad for term in self.resolved.counted(phase) if term in terms):
                 raise UserError(f"{self._frozen} leaves nothing to train that a loss of phase {phase.name!r} depends on; freeze less")
 
     def refuse_broken(self, own: Outputs, terms: Mapping[str, Tensor]) -> None:
@@ -74,8 +74,8 @@ class Student:
             raise UserError(f"student {name}: its logits are not finite {when}, though its weights are; mend it, or choose another")
         if broken := [term for term, value in terms.items() if not value.isfinite()]:
             whose = "what teacher and student give is" if self.method.uses_teacher else "its logits are"
-            cure = f"give {self.settled.name} other options, or choose another method or student"
-            raise UserError(f"{self.settled.name} {name}: {are(broken)} not finite {when}, though {whose}; {cure}")
+            cure = f"give {self.resolved.name} other options, or choose another method or student"
+            raise UserError(f"{self.resolved.name} {name}: {are(broken)} not finite {when}, though {whose}; {cure}")
 
     def choose(self, epoch: int, correct: int, *, keep: bool) -> None:
         """This epoch's weights are to ship; with ``keep`` a copy outlives the epochs to come."""
@@ -89,17 +89,17 @@ class Student:
 
     def begin_phase(self, number: int) -> None:
         """A fresh optimiser, and the weights of the terms that count."""
-        self.phase: Phase = self.settled.phases[number]
+        self.phase: Phase = self.resolved.phases[number]
         self.optimizer = build_optimizer(self.net, self.method, self.phase, self.train)
-        self.weights = self.settled.counted(self.phase)
+        self.weights = self.resolved.counted(self.phase)
         task = () if self.train.mixup is True else (TASK,)
-        terms = (*task, *self.method.terms) if self.taught or not self.method.uses_teacher else task
+        terms = (*task, *self.method.terms) if self.needs_teacher or not self.method.uses_teacher else task
         self.tally = Tally(terms, self.looks_at, next(self.net.parameters()).device)
 
     @property
     def looks_at(self) -> tuple[str, ...]:
         """What of the teacher's outputs its method looks at in this phase."""
-        return looked_at(self.method.needs) if self.taught else ()
+        return looked_at(self.method.needs) if self.needs_teacher else ()
 
     @property
     def sums(self) -> dict[str, Tensor]:
@@ -111,7 +111,7 @@ class Student:
         tensors = {f"net.{name}": value for name, value in self.net.state_dict().items()}
         tensors |= {f"method.{name}": value for name, value in self.method.state_dict().items()}
         tensors |= {f"chosen.{name}": value for name, value in (self._chosen or {}).items()}
-        for number, parameter in enumerate(self.trained()):
+        for number, parameter in enumerate(self.trainable_parameters()):
             momentum = self.optimizer.state[parameter].get("momentum_buffer")
             if momentum is not None:
                 tensors[f"momentum.{number}"] = momentum
@@ -134,7 +134,7 @@ class Student:
         if phase is None:
             return
         self.begin_phase(phase)
-        for number, parameter in enumerate(self.trained()):
+        for number, parameter in enumerate(self.trainable_parameters()):
             if f"momentum.{number}" in tensors:
                 momentum = torch.empty_like(parameter, requires_grad=False)
                 self.optimizer.state[parameter]["momentum_buffer"] = momentum.copy_(tensors[f"momentum.{number}"])
@@ -153,12 +153,12 @@ class Student:
         buffers = (f"buffer {name}" for it in places for name, value in it.named_buffers() if not (value < torch.inf).all())
         return [found for found in (next(weights, ""), next(buffers, "")) if found]
 
-    def trained(self) -> list[nn.Parameter]:
+    def trainable_parameters(self) -> list[nn.Parameter]:
         """What the optimiser moves in this phase."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     @property
-    def taught(self) -> bool:
+    def needs_teacher(self) -> bool:
         """Whether the teacher is needed in this phase."""
         return self.method.uses_teacher and any(term != TASK for term in self.weights)
 
@@ -222,13 +222,13 @@ class SeedGroup:
         return list(dict.fromkeys(found.values()))
 
     @property
-    def taught(self) -> bool:
+    def needs_teacher(self) -> bool:
         """Whether a student needs the teacher in this phase."""
-        return self.teacher is not None and any(student.taught for student in self.students)
+        return self.teacher is not None and any(student.needs_teacher for student in self.students)
 
-    def heard(self, taught: Outputs | None) -> dict[str, Tensor]:
+    def heard(self, teacher_outputs: Outputs | None) -> dict[str, Tensor]:
         """Whether what the teacher said is finite, a scalar for each output, once for all students."""
-        return {} if taught is None or self.teacher is None else self.teacher.measure(taught)
+        return {} if teacher_outputs is None or self.teacher is None else self.teacher.measure(teacher_outputs)
 
     def teaching(self, epoch: int, step: int) -> contextlib.AbstractContextManager[None]:
         """Its teacher answers inside: what that draws is a function of (seed, epoch, step) alone, and nothing of it moves."""

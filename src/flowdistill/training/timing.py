@@ -44,10 +44,10 @@ def seconds_per_epoch(cohort: Cohort, steps: int = 5) -> float:
 def _evaluation_seconds(cohort: Cohort) -> float:
     """What evaluating every student takes, from a second batch of each; the first warms up."""
     data, started = cohort.data, 0.0
-    part = First(data.curve, at_once(data.spec.height, data.spec.width, data.device))
+    part = First(data.epoch_images, at_once(data.spec.height, data.spec.width, data.device))
     for _ in range(2):
         started = time.perf_counter()
         for student in cohort.students:
             evaluate(student.net, part, cohort.precision)
         synchronize(data.device)
-    return (time.perf_counter() - started) * len(data.curve) / len(part)
+    return (time.perf_counter() - started) * len(data.epoch_images) / len(part)

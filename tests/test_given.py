@@ -147,7 +147,7 @@ def test_other_training_data_are_other_data(sets: Any) -> None:
     later[-1] = (later[-1] + 1) % 10
     whole = TensorDataset(images, labels)
     weighted = WeightedRandomSampler([1.0] * 99 + [0.0] * 51, 150)
-    trained_on = {
+    sizes_of = {
         "as it is": DataLoader(whole, 50),
         "shuffled": DataLoader(whole, 50, shuffle=True),
         "drawn": DataLoader(whole, 50, sampler=weighted),
@@ -158,7 +158,7 @@ def test_other_training_data_are_other_data(sets: Any) -> None:
         "scaled": DataLoader(Scaled(whole), 50),
         "scaled more": DataLoader(Scaled(whole, 2.0), 50),
     }
-    hashes = {name: given.adopt(train, val).hash() for name, train in trained_on.items()}
+    hashes = {name: given.adopt(train, val).hash() for name, train in sizes_of.items()}
     assert len(set(hashes.values())) == len(hashes)
     assert given.adopt(DataLoader(TensorDataset(images.clone(), labels), 50), val).hash() == hashes["as it is"]
 

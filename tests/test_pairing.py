@@ -9,7 +9,7 @@ from pairs import network
 
 from flowdistill import models
 from flowdistill.checks import UserError
-from flowdistill.models.front import View, front
+from flowdistill.models.input_adapter import InputSpec, input_adapter
 from flowdistill.runner.pairing import compared, pair
 from flowdistill.types import DataSpec
 
@@ -103,7 +103,7 @@ def test_what_is_told():
     )
 
 
-GIVEN = View(3, 8, 8, (0.5, 0.4, 0.3), (0.25, 0.2, 0.1))
+GIVEN = InputSpec(3, 8, 8, (0.5, 0.4, 0.3), (0.25, 0.2, 0.1))
 
 
 def pixels(channels=3, size=8):
@@ -116,41 +116,41 @@ def normalised(pixels, view):
 
 
 def test_nothing_where_nothing_differs():
-    assert front(GIVEN, View()) is None
-    assert front(GIVEN, GIVEN) is None
+    assert input_adapter(GIVEN, InputSpec()) is None
+    assert input_adapter(GIVEN, GIVEN) is None
 
 
 def test_another_normalisation():
-    own = View(mean=(0.1, 0.2, 0.9), std=(0.5, 0.25, 1.0))
-    found = front(GIVEN, own)(normalised(pixels(), GIVEN))
+    own = InputSpec(mean=(0.1, 0.2, 0.9), std=(0.5, 0.25, 1.0))
+    found = input_adapter(GIVEN, own)(normalised(pixels(), GIVEN))
     torch.testing.assert_close(found, normalised(pixels(), own))
 
 
 @pytest.mark.parametrize("size", [5, 20])
 def test_another_size(size):
-    own = View(height=size, width=size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    found = front(GIVEN, own)(normalised(pixels(), GIVEN))
+    own = InputSpec(height=size, width=size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    found = input_adapter(GIVEN, own)(normalised(pixels(), GIVEN))
     expected = F.interpolate(pixels(), (size, size), mode="bilinear", antialias=True)
     torch.testing.assert_close(found, expected)
 
 
 def test_grey_for_three_channels():
-    grey, own = View(1, 8, 8, (0.5,), (0.25,)), View(3, mean=(0.1, 0.2, 0.9), std=(0.5, 0.25, 1.0))
-    found = front(grey, own)(normalised(pixels(1), grey))
+    grey, own = InputSpec(1, 8, 8, (0.5,), (0.25,)), InputSpec(3, mean=(0.1, 0.2, 0.9), std=(0.5, 0.25, 1.0))
+    found = input_adapter(grey, own)(normalised(pixels(1), grey))
     torch.testing.assert_close(found, normalised(pixels(1).expand(-1, 3, -1, -1), own))
 
 
 @pytest.mark.parametrize(
     ("own", "words"),
     [
-        (View(1), "the network takes 1 channels, the images have 3; set data.channels=1"),
-        (View(mean=(0.5, 0.5)), "inputs: mean has 2 values for 3 channels; give one for each"),
+        (InputSpec(1), "the network takes 1 channels, the images have 3; set data.channels=1"),
+        (InputSpec(mean=(0.5, 0.5)), "inputs: mean has 2 values for 3 channels; give one for each"),
     ],
 )
 def test_images_that_a_network_can_not_take(own, words):
     with pytest.raises(UserError, match=words):
-        front(GIVEN, own)
+        input_adapter(GIVEN, own)
 
 
 def test_it_leaves_no_weights():
-    assert front(GIVEN, View(height=4, width=4)).state_dict() == {}
+    assert input_adapter(GIVEN, InputSpec(height=4, width=4)).state_dict() == {}

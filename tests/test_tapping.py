@@ -225,7 +225,7 @@ def test_a_student_of_another_size_ships_with_it(taught, small_npz):
     net, about = load_network(path)
     assert about.front.input == (1, 12, 12)
     assert about.input != about.front.input
-    assert net.front.size == (12, 12)
+    assert net.input_adapter.size == (12, 12)
     said = command(taught.folder.parent, "evaluate", str(done.no), "--format", "json")
     assert json.loads(said.out)[0]["accuracy"] == done.accuracy
     (pupil,) = run([config(small_npz, method="kd", teacher=done.no, seed=3)], taught, CPU)

@@ -226,9 +226,9 @@ def _side(module: nn.Module, size: tuple[int, int, int], role: str) -> _Side:
     if uncompiled(module) is not module:
         raise UserError(f"{role} is compiled; give the module itself, and compile the Distiller: torch.compile(Distiller(...))")
     refuse_unready(module, type(module).__name__)
-    front = module.front if isinstance(module, Network) else None
-    if front is not None:
-        _, *size = front(torch.zeros(1, *size)).shape
+    adapter = module.input_adapter if isinstance(module, Network) else None
+    if adapter is not None:
+        _, *size = adapter(torch.zeros(1, *size)).shape
     if isinstance(module, Network) and not isinstance(module, Foreign):
         data = DataSpec("images", 0, module.spec.classes, *size)
         return _Side(models.spec(module.spec.name, data), data, _tapped(module))
@@ -237,7 +237,7 @@ def _side(module: nn.Module, size: tuple[int, int, int], role: str) -> _Side:
 
     def build(spec: NetSpec, taps: tuple[str, ...]) -> Network:
         net = Foreign(body, spec, taps, found)
-        net.front = front
+        net.input_adapter = adapter
         return net
 
     return _Side(found.spec(type(body).__name__), DataSpec("images", 0, found.classes, *size), build)

@@ -117,8 +117,8 @@ def full_disk_passed_over(cohort, members, folder, watcher):
 @bug(plan, "recorded_teacher", suite.test_it_keeps_the_teacher_it_began_with)
 def teacher_chosen_anew(run, ledger, data):
     """Resolved by name as for a new run: others have been trained since."""
-    wanted = references.Wanted(validate(run.config).data, run.data_hash, run.split, run.seed, run.init_hash, run.config["train"], "")
-    return references.choose_teacher(run.config["teacher"], wanted, ledger)
+    query = references.TeacherQuery(validate(run.config).data, run.data_hash, run.split, run.seed, run.init_hash, run.config["train"], "")
+    return references.choose_teacher(run.config["teacher"], query, ledger)
 
 
 @bug(Ledger, "reopen", test_ledger.test_reopening_forgets_what_comes_after_the_checkpoint)

@@ -12,7 +12,7 @@ import test_survey
 import test_tapping
 
 from flowdistill import distiller
-from flowdistill.models import front, head, hooks, stages, wide_resnet
+from flowdistill.models import head, hooks, input_adapter, stages, wide_resnet
 from flowdistill.models.watching import Layout
 from flowdistill.runner import pairing, references
 from flowdistill.runner.pairing import Pairing
@@ -53,13 +53,13 @@ def stages_paired_by_number(student, teacher, student_data, teacher_data, *, nam
     return Pairing(student, teacher)
 
 
-@bug(references, "front", test_tapping.test_a_teacher_sees_what_it_was_trained_on)
+@bug(references, "input_adapter", test_tapping.test_a_teacher_sees_what_it_was_trained_on)
 def teacher_sees_the_students_normalisation(given, own):
     """One normalisation for both: a teacher that was trained on another answers at chance level, and nobody asks."""
     return
 
 
-@bug(front.Front, "forward", test_pairing.test_another_normalisation)
+@bug(input_adapter.InputAdapter, "forward", test_pairing.test_another_normalisation)
 def shifted_before_it_is_scaled(self, images):
     """(x + shift) scale: right where both normalisations have one standard deviation."""
     return (images + self.shift) * self.scale

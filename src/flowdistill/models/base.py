@@ -16,7 +16,7 @@ from ..config import model_name
 from ..randomness import seeded
 from ..registry import Registry
 from ..types import DataSpec, NetSpec, Outputs, TapSpec
-from .front import Front, View
+from .input_adapter import InputAdapter, InputSpec
 from .state import shape_buffers
 
 CAM = "cam"
@@ -46,7 +46,7 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.front: Front | None = None
+        self.input_adapter: InputAdapter | None = None
         self.draws_from: int | None = None
         self.draws_always, self.unsettled, self.grown = False, False, frozenset[str]()
 
@@ -56,7 +56,7 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor) -> Outputs:
         """Images [N, C, H, W] -> Outputs."""
-        return self.answer(images if self.front is None else self.front(images))
+        return self.answer(images if self.input_adapter is None else self.input_adapter(images))
 
     def answer(self, images: Tensor) -> Outputs:
         """Images as the network was made for -> Outputs."""
@@ -172,7 +172,7 @@ class Factory(Protocol):
         """Whether its layers draw random numbers in train mode."""
         ...
 
-    def declared_view(self) -> View:
+    def declared_input_spec(self) -> InputSpec:
         """The images that published weights of it were made for, as far as that is known."""
         ...
 
@@ -243,9 +243,9 @@ class ImageFactory:
         """None here does."""
         return False
 
-    def declared_view(self) -> View:
+    def declared_input_spec(self) -> InputSpec:
         """Nothing is published."""
-        return View()
+        return InputSpec()
 
     def network(self, data: DataSpec) -> ImageNetwork:
         """The network for such data, which does not know its taps yet."""
@@ -317,6 +317,6 @@ def build(name: str, data: DataSpec, *, taps: tuple[str, ...] = (), seed: int = 
     return net
 
 
-def declared_view(name: str) -> View:
+def declared_input_spec(name: str) -> InputSpec:
     """The images that published weights of the network were made for, as far as its library says."""
-    return factory(name).declared_view()
+    return factory(name).declared_input_spec()

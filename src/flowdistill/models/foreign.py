@@ -26,8 +26,8 @@ from ..randomness import seeded
 from ..types import DataSpec, NetSpec, Outputs, TapSpec
 from .base import FORMS, Network
 from .code import contents, digest, hashes, own_modules, place_of
-from .front import View
 from .hooks import Keep, Seen, hook, remove_all
+from .input_adapter import InputSpec
 from .loading import Neighbours, of_file, of_package
 from .survey import LARGE, Survey, survey, takes_channels_last
 
@@ -277,16 +277,16 @@ class ForeignFactory:
         """As the dry run found."""
         return self.survey(data).draws
 
-    def declared_view(self) -> View:
+    def declared_input_spec(self) -> InputSpec:
         """Of a library's network what its configuration says."""
         where, _, name = self.name.partition(":")
         if where == "torchvision":
-            return View(None, LARGE, LARGE, IMAGENET_MEAN, IMAGENET_STD)
+            return InputSpec(None, LARGE, LARGE, IMAGENET_MEAN, IMAGENET_STD)
         configured = _configured(name) if where == "timm" else None
         if configured is None:
-            return View()
+            return InputSpec()
         _, height, width = configured.input_size
-        return View(None, height, width, tuple(configured.mean), tuple(configured.std))
+        return InputSpec(None, height, width, tuple(configured.mean), tuple(configured.std))
 
     def _matching(self, found: Survey, name: str, pattern: str) -> Iterator[TapSpec]:
         if pattern in found.ends:

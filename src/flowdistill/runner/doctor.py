@@ -148,8 +148,8 @@ def _parameters(network: NetworkRef, job: Job) -> int:
 def _seen(network: NetworkRef, data: DeviceData) -> str:
     """The images that a network sees."""
     come = given(data)
-    seen = network.view.over(come)
-    size, before = (f"{view.channels}x{view.height}x{view.width}" for view in (seen, come))
+    seen = network.input_spec.over(come)
+    size, before = (f"{input_spec.channels}x{input_spec.height}x{input_spec.width}" for input_spec in (seen, come))
     made = f" made of {before}" if size != before else ""
     whose = "the data's" if (seen.mean, seen.std) == (come.mean, come.std) else "its own"
     return f"sees {size}{made}, {whose} mean {listed(seen.mean)} and std {listed(seen.std)}"
@@ -179,7 +179,7 @@ def _of_answers(net: Network, teacher: NetworkRef, job: Job, data: DeviceData) -
     said = f"{teacher.model}: {answers.accuracy:.1%} of {len(answers.labels)} {which} images (chance {answers.chance:.1%})"
     if not np.isfinite(answers.logits).all():
         return Finding("answers", "wrong", f"{teacher.model}: its logits are not finite; is its file whole?")
-    recorded = teacher.saw is not None and "teacher" not in job.config.inputs  # its size is that of its training
+    recorded = teacher.trained_on is not None and "teacher" not in job.config.inputs  # its size is that of its training
     if better := other_images(net, teacher, data, shown, job.precision, answers, sizes=not recorded):
         return Finding("answers", "wrong", f"{said}; {better}")
     if order := another_order(answers, job.data.class_names):

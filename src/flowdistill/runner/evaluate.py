@@ -21,7 +21,7 @@ from ..device import Precision, computing, describe, resolve_precision
 from ..env import processor
 from ..ledger import STUDENT_FILE, Ledger
 from ..models import Network
-from ..models.front import View, front
+from ..models.input_adapter import InputSpec, input_adapter
 from ..talk import Remarks
 from ..training.evaluate import evaluate as measure
 from ..training.weights import fill, load_weights, refuse_misfit
@@ -48,15 +48,15 @@ class Taken(BaseModel):
         return self
 
     @property
-    def view(self) -> View:
+    def input_spec(self) -> InputSpec:
         """The same as a network sees them."""
-        return View(*self.input, self.mean, self.std)
+        return InputSpec(*self.input, self.mean, self.std)
 
 
 class About(Taken):
     """What a student's file must say of it to be measured again; ``record._about`` writes it, with more.
 
-    ``front`` are the images that the network itself takes, where they are not the data's.
+    ``input_adapter`` are the images that the network itself takes, where they are not the data's.
     """
 
     model: str
@@ -142,7 +142,7 @@ def load_network(path: Path, changes: Changes | None = None) -> tuple[Network, A
         refuse_misfit(models.build(about.model, spec), weights, str(path))
     net = models.build(about.model, spec)
     fill(net, weights, str(path))
-    net.front = front(about.view, own.view)
+    net.input_adapter = input_adapter(about.input_spec, own.input_spec)
     net.about = told
     net.changed = meet_changes(str(path), about.model, spec, weights, told, changes)
     return net.eval(), about

@@ -11,7 +11,7 @@ from typing import Any
 from .. import models
 from ..methods import Needs
 from ..models.foreign import is_foreign
-from ..models.front import View
+from ..models.input_adapter import InputSpec
 from .job import Job
 from .references import NetworkRef
 
@@ -55,8 +55,8 @@ def fingerprint(job: Job, needs: Needs, versions: Mapping[str, int], made_of: Ma
 
 def _other_images(teacher: NetworkRef, data_hash: str, split: str) -> list[Any]:
     """The size and normalisation that it was made for, where they need not be those of the images trained on; else nothing."""
-    same = teacher.saw is not None and (teacher.saw.data_hash, teacher.saw.split) == (data_hash, split)
-    return [] if same or teacher.view == View() else list(astuple(teacher.view))
+    same = teacher.trained_on is not None and (teacher.trained_on.data_hash, teacher.trained_on.split) == (data_hash, split)
+    return [] if same or teacher.input_spec == InputSpec() else list(astuple(teacher.input_spec))
 
 
 def _compared(job: Job, needs: Needs) -> list[list[str]]:

@@ -61,7 +61,15 @@ class Identities:
         """
         bare = replace(network, weights=None, head=True) if network.init else network
         sizes = bare.seen(data)
-        key = (bare.model, bare.fingerprint, bare.origin, bare.run, bare.view, tuple(bare.taps.items()), replace(sizes, name="", n_train=0))
+        key = (
+            bare.model,
+            bare.fingerprint,
+            bare.origin,
+            bare.run,
+            bare.input_spec,
+            tuple(bare.taps.items()),
+            replace(sizes, name="", n_train=0),
+        )
         if key not in self._found:
             self._found[key] = self._look(bare, data, sizes, trains)
         return self._found[key]

@@ -22,7 +22,7 @@ from .fingerprint import fingerprint
 from .identity import Identities
 from .integrity import changed_files
 from .job import Job, other_side, weights_seed
-from .references import NetworkRef, Wanted, as_configured, choose_teacher, first_weights, recorded_teacher, refuse_contaminated
+from .references import NetworkRef, TeacherQuery, as_configured, choose_teacher, first_weights, recorded_teacher, refuse_contaminated
 
 
 def plan(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device, *, stand_in: bool = False) -> list[Job]:
@@ -196,11 +196,11 @@ def _planned(
     student = as_configured(student, config, "student", data.spec).on(data)
     init_hash = _initial(student, data, config)
     recipe = config.train.model_dump(mode="json") | {"precision": _precision(config, student, data, device)}
-    wanted = Wanted(config.data.without_unlabelled, data_hash, config.split, config.seed, init_hash, recipe, str(ledger.folder))
-    refuse_contaminated(student, wanted)
+    query = TeacherQuery(config.data.without_unlabelled, data_hash, config.split, config.seed, init_hash, recipe, str(ledger.folder))
+    refuse_contaminated(student, query)
     teacher = None
     if resolved.uses_teacher and config.teacher is not None:
-        found = choose_teacher(config.teacher, wanted, ledger, stand_in=stand_in)
+        found = choose_teacher(config.teacher, query, ledger, stand_in=stand_in)
         teacher = as_configured(found, config, "teacher", data.spec)
     return _job(config, resolved, student, teacher, data, data_hash, init_hash, device)
 
@@ -211,13 +211,13 @@ def _precision(config: RunConfig, student: NetworkRef, data: ImageData, device: 
     Raises:
         UserError: that is what is wanted.
     """
-    wanted = config.train.precision
-    precision = resolve_precision(wanted, device)
+    query = config.train.precision
+    precision = resolve_precision(query, device)
     if device.type != "cpu" or precision == "fp32":
         return precision
     peers = [models.spec(config.peer, student.seen(data.spec))] if config.peer else []
     over = next((f"{net.name}'s {net.overstepped}" for net in (student.spec(data.spec), *peers) if net.overstepped), "")
-    if over and wanted == "bf16":
+    if over and query == "bf16":
         raise UserError(
             f"train.precision=bf16: the stride of {over} is larger than the map that it is given, where a CPU's bf16 gradients are not "
             f"sound; use fp32, or larger images"

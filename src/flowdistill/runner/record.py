@@ -22,7 +22,7 @@ from ..training.weights import hash_weights, save_weights, write_whole
 from .cohorts import Member
 from .integrity import listed, made_with, write_record
 from .job import Job
-from .references import trained_on
+from .references import sizes_of
 from .watcher import Report, Watcher
 
 
@@ -100,7 +100,7 @@ def finish(member: Member, cohort: Cohort, ledger: Ledger, device: torch.device)
     weights = student.net.state_dict()
     folder = ledger.run_folder(member.no)
     about = _about(job, data, int(final.correct)) | _own_input(student.net)
-    sizes = trained_on(about)
+    sizes = sizes_of(about)
     assert sizes is not None, "it was just written"
     about |= {"network": made_with(job.shipped_model, sizes, weights), "device": describe(device), "processor": processor()}
     save_weights(folder / STUDENT_FILE, weights, about)
@@ -160,9 +160,9 @@ def _about(job: Job, data: Supply, correct: int) -> dict[str, Any]:
 
 def _own_input(net: Network) -> dict[str, Any]:
     """The images that the network itself takes, where they are not the data's."""
-    if net.front is None:
+    if net.input_adapter is None:
         return {}
-    own = net.front.wanted
+    own = net.input_adapter.target
     return {"front": {"input": [own.channels, own.height, own.width], "mean": own.mean, "std": own.std}}
 
 

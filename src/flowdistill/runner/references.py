@@ -20,7 +20,7 @@ from ..data.normalisation import Normalisation
 from ..ledger import STUDENT_FILE, Ledger, Run, newest
 from ..models import Network
 from ..models.foreign import is_foreign
-from ..models.front import View, front
+from ..models.input_adapter import InputSpec, input_adapter
 from ..training.fitting import named_as_in, registered
 from ..training.weight_files import located
 from ..training.weights import fill, hash_weights, load_weights
@@ -28,7 +28,7 @@ from ..types import DataSpec, NetSpec
 from .integrity import meet_changes, meet_damage
 
 
-class Saw(NamedTuple):
+class TrainedOn(NamedTuple):
     """The images that a network was trained on: of which data set, under which split, and the hash of all."""
 
     dataset: str
@@ -47,12 +47,12 @@ class NetworkRef:
         fingerprint: what its numbers depend on. Of a file the hash of its weights; of a run that was named that run's, with its seed; of
             a teacher that was chosen by model name that of all it was chosen from; empty for fresh weights.
         init_hash: of the weights it began with, where known.
-        saw: what it was trained on, where known.
+        trained_on: what it was trained on, where known.
         labels: the names of its classes, where known.
         origin: as messages name it.
         init: of a student that begins from the weights of another network, that network's fingerprint.
         head: whether the weights of its classifier are taken, or fresh ones stand.
-        view: the images that it was made for, as far as they are not the data's.
+        input_spec: the images that it was made for, as far as they are not the data's.
         taps: a table of taps that the user gave, name -> where it is found.
     """
 
@@ -61,12 +61,12 @@ class NetworkRef:
     run: int | None = None
     fingerprint: str = ""
     init_hash: str = ""
-    saw: Saw | None = None
+    trained_on: TrainedOn | None = None
     labels: tuple[str, ...] = ()
     origin: str = ""
     init: str = ""
     head: bool = True
-    view: View = View()  # noqa: RUF009 (frozen)
+    input_spec: InputSpec = InputSpec()  # noqa: RUF009 (frozen)
     taps: Mapping[str, str] = field(default_factory=dict)
 
     def seen(self, data: DataSpec) -> DataSpec:
@@ -91,7 +91,7 @@ class NetworkRef:
 
     def _sized(self, data: DataSpec) -> DataSpec:
         """The data in the sizes that the network was made for."""
-        own = self.view
+        own = self.input_spec
         return replace(data, channels=own.channels or data.channels, height=own.height or data.height, width=own.width or data.width)
 
     def spec(self, data: DataSpec) -> NetSpec:
@@ -135,7 +135,7 @@ class NetworkRef:
         """
         net = models.build(self.model, self.seen(data), taps=taps, seed=seed, spec=spec)
         if given is not None:
-            net.front = front(View(data.channels, data.height, data.width, given.mean, given.std), self.view)
+            net.input_adapter = input_adapter(InputSpec(data.channels, data.height, data.width, given.mean, given.std), self.input_spec)
         if self.weights is not None:
             fresh = {} if self.head else {name: value for name, value in net.state_dict().items() if name.startswith(f"{net.spec.head}.")}
             fill(net, {**self.weights, **fresh}, self.origin)
@@ -199,43 +199,43 @@ def _from_file(path: Path, model: str | None, changes: Changes, otherwise: str |
         if alike := registered(weights):
             cure = f"its weights are those of a {alike}: write {shlex.quote(f'{alike}@{path}')}"
         raise UserError(f"weights file {path} does not say its model; {cure}")
-    if about.get("model") == named and (sizes := trained_on(about)) is not None:
+    if about.get("model") == named and (sizes := sizes_of(about)) is not None:
         meet_changes(str(path), named, sizes, weights, about, changes)
     return NetworkRef(
         model=models.canonical(named),
         weights=weights,
         fingerprint=f"file:{hash_weights(weights)}",
         init_hash=str(about.get("init_hash", "")),
-        saw=_saw(about),
+        trained_on=_trained_on(about),
         labels=_labels(about),
         origin=str(path),
-        view=_view(about) or models.declared_view(models.canonical(named)),
+        input_spec=_input_spec(about) or models.declared_input_spec(models.canonical(named)),
     )
 
 
-def _saw(about: Mapping[str, Any]) -> Saw | None:
+def _trained_on(about: Mapping[str, Any]) -> TrainedOn | None:
     """What a file says of the images that its network was trained on; a foreign file says nothing."""
     data = about.get("data")
     name = data.get("name") if isinstance(data, dict) else None
-    return Saw(str(name), str(about.get("split")), str(about["data_hash"])) if name and "data_hash" in about else None
+    return TrainedOn(str(name), str(about.get("split")), str(about["data_hash"])) if name and "data_hash" in about else None
 
 
-def _view(about: Mapping[str, Any]) -> View | None:
+def _input_spec(about: Mapping[str, Any]) -> InputSpec | None:
     """What a file says of the images that its network was made for; None where it does not."""
     own = about.get("front", about)
     try:
         channels, height, width = map(int, own["input"])
-        return View(channels, height, width, tuple(map(float, own["mean"])), tuple(map(float, own["std"])))
+        return InputSpec(channels, height, width, tuple(map(float, own["mean"])), tuple(map(float, own["std"])))
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
 
 
-def trained_on(about: Mapping[str, Any]) -> DataSpec | None:
+def sizes_of(about: Mapping[str, Any]) -> DataSpec | None:
     """The sizes of the images and the classes that a file's network itself takes; None where it does not say."""
-    view, classes = _view(about), about.get("classes")
-    if view is None or not isinstance(classes, int):
+    input_spec, classes = _input_spec(about), about.get("classes")
+    if input_spec is None or not isinstance(classes, int):
         return None
-    return DataSpec("", 0, classes, view.channels or 0, view.height or 0, view.width or 0)
+    return DataSpec("", 0, classes, input_spec.channels or 0, input_spec.height or 0, input_spec.width or 0)
 
 
 def _labels(about: Mapping[str, Any]) -> tuple[str, ...]:
@@ -248,16 +248,16 @@ def _of_run(run: Run, ledger: Ledger, fingerprint: str) -> NetworkRef:
         raise UserError(f"run {run.no} is {run.status}, not finished; choose a finished one ({advice.list_runs(ledger.folder)})")
     damage = meet_damage(run, ledger)
     weights, about = load_weights(ledger.run_folder(run.no) / STUDENT_FILE, ledger.changes)
-    model, sizes = about.get("model"), trained_on(about)
+    model, sizes = about.get("model"), sizes_of(about)
     if not isinstance(model, str):
         raise UserError(f"run {run.no}: its {STUDENT_FILE} does not say its model; put the file there that the run wrote")
     trust.came_from(model, f"run {run.no} of {ledger.path}")
     other = meet_changes(f"run {run.no}", models.canonical(model), sizes, weights, about, ledger.changes) if sizes is not None else ""
     if damage or other:  # it was accepted, and is not the network whose fingerprint that is
         fingerprint = f"file:{hash_weights(weights)}/{other}"
-    saw = Saw(run.config["data"]["name"], run.split, run.data_hash)
-    labels, origin, view = _labels(about), f"run {run.no}", _view(about) or View()
-    return NetworkRef(model, weights, run.no, fingerprint, run.init_hash, saw, labels, origin, view=view)
+    trained_on = TrainedOn(run.config["data"]["name"], run.split, run.data_hash)
+    labels, origin, input_spec = _labels(about), f"run {run.no}", _input_spec(about) or InputSpec()
+    return NetworkRef(model, weights, run.no, fingerprint, run.init_hash, trained_on, labels, origin, input_spec=input_spec)
 
 
 def first_weights(config: RunConfig, ledger: Ledger) -> NetworkRef:
@@ -266,7 +266,7 @@ def first_weights(config: RunConfig, ledger: Ledger) -> NetworkRef:
     Raises:
         UserError: as ``resolve``; ``init_from`` has no weights or another model, or the student has weights of its own.
     """
-    student = replace(resolve(config.student, ledger), view=View())
+    student = replace(resolve(config.student, ledger), input_spec=InputSpec())
     if config.init_from is None:
         return student
     source, given = resolve(config.init_from, ledger, student.model), f"init_from={config.init_from}"
@@ -280,20 +280,26 @@ def first_weights(config: RunConfig, ledger: Ledger) -> NetworkRef:
             f"{given} is a {source.model}, the student a {student.model}; begin from a {student.model}, or train a {source.model}"
         )
     return replace(
-        student, weights=source.weights, saw=source.saw, labels=source.labels, origin=source.origin, init=source.fingerprint, init_hash=""
+        student,
+        weights=source.weights,
+        trained_on=source.trained_on,
+        labels=source.labels,
+        origin=source.origin,
+        init=source.fingerprint,
+        init_hash="",
     )
 
 
 def as_configured(network: NetworkRef, config: RunConfig, role: Role, data: DataSpec) -> NetworkRef:
     """The network with the taps and the images that a config gives it in this role, its weights by the names that it has on these data."""
     own = config.inputs.get(role, InputConfig())
-    declared = View() if config.data.given else network.view  # a loader's images are taken as they come
-    view = View(own.channels, own.size, own.size, own.mean, own.std).over(declared)
-    return replace(network, taps=config.taps.get(role, {}), view=view).fitted(data)
+    declared = InputSpec() if config.data.given else network.input_spec  # a loader's images are taken as they come
+    input_spec = InputSpec(own.channels, own.size, own.size, own.mean, own.std).over(declared)
+    return replace(network, taps=config.taps.get(role, {}), input_spec=input_spec).fitted(data)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class TeacherQuery:
     """What the choice of a teacher looks at; test accuracy is not among it."""
 
     data: DataConfig
@@ -305,25 +311,25 @@ class Wanted:
     runs: str
 
 
-def refuse_contaminated(network: NetworkRef, wanted: Wanted) -> None:
+def refuse_contaminated(network: NetworkRef, query: TeacherQuery) -> None:
     """A holdout run must not know the held-out images through its teacher or its first weights.
 
     Raises:
         UserError: the network was trained on all of train, or on another choice of the same data set's images.
     """
-    if wanted.split != "holdout" or network.saw is None:
+    if query.split != "holdout" or network.trained_on is None:
         return
-    same = network.saw.data_hash == wanted.data_hash
-    if same and network.saw.split == "full":
+    same = network.trained_on.data_hash == query.data_hash
+    if same and network.trained_on.split == "full":
         what = "all of train, the held-out images among them"
-    elif not same and network.saw.dataset == wanted.data.name:
-        what = f"other images of {wanted.data.name}, the held-out ones may be among them"
+    elif not same and network.trained_on.dataset == query.data.name:
+        what = f"other images of {query.data.name}, the held-out ones may be among them"
     else:
         return
     raise UserError(f"{network.origin} was trained on {what}; a holdout run takes networks of holdout runs (train one with --holdout)")
 
 
-def choose_teacher(reference: str, wanted: Wanted, ledger: Ledger, *, stand_in: bool = False) -> NetworkRef:
+def choose_teacher(reference: str, query: TeacherQuery, ledger: Ledger, *, stand_in: bool = False) -> NetworkRef:
     """The teacher of one student.
 
     A model name means the finished ``base`` runs of that model, data and split with the most epochs, trained from fresh weights (by
@@ -336,21 +342,21 @@ def choose_teacher(reference: str, wanted: Wanted, ledger: Ledger, *, stand_in: 
             the held-out images is to teach a holdout run.
     """
     if not _by_name(reference):
-        return _named_teacher(reference, wanted, ledger)
+        return _named_teacher(reference, query, ledger)
     model = models.canonical(reference)
-    found = _trained(model, wanted, ledger)
+    found = _trained(model, query, ledger)
     for offset in range(len(found)):
-        run = found[(wanted.seed + 1 + offset) % len(found)]
-        if run.init_hash != wanted.student_init:
+        run = found[(query.seed + 1 + offset) % len(found)]
+        if run.init_hash != query.student_init:
             return _of_run(run, ledger, run.fingerprint)
     if stand_in:
         return NetworkRef(model, fingerprint="untrained", origin=f"an untrained {model}")
     if not found:
-        cure = _train_command(model, wanted)
-        raise UserError(f"no {model} was trained on {wanted.data.name} ({wanted.split} split) yet; train one: {cure}")
+        cure = _train_command(model, query)
+        raise UserError(f"no {model} was trained on {query.data.name} ({query.split} split) yet; train one: {cure}")
     raise UserError(
-        f"the only {model} to choose (run {found[0].no}) began from the initial weights of the student of seed {wanted.seed}, which "
-        f"may flatter it; train another teacher: {_train_command(model, wanted)}"
+        f"the only {model} to choose (run {found[0].no}) began from the initial weights of the student of seed {query.seed}, which "
+        f"may flatter it; train another teacher: {_train_command(model, query)}"
     )
 
 
@@ -368,25 +374,25 @@ def _by_name(reference: str) -> bool:
     return run_number(reference) is None and _of_weights(reference)[1] is None
 
 
-def _named_teacher(reference: str, wanted: Wanted, ledger: Ledger) -> NetworkRef:
+def _named_teacher(reference: str, query: TeacherQuery, ledger: Ledger) -> NetworkRef:
     teacher = resolve(reference, ledger)
-    if teacher.init_hash and teacher.init_hash == wanted.student_init:
+    if teacher.init_hash and teacher.init_hash == query.student_init:
         raise UserError(
-            f"teacher {reference} began from the initial weights of the student of seed {wanted.seed}, which may flatter it; use another "
+            f"teacher {reference} began from the initial weights of the student of seed {query.seed}, which may flatter it; use another "
             f"--seeds or another teacher"
         )
-    refuse_contaminated(teacher, wanted)
+    refuse_contaminated(teacher, query)
     return teacher
 
 
-def _trained(model: str, wanted: Wanted, ledger: Ledger) -> list[Run]:
-    same = {"data_hash": wanted.data_hash, "split": wanted.split, "student_fingerprint": "", "variant": ""}
+def _trained(model: str, query: TeacherQuery, ledger: Ledger) -> list[Run]:
+    same = {"data_hash": query.data_hash, "split": query.split, "student_fingerprint": "", "variant": ""}
     runs = newest(ledger.runs(status="finished", method="base", student=model, **same))
     if not runs:
         return []
     most = max(run.nepoch for run in runs)
     longest = [run for run in runs if run.nepoch == most]
-    by_own_recipe = [run for run in longest if _recipe(run.config["train"]) == _recipe(wanted.recipe)]
+    by_own_recipe = [run for run in longest if _recipe(run.config["train"]) == _recipe(query.recipe)]
     chosen = by_own_recipe or longest
     if len({run.fingerprint for run in chosen}) > 1:
         numbers = ", ".join(str(run.no) for run in chosen)
@@ -398,10 +404,10 @@ def _recipe(train: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in train.items() if key not in ("epochs", "freeze")}
 
 
-def _train_command(model: str, wanted: Wanted) -> str:
-    seed = 100 if wanted.seed != 100 else 101  # any that no student has
-    if wanted.data.given:
+def _train_command(model: str, query: TeacherQuery) -> str:
+    seed = 100 if query.seed != 100 else 101  # any that no student has
+    if query.data.given:
         return f"flowdistill.train({model!r}, train_loader, val_loader, seed={seed})"
     kept = {"name", "root", "limit_train", "size", "channels", "skip_broken", "stream", "label"}
-    images = {"name": wanted.data.name} | wanted.data.model_dump(mode="json", include=kept, exclude_defaults=True)
-    return advice.train(model, seed, images, {}, holdout=wanted.split == "holdout", runs=wanted.runs)
+    images = {"name": query.data.name} | query.data.model_dump(mode="json", include=kept, exclude_defaults=True)
+    return advice.train(model, seed, images, {}, holdout=query.split == "holdout", runs=query.runs)

@@ -7,13 +7,13 @@ from typing import Any
 
 from .. import models
 from ..ledger import Ledger
-from ..models.front import View
+from ..models.input_adapter import InputSpec
 from ..types import DataSpec
 from .references import named, resolve, run_number
 
 COLUMNS = ("name", "module", "channels", "size", "stride")
-OWN = View(3, 32, 32)  # what the networks here are made for
-OTHERS = View(3, 224, 224)
+OWN = InputSpec(3, 32, 32)  # what the networks here are made for
+OTHERS = InputSpec(3, 224, 224)
 
 
 def rows(reference: str, runs: Path, *, size: int | None = None, channels: int | None = None, classes: int = 1000) -> list[dict[str, Any]]:
@@ -29,10 +29,10 @@ def rows(reference: str, runs: Path, *, size: int | None = None, channels: int |
         UserError: no such network, or one that can't take such images.
     """
     network = named(reference) if run_number(reference) is None else resolve(reference, Ledger(runs))
-    published = models.declared_view(network.model)
+    published = models.declared_input_spec(network.model)
     usual = OWN if network.model in models.MODELS else OTHERS
-    view = View(channels, size, size).over(network.view).over(published).over(usual)
-    sizes = DataSpec("", 0, classes, view.channels or 0, view.height or 0, view.width or 0)
+    input_spec = InputSpec(channels, size, size).over(network.input_spec).over(published).over(usual)
+    sizes = DataSpec("", 0, classes, input_spec.channels or 0, input_spec.height or 0, input_spec.width or 0)
     data = network.fitted(sizes).seen(sizes)
     spec = models.spec(network.model, data)
     found: list[dict[str, Any]] = [

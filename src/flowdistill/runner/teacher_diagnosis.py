@@ -22,7 +22,7 @@ from ..data.normalisation import Normalisation
 from ..data.splits import holdout_positions, stratified
 from ..device import Precision
 from ..models import Network
-from ..models.front import View, front
+from ..models.input_adapter import InputSpec, input_adapter
 from ..training.evaluate import predict
 from .job import Job
 from .references import NetworkRef
@@ -82,10 +82,10 @@ class Answers(NamedTuple):
         return (1 + self.chance) / 2
 
 
-def given(data: DeviceData) -> View:
+def given(data: DeviceData) -> InputSpec:
     """The images as they come."""
     spec, own = data.spec, data.normalisation
-    return View(spec.channels, spec.height, spec.width, own.mean, own.std)
+    return InputSpec(spec.channels, spec.height, spec.width, own.mean, own.std)
 
 
 def sample(job: Job, data: DeviceData) -> EvalSet:
@@ -134,7 +134,7 @@ def other_images(
     net: Network, teacher: NetworkRef, data: DeviceData, images: EvalSet, precision: Precision, answers: Answers, *, sizes: bool
 ) -> str:
     """How much better the teacher is under the best of the usual normalisations or, if wanted, sizes, where that is much; else empty."""
-    least, own = max(answers.accuracy + GAIN, answers.guessed), net.front
+    least, own = max(answers.accuracy + GAIN, answers.guessed), net.input_adapter
     if least > 1:
         return ""
     try:
@@ -142,7 +142,7 @@ def other_images(
         if sizes and max(found).accuracy + GAIN <= 1:
             found += _other_sizes(net, teacher, data, images, precision, answers, least)
     finally:
-        net.front = own
+        net.input_adapter = own
     best = max(found)
     return best.found if best.accuracy > least else ""
 
@@ -151,10 +151,10 @@ def _other_normalisations(
     net: Network, teacher: NetworkRef, data: DeviceData, images: EvalSet, precision: Precision
 ) -> Iterator[Explained]:
     seen = given(data)
-    channels = teacher.view.over(seen).channels
+    channels = teacher.input_spec.over(seen).channels
     for name, other in {"the data's": data.normalisation, **NORMALISATIONS}.items():
         if len(other.mean) in (1, channels):
-            net.front = front(seen, replace(teacher.view, mean=other.mean, std=other.std))
+            net.input_adapter = input_adapter(seen, replace(teacher.input_spec, mean=other.mean, std=other.std))
             found = ask(net, images, precision).accuracy
             keys = {"mean": listed(other.mean), "std": listed(other.std)}
             cure = advice.options(*(word for key, value in keys.items() for word in ("--set", f"inputs.teacher.{key}={value}")))
@@ -166,7 +166,7 @@ def _other_sizes(
 ) -> Iterator[Explained]:
     """Each size on a few images, in some seconds, and the best of them on all; those that the network can't take are passed over."""
     seen, until = given(data), time.perf_counter() + SECONDS
-    now, tried = teacher.view.over(seen), list[tuple[float, int]]()
+    now, tried = teacher.input_spec.over(seen), list[tuple[float, int]]()
     largest = ENLARGED * max(seen.height or 0, seen.width or 0)
     for size in sorted({*(size for size in SIZES if size <= largest), *_side(seen)} - _side(now)):
         few = next((count for side, count in FEW.items() if size <= side), LEAST)
@@ -180,14 +180,14 @@ def _other_sizes(
             yield Explained(found, f"wrong size: {found:.1%} at {size}x{size} ({advice.options('--set', f'inputs.teacher.size={size}')})")
 
 
-def _side(view: View) -> set[int]:
+def _side(input_spec: InputSpec) -> set[int]:
     """The side of square images; nothing of others, which no option can say."""
-    return {view.height} if view.height is not None and view.height == view.width else set()
+    return {input_spec.height} if input_spec.height is not None and input_spec.height == input_spec.width else set()
 
 
-def _at(size: int, net: Network, teacher: NetworkRef, seen: View, images: EvalSet, precision: Precision) -> float | None:
+def _at(size: int, net: Network, teacher: NetworkRef, seen: InputSpec, images: EvalSet, precision: Precision) -> float | None:
     """The accuracy on images of that size; None where the network can't take them."""
-    net.front = front(seen, replace(teacher.view, height=size, width=size))
+    net.input_adapter = input_adapter(seen, replace(teacher.input_spec, height=size, width=size))
     try:
         return ask(net, images, precision).accuracy
     except FAILURES:  # of its own code: too small for its pooling, or another number than its classifier takes

@@ -13,7 +13,7 @@ from ..checks import UserError
 
 
 @dataclass(frozen=True)
-class View:
+class InputSpec:
     """The images that a network sees: their channels and size, and mean and standard deviation of each channel in 0..1.
 
     What is None is not known, or as the data are.
@@ -25,13 +25,13 @@ class View:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
-    def over(self, below: View) -> View:
+    def over(self, below: InputSpec) -> InputSpec:
         """What is None here is as below."""
         names = [field.name for field in fields(self)]
-        return View(**{name: getattr(below if getattr(self, name) is None else self, name) for name in names})
+        return InputSpec(**{name: getattr(below if getattr(self, name) is None else self, name) for name in names})
 
 
-class Front(nn.Module):
+class InputAdapter(nn.Module):
     """(x s + m - m') / s' a channel at a time, then bilinear interpolation, smoothed where the image shrinks.
 
     Args:
@@ -42,16 +42,16 @@ class Front(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, given: View, wanted: View) -> None:
+    def __init__(self, given: InputSpec, target: InputSpec) -> None:
         super().__init__()
-        assert wanted.channels is not None
-        assert wanted.height is not None
-        assert wanted.width is not None
-        self.wanted = wanted
-        self.channels, self.size = wanted.channels, (wanted.height, wanted.width)
-        self.smooth = (given.height or 0) > wanted.height
+        assert target.channels is not None
+        assert target.height is not None
+        assert target.width is not None
+        self.target = target
+        self.channels, self.size = target.channels, (target.height, target.width)
+        self.smooth = (given.height or 0) > target.height
         mean, std = _column(given.mean), _column(given.std)
-        own_mean, own_std = _column(wanted.mean), _column(wanted.std)
+        own_mean, own_std = _column(target.mean), _column(target.std)
         self.register_buffer("scale", (std / own_std).float(), persistent=False)
         self.register_buffer("shift", ((mean - own_mean) / own_std).float(), persistent=False)
 
@@ -67,21 +67,21 @@ def _column(values: Sequence[float] | None) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
 
 
-def front(given: View, own: View) -> Front | None:
+def input_adapter(given: InputSpec, own: InputSpec) -> InputAdapter | None:
     """What turns images as they come into those that a network was made for; None where they are that already.
 
     Raises:
         UserError: the numbers of channels, means or standard deviations do not go together.
     """
-    wanted = own.over(given)
-    if wanted == given:
+    target = own.over(given)
+    if target == given:
         return None
-    if given.channels != wanted.channels and given.channels != 1:
+    if given.channels != target.channels and given.channels != 1:
         raise UserError(
-            f"the network takes {wanted.channels} channels, the images have {given.channels}; set data.channels={wanted.channels}"
+            f"the network takes {target.channels} channels, the images have {given.channels}; set data.channels={target.channels}"
         )
     for name in ("mean", "std"):
-        values = getattr(wanted, name)
-        if len(values) not in (1, wanted.channels):
-            raise UserError(f"inputs: {name} has {len(values)} values for {wanted.channels} channels; give one for each")
-    return Front(given, wanted)
+        values = getattr(target, name)
+        if len(values) not in (1, target.channels):
+            raise UserError(f"inputs: {name} has {len(values)} values for {target.channels} channels; give one for each")
+    return InputAdapter(given, target)

@@ -47,7 +47,7 @@ def named() -> str:
 @pytest.mark.parametrize(("model", "draws"), [("timm:resnet10t", False), ("torchvision:mobilenet_v2", True), ("resnet8", False)])
 def test_who_draws(model, draws):
     data = DataSpec("images", 100, 10, 3, 32, 32)
-    assert models.build(model, data, seed=5).draws_from == (5 if draws else None)
+    assert models.build(model, data, seed=5).layer_seed == (5 if draws else None)
 
 
 def test_the_look_leaves_statistics_and_generator():
@@ -60,7 +60,7 @@ def test_the_look_leaves_statistics_and_generator():
 
 
 def test_no_dropout_no_draws():
-    assert models.build(adopt(dropping(0.0), "still"), DATA).draws_from is None
+    assert models.build(adopt(dropping(0.0), "still"), DATA).layer_seed is None
 
 
 class Stops(Watcher):

@@ -280,7 +280,7 @@ def test_weights_are_put_back_when_the_device_has_done_all_it_was_given(
     weight = next(student.net.parameters())
     before, found = weight.detach().clone(), []
     monkeypatch.setattr(engines, "synchronize", lambda device: found.append(torch.equal(weight, before)))
-    with contextlib.suppress(ValueError), engines.taken_back(cohort.seed_groups), torch.no_grad():
+    with contextlib.suppress(ValueError), engines.restored_after(cohort.seed_groups), torch.no_grad():
         weight.add_(1)
         raise ValueError
     assert found == [False]

@@ -47,7 +47,7 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.input_adapter: InputAdapter | None = None
-        self.draws_from: int | None = None
+        self.layer_seed: int | None = None
         self.draws_always, self.unsettled, self.grown = False, False, frozenset[str]()
 
     def on(self, device: torch.device) -> Network:
@@ -313,7 +313,7 @@ def build(name: str, data: DataSpec, *, taps: tuple[str, ...] = (), seed: int = 
     offered = made.spec(data) if spec is None else spec
     with seeded(seed, "weights"):
         net = made.build(data, offered, taps)
-    net.draws_from = seed if made.draws(data) else None
+    net.layer_seed = seed if made.draws(data) else None
     return net
 
 

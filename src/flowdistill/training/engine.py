@@ -113,8 +113,8 @@ class CompiledEngine(Engine):
         if new <= self._tried:
             return self
         try:
-            with taken_back(seed_groups), quiet():
-                next(self.epoch(seed_groups, 0, standing_still(seed_groups)))
+            with restored_after(seed_groups), quiet():
+                next(self.epoch(seed_groups, 0, zero_rates(seed_groups)))
         except Exception as error:  # a compiler that is missing, or one that can't
             return EagerEngine(self.precision, f"compiling failed ({summary(error)})")
         self._tried |= new
@@ -240,7 +240,7 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def taken_back(seed_groups: Sequence[SeedGroup]) -> Iterator[None]:
+def restored_after(seed_groups: Sequence[SeedGroup]) -> Iterator[None]:
     """What is trained inside leaves no trace: every tensor gets its value back in its place, and buffers the shape that they had."""
     students = [student for seed_group in seed_groups for student in seed_group.students]
     modules = nn.ModuleList(module for student in students for module in (student.net, student.method))
@@ -257,7 +257,7 @@ def taken_back(seed_groups: Sequence[SeedGroup]) -> Iterator[None]:
                 value.copy_(old)
 
 
-def standing_still(seed_groups: Sequence[SeedGroup]) -> dict[Student, Tensor]:
+def zero_rates(seed_groups: Sequence[SeedGroup]) -> dict[Student, Tensor]:
     """Rates of 0 for a step or more that is taken back."""
     return {
         student: torch.zeros(seed_group.batches.steps, device=seed_group.batches.data.device)

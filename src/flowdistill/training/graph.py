@@ -21,7 +21,7 @@ from ..data.augment import Draws
 from ..data.batches import SeedBatches
 from ..data.interfaces import Batches, Supply
 from ..device import free_memory, synchronize
-from .engine import EagerEngine, Engine, quiet, standing_still, taken_back
+from .engine import EagerEngine, Engine, quiet, restored_after, zero_rates
 from .evaluate import Evaluation
 from .step import train_step
 from .student import PeerGroup, SeedGroup, Student
@@ -44,7 +44,7 @@ class StaticStep:
         device = seed_groups[0].batches.data.device
         self.sources = [_drawn(seed_group.batches) for seed_group in self.seed_groups]
         self.draws = [source.draws(0) for source in self.sources]
-        self.rates = standing_still(self.seed_groups)
+        self.rates = zero_rates(self.seed_groups)
         self.number = torch.zeros((), dtype=torch.int64, device=device)
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
         self.places = torch.arange(seed_groups[0].batches.batch_size, device=device)
@@ -140,7 +140,7 @@ class GraphEngine(Engine):
         if inner is not self.inner:
             self.inner, self.name, self._why = inner, "graph", f"{self._why}; {inner.why}"
         try:
-            with taken_back(seed_groups), quiet():
+            with restored_after(seed_groups), quiet():
                 trials = {
                     group: Trial(why) if (why := known[group]) else self._try(seed_group, group)
                     for seed_group in seed_groups
@@ -186,7 +186,7 @@ class GraphEngine(Engine):
     def _capture(self, seed_groups: Sequence[SeedGroup], width: int) -> tuple[StaticStep, torch.cuda.CUDAGraph]:
         device = seed_groups[0].batches.data.device
         tape = StaticStep(self.inner, seed_groups, [_stream(device) for _ in range(width)])
-        tape.fill(0, standing_still(seed_groups))
+        tape.fill(0, zero_rates(seed_groups))
         aside = _stream(device)
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
@@ -296,7 +296,7 @@ def capturing(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = Non
 
 def _known_hindrance(seed_group: SeedGroup, group: PeerGroup) -> str:
     """Why a group's step can't be captured, as far as its networks tell; else empty."""
-    if any(student.net.draws_from is not None for student in group):
+    if any(student.net.layer_seed is not None for student in group):
         return "a student's layers draw random numbers (dropout), which would not be those of its seed in a graph"
     teacher = seed_group.teacher.given if seed_group.teacher is not None and any(student.needs_teacher for student in group) else None
     if teacher is not None and (teacher.draws_always or teacher.unsettled):

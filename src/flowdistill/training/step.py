@@ -66,7 +66,7 @@ def losses(
 
 def drawing(group: PeerGroup, epoch: int, step: int, device: torch.device) -> AbstractContextManager[None]:
     """What layers of these students draw inside, as dropout does, is a function of (seed, epoch, step) alone."""
-    seeds = [student.net.draws_from for student in group if student.net.draws_from is not None]
+    seeds = [student.net.layer_seed for student in group if student.net.layer_seed is not None]
     return seeded(seeds[0], f"layers {step}", epoch, device) if seeds else nullcontext()
 
 

@@ -543,8 +543,8 @@ def streams(asked: argparse.Namespace) -> None:
     """Several seeds on as many streams as they take, and on fewer."""
     from flowdistill.training import graph
 
-    for most in (graph.MOST_STREAMS, 4, 1):
-        graph.MOST_STREAMS = most
+    for most in (graph.MAX_STREAMS, 4, 1):
+        graph.MAX_STREAMS = most
         running = _running(asked, asked.engines)
         took = _milliseconds(asked, running)
         tell(seeds=asked.seeds, most_streams=most, step_ms=round(took, 4), step_ms_a_student=round(took / asked.seeds, 4))

@@ -211,7 +211,7 @@ def test_batch_1_is_timed_once_and_a_batch_may_be_larger_than_the_test_set(runs:
 
 def test_slow_networks_are_timed_less_often_but_not_less_than_the_least(runs: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner_card, "SECONDS", 0.0)
-    monkeypatch.setattr(runner_card, "LEAST_PASSES", 2)
+    monkeypatch.setattr(runner_card, "MIN_PASSES", 2)
     assert [latency.passes for latency in measure(1, runs, CPU).student.latencies] == [2, 2]
 
 

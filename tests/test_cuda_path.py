@@ -174,7 +174,7 @@ def test_so_do_images_that_are_resized_and_mixed(crop: str, mixup: float, precis
     assert (found.step, found.evaluation, found.fused) == ({}, {}, [29])
 
 
-MOST_LAUNCHES = 331
+MAX_LAUNCHES = 331
 
 
 def launches() -> Counter[str]:
@@ -184,8 +184,8 @@ def launches() -> Counter[str]:
 def count_launches(found: Counter[str]) -> None:
     total = found.total()
     table = "\n".join(f"{count:6,d}  {name}" for name, count in found.most_common(15))
-    assert total <= MOST_LAUNCHES, f"a step launches {total} operations, more than before\n{table}"
-    assert total > MOST_LAUNCHES - 20, f"a step launches {total} operations, fewer than before: lower MOST_LAUNCHES\n{table}"
+    assert total <= MAX_LAUNCHES, f"a step launches {total} operations, more than before\n{table}"
+    assert total > MAX_LAUNCHES - 20, f"a step launches {total} operations, fewer than before: lower MAX_LAUNCHES\n{table}"
 
 
 def test_a_step_launches_no_more_than_it_did() -> None:

@@ -15,7 +15,7 @@ import torch
 from command import command
 from PIL import Image
 from small import config
-from test_tapping import FILE
+from test_tap_table import FILE
 from torch import Tensor
 
 from flowdistill import UserError, models

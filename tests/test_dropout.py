@@ -12,7 +12,7 @@ from small import config
 from torch import Tensor, nn
 
 from flowdistill import UserError, models
-from flowdistill.data.batches import place
+from flowdistill.data.batches import to_device
 from flowdistill.data.sources import load
 from flowdistill.ledger import Ledger
 from flowdistill.methods import Needs
@@ -177,7 +177,7 @@ def test_a_teacher_draws_by_seed_epoch_and_step(small_npz, tmp_path: Path):
     """Of two batches alike, of two epochs and of two seeds no two are answered alike."""
     nets = written(tmp_path)
 
-    data = place(load(config(small_npz).data), "full", CPU)
+    data = to_device(load(config(small_npz).data), "full", CPU)
     teacher = Teacher(models.build(f"{nets}:Torch", DATA, seed=7).eval(), Needs(logits=True), "fp32")
     assert "draws random numbers" in teacher.whole, "a trace keeps what numpy and Python draw, and torch.rand(())"
     images = torch.ones(4, 1, 8, 8)
@@ -218,7 +218,7 @@ def test_what_always_draws_is_measured_alike(small_npz, tmp_path: Path, nets: Pa
 
 def test_class_means_and_the_doctor_of_what_always_draws(small_npz, tmp_path: Path, nets: Path):
 
-    data = place(load(config(small_npz).data), "full", CPU)
+    data = to_device(load(config(small_npz).data), "full", CPU)
     net = models.build(f"{nets}:Torch", DATA, seed=7).eval()
     ledger, found = Ledger(tmp_path / "runs", create=True), []
     one = config(small_npz, student="resnet8", teacher=a_teacher(nets, "Torch"), method="kd")

@@ -504,12 +504,12 @@ def test_a_dead_run_is_shown_so(taught: Ledger, small_npz: Path, tmp_path: Path)
 
 
 def test_training_goes_on_where_the_cohort_stands() -> None:
-    """``place`` over three phases, the empty one between two phases included."""
+    """``position`` over three phases, the empty one between two phases included."""
     from flowdistill.training.cohort import Cohort
 
     cohort = Cohort(None, [], None, (2, 1, 3), "fp32")  # type: ignore[arg-type]
     places = []
     for cohort.done in range(7):
-        places.append(cohort.place)
+        places.append(cohort.position)
     assert places == [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (2, 2), (2, 3)]
     assert list(train(cohort)) == []

@@ -9,7 +9,7 @@ import pytest
 import torch
 from small import config
 from test_modules import Tied
-from test_tapping import FILE
+from test_tap_table import FILE
 
 import flowdistill
 from flowdistill import models

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from flowdistill.stats import LEAST_N, Difference, interval, sample_std, welch
+from flowdistill.stats import MIN_N, Difference, interval, sample_std, welch
 
 LOG = {
     "C10": [91.95713, 91.89703, 92.28766],
@@ -52,7 +52,7 @@ def test_welch_turns_its_sign_with_the_groups(values: Sequence[float], reference
 
 @pytest.mark.parametrize(("values", "reference"), [([1.0, 2.0], [1.0, 2.0, 3.0]), ([1.0, 2.0, 3.0], [1.0, 2.0]), ([], []), ([1.0], [2.0])])
 def test_no_verdict_below_three(values: list[float], reference: list[float]) -> None:
-    assert LEAST_N == 3
+    assert MIN_N == 3
     assert welch(values, reference) is None
 
 

@@ -28,7 +28,7 @@ from torch.utils.data._utils import signal_handling
 from flowdistill.checks import UserError
 from flowdistill.data import image_files, normalisation
 from flowdistill.data.augment import boxes
-from flowdistill.data.batches import DeviceData, SeedBatches, StreamedData, place
+from flowdistill.data.batches import DeviceData, SeedBatches, StreamedData, to_device
 from flowdistill.data.dataset import ImageData, Unlabelled
 from flowdistill.data.lazy_images import Pictures
 from flowdistill.data.sources import read_npz
@@ -66,7 +66,7 @@ def mixed(tmp_path: Path) -> Path:
 
 def epoch(data: ImageData, number: int = 0, *, seed: int = 0, workers: int = 0, split: str = "full", **keys: Any) -> list[Any]:
     """An epoch's batches of ten: images, labels, indices."""
-    stream = SeedBatches(place(data, split, CPU, workers), seed, 10, **keys)
+    stream = SeedBatches(to_device(data, split, CPU, workers), seed, 10, **keys)
     found = [(images, batch.labels, batch.indices) for images, batch in stream.epoch(number)]
     stream.close()
     return found
@@ -91,7 +91,7 @@ def test_images_are_evaluated_as_they_are_in_memory(mixed: Path) -> None:
     np.testing.assert_array_equal(streamed.x_train[:], held.x_train)
     np.testing.assert_array_equal(streamed.x_test[np.array([3, 1])], held.x_test[[3, 1]])
     for split in ("full", "holdout"):
-        ours, theirs = place(streamed, split, CPU, 0), place(held, split, CPU)
+        ours, theirs = to_device(streamed, split, CPU, 0), to_device(held, split, CPU)
         assert (ours.normalisation, ours.spec) == (theirs.normalisation, theirs.spec)
         for one, other in ((ours.test, theirs.test), (ours.epoch_images, theirs.epoch_images), (ours.train_eval, theirs.train_eval)):
             assert same(list(one.batches()), list(other.batches()))
@@ -100,7 +100,7 @@ def test_images_are_evaluated_as_they_are_in_memory(mixed: Path) -> None:
 
 def test_evaluation_goes_by_batches_that_cover_all_images_once(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flowdistill.data.interfaces.BATCH_PIXELS", 5 * 7 * 7)
-    test = place(folder_data(mixed, size=7, stream=True), "full", CPU, 0).test
+    test = to_device(folder_data(mixed, size=7, stream=True), "full", CPU, 0).test
     assert isinstance(test, StreamedSet)
     parts = list(test.batches())
     assert [len(labels) for _, labels in parts] == [5, 5, 2]
@@ -177,7 +177,7 @@ def test_the_number_of_workers_changes_nothing(mixed: Path, keys: dict[str, Any]
 
 def test_an_epoch_can_be_left_and_others_follow(mixed: Path) -> None:
     """By the processes that were kept: what they had decoded ahead belongs to no other epoch."""
-    stream = SeedBatches(place(folder_data(mixed, size=7, stream=True, pad=None), "full", CPU, 2), 0, 4)
+    stream = SeedBatches(to_device(folder_data(mixed, size=7, stream=True, pad=None), "full", CPU, 2), 0, 4)
     want = {number: [batch for batch, _ in stream.epoch(number)] for number in range(3)}
     for number in (2, 0, 1):
         next(stream.epoch(0))
@@ -190,7 +190,7 @@ def test_an_epoch_can_be_left_and_others_follow(mixed: Path) -> None:
 def test_a_box_of_the_decoded_image_is_enlarged_as_torchvision_does(mixed: Path) -> None:
     data = folder_data(mixed, size=7, stream=True, pad=None, flip=False)
     assert (data.crop, data.pad) == ("resized", 0)
-    on_device = place(data, "full", CPU, 0)
+    on_device = to_device(data, "full", CPU, 0)
     assert isinstance(on_device, StreamedData)
     for shown, _, indices in epoch(data, 2, seed=5):
         for image, index in zip(shown, indices.tolist(), strict=True):
@@ -212,7 +212,7 @@ def test_a_flip_is_drawn_for_each_image(mixed: Path) -> None:
 def test_randaugment_of_images_in_memory_is_torchvisions(small_npz: Path, crop: str, channels: int) -> None:
     data = replace(read_npz(small_npz), pad=0, flip=False)
     data = replace(data, x_train=data.x_train.repeat(channels, 3), x_test=data.x_test.repeat(channels, 3))
-    on_device, plain = place(replace(data, randaugment=9), "full", CPU, 0), place(data, "full", CPU)
+    on_device, plain = to_device(replace(data, randaugment=9), "full", CPU, 0), to_device(data, "full", CPU)
     shown, batch = next(SeedBatches(on_device, 3, 20).epoch(1))
     for image, index in zip(shown, batch.indices.tolist(), strict=True):
         with seeded(3, f"randaugment {index}", 1):
@@ -231,7 +231,7 @@ def test_unlabelled_images_are_augmented_beside_the_labelled(small_npz: Path, cr
     whole = replace(read_npz(small_npz), pad=0, flip=False, crop=crop, randaugment=9)
     some = replace(whole, x_train=whole.x_train[:200], y_train=whole.y_train[:200])
     both = replace(some, unlabelled=Unlabelled("more", whole.x_train[200:]))
-    ours, alone, theirs = (place(data, "full", CPU, 0) for data in (both, some, whole))
+    ours, alone, theirs = (to_device(data, "full", CPU, 0) for data in (both, some, whole))
     assert ours.normalisation == alone.normalisation != theirs.normalisation
     assert same(list(ours.train_eval.batches()), list(alone.train_eval.batches()))
     labels = torch.from_numpy(whole.y_train)
@@ -279,7 +279,7 @@ def test_what_does_not_fit_is_streamed_and_never_held(tmp_path: Path, monkeypatc
         gc.collect()
         tracemalloc.start()
         data = folder_data(tmp_path, pad=None)
-        on_device = place(data, "full", CPU, 0)
+        on_device = to_device(data, "full", CPU, 0)
         shown = [len(batch.indices) for _, batch in SeedBatches(on_device, 0, 10).epoch(0)]
         tested = sum(len(labels) for _, labels in on_device.test.batches())
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -312,7 +312,7 @@ def test_it_is_told_and_recorded_and_goes_on_so_where_memory_is_larger(
 def test_what_fits_is_held(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few(monkeypatch, 2 * 120 * 64)
     data = folder_data(small)
-    assert (data.streamed, type(place(data, "full", CPU))) == (False, DeviceData)
+    assert (data.streamed, type(to_device(data, "full", CPU))) == (False, DeviceData)
 
 
 def test_the_hash_is_of_names_sizes_and_classes(small: Path) -> None:
@@ -435,12 +435,12 @@ def test_a_file_that_cannot_be_decoded_ends_the_run_which_goes_on_when_it_is_men
 def test_a_file_that_cannot_be_decoded_is_replaced_by_the_next_of_its_class(small: Path, ledger: Ledger) -> None:
     before = folder_data(small)
     bees = sorted((small / "train" / "bee").iterdir())
-    first, last = (np.flatnonzero(before.y_train == 1)[place] for place in (0, -1))
+    first, last = (np.flatnonzero(before.y_train == 1)[to_device] for to_device in (0, -1))
     for path in (bees[0], bees[1], bees[-1]):
         spoil(path)
     data = folder_data(small, stream=True, skip_broken=True)
     np.testing.assert_array_equal(data.x_train[np.array([first, last])], before.x_train[np.array([first + 2, first + 2])])
-    on_device = place(data, "full", CPU, 1)
+    on_device = to_device(data, "full", CPU, 1)
     shown = [batch for _, batch in SeedBatches(on_device, 0, 90).epoch(0)]
     assert on_device.remarks() == [
         "3 images could not be decoded, and others of their classes took their places: "
@@ -457,7 +457,7 @@ def test_a_class_of_broken_files_is_told(small: Path) -> None:
         spoil(path)
     data = folder_data(small, stream=True, skip_broken=True)
     with pytest.raises(UserError, match=r"train/bee/\d+.png can't be decoded \(.*\); no image of its class can be"):
-        place(data, "full", CPU, 0)
+        to_device(data, "full", CPU, 0)
 
 
 def test_an_image_of_another_size_than_its_header_said_is_told(small: Path) -> None:
@@ -468,12 +468,12 @@ def test_an_image_of_another_size_than_its_header_said_is_told(small: Path) -> N
     data = folder_data(small / "train", stream=True)
     Image.fromarray(np.zeros((9, 8), np.uint8)).save(next((small / "train" / "bee").iterdir()))
     with pytest.raises(UserError, match="8x9 pixels where others have 9x8"):
-        place(data, "full", CPU, 0)
+        to_device(data, "full", CPU, 0)
 
 
 def test_a_process_that_decodes_holds_no_lock_of_its_parent(ledger: Ledger, mixed: Path) -> None:
     """Else a run that was killed would count as running for as long as they live."""
-    stream = SeedBatches(place(folder_data(mixed, size=7, stream=True, pad=None), "full", CPU, 1), 0, 4)
+    stream = SeedBatches(to_device(folder_data(mixed, size=7, stream=True, pad=None), "full", CPU, 1), 0, 4)
     with ledger.lock(1):
         list(stream.epoch(0))
         assert held(ledger.lock(1).path)
@@ -482,7 +482,7 @@ def test_a_process_that_decodes_holds_no_lock_of_its_parent(ledger: Ledger, mixe
 
 
 def test_a_worker_that_is_killed_is_told_in_one_line(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = SeedBatches(place(folder_data(mixed, size=7, stream=True, pad=None), "full", CPU, 0), 0, 4)
+    stream = SeedBatches(to_device(folder_data(mixed, size=7, stream=True, pad=None), "full", CPU, 0), 0, 4)
     stream._fetch.workers.count = 1
     monkeypatch.setattr(Pictures, "shown", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(UserError, match=r"a process that decodes was killed \(.*\); resume with fewer --workers, or 0"):
@@ -493,7 +493,7 @@ def test_a_worker_that_is_killed_between_two_batches_stops_nothing_else(mixed: P
     """The process that computes may be anywhere, in the ledger's transaction too."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)  # as in a process that had no other loader
-    stream = SeedBatches(place(folder_data(mixed, size=7, stream=True, pad=None), "full", CPU, 1), 0, 4)
+    stream = SeedBatches(to_device(folder_data(mixed, size=7, stream=True, pad=None), "full", CPU, 1), 0, 4)
     others = multiprocessing.active_children()
     list(stream.epoch(0))
     (worker,) = [child for child in multiprocessing.active_children() if child not in others]

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from . import trust
-from .checks import MOST_WORKERS, Changes, UserError, did_you_mean, first_line
+from .checks import MAX_WORKERS, Changes, UserError, did_you_mean, first_line
 from .config import NETWORKS, validate
-from .data import given
+from .data import user_loaders
 from .device import resolve_device
 from .ledger import STUDENT_FILE, Ledger, Run
 from .models import Network
@@ -202,7 +202,7 @@ def distill(
     """
     if on_epoch is not None and not callable(on_epoch):
         raise UserError(f"on_epoch={on_epoch!r}: give a function that takes a Report, or leave it out")
-    _refuse_number("workers", workers, 0, MOST_WORKERS)
+    _refuse_number("workers", workers, 0, MAX_WORKERS)
     watcher = (Bars if progress else Watcher)(on_epoch)
     ledger = Ledger(Path(runs), create=True, changes=Changes(accept_changes, watcher.say))
     begun = {"init_from": _first_weights(config["init_from"], student, ledger)} if config.get("init_from") is not None else {}
@@ -246,7 +246,7 @@ def _images(data: Data, val_loader: Any, classes: int | None, train: Any) -> dic
     if val_loader is None:
         raise UserError("a train_loader needs a val_loader, whose images accuracy is measured on; give it after the train_loader")
     _refuse_number("classes", classes, 2)
-    found = given.adopt(data, val_loader, classes)
+    found = user_loaders.adopt(data, val_loader, classes)
     if not isinstance(train, Mapping):
         return {"data": {"name": found.name}}
     if (size := train.get("batch_size", found.batch_size)) != found.batch_size:

@@ -14,11 +14,11 @@ from pathlib import Path
 from .talk import Remarks, printable, say
 
 INTERRUPTED = 130  # a shell's exit code for Ctrl-C
-MOST_SEEDS = 10_000
+MAX_SEEDS = 10_000
 NAMED = 3  # of many names, so many are told
 LONGEST_NAME = 60  # characters that are told of one
 TRACEBACK = "Traceback (most recent call last):"
-MOST_WORKERS = 256
+MAX_WORKERS = 256
 NO_MEMORY = (
     "allocate memory",
     "out of memory",
@@ -199,8 +199,8 @@ def parse_seeds(text: str, option: str = "--seeds") -> list[int]:
         low, high = int(numbers[1]), int(numbers[2] or numbers[1])
         if high < low:
             raise UserError(f"{option} {text!r}: the range {part.strip()} runs backwards; write {high}-{low}")
-        if (count := len(seeds) + high - low + 1) > MOST_SEEDS:
-            raise UserError(f"{option} {text!r}: {count:,} seeds; one command takes at most {MOST_SEEDS:,}")
+        if (count := len(seeds) + high - low + 1) > MAX_SEEDS:
+            raise UserError(f"{option} {text!r}: {count:,} seeds; one command takes at most {MAX_SEEDS:,}")
         seeds.extend(range(low, high + 1))
     if len(set(seeds)) < len(seeds):
         raise UserError(f"{option} {text!r} names a seed twice; name each once")

@@ -16,7 +16,7 @@ import typer
 from pydantic import ValidationError
 
 from . import advice, recipes, talk, trust
-from .checks import INTERRUPTED, MOST_WORKERS, Changes, UserError, did_you_mean, obstacle, parse_seeds, shortage
+from .checks import INTERRUPTED, MAX_WORKERS, Changes, UserError, did_you_mean, obstacle, parse_seeds, shortage
 from .cli_errors import complain, failure, refuse_empty, usage
 from .config import NETWORKS, RunConfig, assign, model_name, one_line, put, read_file, read_taps, validate
 from .env import version
@@ -110,7 +110,7 @@ InitFromOption = Annotated[str | None, typer.Option(help="Begin from the weights
 FreezeOption = Annotated[str | None, typer.Option(help="Modules or parameters that stay as they began, such as conv1,bn1,layer1.")]
 WorkersOption = Annotated[
     int | None,
-    typer.Option(min=0, max=MOST_WORKERS, help="Processes that decode streamed images, for each seed; left out, one a core, at most 8."),
+    typer.Option(min=0, max=MAX_WORKERS, help="Processes that decode streamed images, for each seed; left out, one a core, at most 8."),
 ]
 HoldoutOption = Annotated[bool, typer.Option("--holdout", help="Keep a tenth of train out; it chooses the epoch, test is read once.")]
 DeterministicOption = Annotated[bool, typer.Option("--deterministic", help="Only operations that repeat bit for bit.")]

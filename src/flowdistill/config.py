@@ -20,7 +20,7 @@ from .checks import UserError, did_you_mean, regular_file, undefused
 M = TypeVar("M", bound=BaseModel)
 
 LARGEST_FILE = 1_000_000  # bytes of a config
-MOST_EPOCHS = 1_000_000
+MAX_EPOCHS = 1_000_000
 LARGEST_IMAGE = 1 << 27  # pixels
 LARGEST_SIDE = math.isqrt(LARGEST_IMAGE)
 SEAL = "seal"  # key of a run.json
@@ -66,7 +66,7 @@ class DataConfig(Frozen):
         return (name or "").startswith(("folder:", "csv:", "hf:"))
 
     @property
-    def given(self) -> bool:
+    def user_loaders(self) -> bool:
         """Whether they come from loaders that were given from Python."""
         return self.name.startswith(LOADER)
 
@@ -107,7 +107,7 @@ class TrainConfig(Frozen):
     (Zhang et al. 2018).
     """
 
-    epochs: int = Field(200, ge=1, le=MOST_EPOCHS, strict=True)  # reference log; He et al. 2016, section 4.2: about 164
+    epochs: int = Field(200, ge=1, le=MAX_EPOCHS, strict=True)  # reference log; He et al. 2016, section 4.2: about 164
     batch_size: int = Field(128, ge=1, strict=True)  # He et al. 2016, section 4.2
     lr: float = Field(0.1, gt=0, strict=True)  # He et al. 2016, section 4.2
     momentum: float = Field(0.9, ge=0, lt=1, strict=True)  # He et al. 2016, section 4.2
@@ -210,9 +210,9 @@ class RunConfig(Frozen):
 
     @model_validator(mode="after")
     def _loaders_do_it_themselves(self) -> RunConfig:
-        if self.data.given and self.split == "holdout":
+        if self.data.user_loaders and self.split == "holdout":
             raise ValueError("split=holdout: a loader's images are not held out; give the held-out ones as val_loader, with split=full")
-        if self.data.given and self.train.mixup:
+        if self.data.user_loaders and self.train.mixup:
             raise ValueError(f"train.mixup={str(self.train.mixup).lower()}: a loader's images are not mixed; mix them in the loader")
         return self
 

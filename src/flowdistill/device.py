@@ -20,7 +20,7 @@ from .checks import UserError
 
 Precision = Literal["bf16", "fp32"]
 KINDS = ("cpu", "cuda", "mps")
-MOST_WORKERS = 8
+MAX_DEFAULT_WORKERS = 8
 
 # cuBLAS repeats bit for bit with this alone, and some versions of PyTorch read it once, at the first product of the process.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -119,7 +119,7 @@ def sensible_threads() -> int:
 
 def sensible_workers() -> int:
     """Processes that decode images where nobody says how many: one a core, at most eight for each stream of batches."""
-    return min(usable_cores(), MOST_WORKERS)
+    return min(usable_cores(), MAX_DEFAULT_WORKERS)
 
 
 def keep_freed_memory() -> None:

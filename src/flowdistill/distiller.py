@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import methods, models
 from .checks import UserError
 from .config import TrainConfig, parse_as
-from .data.given import checked, refuse_other_labels
+from .data.user_loaders import checked, refuse_other_labels
 from .methods import ResolvedMethod
 from .models import Network
 from .models.foreign import Foreign, refuse_unready, surveyed, uncompiled

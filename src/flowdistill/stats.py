@@ -13,7 +13,7 @@ import numpy.typing as npt
 from scipy.special import stdtrit
 
 CONFIDENCE = 0.95
-LEAST_N = 3  # below this: the values alone, no interval and no verdict
+MIN_N = 3  # below this: the values alone, no interval and no verdict
 BINS = 15  # of confidence; Guo et al. 2017
 
 Classes = npt.NDArray[np.integer]
@@ -42,7 +42,7 @@ def sample_std(values: Sequence[float]) -> float | None:
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """Student's 95 % interval of the mean; None for fewer than three values."""
-    if len(values) < LEAST_N:
+    if len(values) < MIN_N:
         return None
     reach = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * statistics.stdev(values) / math.sqrt(len(values))
     mean = statistics.fmean(values)
@@ -58,7 +58,7 @@ def welch(values: Sequence[float], reference: Sequence[float]) -> Difference | N
     Welch 1947: standard error sqrt(s1^2/n1 + s2^2/n2), degrees of freedom by Satterthwaite. ``detectable`` is
     half the interval's width.
     """
-    if min(len(values), len(reference)) < LEAST_N:
+    if min(len(values), len(reference)) < MIN_N:
         return None
     parts = [_variance(tuple(group)) / len(group) for group in (values, reference)]
     error = math.sqrt(sum(parts))

@@ -54,7 +54,7 @@ from flowdistill.methods import (
 )
 from flowdistill.methods.ab import boundary_loss
 from flowdistill.methods.attention import AT, attention_loss
-from flowdistill.methods.base import full
+from flowdistill.methods.base import at_least_float32
 from flowdistill.methods.dist import relations
 from flowdistill.methods.dkd import other_logits
 from flowdistill.methods.fsp import FSP, fsp_loss, fsp_matrix, match_sizes
@@ -100,55 +100,55 @@ def wrong(name, number=0):
 @bug(kd, "kd_loss", suite.test_formula_equals_the_reference, KD_FORMULA)
 def kd_without_t_squared(student, teacher, temperature=4.0):
     """No factor T^2: torchdistill where targets are None, the keras.io example, distiller before issue 122."""
-    log_s, log_t = ((full(z) / temperature).log_softmax(1) for z in (student, teacher))
+    log_s, log_t = ((at_least_float32(z) / temperature).log_softmax(1) for z in (student, teacher))
     return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
 
 
 @bug(kd, "kd_loss", suite.test_formula_equals_the_reference, KD_FORMULA)
 def kd_direction_reversed(student, teacher, temperature=4.0):
     """KL(p_s || p_t): the two arguments of kl_div changed over."""
-    log_s, log_t = ((full(z) / temperature).log_softmax(1) for z in (student, teacher))
+    log_s, log_t = ((at_least_float32(z) / temperature).log_softmax(1) for z in (student, teacher))
     return F.kl_div(log_t, log_s, reduction="batchmean", log_target=True) * temperature**2
 
 
 @bug(kd, "kd_loss", suite.test_formula_equals_the_reference, KD_FORMULA)
 def kd_mean_over_elements(student, teacher, temperature=4.0):
     """nn.KLDivLoss() at its default, K times smaller: Tf-KD."""
-    log_s, log_t = ((full(z) / temperature).log_softmax(1) for z in (student, teacher))
+    log_s, log_t = ((at_least_float32(z) / temperature).log_softmax(1) for z in (student, teacher))
     return torch.nn.KLDivLoss(reduction="none", log_target=True)(log_s, log_t).mean() * temperature**2
 
 
 @bug(kd, "kd_loss", suite.test_promise_per_sample, KD)
 def kd_summed_over_the_batch(student, teacher, temperature=4.0):
     """reduction="sum" without the division by N: the loss grows with the batch."""
-    log_s, log_t = ((full(z) / temperature).log_softmax(1) for z in (student, teacher))
+    log_s, log_t = ((at_least_float32(z) / temperature).log_softmax(1) for z in (student, teacher))
     return F.kl_div(log_s, log_t, reduction="sum", log_target=True) * temperature**2
 
 
 @bug(kd, "kd_loss", suite.test_promise_per_sample, KD)
 def kd_softmax_over_the_batch(student, teacher, temperature=4.0):
     """dim=0 for dim=1: the images of a batch compete, not the classes."""
-    log_s, log_t = ((full(z) / temperature).log_softmax(0) for z in (student, teacher))
+    log_s, log_t = ((at_least_float32(z) / temperature).log_softmax(0) for z in (student, teacher))
     return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * temperature**2
 
 
 @bug(kd, "kd_loss", suite.test_extremes_stay_finite, {**KD, "extreme": "logits x 1e3"})
 def kd_log_of_softmax(student, teacher, temperature=4.0):
     """log(softmax(z)) for log_softmax(z): -inf as soon as a probability is 0."""
-    p_s, p_t = ((full(z) / temperature).softmax(1) for z in (student, teacher))
+    p_s, p_t = ((at_least_float32(z) / temperature).softmax(1) for z in (student, teacher))
     return (p_t * (p_t.log() - p_s.log())).sum(1).mean() * temperature**2
 
 
 @bug(kd, "kd_loss", suite.test_promise_vanishes_at_match, KD)
 def kd_cross_entropy_sold_as_kl(student, teacher, temperature=4.0):
     """-sum p_t log p_s: the same gradient, but not 0 at a perfect match: cls_KD."""
-    return F.cross_entropy(full(student) / temperature, (full(teacher) / temperature).softmax(1)) * temperature**2
+    return F.cross_entropy(at_least_float32(student) / temperature, (at_least_float32(teacher) / temperature).softmax(1)) * temperature**2
 
 
 @bug(kd, "kd_loss", suite.test_promise_vanishes_at_match, KD)
 def kd_temperature_on_one_side(student, teacher, temperature=4.0):
     """The student's logits are not divided by T: Tf-KD's loss_kd_regularization."""
-    log_s, log_t = full(student).log_softmax(1), (full(teacher) / temperature).log_softmax(1)
+    log_s, log_t = at_least_float32(student).log_softmax(1), (at_least_float32(teacher) / temperature).log_softmax(1)
     return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * temperature**2
 
 
@@ -162,21 +162,21 @@ def kd_computed_in_half(student, teacher, temperature=4.0):
 @bug(kd, "kd_loss", suite.test_inputs_are_left_as_they_were, KD)
 def kd_divides_its_inputs_in_place(student, teacher, temperature=4.0):
     """div_ for /: the cross-entropy that comes after sees logits over T."""
-    log_s, log_t = (full(z).div_(temperature).log_softmax(1) for z in (student, teacher))
+    log_s, log_t = (at_least_float32(z).div_(temperature).log_softmax(1) for z in (student, teacher))
     return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * temperature**2
 
 
 @bug(kd, "kd_loss", suite.test_gradient_reaches_what_is_requested_and_the_adapters_alone, KD_FORMULA)
 def kd_student_detached(student, teacher, temperature=4.0):
     """.data on the wrong side: the loss is printed and trains nothing."""
-    log_s, log_t = ((full(z.data) / temperature).log_softmax(1) for z in (student, teacher))
+    log_s, log_t = ((at_least_float32(z.data) / temperature).log_softmax(1) for z in (student, teacher))
     return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * temperature**2
 
 
 @bug(kd, "kd_loss", suite.test_compiled_equals_eager, KD, refusal="Data-dependent")
 def kd_reads_its_loss_back(student, teacher, temperature=4.0):
     """A branch on the loss's value: waits for the device at every step and can't be compiled whole."""
-    log_s, log_t = ((full(z) / temperature).log_softmax(1) for z in (student, teacher))
+    log_s, log_t = ((at_least_float32(z) / temperature).log_softmax(1) for z in (student, teacher))
     loss = F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * temperature**2
     return loss if loss > 1e-8 else loss * 0
 
@@ -198,7 +198,7 @@ def logits_on_the_embedding(self, student, teacher, batch=None):
 @bug(logits, "logits_loss", suite.test_formula_equals_the_reference, {"name": "logits", "options": {}, "pair": "even"})
 def logits_summed_over_the_classes(student, teacher):
     """The square summed over the classes, K times larger, under the mean's name."""
-    return (full(student) - full(teacher)).square().sum(1).mean()
+    return (at_least_float32(student) - at_least_float32(teacher)).square().sum(1).mean()
 
 
 # at
@@ -222,32 +222,32 @@ def at_mean_square_sold_as_the_paper(student, teacher, mode="code"):
 @bug(attention, "attention_map", suite.test_formula_equals_the_reference, AT_FORMULA)
 def at_not_normalised(features):
     """The map's size is matched, not its shape."""
-    return full(features).square().mean(1).flatten(1)
+    return at_least_float32(features).square().mean(1).flatten(1)
 
 
 @bug(attention, "attention_map", suite.test_formula_equals_the_reference, AT_FORMULA)
 def at_normalises_each_channel(features):
     """Every channel map normalised in place of their mean: sseung0703's TensorFlow port."""
-    return F.normalize(full(features).flatten(2), dim=2).square().mean(1)
+    return F.normalize(at_least_float32(features).flatten(2), dim=2).square().mean(1)
 
 
 @bug(attention, "attention_map", suite.test_formula_equals_the_reference, AT_FORMULA)
 def at_absolute_value_for_square(features):
     """Exponent 1 for 2."""
-    return F.normalize(full(features).abs().mean(1).flatten(1), dim=1)
+    return F.normalize(at_least_float32(features).abs().mean(1).flatten(1), dim=1)
 
 
 @bug(attention, "attention_map", suite.test_formula_equals_the_reference, AT_FORMULA)
 def at_l1_normalised(features):
     """normalize(v, 1): the 1 lands in p, not in dim (torchdistill does so in its SP loss)."""
-    return F.normalize(full(features).square().mean(1).flatten(1), 1)
+    return F.normalize(at_least_float32(features).square().mean(1).flatten(1), 1)
 
 
 @bug(attention, "attention_loss", suite.test_formula_equals_the_reference, {**AT_FORMULA, "pair": "uneven"})
 def at_pools_the_attention_map(student, teacher, mode="code"):
     """Squares first and pools then; the published codes pool the feature map."""
     size = [min(ours, theirs) for ours, theirs in zip(student.shape[2:], teacher.shape[2:], strict=True)]
-    energies = [F.adaptive_avg_pool2d(full(x).square().mean(1, keepdim=True), size) for x in (student, teacher)]
+    energies = [F.adaptive_avg_pool2d(at_least_float32(x).square().mean(1, keepdim=True), size) for x in (student, teacher)]
     return attention_loss(*(energy.sqrt() for energy in energies), mode)
 
 
@@ -261,14 +261,14 @@ def at_averaged_over_the_stages(self, student, teacher, batch=None):
 @bug(attention, "attention_map", suite.test_extremes_stay_finite, {**AT_CODE, "extreme": "student's maps zero"})
 def at_divides_by_a_norm_of_zero(features):
     """v / ||v|| with nothing that keeps the norm from 0: NaN for a dead map."""
-    energy = full(features).square().mean(1).flatten(1)
+    energy = at_least_float32(features).square().mean(1).flatten(1)
     return energy / torch.linalg.vector_norm(energy, dim=1, keepdim=True)
 
 
 @bug(attention, "attention_map", suite.test_gradcheck, AT_CODE)
 def at_norm_taken_for_a_constant(features):
     """The norm detached: the right value, the wrong gradient."""
-    energy = full(features).square().mean(1).flatten(1)
+    energy = at_least_float32(features).square().mean(1).flatten(1)
     return energy / torch.linalg.vector_norm(energy, dim=1, keepdim=True).detach().clamp(min=1e-12)
 
 
@@ -322,7 +322,7 @@ def fsp_columns_norms_for_squares(student, teacher, *, pool="max", reduction="me
 @bug(fsp, "fsp_matrix", suite.test_formula_equals_the_reference, FSP_FORMULA)
 def fsp_without_h_w(first, second):
     """G not divided by H W: larger by the fourth power of the image's side in the loss."""
-    return full(first).flatten(2) @ full(second).flatten(2).transpose(1, 2)
+    return at_least_float32(first).flatten(2) @ at_least_float32(second).flatten(2).transpose(1, 2)
 
 
 @bug(fsp, "fsp_matrix", suite.test_promise_per_sample, OURS)
@@ -366,7 +366,7 @@ def fsp_overflows_in_float16(first, second):
 @bug(fsp, "fsp_matrix", suite.test_autocast_does_not_bring_half_back, OURS)
 def fsp_brought_back_to_half_by_autocast(first, second):
     """float() before a product that autocast runs in bf16 all the same."""
-    first, second = full(first).flatten(2), full(second).flatten(2)
+    first, second = at_least_float32(first).flatten(2), at_least_float32(second).flatten(2)
     return (first / first.shape[2]) @ second.transpose(1, 2)
 
 
@@ -406,7 +406,7 @@ def adapter_in_a_plain_dict(self, *args, **networks):
 @bug(dkd, "decoupled", suite.test_extremes_stay_finite, {**option_set("dkd"), "extreme": "logits x 1e3"})
 def dkd_logarithms_of_probabilities(student, teacher, labels, temperature=4.0):
     """log of the probabilities of the target and of all others: NaN as soon as one of them is 0: mdistiller."""
-    scaled = [full(z) / temperature for z in (student, teacher)]
+    scaled = [at_least_float32(z) / temperature for z in (student, teacher)]
     target_s, target_t = (z.softmax(1).gather(1, labels[:, None]) for z in scaled)
     b_s, b_t = (torch.cat([p, 1 - p], 1) for p in (target_s, target_t))
     log_q_s, log_q_t = (other_logits(z, labels).log_softmax(1) for z in scaled)
@@ -424,7 +424,7 @@ def dist_without_t_squared(student, teacher, temperature=4.0, beta=1.0, gamma=1.
 @bug(nkd, "nkd_loss", suite.test_formula_equals_the_reference, formula("nkd"))
 def nkd_others_not_normalised(student, teacher, labels, temperature=3.0, gamma=3.5):
     """The other classes with the probabilities that the whole softmax gives them: the N of nkd left out."""
-    ours, theirs = full(student), full(teacher)
+    ours, theirs = at_least_float32(student), at_least_float32(teacher)
     target = theirs.softmax(1).gather(1, labels[:, None]) * ours.log_softmax(1).gather(1, labels[:, None])
     soft = (theirs / temperature).softmax(1) * (ours / temperature).log_softmax(1)
     others = soft.sum(1) - soft.gather(1, labels[:, None]).squeeze(1)
@@ -440,7 +440,7 @@ def mlkd_similarities_in_half(student, teacher):
 @bug(wsld, "wsld_loss", suite.test_gradcheck, option_set("wsld"))
 def wsld_learns_its_own_weight(student, teacher, labels, temperature=2.0):
     """No detach: the student lowers the loss by lowering what it counts for."""
-    ours, theirs = full(student), full(teacher)
+    ours, theirs = at_least_float32(student), at_least_float32(teacher)
     error_s, error_t = (F.cross_entropy(z, labels, reduction="none") for z in (ours, theirs))
     soft = F.cross_entropy(ours / temperature, (theirs / temperature).softmax(1), reduction="none")
     return ((1 - (-error_s / (error_t + 1e-7)).exp()) * soft).mean() * temperature**2
@@ -461,7 +461,7 @@ def ctkd_temperature_learns_with_the_student(x, factor):
 @bug(standardise, "standardise", suite.test_formula_equals_the_reference, formula("ls:kd"))
 def ls_divided_by_all_classes(logits):
     """The standard deviation divided by K, as numpy and layer normalisation have it, not by K - 1."""
-    values = full(logits)
+    values = at_least_float32(logits)
     return (values - values.mean(1, keepdim=True)) / (values.std(1, correction=0, keepdim=True) + 1e-7)
 
 
@@ -471,20 +471,20 @@ def ls_divided_by_all_classes(logits):
 @bug(fitnets, "hint_loss", suite.test_formula_equals_the_reference, formula("fitnets"))
 def fitnets_half_the_squared_norm(student, teacher):
     """The paper's 1/2 ||r - t||^2, C H W / 2 times larger, at the weight of the mean."""
-    return (full(student) - full(teacher)).square().flatten(1).sum(1).mean() / 2
+    return (at_least_float32(student) - at_least_float32(teacher)).square().flatten(1).sum(1).mean() / 2
 
 
 @bug(cwd, "cwd_loss", suite.test_formula_equals_the_reference, formula("cwd"))
 def cwd_softmax_over_the_channels(student, teacher, tau=4.0):
     """dim=1 of a map: which channel is active at a place, not at which place a channel is."""
-    log_s, log_t = ((full(x) / tau).log_softmax(1) for x in (student, teacher))
+    log_s, log_t = ((at_least_float32(x) / tau).log_softmax(1) for x in (student, teacher))
     return F.kl_div(log_s, log_t, reduction="sum", log_target=True) * tau**2 / log_s[:, :, 0, 0].numel()
 
 
 @bug(mgd, "generation_loss", suite.test_formula_equals_the_reference, formula("mgd"))
 def mgd_mean_over_the_map(generated, teacher):
     """nn.MSELoss() at its default, C H W times smaller, at the weight of the sum."""
-    return F.mse_loss(full(generated), full(teacher))
+    return F.mse_loss(at_least_float32(generated), at_least_float32(teacher))
 
 
 @bug(ickd, "ickd_loss", suite.test_promise_per_sample, option_set("ickd"))
@@ -498,14 +498,14 @@ def ft_norm_not_squared(student, teacher, p=1):
     """p = 2 taken for the norm of the difference, not its mean square: torchdistill."""
     if p == 1:
         return ft_loss(student, teacher, p)
-    ours, theirs = (F.normalize(full(x).flatten(1), dim=1) for x in (student, teacher))
+    ours, theirs = (F.normalize(at_least_float32(x).flatten(1), dim=1) for x in (student, teacher))
     return torch.linalg.vector_norm(ours - theirs, dim=1).mean()
 
 
 @bug(nst, "nst_loss", suite.test_promise_vanishes_at_match, option_set("nst"))
 def nst_without_the_teachers_term(student, teacher):
     """The constant left out, so that the value is negative and 0 is no match: the authors' code."""
-    theirs = F.normalize(full(teacher).flatten(2), dim=2)
+    theirs = F.normalize(at_least_float32(teacher).flatten(2), dim=2)
     return nst_loss(student, teacher) - (theirs @ theirs.transpose(1, 2)).square().mean()
 
 
@@ -552,7 +552,7 @@ def ab_without_its_thousandths(student, teacher, margin=1.0):
 @bug(sp, "similarity", suite.test_formula_equals_the_reference, formula("sp"))
 def sp_rows_divided_by_their_sum(features):
     """normalize(G, 1): the 1 lands in p, not in dim: torchdistill."""
-    flat = full(features).flatten(1)
+    flat = at_least_float32(features).flatten(1)
     return F.normalize(flat @ flat.T, 1)
 
 
@@ -566,7 +566,7 @@ def pkt_divided_by_the_batch_once(student, teacher, eps=1e-7):
 @bug(rkd, "distances", suite.test_promise_per_sample, option_set("rkd"))
 def rkd_distances_from_a_gram_matrix(embedding):
     """Kept from 0 by 1e-12 before the root, so that equal samples are apart and count in the mean: the authors' code."""
-    gram = full(embedding) @ full(embedding).T
+    gram = at_least_float32(embedding) @ at_least_float32(embedding).T
     square = gram.diagonal()
     apart = (square[:, None] + square - 2 * gram).clamp(min=1e-12).sqrt()
     return apart * (1 - torch.eye(len(apart), dtype=apart.dtype))
@@ -575,7 +575,7 @@ def rkd_distances_from_a_gram_matrix(embedding):
 @bug(cc, "correlation", suite.test_formula_equals_the_reference, formula("cc"))
 def cc_without_the_normalisation(embedding, gamma=0.4, order=2):
     """The Taylor series of a Gaussian kernel, which holds for unit vectors, on embeddings as they are: torchdistill."""
-    inner = full(embedding) @ full(embedding).T
+    inner = at_least_float32(embedding) @ at_least_float32(embedding).T
     factors = [math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p) for p in range(order + 1)]
     return sum(factor * inner**p for p, factor in enumerate(factors))
 
@@ -605,13 +605,13 @@ def ttm_with_t_squared(student, teacher, temperature=5.0):
 @bug(wttm, "power_sum", suite.test_formula_equals_the_reference, formula("wttm"))
 def wttm_power_sum_after_the_normalisation(teacher, temperature):
     """The weights are summed from p_T, which sums to 1: ttm under wttm's name."""
-    return (full(teacher) / temperature).softmax(1).sum(1)
+    return (at_least_float32(teacher) / temperature).softmax(1).sum(1)
 
 
 @bug(wttm, "power_sum", suite.test_extremes_stay_finite, {**option_set("wttm"), "extreme": "logits x 1e3"})
 def wttm_power_sum_of_the_logits(teacher, temperature):
     """exp(z / T) summed without the softmax before it: the weight is inf for large logits."""
-    return (full(teacher) / temperature).exp().sum(1)
+    return (at_least_float32(teacher) / temperature).exp().sum(1)
 
 
 # srd, itrd
@@ -651,7 +651,9 @@ def itrd_mutual_information_minimised(student, teacher):
 @bug(itrd, "correlation_loss", suite.test_extremes_stay_finite, {**option_set("itrd"), "extreme": "a batch of one"})
 def itrd_divides_by_a_deviation_of_zero(projected, teacher, alpha=1.01):
     """(x - mean) / std with nothing that keeps std from 0: NaN for a constant dimension or a batch of one: the authors' code."""
-    ours, theirs = ((full(x) - full(x).mean(0)) / full(x).std(0, correction=0) for x in (projected, teacher))
+    ours, theirs = (
+        (at_least_float32(x) - at_least_float32(x).mean(0)) / at_least_float32(x).std(0, correction=0) for x in (projected, teacher)
+    )
     return (1 - (1 - 1 / len(projected)) * (ours * theirs).mean(0)).pow(2 * alpha).sum().log2()
 
 
@@ -663,8 +665,8 @@ HEAD_BIAS = dict(zip(("name", "kept", "told"), test_method_context.TOLD[1], stri
 @bug(ofd, "partial_distance", suite.test_formula_equals_the_reference, {"name": "ofd", "options": {}, "pair": "even"})
 def ofd_pulled_up_to_the_margin(student, teacher, margin):
     """The distance counts everywhere: a silent neuron is pulled up to the margin, which it may stay below."""
-    target = torch.maximum(full(teacher), margin[:, None, None])
-    return (full(student) - target).square().flatten(1).sum(1).mean()
+    target = torch.maximum(at_least_float32(teacher), margin[:, None, None])
+    return (at_least_float32(student) - target).square().flatten(1).sum(1).mean()
 
 
 @bug(SRRL, "know", test_method_context.test_what_is_told_is_kept_and_not_trained, HEAD_BIAS)
@@ -676,14 +678,14 @@ def srrl_without_the_bias_of_the_head(self, context):
 @bug(cat_kd, "class_attention", suite.test_formula_equals_the_reference, {"name": "cat_kd", "options": {}, "pair": "even"})
 def cat_kd_normalised_over_the_classes(cam, r=2, *, normalise=True):
     """normalize() at its default, dim=1: at every position the classes share a norm, in place of each class's positions."""
-    attention = fsp.pooled(full(cam), (r, r), "avg").flatten(2)
+    attention = fsp.pooled(at_least_float32(cam), (r, r), "avg").flatten(2)
     return F.normalize(attention, eps=1e-6) if normalise else attention
 
 
 @bug(nd, "nd_loss", suite.test_formula_equals_the_reference, {"name": "nd", "options": {}, "pair": "even"})
 def nd_blind_to_the_norm(student, teacher, means):
     """Divided by ||e_s|| alone, a cosine: nothing makes the student's embedding as long as the teacher's."""
-    return 1 - F.cosine_similarity(full(student), full(means), dim=1).mean()
+    return 1 - F.cosine_similarity(at_least_float32(student), at_least_float32(means), dim=1).mean()
 
 
 # composition and registry
@@ -726,7 +728,7 @@ CLOSE_ANGLES = {"spread": 1e-4}
 @bug(rkd, "angles", test_limits.test_angles_of_wide_embeddings_nearly_alike, CLOSE_ANGLES)
 def angles_from_a_gram_matrix(embedding):
     """Inner products of differences as differences of inner products: of two images nearly alike the rounding is left."""
-    centred = full(embedding) - full(embedding).mean(0)
+    centred = at_least_float32(embedding) - at_least_float32(embedding).mean(0)
     gram = centred @ centred.T
     inner = gram - gram[:, :, None] - gram[:, None, :] + gram.diagonal()[:, None, None]
     apart = rkd.distances(embedding)
@@ -735,7 +737,7 @@ def angles_from_a_gram_matrix(embedding):
 
 
 @bug(base, "unit", test_limits.test_the_scale_of_a_map_is_nothing_to_what_compares_directions, {"name": "sp", "factor": 1e-4})
-def norms_kept_from_zero_by_a_millionth(x, dim, least=1e-12):
+def norms_kept_from_zero_by_a_millionth(x, dim, min_norm=1e-12):
     """1e-6 on the norm of a Gram matrix's row, which is the map's scale squared: small maps have small directions."""
     return F.normalize(x, dim=dim, eps=1e-6)
 

@@ -9,7 +9,7 @@ import test_dropout
 import test_models
 import test_pairing
 import test_survey
-import test_tapping
+import test_tap_table
 
 from flowdistill import distiller
 from flowdistill.models import head, hooks, input_adapter, stages, wide_resnet
@@ -53,7 +53,7 @@ def stages_paired_by_number(student, teacher, student_data, teacher_data, *, nam
     return Pairing(student, teacher)
 
 
-@bug(references, "input_adapter", test_tapping.test_a_teacher_sees_what_it_was_trained_on)
+@bug(references, "input_adapter", test_tap_table.test_a_teacher_sees_what_it_was_trained_on)
 def teacher_sees_the_students_normalisation(given, own):
     """One normalisation for both: a teacher that was trained on another answers at chance level, and nobody asks."""
     return

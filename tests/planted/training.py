@@ -7,17 +7,17 @@ import secrets
 
 import numpy as np
 import test_augment
+import test_batches
 import test_blame
-import test_given
-import test_loader
 import test_runner
 import test_schedule
 import test_training as suite
+import test_user_loaders
 import torch
 
 from flowdistill import models, randomness
 from flowdistill.data import augment, batches, names, splits
-from flowdistill.data.given import Finite
+from flowdistill.data.user_loaders import Finite
 from flowdistill.models import base
 from flowdistill.training import blame, cohort, engine, optim, schedule, step, teacher
 from flowdistill.training.engine import Engine
@@ -255,7 +255,7 @@ def adapter_drawn_from_the_weights_generator(seed, purpose):
     yield
 
 
-@bug(randomness, "derive", test_loader.test_seed_0_is_a_seed)
+@bug(randomness, "derive", test_batches.test_seed_0_is_a_seed)
 def seed_zero_ignored(seed, purpose, epoch=0):
     """seed or random(): seed 0 is another one every time."""
     return randomness_derive(seed or secrets.randbits(31), purpose, epoch)
@@ -271,7 +271,7 @@ def order_from_the_global_generator(n, *, pad, flip, seed, epoch, device):
     return augment.Draws(torch.randperm(n), drawn.rows, drawn.columns, drawn.flips)
 
 
-@bug(augment, "draw_epoch", test_loader.test_epochs_differ_and_one_can_be_drawn_alone)
+@bug(augment, "draw_epoch", test_batches.test_epochs_differ_and_one_can_be_drawn_alone)
 def same_order_every_epoch(n, *, pad, flip, seed, epoch, device):
     """A generator seeded anew each epoch with the seed alone (a DistributedSampler without set_epoch)."""
     return draw_epoch(n, pad=pad, flip=flip, seed=seed, epoch=0, device=device)
@@ -310,7 +310,7 @@ def corners_aligned(first, length, size):
     return (1 - (position[:, :, None] - pixels).abs()).clamp(min=0)
 
 
-@bug(augment, "mix", test_loader.test_a_mixed_batch_is_its_plain_one_mixed_by_one_share_and_has_no_labels, {"crop": "shift"})
+@bug(augment, "mix", test_batches.test_a_mixed_batch_is_its_plain_one_mixed_by_one_share_and_has_no_labels, {"crop": "shift"})
 def a_share_for_each_image(images, share):
     """Mixup per image, which the authors of function matching call a bad idea."""
     return mix(images, ((share + torch.arange(len(images)) / len(images)) % 1)[:, None, None, None])
@@ -322,7 +322,7 @@ def teacher_with_a_view_of_its_own(self, seed_group, images):
     return eager_teach(self, seed_group, images.flip(3))
 
 
-@bug(batches.SeedBatches, "batch", test_loader.test_batches_cover_distinct_images_and_agree_with_their_labels, {"split": "full"})
+@bug(batches.SeedBatches, "batch", test_batches.test_batches_cover_distinct_images_and_agree_with_their_labels, {"split": "full"})
 def labels_in_another_order_than_images(self, draws, shown, epoch, padded=None):
     """Images shuffled, labels not: training runs, and learns nothing."""
     images, batch = stream_batch(self, draws, shown, epoch, padded)
@@ -332,7 +332,7 @@ def labels_in_another_order_than_images(self, draws, shown, epoch, padded=None):
 stream_batch = batches.SeedBatches.batch
 
 
-@bug(splits, "holdout_positions", test_loader.test_holdout_is_fixed_and_reads_no_global_generator)
+@bug(splits, "holdout_positions", test_batches.test_holdout_is_fixed_and_reads_no_global_generator)
 def holdout_drawn_anew_each_run(labels):
     """Held-out images that another run has trained on."""
     return np.sort(np.random.permutation(len(labels))[: len(labels) // 10])
@@ -368,7 +368,7 @@ def rate_blamed_for_the_teacher(student, seen, peers=()):
     return fault(student, seen._replace(sound=sound), peers)
 
 
-@bug(Finite, "look", test_given.test_every_batch_is_looked_at)
+@bug(Finite, "look", test_user_loaders.test_every_batch_is_looked_at)
 def first_batch_alone_looked_at(self, images):
     """What holds for the first batch of a loader is taken to hold for all."""
     if not self._batches:
@@ -378,8 +378,8 @@ def first_batch_alone_looked_at(self, images):
 @bug(
     names,
     "refuse_other_names",
-    test_given.test_classes_that_the_loaders_name_otherwise,
-    dict(zip(("train", "val", "line"), test_given.OTHERWISE["one lacks a class"], strict=True)),
+    test_user_loaders.test_classes_that_the_loaders_name_otherwise,
+    dict(zip(("train", "val", "line"), test_user_loaders.OTHERWISE["one lacks a class"], strict=True)),
 )
 def names_of_the_first_loader_taken_for_both(sources):
     """ImageFolder numbers the classes that it finds: a folder that lacks one has others from there on."""

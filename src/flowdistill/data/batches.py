@@ -14,13 +14,13 @@ from ..device import free_memory
 from ..types import NO_LABEL, Batch, Targets
 from .augment import Draws, crop_and_flip, draw_boxes, draw_epoch, draw_shares, mix, partners, reflect_pad, resize_and_flip
 from .dataset import ImageData, Images, Labels, Pictures, part
-from .given import GivenData
 from .interfaces import EvalSet, at_once
 from .lazy_images import Rows
 from .normalisation import Normalisation
 from .splits import trained_positions
 from .streaming import Decoder, Shot, StreamedSet, Workers
-from .user_batches import GivenSupply
+from .user_batches import UserLoaderSupply
+from .user_loaders import UserLoaderData
 
 RESIDENT_SHARE = 0.4  # of the device's free memory that the training images may take; the copy that pads them takes as much again
 
@@ -191,10 +191,10 @@ class StreamedData(DeviceData):
         return Decoding(Workers(decoder, self.device, self.workers, self.replaced), self.pad)
 
 
-def place(data: ImageData, split: str, device: torch.device, workers: int | None = None) -> DeviceData | GivenSupply:
+def to_device(data: ImageData, split: str, device: torch.device, workers: int | None = None) -> DeviceData | UserLoaderSupply:
     """The data under a split, held on the device where they can be; ``workers`` decode those that are streamed."""
-    if isinstance(data, GivenData):
-        return GivenSupply(data, device)
+    if isinstance(data, UserLoaderData):
+        return UserLoaderSupply(data, device)
     return (StreamedData if data.streamed or data.randaugment is not None else DeviceData)(data, split, device, workers)
 
 
@@ -204,7 +204,7 @@ class SeedBatches:
     def __init__(self, data: DeviceData, seed: int, batch_size: int, *, mixup: float = False) -> None:
         self.data, self.seed, self.batch_size, self.mixup = data, seed, batch_size, mixup
         self._fetch = None if data.resident else data.fetch(seed)
-        self.steps, self.least = len(data.labels) // batch_size, batch_size  # the last partial batch is dropped
+        self.steps, self.smallest_batch = len(data.labels) // batch_size, batch_size  # the last partial batch is dropped
         if self.steps == 0:
             raise UserError(f"train.batch_size={batch_size} is more than the {len(data.labels)} training images; set --batch-size lower")
 

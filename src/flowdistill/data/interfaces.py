@@ -80,13 +80,13 @@ class Batches(Protocol):
     """The batches of one seed: every student of that seed sees the same images in the same order, cropped and mixed alike.
 
     Attributes:
-        least: images of the smallest batch, as far as it is known before an epoch.
+        smallest_batch: images of the smallest batch, as far as it is known before an epoch.
     """
 
     seed: int
     steps: int
     batch_size: int
-    least: int
+    smallest_batch: int
 
     @property
     def data(self) -> Supply:

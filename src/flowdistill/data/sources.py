@@ -25,7 +25,7 @@ from .splits import stratified
 
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 UNLABELLED_KEYS = ("x",)
-MOST_CHANNELS = 4  # of what may be rows of 1 or 3 pixels; with more, and as long, they are channels before height and width
+MAX_CHANNELS = 4  # of what may be rows of 1 or 3 pixels; with more, and as long, they are channels before height and width
 LARGEST_HEADER = 1 << 14  # bytes; numpy itself refuses one over 10,000
 
 
@@ -56,8 +56,8 @@ def load(config: DataConfig, remarks: Remarks | None = None) -> ImageData:
     Raises:
         UserError: unknown name, file missing or not valid, no network; in one line.
     """
-    if config.given:
-        from .given import recall  # brings torch
+    if config.user_loaders:
+        from .user_loaders import recall  # brings torch
 
         return recall(config.name)
     if config.name.startswith("npz:"):
@@ -238,7 +238,7 @@ def _checked_images(path: Path, key: str, array: npt.NDArray[Any]) -> Images:
         raise UserError(f"npz:{path}: {key} is {array.dtype}, must be uint8 (0 to 255)")
     if array.ndim not in (3, 4) or 0 in array.shape:
         raise UserError(f"npz:{path}: {key} has shape {array.shape}, must be [N, H, W, C] or [N, H, W], none of them 0")
-    if array.ndim == 4 and array.shape[1] in (1, 3) and min(array.shape[2:]) > MOST_CHANNELS:
+    if array.ndim == 4 and array.shape[1] in (1, 3) and min(array.shape[2:]) > MAX_CHANNELS:
         raise UserError(f"npz:{path}: {key} has shape {array.shape}, which looks like [N, C, H, W]; transpose it to [N, H, W, C]")
     return array if array.ndim == 4 else array[..., None]
 

@@ -9,17 +9,17 @@ from torch import Tensor
 
 from ..checks import UserError
 from ..types import Batch
-from .given import EVERY_PASS, TRAIN, VAL, Finite, GivenData, checked, drawn, refuse_other_labels, refuse_other_sizes, smallest
 from .interfaces import EvalSet
 from .normalisation import Normalisation
+from .user_loaders import EVERY_PASS, TRAIN, VAL, Finite, UserLoaderData, checked, drawn, refuse_other_labels, refuse_other_sizes, smallest
 
 WHOLE = "which a loader does not tell; choose another method, or give the data by name"
 
 
-class GivenSet:
+class UserLoaderSet:
     """The images of a loader, to measure networks on."""
 
-    def __init__(self, data: GivenData, device: torch.device) -> None:
+    def __init__(self, data: UserLoaderData, device: torch.device) -> None:
         self.data, self.device = data, device
 
     def __len__(self) -> int:
@@ -41,16 +41,16 @@ class GivenSet:
             raise UserError(f"{VAL}: it gave {len(self)} images on its first pass and {count} on another; it must {EVERY_PASS}")
 
 
-class GivenSupply:
+class UserLoaderSupply:
     """Two loaders as training sees them."""
 
     resident = False
 
-    def __init__(self, data: GivenData, device: torch.device) -> None:
+    def __init__(self, data: UserLoaderData, device: torch.device) -> None:
         self.data, self.spec, self.device = data, data.spec, device
         channels = data.size[0]
         self.normalisation = Normalisation((0.0,) * channels, (1.0,) * channels)
-        self.test = GivenSet(data, device)
+        self.test = UserLoaderSet(data, device)
         self.epoch_images: EvalSet = self.test
 
     @property
@@ -63,7 +63,7 @@ class GivenSupply:
         raise UserError(f"this method needs the labels of all training images, {WHOLE}")
 
     @property
-    def train_eval(self) -> GivenSet:
+    def train_eval(self) -> UserLoaderSet:
         """Unknown.
 
         Raises:
@@ -83,10 +83,10 @@ class GivenSupply:
 class UserBatches:
     """The batches of a loader; the places of their images in an epoch are their indices."""
 
-    def __init__(self, data: GivenSupply, seed: int) -> None:
+    def __init__(self, data: UserLoaderSupply, seed: int) -> None:
         self.data, self.seed = data, seed
         self.steps, self.batch_size = len(data.data.train), data.data.batch_size
-        self.least = smallest(data.data.train, self.batch_size)
+        self.smallest_batch = smallest(data.data.train, self.batch_size)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Batch]]:
         """The epoch's batches.
@@ -117,7 +117,7 @@ class UserBatches:
         """Nothing is kept."""
 
 
-def _placed(batch: tuple[Tensor, Tensor], data: GivenData, device: torch.device, finite: Finite) -> tuple[Tensor, Tensor]:
+def _placed(batch: tuple[Tensor, Tensor], data: UserLoaderData, device: torch.device, finite: Finite) -> tuple[Tensor, Tensor]:
     """A batch on the device, float32 in channels_last memory."""
     images, labels = batch
     refuse_other_sizes(images, data.size)

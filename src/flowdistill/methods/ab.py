@@ -16,9 +16,21 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..config import MOST_EPOCHS
+from ..config import MAX_EPOCHS
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, Needs, Paper, Phase, StagedOptions, after_relu, full, paired_stages, register, same_shape, then_the_task
+from .base import (
+    Method,
+    Needs,
+    Paper,
+    Phase,
+    StagedOptions,
+    after_relu,
+    at_least_float32,
+    paired_stages,
+    register,
+    same_shape,
+    then_the_task,
+)
 from .fitnets import connector
 from .fsp import pooled
 
@@ -40,7 +52,7 @@ def boundary_loss(student: Tensor, teacher: Tensor, margin: float = 1.0) -> Tens
         ValueError: the shapes differ.
     """
     same_shape(student, teacher)
-    s = full(student)
+    s = at_least_float32(student)
     side = torch.where(teacher.isnan(), torch.nan, torch.where(teacher > 0, -s, s))  # what is no number is on no side
     return F.relu(margin + side).square().flatten(1).sum(1).mean()
 
@@ -59,7 +71,7 @@ class ABOptions(StagedOptions):
 
     margin: float = Field(1.0, gt=0, strict=True)  # the authors' code and RepDistiller; KD-Zoo has 2
     schedule: Literal["joint", "two-stage"] = "two-stage"  # the paper, and every source
-    stage_epochs: int = Field(30, ge=1, le=MOST_EPOCHS, strict=True)  # RepDistiller; KD-Zoo has 50
+    stage_epochs: int = Field(30, ge=1, le=MAX_EPOCHS, strict=True)  # RepDistiller; KD-Zoo has 50
 
 
 @register
@@ -108,7 +120,7 @@ class AB(Method):
         theirs = [teacher.maps[tap] for tap in self.theirs]
         ours = []
         for tap, connect, wanted in zip(self.ours, self.connectors, theirs, strict=True):
-            features = full(student.maps[tap])
+            features = at_least_float32(student.maps[tap])
             with torch.autocast(features.device.type, enabled=False):
                 response: Tensor = connect(features)
             ours.append(pooled(response, (wanted.shape[2], wanted.shape[3]), "avg"))

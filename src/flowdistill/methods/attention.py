@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..types import Batch, NetSpec, Outputs
-from .base import LEAST_PRODUCT, Method, MethodOptions, Needs, Paper, full, paired_stages, register, same_shape, unit
+from .base import MIN_PRODUCT_NORM, Method, MethodOptions, Needs, Paper, at_least_float32, paired_stages, register, same_shape, unit
 from .fsp import pooled
 
 Mode = Literal["code", "paper"]
@@ -24,7 +24,7 @@ def attention_map(features: Tensor) -> Tensor:
     Zagoruyko and Komodakis 2017, section 3.1, F_sum^2 up to the factor C, which the normalisation removes. A map of zeros gives
     zeros. Computed in at least float32.
     """
-    return unit(full(features).square().mean(1).flatten(1), 1, LEAST_PRODUCT)
+    return unit(at_least_float32(features).square().mean(1).flatten(1), 1, MIN_PRODUCT_NORM)
 
 
 def attention_loss(student: Tensor, teacher: Tensor, mode: Mode = "code") -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ..config import MOST_EPOCHS, Frozen, parse_as
+from ..config import MAX_EPOCHS, Frozen, parse_as
 from ..registry import Registry
 from ..types import Batch, MethodContext, NetSpec, Outputs
 
@@ -70,7 +70,7 @@ class StagedOptions(MethodOptions):
     """Options of a method that trains jointly or in two stages; ``stage_epochs`` belongs to stage one of ``schedule=two-stage``."""
 
     schedule: Literal["joint", "two-stage"] = "joint"
-    stage_epochs: int = Field(30, ge=1, le=MOST_EPOCHS, strict=True)
+    stage_epochs: int = Field(30, ge=1, le=MAX_EPOCHS, strict=True)
 
     @model_validator(mode="after")
     def _stage_one_exists(self) -> Self:
@@ -235,23 +235,23 @@ def get(name: str) -> type[Method]:
     return METHODS[name]
 
 
-def full(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """At least float32: sums, norms, exp and log are never taken in half precision."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-LEAST = 1e-12  # a norm up to which there is no direction, as F.normalize and every other collection have it
-LEAST_PRODUCT = 1e-18  # the same where what is normalised are products of features, whose scale is the features' squared
+MIN_NORM = 1e-12  # a norm up to which there is no direction, as F.normalize and every other collection have it
+MIN_PRODUCT_NORM = 1e-18  # the same where what is normalised are products of features, whose scale is the features' squared
 
 
-def unit(x: Tensor, dim: int, least: float = LEAST) -> Tensor:
-    """x over its L2 norm along a dimension. What is no longer than ``least`` has no direction: it gives zeros, without a gradient.
+def unit(x: Tensor, dim: int, min_norm: float = MIN_NORM) -> Tensor:
+    """x over its L2 norm along a dimension. What is no longer than ``min_norm`` has no direction: it gives zeros, without a gradient.
 
-    Dividing by max(norm, least) in its place would give a zero a gradient of 1 / least. What is too long for its norm to be a number gives
-    NaN, and not the zeros that a division by infinity would.
+    Dividing by max(norm, min_norm) in its place would give a zero a gradient of 1 / min_norm. What is too long for its norm to be a number
+    gives NaN, and not the zeros that a division by infinity would.
     """
     norm: Tensor = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
-    return x / torch.where(norm <= least, torch.inf, torch.where(norm == torch.inf, torch.nan, norm))
+    return x / torch.where(norm <= min_norm, torch.inf, torch.where(norm == torch.inf, torch.nan, norm))
 
 
 def expectation(log_p: Tensor, values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, register, same_classes, same_shape, unit
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_classes, same_shape, unit
 from .fsp import pooled
 
 
@@ -22,7 +22,7 @@ def class_attention(cam: Tensor, r: int = 2, *, normalise: bool = True) -> Tenso
 
     Guo et al. 2023. A map of zeros stays one. Computed in at least float32.
     """
-    attention = pooled(full(cam), (r, r), "avg").flatten(2)
+    attention = pooled(at_least_float32(cam), (r, r), "avg").flatten(2)
     return unit(attention, 2) if normalise else attention
 
 

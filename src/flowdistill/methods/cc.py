@@ -15,12 +15,12 @@ from pydantic import Field
 from torch import Tensor
 
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, register, same_shape, unit
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape, unit
 
 
 def cosines(embedding: Tensor) -> Tensor:
     """Between the samples of a batch, 0 with a sample of zeros: [N, D] -> [N, N], in at least float32."""
-    directions = unit(full(embedding), 1)
+    directions = unit(at_least_float32(embedding), 1)
     with torch.autocast(directions.device.type, enabled=False):
         return directions @ directions.T
 

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..types import Batch, DataSpec, MethodContext, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, register, unit
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, unit
 from .dkd import given_labels
 from .hashed import of_batch, salt, words
 
@@ -139,8 +139,8 @@ class CRD(Method):
         indices, epoch = of_batch(batch, student.embedding)
         places = torch.cat([indices[:, None], self.negatives(labels, indices, epoch)], 1)
         with torch.autocast(student.embedding.device.type, enabled=False):
-            ours = unit(self.embed_student(full(student.embedding)), 1)
-            theirs = unit(self.embed_teacher(full(teacher.embedding)), 1)
+            ours = unit(self.embed_student(at_least_float32(student.embedding)), 1)
+            theirs = unit(self.embed_teacher(at_least_float32(teacher.embedding)), 1)
         losses = []
         for anchors, bank, mean in ((ours, "bank_teacher", "mean_student"), (theirs, "bank_student", "mean_teacher")):
             turned = self.held(bank).T.contiguous()  # a copy, for the bank moves before the backward pass; inductor drops a plain clone

@@ -12,9 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..config import MOST_EPOCHS
+from ..config import MAX_EPOCHS
 from ..types import Batch, NetSpec, Outputs
-from .base import LogitMethod, MethodOptions, Paper, full, register
+from .base import LogitMethod, MethodOptions, Paper, at_least_float32, register
 from .kd import kd_loss
 
 
@@ -30,7 +30,7 @@ def curriculum(epoch: Tensor, ramp: int = 10) -> Tensor:
     Returns:
         A scalar.
     """
-    share = ((full(epoch) + 1) / ramp).clamp(max=1)
+    share = ((at_least_float32(epoch) + 1) / ramp).clamp(max=1)
     return ((math.pi * share).cos() - 1) / 2
 
 
@@ -42,7 +42,7 @@ def scaled_gradient(x: Tensor, factor: Tensor | float) -> Tensor:
 
 def softened(logits: Tensor, temperature: Tensor) -> Tensor:
     """z / T in at least float32. A logit of -inf stays so and gives the temperature no gradient, which would be 0 times infinity."""
-    z = full(logits)
+    z = at_least_float32(logits)
     never = z == -torch.inf
     return (z.masked_fill(never, 0) / temperature).masked_fill(never, -torch.inf)
 
@@ -63,7 +63,7 @@ def ctkd_loss(student: Tensor, teacher: Tensor, theta: Tensor, start: float = 1.
     Raises:
         ValueError: the shapes differ.
     """
-    temperature = start + end * full(theta).sigmoid()
+    temperature = start + end * at_least_float32(theta).sigmoid()
     return kd_loss(softened(student, temperature), softened(teacher, temperature), 1.0) * temperature.square()
 
 
@@ -72,7 +72,7 @@ class CTKDOptions(MethodOptions):
 
     t_start: float = Field(1.0, gt=0, strict=True)  # the authors' code
     t_end: float = Field(20.0, gt=0, strict=True)  # the authors' code
-    ramp: int = Field(10, ge=1, le=MOST_EPOCHS, strict=True)  # the authors' code
+    ramp: int = Field(10, ge=1, le=MAX_EPOCHS, strict=True)  # the authors' code
 
 
 @register

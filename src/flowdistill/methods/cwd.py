@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, paired_stages, register, same_shape
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, paired_stages, register, same_shape
 from .fsp import match_sizes
 
 
@@ -34,7 +34,7 @@ def cwd_loss(student: Tensor, teacher: Tensor, tau: float = 4.0) -> Tensor:
         ValueError: the shapes differ.
     """
     same_shape(student, teacher)
-    log_s, log_t = (F.log_softmax(full(x).flatten(2) / tau, dim=2).flatten(0, 1) for x in (student, teacher))
+    log_s, log_t = (F.log_softmax(at_least_float32(x).flatten(2) / tau, dim=2).flatten(0, 1) for x in (student, teacher))
     return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * tau**2
 
 

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..types import Batch, Outputs
-from .base import LogitMethod, MethodOptions, Paper, full, register, same_shape
+from .base import LogitMethod, MethodOptions, Paper, at_least_float32, register, same_shape
 
 
 def varies(x: Tensor, dim: int) -> Tensor:
@@ -56,7 +56,7 @@ def relations(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Rel
         ValueError: the shapes differ.
     """
     same_shape(student, teacher)
-    ours, theirs = ((full(logits) / temperature).softmax(1) for logits in (student, teacher))
+    ours, theirs = ((at_least_float32(logits) / temperature).softmax(1) for logits in (student, teacher))
     return Relations(1 - correlation(ours, theirs, 1).mean(), 1 - correlation(ours, theirs, 0).mean())
 
 

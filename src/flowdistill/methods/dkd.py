@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..types import Batch, Outputs
-from .base import LogitMethod, MethodOptions, Paper, divergence, full, register, same_shape
+from .base import LogitMethod, MethodOptions, Paper, at_least_float32, divergence, register, same_shape
 
 
 def other_logits(logits: Tensor, labels: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def decoupled(student: Tensor, teacher: Tensor, labels: Tensor, temperature: flo
     same_shape(student, teacher)
     log_b, log_q = [], []
     for logits in (student, teacher):
-        scaled = full(logits) / temperature
+        scaled = at_least_float32(logits) / temperature
         others = other_logits(scaled, labels)
         margin = scaled.gather(1, labels[:, None]).squeeze(1) - others.logsumexp(1)
         log_b.append(torch.stack([F.logsigmoid(margin), F.logsigmoid(-margin)], dim=1))

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..config import MOST_EPOCHS
+from ..config import MAX_EPOCHS
 from ..types import Batch, NetSpec, Outputs, TapSpec
-from .base import Method, Needs, Paper, Phase, StagedOptions, full, paired_stages, register, same_shape, then_the_task
+from .base import Method, Needs, Paper, Phase, StagedOptions, at_least_float32, paired_stages, register, same_shape, then_the_task
 from .fsp import match_sizes
 
 
@@ -36,7 +36,7 @@ def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
         ValueError: the shapes differ.
     """
     same_shape(student, teacher)
-    return F.mse_loss(full(student), full(teacher))
+    return F.mse_loss(at_least_float32(student), at_least_float32(teacher))
 
 
 def connector(ours: TapSpec, theirs: TapSpec) -> nn.Sequential:
@@ -53,7 +53,7 @@ class FitNetsOptions(StagedOptions):
     """Options of fitnets."""
 
     schedule: Literal["joint", "two-stage"] = "joint"  # RepDistiller, mdistiller and KD-Zoo; the paper has two stages
-    stage_epochs: int = Field(30, ge=1, le=MOST_EPOCHS, strict=True)  # RepDistiller's first stage of other methods; no source has its own
+    stage_epochs: int = Field(30, ge=1, le=MAX_EPOCHS, strict=True)  # RepDistiller's first stage of other methods; no source has its own
 
 
 @register
@@ -101,7 +101,7 @@ class FitNets(Method):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``fitnets``."""
-        features = full(student.maps[self.stage])
+        features = at_least_float32(student.maps[self.stage])
         with torch.autocast(features.device.type, enabled=False):
             regressed = self.regressor(features)
         return {"fitnets": hint_loss(*match_sizes(regressed, teacher.maps[self.stage], "avg"))}

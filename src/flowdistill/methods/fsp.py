@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ..config import MOST_EPOCHS
+from ..config import MAX_EPOCHS
 from ..types import Batch, NetSpec, Outputs, TapSpec
-from .base import Method, MethodOptions, Needs, Paper, Phase, full, paired_stages, register, same_shape, then_the_task
+from .base import Method, MethodOptions, Needs, Paper, Phase, at_least_float32, paired_stages, register, same_shape, then_the_task
 
 Pool = Literal["max", "avg"]
 Reduction = Literal["mean", "sum"]
@@ -41,7 +41,7 @@ def fsp_matrix(first: Tensor, second: Tensor) -> Tensor:
     if first.dim() != 4 or second.dim() != 4 or first.shape[0] != second.shape[0] or first.shape[2:] != second.shape[2:]:
         shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
         raise ValueError(f"fsp_matrix wants [N, C, H, W] and [N, D, H, W], got {shapes}; match_sizes brings sizes together")
-    first, second = (full(features).permute(0, 2, 3, 1).flatten(1, 2) for features in (first, second))  # [N, H W, channels]
+    first, second = (at_least_float32(features).permute(0, 2, 3, 1).flatten(1, 2) for features in (first, second))  # [N, H W, channels]
     with torch.autocast(first.device.type, enabled=False):  # the product would go back to half precision
         return first.transpose(1, 2) @ second / first.shape[1]
 
@@ -59,8 +59,8 @@ def pooled(x: Tensor, size: tuple[int, int], pool: Pool) -> Tensor:
         return x
     if height % size[0] == 0 and width % size[1] == 0:  # equal to adaptive pooling, and deterministic on a GPU
         window = (height // size[0], width // size[1])
-        return F.max_pool2d(x, window) if pool == "max" else F.avg_pool2d(full(x), window)
-    return F.adaptive_max_pool2d(x, size) if pool == "max" else F.adaptive_avg_pool2d(full(x), size)
+        return F.max_pool2d(x, window) if pool == "max" else F.avg_pool2d(at_least_float32(x), window)
+    return F.adaptive_max_pool2d(x, size) if pool == "max" else F.adaptive_avg_pool2d(at_least_float32(x), size)
 
 
 def fsp_loss(student: Sequence[Pair], teacher: Sequence[Pair], *, pool: Pool = "max", reduction: Reduction = "mean") -> Tensor:
@@ -118,7 +118,7 @@ class FSPOptions(MethodOptions):
     reduction: Reduction = "mean"
     schedule: Literal["joint", "two-stage"] = "joint"
     adapter: Literal["none", "conv1x1"] = "none"
-    stage_epochs: int = Field(54, ge=1, le=MOST_EPOCHS, strict=True)  # 21k iterations at batch 128 (paper, section 4.1); 50 under kd-zoo
+    stage_epochs: int = Field(54, ge=1, le=MAX_EPOCHS, strict=True)  # 21k iterations at batch 128 (paper, section 4.1); 50 under kd-zoo
     stage_lr: float = Field(1e-2, gt=0, strict=True)  # 1e-3 under sum (paper, section 4.1); KD-Zoo's 1e-2 under mean
 
     @model_validator(mode="before")

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..config import MOST_EPOCHS
+from ..config import MAX_EPOCHS
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, Phase, full, paired_stages, register, same_shape, unit
+from .base import Method, MethodOptions, Needs, Paper, Phase, at_least_float32, paired_stages, register, same_shape, unit
 from .fsp import match_sizes
 
 SLOPE = 0.1  # of every LeakyReLU
@@ -39,7 +39,7 @@ def ft_loss(student: Tensor, teacher: Tensor, p: int = 1) -> Tensor:
     Raises:
         ValueError: batch or channels differ.
     """
-    ours, theirs = (unit(full(x).flatten(1), 1) for x in match_sizes(student, teacher, "avg"))
+    ours, theirs = (unit(at_least_float32(x).flatten(1), 1) for x in match_sizes(student, teacher, "avg"))
     same_shape(ours, theirs)
     return F.l1_loss(ours, theirs) if p == 1 else F.mse_loss(ours, theirs)
 
@@ -55,7 +55,7 @@ class FTOptions(MethodOptions):
 
     rate: float = Field(0.5, gt=0, le=4, strict=True)  # k, the factor's channels over the teacher's: the authors' code
     p: Literal[1, 2] = 1  # the authors' code
-    stage_epochs: int = Field(30, ge=1, le=MOST_EPOCHS, strict=True)  # RepDistiller and KD-Zoo; the authors have 6
+    stage_epochs: int = Field(30, ge=1, le=MAX_EPOCHS, strict=True)  # RepDistiller and KD-Zoo; the authors have 6
     stage_lr: float = Field(1e-2, gt=0, strict=True)  # RepDistiller for ResNets; the authors have 0.1, on the L1 distance
 
 
@@ -102,7 +102,7 @@ class FT(Method):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``ft``, and ``paraphraser``: the mean squared error of its reconstruction of the teacher's map."""
-        ours, theirs = full(student.maps[self.stage]), full(teacher.maps[self.stage])
+        ours, theirs = at_least_float32(student.maps[self.stage]), at_least_float32(teacher.maps[self.stage])
         with torch.autocast(ours.device.type, enabled=False):
             factor = self.encoder(theirs)
             rebuilt, translated = self.decoder(factor), self.translator(ours)

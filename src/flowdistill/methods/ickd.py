@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..types import Batch, NetSpec, Outputs
-from .base import LEAST_PRODUCT, Method, Needs, Paper, after_relu, full, paired_stages, register, same_shape, unit
+from .base import MIN_PRODUCT_NORM, Method, Needs, Paper, after_relu, at_least_float32, paired_stages, register, same_shape, unit
 
 
 def correlation(features: Tensor) -> Tensor:
     """Inner products of the channels over the image, each row L2-normalised: [N, C, H, W] -> [N, C, C]. A row of zeros stays so."""
-    x = full(features).flatten(2)
+    x = at_least_float32(features).flatten(2)
     with torch.autocast(x.device.type, enabled=False):
-        return unit(x @ x.transpose(1, 2), 2, LEAST_PRODUCT)
+        return unit(x @ x.transpose(1, 2), 2, MIN_PRODUCT_NORM)
 
 
 def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, paired_stages, register, same_classes, same_shape
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, paired_stages, register, same_classes, same_shape
 
 
 def edges(features: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def edges(features: Tensor) -> Tensor:
     d[i, j] = ||x_i - x_j||^2 / max_{i,j} ||x_i - x_j||^2 of the flattened features, by one Gram matrix of what is centred over the
     batch. Samples that are all equal give zeros. Computed in at least float32.
     """
-    flat = full(features).flatten(1)
+    flat = at_least_float32(features).flatten(1)
     centred = flat - flat.mean(0)
     with torch.autocast(centred.device.type, enabled=False):
         gram = centred @ centred.T
@@ -55,7 +55,7 @@ def vertex_loss(student: Tensor, teacher: Tensor) -> Tensor:
         ValueError: the shapes differ.
     """
     same_shape(student, teacher)
-    return F.mse_loss(full(student), full(teacher))
+    return F.mse_loss(at_least_float32(student), at_least_float32(teacher))
 
 
 def edge_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def _by_largest(values: Tensor) -> Tensor:
 
 
 def _average(x: Tensor, channels: int, height: int, width: int) -> Tensor:
-    x = full(x)
+    x = at_least_float32(x)
     c, h, w = x.shape[1:]
     if c % channels == h % height == w % width == 0:  # equal to adaptive pooling, and deterministic on a GPU
         return x.reshape(-1, channels, c // channels, height, h // height, width, w // width).mean((2, 4, 6))

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, register, same_shape, unit
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape, unit
 from .cc import cosines
 from .dist import varies
 
@@ -38,7 +38,7 @@ def correlation_loss(projected: Tensor, teacher: Tensor, alpha: float = 1.01) ->
         ValueError: the shapes differ.
     """
     same_shape(projected, teacher)
-    ours, theirs = (unit(x - x.mean(0), 0) for x in (full(projected), full(teacher)))
+    ours, theirs = (unit(x - x.mean(0), 0) for x in (at_least_float32(projected), at_least_float32(teacher)))
     correlation = torch.where(varies(projected, 0) & varies(teacher, 0), (ours * theirs).sum(0), 0.0)
     v = (1 - 1 / len(projected)) * correlation
     return (1 - v).pow(2 * alpha).sum().log2()

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..types import Batch, Outputs
-from .base import LogitMethod, MethodOptions, Paper, divergence, full, register, same_shape
+from .base import LogitMethod, MethodOptions, Paper, at_least_float32, divergence, register, same_shape
 
 
 def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
@@ -34,8 +34,8 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tenso
         ValueError: the shapes differ.
     """
     same_shape(student, teacher)
-    log_s = F.log_softmax(full(student) / temperature, dim=1)
-    log_t = F.log_softmax(full(teacher) / temperature, dim=1)
+    log_s = F.log_softmax(at_least_float32(student) / temperature, dim=1)
+    log_t = F.log_softmax(at_least_float32(teacher) / temperature, dim=1)
     return divergence(log_s, log_t).mean() * temperature**2
 
 

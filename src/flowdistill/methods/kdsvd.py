@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, paired_stages, register, unit
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, paired_stages, register, unit
 
 CLOSE = 1e-5  # share of the largest eigenvalue: two that are closer have no directions of their own, and no gradient between them
 
@@ -35,7 +35,7 @@ def right_vectors(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Returns:
         [N, C, count] vectors, [N, count] values without gradient.
     """
-    x = full(features).flatten(2)
+    x = at_least_float32(features).flatten(2)
     with torch.autocast(x.device.type, enabled=False):
         gram = x @ x.transpose(1, 2)
         held = gram.detach()

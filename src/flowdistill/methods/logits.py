@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, register, same_classes, same_shape
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_classes, same_shape
 
 
 def logits_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def logits_loss(student: Tensor, teacher: Tensor) -> Tensor:
         ValueError: the shapes differ.
     """
     same_shape(student, teacher)
-    return F.mse_loss(full(student), full(teacher))
+    return F.mse_loss(at_least_float32(student), at_least_float32(teacher))
 
 
 class LogitsOptions(MethodOptions):

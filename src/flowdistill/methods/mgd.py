@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, paired_stages, register, same_shape
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, paired_stages, register, same_shape
 from .fsp import match_sizes
 from .hashed import channel_mask, salt
 
@@ -34,7 +34,7 @@ def generation_loss(generated: Tensor, teacher: Tensor) -> Tensor:
         ValueError: the shapes differ.
     """
     same_shape(generated, teacher)
-    return (full(generated) - full(teacher)).square().flatten(1).sum(1).mean()
+    return (at_least_float32(generated) - at_least_float32(teacher)).square().flatten(1).sum(1).mean()
 
 
 class MGDOptions(MethodOptions):
@@ -80,7 +80,7 @@ class MGD(Method):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``mgd``."""
-        ours, theirs = match_sizes(full(student.maps[self.stage]), teacher.maps[self.stage], "avg")
+        ours, theirs = match_sizes(at_least_float32(student.maps[self.stage]), teacher.maps[self.stage], "avg")
         mask = channel_mask(self.get_buffer("salt"), batch, theirs, self.options.ratio)
         with torch.autocast(ours.device.type, enabled=False):
             generated = self.generation(self.align(ours) * mask[:, :, None, None])

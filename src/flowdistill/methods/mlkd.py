@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..types import Batch, Outputs
-from .base import LogitMethod, MethodOptions, Paper, full, register, same_shape
+from .base import LogitMethod, MethodOptions, Paper, at_least_float32, register, same_shape
 from .kd import kd_loss
 
 
@@ -30,7 +30,7 @@ def batch_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def _probabilities(logits: Tensor, temperature: float) -> Tensor:
-    return (full(logits) / temperature).softmax(1)
+    return (at_least_float32(logits) / temperature).softmax(1)
 
 
 def _similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:

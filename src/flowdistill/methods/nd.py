@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..types import Batch, MethodContext, NetSpec, Outputs
-from .base import LEAST, Method, Needs, Paper, full, register, same_shape, unit
+from .base import MIN_NORM, Method, Needs, Paper, at_least_float32, register, same_shape, unit
 from .dkd import given_labels
 from .hashed import channel_mask, salt
 from .reviewkd import batch_normalised
@@ -39,10 +39,10 @@ def nd_loss(student: Tensor, teacher: Tensor, means: Tensor) -> Tensor:
     """
     same_shape(student, teacher)
     same_shape(student, means)
-    ours, theirs = full(student), full(teacher)
+    ours, theirs = at_least_float32(student), at_least_float32(teacher)
     longer = torch.maximum(torch.linalg.vector_norm(ours, dim=1), torch.linalg.vector_norm(theirs, dim=1))
-    along = (ours * unit(full(means), 1)).sum(1)
-    return 1 - (along / torch.where(longer <= LEAST, torch.inf, longer)).mean()
+    along = (ours * unit(at_least_float32(means), 1)).sum(1)
+    return 1 - (along / torch.where(longer <= MIN_NORM, torch.inf, longer)).mean()
 
 
 class Embedder(nn.Module):
@@ -56,7 +56,7 @@ class Embedder(nn.Module):
 
     def forward(self, embedding: Tensor, batch: Batch | None) -> Tensor:
         """[N, D] -> [N, D']."""
-        embedding = batch_normalised(full(embedding), self.weight, self.bias)
+        embedding = batch_normalised(at_least_float32(embedding), self.weight, self.bias)
         kept = embedding * channel_mask(self.get_buffer("salt"), batch, embedding, DROPOUT) / (1 - DROPOUT)
         with torch.autocast(embedding.device.type, enabled=False):
             embedded: Tensor = self.linear(kept)

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..types import Batch, Outputs
-from .base import LogitMethod, MethodOptions, Paper, expectation, full, register, same_shape
+from .base import LogitMethod, MethodOptions, Paper, at_least_float32, expectation, register, same_shape
 from .dkd import given_labels, log_others, other_logits
 
 
@@ -35,7 +35,7 @@ def nkd_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: floa
         ValueError: the shapes differ.
     """
     same_shape(student, teacher)
-    ours, theirs = full(student), full(teacher)
+    ours, theirs = at_least_float32(student), at_least_float32(teacher)
     log_p_s, log_p_t = (F.log_softmax(logits, dim=1).gather(1, labels[:, None]) for logits in (ours, theirs))
     log_q_s, log_q_t = (log_others(other_logits(logits / temperature, labels)) for logits in (ours, theirs))
     target, others = expectation(log_p_t, log_p_s), expectation(log_q_t, log_q_s)

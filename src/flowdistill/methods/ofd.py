@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..types import Batch, MethodContext, NetSpec, Outputs
-from .base import Method, Needs, Paper, before_relu, full, paired_stages, register, same_shape
+from .base import Method, Needs, Paper, at_least_float32, before_relu, paired_stages, register, same_shape
 from .fsp import match_sizes
 
 RARE = 1e-3  # probability of a negative response up to which the margin is -3 s (the authors' code)
@@ -38,7 +38,7 @@ def margins(weight: Tensor, bias: Tensor) -> Tensor:
         ValueError: the shapes differ.
     """
     same_shape(weight, bias)
-    mean, deviation = full(bias), full(weight).abs()
+    mean, deviation = at_least_float32(bias), at_least_float32(weight).abs()
     z = mean / deviation.clamp(min=torch.finfo(deviation.dtype).tiny)
     negative = torch.special.ndtr(-z)
     density = (-z.square() / 2).exp() / math.sqrt(2 * math.pi)
@@ -62,7 +62,7 @@ def partial_distance(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor
         ValueError: the shapes differ.
     """
     same_shape(student, teacher)
-    response, target = full(student), torch.maximum(full(teacher), margin[:, None, None])
+    response, target = at_least_float32(student), torch.maximum(at_least_float32(teacher), margin[:, None, None])
     below = (response <= target) & (target <= 0)  # which a NaN is not
     return torch.where(below, 0.0, response - target).square().flatten(1).sum(1).mean()
 
@@ -128,7 +128,7 @@ class OFD(Method):
         """``ofd``."""
         responses, targets = [], []
         for tap, connect in zip(self.taps, self.connectors, strict=True):
-            ours, theirs = match_sizes(full(student.maps[tap]), teacher.maps[tap], "avg")
+            ours, theirs = match_sizes(at_least_float32(student.maps[tap]), teacher.maps[tap], "avg")
             with torch.autocast(ours.device.type, enabled=False):
                 responses.append(connect(ours))
             targets.append(theirs)

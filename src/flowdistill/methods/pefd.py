@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, register, same_shape, unit
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape, unit
 
 
 def ensemble(embedding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def direction_loss(projected: Tensor, teacher: Tensor) -> Tensor:
         ValueError: the shapes differ.
     """
     same_shape(projected, teacher)
-    ours, theirs = (unit(full(x), 1) for x in (projected, teacher))
+    ours, theirs = (unit(at_least_float32(x), 1) for x in (projected, teacher))
     return 1 - (ours * theirs).sum(1).mean()
 
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, register, same_shape
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape
 
 
 def neighbours(embedding: Tensor, eps: float = 1e-7) -> Tensor:
@@ -21,7 +21,7 @@ def neighbours(embedding: Tensor, eps: float = 1e-7) -> Tensor:
     Passalis and Tefas 2018, section 3: u = e / (||e|| + eps), k[i, j] = (<u_i, u_j> + 1) / 2 with the diagonal, and
     P[i, j] = k[i, j] / sum_j k[i, j]. Computed in at least float32.
     """
-    embedding = full(embedding)
+    embedding = at_least_float32(embedding)
     norm: Tensor = torch.linalg.vector_norm(embedding, dim=1, keepdim=True)
     unit = embedding / (norm + eps)
     with torch.autocast(unit.device.type, enabled=False):

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, before_relu, full, paired_stages, register, same_shape
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, before_relu, paired_stages, register, same_shape
 from .fsp import pooled
 
 WIDEST = 512  # of the fused maps (the authors' code)
@@ -38,7 +38,7 @@ def hierarchical_context_loss(fused: Tensor, teacher: Tensor) -> Tensor:
         ValueError: the shapes differ.
     """
     same_shape(fused, teacher)
-    difference = full(fused) - full(teacher)  # averages are linear
+    difference = at_least_float32(fused) - at_least_float32(teacher)  # averages are linear
     losses, weights = [difference.square().mean()], [1.0]
     for size in (4, 2, 1):
         if size >= difference.shape[2]:
@@ -139,7 +139,7 @@ class ReviewKD(Method):
         losses, behind = [], None
         with torch.autocast(student.embedding.device.type, enabled=False):
             for fuse, x, wanted in zip(reversed(self.fusions), reversed(ours), reversed(theirs), strict=True):
-                fused, behind = fuse(full(x), behind, (wanted.shape[2], wanted.shape[3]))
+                fused, behind = fuse(at_least_float32(x), behind, (wanted.shape[2], wanted.shape[3]))
                 losses.append(hierarchical_context_loss(fused, wanted))
         loss = torch.stack(losses).sum()
         if batch is not None and batch.epoch is not None:

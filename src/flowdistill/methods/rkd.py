@@ -14,12 +14,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, register, same_shape, unit
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape, unit
 
 
 def distances(embedding: Tensor) -> Tensor:
     """Euclidean distances of the samples of a batch, exactly 0 for equal ones: [N, D] -> [N, N], in at least float32."""
-    embedding = full(embedding)
+    embedding = at_least_float32(embedding)
     with torch.autocast(embedding.device.type, enabled=False):
         return torch.cdist(embedding, embedding, compute_mode="donot_use_mm_for_euclid_dist")
 
@@ -31,9 +31,9 @@ def angles(embedding: Tensor) -> Tensor:
     anything is multiplied: of two images that are nearly alike, inner products would leave nothing but their rounding. That keeps N N D
     numbers: 32 MiB for N = 128 and D = 512. Computed in at least float32.
     """
-    embedding = full(embedding)
+    embedding = at_least_float32(embedding)
     apart = embedding[None] - embedding[:, None]
-    directions = unit(apart, 2, least=0)
+    directions = unit(apart, 2, min_norm=0)
     with torch.autocast(embedding.device.type, enabled=False):
         return directions @ directions.transpose(1, 2)
 

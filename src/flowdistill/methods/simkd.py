@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, after_relu, full, register, same_classes, same_shape
+from .base import Method, MethodOptions, Needs, Paper, after_relu, at_least_float32, register, same_classes, same_shape
 from .fsp import match_sizes
 
 
@@ -32,7 +32,7 @@ def projection_loss(projected: Tensor, teacher: Tensor) -> Tensor:
         ValueError: the shapes differ.
     """
     same_shape(projected, teacher)
-    return (full(projected) - full(teacher)).square().mean()
+    return (at_least_float32(projected) - at_least_float32(teacher)).square().mean()
 
 
 class SimKDOptions(MethodOptions):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..types import Batch, NetSpec, Outputs
-from .base import LEAST_PRODUCT, Method, MethodOptions, Needs, Paper, full, paired_stages, register, same_shape, unit
+from .base import MIN_PRODUCT_NORM, Method, MethodOptions, Needs, Paper, at_least_float32, paired_stages, register, same_shape, unit
 
 
 def similarity(features: Tensor) -> Tensor:
@@ -21,10 +21,10 @@ def similarity(features: Tensor) -> Tensor:
     Tung and Mori 2019, section 3: G = Q Q^T with Q the features reshaped to [N, C H W], then G[i, :] / ||G[i, :]||_2. A sample of zeros
     gives zeros. Computed in at least float32.
     """
-    flat = full(features).flatten(1)
+    flat = at_least_float32(features).flatten(1)
     with torch.autocast(flat.device.type, enabled=False):
         gram = flat @ flat.T
-    return unit(gram, 1, LEAST_PRODUCT)
+    return unit(gram, 1, MIN_PRODUCT_NORM)
 
 
 def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -15,10 +15,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, register, same_shape
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape
 
 EPS = 1e-4  # on the variance: the authors' code for ResNets
-LEAST = 1e-5  # on the sum: the authors' code for DeiT
+EPSILON = 1e-5  # on the sum: the authors' code for DeiT
 
 
 def normalised(embedding: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def normalised(embedding: Tensor) -> Tensor:
 
     What ``nn.BatchNorm1d`` without affine computes in training, which refuses a batch of one; here that gives zeros.
     """
-    x = full(embedding)
+    x = at_least_float32(embedding)
     variance, mean = torch.var_mean(x, 0, correction=0)
     return (x - mean) * (variance + EPS).rsqrt()
 
@@ -50,7 +50,7 @@ def log_sum_loss(projected: Tensor, teacher: Tensor, alpha: float = 4.0) -> Tens
     """
     same_shape(projected, teacher)
     difference = normalised(projected) - normalised(teacher)
-    return (difference.abs().pow(alpha).sum() + LEAST).log()
+    return (difference.abs().pow(alpha).sum() + EPSILON).log()
 
 
 class SRDOptions(MethodOptions):

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..types import Batch, MethodContext, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, after_relu, full, register, same_shape
+from .base import Method, MethodOptions, Needs, Paper, after_relu, at_least_float32, register, same_shape
 
 
 def srrl_loss(student: Tensor, teacher: Tensor, student_logits: Tensor, teacher_logits: Tensor, beta: float = 1.0) -> Tensor:
@@ -37,7 +37,9 @@ def srrl_loss(student: Tensor, teacher: Tensor, student_logits: Tensor, teacher_
     """
     same_shape(student, teacher)
     same_shape(student_logits, teacher_logits)
-    return F.mse_loss(full(student), full(teacher)) + beta * F.mse_loss(full(student_logits), full(teacher_logits))
+    return F.mse_loss(at_least_float32(student), at_least_float32(teacher)) + beta * F.mse_loss(
+        at_least_float32(student_logits), at_least_float32(teacher_logits)
+    )
 
 
 class SRRLOptions(MethodOptions):
@@ -87,7 +89,7 @@ class SRRL(Method):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``srrl``."""
-        features = full(student.maps[self.stage])
+        features = at_least_float32(student.maps[self.stage])
         with torch.autocast(features.device.type, enabled=False):
             connected: Tensor = self.connector(features).mean((2, 3))
             logits = F.linear(connected, self.held("head_weight"), self.held("head_bias"))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checks import UserError
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, Paper, full, get
+from .base import Method, Paper, at_least_float32, get
 
 PREFIX = "ls:"
 EPS = 1e-7  # the authors' code
@@ -43,7 +43,7 @@ def standardise(logits: Tensor) -> Tensor:
     """
     if logits.shape[1] < 2:
         raise ValueError(f"the logits {tuple(logits.shape)} are of one class; a standard deviation needs two or more")
-    values = full(logits)
+    values = at_least_float32(logits)
     never = values == -torch.inf
     said = (~never).sum(1, keepdim=True)
     values = values.masked_fill(never, 0)

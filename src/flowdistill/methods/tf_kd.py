@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Paper, full, register
+from .base import Method, MethodOptions, Paper, at_least_float32, register
 from .dkd import given_labels
 
 Mode = Literal["code", "paper"]
@@ -41,7 +41,7 @@ def tf_kd_loss(student: Tensor, labels: Tensor, temperature: float = 20.0, sure:
     Raises:
         ValueError: there is one class, so the virtual teacher has no others.
     """
-    logits, classes = full(student), student.shape[1]
+    logits, classes = at_least_float32(student), student.shape[1]
     if classes < 2:
         raise ValueError(f"the virtual teacher tells a label from other classes; the student gives {tuple(student.shape)}, with one class")
     virtual = torch.full_like(logits, (1 - sure) / (classes - 1)).scatter(1, labels[:, None], sure)

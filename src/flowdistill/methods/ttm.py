@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..types import Batch, Outputs
-from .base import LogitMethod, MethodOptions, Paper, divergence, full, register, same_shape
+from .base import LogitMethod, MethodOptions, Paper, at_least_float32, divergence, register, same_shape
 
 PAPER = Paper(
     "K. Zheng, E.-H. Yang", "Knowledge Distillation Based on Transformed Teacher Matching", "ICLR", 2024, "https://arxiv.org/abs/2402.11148"
@@ -23,8 +23,8 @@ PAPER = Paper(
 def divergences(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """KL(p_T || q) of every sample, p_T = softmax(z_t / T), q = softmax(z_s): [N, K] logits -> [N]. In at least float32."""
     same_shape(student, teacher)
-    log_q = F.log_softmax(full(student), dim=1)
-    log_p = F.log_softmax(full(teacher) / temperature, dim=1)
+    log_q = F.log_softmax(at_least_float32(student), dim=1)
+    log_p = F.log_softmax(at_least_float32(teacher) / temperature, dim=1)
     return divergence(log_q, log_p)
 
 

@@ -14,10 +14,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, full, paired_stages, register, same_shape
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, paired_stages, register, same_shape
 from .fsp import match_sizes
 
-LEAST = 1e-5  # of the variance (RepDistiller; KD-Zoo: 1e-6)
+MIN_VARIANCE = 1e-5  # of the variance (RepDistiller; KD-Zoo: 1e-6)
 
 
 def vid_loss(mean: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
@@ -38,8 +38,8 @@ def vid_loss(mean: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
         ValueError: the shapes differ.
     """
     same_shape(mean, teacher)
-    variance = full(variance)[:, None, None]
-    return ((full(teacher) - full(mean)).square() / variance + variance.log()).mean() / 2
+    variance = at_least_float32(variance)[:, None, None]
+    return ((at_least_float32(teacher) - at_least_float32(mean)).square() / variance + variance.log()).mean() / 2
 
 
 class VIDOptions(MethodOptions):
@@ -55,7 +55,7 @@ class Gaussian(nn.Module):
         super().__init__()
         widths = ((ours, theirs), (theirs, theirs), (theirs, theirs))
         self.regressor = nn.ModuleList(nn.Conv2d(inputs, outputs, 1, bias=False) for inputs, outputs in widths)
-        self.alpha = nn.Parameter(torch.full((theirs,), math.log(math.expm1(variance - LEAST))))
+        self.alpha = nn.Parameter(torch.full((theirs,), math.log(math.expm1(variance - MIN_VARIANCE))))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[N, C, H, W] of the student -> mu [N, C', H, W], v [C']."""
@@ -63,7 +63,7 @@ class Gaussian(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             first, second, third = self.regressor
             mean: Tensor = third(F.relu(second(F.relu(first(x)))))
-        return mean, F.softplus(self.alpha) + LEAST
+        return mean, F.softplus(self.alpha) + MIN_VARIANCE
 
 
 @register

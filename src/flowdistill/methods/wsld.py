@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..types import Batch, Outputs
-from .base import LogitMethod, MethodOptions, Paper, expectation, full, register, same_shape
+from .base import LogitMethod, MethodOptions, Paper, at_least_float32, expectation, register, same_shape
 from .dkd import given_labels
 
 
@@ -35,7 +35,7 @@ def wsld_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: flo
         ValueError: the shapes differ.
     """
     same_shape(student, teacher)
-    ours, theirs = full(student), full(teacher)
+    ours, theirs = at_least_float32(student), at_least_float32(teacher)
     error_s, error_t = (F.cross_entropy(logits, labels, reduction="none") for logits in (ours, theirs))
     weight = -(-error_s / (error_t + 1e-7)).expm1()
     log_p_s, log_p_t = (F.log_softmax(logits / temperature, dim=1) for logits in (ours, theirs))

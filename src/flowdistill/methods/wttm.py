@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..types import Batch, Outputs
-from .base import LogitMethod, full, register
+from .base import LogitMethod, at_least_float32, register
 from .ttm import PAPER, TTMOptions, divergences
 
 
@@ -17,7 +17,7 @@ def power_sum(teacher: Tensor, temperature: float) -> Tensor:
 
     Zheng and Yang 2024, section 4. Computed in at least float32.
     """
-    return (F.log_softmax(full(teacher), dim=1) / temperature).logsumexp(1).exp()
+    return (F.log_softmax(at_least_float32(teacher), dim=1) / temperature).logsumexp(1).exp()
 
 
 def wttm_loss(student: Tensor, teacher: Tensor, temperature: float = 5.0) -> Tensor:

@@ -15,7 +15,7 @@ from ..checks import UserError, regular_file
 from ..config import LOADER, RunConfig
 from ..ledger import Run, flattened, newest
 from ..ledger.exported import Export, Folder
-from ..stats import CONFIDENCE, LEAST_N, interval
+from ..stats import CONFIDENCE, MIN_N, interval
 from . import tables
 
 COLUMNS = (
@@ -305,7 +305,7 @@ def table(found: Sequence[Mapping[str, Any]], protocol: str, format_: str, to: f
     order = "the most accurate first" if to is None else f"those that reach {to:g} %, the fastest in all first"
     notes = (
         f"In each data set {order}. accuracy: {tables.PROTOCOLS[protocol]}; mean over n seeds, in percent, with Student's {CONFIDENCE:.0%} "
-        f"interval; fewer than {LEAST_N} runs: the mean alone. {TIMES}"
+        f"interval; fewer than {MIN_N} runs: the mean alone. {TIMES}"
     )
     return f"{notes}\n\n{tables.render([_shown(row) for row in found], format_, COLUMNS)}"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..ledger import Ledger, Run
 from ..methods.fsp import fsp_matrix
-from ..stats import CONFIDENCE, LEAST_N, welch
+from ..stats import CONFIDENCE, MIN_N, welch
 from . import tables
 from .matrices import draw
 from .reference import DEPARTURES, Setting
@@ -92,7 +92,7 @@ def verdict(setting: Setting, runs: Sequence[Run]) -> str:
     difference = welch(fsp, at)
     if difference is None:
         listed = [" ".join(f"{value:.2f}" for value in values) or "none" for values in (fsp, at)]
-        return f"{where} FSP {listed[0]}, AT {listed[1]}: fewer than {LEAST_N} runs a side, so no verdict. {theirs}"
+        return f"{where} FSP {listed[0]}, AT {listed[1]}: fewer than {MIN_N} runs a side, so no verdict. {theirs}"
     verdict = "above AT" if difference.low > 0 else "below AT" if difference.high < 0 else "not distinguishable from AT"
     interval = f"{difference.low:+.2f} to {difference.high:+.2f}"
     return f"{where} FSP less AT is {difference.value:+.2f} points ({interval}, n = {len(fsp)} and {len(at)}): {verdict}. {theirs}"

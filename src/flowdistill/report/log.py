@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..ledger import Ledger, Run
 from ..methods import get
-from ..stats import CONFIDENCE, LEAST_N, welch
+from ..stats import CONFIDENCE, MIN_N, welch
 from . import tables
 from .reference import DEPARTURES, PAGES, SOURCE, Setting
 from .study import NOTES, Finished, Study, accuracies, beside, logs, methods, of_method
@@ -45,7 +45,7 @@ BASELINES = "- Its baselines are means of 3 runs. Ours are the teachers themselv
 APART = f"""\
 Each line compares two rows: the difference of their means in points, Welch's {CONFIDENCE:.0%} interval of it, and the verdict: whether
 that tells them apart (above, below) or not. The reference by the best epoch of its own single runs, which are listed below; ours by the
-last epoch. Under {LEAST_N} runs a side there is no interval and no verdict. Each line stands for itself: of 15 differences that are none,
+last epoch. Under {MIN_N} runs a side there is no interval and no verdict. Each line stands for itself: of 15 differences that are none,
 about one looks like one by chance."""
 
 LINES = ("rows", "reference, best", "its interval", "its verdict", "ours, last", "our interval", "our verdict")

@@ -12,7 +12,7 @@ from .. import advice
 from ..config import TrainConfig
 from ..env import version
 from ..ledger import Ledger, Run
-from ..stats import CONFIDENCE, LEAST_N, interval, sample_std
+from ..stats import CONFIDENCE, MIN_N, interval, sample_std
 from ..training.weights import write_whole
 from . import tables
 from .reference import SETTINGS, Setting
@@ -134,7 +134,7 @@ def methods(runs: Sequence[Run], first: Sequence[str]) -> list[str]:
 
 NOTES = (
     "Percent of the test images. best: the mean of every run's best epoch on test, as the reference read it (9,984 of 10,000 "
-    f"images). last: the last epoch, mean +- sample standard deviation; of fewer than {LEAST_N} runs the values alone."
+    f"images). last: the last epoch, mean +- sample standard deviation; of fewer than {MIN_N} runs the values alone."
 )
 
 
@@ -146,7 +146,7 @@ def beside(finished: Finished, first: Sequence[str], ledger: Ledger) -> list[dic
             own = of_method(runs, method)
             best, last = (accuracies(own, protocol) for protocol in ("best", "last"))
             theirs, reach = setting.runs.get(method), interval(last)
-            few = len(own) < LEAST_N
+            few = len(own) < MIN_N
             spread = " ".join(f"{value:.2f}" for value in last) if few else f"{statistics.fmean(last):.2f} +- {sample_std(last):.2f}"
             teachers = [ledger.run(no) for no in dict.fromkeys(run.teacher_run for run in own) if no]
             rows.append(

@@ -18,7 +18,7 @@ from rich.cells import cell_len, set_cell_size
 
 from ..checks import UserError, defused
 from ..ledger import Run, baseline_key, flattened, is_baseline, newest
-from ..stats import CONFIDENCE, LEAST_N, Difference, sample_std, welch
+from ..stats import CONFIDENCE, MIN_N, Difference, sample_std, welch
 from ..talk import printable
 
 Row = Mapping[str, Any]
@@ -250,7 +250,7 @@ def summary_table(runs: Sequence[Run], protocol: str, format_: str, only: Mappin
     notes = (
         f"acc: {PROTOCOLS[protocol]}. Mean +- sample std (n seeds), in percent; to base: difference of the means in points, with "
         f"Welch's {CONFIDENCE:.0%} interval; detectable: the smallest difference that this n and spread can show (half the interval). "
-        f"Fewer than {LEAST_N} runs a side: the values alone."
+        f"Fewer than {MIN_N} runs a side: the values alone."
     )
     return f"{notes}\n\n{render([_shown(row) for row in rows], format_, SUMMARY_COLUMNS)}"
 
@@ -263,7 +263,7 @@ def _plain(row: Row) -> dict[str, Any]:
 
 def _shown(row: Row) -> Row:
     difference: Difference | None = row["difference"]
-    few = row["n"] < LEAST_N
+    few = row["n"] < MIN_N
     return {
         "method": row["method"],
         "variant": "; ".join(note for note in (row["variant"], row["differs"]) if note) or "-",

@@ -32,7 +32,7 @@ from .references import NetworkRef, recorded_teacher, resolve
 
 TEACHER, STUDENT, ALONE = "teacher", "student", "student alone"
 WARM_UP = 10  # forward passes that are not timed
-PASSES, LEAST_PASSES = 100, 10  # forward passes that are: a hundred, or as many of them as fit
+PASSES, MIN_PASSES = 100, 10  # forward passes that are: a hundred, or as many of them as fit
 SECONDS = 20.0  # into this time, for one batch size and all networks
 
 
@@ -225,7 +225,7 @@ def time_in_turns(nets: Mapping[str, Network], images: Tensor) -> dict[str, Late
             synchronize(images.device)
             if turn >= WARM_UP:
                 taken[role].append(1000 * (time.perf_counter() - started))
-        if turn >= WARM_UP + LEAST_PASSES - 1 and time.perf_counter() - begun > SECONDS:
+        if turn >= WARM_UP + MIN_PASSES - 1 and time.perf_counter() - begun > SECONDS:
             break
     return {role: Latency(len(images), float(np.median(ms)), float(np.quantile(ms, 0.9)), len(ms)) for role, ms in taken.items()}
 

@@ -13,7 +13,7 @@ import torch
 
 from .. import models
 from ..checks import UserError
-from ..data.batches import place
+from ..data.batches import to_device
 from ..data.interfaces import Supply
 from ..data.normalisation import Normalisation
 from ..device import Precision, keep_freed_memory
@@ -59,7 +59,7 @@ def prepare(
         first = group[0]
         key = (first.config.data, first.config.split)
         if key not in on_device:
-            on_device[key] = place(first.data, first.config.split, device, workers)
+            on_device[key] = to_device(first.data, first.config.split, device, workers)
         prepared.append(assemble(group, on_device[key], device, engine))
     return prepared
 

@@ -13,7 +13,7 @@ import torch
 from .. import models
 from ..checks import UserError
 from ..config import RunConfig
-from ..data.batches import DeviceData, place
+from ..data.batches import DeviceData, to_device
 from ..data.dataset import ImageData
 from ..device import computing, describe, peak_memory
 from ..ledger import Ledger
@@ -63,7 +63,7 @@ def _found(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device, w
     yield _of_data(first.data)
     yield from refused
     try:
-        data = place(first.data, first.config.split, device)
+        data = to_device(first.data, first.config.split, device)
     except UserError as error:
         yield Finding("data", "wrong", str(error))
         return
@@ -126,7 +126,7 @@ def _of_data(data: ImageData) -> Finding:
     said = f"{data.name}: {len(data.y_train):,} training and {len(data.y_test):,} test images {size}, {data.classes} classes"
     if counts.max() <= UNEVEN * counts.min():
         return Finding("data", "ok", said)
-    fewest, most = (f" ({data.class_names[place]})" if data.class_names else "" for place in (counts.argmin(), counts.argmax()))
+    fewest, most = (f" ({data.class_names[label]})" if data.class_names else "" for label in (counts.argmin(), counts.argmax()))
     return Finding("data", "look", f"{said}; uneven: {counts.min():,}{fewest} to {counts.max():,}{most} training images a class")
 
 

@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 
 from ..config import RunConfig
-from ..data.batches import place
+from ..data.batches import to_device
 from ..data.interfaces import First, Supply
 from ..device import computing
 from ..ledger import Ledger
@@ -89,7 +89,7 @@ def _missing_epochs(job: Job, ledger: Ledger) -> int:
 
 def _epoch(jobs: Sequence[Job], device: torch.device) -> Duration:
     """An epoch of these jobs as one cohort."""
-    cohort, members = unmeasured(jobs, place(jobs[0].data, jobs[0].config.split, device), device)
+    cohort, members = unmeasured(jobs, to_device(jobs[0].data, jobs[0].config.split, device), device)
     first_gradients(cohort)  # what can't be trained is refused
     return epoch_of(cohort, members)
 

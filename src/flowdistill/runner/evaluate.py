@@ -14,9 +14,9 @@ from ..checks import Changes, UserError
 from ..config import DataConfig, parse_as
 from ..data.batches import eval_set
 from ..data.dataset import ImageData
-from ..data.given import GivenData
 from ..data.normalisation import Normalisation
 from ..data.sources import load
+from ..data.user_loaders import UserLoaderData
 from ..device import Precision, computing, describe, resolve_precision
 from ..env import processor
 from ..ledger import STUDENT_FILE, Ledger
@@ -155,7 +155,7 @@ def load_fitting(path: Path, about: About, dataset: str | None, remarks: Remarks
         UserError: the data can't be read, or have other sizes, classes or names of classes.
     """
     data = load(about.data.model_copy(update={"name": dataset or about.data.name}), remarks)
-    if isinstance(data, GivenData):
+    if isinstance(data, UserLoaderData):
         raise UserError(f"{path} was trained on a loader's images, which only training reads; Result.module() gives its network to Python")
     shape = (data.spec.channels, data.spec.height, data.spec.width)
     if (*shape, data.classes) != (*about.input, about.classes):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ..checks import UserError
 from ..types import DataSpec, NetSpec, TapSpec
 
-LEAST = 2  # pairs of one stride, before their number counts for more than their order
+MIN_PAIRS = 2  # pairs of one stride, before their number counts for more than their order
 
 
 class Pairing(NamedTuple):
@@ -46,7 +46,7 @@ def pair(student: NetSpec, teacher: NetSpec, student_data: DataSpec, teacher_dat
         )
     at, their_at = _by_stride(student, student_data), _by_stride(teacher, teacher_data)
     common = [stride for stride in at if stride in their_at]
-    if len(common) >= min(LEAST, len(ours), len(theirs)):
+    if len(common) >= min(MIN_PAIRS, len(ours), len(theirs)):
         return _renamed(student, teacher, [(at[stride], their_at[stride]) for stride in common], "by stride")
     count = min(len(ours), len(theirs))
     return _renamed(student, teacher, list(zip(ours[-count:], theirs[-count:], strict=True)), "the last ones, in order")

@@ -96,7 +96,7 @@ def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[
         try:
             data, data_hash = load_once(config.data)
         except UserError as error:
-            if config.data.given:
+            if config.data.user_loaders:
                 raise
             raise UserError(
                 f"run {run.no} can't be resumed: {error}; data that were moved must be put back, and a relative path is seen from the "

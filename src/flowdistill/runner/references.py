@@ -293,7 +293,7 @@ def first_weights(config: RunConfig, ledger: Ledger) -> NetworkRef:
 def as_configured(network: NetworkRef, config: RunConfig, role: Role, data: DataSpec) -> NetworkRef:
     """The network with the taps and the images that a config gives it in this role, its weights by the names that it has on these data."""
     own = config.inputs.get(role, InputConfig())
-    declared = InputSpec() if config.data.given else network.input_spec  # a loader's images are taken as they come
+    declared = InputSpec() if config.data.user_loaders else network.input_spec  # a loader's images are taken as they come
     input_spec = InputSpec(own.channels, own.size, own.size, own.mean, own.std).over(declared)
     return replace(network, taps=config.taps.get(role, {}), input_spec=input_spec).fitted(data)
 
@@ -406,7 +406,7 @@ def _recipe(train: Mapping[str, Any]) -> dict[str, Any]:
 
 def _train_command(model: str, query: TeacherQuery) -> str:
     seed = 100 if query.seed != 100 else 101  # any that no student has
-    if query.data.given:
+    if query.data.user_loaders:
         return f"flowdistill.train({model!r}, train_loader, val_loader, seed={seed})"
     kept = {"name", "root", "limit_train", "size", "channels", "skip_broken", "stream", "label"}
     images = {"name": query.data.name} | query.data.model_dump(mode="json", include=kept, exclude_defaults=True)

@@ -35,7 +35,10 @@ KNOWN = 5  # times chance, or halfway from chance to all, that renaming must rea
 SHOWN = 3  # of many classes, so many are named
 
 SIZES = (32, 48, 64, 96, 128, 160, 192, 224, 288)  # sides of images that teachers are usually trained on
-FEW, LEAST = {64: 128, 96: 64}, 32  # up to this side so many images tell whether a size is worth a look at all; of larger ones the least
+FEW, MIN_IMAGES = (
+    {64: 128, 96: 64},
+    32,
+)  # up to this side so many images tell whether a size is worth a look at all; of larger ones the least
 LOOKED_AT = 2  # of the sizes, the best by few images
 PIECE = 64  # images of a pass at another size: larger ones must not take more memory than training will
 ENLARGED = 8  # times the data's own side, more than which nobody enlarges images to
@@ -169,7 +172,7 @@ def _other_sizes(
     now, tried = teacher.input_spec.over(seen), list[tuple[float, int]]()
     largest = ENLARGED * max(seen.height or 0, seen.width or 0)
     for size in sorted({*(size for size in SIZES if size <= largest), *_side(seen)} - _side(now)):
-        few = next((count for side, count in FEW.items() if size <= side), LEAST)
+        few = next((count for side, count in FEW.items() if size <= side), MIN_IMAGES)
         places = stratified(answers.labels, min(few, len(answers.labels)), len(answers.labels), least=1)
         if (found := _at(size, net, teacher, seen, Part(images, places), precision)) is not None:
             tried.append((found, size))

@@ -85,7 +85,7 @@ def _read(path: Path, damage: str) -> Checkpoint:
 def restore(cohort: Cohort, keys: Mapping[Student, str], checkpoint: Checkpoint) -> None:
     """Put the cohort where the checkpoint stands; each of its students must be in it."""
     cohort.done = checkpoint.done
-    phase, epoch = cohort.place
+    phase, epoch = cohort.position
     for student in cohort.students:
         key = keys[student]
         student.load(checkpoint.tensors[key], checkpoint.counters[key], phase=phase if epoch else None)

@@ -62,7 +62,7 @@ class Cohort:
         return (self.epochs - self.done) * self.seed_groups[0].batches.steps
 
     @property
-    def place(self) -> tuple[int, int]:
+    def position(self) -> tuple[int, int]:
         """The phase of the next epoch, and how many epochs of that phase are done."""
         phase, epoch = 0, self.done
         while epoch >= self.phase_epochs[phase] and phase + 1 < len(self.phase_epochs):
@@ -108,7 +108,7 @@ def train(cohort: Cohort, on_step: Callable[[], None] = lambda: None) -> Iterato
     """
     try:
         while cohort.students and cohort.done < cohort.epochs:
-            phase, epoch = cohort.place
+            phase, epoch = cohort.position
             if epoch == 0:
                 for student in cohort.students:
                     student.begin_phase(phase)

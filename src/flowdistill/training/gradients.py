@@ -118,8 +118,8 @@ def first_gradients(cohort: Cohort) -> dict[Student, dict[str, float]]:
         refuse_first(images, seed_group.teacher, teacher_outputs)
         for group in seed_group.peer_groups:
             found |= gradient_ratios(group, images, teacher_outputs, batch, cohort.precision)
-            if seed_group.batches.least < len(images):
-                refuse_short(group, images, teacher_outputs, batch, cohort.precision, seed_group.batches.least)
+            if seed_group.batches.smallest_batch < len(images):
+                refuse_short(group, images, teacher_outputs, batch, cohort.precision, seed_group.batches.smallest_batch)
     return found
 
 

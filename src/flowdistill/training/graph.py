@@ -27,7 +27,7 @@ from .step import train_step
 from .student import PeerGroup, SeedGroup, Student
 
 WARM_UP = 3  # steps before a capture: libraries set up their workspaces, and compilers compile
-MOST_STREAMS = 8  # 8 and 16 students at once took the same time each on a prototype
+MAX_STREAMS = 8  # 8 and 16 students at once took the same time each on a prototype
 MEMORY_SHARE = 0.7  # of the free memory, for what students hold at the same time
 
 
@@ -298,7 +298,7 @@ def _known_hindrance(seed_group: SeedGroup, group: PeerGroup) -> str:
     """Why a group's step can't be captured, as far as its networks tell; else empty."""
     if any(student.net.layer_seed is not None for student in group):
         return "a student's layers draw random numbers (dropout), which would not be those of its seed in a graph"
-    teacher = seed_group.teacher.given if seed_group.teacher is not None and any(student.needs_teacher for student in group) else None
+    teacher = seed_group.teacher.original if seed_group.teacher is not None and any(student.needs_teacher for student in group) else None
     if teacher is not None and (teacher.draws_always or teacher.unsettled):
         return "a teacher draws random numbers in eval mode, or moves its buffers, which a graph would not hold to its seed"
     if growing := next((student.net for student in group if student.net.grown), None):
@@ -324,7 +324,7 @@ def _width(trials: Sequence[Trial], device: torch.device) -> int:
     """How many groups may compute at the same time: what the free memory holds of the largest."""
     held = [trial.memory for trial in trials if not trial.hindrance]
     torch.cuda.empty_cache()
-    return int(max(1, min(len(held), MOST_STREAMS, MEMORY_SHARE * free_memory(device) / max(held))))
+    return int(max(1, min(len(held), MAX_STREAMS, MEMORY_SHARE * free_memory(device) / max(held))))
 
 
 @contextlib.contextmanager

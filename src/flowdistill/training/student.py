@@ -234,4 +234,4 @@ class SeedGroup:
         """Its teacher answers inside: what that draws is a function of (seed, epoch, step) alone, and nothing of it moves."""
         if self.teacher is None:
             return contextlib.nullcontext()
-        return answering(self.teacher.given, "teacher", step, self.batches.data.device, seed=self.batches.seed, epoch=epoch)
+        return answering(self.teacher.original, "teacher", step, self.batches.data.device, seed=self.batches.seed, epoch=epoch)

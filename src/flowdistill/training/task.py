@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..methods.base import full
+from ..methods.base import at_least_float32
 from ..types import NO_LABEL, Batch
 
 TASK = "task"  # the cross-entropy with the labels
@@ -20,7 +20,7 @@ def task_loss(logits: Tensor, batch: Batch, smoothing: float = 0.0) -> Tensor | 
     """
 
     def summed(labels: Tensor, reduction: str = "sum") -> Tensor:
-        return F.cross_entropy(full(logits), labels, ignore_index=NO_LABEL, label_smoothing=smoothing, reduction=reduction)
+        return F.cross_entropy(at_least_float32(logits), labels, ignore_index=NO_LABEL, label_smoothing=smoothing, reduction=reduction)
 
     if batch.targets is None:
         return None if batch.labels is None else summed(batch.labels, "mean")

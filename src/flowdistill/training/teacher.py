@@ -25,14 +25,14 @@ class Teacher:
     convolution folded into it, and under bf16 with the weights of its convolutions and linear layers cast once.
 
     Attributes:
-        given: the network that was given.
+        original: the network that was given.
         whole: why it could not be made cheaper, or empty.
         name: its model's.
         said: what of its outputs methods look at, as messages name it: its maps in the order in which it computes them, then the rest.
     """
 
     def __init__(self, net: Network, needs: Needs, precision: Precision) -> None:
-        self.given, self.precision, self.whole = net, precision, ""
+        self.original, self.precision, self.whole = net, precision, ""
         self.name, self.said = net.spec.name, looked_at(needs, [tap.name for tap in net.spec.taps])
         net.eval().requires_grad_(False)
         self.net: nn.Module = net

@@ -17,8 +17,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 import flowdistill
 from flowdistill import UserError
-from flowdistill.data import given
-from flowdistill.data.user_batches import GivenSupply
+from flowdistill.data import user_loaders
+from flowdistill.data.user_batches import UserLoaderSupply
 from flowdistill.ledger import Ledger
 from flowdistill.training.weights import load_weights
 
@@ -158,9 +158,9 @@ def test_other_training_data_are_other_data(sets: Any) -> None:
         "scaled": DataLoader(Scaled(whole), 50),
         "scaled more": DataLoader(Scaled(whole, 2.0), 50),
     }
-    hashes = {name: given.adopt(train, val).hash() for name, train in sizes_of.items()}
+    hashes = {name: user_loaders.adopt(train, val).hash() for name, train in sizes_of.items()}
     assert len(set(hashes.values())) == len(hashes)
-    assert given.adopt(DataLoader(TensorDataset(images.clone(), labels), 50), val).hash() == hashes["as it is"]
+    assert user_loaders.adopt(DataLoader(TensorDataset(images.clone(), labels), 50), val).hash() == hashes["as it is"]
 
 
 def test_again_trains_anew(loaders: Any, keys: dict[str, Any]) -> None:
@@ -235,10 +235,10 @@ def test_a_teacher_of_other_images_gets_these_as_they_come(loaders: Any, keys: d
 def test_classes(sets: Any, keys: dict[str, Any]) -> None:
     few = [index for index, (_, label) in enumerate(sets[1]) if label < 3]
     val = DataLoader(Subset(sets[1], few[:20]), 10)
-    assert given.adopt(DataLoader(sets[0], 10), DataLoader(sets[1], 10)).classes == 10
-    assert given.adopt(val, val).classes == 3
-    assert given.adopt(val, val, classes=7).classes == 7
-    assert given.adopt(DataLoader(Subset(Noisy(sets[1]), few), 10), val).class_names == Noisy.classes, "the names below a subset"
+    assert user_loaders.adopt(DataLoader(sets[0], 10), DataLoader(sets[1], 10)).classes == 10
+    assert user_loaders.adopt(val, val).classes == 3
+    assert user_loaders.adopt(val, val, classes=7).classes == 7
+    assert user_loaders.adopt(DataLoader(Subset(Noisy(sets[1]), few), 10), val).class_names == Noisy.classes, "the names below a subset"
     with pytest.raises(UserError, match=r"10 classes, the data has 3; give a module with a classifier of the data's"):
         flowdistill.train(Tied(), val, val, **keys)
     assert flowdistill.train(Tied(), val, val, classes=10, **keys).run.status == "finished"
@@ -322,14 +322,14 @@ def test_classes_that_the_loaders_name_otherwise(train: Any, val: Any, line: str
     wraps = [lambda dataset: dataset, Wrapped, lambda dataset: Subset(Wrapped(Subset(dataset, range(8))), range(4))]
     for wrap in wraps:
         with pytest.raises(UserError) as caught:
-            given.adopt(a_loader(train), a_loader(val, wrap))
+            user_loaders.adopt(a_loader(train), a_loader(val, wrap))
         assert str(caught.value) == f"{line}; {CURE}"
 
 
 def test_classes_that_one_loader_names_otherwise_in_its_parts() -> None:
     parts = ConcatDataset([Named(classes=["a", "b"]), Wrapped(Named(classes=["b", "a"]))])
     with pytest.raises(UserError) as caught:
-        given.adopt(DataLoader(parts, 4), a_loader(["a", "b"]))
+        user_loaders.adopt(DataLoader(parts, 4), a_loader(["a", "b"]))
     assert str(caught.value) == f"class 0 is 'a' in one data set of train_loader and 'b' in another (a, b against b, a); {CURE}"
 
 
@@ -349,12 +349,12 @@ def test_classes_that_one_loader_names_otherwise_in_its_parts() -> None:
     ],
 )
 def test_classes_that_the_loaders_name_alike(train: Any, val: Any, names: tuple[str, ...]) -> None:
-    assert given.adopt(a_loader(train), a_loader(val)).class_names == names
+    assert user_loaders.adopt(a_loader(train), a_loader(val)).class_names == names
 
 
 def test_the_name_follows_what_is_known_of_the_images(sets: Any) -> None:
     def name(train: Any = sets[0], val: Any = sets[1], size: int = 50) -> str:
-        return given.adopt(DataLoader(train, size), DataLoader(val, 100)).name
+        return user_loaders.adopt(DataLoader(train, size), DataLoader(val, 100)).name
 
     first = name()
     assert first == name()
@@ -377,7 +377,7 @@ def test_another_process_does_not_have_them(loaders: Any, keys: dict[str, Any], 
     assert "was trained on a loader's images, which only training reads; Result.module() gives its network to Python" in here.err
     with pytest.raises(UserError, match="was trained on a loader's images"):
         result.export("safetensors")
-    monkeypatch.setattr(given, "IN_MEMORY", {})
+    monkeypatch.setattr(user_loaders, "IN_MEMORY", {})
     for words in (["evaluate", "1"], ["card", "1"], ["export", "1", "--to", "safetensors"], ["resume", "2"], ["train", "--dataset", name]):
         said = command(keys["runs"].parent, *words, *runs)
         assert (said.code, said.out) == (2, "")
@@ -444,7 +444,7 @@ def test_images_that_are_not_finite(loaders: Any, what: str) -> None:
     whole = [(IMAGES, LABELS)]
     broken = [(torch.where(torch.arange(len(IMAGES)).view(-1, 1, 1, 1) < 2, torch.nan, IMAGES), LABELS)]
     with pytest.raises(UserError, match=f"{what}: 2 of {len(IMAGES)} images of batch 1 hold values that are not finite"):
-        given.adopt(*((broken, whole) if what == "train_loader" else (whole, broken)))
+        user_loaders.adopt(*((broken, whole) if what == "train_loader" else (whole, broken)))
 
 
 class Late(list[Any]):
@@ -482,16 +482,16 @@ def test_images_that_are_not_finite_in_a_later_batch(
 
 def test_every_batch_is_looked_at() -> None:
     batches = [(IMAGES, LABELS)] * 3
-    data = given.adopt(Late(batches, 3, 1, torch.nan), batches)
+    data = user_loaders.adopt(Late(batches, 3, 1, torch.nan), batches)
     with pytest.raises(UserError, match=r"^train_loader: 2 of 2 images of batch 3 in epoch 6 hold values that are not finite"):
-        list(GivenSupply(data, torch.device("cpu")).seed_batches(0, 2).epoch(5))
-    data = given.adopt(batches, Late(batches, 2, 2, torch.inf))
+        list(UserLoaderSupply(data, torch.device("cpu")).seed_batches(0, 2).epoch(5))
+    data = user_loaders.adopt(batches, Late(batches, 2, 2, torch.inf))
     with pytest.raises(UserError, match=r"^val_loader: 2 of 2 images of batch 2 hold values that are not finite"):
-        list(GivenSupply(data, torch.device("cpu")).test.batches())
+        list(UserLoaderSupply(data, torch.device("cpu")).test.batches())
 
 
 def test_images_whose_sum_overflows_are_finite() -> None:
-    given.Finite("train_loader").look(torch.full((2, 1, 8, 8), 3e38))
+    user_loaders.Finite("train_loader").look(torch.full((2, 1, 8, 8), 3e38))
 
 
 class Silent(list[Any]):

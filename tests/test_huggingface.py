@@ -17,7 +17,7 @@ from PIL import Image
 from flowdistill.checks import UserError
 from flowdistill.config import DataConfig
 from flowdistill.data import huggingface
-from flowdistill.data.batches import SeedBatches, place
+from flowdistill.data.batches import SeedBatches, to_device
 from flowdistill.data.dataset import ImageData
 from flowdistill.data.sources import load
 from flowdistill.talk import Remarks
@@ -40,14 +40,14 @@ def table(images: np.ndarray, labels: list[Any], kind: Any = CLASSES, image: str
     return datasets.Dataset.from_dict({name: values for name, (values, _) in columns.items()}, features=features)
 
 
-def save(place: Path, **splits: Any) -> Path:
+def save(to_device: Path, **splits: Any) -> Path:
     with contextlib.redirect_stderr(io.StringIO()):
-        datasets.DatasetDict(splits).save_to_disk(str(place))
-    return place
+        datasets.DatasetDict(splits).save_to_disk(str(to_device))
+    return to_device
 
 
-def read(place: Path, **keys: Any) -> ImageData:
-    return load(DataConfig.model_validate({"name": f"hf:{place}", "pad": 1} | keys), Remarks())
+def read(to_device: Path, **keys: Any) -> ImageData:
+    return load(DataConfig.model_validate({"name": f"hf:{to_device}", "pad": 1} | keys), Remarks())
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_it_gives_the_pixels_and_classes_that_were_put_in(tmp_path: Path, channe
 
 def test_streamed_batches_are_those_of_memory_whatever_decodes_them(small: Path) -> None:
     found = [
-        [images for images, _ in SeedBatches(place(read(small, stream=stream), "holdout", CPU, workers), 0, 5).epoch(1)]
+        [images for images, _ in SeedBatches(to_device(read(small, stream=stream), "holdout", CPU, workers), 0, 5).epoch(1)]
         for stream, workers in ((False, 0), (True, 0), (True, 1))
     ]
     assert len(found[0]) > 3

@@ -28,7 +28,7 @@ from .names import in_order, names_below, refuse_other_names
 
 TRAIN, VAL = "train_loader", "val_loader"
 EVERY_PASS = "give the same images on every pass"
-IN_MEMORY: dict[str, GivenData] = {}
+IN_MEMORY: dict[str, UserLoaderData] = {}
 
 
 class Python:
@@ -38,7 +38,7 @@ class Python:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GivenData(ImageData):
+class UserLoaderData(ImageData):
     """Two loaders as a data set; its arrays are empty.
 
     Attributes:
@@ -66,7 +66,7 @@ class GivenData(ImageData):
         return self.told
 
 
-def adopt(train: Any, val: Any, classes: int | None = None) -> GivenData:
+def adopt(train: Any, val: Any, classes: int | None = None) -> UserLoaderData:
     """Two loaders as a data set, from one pass over that of the test images and the first batch of the other.
 
     Its hash covers the first batch of both, as seed 0 draws it, all labels of ``val``, the numbers of images and batches, what data sets
@@ -99,7 +99,7 @@ def adopt(train: Any, val: Any, classes: int | None = None) -> GivenData:
     told = digest(labels.numpy(), shown, *begins, numbers, described, *_held(train), *_held(val))
     _, height, width = size
     nothing = np.empty((0, height, width, size[0]), np.uint8)
-    data = GivenData(
+    data = UserLoaderData(
         name=f"{LOADER}{told[:8]}",
         x_train=nothing,
         y_train=np.full(n_train, NO_LABEL),
@@ -136,7 +136,7 @@ def _measured_on(val: Any, size: tuple[int, int, int]) -> tuple[npt.NDArray[np.f
     return shown, torch.cat(parts)
 
 
-def recall(name: str) -> GivenData:
+def recall(name: str) -> UserLoaderData:
     """The data set of loaders that were given in this process.
 
     Raises:

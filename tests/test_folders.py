@@ -151,7 +151,7 @@ def test_names_do_not_decide_the_split(tmp_path: Path) -> None:
     for number, path in enumerate(paths):
         path.rename(path.with_name(f"{-number % 97:03}.PNG"))
     after = folder_data(tmp_path / "a")
-    assert before.hash() != after.hash()
+    assert before.hash != after.hash
     for one, other in ((before.x_test, after.x_test), (before.x_train, after.x_train)):
         assert sorted(image.tobytes() for image in one) == sorted(image.tobytes() for image in other)
 
@@ -255,12 +255,12 @@ def test_what_is_hidden_is_ignored_and_what_is_no_image_is_told(small: Path, cap
     for hidden in (".DS_Store", "train/.cache.png", "train/ant/._0001.png"):
         (small / hidden).write_text("junk")
     (small / ".git" / "objects").mkdir(parents=True)
-    assert folder_data(small).hash() == before.hash()
+    assert folder_data(small).hash == before.hash
     assert capsys.readouterr().err == ""
     for other in ("README", "loose.png", "train/list.txt", "train/ant/a.txt", "train/ant/b.xml"):
         (small / other).write_text("junk")
     (small / "extra").mkdir()
-    assert folder_data(small).hash() == before.hash()
+    assert folder_data(small).hash == before.hash
     told = "left out, as no class's images: README, extra, loose.png and 3 more"
     assert capsys.readouterr().err == f"folder:{small}: {told}\n"
 
@@ -271,13 +271,13 @@ def test_folders_below_a_class_belong_to_it(small: Path) -> None:
         first, *_ = sorted((small / "train" / label).iterdir())
         (small / "train" / label / "0").mkdir()
         first.rename(small / "train" / label / "0" / first.name)
-    assert folder_data(small).hash() == before.hash()
+    assert folder_data(small).hash == before.hash
 
 
 def test_of_test_and_val_test_is_read(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = folder_data(small)
     (small / "val" / "dodo").mkdir(parents=True)
-    assert folder_data(small).hash() == before.hash()
+    assert folder_data(small).hash == before.hash
     assert capsys.readouterr().err == f"folder:{small}: test is read, val is not\n"
 
 
@@ -294,7 +294,7 @@ def test_a_link_inside_is_followed(small: Path) -> None:
     before = folder_data(small)
     (small / "train" / "ant").rename(small / ".ants")
     (small / "train" / "ant").symlink_to("../.ants")
-    assert folder_data(small).hash() == before.hash()
+    assert folder_data(small).hash == before.hash
 
 
 def test_a_large_folder_is_told_of(small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -342,7 +342,7 @@ def test_broken_files_are_skipped_where_that_is_asked_for(small: Path, capsys: p
     assert capsys.readouterr().err.startswith(f"folder:{small}: 5 of 120 images can't be read: train/ant/0001.png (")
     for name in broken:
         (small / name).unlink()
-    assert found.hash() == folder_data(small).hash()
+    assert found.hash == folder_data(small).hash
     assert (len(found.y_train), len(found.y_test)) == (86, 29)
 
 

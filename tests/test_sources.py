@@ -75,26 +75,26 @@ def test_digits_are_scikit_learns_in_their_order(digits):
 
 
 def test_digits_hash_is_the_same_each_time(digits):
-    assert load(DataConfig(name="digits")).hash() == digits.hash()
+    assert load(DataConfig(name="digits")).hash == digits.hash
 
 
 @pytest.mark.parametrize("key", ["x_train", "y_train", "x_test", "y_test"])
 def test_hash_sees_one_changed_value(digits, key):
     changed = {name: getattr(digits, name).copy() for name in ("x_train", "y_train", "x_test", "y_test")}
     changed[key].flat[-1] ^= 1
-    assert ImageData("digits", **changed, classes=10).hash() != digits.hash()
+    assert ImageData("digits", **changed, classes=10).hash != digits.hash
 
 
 def test_hash_sees_the_shape():
     one = ImageData("a", **arrays(), classes=3)
     other = ImageData("a", **arrays(x_train=arrays()["x_train"].reshape(12, 7, 5, 3)), classes=3)
-    assert one.hash() != other.hash()
+    assert one.hash != other.hash
 
 
 def test_hash_ignores_name_and_memory_order():
     own = arrays()
     turned = own | {"x_train": np.asfortranarray(own["x_train"])}
-    assert ImageData("a", **own, classes=3).hash() == ImageData("b", **turned, classes=3).hash()
+    assert ImageData("a", **own, classes=3).hash == ImageData("b", **turned, classes=3).hash
 
 
 def test_config_overrides_pad_and_flip():
@@ -132,8 +132,8 @@ def test_limit_train_is_fixed_and_a_smaller_one_lies_in_a_larger(tmp_path):
     np.random.seed(1)
     again = load(npz(tmp_path / "unbalanced.npz", limit_train=100))
     larger = load(npz(tmp_path / "unbalanced.npz", limit_train=200))
-    assert first.hash() == again.hash()
-    assert len({data.hash() for data in (first, larger, load(npz(tmp_path / "unbalanced.npz")))}) == 3
+    assert first.hash == again.hash
+    assert len({data.hash for data in (first, larger, load(npz(tmp_path / "unbalanced.npz")))}) == 3
     pairs = [list(zip(data.x_train[:, 0, 0, 0].tolist(), data.y_train.tolist(), strict=True)) for data in (first, larger)]
     assert set(pairs[0]) < set(pairs[1]) < set(zip(own["x_train"][:, 0, 0].tolist(), own["y_train"].tolist(), strict=True))
 
@@ -141,7 +141,7 @@ def test_limit_train_is_fixed_and_a_smaller_one_lies_in_a_larger(tmp_path):
 @pytest.mark.parametrize("limit", [310, 10**9])
 def test_limit_train_of_all_images_changes_nothing(tmp_path, limit):
     unbalanced(tmp_path)
-    assert load(npz(tmp_path / "unbalanced.npz", limit_train=limit)).hash() == load(npz(tmp_path / "unbalanced.npz")).hash()
+    assert load(npz(tmp_path / "unbalanced.npz", limit_train=limit)).hash == load(npz(tmp_path / "unbalanced.npz")).hash
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

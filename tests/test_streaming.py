@@ -316,17 +316,17 @@ def test_what_fits_is_held(small: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_hash_is_of_names_sizes_and_classes(small: Path) -> None:
-    before = folder_data(small, stream=True).hash()
-    assert before == folder_data(small, stream=True).hash() != folder_data(small).hash()
-    assert before != folder_data(small, stream=True, size=7).hash() != folder_data(small, stream=True, limit_train=80).hash() != before
+    before = folder_data(small, stream=True).hash
+    assert before == folder_data(small, stream=True).hash != folder_data(small).hash
+    assert before != folder_data(small, stream=True, size=7).hash != folder_data(small, stream=True, limit_train=80).hash != before
     first = small / "train" / "ant" / "0000.png"
     content = first.read_bytes()
     first.write_bytes(content + b"\0")
-    assert folder_data(small, stream=True).hash() != before
+    assert folder_data(small, stream=True).hash != before
     first.write_bytes(content)
-    assert folder_data(small, stream=True).hash() == before
+    assert folder_data(small, stream=True).hash == before
     first.rename(first.with_name("0000a.png"))
-    assert folder_data(small, stream=True).hash() != before
+    assert folder_data(small, stream=True).hash != before
 
 
 def test_a_fifth_is_chosen_by_the_names(tmp_path: Path) -> None:

@@ -231,7 +231,7 @@ def test_who_compares_classes_refuses_those_in_another_order(
     monkeypatch.setattr("flowdistill.runner.plan.load", lambda asked, told: replace(load(asked, told), class_names=names))
     about: dict[str, Any] = {"model": "resnet14", "labels": ["six", "eight", "seven", "nine"], "data": {"name": "few"}, "split": "full"}
     one = config(few, method=method, teacher=str(tmp_path / "it.safetensors"), train={"batch_size": 32})
-    save_weights(tmp_path / "it.safetensors", net.state_dict(), about | {"data_hash": load(one.data).hash()})
+    save_weights(tmp_path / "it.safetensors", net.state_dict(), about | {"data_hash": load(one.data).hash})
     assert len(plan([one], taught, CPU)) == 1
     save_weights(tmp_path / "it.safetensors", net.state_dict(), about)
     if method == "fsp":

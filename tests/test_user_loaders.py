@@ -158,9 +158,9 @@ def test_other_training_data_are_other_data(sets: Any) -> None:
         "scaled": DataLoader(Scaled(whole), 50),
         "scaled more": DataLoader(Scaled(whole, 2.0), 50),
     }
-    hashes = {name: user_loaders.adopt(train, val).hash() for name, train in sizes_of.items()}
+    hashes = {name: user_loaders.adopt(train, val).hash for name, train in sizes_of.items()}
     assert len(set(hashes.values())) == len(hashes)
-    assert user_loaders.adopt(DataLoader(TensorDataset(images.clone(), labels), 50), val).hash() == hashes["as it is"]
+    assert user_loaders.adopt(DataLoader(TensorDataset(images.clone(), labels), 50), val).hash == hashes["as it is"]
 
 
 def test_again_trains_anew(loaders: Any, keys: dict[str, Any]) -> None:

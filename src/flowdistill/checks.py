@@ -111,6 +111,12 @@ def some(names: Iterable[str], most: int = NAMED) -> str:
     return ", ".join(shown[:most]) + more
 
 
+def joined(parts: Iterable[str], word: str) -> str:
+    """``a, b and c``, with ``word`` before the last."""
+    *before, last = parts
+    return f"{', '.join(before)} {word} {last}" if before else last
+
+
 def is_there(path: Path) -> bool:
     """Whether there is anything at a path, ``~`` expanded; no path is too long or too odd to be asked about."""
     try:

@@ -869,9 +869,10 @@ def list_recipes(format_: FormatOption = TableFormat.table) -> int:
 @app.command()
 def datasets(format_: FormatOption = TableFormat.table) -> int:
     """The data sets there are."""
-    from .data.sources import OWN, SOURCES
+    from .config import written_schemes
+    from .data.sources import SOURCES
 
     rows = [{"name": name, "about": SOURCES[name].about} for name in SOURCES]
-    rows += [{"name": name, "about": about} for name, about in OWN.items()]
+    rows += [{"name": name, "about": about} for name, about in written_schemes().items()]
     talk.answer(tables.render(rows, format_.value, ("name", "about")))
     return 0

@@ -9,13 +9,15 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from . import advice
-from .checks import UserError, did_you_mean, regular_file, undefused
+from .checks import UserError, did_you_mean, joined, regular_file, undefused
+from .registry import Registry
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -25,7 +27,7 @@ LARGEST_IMAGE = 1 << 27  # pixels
 LARGEST_SIDE = math.isqrt(LARGEST_IMAGE)
 SEAL = "seal"  # key of a run.json
 NETWORKS = ("student", "teacher", "init_from", "peer")  # keys that name one
-LOADER = "loader:"  # before the hash of loaders that were given from Python
+LOADER = "loader"  # scheme of loaders that were given from Python; the hash of both follows
 
 Crop = Literal["shift", "resized"]
 Role = Literal["student", "teacher"]
@@ -35,6 +37,75 @@ class Frozen(BaseModel):
     """Base of every config: immutable, unknown keys refused, infinities refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A kind of data that ``SCHEME:WHERE`` names, in the place of a data set's name. ``data.sources`` has what reads it.
+
+    Attributes:
+        name: what stands before the colon.
+        where: what stands after it, as help names it.
+        about: one line for listings.
+        files: whether it is made of image files: ``size``, ``channels``, ``skip_broken`` and ``stream`` say how these are read.
+        columns: whether it is a table, of which ``label`` names the column with the classes.
+        unlabelled: what it holds as ``data.unlabelled``; empty if it can't be that.
+        from_python: whether only Python can give such data. They come as batches, and nothing is done to them.
+    """
+
+    name: str
+    where: str
+    about: str
+    files: bool = False
+    columns: bool = False
+    unlabelled: str = ""
+    from_python: bool = False
+
+    @property
+    def written(self) -> str:
+        """As messages and help name it: ``folder:PATH``."""
+        return f"{self.name}:{self.where}"
+
+
+SCHEMES: Registry[Scheme] = Registry("data scheme")
+for _row in (
+    Scheme(
+        *("npz", "PATH", "your images: x_train, y_train, x_test, y_test; uint8 NHWC or NHW, labels from 0; with --unlabelled: x alone"),
+        unlabelled="uint8 images under the key x",
+    ),
+    Scheme(
+        *("folder", "PATH"),
+        "your image files: train/CLASS/* and test/CLASS/* (or val), or CLASS/* alone, a fifth of which is test; "
+        "classes numbered by sorted name, names kept in the student's file; with --unlabelled: files in any folders",
+        files=True,
+        unlabelled="image files, below it in any folders",
+    ),
+    Scheme(*("csv", "FILE", "your image files by a list: path,label[,split], paths relative to it; otherwise as folder:PATH"), files=True),
+    Scheme(
+        *("hf", "NAME"),
+        "a Hugging Face data set, NAME or NAME:CONFIG, or a folder that save_to_disk wrote; needs the extra hf",
+        files=True,
+        columns=True,
+    ),
+    Scheme(LOADER, "HASH", "the loaders that were given to flowdistill.train or distill", from_python=True),
+):
+    SCHEMES.register(_row.name)(_row)
+
+
+def scheme_of(name: str | None) -> Scheme | None:
+    """The scheme of a data set's name, None for a plain name."""
+    scheme, colon, _ = (name or "").partition(":")
+    return SCHEMES[scheme] if colon and scheme in SCHEMES else None
+
+
+def location(name: str) -> str:
+    """What stands after a data set's scheme."""
+    return name.partition(":")[2]
+
+
+def written_schemes() -> dict[str, str]:
+    """The schemes that a command can name, as ``folder:PATH``, with a line about each."""
+    return {SCHEMES[name].written: SCHEMES[name].about for name in SCHEMES if not SCHEMES[name].from_python}
 
 
 class DataConfig(Frozen):
@@ -61,25 +132,22 @@ class DataConfig(Frozen):
     stream: bool = Field(False, exclude_if=lambda stream: not stream)  # decode batch by batch, even what fits into memory
     label: str | None = Field(None, exclude_if=lambda label: label is None)  # the column of a Hugging Face data set that has the classes
 
-    @staticmethod
-    def _files(name: str | None) -> bool:
-        return (name or "").startswith(("folder:", "csv:", "hf:"))
-
     @property
     def user_loaders(self) -> bool:
         """Whether they come from loaders that were given from Python."""
-        return self.name.startswith(LOADER)
+        return (scheme := scheme_of(self.name)) is not None and scheme.from_python
 
     @property
     def without_unlabelled(self) -> DataConfig:
         """The same without the unlabelled images and what is said of them alone."""
-        return self.model_copy(update={"unlabelled": None, "skip_broken": self.skip_broken and self._files(self.name)})
+        return self.model_copy(update={"unlabelled": None, "skip_broken": self.skip_broken and _has_files(self.name)})
 
     @field_validator("unlabelled")
     @classmethod
     def _unlabelled_is_a_source(cls, unlabelled: str | None) -> str | None:
-        if unlabelled is not None and not unlabelled.startswith(("folder:", "npz:")):
-            raise ValueError("write folder:PATH (image files, below it in any folders) or npz:PATH (uint8 images under the key x)")
+        if unlabelled is not None and ((scheme := scheme_of(unlabelled)) is None or not scheme.unlabelled):
+            rows = [SCHEMES[name] for name in sorted(SCHEMES)]
+            raise ValueError(f"write {joined([f'{row.written} ({row.unlabelled})' for row in rows if row.unlabelled], 'or')}")
         return unlabelled
 
     @model_validator(mode="after")
@@ -90,13 +158,20 @@ class DataConfig(Frozen):
 
     @model_validator(mode="after")
     def _files_have_a_size(self) -> DataConfig:
-        given = self.model_dump(include={"size", "channels", "stream"} | ({"skip_broken"} if not self._files(self.unlabelled) else set()))
-        if given and not self._files(self.name):
-            key, value = next(iter(given.items()))
-            raise ValueError(f"{key}={value} belongs to folder:PATH, csv:FILE and hf:NAME, not to {self.name}; leave it out")
-        if self.label is not None and not self.name.startswith("hf:"):
-            raise ValueError(f"label={self.label} belongs to hf:NAME, not to {self.name}; leave it out")
+        keys = {"size", "channels", "stream"} | ({"skip_broken"} if not _has_files(self.unlabelled) else set())
+        about_files = self.model_dump(include=keys)
+        if about_files and not _has_files(self.name):
+            key, value = next(iter(about_files.items()))
+            of_files = [SCHEMES[name].written for name in SCHEMES if SCHEMES[name].files]
+            raise ValueError(f"{key}={value} belongs to {joined(of_files, 'and')}, not to {self.name}; leave it out")
+        if self.label is not None and ((scheme := scheme_of(self.name)) is None or not scheme.columns):
+            tables = [SCHEMES[name].written for name in SCHEMES if SCHEMES[name].columns]
+            raise ValueError(f"label={self.label} belongs to {joined(tables, 'and')}, not to {self.name}; leave it out")
         return self
+
+
+def _has_files(name: str | None) -> bool:
+    return (scheme := scheme_of(name)) is not None and scheme.files
 
 
 class TrainConfig(Frozen):

@@ -88,6 +88,7 @@ class ImageData:
         """Whether images are decoded batch by batch, for memory does not hold them."""
         return isinstance(self.x_train, Pictures)
 
+    @cached_property
     def hash(self) -> str:
         """SHA-256 over every labelled image and label: two runs with one hash have the same data set."""
         return digest(self.x_train, self.y_train, self.x_test, self.y_test)

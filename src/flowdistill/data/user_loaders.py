@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,7 @@ class UserLoaderData(ImageData):
         """The sizes."""
         return DataSpec(self.name, self.counts[0], self.classes, *self.size)
 
+    @cached_property
     def hash(self) -> str:
         """See ``adopt``."""
         return self.told
@@ -100,7 +102,7 @@ def adopt(train: Any, val: Any, classes: int | None = None) -> UserLoaderData:
     _, height, width = size
     nothing = np.empty((0, height, width, size[0]), np.uint8)
     data = UserLoaderData(
-        name=f"{LOADER}{told[:8]}",
+        name=f"{LOADER}:{told[:8]}",
         x_train=nothing,
         y_train=np.full(n_train, NO_LABEL),
         x_test=nothing,

@@ -250,7 +250,7 @@ def _command(runs: Sequence[Run]) -> str:
     first, own = runs[0], dict(runs[0].config)
     if own.get("side") == 2:  # the two are trained by one command, the first's
         own |= {"student": own["peer"], "peer": own["student"]}
-    if own["data"]["name"].startswith(LOADER):
+    if own["data"]["name"].startswith(f"{LOADER}:"):
         return ""
     own |= _beside_defaults(first)
     said = {"student", "teacher", "method", "seed", "split", "side", "data.name"}

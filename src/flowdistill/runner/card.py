@@ -250,7 +250,7 @@ def _score(said: _Answers, teacher: _Answers | None, data: ImageData) -> Score:
 
 def _data(run: Run, config: RunConfig, ledger: Ledger) -> ImageData:
     data = load(config.data, ledger.changes)
-    if (data_hash := data.hash()) != run.data_hash:
+    if (data_hash := data.hash) != run.data_hash:
         raise UserError(
             f"run {run.no}: {config.data.name} is not the data that it was trained on (hash {data_hash[:8]}, was {run.data_hash[:8]}); "
             f"put the old data back"

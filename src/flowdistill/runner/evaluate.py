@@ -199,7 +199,7 @@ def evaluate(
     if broken := int(found.unanswered):
         raise UserError(f"{path}: its logits are not finite for {broken:,} of {images:,} test images; is the file whole?")
     correct = int(found.correct)
-    same = data.hash() == about.data_hash
+    same = data.hash == about.data_hash
     accuracy, recorded = 100 * correct / images, 100 * about.correct / about.images
     why = ", ".join(_others(about, net.about, device, arithmetic, changed or net.changed))
     return Measured(

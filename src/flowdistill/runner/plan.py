@@ -134,7 +134,7 @@ class _Loader:
             data = load(config, self._remarks)
             if config.unlabelled is not None:
                 data = replace(data, unlabelled=load_unlabelled(config, data, self._remarks))
-            self._loaded[config] = data, data.hash()
+            self._loaded[config] = data, data.hash
         return self._loaded[config]
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..checks import joined
+
 
 class Tally:
     """Sums of a student's terms over the steps of an epoch, and how many steps went by before each was no longer finite.
@@ -45,5 +47,5 @@ class Tally:
 
 def are(names: Iterable[str]) -> str:
     """``task and kd are``, ``kd is``."""
-    *before, last = names
-    return f"{', '.join(before)} and {last} are" if before else f"{last} is"
+    listed = [*names]
+    return f"{joined(listed, 'and')} {'are' if len(listed) > 1 else 'is'}"

@@ -11,17 +11,19 @@ from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
-from ..checks import UserError, did_you_mean, first_line, is_there, regular_file, some
-from ..config import DataConfig
-from ..talk import Remarks
-from .dataset import ImageData, Unlabelled
-from .image_files import OTHER_WORDS, SPLITS, Item, assemble, read_all
-from .lazy_images import Files
+from ...checks import UserError, did_you_mean, first_line, is_there, regular_file, some
+from ...config import DataConfig, location
+from ...talk import Remarks
+from ..dataset import ImageData, Unlabelled
+from ..image_files import OTHER_WORDS, SPLITS, Item, assemble, read_all
+from ..lazy_images import Files
+from .base import READERS, UNLABELLED_READERS
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 COLUMNS = ("path", "label", "split")
 
 
+@READERS.register("folder")
 def read_folder(config: DataConfig, remarks: Remarks) -> ImageData:
     """Images in folders: ``PATH/train/CLASS`` beside ``PATH/test/CLASS`` or ``PATH/val/CLASS``, or ``PATH/CLASS`` alone.
 
@@ -62,6 +64,7 @@ def read_folder(config: DataConfig, remarks: Remarks) -> ImageData:
     return data
 
 
+@READERS.register("csv")
 def read_csv(config: DataConfig, remarks: Remarks) -> ImageData:
     """Images that a CSV file lists: columns ``path`` (relative to the file), ``label`` and, if given, ``split`` (train, val or test).
 
@@ -72,7 +75,7 @@ def read_csv(config: DataConfig, remarks: Remarks) -> ImageData:
             twice; and what ``read_folder`` refuses.
     """
     what = config.name
-    place = Path(what.removeprefix("csv:"))
+    place = Path(location(what))
     found = regular_file(place, what)
     root = found.parent.resolve()
     try:
@@ -87,6 +90,7 @@ def read_csv(config: DataConfig, remarks: Remarks) -> ImageData:
     return assemble(config, place.stem, items, _files(root, items), remarks)
 
 
+@UNLABELLED_READERS.register("folder")
 def read_unlabelled(config: DataConfig, remarks: Remarks) -> Unlabelled:
     """All images in a folder and in those below it, whatever their names; else as ``read_folder``.
 
@@ -105,7 +109,7 @@ def read_unlabelled(config: DataConfig, remarks: Remarks) -> Unlabelled:
 
 
 def _folder(what: str) -> Path:
-    given = what.removeprefix("folder:")
+    given = location(what)
     try:
         place = Path(given).expanduser().resolve()
         there = bool(given) and place.exists()
@@ -177,7 +181,7 @@ class _Tree:
                 if target in above and path.is_dir():
                     raise UserError(f"{self.what}: the link {self.name(path)} leads in a circle; remove it")
                 if not Path(target).is_relative_to(self.root):
-                    given = self.what.removeprefix("folder:").rstrip("/")
+                    given = location(self.what).rstrip("/")
                     copied = shlex.join(["cp", "-rL", given, f"{given}-copied"])
                     raise UserError(
                         f"{self.what}: the link {self.name(path)} leads outside, to {target}; put a copy in its place, or name a copy of "

@@ -16,12 +16,13 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from ..checks import UserError, did_you_mean, first_line, some
-from ..config import DataConfig
-from ..talk import Remarks
-from .dataset import ImageData
-from .image_files import OTHER_WORDS, SPLITS, Item, assemble
-from .lazy_images import decode
+from ...checks import UserError, did_you_mean, first_line, some
+from ...config import DataConfig, location
+from ...talk import Remarks
+from ..dataset import ImageData
+from ..image_files import OTHER_WORDS, SPLITS, Item, assemble
+from ..lazy_images import decode
+from .base import READERS
 
 TAIL = 64  # bytes of an image's file that its identity covers
 IMAGE_NAMES = ("image", "img")
@@ -72,6 +73,7 @@ class Tables:
             return decode(file, channels)
 
 
+@READERS.register("hf")
 def read_hub(config: DataConfig, remarks: Remarks) -> ImageData:
     """Images of a Hugging Face data set.
 
@@ -110,7 +112,7 @@ def _opened(what: str) -> tuple[str, Mapping[str, Any]]:
     """A name for tables, and the splits."""
     import datasets
 
-    given = what.removeprefix("hf:")
+    given = location(what)
     path = Path(given).expanduser()
     local = path.is_dir()
     if not given or (not local and given.startswith(("/", ".", "~"))):

@@ -18,8 +18,8 @@ Folder = str | os.PathLike[str]
 
 def command(*words: object, runs: Folder = RUNS) -> str:
     """``flowdistill WORD ...``, with ``--runs`` where that is another folder than a command takes by itself."""
-    where = [] if os.fspath(runs) == RUNS else ["--runs", os.fspath(runs)]
-    return options("flowdistill", *words, *where)
+    option = [] if os.fspath(runs) == RUNS else ["--runs", os.fspath(runs)]
+    return options("flowdistill", *words, *option)
 
 
 def options(*words: object) -> str:

@@ -214,27 +214,27 @@ if hasattr(_CONVOLUTIONS, "conv"):  # PyTorch 2.9 or newer: one word says how fl
 
 @contextmanager
 def _float32() -> Iterator[None]:
-    before = [(of, _precision_of(of)) for of in (_CONVOLUTIONS, _PRODUCTS)]
-    for of, _ in before:
-        _set_precision(of, "ieee")
+    before = [(backend, _precision_of(backend)) for backend in (_CONVOLUTIONS, _PRODUCTS)]
+    for backend, _ in before:
+        _set_precision(backend, "ieee")
     try:
         yield
     finally:
-        for of, value in before:
-            _set_precision(of, value)
+        for backend, value in before:
+            _set_precision(backend, value)
 
 
-def _precision_of(of: Any) -> str:
+def _precision_of(backend: Any) -> str:
     """``ieee`` or ``tf32``; of a newer PyTorch also ``none``, which is its own choice."""
-    found = getattr(of, "fp32_precision", None)
-    return found if isinstance(found, str) else ("tf32" if of.allow_tf32 else "ieee")
+    precision = getattr(backend, "fp32_precision", None)
+    return precision if isinstance(precision, str) else ("tf32" if backend.allow_tf32 else "ieee")
 
 
-def _set_precision(of: Any, value: str) -> None:
-    if isinstance(getattr(of, "fp32_precision", None), str):
-        of.fp32_precision = value
+def _set_precision(backend: Any, value: str) -> None:
+    if isinstance(getattr(backend, "fp32_precision", None), str):
+        backend.fp32_precision = value
     else:
-        of.allow_tf32 = value == "tf32"
+        backend.allow_tf32 = value == "tf32"
 
 
 def synchronize(device: torch.device) -> None:

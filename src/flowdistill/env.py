@@ -52,13 +52,13 @@ def processor() -> str:
 
 def versions() -> dict[str, str]:
     """Python, the platform and the packages that can change a number."""
-    found = {"python": platform.python_version(), "platform": platform.platform(), "cores": str(os.cpu_count())}
+    facts = {"python": platform.python_version(), "platform": platform.platform(), "cores": str(os.cpu_count())}
     for package in (*PACKAGES, *(library for library in LIBRARIES if library in sys.modules)):
         try:
-            found[package] = metadata.version(package)
+            facts[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            facts[package] = "not installed"
+    return facts
 
 
 def circumstances() -> dict[str, str]:

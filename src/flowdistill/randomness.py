@@ -33,22 +33,22 @@ def seeded(seed: int, purpose: str, epoch: int = 0, device: torch.device | None 
     The CPU's generator, that of ``device`` where it is a GPU, numpy's and Python's.
     """
     gpus = [device] if device is not None and device.type == "cuda" else []
-    own, others = derive(seed, purpose, epoch), (random.getstate(), np.random.get_state())
+    derived, before = derive(seed, purpose, epoch), (random.getstate(), np.random.get_state())
     try:
         with torch.random.fork_rng(devices=gpus):
-            torch.default_generator.manual_seed(own)
+            torch.default_generator.manual_seed(derived)
             for gpu in gpus:
                 with torch.cuda.device(gpu):
-                    torch.cuda.manual_seed(own)
-            random.seed(own)
-            np.random.seed(own % 2**32)
+                    torch.cuda.manual_seed(derived)
+            random.seed(derived)
+            np.random.seed(derived % 2**32)
             yield
     finally:
-        random.setstate(others[0])
-        np.random.set_state(others[1])
+        random.setstate(before[0])
+        np.random.set_state(before[1])
 
 
 def states() -> tuple[object, ...]:
     """Where the CPU's global generators stand: torch's, numpy's and Python's."""
-    _, numbers, *place = np.random.get_state()
-    return torch.get_rng_state().numpy().tobytes(), np.asarray(numbers).tobytes(), *place, random.getstate()
+    _, numbers, *rest = np.random.get_state()
+    return torch.get_rng_state().numpy().tobytes(), np.asarray(numbers).tobytes(), *rest, random.getstate()

@@ -90,10 +90,10 @@ def _private(path: str, flags: int) -> int:
 
 def state_folder() -> Path | None:
     """Where this user's records lie; None where the user has no home."""
-    if given := os.environ.get(STATE):
-        return Path(given)
-    if (above := os.environ.get("XDG_STATE_HOME", "")) and Path(above).is_absolute():
-        return Path(above, "flowdistill")
+    if folder := os.environ.get(STATE):
+        return Path(folder)
+    if (state_home := os.environ.get("XDG_STATE_HOME", "")) and Path(state_home).is_absolute():
+        return Path(state_home, "flowdistill")
     try:
         return Path.home() / ".local" / "state" / "flowdistill"
     except RuntimeError:
@@ -110,8 +110,8 @@ def _recorded() -> list[dict[str, Any]]:
     if file < 0:
         return []
     with open(file, encoding="utf-8", errors="replace") as opened:
-        about = os.fstat(file)
-        if about.st_uid != os.getuid() or about.st_mode & 0o022:
+        status = os.fstat(file)
+        if status.st_uid != os.getuid() or status.st_mode & 0o022:
             return []
         return [line for line in map(_line, opened) if line is not None]
 

@@ -55,8 +55,8 @@ def baseline_key(run: Run) -> str:
 
 def is_baseline(run: Run) -> bool:
     """Whether others are compared with a run: trained from fresh weights, all of them, on the labels alone, at weight 1."""
-    own = run.config
-    plain = own.get("init_from") is None and not own["train"].get("freeze") and own.get("weights", {}).get("task", 1.0) == 1.0
+    config = run.config
+    plain = config.get("init_from") is None and not config["train"].get("freeze") and config.get("weights", {}).get("task", 1.0) == 1.0
     return run.method == "base" and plain
 
 

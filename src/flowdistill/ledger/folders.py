@@ -51,17 +51,17 @@ def sealed(path: Path) -> dict[str, Any] | None:
         OSError: it can't be read.
     """
     try:
-        told = json.loads(path.read_bytes())
+        record = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         return None
-    if not isinstance(told, dict) or ({SEAL, "files"} & told.keys() and told.get(SEAL) != record_seal(told)):
+    if not isinstance(record, dict) or ({SEAL, "files"} & record.keys() and record.get(SEAL) != record_seal(record)):
         return None
-    return told
+    return record
 
 
-def files_of(told: Mapping[str, Any] | None) -> dict[str, Any]:
+def files_of(record: Mapping[str, Any] | None) -> dict[str, Any]:
     """The files that such a record lists, by name; they lie beside it."""
-    files = (told or {}).get("files")
+    files = (record or {}).get("files")
     return {name: known for name, known in files.items() if Path(name).name == name} if isinstance(files, dict) else {}
 
 
@@ -74,42 +74,42 @@ class Journal:
     unread: int = 0
 
 
-def note(folder: Path, **what: Any) -> None:
+def note(folder: Path, **entry: Any) -> None:
     """Add a line to a run's journal. The line break comes first: it also ends a line that a full disk cut off.
 
     Raises:
         OSError: it can't be written.
     """
-    told = json.dumps(what)
+    text = json.dumps(entry)
     with told_by_path(folder / JOURNAL), open(folder / JOURNAL, "ab") as file:
-        file.write(f"\n{zlib.crc32(told.encode()):08x} {told}".encode())
+        file.write(f"\n{zlib.crc32(text.encode()):08x} {text}".encode())
 
 
 def read_journal(folder: Path) -> Journal:
     """A run's journal; without one, or where nothing of it can be read, an empty one."""
-    found = Journal()
+    journal = Journal()
     try:
         lines = (folder / JOURNAL).read_bytes().split(b"\n")
     except OSError as error:
         pass_on_shortage(error)
-        return found
+        return journal
     for line in filter(None, lines):
-        match _said(line):
+        match _entry(line):
             case {"epoch": {"epoch": int(number)} as epoch}:
-                found.curve[number] = epoch
+                journal.curve[number] = epoch
             case {"reopened": int(done)}:
-                found.curve = {number: epoch for number, epoch in found.curve.items() if number <= done}
+                journal.curve = {number: epoch for number, epoch in journal.curve.items() if number <= done}
             case {"row": dict(values)}:
-                found.row |= values
+                journal.row |= values
             case _:
-                found.unread += 1
-    return found
+                journal.unread += 1
+    return journal
 
 
-def _said(line: bytes) -> Any:
+def _entry(line: bytes) -> Any:
     """What a line says; None where it is not what was written."""
-    sum_, _, told = line.partition(b" ")
+    checksum, _, text = line.partition(b" ")
     try:
-        return json.loads(told) if sum_ == f"{zlib.crc32(told):08x}".encode() else None
+        return json.loads(text) if checksum == f"{zlib.crc32(text):08x}".encode() else None
     except (ValueError, RecursionError):
         return None

@@ -65,18 +65,21 @@ def rebuild(folder: Path) -> tuple[list[Entered], Path | None]:
                 f"run {no} in {folder} is being trained by another process; wait for it, or stop it, and give the command again"
             )
     old, unread = _old(path, numbers)
-    found = [_merged(folder, no, old.get(no), unread) for no in sorted({*old, *folders.runs_in(folder)})]
-    known = [one for one in found if isinstance(one, _Known)]
+    merged = [_merged(folder, no, old.get(no), unread) for no in sorted({*old, *folders.runs_in(folder)})]
+    known = [entry for entry in merged if isinstance(entry, _Known)]
     if not known:
         raise UserError(f"no folder in {folder} says what its run was; there is nothing to make a ledger of")
     kept = _put(path, known)
-    return [one if isinstance(one, Entered) else Entered(one.run.no, one.run.status, one.source, one.remark) for one in found], kept
+    entered = [
+        entry if isinstance(entry, Entered) else Entered(entry.run.no, entry.run.status, entry.source, entry.remark) for entry in merged
+    ]
+    return entered, kept
 
 
 def _merged(folder: Path, no: int, old: _Known | None, unread: str) -> _Known | Entered:
     """What is known of a run: by its folder, or else by the old ledger."""
     try:
-        own = _of_folder(folder / str(no), no)
+        in_folder = _of_folder(folder / str(no), no)
     except (OSError, ValueError) as error:
         pass_on_shortage(error)
         why = getattr(error, "strerror", None) or first_line(error)
@@ -84,12 +87,12 @@ def _merged(folder: Path, no: int, old: _Known | None, unread: str) -> _Known | 
             return Entered(no, "left alone", "", f"{why}{'; the old ledger: ' + unread if unread else ''}")
         return replace(old, remark=f"{why}")
     if old is None:
-        return own
-    if _identity(old.run) != _identity(own.run):
-        return replace(own, remark="; ".join(filter(None, [own.remark, "the old ledger had another run under this number"])))
-    if not own.curve and old.curve:
-        return replace(own, curve=old.curve, remark="its curve is the old ledger's")
-    return own
+        return in_folder
+    if _identity(old.run) != _identity(in_folder.run):
+        return replace(in_folder, remark="; ".join(filter(None, [in_folder.remark, "the old ledger had another run under this number"])))
+    if not in_folder.curve and old.curve:
+        return replace(in_folder, curve=old.curve, remark="its curve is the old ledger's")
+    return in_folder
 
 
 def _identity(run: Run) -> tuple[str, int, str]:
@@ -112,8 +115,8 @@ def _of_folder(folder: Path, no: int) -> _Known:
         why = begun.error if begun.status == DAMAGED else _misplaced(begun, no, folders.JOURNAL)
         begun = None if why else begun
     if (folder / folders.RECORD).is_file():
-        done, told = _recorded(folder / folders.RECORD)
-        why = _misplaced(done, no, folders.RECORD) if done else told
+        done, fault = _recorded(folder / folders.RECORD)
+        why = _misplaced(done, no, folders.RECORD) if done else fault
         if done and not why and (begun is None or begun.resumed <= done.resumed):
             if not journal.row:
                 remarks.append(f"no curve: an older version wrote it, without {folders.JOURNAL}")
@@ -127,12 +130,12 @@ def _of_folder(folder: Path, no: int) -> _Known:
 
 def _recorded(path: Path) -> tuple[Run | None, str]:
     """The finished run that a ``run.json`` tells of, or why it can't be believed."""
-    told = folders.sealed(path)
-    if told is None:
+    record = folders.sealed(path)
+    if record is None:
         return None, f"{path.name} is not what was written"
     content = path.read_bytes()
-    hashed = hashlib.sha256(content).hexdigest() if SEAL in told else None
-    run = run_of(encoded(_complete(told) | {"record_hash": hashed}))
+    hashed = hashlib.sha256(content).hexdigest() if SEAL in record else None
+    run = run_of(encoded(_complete(record) | {"record_hash": hashed}))
     return (None, f"{path.name}: {run.error}") if run.status == DAMAGED else (run, "")
 
 
@@ -167,18 +170,18 @@ def _old(path: Path, numbers: Iterable[int]) -> tuple[dict[int, _Known], str]:
         pass_on_shortage(error)
         return {}, str(error)
     with closing(db):
-        there, why = _numbers(db)
-        return {no: known for no in sorted({*numbers, *there}) if (known := _of_old(db, no))}, why
+        recorded, why = _numbers(db)
+        return {no: known for no in sorted({*numbers, *recorded}) if (known := _of_old(db, no))}, why
 
 
 def _numbers(db: sqlite3.Connection) -> tuple[list[int], str]:
-    found = []
+    numbers = []
     try:
         for (no,) in db.execute("SELECT no FROM runs"):
-            found.append(no)
+            numbers.append(no)
     except sqlite3.Error as error:
-        return found, str(error)
-    return found, ""
+        return numbers, str(error)
+    return numbers, ""
 
 
 def _of_old(db: sqlite3.Connection, no: int) -> _Known | None:
@@ -202,10 +205,10 @@ def _put(path: Path, known: Iterable[_Known]) -> Path | None:
         with closing(connect(draft)) as db:
             db.execute("BEGIN")
             migrate(db)
-            for one in known:
-                db.execute(*insert("runs", vars(one.run)))
-                for epoch in one.curve:
-                    db.execute(*insert("epochs", {"run": one.run.no, **vars(epoch)}))
+            for entry in known:
+                db.execute(*insert("runs", vars(entry.run)))
+                for epoch in entry.curve:
+                    db.execute(*insert("epochs", {"run": entry.run.no, **vars(epoch)}))
             db.execute("COMMIT")
         kept = _kept(path)
         for end in (*COMPANIONS[1:], COMPANIONS[0]):

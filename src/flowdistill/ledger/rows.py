@@ -221,8 +221,8 @@ BRIEF = (
 
 def encoded(values: Mapping[str, Any]) -> dict[str, Any]:
     """As SQLite takes them. JSON holds a name that is no UTF-8 as it is, so that its file is found again; a column shows it by escapes."""
-    found = {key: json.dumps(value) if isinstance(value, dict) else value for key, value in values.items()}
-    return {key: stored(value) if isinstance(value, str) else value for key, value in found.items()}
+    cells = {key: json.dumps(value) if isinstance(value, dict) else value for key, value in values.items()}
+    return {key: stored(value) if isinstance(value, str) else value for key, value in cells.items()}
 
 
 def stored(name: str) -> str:

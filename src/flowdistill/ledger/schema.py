@@ -109,15 +109,15 @@ def refuse_foreign(db: sqlite3.Connection, path: Path) -> int:
         sqlite3.DatabaseError: it is no ledger.
     """
     db.execute("BEGIN")  # version and tables at one moment, since another process may be making them
-    found, have = version(db), _contents(db)
+    schema, contents = version(db), _contents(db)
     db.execute("COMMIT")
-    if found > len(MIGRATIONS):
-        raise UserError(f"{path} was made by a newer flowdistill (schema {found}); upgrade this one")
-    if found <= 0 and have:
+    if schema > len(MIGRATIONS):
+        raise UserError(f"{path} was made by a newer flowdistill (schema {schema}); upgrade this one")
+    if schema <= 0 and contents:
         raise sqlite3.DatabaseError("it is another program's database")
-    if found > 0 and (why := _difference(have, _expected(found))):
+    if schema > 0 and (why := _difference(contents, _expected(schema))):
         raise sqlite3.DatabaseError(why)
-    return max(found, 0)
+    return max(schema, 0)
 
 
 def _difference(have: dict[tuple[str, str], str], wanted: dict[tuple[str, str], str]) -> str:
@@ -130,7 +130,7 @@ def _difference(have: dict[tuple[str, str], str], wanted: dict[tuple[str, str], 
     for (kind, name), sql in wanted.items():
         if have[kind, name] != sql:
             parts = zip([*have[kind, name].split(","), "its end"], [*sql.split(","), ""], strict=False)
-            odd = next(one for one, other in parts if one != other)
+            odd = next(part for part, other in parts if part != other)
             return f"its {kind} {name!r} is not as this package makes it: {odd.strip()[:80]!r}"
     return ""
 
@@ -142,9 +142,9 @@ def _contents(db: sqlite3.Connection) -> dict[tuple[str, str], str]:
 
 
 @functools.cache
-def _expected(found: int) -> dict[tuple[str, str], str]:
+def _expected(schema: int) -> dict[tuple[str, str], str]:
     db = sqlite3.connect(":memory:")
-    migrate(db, found)
+    migrate(db, schema)
     contents = _contents(db)
     db.close()
     return contents

@@ -72,8 +72,8 @@ class Ledger:
             self._db = connect(self.path)
             _write_ahead(self._db)
             self._migrate()
-            found = self.path.stat()
-            self._file, self._size, self._on_disk = (found.st_dev, found.st_ino), found.st_size, True
+            stat = self.path.stat()
+            self._file, self._size, self._on_disk = (stat.st_dev, stat.st_ino), stat.st_size, True
         except (sqlite3.Error, OSError) as error:
             self.close()
             why = getattr(error, "strerror", None) or error
@@ -96,16 +96,16 @@ class Ledger:
         opened = hasattr(self, "_db")
         if opened and self._has_runs():
             return
-        found = _first(folders.runs_in(self.folder))
-        if not found or (not opened and self.path.is_file()):  # another process has just made it
+        orphan = _first(folders.runs_in(self.folder))
+        if not orphan or (not opened and self.path.is_file()):  # another process has just made it
             return
         if self._on_disk:
             with self._write():  # whoever registers the first runs now is waited for: it made the folders
                 if self._has_runs():
                     return
-        what = "holds no run" if self.path.is_file() else "is gone"
+        state = "holds no run" if self.path.is_file() else "is gone"
         raise UserError(
-            f"{self.path} {what}, but {self.folder / str(found)} is the folder of one: put the ledger back, or make it again from the "
+            f"{self.path} {state}, but {self.folder / str(orphan)} is the folder of one: put the ledger back, or make it again from the "
             f"folders with {advice.rebuild(self.folder)}"
         )
 
@@ -168,7 +168,7 @@ class Ledger:
         if not self._on_disk:
             self.close()
             self._open()
-        given: list[int] = []
+        numbers: list[int] = []
         try:
             with self._write():
                 first()
@@ -177,15 +177,15 @@ class Ledger:
                     values = {"no": no, "status": "running", **row, "cohort": after + 1}
                     self._db.execute(*insert("runs", values))
                     self.run_folder(no).mkdir()
-                    given.append(no)
+                    numbers.append(no)
                     folders.note(self.run_folder(no), row=vars(self._whole(no)))
-                if given:
-                    claim(given)
+                if numbers:
+                    claim(numbers)
         except BaseException:
-            for no in given:
+            for no in numbers:
                 shutil.rmtree(self.run_folder(no), ignore_errors=True)
             raise
-        return given
+        return numbers
 
     def _last_number(self) -> int:
         """The largest that a run had or a folder has."""
@@ -208,8 +208,8 @@ class Ledger:
                 known = self._db.execute("SELECT count(*) FROM epochs WHERE run = ?", (no,)).fetchone()[0]
                 if known != epochs:
                     raise UserError(f"run {no} stands at epoch {epochs}, but {self.path} knows {known} of them; repeat it with --again")
-                again = "UPDATE runs SET status = 'running', error = '', finished = NULL, resumed = resumed + 1 WHERE no = ?"
-                self._db.execute(again, (no,))
+                query = "UPDATE runs SET status = 'running', error = '', finished = NULL, resumed = resumed + 1 WHERE no = ?"
+                self._db.execute(query, (no,))
             for no in numbers:
                 self._reopen_journal(no)
 
@@ -268,16 +268,16 @@ class Ledger:
             raise KeyError(f"no run {no} to update in {self.path}")
 
     @contextmanager
-    def _unless_lost(self, stand: Mapping[int, int]) -> Iterator[None]:
+    def _unless_lost(self, epochs: Mapping[int, int]) -> Iterator[None]:
         """A write after which the ledger is looked at; one that fails is told by what happened to the ledger, where something did."""
         try:
             yield
         except (sqlite3.Error, KeyError):
-            self._refuse_lost(dict.fromkeys(stand, 0))
+            self._refuse_lost(dict.fromkeys(epochs, 0))
             raise
-        self._refuse_lost(stand)
+        self._refuse_lost(epochs)
 
-    def _refuse_lost(self, stand: Mapping[int, int]) -> None:
+    def _refuse_lost(self, epochs: Mapping[int, int]) -> None:
         """Whether whoever opens the ledger now finds these runs at these epochs: it may have been deleted, replaced or cut off meanwhile,
         and this process would go on with a file that has no name.
 
@@ -285,10 +285,10 @@ class Ledger:
             LostError: it was.
         """
         try:
-            found = self.path.stat()
-            lost = "replaced" if (found.st_dev, found.st_ino) != self._file else "truncated" if found.st_size < self._size else ""
-            self._size = found.st_size
-            if not lost and not self._stands(stand):
+            stat = self.path.stat()
+            lost = "replaced" if (stat.st_dev, stat.st_ino) != self._file else "truncated" if stat.st_size < self._size else ""
+            self._size = stat.st_size
+            if not lost and not self._stands(epochs):
                 lost = "replaced"
         except FileNotFoundError:
             lost = "deleted"
@@ -296,16 +296,16 @@ class Ledger:
             lost = f"damaged ({error})"
         if lost:
             raise LostError(
-                f"{self.path} was {lost} while run {min(stand)} was trained; its folder has all of it: {advice.rebuild(self.folder)} makes "
-                f"the ledger again, then {advice.resume_all(self.folder)} goes on"
+                f"{self.path} was {lost} while run {min(epochs)} was trained; its folder has all of it: {advice.rebuild(self.folder)} "
+                f"makes the ledger again, then {advice.resume_all(self.folder)} goes on"
             )
 
-    def _stands(self, stand: Mapping[int, int]) -> bool:
-        own = "SELECT fingerprint, seed, started, (SELECT max(epoch) FROM epochs WHERE run = no) FROM runs WHERE no = ?"
+    def _stands(self, epochs: Mapping[int, int]) -> bool:
+        query = "SELECT fingerprint, seed, started, (SELECT max(epoch) FROM epochs WHERE run = no) FROM runs WHERE no = ?"
         with closing(connect(self.path, "ro")) as fresh:
-            for no, epoch in stand.items():
-                here, there = (db.execute(own, (no,)).fetchone() for db in (self._db, fresh))
-                if there is None or tuple(here or ()) != tuple(there) or (there[3] or 0) < epoch:
+            for no, epoch in epochs.items():
+                open_row, file_row = (db.execute(query, (no,)).fetchone() for db in (self._db, fresh))
+                if file_row is None or tuple(open_row or ()) != tuple(file_row) or (file_row[3] or 0) < epoch:
                     return False
         return True
 
@@ -326,8 +326,8 @@ class Ledger:
         comes out as ``dead``.
         """
         where = " AND ".join(f"{column} = :{column}" for column in equal) or "1"
-        found = [run_of(row) for row in self._read(f"SELECT * FROM runs WHERE {where} ORDER BY no", encoded(equal))]
-        return self._with_dead([run for run in found if run.status != DAMAGED])
+        runs = [run_of(row) for row in self._read(f"SELECT * FROM runs WHERE {where} ORDER BY no", encoded(equal))]
+        return self._with_dead([run for run in runs if run.status != DAMAGED])
 
     def listing(self, last: int | None = None) -> list[Run]:
         """Every run by number, or the last so many, damaged ones too. Of all of them only what lists and tables show is read, and the rest
@@ -371,8 +371,8 @@ class Ledger:
         rows = self._read("SELECT * FROM runs WHERE no = ?", (no,)) if no < 2**63 else []
         if not rows:
             last = self._read("SELECT max(no) FROM runs")[0][0]
-            what = f"the last is {last}" if last else "it has no runs yet"
-            raise UserError(f"no run {no} in {self.path}: {what}; {advice.list_runs(self.folder)} lists them")
+            hint = f"the last is {last}" if last else "it has no runs yet"
+            raise UserError(f"no run {no} in {self.path}: {hint}; {advice.list_runs(self.folder)} lists them")
         run = run_of(rows[0])
         if run.status == DAMAGED:
             raise UserError(f"run {no} is damaged in {self.path} ({run.error}); {self._mend()}")
@@ -387,13 +387,13 @@ class Ledger:
         Raises:
             UserError: an epoch of it is damaged.
         """
-        found = []
+        curve = []
         for row in self._read("SELECT * FROM epochs WHERE run = ? ORDER BY epoch", (no,)):
             try:
-                found.append(epoch_of(row))
+                curve.append(epoch_of(row))
             except ValueError as error:
                 raise UserError(f"epoch {row['epoch']} of run {no} is damaged in {self.path} ({error}); {self._mend()}") from None
-        return found
+        return curve
 
     def close(self) -> None:
         """Close the file."""
@@ -442,29 +442,29 @@ def _copy_settled(path: Path, copy: Path) -> None:
         OSError: they can't be read.
     """
 
-    def stand() -> list[tuple[int, int, int]]:
+    def states() -> list[tuple[int, int, int]]:
         files = [Path(f"{path}{end}") for end in COMPANIONS[:2]]
-        return [(found.st_ino, found.st_size, found.st_mtime_ns) for file in files if file.exists() for found in [file.stat()]]
+        return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for file in files if file.exists() for stat in [file.stat()]]
 
     until = time.monotonic() + BUSY_SECONDS
     while True:
-        before, began = stand(), time.time_ns()
+        before, began = states(), time.time_ns()
         for end in COMPANIONS[:2]:
             Path(f"{copy}{end}").unlink(missing_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 shutil.copyfile(f"{path}{end}", f"{copy}{end}")
         settled = all(began - changed > SETTLED_SECONDS * 1e9 for _, _, changed in before)
-        if (stand() == before and settled) or time.monotonic() > until:
+        if (states() == before and settled) or time.monotonic() > until:
             return
         time.sleep(SETTLED_SECONDS)
 
 
 def _hindrance(path: Path) -> str:
     """Why a ledger can't be written, nor the files that SQLite needs beside it; empty where it can."""
-    place = path.resolve()
-    if not os.access(place, os.W_OK):
+    target = path.resolve()
+    if not os.access(target, os.W_OK):
         return "you may not write it"
-    return "" if os.access(place.parent, os.W_OK | os.X_OK) else f"you may not write in {path.parent}"
+    return "" if os.access(target.parent, os.W_OK | os.X_OK) else f"you may not write in {path.parent}"
 
 
 def _write_ahead(db: sqlite3.Connection) -> None:

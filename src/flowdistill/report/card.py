@@ -121,8 +121,8 @@ def _summary(card: Card) -> str:
             f"{_share(student.macs, teacher.macs)} of the MACs",
             f"{_share(student.file_bytes, teacher.file_bytes)} of the file",
             *(
-                f"{_share(ours.median, theirs.median)} of the latency at batch {ours.batch_size}"
-                for ours, theirs in zip(student.latencies, teacher.latencies, strict=True)
+                f"{_share(of_student.median, of_teacher.median)} of the latency at batch {of_student.batch_size}"
+                for of_student, of_teacher in zip(student.latencies, teacher.latencies, strict=True)
             ),
         ]
         parts.append(f"Of its teacher the student has {', '.join(shares)}.")
@@ -131,30 +131,30 @@ def _summary(card: Card) -> str:
     return " ".join([*parts, *([f"Accuracy: {', '.join(gains)}."] if gains else [])])
 
 
-def _share(ours: float, theirs: float) -> str:
-    return f"{100 * ours / theirs:.1f} %"
+def _share(value: float, reference: float) -> str:
+    return f"{100 * value / reference:.1f} %"
 
 
 def _rows(card: Card) -> list[Row]:
     """A row a measure, a column a network."""
-    made: dict[str, list[str]] = {
+    rows: dict[str, list[str]] = {
         "network": [column.model for column in card.columns],
         "from": [column.origin for column in card.columns],
         "parameters": [f"{column.parameters:,}" for column in card.columns],
         "MACs an image": [f"{column.macs:,}" for column in card.columns],
         "file, bytes": [f"{column.file_bytes:,}" for column in card.columns],
     }
-    for place, first in enumerate(card.columns[0].latencies):
-        made[f"latency at batch {first.batch_size}, ms"] = [_latency(column.latencies[place]) for column in card.columns]
+    for index, first in enumerate(card.columns[0].latencies):
+        rows[f"latency at batch {first.batch_size}, ms"] = [_latency(column.latencies[index]) for column in card.columns]
     scores = [column.score for column in card.columns]
-    made["accuracy"] = [_counted(score.correct, card.images) if score else "-" for score in scores]
+    rows["accuracy"] = [_counted(score.correct, card.images) if score else "-" for score in scores]
     if card.score.agreement:
-        made["same answer as the teacher"] = [_agreement(score) for score in scores]
-        made["... where both are wrong"] = [_agreement(score, wrong=True) for score in scores]
-    made["ECE"] = [f"{100 * score.calibration_error:.2f} %" if score else "-" for score in scores]
-    made["NLL"] = [f"{score.negative_log_likelihood:.4f}" if score else "-" for score in scores]
+        rows["same answer as the teacher"] = [_agreement(score) for score in scores]
+        rows["... where both are wrong"] = [_agreement(score, wrong=True) for score in scores]
+    rows["ECE"] = [f"{100 * score.calibration_error:.2f} %" if score else "-" for score in scores]
+    rows["NLL"] = [f"{score.negative_log_likelihood:.4f}" if score else "-" for score in scores]
     roles = [column.role for column in card.columns]
-    return [{MEASURE: name, **dict(zip(roles, cells, strict=True))} for name, cells in made.items()]
+    return [{MEASURE: name, **dict(zip(roles, cells, strict=True))} for name, cells in rows.items()]
 
 
 def _latency(latency: Latency) -> str:
@@ -168,8 +168,8 @@ def _counted(count: int, images: int) -> str:
 def _agreement(score: Score | None, *, wrong: bool = False) -> str:
     if score is None or score.agreement is None:
         return "-"
-    found = score.agreement
-    return _counted(found.equal_wrong, found.both_wrong) if wrong else _counted(found.equal, found.images)
+    agreement = score.agreement
+    return _counted(agreement.equal_wrong, agreement.both_wrong) if wrong else _counted(agreement.equal, agreement.images)
 
 
 def _notes(card: Card) -> list[str]:

@@ -75,10 +75,10 @@ def group(runs: Sequence[Run], protocol: str) -> list[Group]:
     """Finished runs by student, teacher, data, method and fingerprint, in order of first number; of repeats the newest."""
     covered = [(run, reading) for run in runs if (reading := read(run, protocol))]
     readings = {id(run): reading for run, reading in covered}  # numbers are of one ledger, and these may be of several
-    found: dict[object, list[Run]] = {}
+    groups: dict[object, list[Run]] = {}
     for run in newest(run for run, _ in covered):
-        found.setdefault((run.student, run.teacher, run.dataset, run.method, run.fingerprint), []).append(run)
-    return [Group(tuple(members), tuple(readings[id(run)] for run in members)) for members in found.values()]
+        groups.setdefault((run.student, run.teacher, run.dataset, run.method, run.fingerprint), []).append(run)
+    return [Group(tuple(members), tuple(readings[id(run)] for run in members)) for members in groups.values()]
 
 
 def pair(run: Run) -> str:
@@ -112,25 +112,25 @@ def headings(groups: Sequence[Group]) -> list[str]:
         methods[name].add(group_.first.method)
         variants[name, group_.first.method].add(group_.first.variant)
     alike = [(name, g.first.method, g.first.variant) for g, name in zip(groups, plain, strict=True)]
-    keys, found = _differing([g.first for g in groups], alike), []
+    keys, names = _differing([g.first for g in groups], alike), []
     for group_, name, differs in zip(groups, plain, keys, strict=True):
         run = group_.first
         notes = [run.method] if len(methods[name]) > 1 else []
         notes += [run.variant or "defaults"] if len(variants[name, run.method]) > 1 else []
-        found.append(" ".join([name, *([", ".join([*notes, *differs])] if notes or differs else [])]))
-    times = Counter(found)
-    found = [f"{name} fingerprint {g.first.fingerprint[:8]}" if times[name] > 1 else name for name, g in zip(found, groups, strict=True)]
-    return [f"{name} ({group_.mean:.1f})" for name, group_ in zip(found, groups, strict=True)]
+        names.append(" ".join([name, *([", ".join([*notes, *differs])] if notes or differs else [])]))
+    times = Counter(names)
+    names = [f"{name} fingerprint {g.first.fingerprint[:8]}" if times[name] > 1 else name for name, g in zip(names, groups, strict=True)]
+    return [f"{name} ({group_.mean:.1f})" for name, group_ in zip(names, groups, strict=True)]
 
 
 def _differing(runs: Sequence[Run], alike: Sequence[object]) -> list[list[str]]:
     """For each run the keys of its config, with their values, in which the runs that are ``alike`` differ from each other."""
     flat = [flattened(run.config) for run in runs]
     among = defaultdict[object, list[dict[str, Any]]](list)
-    for own, kind in zip(flat, alike, strict=True):
-        among[kind].append(own)
+    for values, kind in zip(flat, alike, strict=True):
+        among[kind].append(values)
     keys = {kind: _several(members) for kind, members in among.items()}
-    return [[f"{key}={own.get(key)}" for key in keys[kind]] for own, kind in zip(flat, alike, strict=True)]
+    return [[f"{key}={values.get(key)}" for key in keys[kind]] for values, kind in zip(flat, alike, strict=True)]
 
 
 def _several(flat: Sequence[Mapping[str, Any]]) -> list[str]:

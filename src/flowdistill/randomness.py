@@ -28,9 +28,9 @@ def generator(seed: int, purpose: str, epoch: int = 0) -> torch.Generator:
 
 @contextmanager
 def seeded(seed: int, purpose: str, epoch: int = 0, device: torch.device | None = None) -> Iterator[None]:
-    """What draws from the global generators inside, as initialisers and dropout do, sees a private state; the caller's stay as they were.
+    """Inside, the global generators have a private state, from which initialisers and dropout draw. Afterwards the caller's state is back.
 
-    The CPU's generator, that of ``device`` where it is a GPU, numpy's and Python's.
+    These are the CPU's generator, that of ``device`` if it is a GPU, numpy's and Python's.
     """
     gpus = [device] if device is not None and device.type == "cuda" else []
     derived, before = derive(seed, purpose, epoch), (random.getstate(), np.random.get_state())
@@ -49,6 +49,6 @@ def seeded(seed: int, purpose: str, epoch: int = 0, device: torch.device | None 
 
 
 def states() -> tuple[object, ...]:
-    """Where the CPU's global generators stand: torch's, numpy's and Python's."""
+    """The states of the CPU's global generators: torch's, numpy's and Python's."""
     _, numbers, *rest = np.random.get_state()
     return torch.get_rng_state().numpy().tobytes(), np.asarray(numbers).tobytes(), *rest, random.getstate()

@@ -1,7 +1,7 @@
-"""A ledger's results as one file of lines, to be kept beside tables: rows and curves, no weights.
+"""A ledger's results in one text file that is kept beside tables: rows and curves, no weights.
 
-The first line says what the file is, and holds the SHA-256 of all lines after it. Each of these is a run that finished or failed: its row,
-its curve, and what its record says of the student's file. The answers of its networks, which are many numbers, are left out.
+The first line says what the file is and holds the SHA-256 of all lines after it. Each line after it is a run that finished or failed: its
+row, its curve, and what its record says of the student's file. The answers of its networks are left out, since they are many numbers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROUNDING = 1e-6  # of sums of seconds, relative
 
 @dataclass(frozen=True)
 class Export:
-    """What such a file holds; it is read as a ledger is."""
+    """The contents of such a file. Tables read it as they read a ``Folder``."""
 
     path: Path
     runs: Sequence[Run]
@@ -39,7 +39,7 @@ class Export:
         return list(self.runs)
 
     def about(self, run: Run) -> Mapping[str, Any]:
-        """What a run's record says of its student's file; empty where it says nothing."""
+        """What a run's record says of its student's file; empty if it says nothing."""
         return self.records[run.no]
 
 
@@ -54,7 +54,7 @@ class Folder:
         return self.ledger.listing()
 
     def about(self, run: Run) -> Mapping[str, Any]:
-        """What a run's record says of its student's file; empty where it says nothing, is gone, or is not what was written."""
+        """What a run's record says of its student's file; empty if it says nothing, is gone, or is not what was written."""
         try:
             record = folders.sealed(self.ledger.run_folder(run.no) / folders.RECORD)
         except FileNotFoundError:
@@ -64,7 +64,7 @@ class Folder:
 
 
 def opened(path: Path) -> Folder | Export:
-    """What tables read: a folder's ledger, or a file that ``exported`` gave.
+    """Open what tables read: the ledger of a folder, or a file that ``exported`` gave.
 
     Raises:
         UserError: it is neither.
@@ -73,7 +73,7 @@ def opened(path: Path) -> Folder | Export:
 
 
 def exported(ledger: Ledger) -> bytes:
-    """The results of a ledger as a file. One ledger always gives the same bytes.
+    """The bytes of a file with a ledger's results. The same ledger always gives the same bytes.
 
     Raises:
         UserError: a row or a curve is damaged.
@@ -84,7 +84,7 @@ def exported(ledger: Ledger) -> bytes:
 
 
 def results(ledger: Ledger) -> list[dict[str, Any]]:
-    """What is exported of each run.
+    """One entry for each run that finished or failed: its row, its curve, and what its record says of the student's file.
 
     Raises:
         UserError: a row or a curve is damaged.
@@ -101,7 +101,7 @@ def results(ledger: Ledger) -> list[dict[str, Any]]:
 
 
 def read(path: Path) -> Export:
-    """What a file holds that ``exported`` gave.
+    """Read a file that ``exported`` gave.
 
     Raises:
         UserError: it is no such file, it was changed since, or its figures contradict each other.
@@ -141,7 +141,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _contradiction(run: Run, curve: Sequence[Epoch]) -> str:
-    """What of a row and its curve can't both be true; empty where they agree. A run of an old ledger may have no curve."""
+    """How a row and its curve contradict each other; empty if they agree. A run of an old ledger may have no curve."""
     if run.status not in RESULTS:
         return f"status {run.status!r} is none of {', '.join(RESULTS)}"
     if not curve or run.status != "finished":
@@ -160,10 +160,10 @@ def _contradiction(run: Run, curve: Sequence[Epoch]) -> str:
 
 
 def refuse_other(path: Path, ledger: Ledger) -> None:
-    """Refuse a file that does not hold what a ledger gives now.
+    """Refuse a file that differs from what a ledger gives now.
 
     Raises:
-        UserError: which run, and what of it, is otherwise; and as ``read``.
+        UserError: it differs; the message names the first run that does, and how. Also as ``read``.
     """
     read(path)
     in_file, in_ledger = ({entry["run"]["no"]: entry for entry in entries} for entries in (map(json.loads, _lines(path)), results(ledger)))
@@ -173,7 +173,7 @@ def refuse_other(path: Path, ledger: Ledger) -> None:
 
 
 def _difference(in_file: Mapping[str, Any] | None, in_ledger: Mapping[str, Any] | None) -> str:
-    """In what a run of a file is not that of the ledger, as the end of a phrase; empty where they are one."""
+    """How a run in a file differs from the one in the ledger, as the end of a phrase; empty if they are equal."""
     if in_file is None or in_ledger is None:
         return f" is in {'the ledger' if in_file is None else 'the file'} alone"
     file_values, ledger_values = _flat(in_file), _flat(in_ledger)
@@ -198,7 +198,7 @@ def _written(path: Path) -> str:
 
 
 def _line(value: Any) -> str:
-    """As Python writes JSON: a term that was not finite stands there as NaN or Infinity."""
+    """A value as Python's JSON, which writes a term that was not finite as NaN or Infinity."""
     return json.dumps(value, sort_keys=True)
 
 

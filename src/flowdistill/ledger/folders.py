@@ -25,7 +25,7 @@ _NUMBER = re.compile(r"[1-9][0-9]{0,17}")
 
 
 def numbers(folder: Path) -> list[int]:
-    """What below a folder of runs has a number for a name, whatever it is; in order."""
+    """The numbers that entries of a folder of runs have for names, in order. An entry may be anything, not only a run's folder."""
     try:
         return sorted(int(entry.name) for entry in os.scandir(folder) if _NUMBER.fullmatch(entry.name))
     except OSError as error:
@@ -34,7 +34,7 @@ def numbers(folder: Path) -> list[int]:
 
 
 def runs_in(folder: Path) -> Iterator[int]:
-    """The numbers of the folders that a run left something in, in order."""
+    """The numbers of the folders in which a run left something, in order."""
     for no in numbers(folder):
         try:
             if any(_TRACES.fullmatch(name) for name in os.listdir(folder / str(no))):
@@ -45,7 +45,7 @@ def runs_in(folder: Path) -> Iterator[int]:
 
 
 def sealed(path: Path) -> dict[str, Any] | None:
-    """What a file says that its writer sealed; one of version 0.1.0, which has no seal, says it too. None where it is not what was written.
+    """The contents of a file that its writer sealed; None if it is not what was written. One of version 0.1.0 needs no seal.
 
     Raises:
         OSError: it can't be read.
@@ -60,7 +60,7 @@ def sealed(path: Path) -> dict[str, Any] | None:
 
 
 def files_of(record: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The files that such a record lists, by name; they lie beside it."""
+    """File name -> what a record says of it. The files lie beside the record."""
     files = (record or {}).get("files")
     return {name: known for name, known in files.items() if Path(name).name == name} if isinstance(files, dict) else {}
 
@@ -86,7 +86,7 @@ def note(folder: Path, **entry: Any) -> None:
 
 
 def read_journal(folder: Path) -> Journal:
-    """A run's journal; without one, or where nothing of it can be read, an empty one."""
+    """A run's journal; an empty one if there is none or nothing of it can be read."""
     journal = Journal()
     try:
         lines = (folder / JOURNAL).read_bytes().split(b"\n")
@@ -107,7 +107,7 @@ def read_journal(folder: Path) -> Journal:
 
 
 def _entry(line: bytes) -> Any:
-    """What a line says; None where it is not what was written."""
+    """The entry in a line; None if it is not what was written."""
     checksum, _, text = line.partition(b" ")
     try:
         return json.loads(text) if checksum == f"{zlib.crc32(text):08x}".encode() else None

@@ -1,4 +1,4 @@
-"""A ledger made again from the folders of its runs, with what can still be read of the old one, which is kept."""
+"""Make a ledger again from the folders of its runs and from what can still be read of the old one, which is kept."""
 
 from __future__ import annotations
 
@@ -49,9 +49,12 @@ class _Known:
 
 
 def rebuild(folder: Path) -> tuple[list[Entered], Path | None]:
-    """Make the ledger of a folder again; what became of each run, and where the old ledger is kept, if there was a file.
+    """Make the ledger of a folder again.
 
-    What a run's folder says wins over the old ledger. That is asked for runs whose folder says nothing, and for curves that it lacks.
+    What a run's folder says wins over the old ledger, which is asked for runs whose folder says nothing and for curves that a folder lacks.
+
+    Returns:
+        What became of each run, and where the old ledger is kept; None if there was none.
 
     Raises:
         UserError: a process trains there, or there is nothing to make a ledger of, or a newer version made the old one.
@@ -100,11 +103,11 @@ def _identity(run: Run) -> tuple[str, int, str]:
 
 
 def _of_folder(folder: Path, no: int) -> _Known:
-    """What a run's folder says of it. Where it was taken up again after it had finished, the journal is the newer of the two.
+    """What a run's folder says of it. If the run was taken up again after it had finished, its journal is newer than its record.
 
     Raises:
         OSError: it can't be read.
-        ValueError: it does not say what the run was; why.
+        ValueError: it does not say what the run was; the message says why.
     """
     journal = folders.read_journal(folder)
     remarks = [f"{journal.unread} lines of {folders.JOURNAL} can't be read"] * bool(journal.unread)
@@ -129,7 +132,7 @@ def _of_folder(folder: Path, no: int) -> _Known:
 
 
 def _recorded(path: Path) -> tuple[Run | None, str]:
-    """The finished run that a ``run.json`` tells of, or why it can't be believed."""
+    """The finished run of a ``run.json``, or why the file can't be believed."""
     record = folders.sealed(path)
     if record is None:
         return None, f"{path.name} is not what was written"
@@ -144,7 +147,7 @@ def _misplaced(run: Run, no: int, name: str) -> str:
 
 
 def _complete(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with every column; one that is not told is None."""
+    """A row with every column. One without a value gets that of ``SINCE``, else None."""
     return {name: values.get(name, SINCE.get(name)) for name in RUN}
 
 
@@ -157,7 +160,7 @@ def _epochs(rows: Iterable[Mapping[str, Any]], remarks: list[str]) -> Iterator[E
 
 
 def _old(path: Path, numbers: Iterable[int]) -> tuple[dict[int, _Known], str]:
-    """What can still be read of the old ledger, by number, and why not all of it. One that holds more than a ledger is not read at all.
+    """The runs that can be read from the old ledger, by number, and why not all. A file that holds more than a ledger is not read.
 
     Raises:
         UserError: a newer version made it.
@@ -198,7 +201,7 @@ def _of_old(db: sqlite3.Connection, no: int) -> _Known | None:
 
 
 def _put(path: Path, known: Iterable[_Known]) -> Path | None:
-    """Write the new ledger whole, then put it in the place of the old one; where that is kept."""
+    """Write the new ledger whole, then put it in place of the old one. Returns where that is kept; None if there was none."""
     draft = path.with_name(f".{NAME}.{os.getpid()}")
     draft.unlink(missing_ok=True)
     try:
@@ -221,7 +224,7 @@ def _put(path: Path, known: Iterable[_Known]) -> Path | None:
 
 
 def _kept(path: Path) -> Path | None:
-    """A name that is free for the old ledger; None where there is none to keep."""
+    """A free name for the old ledger; None if there is no ledger to keep."""
     if not any(os.path.lexists(f"{path}{end}") for end in COMPANIONS):
         return None
     names = (path.with_name(f"{NAME}.old{f'-{again}' if again else ''}") for again in range(1_000_000))

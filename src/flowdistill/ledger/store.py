@@ -27,21 +27,22 @@ COMPANIONS = ("", "-wal", "-shm")  # the file's, which SQLite makes
 
 
 class LostError(UserError):
-    """The ledger is not the file any more that this process wrote."""
+    """The ledger is no longer the file that this process wrote."""
 
 
 class Ledger:
     """The runs below one folder: ``ledger.db`` and a folder for each run's files."""
 
     def __init__(self, folder: Path, *, create: bool = False, changes: Changes | None = None) -> None:
-        """Open the ledger of a folder. With ``create`` there need be none yet: the first run that registers makes it. One that may not be
-        written is read all the same, as it was at this moment.
+        """Open the ledger of a folder. One that may not be written is read as it is at this moment.
 
-        ``changes`` is asked about what was recorded and is used again, and is not what it was; left out, it is refused.
+        Args:
+            create: there need be no ledger yet; the first run that registers makes it.
+            changes: is asked if something recorded is used again and has changed. Default: that is refused.
 
         Raises:
-            UserError: there is none and ``create`` is False, or there is none beside folders of runs, or the file is no ledger, or it holds
-                more than a ledger does, or a newer version made it.
+            UserError: there is no ledger and ``create`` is False, or there are folders of runs without a ledger, or the file is no ledger,
+                or it holds more than a ledger does, or a newer version made it.
         """
         self.folder, self.path, self.changes = folder, folder / NAME, changes or Changes()
         self.unwritable = ""  # why nothing can be written, where that is so
@@ -81,14 +82,14 @@ class Ledger:
         self._refuse_orphans()
 
     def _cure(self) -> str:
-        """What helps where the file can't be read."""
+        """What the user can do if the file can't be read."""
         another = "name another folder with --runs"
         if not _first(folders.runs_in(self.folder)):
             return another
         return f"{advice.rebuild(self.folder)} makes it again from the folders of its runs, or {another}"
 
     def _refuse_orphans(self) -> None:
-        """Folders of runs beside no ledger, or beside one without runs: it would begin at 1 again.
+        """Refuse folders of runs without a ledger, or with one that has no runs: it would number runs from 1 again.
 
         Raises:
             UserError: that is so.
@@ -141,11 +142,11 @@ class Ledger:
         return self.folder / str(no)
 
     def lock(self, home: int) -> Lock:
-        """What the process that trains a cohort holds."""
+        """The lock that the process which trains a cohort holds."""
         return Lock(self.run_folder(home) / folders.LOCK_FILE)
 
     def refuse_unwritable(self) -> None:
-        """Whoever is going to write asks before it works for hours.
+        """Whoever is going to write calls this before it works for hours.
 
         Raises:
             UserError: this ledger can only be read.
@@ -159,9 +160,9 @@ class Ledger:
         claim: Callable[[Sequence[int]], object] = lambda _: None,
         first: Callable[[], object] = lambda: None,
     ) -> list[int]:
-        """Enter the runs of a new cohort as running, all or none; their numbers, in order. Each gets a folder that was not there.
+        """Enter the runs of a new cohort as running, all or none, and return their numbers in order. Each gets a new folder.
 
-        ``first`` is called where nobody else can register any more. ``claim`` gets the numbers before anybody can see the runs: whoever
+        ``first`` is called once nobody else can register any more. ``claim`` gets the numbers before anybody can see the runs: whoever
         trains them takes the lock there.
         """
         self.refuse_unwritable()
@@ -188,17 +189,17 @@ class Ledger:
         return numbers
 
     def _last_number(self) -> int:
-        """The largest that a run had or a folder has."""
+        """The largest number that a run had or a folder has."""
         rows = "SELECT max(no) FROM runs UNION ALL SELECT max(CAST(seq AS INTEGER)) FROM sqlite_sequence WHERE name = 'runs'"
         known = [int(no) for (no,) in self._db.execute(rows) if no]
         return max([0, *known, *folders.numbers(self.folder)[-1:]])
 
     def reopen(self, numbers: Sequence[int], epochs: int) -> None:
-        """Take up runs again after so many epochs: they are running, and what was recorded of later epochs is gone. An epoch that the
-        ledger lacks is taken from the run's folder.
+        """Mark runs as running again, and delete what was recorded after so many epochs. An epoch that the ledger lacks is taken from the
+        run's folder.
 
         Raises:
-            UserError: an epoch before that is not on record; nothing is changed then.
+            UserError: one of these epochs is not on record; then nothing is changed.
         """
         self.refuse_unwritable()
         with self._write():
@@ -214,7 +215,7 @@ class Ledger:
                 self._reopen_journal(no)
 
     def _reopen_journal(self, no: int) -> None:
-        """Of a run of an older version, which has none, or whose journal was damaged, it is written anew."""
+        """Write the journal anew: a run of an older version has none, and another may be damaged."""
         folder = self.run_folder(no)
         folder.mkdir(exist_ok=True)
         folders.note(folder, row=vars(self._whole(no)))
@@ -229,7 +230,7 @@ class Ledger:
                     self._db.execute(*insert("epochs", {"run": no, **values}))
 
     def add_epochs(self, epochs: Mapping[int, Epoch]) -> None:
-        """One epoch of each of these runs, by number, in one transaction; into their folders first.
+        """Record an epoch of each of these runs (number -> epoch): first in their folders, then here in one transaction.
 
         Raises:
             LostError: the ledger is gone, or another file; the folders have the epoch.
@@ -247,7 +248,7 @@ class Ledger:
             self._set(no, values)
 
     def write_record(self, no: int, write: Callable[[], str], **values: Any) -> None:
-        """Have a run's record written, which gives its hash, and enter that and further columns; nobody else writes meanwhile.
+        """Call ``write``, which writes a run's record and returns its hash; enter that and further columns. Nobody else writes meanwhile.
 
         Raises:
             LostError: the ledger is gone, or another file; the folder has the record.
@@ -257,7 +258,7 @@ class Ledger:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Nobody else writes meanwhile: neither to the ledger, nor what goes with it."""
+        """Inside, nobody else writes to the ledger or to the files that go with it."""
         self.refuse_unwritable()
         with self._write():
             yield
@@ -269,7 +270,7 @@ class Ledger:
 
     @contextmanager
     def _unless_lost(self, epochs: Mapping[int, int]) -> Iterator[None]:
-        """A write after which the ledger is looked at; one that fails is told by what happened to the ledger, where something did."""
+        """Inside is a write, after which the ledger is checked. If the write failed because the ledger was lost, the error says so."""
         try:
             yield
         except (sqlite3.Error, KeyError):
@@ -278,8 +279,8 @@ class Ledger:
         self._refuse_lost(epochs)
 
     def _refuse_lost(self, epochs: Mapping[int, int]) -> None:
-        """Whether whoever opens the ledger now finds these runs at these epochs: it may have been deleted, replaced or cut off meanwhile,
-        and this process would go on with a file that has no name.
+        """Check that whoever opens the ledger now finds these runs at these epochs (run -> epoch). It may have been deleted, replaced or
+        cut off meanwhile, and this process would go on with a file that has no name.
 
         Raises:
             LostError: it was.
@@ -310,7 +311,7 @@ class Ledger:
         return True
 
     def _read(self, query: str, values: Mapping[str, Any] | tuple[Any, ...] = ()) -> list[sqlite3.Row]:
-        """The rows of a query; a damaged file is often found out only here."""
+        """The rows of a query. Damage to a file often shows only here."""
         try:
             return self._db.execute(query, values).fetchall()
         except sqlite3.OperationalError as error:
@@ -322,16 +323,16 @@ class Ledger:
             raise UserError(f"{self.path} cannot be read ({error}); put a copy of it back, or {self._cure()}") from None
 
     def runs(self, **equal: Any) -> list[Run]:
-        """Runs whose columns have these values, by number; without those whose row is damaged. One that is recorded as running, by nobody,
-        comes out as ``dead``.
+        """Runs whose columns have these values, by number. Damaged rows are left out. A run that is recorded as running, but that nobody
+        trains, has the status ``dead``.
         """
         where = " AND ".join(f"{column} = :{column}" for column in equal) or "1"
         runs = [run_of(row) for row in self._read(f"SELECT * FROM runs WHERE {where} ORDER BY no", encoded(equal))]
         return self._with_dead([run for run in runs if run.status != DAMAGED])
 
     def listing(self, last: int | None = None) -> list[Run]:
-        """Every run by number, or the last so many, damaged ones too. Of all of them only what lists and tables show is read, and the rest
-        when somebody asks for it.
+        """Every run by number, or the last ``last`` of them, damaged ones too. A listing of all reads only what lists and tables show,
+        and the rest when somebody asks for it.
         """
         if last is not None:
             rows = self._read("SELECT * FROM (SELECT * FROM runs ORDER BY no DESC LIMIT ?) ORDER BY no", (last,))
@@ -345,7 +346,7 @@ class Ledger:
         return int(self._read("SELECT count(*) FROM runs")[0][0])
 
     def strangers(self) -> list[int]:
-        """The folders of runs that the ledger has no row of, as where an older copy of it was put back."""
+        """The numbers of run folders without a row, as after an older copy of the ledger was put back."""
         known = {no for (no,) in self._read("SELECT no FROM runs")}
         return [no for no in folders.runs_in(self.folder) if no not in known]
 
@@ -402,7 +403,7 @@ class Ledger:
 
 
 def connect(path: Path | str, mode: str = "rwc") -> sqlite3.Connection:
-    """A connection that takes nothing in the file for more than data, and no page of it for sound unseen."""
+    """A connection that takes everything in the file for mere data, and checks each page before it is used."""
     db = sqlite3.connect(path if path == ":memory:" else f"{Path(path).absolute().as_uri()}?mode={mode}", BUSY_SECONDS, uri=True)
     db.isolation_level = None
     db.row_factory = sqlite3.Row
@@ -412,7 +413,7 @@ def connect(path: Path | str, mode: str = "rwc") -> sqlite3.Connection:
 
 
 def snapshot(path: Path) -> sqlite3.Connection:
-    """A ledger that may not be written, as it is now: a copy with what other processes have written beside it, in the newest schema.
+    """A copy of a ledger that may not be written, as it is now. It includes what other processes wrote beside it, in the newest schema.
 
     SQLite itself needs to write beside a ledger that it reads, or to be told that nobody else has it open, which nobody can know.
 
@@ -436,7 +437,7 @@ def snapshot(path: Path) -> sqlite3.Connection:
 
 
 def _copy_settled(path: Path, copy: Path) -> None:
-    """Copy the file and its ``-wal`` of one moment: again where one changed meanwhile.
+    """Copy the file and its ``-wal`` as of one moment; copy again if one changed meanwhile.
 
     Raises:
         OSError: they can't be read.
@@ -460,7 +461,7 @@ def _copy_settled(path: Path, copy: Path) -> None:
 
 
 def _hindrance(path: Path) -> str:
-    """Why a ledger can't be written, nor the files that SQLite needs beside it; empty where it can."""
+    """Why a ledger, or the files that SQLite needs beside it, can't be written; empty if they can."""
     target = path.resolve()
     if not os.access(target, os.W_OK):
         return "you may not write it"

@@ -1,4 +1,4 @@
-"""The time-to-accuracy board: what accuracy was had, and what it cost, from ledgers and their exports."""
+"""The time-to-accuracy board: which accuracy was reached, and what it cost, from ledgers and their exports."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ BENCH_INPUT = [3, 32, 32]  # of the images that bench times
 
 @dataclass(frozen=True)
 class Entry:
-    """A run with what a board says of it.
+    """A run with what a board shows of it.
 
     Attributes:
-        teacher_seconds: what its teacher took, and that one's teacher; None where no run says so.
-        hardware: on what its times were taken, and how it computed.
+        teacher_seconds: what its teacher took, and that one's own teachers; None if no run says so.
+        hardware: where its times were taken, and how it computed.
     """
 
     run: Run
@@ -58,7 +58,7 @@ class Pace:
     """A loop that ``bench`` timed.
 
     Attributes:
-        pair: ``STUDENT <- TEACHER``, the teacher of a baseline ``-``.
+        pair: ``STUDENT <- TEACHER``; the teacher of a baseline is ``-``.
     """
 
     name: str
@@ -74,13 +74,14 @@ class Pace:
 def rows(
     sources: Iterable[Folder | Export], protocol: str, only: Mapping[str, str], paces: Sequence[Pace] = (), to: float | None = None
 ) -> list[dict[str, Any]]:
-    """A row for each group of finished runs that differ in their seed alone and were timed on one kind of hardware.
+    """One row per group of finished runs that differ in their seed alone and were timed on one kind of hardware.
 
-    In a data set the most accurate comes first; with ``to`` only those whose mean reaches it, and the fastest in all first.
+    In a data set the most accurate comes first.
 
     Args:
-        only: column -> value, which runs must have.
-        paces: of loops; each gives a row to every group that did what it was timed on, where it was timed.
+        only: column -> value that runs must have.
+        paces: each adds an estimated row to every group with its pair, method, batch size, images and hardware.
+        to: percent; only groups whose mean reaches it, and the fastest in all first. Default: all groups.
     """
     groups: dict[tuple[object, ...], list[Entry]] = {}
     for entry in _entries(sources, protocol):
@@ -96,7 +97,7 @@ def rows(
 
 
 def _entries(sources: Iterable[Folder | Export], protocol: str) -> list[Entry]:
-    """The runs that a protocol covers; of those that repeat one fingerprint and seed the newest, whatever ledger it is in."""
+    """The runs that a protocol covers. Of those that repeat one fingerprint and seed only the newest counts, whatever ledger it is in."""
     entries: dict[tuple[str, int], Entry] = {}
     for source in sources:
         listed = source.listing()
@@ -122,7 +123,7 @@ def _seconds(run: Run) -> float:
 
 
 def _teacher_seconds(run: Run, by_number: Mapping[int, Run]) -> float | None:
-    """What its teacher took, set-up and that one's own teacher included; None where no finished run of the same ledger says so."""
+    """What a run's teacher took, with set-up and its own teacher; None if no finished run of the same ledger says so."""
     if run.teacher == "-":
         return 0.0
     teacher = by_number.get(run.teacher_run or 0)
@@ -133,7 +134,7 @@ def _teacher_seconds(run: Run, by_number: Mapping[int, Run]) -> float | None:
 
 
 def _row(group: Sequence[Entry], protocol: str) -> dict[str, Any]:
-    """What a group says; times are means over its runs."""
+    """The row of a group. Times are means over its runs."""
     first, accuracies = group[0].run, [entry.accuracy for entry in group]
     times = [entry.teacher_seconds for entry in group if entry.teacher_seconds is not None]
     teacher = statistics.fmean(times) if len(times) == len(group) else None
@@ -166,7 +167,7 @@ def _row(group: Sequence[Entry], protocol: str) -> dict[str, Any]:
 
 
 def _in_all(row: Mapping[str, Any], *, began_elsewhere: bool) -> float | None:
-    """None where a part is not known: what a teacher took, or the weights that a student began from."""
+    """Seconds in all; None if a part is not known: what a teacher took, or what the weights that a student began from took."""
     parts = row["seconds"], row["setup_seconds"], row["teacher_seconds"]
     return None if began_elsewhere or None in parts else sum(parts)
 
@@ -176,7 +177,7 @@ def _version(run: Run) -> str:
 
 
 def _estimated(group: Sequence[Entry], protocol: str, paces: Sequence[Pace]) -> list[dict[str, Any]]:
-    """What loops that were timed would take for the epochs of this group: no run of theirs is known."""
+    """Rows of timed loops, with the time that they would take for the epochs of this group. No run of theirs is known."""
     first, estimates = group[0].run, []
     images = statistics.fmean((entry.run.images_per_second or 0.0) * (entry.run.train_seconds or 0.0) for entry in group)
     for pace in paces:
@@ -200,7 +201,7 @@ def _estimated(group: Sequence[Entry], protocol: str, paces: Sequence[Pace]) -> 
 
 
 def paces(path: Path) -> list[Pace]:
-    """The plain loops that a file of ``bench --json`` timed: of each pair the fastest of the plain ones, and of the strong ones.
+    """The plain loops that a file of ``bench --json`` timed: for each pair the fastest plain one and the fastest strong one.
 
     Raises:
         UserError: it is no such file.
@@ -252,7 +253,7 @@ def _times(row: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _command(runs: Sequence[Run]) -> str:
-    """What trains these runs again: every key that is not the default. Empty where the images came from Python."""
+    """The command that trains these runs again, with every key that is not the default. Empty if the images came from Python."""
     first, config = runs[0], dict(runs[0].config)
     if config.get("side") == 2:  # the two are trained by one command, the first's
         config |= {"student": config["peer"], "peer": config["student"]}
@@ -277,7 +278,7 @@ def _command(runs: Sequence[Run]) -> str:
 
 
 def _beside_defaults(run: Run) -> dict[str, Any]:
-    """Of a run's options and weights those that are not the method's defaults; all, of a method that is not known here."""
+    """The options and weights of a run that are not its method's defaults. Empty if the method is unknown here, so that all are given."""
     from ..methods import resolve
 
     options, weights = run.config.get("options", {}), run.config.get("weights", {})
@@ -345,10 +346,10 @@ def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_other(path: Path, text: str) -> None:
-    """Refuse a file that is not what is printed now.
+    """Refuse a file that differs from what is printed now.
 
     Raises:
-        UserError: the first line that is otherwise, and where in it.
+        UserError: it does; the message gives the first line that differs, and where.
     """
     lines = regular_file(path, f"--check {path}").read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
     for number, (written, printed) in enumerate(itertools.zip_longest(lines, text.split("\n"), fillvalue=""), 1):

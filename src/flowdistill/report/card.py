@@ -99,7 +99,7 @@ def _html_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
 
 
 def _cell(column: str, text: str) -> str:
-    """A cell; what is above zero is shown as a gain, what is below as a loss."""
+    """A cell. A difference above zero is shown as a gain, one below as a loss."""
     if column in (MEASURE, CLASS):
         return f'<th scope="row">{_escape(text)}</th>'
     sign = {"+": "gain", "-": "loss"}.get(text[:1]) if column in (TEACHER, ALONE) and text.strip("+-.0") else None
@@ -112,7 +112,7 @@ def _title(card: Card) -> str:
 
 
 def _summary(card: Card) -> str:
-    """The student in shares of the teacher's cost, and what it gains and loses; empty where there is nothing to compare with."""
+    """The student in shares of the teacher's cost, and what it gains and loses; empty if there is nothing to compare with."""
     student, teacher, alone = card.student, card.column("teacher"), card.column("student alone")
     parts = []
     if teacher:
@@ -136,7 +136,7 @@ def _share(value: float, reference: float) -> str:
 
 
 def _rows(card: Card) -> list[Row]:
-    """A row a measure, a column a network."""
+    """One row per measure, one column per network."""
     rows: dict[str, list[str]] = {
         "network": [column.model for column in card.columns],
         "from": [column.origin for column in card.columns],
@@ -204,7 +204,7 @@ def _about_classes(card: Card) -> str:
 
 
 def _class_rows(card: Card) -> list[Row]:
-    """A row a class: every network's accuracy, then what the student gains and loses."""
+    """One row per class: every network's accuracy, then what the student gains and loses."""
     scores = {column.role: column.score.class_correct for column in card.columns if column.score}
     others = {name: scores[role] for name, role in OTHERS.items() if role in scores}
     rows: list[Row] = []

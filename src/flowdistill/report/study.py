@@ -58,7 +58,7 @@ class Study:
 
 
 def head(finished: Finished, failed: Sequence[Run]) -> str:
-    """When, on what, with what; what is short, missing or failed."""
+    """The head of a document: when and with what the runs were made, and what is short, missing or failed."""
     runs = [run for of_setting in finished.values() for run in of_setting]
     lines = [f"Written {date.today().isoformat()} by flowdistill {version()}.", *(_made(runs) if runs else [])]
     lines += [
@@ -89,19 +89,19 @@ def _made(runs: Sequence[Run]) -> list[str]:
 
 
 def _recipe(runs: Sequence[Run]) -> str:
-    """The keys of ``train`` that are not the reference's, but for those that the head says by themselves."""
+    """The keys of ``train`` that differ from the reference's, without those that the head gives by themselves."""
     usual = TrainConfig().model_dump(mode="json")
     other = (f"{k}={v}" for run in runs for k, v in run.config["train"].items() if k not in TOLD and v != usual.get(k))
     return ", ".join(dict.fromkeys(other))
 
 
 def _all(values: Iterable[object]) -> str:
-    """The different ones among them."""
+    """The distinct values, in order."""
     return ", ".join(dict.fromkeys(str(value) for value in values))
 
 
 def shortened(runs: Sequence[Run]) -> list[str]:
-    """What of the reference's training is missing, in a line; none where nothing is."""
+    """One line that says what is missing of the reference's training; none if nothing is."""
     whole = TrainConfig().epochs
     short = [f"{run.nepoch} of {whole} epochs" for run in runs if run.nepoch != whole]
     limits = [run.config["data"].get("limit_train") for run in runs]
@@ -122,12 +122,12 @@ def of_method(runs: Sequence[Run], method: str) -> list[Run]:
 
 
 def accuracies(runs: Sequence[Run], protocol: str) -> list[float]:
-    """Percent, one a run."""
+    """Percent, one per run that the protocol covers."""
     return [reading.accuracy for run in runs if (reading := tables.read(run, protocol))]
 
 
 def methods(runs: Sequence[Run], first: Sequence[str]) -> list[str]:
-    """The methods of the runs: these first, in this order, the others as they were trained."""
+    """The methods of the runs: those of ``first`` in its order, then the others as they were trained."""
     names = list(dict.fromkeys(run.method for run in sorted(runs, key=lambda run: run.no)))
     return [*(method for method in first if method in names), *(method for method in names if method not in first)]
 
@@ -139,7 +139,7 @@ NOTES = (
 
 
 def beside(finished: Finished, first: Sequence[str], ledger: Ledger) -> list[dict[str, object]]:
-    """A row for every setting and method with the reference's figure; under three runs the values of ``last`` stand there alone."""
+    """One row per setting and method, with the reference's figure. With fewer than three runs ``last`` shows the values alone."""
     rows: list[dict[str, object]] = []
     for setting, runs in finished.items():
         for method in methods(runs, first):
@@ -168,7 +168,7 @@ def beside(finished: Finished, first: Sequence[str], ledger: Ledger) -> list[dic
 
 
 def logs(finished: Finished, wanted: Callable[[Sequence[Run]], Sequence[Run]]) -> str:
-    """For each setting the reference log's tables of what is wanted of its runs, by ``best``, and under them the same by ``last``."""
+    """For each setting the reference log's tables of its wanted runs, by ``best`` and then by ``last``."""
     parts = []
     for runs in finished.values():
         if chosen := wanted(runs):

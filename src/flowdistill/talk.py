@@ -55,17 +55,17 @@ class Remarks:
     """What is to be told of a piece of work, to whoever listens.
 
     Attributes:
-        told: the lines as they can be printed, in order, each once.
+        lines: what was told, as it can be printed, in order, each once.
         say: gets each line when it is told. Default: it is printed on stderr. What only passes, such as a count, is said and not kept.
     """
 
     def __init__(self, say: Callable[[str], object] = say) -> None:
-        self.told, self.say = list[str](), say
+        self.lines, self.say = list[str](), say
 
     def tell(self, line: str) -> None:
         """A line, once."""
-        if (shown := printable(line)) not in self.told:
-            self.told.append(shown)
+        if (shown := printable(line)) not in self.lines:
+            self.lines.append(shown)
             self.say(shown)
 
 

@@ -152,8 +152,8 @@ def peak_memory(device: torch.device) -> int:
 def computing(device: torch.device, *, deterministic: bool = False, cores: int | None = None) -> Iterator[None]:
     """Inside, this process computes as a run does; afterwards the settings of before are back.
 
-    A GPU becomes the current one, on which PyTorch makes streams and graphs. Products and convolutions of float32 are IEEE float32, while
-    PyTorch's own setting rounds convolutions to TF32. cuDNN tries its algorithms and takes the fastest.
+    A GPU becomes the current one, on which PyTorch makes streams and graphs. On it products and convolutions of float32 are IEEE float32,
+    while PyTorch's own setting rounds convolutions to TF32, and cuDNN tries its algorithms and takes the fastest.
 
     Args:
         deterministic: only operations that repeat bit for bit; cuDNN then tries nothing.

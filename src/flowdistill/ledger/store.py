@@ -199,7 +199,7 @@ class Ledger:
         run's folder.
 
         Raises:
-            UserError: one of these epochs is not on record; then nothing is changed.
+            UserError: one of the first ``epochs`` is not on record; then nothing is changed.
         """
         self.refuse_unwritable()
         with self._write():

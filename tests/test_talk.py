@@ -103,10 +103,10 @@ def test_a_remark_is_told_once_to_whoever_listens(capsys: pytest.CaptureFixture[
     changes = Changes(True, heard.append)
     for _ in range(2):
         changes.meet("run 1: it changed")
-    assert heard == changes.told == ["taken as it is: run 1: it changed"]
+    assert heard == changes.lines == ["taken as it is: run 1: it changed"]
     unheard = talk.unheard()
     unheard.tell("x")
-    assert unheard.told == ["x"]
+    assert unheard.lines == ["x"]
     assert capsys.readouterr().err == ""
     Remarks().tell("y\x1b")
     assert capsys.readouterr().err == "y\\x1b\n"

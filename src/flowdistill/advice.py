@@ -11,15 +11,15 @@ from typing import Any
 
 from .talk import printable
 
-RUNS = "runs"  # the folder of runs that a command takes by itself
+RUNS = "runs"  # the default folder of runs
 
 Folder = str | os.PathLike[str]
 
 
 def command(*words: object, runs: Folder = RUNS) -> str:
-    """``flowdistill WORD ...``, with ``--runs`` where that is another folder than a command takes by itself."""
-    where = [] if os.fspath(runs) == RUNS else ["--runs", os.fspath(runs)]
-    return options("flowdistill", *words, *where)
+    """``flowdistill WORD ...``, with ``--runs`` if that is not the default folder."""
+    option = [] if os.fspath(runs) == RUNS else ["--runs", os.fspath(runs)]
+    return options("flowdistill", *words, *option)
 
 
 def options(*words: object) -> str:
@@ -28,7 +28,7 @@ def options(*words: object) -> str:
 
 
 def usage() -> str:
-    """Prints what there is."""
+    """Lists all commands."""
     return command("--help")
 
 
@@ -58,7 +58,7 @@ def rebuild(runs: Folder) -> str:
 
 
 def demo(runs: Folder) -> str:
-    """Trains the demo's runs into a folder; by itself it takes a temporary one."""
+    """Trains the demo's runs into a folder. Default of the command: a temporary one."""
     return command("demo", "--runs", os.fspath(runs))
 
 
@@ -80,7 +80,7 @@ def sets(values: Mapping[str, Any]) -> list[str]:
 
 
 def _value(value: Any) -> str:
-    """As ``--set`` reads it: TOML, and a string without quotes where it would not be read as something else."""
+    """A value as ``--set`` reads it: TOML, with a string unquoted if it would not be read as something else."""
     if isinstance(value, str):
         try:
             tomllib.loads(f"value = {value}")
@@ -91,7 +91,7 @@ def _value(value: Any) -> str:
 
 
 def _quoted(word: str) -> str:
-    """For a shell; with bytes that no terminal shows as escapes, which shells read back."""
+    """A word quoted for a shell. Bytes that no terminal shows become escapes, which shells read back."""
     if word == printable(word):
         return shlex.quote(word)
     shown = {char: "".join(f"\\{byte:03o}" for byte in os.fsencode(char)) for char in word if char in "'\\" or char != printable(char)}

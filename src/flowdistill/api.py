@@ -228,7 +228,7 @@ def distill(
         run = run_configs([parsed], ledger, on_device, again=again, engine=engine, workers=workers, watcher=watcher)[0]
     if run.status != "finished":
         raise RuntimeError(f"run {run.no} {run.status}: {run.error}")
-    return Result(run, ledger.run_folder(run.no), tuple(ledger.changes.told), progress)
+    return Result(run, ledger.run_folder(run.no), tuple(ledger.changes.lines), progress)
 
 
 def _images(data: Data, val_loader: Any, classes: int | None, train: Any) -> dict[str, Any]:

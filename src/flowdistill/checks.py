@@ -57,10 +57,10 @@ class Changes(Remarks):
         self.tell(f"taken as it is: {line}")
 
 
-def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """The end of an error line: ``(did you mean 'x'?)`` where one name is close, else the list of names."""
     names = list(allowed)
-    close = difflib.get_close_matches(given, names, n=1)
+    close = difflib.get_close_matches(name, names, n=1)
     if close:
         return f"did you mean {close[0]!r}?"
     return f"choose from: {', '.join(names)}" if names else "there is none to choose from"
@@ -71,9 +71,9 @@ def first_line(error: BaseException) -> str:
 
     One that brings another process's traceback, as a loader's worker does, says the line below that.
     """
-    _, traced, said = str(error).rpartition(TRACEBACK)
-    told = (line.strip() for line in said.splitlines() if line.strip() and not (traced and line.startswith(" ")))
-    return next(told, type(error).__name__)
+    _, traced, text = str(error).rpartition(TRACEBACK)
+    lines = (line.strip() for line in text.splitlines() if line.strip() and not (traced and line.startswith(" ")))
+    return next(lines, type(error).__name__)
 
 
 FORMULA = re.compile(r"'*[=+\-@\uff1d\uff0b\uff0d\uff20].", re.DOTALL)
@@ -99,9 +99,9 @@ def _number(cell: str) -> bool:
 
 def short(name: str) -> str:
     """A name that a file gave, as it can be told: printable, and cut in the middle where it is long."""
-    told = printable(name)
+    text = printable(name)
     half = LONGEST_NAME // 2 - 2
-    return told if len(told) <= LONGEST_NAME else f"{told[:half]}...{told[-half:]}"
+    return text if len(text) <= LONGEST_NAME else f"{text[:half]}...{text[-half:]}"
 
 
 def some(names: Iterable[str], most: int = NAMED) -> str:
@@ -127,18 +127,18 @@ def is_there(path: Path) -> bool:
 
 def summary(error: BaseException) -> str:
     """An exception's type and the first line that it says."""
-    said, name = first_line(error), type(error).__name__
-    return name if said == name else f"{name}: {said}"
+    line, name = first_line(error), type(error).__name__
+    return name if line == name else f"{name}: {line}"
 
 
 def shortage(error: BaseException) -> str:
     """What to do where an error says that this machine ran out of memory, of open files or of disk; else empty."""
-    number, said = getattr(error, "errno", None), str(error)
-    if isinstance(error, MemoryError) or number == errno.ENOMEM or any(words in said for words in NO_MEMORY):
+    number, text = getattr(error, "errno", None), str(error)
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or any(words in text for words in NO_MEMORY):
         return "free some memory, or train fewer seeds and methods together"
     if number in (errno.EMFILE, errno.ENFILE):
         return "allow more open files (ulimit -n)"
-    return "make room there" if number == errno.ENOSPC or "disk is full" in said else ""
+    return "make room there" if number == errno.ENOSPC or "disk is full" in text else ""
 
 
 def pass_on_shortage(error: BaseException) -> None:
@@ -158,24 +158,24 @@ def told_by_path(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def regular_file(path: Path, what: str) -> Path:
+def regular_file(path: Path, label: str) -> Path:
     """The path, ``~`` expanded, of a file to be read. A folder, a device or a pipe is refused unopened: it may never end.
 
     Raises:
-        UserError: there is no such file, or it is another kind of thing, or it may not be read; ``what`` names it.
+        UserError: there is no such file, or it is another kind of thing, or it may not be read; ``label`` names it.
     """
     try:
-        found = path.expanduser()
-        mode = found.stat().st_mode
+        expanded = path.expanduser()
+        mode = expanded.stat().st_mode
     except FileNotFoundError:
-        raise UserError(f"{what}: no such file") from None
+        raise UserError(f"{label}: no such file") from None
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user's home, a NUL in the name
-        raise UserError(f"{what}: no such file ({getattr(error, 'strerror', None) or first_line(error)})") from None
+        raise UserError(f"{label}: no such file ({getattr(error, 'strerror', None) or first_line(error)})") from None
     if not stat.S_ISREG(mode):
-        raise UserError(f"{what}: {'a folder' if stat.S_ISDIR(mode) else 'a device or pipe'}, not a file; name a regular file")
-    if not os.access(found, os.R_OK):
-        raise UserError(f"{what}: you may not read it; change its permissions")
-    return found
+        raise UserError(f"{label}: {'a folder' if stat.S_ISDIR(mode) else 'a device or pipe'}, not a file; name a regular file")
+    if not os.access(expanded, os.R_OK):
+        raise UserError(f"{label}: you may not read it; change its permissions")
+    return expanded
 
 
 def obstacle(path: Path) -> str | None:

@@ -97,7 +97,7 @@ def _cpu_computes_bf16() -> bool:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that a GPU has left, as its driver says; without end elsewhere, where images are in memory anyway."""
+    """Bytes that a GPU has free, as its driver says; infinite for other devices, where images are in memory anyway."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
@@ -113,20 +113,20 @@ def usable_cores() -> int:
 
 
 def sensible_threads() -> int:
-    """PyTorch's own number (OMP_NUM_THREADS, else a thread a core), never more than there are cores to use: in a container it sees all."""
+    """OMP_NUM_THREADS if it is set, else PyTorch's number, one per core, limited to the usable cores: in a container PyTorch sees all."""
     return torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else min(torch.get_num_threads(), usable_cores())
 
 
 def sensible_workers() -> int:
-    """Processes that decode images where nobody says how many: one a core, at most eight for each stream of batches."""
+    """Default number of processes that decode images: one per core, at most eight per stream of batches."""
     return min(usable_cores(), MAX_DEFAULT_WORKERS)
 
 
 def keep_freed_memory() -> None:
-    """What is freed stays with this process, where the C library is glibc.
+    """Keep freed memory in this process, if the C library is glibc.
 
-    Left alone, it gives the memory of every large map back to the system and takes it again a moment later, page by page: up to 30,000
-    faults in a step, which cost a fifth of it (docs/PERFORMANCE.md).
+    By default glibc gives the memory of every large map back to the system and takes it again a moment later, page by page: up to 30,000
+    faults per step, which cost a fifth of the step (docs/PERFORMANCE.md).
     """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -135,7 +135,7 @@ def keep_freed_memory() -> None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Forget the peak so far, where the device can."""
+    """Forget the peak so far, if the device can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -150,14 +150,14 @@ def peak_memory(device: torch.device) -> int:
 
 @contextmanager
 def computing(device: torch.device, *, deterministic: bool = False, cores: int | None = None) -> Iterator[None]:
-    """Inside, this process computes as a run does; what was set before comes back after.
+    """Inside, this process computes as a run does; afterwards the settings of before are back.
 
-    On a GPU, that one is the current one, where PyTorch makes streams and graphs; float32 is float32 (IEEE) in products and convolutions,
-    where PyTorch's own setting rounds the latter to TF32; and cuDNN tries its algorithms and takes the fastest.
+    A GPU becomes the current one, on which PyTorch makes streams and graphs. On it products and convolutions of float32 are IEEE float32,
+    while PyTorch's own setting rounds convolutions to TF32, and cuDNN tries its algorithms and takes the fastest.
 
     Args:
-        deterministic: only operations that repeat bit for bit; cuDNN tries nothing then.
-        cores: threads of an operation on a CPU, where another number sums in another order; left out, ``sensible_threads``.
+        deterministic: only operations that repeat bit for bit; cuDNN then tries nothing.
+        cores: threads of an operation on a CPU; another number sums in another order. Default: ``sensible_threads()``.
     """
     with _threads(sensible_threads() if cores is None else cores), _determinism(deterministic):
         if device.type != "cuda":
@@ -168,7 +168,7 @@ def computing(device: torch.device, *, deterministic: bool = False, cores: int |
 
 
 def settings(device: torch.device) -> dict[str, str]:
-    """What of ``computing`` a run's record says."""
+    """The settings of ``computing`` that a run's record gives."""
     if device.type != "cuda":
         return {}
     return {"float32": _precision_of(_CONVOLUTIONS), "cudnn.benchmark": str(torch.backends.cudnn.benchmark).lower()}
@@ -214,27 +214,27 @@ if hasattr(_CONVOLUTIONS, "conv"):  # PyTorch 2.9 or newer: one word says how fl
 
 @contextmanager
 def _float32() -> Iterator[None]:
-    before = [(of, _precision_of(of)) for of in (_CONVOLUTIONS, _PRODUCTS)]
-    for of, _ in before:
-        _set_precision(of, "ieee")
+    before = [(backend, _precision_of(backend)) for backend in (_CONVOLUTIONS, _PRODUCTS)]
+    for backend, _ in before:
+        _set_precision(backend, "ieee")
     try:
         yield
     finally:
-        for of, value in before:
-            _set_precision(of, value)
+        for backend, value in before:
+            _set_precision(backend, value)
 
 
-def _precision_of(of: Any) -> str:
+def _precision_of(backend: Any) -> str:
     """``ieee`` or ``tf32``; of a newer PyTorch also ``none``, which is its own choice."""
-    found = getattr(of, "fp32_precision", None)
-    return found if isinstance(found, str) else ("tf32" if of.allow_tf32 else "ieee")
+    precision = getattr(backend, "fp32_precision", None)
+    return precision if isinstance(precision, str) else ("tf32" if backend.allow_tf32 else "ieee")
 
 
-def _set_precision(of: Any, value: str) -> None:
-    if isinstance(getattr(of, "fp32_precision", None), str):
-        of.fp32_precision = value
+def _set_precision(backend: Any, value: str) -> None:
+    if isinstance(getattr(backend, "fp32_precision", None), str):
+        backend.fp32_precision = value
     else:
-        of.allow_tf32 = value == "tf32"
+        backend.allow_tf32 = value == "tf32"
 
 
 def synchronize(device: torch.device) -> None:

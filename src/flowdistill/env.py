@@ -23,7 +23,7 @@ def version() -> str:
 
 
 def memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or less where its container (a control group) or a limit grants less."""
+    """Bytes of memory that this process may use: the machine's, or less if its container (a control group) or a limit grants less."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     granted = [*([] if limit == resource.RLIM_INFINITY else [limit]), *_granted_by_groups()]
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *granted])
@@ -52,18 +52,18 @@ def processor() -> str:
 
 def versions() -> dict[str, str]:
     """Python, the platform and the packages that can change a number."""
-    found = {"python": platform.python_version(), "platform": platform.platform(), "cores": str(os.cpu_count())}
+    facts = {"python": platform.python_version(), "platform": platform.platform(), "cores": str(os.cpu_count())}
     for package in (*PACKAGES, *(library for library in LIBRARIES if library in sys.modules)):
         try:
-            found[package] = metadata.version(package)
+            facts[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            facts[package] = "not installed"
+    return facts
 
 
 def circumstances() -> dict[str, str]:
-    """What else is worth knowing of a run's time and source, and changes no number: the mean number of processes that wanted to compute in
-    the minute before (``load``), and the commit of this package's source, where it runs from a checkout of it.
+    """Facts about a run's time and source that change no number: the mean number of processes that wanted to compute in the minute
+    before (``load``), and the commit of this package's source, if it runs from a checkout.
     """
     with contextlib.suppress(OSError):
         return {"load": f"{os.getloadavg()[0]:.2f}", **_commit()}
@@ -72,7 +72,7 @@ def circumstances() -> dict[str, str]:
 
 @functools.cache
 def _commit(root: Path = Path(__file__).parents[2]) -> dict[str, str]:
-    """``-dirty`` follows where the source was edited since. A folder above an installation is not looked at: its commit is another's."""
+    """The commit; ``-dirty`` if the source was edited since. A folder above an installation is not looked at: its commit is another's."""
     command = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         if (root / ".git").exists():

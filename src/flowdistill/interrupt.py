@@ -11,7 +11,7 @@ from .talk import say
 
 
 def leave(_: int, __: FrameType | None) -> None:
-    """Nothing has begun, and what is half imported may not take an exception."""
+    """End at once: nothing has begun, and what is half imported may not take an exception."""
     say("interrupted")
     os._exit(INTERRUPTED)
 

@@ -28,27 +28,27 @@ def generator(seed: int, purpose: str, epoch: int = 0) -> torch.Generator:
 
 @contextmanager
 def seeded(seed: int, purpose: str, epoch: int = 0, device: torch.device | None = None) -> Iterator[None]:
-    """What draws from the global generators inside, as initialisers and dropout do, sees a private state; the caller's stay as they were.
+    """Inside, the global generators have a private state, from which initialisers and dropout draw. Afterwards the caller's state is back.
 
-    The CPU's generator, that of ``device`` where it is a GPU, numpy's and Python's.
+    These are the CPU's generator, that of ``device`` if it is a GPU, numpy's and Python's.
     """
     gpus = [device] if device is not None and device.type == "cuda" else []
-    own, others = derive(seed, purpose, epoch), (random.getstate(), np.random.get_state())
+    derived, before = derive(seed, purpose, epoch), (random.getstate(), np.random.get_state())
     try:
         with torch.random.fork_rng(devices=gpus):
-            torch.default_generator.manual_seed(own)
+            torch.default_generator.manual_seed(derived)
             for gpu in gpus:
                 with torch.cuda.device(gpu):
-                    torch.cuda.manual_seed(own)
-            random.seed(own)
-            np.random.seed(own % 2**32)
+                    torch.cuda.manual_seed(derived)
+            random.seed(derived)
+            np.random.seed(derived % 2**32)
             yield
     finally:
-        random.setstate(others[0])
-        np.random.set_state(others[1])
+        random.setstate(before[0])
+        np.random.set_state(before[1])
 
 
 def states() -> tuple[object, ...]:
-    """Where the CPU's global generators stand: torch's, numpy's and Python's."""
-    _, numbers, *place = np.random.get_state()
-    return torch.get_rng_state().numpy().tobytes(), np.asarray(numbers).tobytes(), *place, random.getstate()
+    """The states of the CPU's global generators: torch's, numpy's and Python's."""
+    _, numbers, *rest = np.random.get_state()
+    return torch.get_rng_state().numpy().tobytes(), np.asarray(numbers).tobytes(), *rest, random.getstate()

@@ -21,7 +21,7 @@ Values = npt.NDArray[np.floating]
 
 
 class Difference(NamedTuple):
-    """Mean of one group less that of another, with its Welch interval.
+    """Mean of one group minus that of another, with its Welch interval.
 
     Attributes:
         value: the difference of the means.

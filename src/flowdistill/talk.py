@@ -1,7 +1,7 @@
 """The one place that prints. stdout is data, stderr is talk; neither ever ends the work that it tells of.
 
-What a file's name or content puts into a text is shown, not obeyed: ESC is printed as ``\\x1b``. What the encoding of a stream has not is
-printed as its escape, too. A stream that is closed, or None, gets nothing.
+What a file's name or content puts into a text is shown, not obeyed: ESC is printed as ``\\x1b``. A character that a stream's encoding
+lacks is printed as its escape, too. A stream that is closed, or None, gets nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _escaped(char: str) -> str:
 
 
 def answer(text: str) -> None:
-    """Data on stdout. A reader who went away wants no more of it.
+    """Print data on stdout. If the reader has gone away, nothing more is printed.
 
     Raises:
         OSError: it can't be written, as on a full disk.
@@ -46,7 +46,7 @@ def answer(text: str) -> None:
 
 
 def say(line: str) -> None:
-    """One line of talk on stderr. Nobody may hear it: that is no reason to end what it tells of."""
+    """Print one line of talk on stderr. If it can't be written, the work that it tells of goes on."""
     with contextlib.suppress(OSError):
         _write(sys.stderr, f"{printable(line)}\n")
 
@@ -55,17 +55,17 @@ class Remarks:
     """What is to be told of a piece of work, to whoever listens.
 
     Attributes:
-        told: the lines as they can be printed, in order, each once.
-        say: gets each line when it is told; left out, it is said on stderr. What only passes, such as a count, is said and not kept.
+        lines: what was told, as it can be printed, in order, each once.
+        say: gets each line when it is told. Default: it is printed on stderr. What only passes, such as a count, is said and not kept.
     """
 
     def __init__(self, say: Callable[[str], object] = say) -> None:
-        self.told, self.say = list[str](), say
+        self.lines, self.say = list[str](), say
 
     def tell(self, line: str) -> None:
         """A line, once."""
-        if (shown := printable(line)) not in self.told:
-            self.told.append(shown)
+        if (shown := printable(line)) not in self.lines:
+            self.lines.append(shown)
             self.say(shown)
 
 
@@ -82,7 +82,7 @@ def console() -> Console:
 
 
 class _Stderr:
-    """The stderr of the moment, whatever it can't do. Below a bar rich puts itself in its place; it must not draw on itself."""
+    """Whatever ``sys.stderr`` is at the moment. While a bar is drawn, rich puts itself in its place and must not draw on itself."""
 
     @property
     def _stream(self) -> Any:
@@ -110,15 +110,15 @@ def answers_a_terminal() -> bool:
 
 
 def _is_terminal(stream: Any) -> bool:
-    """None, a closed stream and an object that can't say are none."""
+    """None, a closed stream and an object that can't say are no terminal."""
     with contextlib.suppress(AttributeError, ValueError, OSError):
         return bool(stream.isatty())
     return False
 
 
 def begin() -> None:
-    """Before a command: no other library that prints, as the parser does, stumbles over an encoding; and a file that is opened later
-    does not get the number of a stream that the caller closed, for then C code would print into it.
+    """Prepare the streams before a command. Another library that prints, such as the parser, must not stumble over an encoding. A file
+    that is opened later must not get the number of a stream that the caller closed, or C code would print into it.
     """
     for number in range(3):
         try:
@@ -131,7 +131,7 @@ def begin() -> None:
 
 
 def end() -> None:
-    """After a command: what could not be written is dropped here, else Python would complain of it at its own end."""
+    """After a command, drop what could not be written, or Python would complain of it at its own end."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:

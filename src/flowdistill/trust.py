@@ -27,7 +27,7 @@ _everything = False
 
 
 def name(*references: object) -> None:
-    """What the user wrote, on the command line or in a call: of these references (MODEL, MODEL@FILE) the code may run."""
+    """The user wrote these references (MODEL, MODEL@FILE) on the command line or in a call: their code may run."""
     for reference in references:
         if isinstance(reference, str):
             _named.update((reference, reference.partition("@")[0]))
@@ -41,7 +41,7 @@ def came_from(reference: object, origin: str) -> None:
 
 @contextmanager
 def code(trusted: bool) -> Iterator[None]:
-    """Inside, with ``trusted``, all code may run, whoever names it: ``--trust-code``."""
+    """Inside, all code may run, whoever names it, if ``trusted`` (``--trust-code``)."""
     global _everything
     before, _everything = _everything, _everything or trusted
     try:
@@ -51,10 +51,10 @@ def code(trusted: bool) -> Iterator[None]:
 
 
 def meet(model: str, place: str, hashes: Callable[[], Hashes]) -> None:
-    """A network is wanted whose name is code, which lies in ``place``. The code is read, for its hashes, only where a training recorded it.
+    """A network is wanted whose name is code in ``place``. The code is read, for its hashes, only if a training recorded it.
 
     Raises:
-        UserError: nobody vouches for it. Nothing of it was imported, executed or called.
+        UserError: nobody vouches for the code. Nothing of it was imported, executed or called.
     """
     if _everything or model in _named:
         return
@@ -89,11 +89,11 @@ def _private(path: str, flags: int) -> int:
 
 
 def state_folder() -> Path | None:
-    """Where this user's records lie; None where the user has no home."""
-    if given := os.environ.get(STATE):
-        return Path(given)
-    if (above := os.environ.get("XDG_STATE_HOME", "")) and Path(above).is_absolute():
-        return Path(above, "flowdistill")
+    """Where this user's records lie; None if the user has no home."""
+    if folder := os.environ.get(STATE):
+        return Path(folder)
+    if (state_home := os.environ.get("XDG_STATE_HOME", "")) and Path(state_home).is_absolute():
+        return Path(state_home, "flowdistill")
     try:
         return Path.home() / ".local" / "state" / "flowdistill"
     except RuntimeError:
@@ -101,7 +101,7 @@ def state_folder() -> Path | None:
 
 
 def _recorded() -> list[dict[str, Any]]:
-    """The lines that this user wrote. A file that others may write says nothing, and a line that was cut off is none."""
+    """The records that this user wrote. A file that others may write counts for nothing, and a line that was cut off is skipped."""
     folder = state_folder()
     try:
         file = os.open(folder / FILE, os.O_RDONLY) if folder else -1
@@ -110,8 +110,8 @@ def _recorded() -> list[dict[str, Any]]:
     if file < 0:
         return []
     with open(file, encoding="utf-8", errors="replace") as opened:
-        about = os.fstat(file)
-        if about.st_uid != os.getuid() or about.st_mode & 0o022:
+        status = os.fstat(file)
+        if status.st_uid != os.getuid() or status.st_mode & 0o022:
             return []
         return [line for line in map(_line, opened) if line is not None]
 

@@ -1,4 +1,4 @@
-"""The ledger: one SQLite row a run, one an epoch. Torch-free, so that listing is instant."""
+"""The ledger: one SQLite row per run and one per epoch. It does not import torch, so that listing is instant."""
 
 from .compare import MAY_DIFFER, baseline_key, flattened, is_baseline, newest
 from .folders import EXPORTS, JOURNAL, PREDICTIONS, RECORD, STUDENT_FILE, files_of, sealed

@@ -1,4 +1,4 @@
-"""Which runs may be compared, and of repeats which one counts."""
+"""Which runs may be compared, and which one of several repeats counts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .rows import Run
 
 
 def newest(runs: Iterable[Run]) -> list[Run]:
-    """Of runs that repeat one fingerprint and seed, only the last."""
+    """The runs without repeats, by number: of several with the same fingerprint and seed only the last is kept."""
     by_key = {(run.fingerprint, run.seed): run for run in sorted(runs, key=lambda run: run.no)}
     return sorted(by_key.values(), key=lambda run: run.no)
 
@@ -35,13 +35,13 @@ MAY_DIFFER: Mapping[str, str] = {
     "data.skip_broken": "likewise: which files were left out",
     "student": "how it was named; the model, its first weights and its code are compared",
 }
-"""Key of a RunConfig -> why students may differ in it from the ``base`` runs that they are compared with. In all others they agree."""
+"""Key of a RunConfig -> why students may differ in it from the ``base`` runs that they are compared with. They agree in all other keys."""
 _MAY_DIFFER = tuple(f"{key}." for key in MAY_DIFFER)
 
 
 def baseline_key(run: Run) -> str:
-    """What a run has in common with the ``base`` runs that it is compared with: all of its resolved config but ``MAY_DIFFER``, and what
-    student, code and data were.
+    """A key that a run shares with the ``base`` runs that it is compared with. It holds the resolved config without the keys of
+    ``MAY_DIFFER``, and which student, code and data the run used.
     """
     try:
         config = validate(run.config).model_dump(mode="json")  # with the keys that have come since
@@ -54,14 +54,14 @@ def baseline_key(run: Run) -> str:
 
 
 def is_baseline(run: Run) -> bool:
-    """Whether others are compared with a run: trained from fresh weights, all of them, on the labels alone, at weight 1."""
-    own = run.config
-    plain = own.get("init_from") is None and not own["train"].get("freeze") and own.get("weights", {}).get("task", 1.0) == 1.0
+    """Whether other runs are compared with this one: it trained all weights, from fresh ones, on the labels alone, with weight 1."""
+    config = run.config
+    plain = config.get("init_from") is None and not config["train"].get("freeze") and config.get("weights", {}).get("task", 1.0) == 1.0
     return run.method == "base" and plain
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one, with dotted keys; an empty table is nothing."""
+    """Nested tables as one flat table with dotted keys. Empty tables are left out."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

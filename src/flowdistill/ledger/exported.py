@@ -1,7 +1,7 @@
-"""A ledger's results as one file of lines, to be kept beside tables: rows and curves, no weights.
+"""A ledger's results in one text file that is kept beside tables: rows and curves, no weights.
 
-The first line says what the file is, and holds the SHA-256 of all lines after it. Each of these is a run that finished or failed: its row,
-its curve, and what its record says of the student's file. The answers of its networks, which are many numbers, are left out.
+The first line says what the file is and holds the SHA-256 of all lines after it. Each line after it is a run that finished or failed: its
+row, its curve, and what its record says of the student's file. The answers of its networks are left out, since they are many numbers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROUNDING = 1e-6  # of sums of seconds, relative
 
 @dataclass(frozen=True)
 class Export:
-    """What such a file holds; it is read as a ledger is."""
+    """The contents of such a file. Tables read it as they read a ``Folder``."""
 
     path: Path
     runs: Sequence[Run]
@@ -39,7 +39,7 @@ class Export:
         return list(self.runs)
 
     def about(self, run: Run) -> Mapping[str, Any]:
-        """What a run's record says of its student's file; empty where it says nothing."""
+        """What a run's record says of its student's file; empty if it says nothing."""
         return self.records[run.no]
 
 
@@ -54,54 +54,54 @@ class Folder:
         return self.ledger.listing()
 
     def about(self, run: Run) -> Mapping[str, Any]:
-        """What a run's record says of its student's file; empty where it says nothing, is gone, or is not what was written."""
+        """What a run's record says of its student's file; empty if it says nothing, is gone, or is not what was written."""
         try:
-            told = folders.sealed(self.ledger.run_folder(run.no) / folders.RECORD)
+            record = folders.sealed(self.ledger.run_folder(run.no) / folders.RECORD)
         except FileNotFoundError:
             return {}
-        about = (told or {}).get("about")
+        about = (record or {}).get("about")
         return about if isinstance(about, dict) else {}
 
 
-def opened(place: Path) -> Folder | Export:
-    """What tables read: a folder's ledger, or a file that ``exported`` gave.
+def opened(path: Path) -> Folder | Export:
+    """Open what tables read: the ledger of a folder, or a file that ``exported`` gave.
 
     Raises:
         UserError: it is neither.
     """
-    return read(place) if place.is_file() else Folder(Ledger(place))
+    return read(path) if path.is_file() else Folder(Ledger(path))
 
 
 def exported(ledger: Ledger) -> bytes:
-    """The results of a ledger as a file. One ledger always gives the same bytes.
+    """The bytes of a file with a ledger's results. The same ledger always gives the same bytes.
 
     Raises:
         UserError: a row or a curve is damaged.
     """
-    lines = [_line(one) for one in told(ledger)]
+    lines = [_line(entry) for entry in results(ledger)]
     head = {"kind": KIND, "version": VERSION, "sha256": _hash(lines)}
     return "".join(f"{line}\n" for line in [_line(head), *lines]).encode()
 
 
-def told(ledger: Ledger) -> list[dict[str, Any]]:
-    """What is exported of each run.
+def results(ledger: Ledger) -> list[dict[str, Any]]:
+    """One entry for each run that finished or failed: its row, its curve, and what its record says of the student's file.
 
     Raises:
         UserError: a row or a curve is damaged.
     """
-    folder, found = Folder(ledger), []
+    folder, entries = Folder(ledger), []
     for listed in ledger.listing():
         if listed.status in (*RESULTS, DAMAGED):
             run = ledger.run(listed.no)  # refuses a damaged one
             networks = {role: {**network, "answers": {}} for role, network in (run.networks or {}).items()}
             row = {name: getattr(run, name) for name in RUN} | {"networks": networks if run.networks is not None else None}
             about = {key: value for key, value in folder.about(run).items() if key in ("processor", "input")}
-            found.append({"run": row, "about": about, "curve": [asdict(epoch) for epoch in ledger.epochs(run.no)]})
-    return found
+            entries.append({"run": row, "about": about, "curve": [asdict(epoch) for epoch in ledger.epochs(run.no)]})
+    return entries
 
 
 def read(path: Path) -> Export:
-    """What a file holds that ``exported`` gave.
+    """Read a file that ``exported`` gave.
 
     Raises:
         UserError: it is no such file, it was changed since, or its figures contradict each other.
@@ -141,7 +141,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _contradiction(run: Run, curve: Sequence[Epoch]) -> str:
-    """What of a row and its curve can't both be true; empty where they agree. A run of an old ledger may have no curve."""
+    """How a row and its curve contradict each other; empty if they agree. A run of an old ledger may have no curve."""
     if run.status not in RESULTS:
         return f"status {run.status!r} is none of {', '.join(RESULTS)}"
     if not curve or run.status != "finished":
@@ -149,44 +149,44 @@ def _contradiction(run: Run, curve: Sequence[Epoch]) -> str:
     if [epoch.epoch for epoch in curve] != list(range(1, run.nepoch + 1)):
         return f"its curve has {len(curve)} epochs, its row {run.nepoch}"
     if run.split == "full":
-        own = {epoch.epoch: epoch.correct for epoch in curve}
+        correct_after = {epoch.epoch: epoch.correct for epoch in curve}
         for epoch, correct in ((run.epoch, run.correct), (run.best_epoch, run.best_correct)):
-            if epoch is not None and own.get(epoch) != correct:
-                return f"{correct:,} right after epoch {epoch} in its row, {own.get(epoch)} in its curve"
-    whole, share = sum(epoch.seconds for epoch in curve), (run.train_seconds or 0.0) + (run.eval_seconds or 0.0)
-    if not whole / run.cohort_size * (1 - ROUNDING) <= share <= whole * (1 + ROUNDING):
-        return f"{share:.1f} s in its row, {whole:.1f} s of {run.cohort_size} students in its curve"
+            if epoch is not None and correct_after.get(epoch) != correct:
+                return f"{correct:,} right after epoch {epoch} in its row, {correct_after.get(epoch)} in its curve"
+    curve_seconds, row_seconds = sum(epoch.seconds for epoch in curve), (run.train_seconds or 0.0) + (run.eval_seconds or 0.0)
+    if not curve_seconds / run.cohort_size * (1 - ROUNDING) <= row_seconds <= curve_seconds * (1 + ROUNDING):
+        return f"{row_seconds:.1f} s in its row, {curve_seconds:.1f} s of {run.cohort_size} students in its curve"
     return ""
 
 
 def refuse_other(path: Path, ledger: Ledger) -> None:
-    """Refuse a file that does not hold what a ledger gives now.
+    """Refuse a file that differs from what a ledger gives now.
 
     Raises:
-        UserError: which run, and what of it, is otherwise; and as ``read``.
+        UserError: it differs; the message names the first run that does, and how. Also as ``read``.
     """
     read(path)
-    there, here = ({one["run"]["no"]: one for one in ones} for ones in (map(json.loads, _lines(path)), told(ledger)))
-    for no in sorted({*there, *here}):
-        if why := _difference(there.get(no), here.get(no)):
+    in_file, in_ledger = ({entry["run"]["no"]: entry for entry in entries} for entries in (map(json.loads, _lines(path)), results(ledger)))
+    for no in sorted({*in_file, *in_ledger}):
+        if why := _difference(in_file.get(no), in_ledger.get(no)):
             raise UserError(f"{path} does not fit {ledger.path}: run {no}{why}; {_cure(path)}")
 
 
-def _difference(there: Mapping[str, Any] | None, here: Mapping[str, Any] | None) -> str:
-    """In what a run of a file is not that of the ledger, as the end of a phrase; empty where they are one."""
-    if there is None or here is None:
-        return f" is in {'the ledger' if there is None else 'the file'} alone"
-    theirs, ours = _flat(there), _flat(here)
-    for key in sorted({*theirs, *ours}):
-        values = [_line(side.get(key)) for side in (theirs, ours)]
+def _difference(in_file: Mapping[str, Any] | None, in_ledger: Mapping[str, Any] | None) -> str:
+    """How a run in a file differs from the one in the ledger, as the end of a phrase; empty if they are equal."""
+    if in_file is None or in_ledger is None:
+        return f" is in {'the ledger' if in_file is None else 'the file'} alone"
+    file_values, ledger_values = _flat(in_file), _flat(in_ledger)
+    for key in sorted({*file_values, *ledger_values}):
+        values = [_line(side.get(key)) for side in (file_values, ledger_values)]
         if values[0] != values[1]:
             return ": {key} is {} in the file, {} in the ledger".format(*map(short, values), key=key)
     return ""
 
 
-def _flat(one: Mapping[str, Any]) -> dict[str, Any]:
-    epochs = {f"epoch {epoch['epoch']}": epoch for epoch in one["curve"]}
-    return flattened(one["run"]) | flattened(one["about"], "about.") | flattened(epochs)
+def _flat(entry: Mapping[str, Any]) -> dict[str, Any]:
+    epochs = {f"epoch {epoch['epoch']}": epoch for epoch in entry["curve"]}
+    return flattened(entry["run"]) | flattened(entry["about"], "about.") | flattened(epochs)
 
 
 def _cure(path: Path) -> str:
@@ -197,9 +197,9 @@ def _written(path: Path) -> str:
     return advice.command("ledger", "export", path)
 
 
-def _line(what: Any) -> str:
-    """As Python writes JSON: a term that was not finite stands there as NaN or Infinity."""
-    return json.dumps(what, sort_keys=True)
+def _line(value: Any) -> str:
+    """A value as Python's JSON, which writes a term that was not finite as NaN or Infinity."""
+    return json.dumps(value, sort_keys=True)
 
 
 def _hash(lines: Sequence[str]) -> str:

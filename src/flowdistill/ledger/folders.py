@@ -25,7 +25,7 @@ _NUMBER = re.compile(r"[1-9][0-9]{0,17}")
 
 
 def numbers(folder: Path) -> list[int]:
-    """What below a folder of runs has a number for a name, whatever it is; in order."""
+    """The numbers that entries of a folder of runs have for names, in order. An entry may be anything, not only a run's folder."""
     try:
         return sorted(int(entry.name) for entry in os.scandir(folder) if _NUMBER.fullmatch(entry.name))
     except OSError as error:
@@ -34,7 +34,7 @@ def numbers(folder: Path) -> list[int]:
 
 
 def runs_in(folder: Path) -> Iterator[int]:
-    """The numbers of the folders that a run left something in, in order."""
+    """The numbers of the folders in which a run left something, in order."""
     for no in numbers(folder):
         try:
             if any(_TRACES.fullmatch(name) for name in os.listdir(folder / str(no))):
@@ -45,23 +45,23 @@ def runs_in(folder: Path) -> Iterator[int]:
 
 
 def sealed(path: Path) -> dict[str, Any] | None:
-    """What a file says that its writer sealed; one of version 0.1.0, which has no seal, says it too. None where it is not what was written.
+    """The contents of a file that its writer sealed; None if it is not what was written. One of version 0.1.0 needs no seal.
 
     Raises:
         OSError: it can't be read.
     """
     try:
-        told = json.loads(path.read_bytes())
+        record = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         return None
-    if not isinstance(told, dict) or ({SEAL, "files"} & told.keys() and told.get(SEAL) != record_seal(told)):
+    if not isinstance(record, dict) or ({SEAL, "files"} & record.keys() and record.get(SEAL) != record_seal(record)):
         return None
-    return told
+    return record
 
 
-def files_of(told: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The files that such a record lists, by name; they lie beside it."""
-    files = (told or {}).get("files")
+def files_of(record: Mapping[str, Any] | None) -> dict[str, Any]:
+    """File name -> what a record says of it. The files lie beside the record."""
+    files = (record or {}).get("files")
     return {name: known for name, known in files.items() if Path(name).name == name} if isinstance(files, dict) else {}
 
 
@@ -74,42 +74,42 @@ class Journal:
     unread: int = 0
 
 
-def note(folder: Path, **what: Any) -> None:
+def note(folder: Path, **entry: Any) -> None:
     """Add a line to a run's journal. The line break comes first: it also ends a line that a full disk cut off.
 
     Raises:
         OSError: it can't be written.
     """
-    told = json.dumps(what)
+    text = json.dumps(entry)
     with told_by_path(folder / JOURNAL), open(folder / JOURNAL, "ab") as file:
-        file.write(f"\n{zlib.crc32(told.encode()):08x} {told}".encode())
+        file.write(f"\n{zlib.crc32(text.encode()):08x} {text}".encode())
 
 
 def read_journal(folder: Path) -> Journal:
-    """A run's journal; without one, or where nothing of it can be read, an empty one."""
-    found = Journal()
+    """A run's journal; an empty one if there is none or nothing of it can be read."""
+    journal = Journal()
     try:
         lines = (folder / JOURNAL).read_bytes().split(b"\n")
     except OSError as error:
         pass_on_shortage(error)
-        return found
+        return journal
     for line in filter(None, lines):
-        match _said(line):
+        match _entry(line):
             case {"epoch": {"epoch": int(number)} as epoch}:
-                found.curve[number] = epoch
+                journal.curve[number] = epoch
             case {"reopened": int(done)}:
-                found.curve = {number: epoch for number, epoch in found.curve.items() if number <= done}
+                journal.curve = {number: epoch for number, epoch in journal.curve.items() if number <= done}
             case {"row": dict(values)}:
-                found.row |= values
+                journal.row |= values
             case _:
-                found.unread += 1
-    return found
+                journal.unread += 1
+    return journal
 
 
-def _said(line: bytes) -> Any:
-    """What a line says; None where it is not what was written."""
-    sum_, _, told = line.partition(b" ")
+def _entry(line: bytes) -> Any:
+    """The entry in a line; None if it is not what was written."""
+    checksum, _, text = line.partition(b" ")
     try:
-        return json.loads(told) if sum_ == f"{zlib.crc32(told):08x}".encode() else None
+        return json.loads(text) if checksum == f"{zlib.crc32(text):08x}".encode() else None
     except (ValueError, RecursionError):
         return None

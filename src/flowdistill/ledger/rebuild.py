@@ -1,4 +1,4 @@
-"""A ledger made again from the folders of its runs, with what can still be read of the old one, which is kept."""
+"""Make a ledger again from the folders of its runs and from what can still be read of the old one, which is kept."""
 
 from __future__ import annotations
 
@@ -49,9 +49,12 @@ class _Known:
 
 
 def rebuild(folder: Path) -> tuple[list[Entered], Path | None]:
-    """Make the ledger of a folder again; what became of each run, and where the old ledger is kept, if there was a file.
+    """Make the ledger of a folder again.
 
-    What a run's folder says wins over the old ledger. That is asked for runs whose folder says nothing, and for curves that it lacks.
+    What a run's folder says wins over the old ledger, which is asked for runs whose folder says nothing and for curves that a folder lacks.
+
+    Returns:
+        What became of each run, and where the old ledger is kept; None if there was none.
 
     Raises:
         UserError: a process trains there, or there is nothing to make a ledger of, or a newer version made the old one.
@@ -65,18 +68,21 @@ def rebuild(folder: Path) -> tuple[list[Entered], Path | None]:
                 f"run {no} in {folder} is being trained by another process; wait for it, or stop it, and give the command again"
             )
     old, unread = _old(path, numbers)
-    found = [_merged(folder, no, old.get(no), unread) for no in sorted({*old, *folders.runs_in(folder)})]
-    known = [one for one in found if isinstance(one, _Known)]
+    merged = [_merged(folder, no, old.get(no), unread) for no in sorted({*old, *folders.runs_in(folder)})]
+    known = [entry for entry in merged if isinstance(entry, _Known)]
     if not known:
         raise UserError(f"no folder in {folder} says what its run was; there is nothing to make a ledger of")
     kept = _put(path, known)
-    return [one if isinstance(one, Entered) else Entered(one.run.no, one.run.status, one.source, one.remark) for one in found], kept
+    entered = [
+        entry if isinstance(entry, Entered) else Entered(entry.run.no, entry.run.status, entry.source, entry.remark) for entry in merged
+    ]
+    return entered, kept
 
 
 def _merged(folder: Path, no: int, old: _Known | None, unread: str) -> _Known | Entered:
     """What is known of a run: by its folder, or else by the old ledger."""
     try:
-        own = _of_folder(folder / str(no), no)
+        in_folder = _of_folder(folder / str(no), no)
     except (OSError, ValueError) as error:
         pass_on_shortage(error)
         why = getattr(error, "strerror", None) or first_line(error)
@@ -84,12 +90,12 @@ def _merged(folder: Path, no: int, old: _Known | None, unread: str) -> _Known | 
             return Entered(no, "left alone", "", f"{why}{'; the old ledger: ' + unread if unread else ''}")
         return replace(old, remark=f"{why}")
     if old is None:
-        return own
-    if _identity(old.run) != _identity(own.run):
-        return replace(own, remark="; ".join(filter(None, [own.remark, "the old ledger had another run under this number"])))
-    if not own.curve and old.curve:
-        return replace(own, curve=old.curve, remark="its curve is the old ledger's")
-    return own
+        return in_folder
+    if _identity(old.run) != _identity(in_folder.run):
+        return replace(in_folder, remark="; ".join(filter(None, [in_folder.remark, "the old ledger had another run under this number"])))
+    if not in_folder.curve and old.curve:
+        return replace(in_folder, curve=old.curve, remark="its curve is the old ledger's")
+    return in_folder
 
 
 def _identity(run: Run) -> tuple[str, int, str]:
@@ -97,11 +103,11 @@ def _identity(run: Run) -> tuple[str, int, str]:
 
 
 def _of_folder(folder: Path, no: int) -> _Known:
-    """What a run's folder says of it. Where it was taken up again after it had finished, the journal is the newer of the two.
+    """What a run's folder says of it. If the run was taken up again after it had finished, its journal is newer than its record.
 
     Raises:
         OSError: it can't be read.
-        ValueError: it does not say what the run was; why.
+        ValueError: it does not say what the run was; the message says why.
     """
     journal = folders.read_journal(folder)
     remarks = [f"{journal.unread} lines of {folders.JOURNAL} can't be read"] * bool(journal.unread)
@@ -112,8 +118,8 @@ def _of_folder(folder: Path, no: int) -> _Known:
         why = begun.error if begun.status == DAMAGED else _misplaced(begun, no, folders.JOURNAL)
         begun = None if why else begun
     if (folder / folders.RECORD).is_file():
-        done, told = _recorded(folder / folders.RECORD)
-        why = _misplaced(done, no, folders.RECORD) if done else told
+        done, fault = _recorded(folder / folders.RECORD)
+        why = _misplaced(done, no, folders.RECORD) if done else fault
         if done and not why and (begun is None or begun.resumed <= done.resumed):
             if not journal.row:
                 remarks.append(f"no curve: an older version wrote it, without {folders.JOURNAL}")
@@ -126,13 +132,13 @@ def _of_folder(folder: Path, no: int) -> _Known:
 
 
 def _recorded(path: Path) -> tuple[Run | None, str]:
-    """The finished run that a ``run.json`` tells of, or why it can't be believed."""
-    told = folders.sealed(path)
-    if told is None:
+    """The finished run of a ``run.json``, or why the file can't be believed."""
+    record = folders.sealed(path)
+    if record is None:
         return None, f"{path.name} is not what was written"
     content = path.read_bytes()
-    hashed = hashlib.sha256(content).hexdigest() if SEAL in told else None
-    run = run_of(encoded(_complete(told) | {"record_hash": hashed}))
+    hashed = hashlib.sha256(content).hexdigest() if SEAL in record else None
+    run = run_of(encoded(_complete(record) | {"record_hash": hashed}))
     return (None, f"{path.name}: {run.error}") if run.status == DAMAGED else (run, "")
 
 
@@ -141,7 +147,7 @@ def _misplaced(run: Run, no: int, name: str) -> str:
 
 
 def _complete(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with every column; one that is not told is None."""
+    """A row with every column. One without a value gets that of ``SINCE``, else None."""
     return {name: values.get(name, SINCE.get(name)) for name in RUN}
 
 
@@ -154,7 +160,7 @@ def _epochs(rows: Iterable[Mapping[str, Any]], remarks: list[str]) -> Iterator[E
 
 
 def _old(path: Path, numbers: Iterable[int]) -> tuple[dict[int, _Known], str]:
-    """What can still be read of the old ledger, by number, and why not all of it. One that holds more than a ledger is not read at all.
+    """The runs that can be read from the old ledger, by number, and why not all. A file that holds more than a ledger is not read.
 
     Raises:
         UserError: a newer version made it.
@@ -167,18 +173,18 @@ def _old(path: Path, numbers: Iterable[int]) -> tuple[dict[int, _Known], str]:
         pass_on_shortage(error)
         return {}, str(error)
     with closing(db):
-        there, why = _numbers(db)
-        return {no: known for no in sorted({*numbers, *there}) if (known := _of_old(db, no))}, why
+        recorded, why = _numbers(db)
+        return {no: known for no in sorted({*numbers, *recorded}) if (known := _of_old(db, no))}, why
 
 
 def _numbers(db: sqlite3.Connection) -> tuple[list[int], str]:
-    found = []
+    numbers = []
     try:
         for (no,) in db.execute("SELECT no FROM runs"):
-            found.append(no)
+            numbers.append(no)
     except sqlite3.Error as error:
-        return found, str(error)
-    return found, ""
+        return numbers, str(error)
+    return numbers, ""
 
 
 def _of_old(db: sqlite3.Connection, no: int) -> _Known | None:
@@ -195,17 +201,17 @@ def _of_old(db: sqlite3.Connection, no: int) -> _Known | None:
 
 
 def _put(path: Path, known: Iterable[_Known]) -> Path | None:
-    """Write the new ledger whole, then put it in the place of the old one; where that is kept."""
+    """Write the new ledger whole, then put it in place of the old one. Returns where that is kept; None if there was none."""
     draft = path.with_name(f".{NAME}.{os.getpid()}")
     draft.unlink(missing_ok=True)
     try:
         with closing(connect(draft)) as db:
             db.execute("BEGIN")
             migrate(db)
-            for one in known:
-                db.execute(*insert("runs", vars(one.run)))
-                for epoch in one.curve:
-                    db.execute(*insert("epochs", {"run": one.run.no, **vars(epoch)}))
+            for entry in known:
+                db.execute(*insert("runs", vars(entry.run)))
+                for epoch in entry.curve:
+                    db.execute(*insert("epochs", {"run": entry.run.no, **vars(epoch)}))
             db.execute("COMMIT")
         kept = _kept(path)
         for end in (*COMPANIONS[1:], COMPANIONS[0]):
@@ -218,7 +224,7 @@ def _put(path: Path, known: Iterable[_Known]) -> Path | None:
 
 
 def _kept(path: Path) -> Path | None:
-    """A name that is free for the old ledger; None where there is none to keep."""
+    """A free name for the old ledger; None if there is no ledger to keep."""
     if not any(os.path.lexists(f"{path}{end}") for end in COMPANIONS):
         return None
     names = (path.with_name(f"{NAME}.old{f'-{again}' if again else ''}") for again in range(1_000_000))

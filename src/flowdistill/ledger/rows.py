@@ -1,4 +1,4 @@
-"""A row of each table: what goes in, what comes out, and what is wrong with one that is damaged."""
+"""The rows of both tables: how they are written and read, and what is wrong with a damaged one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEAD, DAMAGED = "dead", "damaged"  # as they are read: running by nobody; a row 
 
 @dataclass(frozen=True)
 class Run:
-    """A row of the ledger; the columns are explained in the schema above."""
+    """A row of the ledger. ``schema.py`` explains its columns."""
 
     no: int
     status: str
@@ -99,12 +99,12 @@ STORED: Mapping[str, tuple[str, tuple[type, ...], str]] = {
     "str": ("'text'", (str,), "text"),
     JSON_OBJECT: ("'text'", (str,), "a JSON object"),
 }
-"""What an annotation is stored as: SQLite's types, Python's, and in words."""
+"""Annotation -> how its value is stored: SQLite's types, Python's types, and in words."""
 _NETWORK = {"key": str, "number": int, "answers": dict}  # what of a network later runs are held against
 
 
 def _kinds(row: type) -> dict[str, tuple[str, bool]]:
-    """Of each column what it holds, and whether it may be NULL: what its annotation says."""
+    """Column -> (what it holds, whether it may be NULL), read from its annotation."""
     return {field.name: (str(field.type).split("[")[0].split(" ")[0], "None" in str(field.type)) for field in fields(row)}
 
 
@@ -113,7 +113,7 @@ COLUMNS = tuple(RUN)
 
 
 def sound_sql() -> str:
-    """An expression that is true of rows of ``runs`` that are sound, and of few that are damaged deep inside a network's answers. Where it
+    """An SQL expression that is true for sound rows of ``runs``, and for the few that are damaged deep inside a network's answers. If it
     is not true, the row is read whole, and Python decides.
     """
     inside = {"config": " AND json_type(config, '$.train') = 'object'"}
@@ -128,7 +128,7 @@ def sound_sql() -> str:
 
 
 def run_of(row: Mapping[str, Any] | sqlite3.Row) -> Run:
-    """A run from its row; of a damaged one the status says so, the error what is wrong, and a column that can't be read is None."""
+    """A run from its row. A damaged row gives the status ``damaged``, an error that says how, and None for unreadable columns."""
     values, wrong = _decoded(row, RUN)
     if not wrong:
         wrong = _wrong_inside(values)
@@ -141,7 +141,7 @@ def epoch_of(row: Mapping[str, Any] | sqlite3.Row) -> Epoch:
     """An epoch from its row.
 
     Raises:
-        ValueError: it is damaged; what is wrong.
+        ValueError: it is damaged; the message says how.
     """
     values, wrong = _decoded(row, EPOCH)
     if not wrong and not all(isinstance(mean, int | float) for mean in values["terms"].values()):
@@ -220,17 +220,17 @@ BRIEF = (
 
 
 def encoded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """As SQLite takes them. JSON holds a name that is no UTF-8 as it is, so that its file is found again; a column shows it by escapes."""
-    found = {key: json.dumps(value) if isinstance(value, dict) else value for key, value in values.items()}
-    return {key: stored(value) if isinstance(value, str) else value for key, value in found.items()}
+    """Values as SQLite takes them. JSON keeps a name that is not UTF-8 as it is, so that its file is found again; a column has escapes."""
+    cells = {key: json.dumps(value) if isinstance(value, dict) else value for key, value in values.items()}
+    return {key: stored(value) if isinstance(value, str) else value for key, value in cells.items()}
 
 
 def stored(name: str) -> str:
-    """A name as a column has it: bytes that are no UTF-8 are escapes."""
+    """A name as a column has it: bytes that are not UTF-8 become escapes."""
     return name.encode(errors="backslashreplace").decode()
 
 
 def insert(table: str, values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A statement and its values."""
+    """An INSERT statement and its values."""
     names = ", ".join(values)
     return f"INSERT INTO {table} ({names}) VALUES ({', '.join(f':{name}' for name in values)})", encoded(values)

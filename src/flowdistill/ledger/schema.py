@@ -88,12 +88,12 @@ _KINDS = {"table": 0, "index": 1, "view": 2, "trigger": 3}
 
 
 def version(db: sqlite3.Connection) -> int:
-    """Of the schema; 0: nothing is there yet."""
+    """The version of the schema; 0 if nothing is there yet."""
     return int(db.execute("PRAGMA user_version").fetchone()[0])
 
 
 def migrate(db: sqlite3.Connection, upto: int = len(MIGRATIONS)) -> None:
-    """Make what a version of the schema has; the caller holds the transaction."""
+    """Bring the tables to a version of the schema. The caller holds the transaction."""
     for statements in MIGRATIONS[version(db) : upto]:
         for statement in statements:
             db.execute(statement)
@@ -101,27 +101,27 @@ def migrate(db: sqlite3.Connection, upto: int = len(MIGRATIONS)) -> None:
 
 
 def refuse_foreign(db: sqlite3.Connection, path: Path) -> int:
-    """The version of a ledger that holds exactly what its migrations made. Its tables are compared before any of them is read: a trigger, a
-    view or a generated column is a program of whoever made the file, and would run on the first query.
+    """Refuse a file that does not hold exactly what the migrations of its version made, and return that version. The tables are compared
+    before any is read: a trigger, a view or a generated column is a program of whoever made the file, and would run on the first query.
 
     Raises:
         UserError: a newer version made it, or it holds anything else.
         sqlite3.DatabaseError: it is no ledger.
     """
     db.execute("BEGIN")  # version and tables at one moment, since another process may be making them
-    found, have = version(db), _contents(db)
+    schema, contents = version(db), _contents(db)
     db.execute("COMMIT")
-    if found > len(MIGRATIONS):
-        raise UserError(f"{path} was made by a newer flowdistill (schema {found}); upgrade this one")
-    if found <= 0 and have:
+    if schema > len(MIGRATIONS):
+        raise UserError(f"{path} was made by a newer flowdistill (schema {schema}); upgrade this one")
+    if schema <= 0 and contents:
         raise sqlite3.DatabaseError("it is another program's database")
-    if found > 0 and (why := _difference(have, _expected(found))):
+    if schema > 0 and (why := _difference(contents, _expected(schema))):
         raise sqlite3.DatabaseError(why)
-    return max(found, 0)
+    return max(schema, 0)
 
 
 def _difference(have: dict[tuple[str, str], str], wanted: dict[tuple[str, str], str]) -> str:
-    """The first thing that is not as the migrations made it, the most telling kind first; else empty."""
+    """The first difference from what the migrations made, the most telling kind first; empty if there is none."""
     for kind, name in sorted(have.keys() - wanted.keys(), key=lambda key: (-_KINDS.get(key[0], 9), key[1])):
         virtual = "virtual " if have[kind, name].upper().startswith("CREATE VIRTUAL") else ""
         return f"it has a {virtual}{kind} {name!r}, which this package did not make"
@@ -130,21 +130,21 @@ def _difference(have: dict[tuple[str, str], str], wanted: dict[tuple[str, str], 
     for (kind, name), sql in wanted.items():
         if have[kind, name] != sql:
             parts = zip([*have[kind, name].split(","), "its end"], [*sql.split(","), ""], strict=False)
-            odd = next(one for one, other in parts if one != other)
+            odd = next(part for part, other in parts if part != other)
             return f"its {kind} {name!r} is not as this package makes it: {odd.strip()[:80]!r}"
     return ""
 
 
 def _contents(db: sqlite3.Connection) -> dict[tuple[str, str], str]:
-    """By kind and name the SQL of all that a database holds, its white space evened out."""
+    """(kind, name) -> the SQL of all that a database holds, with its white space evened out."""
     rows = db.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
     return {(kind, name): " ".join((sql or "").split()) for kind, name, sql in rows if not _STATISTICS.fullmatch(sql or "")}
 
 
 @functools.cache
-def _expected(found: int) -> dict[tuple[str, str], str]:
+def _expected(schema: int) -> dict[tuple[str, str], str]:
     db = sqlite3.connect(":memory:")
-    migrate(db, found)
+    migrate(db, schema)
     contents = _contents(db)
     db.close()
     return contents

@@ -27,21 +27,22 @@ COMPANIONS = ("", "-wal", "-shm")  # the file's, which SQLite makes
 
 
 class LostError(UserError):
-    """The ledger is not the file any more that this process wrote."""
+    """The ledger is no longer the file that this process wrote."""
 
 
 class Ledger:
     """The runs below one folder: ``ledger.db`` and a folder for each run's files."""
 
     def __init__(self, folder: Path, *, create: bool = False, changes: Changes | None = None) -> None:
-        """Open the ledger of a folder. With ``create`` there need be none yet: the first run that registers makes it. One that may not be
-        written is read all the same, as it was at this moment.
+        """Open the ledger of a folder. One that may not be written is read as it is at this moment.
 
-        ``changes`` is asked about what was recorded and is used again, and is not what it was; left out, it is refused.
+        Args:
+            create: there need be no ledger yet; the first run that registers makes it.
+            changes: is asked if something recorded is used again and has changed. Default: that is refused.
 
         Raises:
-            UserError: there is none and ``create`` is False, or there is none beside folders of runs, or the file is no ledger, or it holds
-                more than a ledger does, or a newer version made it.
+            UserError: there is no ledger and ``create`` is False, or there are folders of runs without a ledger, or the file is no ledger,
+                or it holds more than a ledger does, or a newer version made it.
         """
         self.folder, self.path, self.changes = folder, folder / NAME, changes or Changes()
         self.unwritable = ""  # why nothing can be written, where that is so
@@ -72,8 +73,8 @@ class Ledger:
             self._db = connect(self.path)
             _write_ahead(self._db)
             self._migrate()
-            found = self.path.stat()
-            self._file, self._size, self._on_disk = (found.st_dev, found.st_ino), found.st_size, True
+            stat = self.path.stat()
+            self._file, self._size, self._on_disk = (stat.st_dev, stat.st_ino), stat.st_size, True
         except (sqlite3.Error, OSError) as error:
             self.close()
             why = getattr(error, "strerror", None) or error
@@ -81,14 +82,14 @@ class Ledger:
         self._refuse_orphans()
 
     def _cure(self) -> str:
-        """What helps where the file can't be read."""
+        """What the user can do if the file can't be read."""
         another = "name another folder with --runs"
         if not _first(folders.runs_in(self.folder)):
             return another
         return f"{advice.rebuild(self.folder)} makes it again from the folders of its runs, or {another}"
 
     def _refuse_orphans(self) -> None:
-        """Folders of runs beside no ledger, or beside one without runs: it would begin at 1 again.
+        """Refuse folders of runs without a ledger, or with one that has no runs: it would number runs from 1 again.
 
         Raises:
             UserError: that is so.
@@ -96,16 +97,16 @@ class Ledger:
         opened = hasattr(self, "_db")
         if opened and self._has_runs():
             return
-        found = _first(folders.runs_in(self.folder))
-        if not found or (not opened and self.path.is_file()):  # another process has just made it
+        orphan = _first(folders.runs_in(self.folder))
+        if not orphan or (not opened and self.path.is_file()):  # another process has just made it
             return
         if self._on_disk:
             with self._write():  # whoever registers the first runs now is waited for: it made the folders
                 if self._has_runs():
                     return
-        what = "holds no run" if self.path.is_file() else "is gone"
+        state = "holds no run" if self.path.is_file() else "is gone"
         raise UserError(
-            f"{self.path} {what}, but {self.folder / str(found)} is the folder of one: put the ledger back, or make it again from the "
+            f"{self.path} {state}, but {self.folder / str(orphan)} is the folder of one: put the ledger back, or make it again from the "
             f"folders with {advice.rebuild(self.folder)}"
         )
 
@@ -141,11 +142,11 @@ class Ledger:
         return self.folder / str(no)
 
     def lock(self, home: int) -> Lock:
-        """What the process that trains a cohort holds."""
+        """The lock that the process which trains a cohort holds."""
         return Lock(self.run_folder(home) / folders.LOCK_FILE)
 
     def refuse_unwritable(self) -> None:
-        """Whoever is going to write asks before it works for hours.
+        """Whoever is going to write calls this before it works for hours.
 
         Raises:
             UserError: this ledger can only be read.
@@ -159,16 +160,16 @@ class Ledger:
         claim: Callable[[Sequence[int]], object] = lambda _: None,
         first: Callable[[], object] = lambda: None,
     ) -> list[int]:
-        """Enter the runs of a new cohort as running, all or none; their numbers, in order. Each gets a folder that was not there.
+        """Enter the runs of a new cohort as running, all or none, and return their numbers in order. Each gets a new folder.
 
-        ``first`` is called where nobody else can register any more. ``claim`` gets the numbers before anybody can see the runs: whoever
+        ``first`` is called once nobody else can register any more. ``claim`` gets the numbers before anybody can see the runs: whoever
         trains them takes the lock there.
         """
         self.refuse_unwritable()
         if not self._on_disk:
             self.close()
             self._open()
-        given: list[int] = []
+        numbers: list[int] = []
         try:
             with self._write():
                 first()
@@ -177,28 +178,28 @@ class Ledger:
                     values = {"no": no, "status": "running", **row, "cohort": after + 1}
                     self._db.execute(*insert("runs", values))
                     self.run_folder(no).mkdir()
-                    given.append(no)
+                    numbers.append(no)
                     folders.note(self.run_folder(no), row=vars(self._whole(no)))
-                if given:
-                    claim(given)
+                if numbers:
+                    claim(numbers)
         except BaseException:
-            for no in given:
+            for no in numbers:
                 shutil.rmtree(self.run_folder(no), ignore_errors=True)
             raise
-        return given
+        return numbers
 
     def _last_number(self) -> int:
-        """The largest that a run had or a folder has."""
+        """The largest number that a run had or a folder has."""
         rows = "SELECT max(no) FROM runs UNION ALL SELECT max(CAST(seq AS INTEGER)) FROM sqlite_sequence WHERE name = 'runs'"
         known = [int(no) for (no,) in self._db.execute(rows) if no]
         return max([0, *known, *folders.numbers(self.folder)[-1:]])
 
     def reopen(self, numbers: Sequence[int], epochs: int) -> None:
-        """Take up runs again after so many epochs: they are running, and what was recorded of later epochs is gone. An epoch that the
-        ledger lacks is taken from the run's folder.
+        """Mark runs as running again, and delete what was recorded after so many epochs. An epoch that the ledger lacks is taken from the
+        run's folder.
 
         Raises:
-            UserError: an epoch before that is not on record; nothing is changed then.
+            UserError: one of the first ``epochs`` is not on record; then nothing is changed.
         """
         self.refuse_unwritable()
         with self._write():
@@ -208,13 +209,13 @@ class Ledger:
                 known = self._db.execute("SELECT count(*) FROM epochs WHERE run = ?", (no,)).fetchone()[0]
                 if known != epochs:
                     raise UserError(f"run {no} stands at epoch {epochs}, but {self.path} knows {known} of them; repeat it with --again")
-                again = "UPDATE runs SET status = 'running', error = '', finished = NULL, resumed = resumed + 1 WHERE no = ?"
-                self._db.execute(again, (no,))
+                query = "UPDATE runs SET status = 'running', error = '', finished = NULL, resumed = resumed + 1 WHERE no = ?"
+                self._db.execute(query, (no,))
             for no in numbers:
                 self._reopen_journal(no)
 
     def _reopen_journal(self, no: int) -> None:
-        """Of a run of an older version, which has none, or whose journal was damaged, it is written anew."""
+        """Write the journal anew: a run of an older version has none, and another may be damaged."""
         folder = self.run_folder(no)
         folder.mkdir(exist_ok=True)
         folders.note(folder, row=vars(self._whole(no)))
@@ -229,7 +230,7 @@ class Ledger:
                     self._db.execute(*insert("epochs", {"run": no, **values}))
 
     def add_epochs(self, epochs: Mapping[int, Epoch]) -> None:
-        """One epoch of each of these runs, by number, in one transaction; into their folders first.
+        """Record an epoch of each of these runs (number -> epoch): first in their folders, then here in one transaction.
 
         Raises:
             LostError: the ledger is gone, or another file; the folders have the epoch.
@@ -247,7 +248,7 @@ class Ledger:
             self._set(no, values)
 
     def write_record(self, no: int, write: Callable[[], str], **values: Any) -> None:
-        """Have a run's record written, which gives its hash, and enter that and further columns; nobody else writes meanwhile.
+        """Call ``write``, which writes a run's record and returns its hash; enter that and further columns. Nobody else writes meanwhile.
 
         Raises:
             LostError: the ledger is gone, or another file; the folder has the record.
@@ -257,7 +258,7 @@ class Ledger:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Nobody else writes meanwhile: neither to the ledger, nor what goes with it."""
+        """Inside, nobody else writes to the ledger or to the files that go with it."""
         self.refuse_unwritable()
         with self._write():
             yield
@@ -268,27 +269,27 @@ class Ledger:
             raise KeyError(f"no run {no} to update in {self.path}")
 
     @contextmanager
-    def _unless_lost(self, stand: Mapping[int, int]) -> Iterator[None]:
-        """A write after which the ledger is looked at; one that fails is told by what happened to the ledger, where something did."""
+    def _unless_lost(self, epochs: Mapping[int, int]) -> Iterator[None]:
+        """Inside is a write, after which the ledger is checked. If the write failed because the ledger was lost, the error says so."""
         try:
             yield
         except (sqlite3.Error, KeyError):
-            self._refuse_lost(dict.fromkeys(stand, 0))
+            self._refuse_lost(dict.fromkeys(epochs, 0))
             raise
-        self._refuse_lost(stand)
+        self._refuse_lost(epochs)
 
-    def _refuse_lost(self, stand: Mapping[int, int]) -> None:
-        """Whether whoever opens the ledger now finds these runs at these epochs: it may have been deleted, replaced or cut off meanwhile,
-        and this process would go on with a file that has no name.
+    def _refuse_lost(self, epochs: Mapping[int, int]) -> None:
+        """Check that whoever opens the ledger now finds these runs at these epochs (run -> epoch). It may have been deleted, replaced or
+        cut off meanwhile, and this process would go on with a file that has no name.
 
         Raises:
             LostError: it was.
         """
         try:
-            found = self.path.stat()
-            lost = "replaced" if (found.st_dev, found.st_ino) != self._file else "truncated" if found.st_size < self._size else ""
-            self._size = found.st_size
-            if not lost and not self._stands(stand):
+            stat = self.path.stat()
+            lost = "replaced" if (stat.st_dev, stat.st_ino) != self._file else "truncated" if stat.st_size < self._size else ""
+            self._size = stat.st_size
+            if not lost and not self._stands(epochs):
                 lost = "replaced"
         except FileNotFoundError:
             lost = "deleted"
@@ -296,21 +297,21 @@ class Ledger:
             lost = f"damaged ({error})"
         if lost:
             raise LostError(
-                f"{self.path} was {lost} while run {min(stand)} was trained; its folder has all of it: {advice.rebuild(self.folder)} makes "
-                f"the ledger again, then {advice.resume_all(self.folder)} goes on"
+                f"{self.path} was {lost} while run {min(epochs)} was trained; its folder has all of it: {advice.rebuild(self.folder)} "
+                f"makes the ledger again, then {advice.resume_all(self.folder)} goes on"
             )
 
-    def _stands(self, stand: Mapping[int, int]) -> bool:
-        own = "SELECT fingerprint, seed, started, (SELECT max(epoch) FROM epochs WHERE run = no) FROM runs WHERE no = ?"
+    def _stands(self, epochs: Mapping[int, int]) -> bool:
+        query = "SELECT fingerprint, seed, started, (SELECT max(epoch) FROM epochs WHERE run = no) FROM runs WHERE no = ?"
         with closing(connect(self.path, "ro")) as fresh:
-            for no, epoch in stand.items():
-                here, there = (db.execute(own, (no,)).fetchone() for db in (self._db, fresh))
-                if there is None or tuple(here or ()) != tuple(there) or (there[3] or 0) < epoch:
+            for no, epoch in epochs.items():
+                open_row, file_row = (db.execute(query, (no,)).fetchone() for db in (self._db, fresh))
+                if file_row is None or tuple(open_row or ()) != tuple(file_row) or (file_row[3] or 0) < epoch:
                     return False
         return True
 
     def _read(self, query: str, values: Mapping[str, Any] | tuple[Any, ...] = ()) -> list[sqlite3.Row]:
-        """The rows of a query; a damaged file is often found out only here."""
+        """The rows of a query. Damage to a file often shows only here."""
         try:
             return self._db.execute(query, values).fetchall()
         except sqlite3.OperationalError as error:
@@ -322,16 +323,16 @@ class Ledger:
             raise UserError(f"{self.path} cannot be read ({error}); put a copy of it back, or {self._cure()}") from None
 
     def runs(self, **equal: Any) -> list[Run]:
-        """Runs whose columns have these values, by number; without those whose row is damaged. One that is recorded as running, by nobody,
-        comes out as ``dead``.
+        """Runs whose columns have these values, by number. Damaged rows are left out. A run that is recorded as running, but that nobody
+        trains, has the status ``dead``.
         """
         where = " AND ".join(f"{column} = :{column}" for column in equal) or "1"
-        found = [run_of(row) for row in self._read(f"SELECT * FROM runs WHERE {where} ORDER BY no", encoded(equal))]
-        return self._with_dead([run for run in found if run.status != DAMAGED])
+        runs = [run_of(row) for row in self._read(f"SELECT * FROM runs WHERE {where} ORDER BY no", encoded(equal))]
+        return self._with_dead([run for run in runs if run.status != DAMAGED])
 
     def listing(self, last: int | None = None) -> list[Run]:
-        """Every run by number, or the last so many, damaged ones too. Of all of them only what lists and tables show is read, and the rest
-        when somebody asks for it.
+        """Every run by number, or the last ``last`` of them, damaged ones too. A listing of all reads only what lists and tables show,
+        and the rest when somebody asks for it.
         """
         if last is not None:
             rows = self._read("SELECT * FROM (SELECT * FROM runs ORDER BY no DESC LIMIT ?) ORDER BY no", (last,))
@@ -345,7 +346,7 @@ class Ledger:
         return int(self._read("SELECT count(*) FROM runs")[0][0])
 
     def strangers(self) -> list[int]:
-        """The folders of runs that the ledger has no row of, as where an older copy of it was put back."""
+        """The numbers of run folders without a row, as after an older copy of the ledger was put back."""
         known = {no for (no,) in self._read("SELECT no FROM runs")}
         return [no for no in folders.runs_in(self.folder) if no not in known]
 
@@ -371,8 +372,8 @@ class Ledger:
         rows = self._read("SELECT * FROM runs WHERE no = ?", (no,)) if no < 2**63 else []
         if not rows:
             last = self._read("SELECT max(no) FROM runs")[0][0]
-            what = f"the last is {last}" if last else "it has no runs yet"
-            raise UserError(f"no run {no} in {self.path}: {what}; {advice.list_runs(self.folder)} lists them")
+            hint = f"the last is {last}" if last else "it has no runs yet"
+            raise UserError(f"no run {no} in {self.path}: {hint}; {advice.list_runs(self.folder)} lists them")
         run = run_of(rows[0])
         if run.status == DAMAGED:
             raise UserError(f"run {no} is damaged in {self.path} ({run.error}); {self._mend()}")
@@ -387,13 +388,13 @@ class Ledger:
         Raises:
             UserError: an epoch of it is damaged.
         """
-        found = []
+        curve = []
         for row in self._read("SELECT * FROM epochs WHERE run = ? ORDER BY epoch", (no,)):
             try:
-                found.append(epoch_of(row))
+                curve.append(epoch_of(row))
             except ValueError as error:
                 raise UserError(f"epoch {row['epoch']} of run {no} is damaged in {self.path} ({error}); {self._mend()}") from None
-        return found
+        return curve
 
     def close(self) -> None:
         """Close the file."""
@@ -402,7 +403,7 @@ class Ledger:
 
 
 def connect(path: Path | str, mode: str = "rwc") -> sqlite3.Connection:
-    """A connection that takes nothing in the file for more than data, and no page of it for sound unseen."""
+    """A connection that takes everything in the file for mere data, and checks each page before it is used."""
     db = sqlite3.connect(path if path == ":memory:" else f"{Path(path).absolute().as_uri()}?mode={mode}", BUSY_SECONDS, uri=True)
     db.isolation_level = None
     db.row_factory = sqlite3.Row
@@ -412,7 +413,7 @@ def connect(path: Path | str, mode: str = "rwc") -> sqlite3.Connection:
 
 
 def snapshot(path: Path) -> sqlite3.Connection:
-    """A ledger that may not be written, as it is now: a copy with what other processes have written beside it, in the newest schema.
+    """A copy of a ledger that may not be written, as it is now. It includes what other processes wrote beside it, in the newest schema.
 
     SQLite itself needs to write beside a ledger that it reads, or to be told that nobody else has it open, which nobody can know.
 
@@ -436,35 +437,35 @@ def snapshot(path: Path) -> sqlite3.Connection:
 
 
 def _copy_settled(path: Path, copy: Path) -> None:
-    """Copy the file and its ``-wal`` of one moment: again where one changed meanwhile.
+    """Copy the file and its ``-wal`` as of one moment; copy again if one changed meanwhile.
 
     Raises:
         OSError: they can't be read.
     """
 
-    def stand() -> list[tuple[int, int, int]]:
+    def states() -> list[tuple[int, int, int]]:
         files = [Path(f"{path}{end}") for end in COMPANIONS[:2]]
-        return [(found.st_ino, found.st_size, found.st_mtime_ns) for file in files if file.exists() for found in [file.stat()]]
+        return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for file in files if file.exists() for stat in [file.stat()]]
 
     until = time.monotonic() + BUSY_SECONDS
     while True:
-        before, began = stand(), time.time_ns()
+        before, began = states(), time.time_ns()
         for end in COMPANIONS[:2]:
             Path(f"{copy}{end}").unlink(missing_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 shutil.copyfile(f"{path}{end}", f"{copy}{end}")
         settled = all(began - changed > SETTLED_SECONDS * 1e9 for _, _, changed in before)
-        if (stand() == before and settled) or time.monotonic() > until:
+        if (states() == before and settled) or time.monotonic() > until:
             return
         time.sleep(SETTLED_SECONDS)
 
 
 def _hindrance(path: Path) -> str:
-    """Why a ledger can't be written, nor the files that SQLite needs beside it; empty where it can."""
-    place = path.resolve()
-    if not os.access(place, os.W_OK):
+    """Why a ledger, or the files that SQLite needs beside it, can't be written; empty if they can."""
+    target = path.resolve()
+    if not os.access(target, os.W_OK):
         return "you may not write it"
-    return "" if os.access(place.parent, os.W_OK | os.X_OK) else f"you may not write in {path.parent}"
+    return "" if os.access(target.parent, os.W_OK | os.X_OK) else f"you may not write in {path.parent}"
 
 
 def _write_ahead(db: sqlite3.Connection) -> None:

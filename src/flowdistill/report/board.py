@@ -1,4 +1,4 @@
-"""The time-to-accuracy board: what accuracy was had, and what it cost, from ledgers and their exports."""
+"""The time-to-accuracy board: which accuracy was reached, and what it cost, from ledgers and their exports."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ BENCH_INPUT = [3, 32, 32]  # of the images that bench times
 
 @dataclass(frozen=True)
 class Entry:
-    """A run with what a board says of it.
+    """A run with what a board shows of it.
 
     Attributes:
-        teacher_seconds: what its teacher took, and that one's teacher; None where no run says so.
-        hardware: on what its times were taken, and how it computed.
+        teacher_seconds: what its teacher took, and that one's own teachers; None if no run says so.
+        hardware: where its times were taken, and how it computed.
     """
 
     run: Run
@@ -58,7 +58,7 @@ class Pace:
     """A loop that ``bench`` timed.
 
     Attributes:
-        pair: ``STUDENT <- TEACHER``, the teacher of a baseline ``-``.
+        pair: ``STUDENT <- TEACHER``; the teacher of a baseline is ``-``.
     """
 
     name: str
@@ -74,13 +74,14 @@ class Pace:
 def rows(
     sources: Iterable[Folder | Export], protocol: str, only: Mapping[str, str], paces: Sequence[Pace] = (), to: float | None = None
 ) -> list[dict[str, Any]]:
-    """A row for each group of finished runs that differ in their seed alone and were timed on one kind of hardware.
+    """One row per group of finished runs that differ in their seed alone and were timed on one kind of hardware.
 
-    In a data set the most accurate comes first; with ``to`` only those whose mean reaches it, and the fastest in all first.
+    In a data set the most accurate comes first.
 
     Args:
-        only: column -> value, which runs must have.
-        paces: of loops; each gives a row to every group that did what it was timed on, where it was timed.
+        only: column -> value that runs must have.
+        paces: each adds an estimated row to every group with its pair, method, batch size, images and hardware.
+        to: percent; only groups whose mean reaches it, and the fastest in all first. Default: all groups.
     """
     groups: dict[tuple[object, ...], list[Entry]] = {}
     for entry in _entries(sources, protocol):
@@ -88,32 +89,32 @@ def rows(
         if all(getattr(run, column) == value for column, value in only.items()):
             key = (run.student, run.teacher, run.dataset, run.method, run.fingerprint, entry.hardware)
             groups.setdefault(key, []).append(entry)
-    found = [row for group in groups.values() for row in (_row(group, protocol), *_estimated(group, protocol, paces))]
+    board = [row for group in groups.values() for row in (_row(group, protocol), *_estimated(group, protocol, paces))]
     if to is None:
-        return sorted(found, key=lambda row: (row["dataset"], -row["mean"]))
-    reached = [row for row in found if row["mean"] >= to]
+        return sorted(board, key=lambda row: (row["dataset"], -row["mean"]))
+    reached = [row for row in board if row["mean"] >= to]
     return sorted(reached, key=lambda row: (row["dataset"], row["all_seconds"] is None, row["all_seconds"], -row["mean"]))
 
 
 def _entries(sources: Iterable[Folder | Export], protocol: str) -> list[Entry]:
-    """The runs that a protocol covers; of those that repeat one fingerprint and seed the newest, whatever ledger it is in."""
-    found: dict[tuple[str, int], Entry] = {}
+    """The runs that a protocol covers. Of those that repeat one fingerprint and seed only the newest counts, whatever ledger it is in."""
+    entries: dict[tuple[str, int], Entry] = {}
     for source in sources:
         listed = source.listing()
-        known = {run.no: run for run in listed}
+        by_number = {run.no: run for run in listed}
         for run in newest(run for run in listed if tables.read(run, protocol)):
-            before = found.get((run.fingerprint, run.seed))
+            before = entries.get((run.fingerprint, run.seed))
             if before is None or before.run.started <= run.started:
-                found[run.fingerprint, run.seed] = _entry(run, protocol, known, source.about(run))
-    return list(found.values())
+                entries[run.fingerprint, run.seed] = _entry(run, protocol, by_number, source.about(run))
+    return list(entries.values())
 
 
-def _entry(run: Run, protocol: str, known: Mapping[int, Run], about: Mapping[str, Any]) -> Entry:
+def _entry(run: Run, protocol: str, by_number: Mapping[int, Run], about: Mapping[str, Any]) -> Entry:
     reading = tables.read(run, protocol)
     assert reading is not None, "only such are asked for"
     processor = str(about.get("processor") or "processor not recorded")
     hardware = f"{processor}, {run.versions.get('cores', '?')} cores; {run.device}; {run.engine}, {run.precision}"
-    times = _seconds(run), run.setup_seconds or 0.0, _taught(run, known)
+    times = _seconds(run), run.setup_seconds or 0.0, _teacher_seconds(run, by_number)
     return Entry(run, reading.accuracy, *times, hardware, processor, about.get("input"))
 
 
@@ -121,19 +122,19 @@ def _seconds(run: Run) -> float:
     return (run.train_seconds or 0.0) + (run.eval_seconds or 0.0)
 
 
-def _taught(run: Run, known: Mapping[int, Run]) -> float | None:
-    """What its teacher took, set-up and that one's own teacher included; None where no finished run of the same ledger says so."""
+def _teacher_seconds(run: Run, by_number: Mapping[int, Run]) -> float | None:
+    """What a run's teacher took, with set-up and its own teacher; None if no finished run of the same ledger says so."""
     if run.teacher == "-":
         return 0.0
-    teacher = known.get(run.teacher_run or 0)
+    teacher = by_number.get(run.teacher_run or 0)
     if teacher is None or teacher.no >= run.no or teacher.status != "finished":
         return None
-    before = _taught(teacher, known)
+    before = _teacher_seconds(teacher, by_number)
     return None if before is None or teacher.student_fingerprint else before + _seconds(teacher) + (teacher.setup_seconds or 0.0)
 
 
 def _row(group: Sequence[Entry], protocol: str) -> dict[str, Any]:
-    """What a group says; times are means over its runs."""
+    """The row of a group. Times are means over its runs."""
     first, accuracies = group[0].run, [entry.accuracy for entry in group]
     times = [entry.teacher_seconds for entry in group if entry.teacher_seconds is not None]
     teacher = statistics.fmean(times) if len(times) == len(group) else None
@@ -166,7 +167,7 @@ def _row(group: Sequence[Entry], protocol: str) -> dict[str, Any]:
 
 
 def _in_all(row: Mapping[str, Any], *, began_elsewhere: bool) -> float | None:
-    """None where a part is not known: what a teacher took, or the weights that a student began from."""
+    """Seconds in all; None if a part is not known: what a teacher took, or what the weights that a student began from took."""
     parts = row["seconds"], row["setup_seconds"], row["teacher_seconds"]
     return None if began_elsewhere or None in parts else sum(parts)
 
@@ -176,12 +177,12 @@ def _version(run: Run) -> str:
 
 
 def _estimated(group: Sequence[Entry], protocol: str, paces: Sequence[Pace]) -> list[dict[str, Any]]:
-    """What loops that were timed would take for the epochs of this group: no run of theirs is known."""
-    first, found = group[0].run, []
+    """Rows of timed loops, with the time that they would take for the epochs of this group. No run of theirs is known."""
+    first, estimates = group[0].run, []
     images = statistics.fmean((entry.run.images_per_second or 0.0) * (entry.run.train_seconds or 0.0) for entry in group)
     for pace in paces:
-        own = (pace.pair, pace.method, pace.batch_size, pace.processor, pace.device)
-        if own != (f"{first.student} <- {first.teacher}", first.method, first.batch_size, group[0].processor, first.device):
+        conditions = (pace.pair, pace.method, pace.batch_size, pace.processor, pace.device)
+        if conditions != (f"{first.student} <- {first.teacher}", first.method, first.batch_size, group[0].processor, first.device):
             continue
         if group[0].input == BENCH_INPUT:
             row = _row(group, protocol) | {
@@ -195,36 +196,42 @@ def _estimated(group: Sequence[Entry], protocol: str, paces: Sequence[Pace]) -> 
             }
             row |= {"method": pace.name, "variant": "", "seconds": images / pace.images_per_second, "setup_seconds": pace.setup}
             row |= {"times": "estimated from its measured pace", "hardware": f"{pace.processor}; {pace.device}"}
-            found.append(row | {"all_seconds": _in_all(row, began_elsewhere=bool(first.student_fingerprint))})
-    return found
+            estimates.append(row | {"all_seconds": _in_all(row, began_elsewhere=bool(first.student_fingerprint))})
+    return estimates
 
 
 def paces(path: Path) -> list[Pace]:
-    """The plain loops that a file of ``bench --json`` timed: of each pair the fastest of the plain ones, and of the strong ones.
+    """The plain loops that a file of ``bench --json`` timed: for each pair the fastest plain one and the fastest strong one.
 
     Raises:
         UserError: it is no such file.
     """
-    what = f"--plain {path}"
+    label = f"--plain {path}"
     try:
-        told = json.loads(regular_file(path, what).read_text(encoding="utf-8"))
-        method, where = told["methods"][0], told["hardware"]
-        found = [
+        report = json.loads(regular_file(path, label).read_text(encoding="utf-8"))
+        method, hardware = report["methods"][0], report["hardware"]
+        timed = [
             Pace(
-                str(row["loop"]), method, _worked_on(pair["pair"], method), told["batch_size"], where["cpu"], where["device"], *_times(row)
+                str(row["loop"]),
+                method,
+                _worked_on(pair["pair"], method),
+                report["batch_size"],
+                hardware["cpu"],
+                hardware["device"],
+                *_times(row),
             )
-            for pair in told["pairs"]
+            for pair in report["pairs"]
             for row in pair["rows"]
         ]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{what}: it is not what {advice.command('bench', '--json')} prints; give a file of that") from None
+        raise UserError(f"{label}: it is not what {advice.command('bench', '--json')} prints; give a file of that") from None
     best: dict[tuple[str, str], Pace] = {}
-    for pace in found:
+    for pace in timed:
         for kind in ("plain loop", "strong plain loop"):
             if pace.name.startswith(kind):
-                best[pace.pair, kind] = max(best.get((pace.pair, kind), pace), pace, key=lambda one: one.images_per_second)
+                best[pace.pair, kind] = max(best.get((pace.pair, kind), pace), pace, key=lambda loop: loop.images_per_second)
     return list(best.values())
 
 
@@ -246,23 +253,23 @@ def _times(row: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _command(runs: Sequence[Run]) -> str:
-    """What trains these runs again: every key that is not the default. Empty where the images came from Python."""
-    first, own = runs[0], dict(runs[0].config)
-    if own.get("side") == 2:  # the two are trained by one command, the first's
-        own |= {"student": own["peer"], "peer": own["student"]}
-    if own["data"]["name"].startswith(f"{LOADER}:"):
+    """The command that trains these runs again, with every key that is not the default. Empty if the images came from Python."""
+    first, config = runs[0], dict(runs[0].config)
+    if config.get("side") == 2:  # the two are trained by one command, the first's
+        config |= {"student": config["peer"], "peer": config["student"]}
+    if config["data"]["name"].startswith(f"{LOADER}:"):
         return ""
-    own |= _beside_defaults(first)
-    said = {"student", "teacher", "method", "seed", "split", "side", "data.name"}
-    plain = flattened(RunConfig().model_dump(mode="json"))
-    more = {key: value for key, value in sorted(flattened(own).items()) if key not in said and value != plain.get(key)}
-    teacher = ["--teacher", own["teacher"]] if own.get("teacher") else []
-    words = ["distill", "--method", first.method, "--student", own["student"], *teacher]
+    config |= _beside_defaults(first)
+    covered = {"student", "teacher", "method", "seed", "split", "side", "data.name"}
+    defaults = flattened(RunConfig().model_dump(mode="json"))
+    more = {key: value for key, value in sorted(flattened(config).items()) if key not in covered and value != defaults.get(key)}
+    teacher = ["--teacher", config["teacher"]] if config.get("teacher") else []
+    words = ["distill", "--method", first.method, "--student", config["student"], *teacher]
     if first.method == "base":
-        words = ["train", "--model", own["student"]]
+        words = ["train", "--model", config["student"]]
     words += [
         "--dataset",
-        own["data"]["name"],
+        config["data"]["name"],
         "--seeds",
         _ranges(sorted(run.seed for run in runs)),
         *["--holdout"] * (first.split == "holdout"),
@@ -271,35 +278,35 @@ def _command(runs: Sequence[Run]) -> str:
 
 
 def _beside_defaults(run: Run) -> dict[str, Any]:
-    """Of a run's options and weights those that are not the method's defaults; all, of a method that is not known here."""
+    """The options and weights of a run that are not its method's defaults. Empty if the method is unknown here, so that all are given."""
     from ..methods import resolve
 
     options, weights = run.config.get("options", {}), run.config.get("weights", {})
     try:
-        plain = {name: values.model_dump(mode="json") for name, values in resolve(run.method, {}, {}).options.items()}
-        usual = resolve(run.method, options, {}).weights
+        defaults = {name: values.model_dump(mode="json") for name, values in resolve(run.method, {}, {}).options.items()}
+        default_weights = resolve(run.method, options, {}).weights
     except UserError:
         return {}
-    own = {name: {key: value for key, value in values.items() if value != plain[name].get(key)} for name, values in options.items()}
-    return {"options": own, "weights": {term: value for term, value in weights.items() if value != usual.get(term)}}
+    changed = {name: {key: value for key, value in values.items() if value != defaults[name].get(key)} for name, values in options.items()}
+    return {"options": changed, "weights": {term: value for term, value in weights.items() if value != default_weights.get(term)}}
 
 
 def _ranges(numbers: Sequence[int]) -> str:
     """As ``--seeds`` reads them: 0-2,5."""
-    found = []
+    parts = []
     for _, members in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
-        run = [number for _, number in members]
-        found.append(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]))
-    return ",".join(found)
+        span = [number for _, number in members]
+        parts.append(f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]))
+    return ",".join(parts)
 
 
-def table(found: Sequence[Mapping[str, Any]], protocol: str, format_: str, to: float | None = None) -> str:
+def table(rows: Sequence[Mapping[str, Any]], protocol: str, format_: str, to: float | None = None) -> str:
     """The board; csv and json have every figure in full."""
     if format_ == "json":
-        return tables.render(found, "json", ())
+        return tables.render(rows, "json", ())
     if format_ == "csv":
         flat = [
-            {key: " ".join(map(str, value)) if isinstance(value, list | tuple) else value for key, value in row.items()} for row in found
+            {key: " ".join(map(str, value)) if isinstance(value, list | tuple) else value for key, value in row.items()} for row in rows
         ]
         return tables.render(flat, "csv", tuple(flat[0]) if flat else ())
     order = "the most accurate first" if to is None else f"those that reach {to:g} %, the fastest in all first"
@@ -307,7 +314,7 @@ def table(found: Sequence[Mapping[str, Any]], protocol: str, format_: str, to: f
         f"In each data set {order}. accuracy: {tables.PROTOCOLS[protocol]}; mean over n seeds, in percent, with Student's {CONFIDENCE:.0%} "
         f"interval; fewer than {MIN_N} runs: the mean alone. {TIMES}"
     )
-    return f"{notes}\n\n{tables.render([_shown(row) for row in found], format_, COLUMNS)}"
+    return f"{notes}\n\n{tables.render([_shown(row) for row in rows], format_, COLUMNS)}"
 
 
 def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -339,14 +346,16 @@ def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_other(path: Path, text: str) -> None:
-    """Refuse a file that is not what is printed now.
+    """Refuse a file that differs from what is printed now.
 
     Raises:
-        UserError: the first line that is otherwise, and where in it.
+        UserError: it does; the message gives the first line that differs, and where.
     """
-    there = regular_file(path, f"--check {path}").read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
-    for number, (theirs, ours) in enumerate(itertools.zip_longest(there, text.split("\n"), fillvalue=""), 1):
-        if theirs != ours:
-            alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(theirs, ours, strict=False)))
-            told = [repr(line[max(0, alike - 20) : alike + 30]) for line in (theirs, ours)]
-            raise UserError(f"{path} does not fit its ledger: line {number} has {told[0]}, the ledger gives {told[1]}; write it again")
+    lines = regular_file(path, f"--check {path}").read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
+    for number, (written, printed) in enumerate(itertools.zip_longest(lines, text.split("\n"), fillvalue=""), 1):
+        if written != printed:
+            alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(written, printed, strict=False)))
+            excerpts = [repr(line[max(0, alike - 20) : alike + 30]) for line in (written, printed)]
+            raise UserError(
+                f"{path} does not fit its ledger: line {number} has {excerpts[0]}, the ledger gives {excerpts[1]}; write it again"
+            )

@@ -99,7 +99,7 @@ def _html_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
 
 
 def _cell(column: str, text: str) -> str:
-    """A cell; what is above zero is shown as a gain, what is below as a loss."""
+    """A cell. A difference above zero is shown as a gain, one below as a loss."""
     if column in (MEASURE, CLASS):
         return f'<th scope="row">{_escape(text)}</th>'
     sign = {"+": "gain", "-": "loss"}.get(text[:1]) if column in (TEACHER, ALONE) and text.strip("+-.0") else None
@@ -112,7 +112,7 @@ def _title(card: Card) -> str:
 
 
 def _summary(card: Card) -> str:
-    """The student in shares of the teacher's cost, and what it gains and loses; empty where there is nothing to compare with."""
+    """The student in shares of the teacher's cost, and what it gains and loses; empty if there is nothing to compare with."""
     student, teacher, alone = card.student, card.column("teacher"), card.column("student alone")
     parts = []
     if teacher:
@@ -121,8 +121,8 @@ def _summary(card: Card) -> str:
             f"{_share(student.macs, teacher.macs)} of the MACs",
             f"{_share(student.file_bytes, teacher.file_bytes)} of the file",
             *(
-                f"{_share(ours.median, theirs.median)} of the latency at batch {ours.batch_size}"
-                for ours, theirs in zip(student.latencies, teacher.latencies, strict=True)
+                f"{_share(of_student.median, of_teacher.median)} of the latency at batch {of_student.batch_size}"
+                for of_student, of_teacher in zip(student.latencies, teacher.latencies, strict=True)
             ),
         ]
         parts.append(f"Of its teacher the student has {', '.join(shares)}.")
@@ -131,30 +131,30 @@ def _summary(card: Card) -> str:
     return " ".join([*parts, *([f"Accuracy: {', '.join(gains)}."] if gains else [])])
 
 
-def _share(ours: float, theirs: float) -> str:
-    return f"{100 * ours / theirs:.1f} %"
+def _share(value: float, reference: float) -> str:
+    return f"{100 * value / reference:.1f} %"
 
 
 def _rows(card: Card) -> list[Row]:
-    """A row a measure, a column a network."""
-    made: dict[str, list[str]] = {
+    """One row per measure, one column per network."""
+    rows: dict[str, list[str]] = {
         "network": [column.model for column in card.columns],
         "from": [column.origin for column in card.columns],
         "parameters": [f"{column.parameters:,}" for column in card.columns],
         "MACs an image": [f"{column.macs:,}" for column in card.columns],
         "file, bytes": [f"{column.file_bytes:,}" for column in card.columns],
     }
-    for place, first in enumerate(card.columns[0].latencies):
-        made[f"latency at batch {first.batch_size}, ms"] = [_latency(column.latencies[place]) for column in card.columns]
+    for index, first in enumerate(card.columns[0].latencies):
+        rows[f"latency at batch {first.batch_size}, ms"] = [_latency(column.latencies[index]) for column in card.columns]
     scores = [column.score for column in card.columns]
-    made["accuracy"] = [_counted(score.correct, card.images) if score else "-" for score in scores]
+    rows["accuracy"] = [_counted(score.correct, card.images) if score else "-" for score in scores]
     if card.score.agreement:
-        made["same answer as the teacher"] = [_agreement(score) for score in scores]
-        made["... where both are wrong"] = [_agreement(score, wrong=True) for score in scores]
-    made["ECE"] = [f"{100 * score.calibration_error:.2f} %" if score else "-" for score in scores]
-    made["NLL"] = [f"{score.negative_log_likelihood:.4f}" if score else "-" for score in scores]
+        rows["same answer as the teacher"] = [_agreement(score) for score in scores]
+        rows["... where both are wrong"] = [_agreement(score, wrong=True) for score in scores]
+    rows["ECE"] = [f"{100 * score.calibration_error:.2f} %" if score else "-" for score in scores]
+    rows["NLL"] = [f"{score.negative_log_likelihood:.4f}" if score else "-" for score in scores]
     roles = [column.role for column in card.columns]
-    return [{MEASURE: name, **dict(zip(roles, cells, strict=True))} for name, cells in made.items()]
+    return [{MEASURE: name, **dict(zip(roles, cells, strict=True))} for name, cells in rows.items()]
 
 
 def _latency(latency: Latency) -> str:
@@ -168,8 +168,8 @@ def _counted(count: int, images: int) -> str:
 def _agreement(score: Score | None, *, wrong: bool = False) -> str:
     if score is None or score.agreement is None:
         return "-"
-    found = score.agreement
-    return _counted(found.equal_wrong, found.both_wrong) if wrong else _counted(found.equal, found.images)
+    agreement = score.agreement
+    return _counted(agreement.equal_wrong, agreement.both_wrong) if wrong else _counted(agreement.equal, agreement.images)
 
 
 def _notes(card: Card) -> list[str]:
@@ -204,7 +204,7 @@ def _about_classes(card: Card) -> str:
 
 
 def _class_rows(card: Card) -> list[Row]:
-    """A row a class: every network's accuracy, then what the student gains and loses."""
+    """One row per class: every network's accuracy, then what the student gains and loses."""
     scores = {column.role: column.score.class_correct for column in card.columns if column.score}
     others = {name: scores[role] for name, role in OTHERS.items() if role in scores}
     rows: list[Row] = []

@@ -87,15 +87,15 @@ def verdict(setting: Setting, runs: Sequence[Run]) -> str:
     """FSP less AT in a sentence, with a verdict where there are runs enough, and the reference's own difference."""
     fsp, at = (accuracies(of_method(runs, method), "last") for method in ("fsp", "at"))
     figures = [setting.figure(method) for method in ("fsp", "at")]
-    theirs = f"The reference: {figures[0] - figures[1]:+.1f} ({figures[0]:.1f} and {figures[1]:.1f}, best epoch)."
-    where = f"{setting.name}:" if runs[0].dataset == setting.data else f"{setting.name} (data: {tables.markdown(runs[0].dataset)}):"
+    reference = f"The reference: {figures[0] - figures[1]:+.1f} ({figures[0]:.1f} and {figures[1]:.1f}, best epoch)."
+    label = f"{setting.name}:" if runs[0].dataset == setting.data else f"{setting.name} (data: {tables.markdown(runs[0].dataset)}):"
     difference = welch(fsp, at)
     if difference is None:
         listed = [" ".join(f"{value:.2f}" for value in values) or "none" for values in (fsp, at)]
-        return f"{where} FSP {listed[0]}, AT {listed[1]}: fewer than {MIN_N} runs a side, so no verdict. {theirs}"
+        return f"{label} FSP {listed[0]}, AT {listed[1]}: fewer than {MIN_N} runs a side, so no verdict. {reference}"
     verdict = "above AT" if difference.low > 0 else "below AT" if difference.high < 0 else "not distinguishable from AT"
     interval = f"{difference.low:+.2f} to {difference.high:+.2f}"
-    return f"{where} FSP less AT is {difference.value:+.2f} points ({interval}, n = {len(fsp)} and {len(at)}): {verdict}. {theirs}"
+    return f"{label} FSP less AT is {difference.value:+.2f} points ({interval}, n = {len(fsp)} and {len(at)}): {verdict}. {reference}"
 
 
 def _picture(folder: Path, finished: Finished, ledger: Ledger) -> str:

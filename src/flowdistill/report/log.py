@@ -72,22 +72,22 @@ def _losses(finished: Finished) -> str:
     rows = []
     for method in methods(runs, PAGES):
         weights = of_method(runs, method)[0].config["weights"]
-        told = ", ".join(f"{term} {weight:.4g}" for term, weight in weights.items())
-        rows.append({"row": method, "beside the cross-entropy": LOSSES.get(method, OTHER), "weights": told})
+        shown = ", ".join(f"{term} {weight:.4g}" for term, weight in weights.items())
+        rows.append({"row": method, "beside the cross-entropy": LOSSES.get(method, OTHER), "weights": shown})
     return tables.render(rows, "md", ("row", "beside the cross-entropy", "weights"))
 
 
 def _apart(setting: Setting, runs: Sequence[Run]) -> str:
     """Every pair of rows of a setting, by the reference's runs and by ours."""
-    ours = {method: accuracies(of_method(runs, method), "last") for method in methods(runs, PAGES)}
+    measured = {method: accuracies(of_method(runs, method), "last") for method in methods(runs, PAGES)}
     rows = []
-    for first, second in itertools.combinations(dict.fromkeys([*PAGES, *ours]), 2):
-        line = {"rows": f"{second} less {first}"}
-        for who, of in ((LINES[1:4], setting.runs), (LINES[4:], ours)):
-            line |= dict(zip(who, compared(of.get(second, ()), of.get(first, ())), strict=True))
-        rows.append(line)
-    where = setting.name if runs[0].dataset == setting.data else f"{setting.name} (data: {tables.markdown(runs[0].dataset)})"
-    return f"### {where}\n\n{_fsp(setting)}\n\n{tables.render(rows, 'md', LINES)}"
+    for first, second in itertools.combinations(dict.fromkeys([*PAGES, *measured]), 2):
+        row = {"rows": f"{second} less {first}"}
+        for columns, values in ((LINES[1:4], setting.runs), (LINES[4:], measured)):
+            row |= dict(zip(columns, compared(values.get(second, ()), values.get(first, ())), strict=True))
+        rows.append(row)
+    label = setting.name if runs[0].dataset == setting.data else f"{setting.name} (data: {tables.markdown(runs[0].dataset)})"
+    return f"### {label}\n\n{_fsp(setting)}\n\n{tables.render(rows, 'md', LINES)}"
 
 
 def compared(values: Sequence[float], others: Sequence[float]) -> tuple[str, str, str]:
@@ -105,15 +105,15 @@ def compared(values: Sequence[float], others: Sequence[float]) -> tuple[str, str
 def _fsp(setting: Setting) -> str:
     """What the reference's own runs say of FSP, in a sentence."""
     verdicts = {method: compared(setting.runs["fsp"], setting.runs[method])[2] for method in PAGES if method != "fsp"}
-    told = [f"{verdict} {method}" for method, verdict in verdicts.items() if verdict in ("above", "below")]
-    not_told = [method for method, verdict in verdicts.items() if verdict == "not apart"]
+    apart = [f"{verdict} {method}" for method, verdict in verdicts.items() if verdict in ("above", "below")]
+    not_apart = [method for method, verdict in verdicts.items() if verdict == "not apart"]
     few = [method for method, verdict in verdicts.items() if verdict.startswith("none")]
-    said = [", ".join(told) or "apart from nothing"]
-    said += [f"not told apart from {', '.join(not_told)}"] if not_told else []
-    said += [f"without a verdict beside {', '.join(few)} (2 runs)"] if few else []
+    findings = [", ".join(apart) or "apart from nothing"]
+    findings += [f"not told apart from {', '.join(not_apart)}"] if not_apart else []
+    findings += [f"without a verdict beside {', '.join(few)} (2 runs)"] if few else []
     runs = setting.runs["fsp"]
     spread = f"Its three FSP runs lie {max(runs) - min(runs):.1f} points apart, and one took about {setting.minutes} minutes on its GPU."
-    return f"By the reference's runs FSP is {'; '.join(said)}. {spread}"
+    return f"By the reference's runs FSP is {'; '.join(findings)}. {spread}"
 
 
 def _singles(finished: Finished) -> str:

@@ -41,11 +41,11 @@ def draw(path: Path, student: Run, alone: Run, ledger: Ledger) -> str:
     normalisation = Normalisation.measured(data.x_train, data.y_train)
     normalise = normalisation.on(torch.device("cpu"))
     image = normalise(torch.from_numpy(data.x_test[IMAGE : IMAGE + 1]))
-    found: dict[str, list[Tensor]] = {}
+    matrices: dict[str, list[Tensor]] = {}
     for name, run in {"teacher": teacher, "FSP student": student, "trained alone": alone}.items():
         net = resolve(str(run.no), ledger).build(data.spec, taps=tuple(sorted(fsp.needs.student)), given=normalisation).eval()
-        found[f"{name}, run {run.no}"] = _matrices(net(image).maps, fsp)
-    _save(path, [_row(pair, [m[at] for m in found.values()], list(found)) for at, pair in enumerate(fsp.pairs)])
+        matrices[f"{name}, run {run.no}"] = _matrices(net(image).maps, fsp)
+    _save(path, [_row(pair, [of_net[index] for of_net in matrices.values()], list(matrices)) for index, pair in enumerate(fsp.pairs)])
     return (
         f"Test image {IMAGE} of {data.name} (label {data.y_test[IMAGE]}), networks in eval mode, float32; one colour scale a row. "
         f"Trained alone: the baseline that began from the student's own initial weights (seed {alone.seed})."
@@ -64,9 +64,9 @@ def _row(pair: tuple[str, str], matrices: Sequence[Tensor], names: Sequence[str]
 
     first, second = pair
     highest = max(float(matrix.max()) for matrix in matrices)
-    theirs = matrices[0]
-    notes = [f"norm {float(theirs.norm()):.3g}"]
-    notes += [f"distance to teacher {float((matrix - theirs).norm() / theirs.norm()):.2f} of its norm" for matrix in matrices[1:]]
+    teacher = matrices[0]
+    notes = [f"norm {float(teacher.norm()):.3g}"]
+    notes += [f"distance to teacher {float((matrix - teacher).norm() / teacher.norm()):.2f} of its norm" for matrix in matrices[1:]]
     panels = [
         _panel(matrix, pair, highest).properties(title=altair.TitleParams(name, subtitle=note))
         for matrix, name, note in zip(matrices, names, notes, strict=True)

@@ -18,7 +18,7 @@ LISTED = ("no", "status", "method", "student", "teacher", "dataset", "split", "s
 
 
 def runs_list(runs: Sequence[Run], format_: str) -> str:
-    """One row a run; ``acc`` is that of the shipped weights on test, in percent."""
+    """One row per run; ``acc`` is that of the shipped weights on test, in percent."""
     rows = []
     for run in runs:
         row = {name: getattr(run, name) for name in LISTED if name != "acc"}
@@ -54,7 +54,7 @@ def _point(epoch: Epoch, terms: Sequence[str]) -> dict[str, Any]:
 
 
 def methods_list(methods: Sequence[type[Method]], format_: str) -> str:
-    """One row a method."""
+    """One row per method."""
     rows = [{"name": cls.name, "terms": ",".join(cls.terms) or "-", "paper": _cite(cls)} for cls in methods]
     return render(rows, format_, ("name", "terms", "paper"))
 

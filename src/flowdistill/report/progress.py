@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, a line an epoch elsewhere. In a notebook one line a cohort, written anew in its place."""
+"""Progress on stderr: a bar on a terminal, a line per epoch elsewhere. In a notebook one line per cohort, which is rewritten in place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REDRAWN = 0.5  # seconds between two drawings in a notebook, at least
 
 
 class Bars(Watcher):
-    """One bar a cohort, over its steps."""
+    """One bar per cohort, over its steps."""
 
     def __init__(self, on_epoch: Callable[[Report], object] | None = None) -> None:
         super().__init__(on_epoch)
@@ -63,7 +63,7 @@ class Bars(Watcher):
 
     @property
     def _drawn(self) -> bool:
-        """Whether the bar can be drawn anew in its place, which a dumb terminal can't."""
+        """Whether the bar can be redrawn in place, which a dumb terminal can't do."""
         return self.console.is_terminal and not self.console.is_dumb_terminal
 
     def _line(self) -> str:
@@ -74,7 +74,7 @@ class Bars(Watcher):
 
 
 class Cell:
-    """A line below a notebook's cell that can be written anew; IPython alone, for rich's own bars want ipywidgets."""
+    """A line below a notebook's cell that can be rewritten. It needs IPython alone, while rich's own bars want ipywidgets."""
 
     def __init__(self, line: str) -> None:
         from IPython.display import display  # type: ignore[import-not-found]

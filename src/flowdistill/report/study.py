@@ -46,11 +46,11 @@ class Study:
         """Where it is written."""
         return folder / f"{self.name}.md"
 
-    def write(self, folder: Path, found: Mapping[Setting, Sequence[Run]], ledger: Ledger, command: str) -> None:
+    def write(self, folder: Path, all_runs: Mapping[Setting, Sequence[Run]], ledger: Ledger, command: str) -> None:
         """Write the document of the runs found so far; ``command`` is what asked for it."""
-        finished = {setting: [run for run in runs if run.status == "finished"] for setting, runs in found.items()}
+        finished = {setting: [run for run in runs if run.status == "finished"] for setting, runs in all_runs.items()}
         finished = {setting: runs for setting, runs in finished.items() if runs}
-        failed = [run for runs in found.values() for run in runs if run.status != "finished"]
+        failed = [run for runs in all_runs.values() for run in runs if run.status != "finished"]
         about = self.about.format(again=command, one=advice.command("show", "NUMBER", runs=ledger.folder))
         parts = [f"# {self.title}\n\n{about}\n\n{head(finished, failed)}"]
         parts += [f"## {heading}\n\n{text}" for heading, text in self.sections(folder, finished, ledger).items()]
@@ -58,13 +58,13 @@ class Study:
 
 
 def head(finished: Finished, failed: Sequence[Run]) -> str:
-    """When, on what, with what; what is short, missing or failed."""
+    """The head of a document: when and with what the runs were made, and what is short, missing or failed."""
     runs = [run for of_setting in finished.values() for run in of_setting]
     lines = [f"Written {date.today().isoformat()} by flowdistill {version()}.", *(_made(runs) if runs else [])]
     lines += [
-        f"In place of {setting.data}: {tables.markdown(own[0].dataset)}."
-        for setting, own in finished.items()
-        if own[0].dataset != setting.data
+        f"In place of {setting.data}: {tables.markdown(of_setting[0].dataset)}."
+        for setting, of_setting in finished.items()
+        if of_setting[0].dataset != setting.data
     ]
     lines += shortened(runs)
     others = {run.teacher_run for run in runs if run.teacher_run} - {run.no for run in runs}
@@ -89,19 +89,19 @@ def _made(runs: Sequence[Run]) -> list[str]:
 
 
 def _recipe(runs: Sequence[Run]) -> str:
-    """The keys of ``train`` that are not the reference's, but for those that the head says by themselves."""
+    """The keys of ``train`` that differ from the reference's, without those that the head gives by themselves."""
     usual = TrainConfig().model_dump(mode="json")
     other = (f"{k}={v}" for run in runs for k, v in run.config["train"].items() if k not in TOLD and v != usual.get(k))
     return ", ".join(dict.fromkeys(other))
 
 
 def _all(values: Iterable[object]) -> str:
-    """The different ones among them."""
+    """The distinct values, in order."""
     return ", ".join(dict.fromkeys(str(value) for value in values))
 
 
 def shortened(runs: Sequence[Run]) -> list[str]:
-    """What of the reference's training is missing, in a line; none where nothing is."""
+    """One line that says what is missing of the reference's training; none if nothing is."""
     whole = TrainConfig().epochs
     short = [f"{run.nepoch} of {whole} epochs" for run in runs if run.nepoch != whole]
     limits = [run.config["data"].get("limit_train") for run in runs]
@@ -122,14 +122,14 @@ def of_method(runs: Sequence[Run], method: str) -> list[Run]:
 
 
 def accuracies(runs: Sequence[Run], protocol: str) -> list[float]:
-    """Percent, one a run."""
+    """Percent, one per run that the protocol covers."""
     return [reading.accuracy for run in runs if (reading := tables.read(run, protocol))]
 
 
 def methods(runs: Sequence[Run], first: Sequence[str]) -> list[str]:
-    """The methods of the runs: these first, in this order, the others as they were trained."""
-    own = list(dict.fromkeys(run.method for run in sorted(runs, key=lambda run: run.no)))
-    return [*(method for method in first if method in own), *(method for method in own if method not in first)]
+    """The methods of the runs: those of ``first`` in its order, then the others as they were trained."""
+    names = list(dict.fromkeys(run.method for run in sorted(runs, key=lambda run: run.no)))
+    return [*(method for method in first if method in names), *(method for method in names if method not in first)]
 
 
 NOTES = (
@@ -139,44 +139,44 @@ NOTES = (
 
 
 def beside(finished: Finished, first: Sequence[str], ledger: Ledger) -> list[dict[str, object]]:
-    """A row for every setting and method with the reference's figure; under three runs the values of ``last`` stand there alone."""
+    """One row per setting and method, with the reference's figure. With fewer than three runs ``last`` shows the values alone."""
     rows: list[dict[str, object]] = []
     for setting, runs in finished.items():
         for method in methods(runs, first):
-            own = of_method(runs, method)
-            best, last = (accuracies(own, protocol) for protocol in ("best", "last"))
-            theirs, reach = setting.runs.get(method), interval(last)
-            few = len(own) < MIN_N
+            method_runs = of_method(runs, method)
+            best, last = (accuracies(method_runs, protocol) for protocol in ("best", "last"))
+            published, bounds = setting.runs.get(method), interval(last)
+            few = len(method_runs) < MIN_N
             spread = " ".join(f"{value:.2f}" for value in last) if few else f"{statistics.fmean(last):.2f} +- {sample_std(last):.2f}"
-            teachers = [ledger.run(no) for no in dict.fromkeys(run.teacher_run for run in own) if no]
+            teachers = [ledger.run(no) for no in dict.fromkeys(run.teacher_run for run in method_runs) if no]
             rows.append(
                 {
-                    "pair": tables.pair(own[0]),
-                    "dataset": own[0].dataset,
+                    "pair": tables.pair(method_runs[0]),
+                    "dataset": method_runs[0].dataset,
                     "method": method,
-                    "reference, best (3)": f"{setting.figure(method):.1f}" if theirs else "-",
-                    "reference, best (n)": f"{setting.figure(method):.1f} ({len(theirs)})" if theirs else "-",
-                    "ours, best (n)": f"{statistics.fmean(best):.2f} ({len(own)})",
-                    "ours, last (n)": f"{spread} ({len(own)})",
-                    f"{CONFIDENCE:.0%} interval": f"{reach[0]:.2f} to {reach[1]:.2f}" if reach else "-",
-                    "seconds": f"{statistics.fmean(map(seconds, own)):,.0f}",
+                    "reference, best (3)": f"{setting.figure(method):.1f}" if published else "-",
+                    "reference, best (n)": f"{setting.figure(method):.1f} ({len(published)})" if published else "-",
+                    "ours, best (n)": f"{statistics.fmean(best):.2f} ({len(method_runs)})",
+                    "ours, last (n)": f"{spread} ({len(method_runs)})",
+                    f"{CONFIDENCE:.0%} interval": f"{bounds[0]:.2f} to {bounds[1]:.2f}" if bounds else "-",
+                    "seconds": f"{statistics.fmean(map(seconds, method_runs)):,.0f}",
                     "its teacher's": f"{statistics.fmean(map(seconds, teachers)):,.0f}" if teachers else "-",
-                    "nepoch": own[0].nepoch,
+                    "nepoch": method_runs[0].nepoch,
                 }
             )
     return rows
 
 
 def logs(finished: Finished, wanted: Callable[[Sequence[Run]], Sequence[Run]]) -> str:
-    """For each setting the reference log's tables of what is wanted of its runs, by ``best``, and under them the same by ``last``."""
+    """For each setting the reference log's tables of its wanted runs, by ``best`` and then by ``last``."""
     parts = []
     for runs in finished.values():
-        if own := wanted(runs):
-            parts += [tables.log_table(own, protocol, "md") for protocol in ("best", "last")]
-            parts += _taught([run for run in own if run.teacher_run])
+        if chosen := wanted(runs):
+            parts += [tables.log_table(chosen, protocol, "md") for protocol in ("best", "last")]
+            parts += _teachers_of([run for run in chosen if run.teacher_run])
     return "\n\n".join(parts) or "No run has finished."
 
 
-def _taught(students: Sequence[Run]) -> list[str]:
+def _teachers_of(students: Sequence[Run]) -> list[str]:
     pairs = [f"{run.no} by {run.teacher_run} ({run.teacher_accuracy:.2f} %)" for run in students]
     return [f"Taught: run {', '.join(pairs)}."] if pairs else []

@@ -57,7 +57,7 @@ class Group:
 
     @cached_property
     def accuracies(self) -> list[float]:
-        """Percent, one a run."""
+        """Percent, one per run."""
         return [reading.accuracy for reading in self.readings]
 
     @cached_property
@@ -72,13 +72,13 @@ class Group:
 
 
 def group(runs: Sequence[Run], protocol: str) -> list[Group]:
-    """Finished runs by student, teacher, data, method and fingerprint, in order of first number; of repeats the newest."""
+    """Finished runs, grouped by student, teacher, data, method and fingerprint, in order of first number. Of repeats the newest counts."""
     covered = [(run, reading) for run in runs if (reading := read(run, protocol))]
     readings = {id(run): reading for run, reading in covered}  # numbers are of one ledger, and these may be of several
-    found: dict[object, list[Run]] = {}
+    groups: dict[object, list[Run]] = {}
     for run in newest(run for run, _ in covered):
-        found.setdefault((run.student, run.teacher, run.dataset, run.method, run.fingerprint), []).append(run)
-    return [Group(tuple(members), tuple(readings[id(run)] for run in members)) for members in found.values()]
+        groups.setdefault((run.student, run.teacher, run.dataset, run.method, run.fingerprint), []).append(run)
+    return [Group(tuple(members), tuple(readings[id(run)] for run in members)) for members in groups.values()]
 
 
 def pair(run: Run) -> str:
@@ -105,32 +105,32 @@ def _display(model: str) -> str:
 
 
 def headings(groups: Sequence[Group]) -> list[str]:
-    """``ResNet20>>20/Cifar10 (92.0)``, with what differs added where two groups would read alike."""
+    """``ResNet20>>20/Cifar10 (92.0)``, with what differs added if two groups would read alike."""
     plain = [f"{pair(group.first)}/{group.first.dataset[:1].upper()}{group.first.dataset[1:]}" for group in groups]
     methods, variants = defaultdict[str, set[str]](set), defaultdict[tuple[str, str], set[str]](set)
     for group_, name in zip(groups, plain, strict=True):
         methods[name].add(group_.first.method)
         variants[name, group_.first.method].add(group_.first.variant)
     alike = [(name, g.first.method, g.first.variant) for g, name in zip(groups, plain, strict=True)]
-    keys, found = _differing([g.first for g in groups], alike), []
+    keys, names = _differing([g.first for g in groups], alike), []
     for group_, name, differs in zip(groups, plain, keys, strict=True):
         run = group_.first
         notes = [run.method] if len(methods[name]) > 1 else []
         notes += [run.variant or "defaults"] if len(variants[name, run.method]) > 1 else []
-        found.append(" ".join([name, *([", ".join([*notes, *differs])] if notes or differs else [])]))
-    times = Counter(found)
-    found = [f"{name} fingerprint {g.first.fingerprint[:8]}" if times[name] > 1 else name for name, g in zip(found, groups, strict=True)]
-    return [f"{name} ({group_.mean:.1f})" for name, group_ in zip(found, groups, strict=True)]
+        names.append(" ".join([name, *([", ".join([*notes, *differs])] if notes or differs else [])]))
+    times = Counter(names)
+    names = [f"{name} fingerprint {g.first.fingerprint[:8]}" if times[name] > 1 else name for name, g in zip(names, groups, strict=True)]
+    return [f"{name} ({group_.mean:.1f})" for name, group_ in zip(names, groups, strict=True)]
 
 
 def _differing(runs: Sequence[Run], alike: Sequence[object]) -> list[list[str]]:
     """For each run the keys of its config, with their values, in which the runs that are ``alike`` differ from each other."""
     flat = [flattened(run.config) for run in runs]
     among = defaultdict[object, list[dict[str, Any]]](list)
-    for own, kind in zip(flat, alike, strict=True):
-        among[kind].append(own)
+    for values, kind in zip(flat, alike, strict=True):
+        among[kind].append(values)
     keys = {kind: _several(members) for kind, members in among.items()}
-    return [[f"{key}={own.get(key)}" for key in keys[kind]] for own, kind in zip(flat, alike, strict=True)]
+    return [[f"{key}={values.get(key)}" for key in keys[kind]] for values, kind in zip(flat, alike, strict=True)]
 
 
 def _several(flat: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -197,7 +197,7 @@ def _teachers(group_: Group) -> str:
 
 
 def summary_rows(runs: Sequence[Run], protocol: str, only: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
-    """One row a group: mean, sample standard deviation, n, and the difference to ``base`` with its Welch interval.
+    """One row per group: mean, sample standard deviation, n, and the difference to ``base`` with its Welch interval.
 
     ``only`` (column -> value) chooses rows; the baselines they are compared with may be others.
     """
@@ -240,7 +240,7 @@ SUMMARY_COLUMNS = ("method", "variant", "pair", "dataset", "nepoch", "acc (n)", 
 
 
 def summary_table(runs: Sequence[Run], protocol: str, format_: str, only: Mapping[str, str] | None = None) -> str:
-    """The summary; under three runs a side the values alone stand there, without interval or verdict."""
+    """The summary. With fewer than three runs a side it shows the values alone, without interval or verdict."""
     rows = summary_rows(runs, protocol, only)
     if format_ == "json":
         return render([_plain(row) for row in rows], "json", ())
@@ -305,7 +305,7 @@ SIGNS = re.compile(r"[\\`*\[\]|]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def markdown(text: str) -> str:
-    """A text as one line of Markdown that reads as it stands: no HTML, no link, no cell's end comes of it."""
+    """A text as one line of Markdown that shows as it stands: it can't make HTML, a link or the end of a cell."""
     return SIGNS.sub(r"\\\g<0>", printable(text)).replace("&", "&amp;").replace("<", "&lt;")
 
 

@@ -69,14 +69,14 @@ def own_modules(root: str | Path) -> dict[str, Module]:
         root: a file, whose neighbours are found first, or the name of a module.
     """
     folder = root.parent if isinstance(root, Path) else None
-    found: dict[str, Module] = {}
+    modules: dict[str, Module] = {}
     waiting: deque[Module] = deque([Module(root)] if isinstance(root, Path) else _named(root, None))
     while waiting:
         module = waiting.popleft()
-        if module.label not in found:
-            found[module.label] = module
+        if module.label not in modules:
+            modules[module.label] = module
             waiting.extend(inner for name in module.imports() for inner in _named(name, folder))
-    return found
+    return modules
 
 
 def place_of(where: str) -> str:
@@ -108,7 +108,7 @@ def _named(name: str, folder: Path | None) -> list[Module]:
     parts = name.split(".")
     if not parts[0] or parts[0] in sys.stdlib_module_names or parts[0] == __package__.split(".")[0]:
         return []
-    found: list[Module] = []
+    modules: list[Module] = []
     spec: ModuleSpec | None = None
     for length in range(1, len(parts) + 1):
         full = ".".join(parts[:length])
@@ -118,8 +118,8 @@ def _named(name: str, folder: Path | None) -> list[Module]:
         if spec.origin and (file := Path(spec.origin)).is_file():
             if not is_own(file, parts[0]):
                 return []
-            found.append(Module(file, full))
-    return found
+            modules.append(Module(file, full))
+    return modules
 
 
 def _top(name: str, folder: Path | None) -> ModuleSpec | None:
@@ -134,8 +134,8 @@ def _top(name: str, folder: Path | None) -> ModuleSpec | None:
 
 
 def _below(name: str, package: ModuleSpec | None) -> ModuleSpec | None:
-    places = package.submodule_search_locations if package is not None else None
-    return PathFinder.find_spec(name, list(places)) if places is not None else None
+    folders = package.submodule_search_locations if package is not None else None
+    return PathFinder.find_spec(name, list(folders)) if folders is not None else None
 
 
 def is_own(file: Path, top: str) -> bool:
@@ -155,8 +155,8 @@ def _from_folders() -> frozenset[str]:
 
 def _signature(file: Path) -> tuple[Path, int, int, int]:
     """What tells that a file is as it was when it was read."""
-    found = file.stat()
-    return file, found.st_mtime_ns, found.st_size, found.st_ino
+    status = file.stat()
+    return file, status.st_mtime_ns, status.st_size, status.st_ino
 
 
 @functools.lru_cache(maxsize=4096)
@@ -172,19 +172,19 @@ def _imported(file: Path, _time: int, size: int, _inode: int) -> tuple[tuple[str
         tree = ast.parse(file.read_bytes()) if size <= LARGEST else ast.Module([], [])
     except (SyntaxError, ValueError, RecursionError):
         return ()
-    found: list[tuple[str, int]] = []
+    imports: list[tuple[str, int]] = []
     for node in ast.walk(tree):
         match node:
             case ast.Import(names=names):
-                found += [(alias.name, 0) for alias in names]
+                imports += [(alias.name, 0) for alias in names]
             case ast.ImportFrom(module=module, names=names, level=level):
                 base = module or ""
-                found += [(base, level)] + [(f"{base}.{alias.name}".lstrip("."), level) for alias in names if alias.name != "*"]
+                imports += [(base, level)] + [(f"{base}.{alias.name}".lstrip("."), level) for alias in names if alias.name != "*"]
             case ast.Call(func=ast.Name(id="__import__" | "import_module"), args=[ast.Constant(value=str(name)), *_]):
-                found.append((name, 0))
+                imports.append((name, 0))
             case ast.Call(func=ast.Attribute(attr="import_module"), args=[ast.Constant(value=str(name)), *_]):
-                found.append((name, 0))
-    return tuple(dict.fromkeys(found))
+                imports.append((name, 0))
+    return tuple(dict.fromkeys(imports))
 
 
 def contents(value: object, *, exact: bool = True) -> str:
@@ -215,8 +215,8 @@ class _Contents:
 
     def say(self, *words: object) -> None:
         for word in words:
-            said = str(word).encode(errors="surrogatepass")
-            self.digest.update(len(said).to_bytes(8, "big") + said)
+            encoded = str(word).encode(errors="surrogatepass")
+            self.digest.update(len(encoded).to_bytes(8, "big") + encoded)
 
     def take(self, value: object) -> None:
         if type(value) in PLAIN:
@@ -243,18 +243,18 @@ class _Contents:
             (types.MethodType, lambda bound: self.each("bound", bound.__func__, bound.__self__)),
             (types.ModuleType, self._imported),
             ((staticmethod, classmethod), lambda wrapped: self.each(type(wrapped).__name__, wrapped.__func__)),
-            (property, lambda own: self.each("property", own.fget, own.fset, own.fdel)),
-            (functools.cached_property, lambda own: self.each("property", own.func)),
+            (property, lambda prop: self.each("property", prop.fget, prop.fset, prop.fdel)),
+            (functools.cached_property, lambda prop: self.each("property", prop.func)),
             (functools._lru_cache_wrapper, lambda cached: self.each("cached", cached.__wrapped__)),
             (functools.partial, lambda part: self.each("partial", part.func, part.args, part.keywords)),
             (enum.Enum, lambda member: self.say(type(member).__qualname__, member.name)),
             (PRINTED, self._printed),
             ((dict, types.MappingProxyType), self._table),
-            ((set, frozenset), lambda own: self.say("set", *sorted(contents(member, exact=self.exact) for member in own))),
+            ((set, frozenset), lambda members: self.say("set", *sorted(contents(member, exact=self.exact) for member in members))),
             ((list, tuple, deque), lambda row: self.each(type(row).__name__, len(row), *row)),
         ]
-        found = next((taker for kinds, taker in takers if isinstance(value, kinds)), None)
-        return found or (self._object if _owned(type(value).__module__) or isinstance(value, types.SimpleNamespace) else self._printed)
+        taker = next((taker for kinds, taker in takers if isinstance(value, kinds)), None)
+        return taker or (self._object if _owned(type(value).__module__) or isinstance(value, types.SimpleNamespace) else self._printed)
 
     def each(self, kind: str, *values: object) -> None:
         self.say(kind)

@@ -49,16 +49,18 @@ IN_MEMORY: dict[str, nn.Module] = {}
 class Foreign(Network):
     """A module with hooks at its taps and at its classifier. Its weights keep the names that they have in the module alone."""
 
-    def __init__(self, inner: nn.Module, spec: NetSpec, taps: tuple[str, ...], found: Survey, beside: Neighbours | None = None) -> None:
+    def __init__(
+        self, inner: nn.Module, spec: NetSpec, taps: tuple[str, ...], dry_run: Survey, neighbours: Neighbours | None = None
+    ) -> None:
         super().__init__()
-        self.beside = beside or Neighbours()
-        self.inner, self.spec, self.named, self.overwrites = inner, spec, found.named, found.overwrites
-        self.draws_always, self.unsettled, self.grown = found.draws_always, found.unsettled, found.grown
-        self.memory_format = torch.channels_last if found.channels_last else torch.contiguous_format
+        self.neighbours = neighbours or Neighbours()
+        self.inner, self.spec, self.named, self.overwrites = inner, spec, dry_run.named, dry_run.overwrites
+        self.draws_always, self.unsettled, self.grown = dry_run.draws_always, dry_run.unsettled, dry_run.grown
+        self.memory_format = torch.channels_last if dry_run.channels_last else torch.contiguous_format
         self.taps = tuple(spec.tap(name).name for name in taps)
         self.paths = {name: spec.tap(name).module for name in self.taps}
-        self.layouts = {path: found.layouts[path] for path in self.paths.values()}
-        self.overwritten, self.order = found.overwritten & self.layouts.keys(), found.order
+        self.layouts = {path: dry_run.layouts[path] for path in self.paths.values()}
+        self.overwritten, self.order = dry_run.overwritten & self.layouts.keys(), dry_run.order
         self._hook()
         self.register_state_dict_post_hook(_without_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_with_prefix)  # type: ignore[no-untyped-call]
@@ -66,7 +68,7 @@ class Foreign(Network):
     def _hook(self) -> None:
         self.seen = Seen()
         keepers = [(path, Keep(self.seen, path, overwritten=path in self.overwritten)) for path in self.layouts]
-        keepers += [(self.spec.head, Keep(self.seen, HEAD, given=True))]
+        keepers += [(self.spec.head, Keep(self.seen, HEAD, first_input=True))]
         self.hooks = [hook(self.inner.get_submodule(path), keep) for path, keep in keepers]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -94,7 +96,7 @@ class Foreign(Network):
         self.seen.clear()
         self.seen.watching = True
         try:
-            with self.beside.at_hand() if self.beside.late else nullcontext():
+            with self.neighbours.at_hand() if self.neighbours.late else nullcontext():
                 output = self.inner(images.clone() if self.overwrites else images)
         finally:
             seen = dict(self.seen)
@@ -110,21 +112,21 @@ class Foreign(Network):
         Raises:
             UserError: no gradient would go from a tap, or from the embedding, to what is trained before it.
         """
-        given = [(f"tap {name}={path}", path, outputs.maps[name]) for name, path in self.paths.items()]
-        given += [("the embedding", self.spec.head, outputs.embedding)] * embedding
-        for what, path, value in given:
-            if not value.requires_grad and (trained := self._trained_before(path)):
+        values = [(f"tap {name}={path}", path, outputs.maps[name]) for name, path in self.paths.items()]
+        values += [("the embedding", self.spec.head, outputs.embedding)] * embedding
+        for label, path, value in values:
+            if not value.requires_grad and (parameter := self._trained_before(path)):
                 raise UserError(
-                    f"{what}: {self.spec.name} gives it without a gradient, though {trained} before it is trained; name another, let go of "
-                    f"what cuts it off (detach, no_grad, checkpoint with use_reentrant=True), or freeze what is before it"
+                    f"{label}: {self.spec.name} gives it without a gradient, though {parameter} before it is trained; name another, let go "
+                    f"of what cuts it off (detach, no_grad, checkpoint with use_reentrant=True), or freeze what is before it"
                 )
 
     def _trained_before(self, path: str) -> str:
         """The first parameter that is trained among those of the modules that ended no later than this one; of the classifier before it."""
         last = self.order[path]
-        for place, end in self.order.items():
+        for earlier, end in self.order.items():
             if end < last or (end == last and path != self.spec.head):
-                for name, parameter in self.inner.get_submodule(place).named_parameters(place, recurse=False):
+                for name, parameter in self.inner.get_submodule(earlier).named_parameters(earlier, recurse=False):
                     if parameter.requires_grad:
                         return name
         return ""
@@ -148,8 +150,8 @@ def surveyed(net: nn.Module, name: str, channels: int, height: int, width: int) 
         with seeded(0, "survey"), torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
             return survey(net, channels, height, width)
     except FAILURES as error:  # of the network's own code
-        said = first_line(error) if isinstance(error, ValueError | RuntimeError) else summary(error)
-        raise UserError(f"{name}: no classifier of images of {channels}x{height}x{width}: {said}") from None
+        reason = first_line(error) if isinstance(error, ValueError | RuntimeError) else summary(error)
+        raise UserError(f"{name}: no classifier of images of {channels}x{height}x{width}: {reason}") from None
 
 
 def refuse_unready(module: nn.Module, name: str) -> None:
@@ -160,18 +162,18 @@ def refuse_unready(module: nn.Module, name: str) -> None:
     """
     for path, part in module.named_modules():
         if isinstance(part, torch.jit.ScriptModule):
-            what = f"its {path} is" if path else "is"
-            raise UserError(f"{name}: {what} TorchScript, whose maps can't be looked at; give the nn.Module that it was made of")
+            subject = f"its {path} is" if path else "is"
+            raise UserError(f"{name}: {subject} TorchScript, whose maps can't be looked at; give the nn.Module that it was made of")
     for path, value in (*module.named_parameters(), *module.named_buffers()):
         if is_lazy(value):
-            what = "has no size yet; run the module once on a batch of images"
+            problem = "has no size yet; run the module once on a batch of images"
         elif value.is_meta:
-            what = "is on the meta device, without numbers; put the module on a device with .to_empty(device=...) and load its weights"
+            problem = "is on the meta device, without numbers; put the module on a device with .to_empty(device=...) and load its weights"
         elif isinstance(value, nn.Parameter) and value.is_floating_point() and value.dtype != torch.float32:
-            what = f"is {str(value.dtype).removeprefix('torch.')}, images are float32; give the module in single precision, .float()"
+            problem = f"is {str(value.dtype).removeprefix('torch.')}, images are float32; give the module in single precision, .float()"
         else:
             continue
-        raise UserError(f"{name}: {path} {what}")
+        raise UserError(f"{name}: {path} {problem}")
 
 
 def tensors(module: nn.Module, name: str) -> dict[str, Tensor]:
@@ -211,7 +213,7 @@ class ForeignFactory:
         assert written is not None
         self.name, self.in_memory, self.code = name, written["where"] == "module", code
         self.file_code = next((hashed for label, hashed in code.items() if label == _label(written["where"])), "")
-        self.make, self.about, self.beside = _maker(written["where"], written["name"])
+        self.make, self.about, self.neighbours = _maker(written["where"], written["name"])
         self._surveys: dict[tuple[int, ...], Survey] = {}
         self._contents: dict[tuple[int, ...], str] = {}
 
@@ -222,7 +224,7 @@ class ForeignFactory:
             UserError: what makes it fails.
         """
         try:
-            with self.beside.at_hand(), torch.device("cpu"):  # on meta tensors, which hold no numbers, some can't be made
+            with self.neighbours.at_hand(), torch.device("cpu"):  # on meta tensors, which hold no numbers, some can't be made
                 net = self.make(data)
         except UserError:
             raise
@@ -242,16 +244,16 @@ class ForeignFactory:
         """
         key = _sizes(data)
         if key not in self._surveys:
-            with self.beside.at_hand(), seeded(0, "survey"), torch.device("cpu"), torch.compiler.set_stance("force_eager"):
+            with self.neighbours.at_hand(), seeded(0, "survey"), torch.device("cpu"), torch.compiler.set_stance("force_eager"):
                 net = self.network(data)
                 self._contents[key] = contents(net, exact=False) if self.code else ""  # before it runs, and may keep what it saw
-                found = surveyed(net, self.name, data.channels, data.height, data.width)
-                found.channels_last = takes_channels_last(net, data.channels, data.height, data.width)
-            if found.classes != data.classes and not self.in_memory:
+                dry_run = surveyed(net, self.name, data.channels, data.height, data.width)
+                dry_run.channels_last = takes_channels_last(net, data.channels, data.height, data.width)
+            if dry_run.classes != data.classes and not self.in_memory:
                 raise UserError(
-                    f"{self.name}: gives {found.classes} classes where {data.classes} are wanted; let it take their number as `classes`"
+                    f"{self.name}: gives {dry_run.classes} classes where {data.classes} are wanted; let it take their number as `classes`"
                 )
-            self._surveys[key] = found
+            self._surveys[key] = dry_run
         return self._surveys[key]
 
     def made_of(self, data: DataSpec) -> str:
@@ -269,9 +271,9 @@ class ForeignFactory:
         Raises:
             UserError: no such module, or none whose output is a map.
         """
-        found = self.survey(data)
-        taps = tuple(tap for name, pattern in table.items() for tap in self._matching(found, name, pattern))
-        return replace(found.spec(self.name), taps=taps)
+        dry_run = self.survey(data)
+        taps = tuple(tap for name, pattern in table.items() for tap in self._matching(dry_run, name, pattern))
+        return replace(dry_run.spec(self.name), taps=taps)
 
     def draws(self, data: DataSpec) -> bool:
         """As the dry run found."""
@@ -288,24 +290,24 @@ class ForeignFactory:
         _, height, width = configured.input_size
         return InputSpec(None, height, width, tuple(configured.mean), tuple(configured.std))
 
-    def _matching(self, found: Survey, name: str, pattern: str) -> Iterator[TapSpec]:
-        if pattern in found.ends:
-            yield found.tap(name, found.ends[pattern])
+    def _matching(self, dry_run: Survey, name: str, pattern: str) -> Iterator[TapSpec]:
+        if pattern in dry_run.ends:
+            yield dry_run.tap(name, dry_run.ends[pattern])
             return
-        paths = [path for path in found.layouts if fnmatchcase(path, pattern) and path.count(".") == pattern.count(".")]
+        paths = [path for path in dry_run.layouts if fnmatchcase(path, pattern) and path.count(".") == pattern.count(".")]
         if not paths:
             raise UserError(
-                f"tap {name}={pattern}: {self.name} has no such module that gives a map; {did_you_mean(pattern, found.layouts)}"
+                f"tap {name}={pattern}: {self.name} has no such module that gives a map; {did_you_mean(pattern, dry_run.layouts)}"
             )
         if paths == [pattern]:
-            yield found.tap(name, pattern)
+            yield dry_run.tap(name, pattern)
             return
         for number, path in enumerate(paths, 1):
-            yield found.tap(f"{name}{number}", path)
+            yield dry_run.tap(f"{name}{number}", path)
 
     def build(self, data: DataSpec, spec: NetSpec, taps: tuple[str, ...]) -> Foreign:
         """The network with the weights that it is made with."""
-        return Foreign(self.network(data), spec, taps, self.survey(data), self.beside)
+        return Foreign(self.network(data), spec, taps, self.survey(data), self.neighbours)
 
 
 def _sizes(data: DataSpec) -> tuple[int, ...]:
@@ -326,13 +328,13 @@ def _maker(where: str, name: str) -> tuple[Make, str, Neighbours]:
         if name not in IN_MEMORY:
             raise UserError(f"module:{name} was given from Python, and is in no file; give it from Python again")
         return lambda _: deepcopy(IN_MEMORY[name]), f"{name}, a module given from Python", Neighbours()
-    module, beside = of_file(Path(where)) if where.endswith(".py") else (of_package(where), Neighbours())
+    module, neighbours = of_file(Path(where)) if where.endswith(".py") else (of_package(where), Neighbours())
     function = getattr(module, name, None)
     if not callable(function):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UserError(f"{where}:{name}: {where} has no function of that name; {did_you_mean(name, names)}")
     try:
-        return _told(function), f"{name} of {where}", beside
+        return _user_function(function), f"{name} of {where}", neighbours
     except (TypeError, ValueError):  # of C
         raise UserError(f"{where}:{name}: does not say what its parameters are; write a function or class in Python") from None
 
@@ -380,13 +382,13 @@ def _torchvision(name: str) -> Make:
     return make
 
 
-def _told(function: Callable[..., Any]) -> Make:
+def _user_function(function: Callable[..., Any]) -> Make:
     """A user's function, told classes, channels and size where it has parameters for them."""
     parameters = inspect.signature(function).parameters
 
     def make(data: DataSpec) -> Any:
         values = {"classes": data.classes, "channels": data.channels, "size": data.height}
-        return function(**{name: values[what] for what, names in SIZES.items() for name in names if name in parameters})
+        return function(**{name: values[quantity] for quantity, names in SIZES.items() for name in names if name in parameters})
 
     return make
 
@@ -422,8 +424,8 @@ def _code(name: str) -> dict[str, str]:
         return {}
     if not where.endswith(".py"):
         return hashes(own_modules(where))
-    found = Path(where).expanduser()
-    return hashes(own_modules(found.resolve())) if found.is_file() else {}
+    file = Path(where).expanduser()
+    return hashes(own_modules(file.resolve())) if file.is_file() else {}
 
 
 def _label(where: str) -> str:

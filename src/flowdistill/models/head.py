@@ -33,12 +33,12 @@ def candidates(calls: Sequence[Call], logits: Tensor) -> list[Call]:
     """
 
     def fits(call: Call) -> bool:
-        given = call.inputs[0] if call.inputs else None
+        layer_input = call.inputs[0] if call.inputs else None
         layer = isinstance(call.module, nn.Linear | nn.Conv2d) and isinstance(call.output, Tensor) and call.output.numel() == logits.numel()
-        return layer and isinstance(given, Tensor) and given.flatten(1).shape[1:] == given.shape[1:2]
+        return layer and isinstance(layer_input, Tensor) and layer_input.flatten(1).shape[1:] == layer_input.shape[1:2]
 
-    if found := [call for call in reversed(calls) if fits(call)]:
-        return found
+    if fitting := [call for call in reversed(calls) if fits(call)]:
+        return fitting
     raise ValueError(f"its {logits.shape[1]} logits are not those of a linear layer on a vector [N, D]")
 
 
@@ -62,7 +62,7 @@ def find_head(net: nn.Module, size: Sequence[int], fitting: Sequence[Call], clas
         small, large = (_put(net, size, layers, scale, scale, training=training) for scale in (near, WIDE))  # quantisers look at them all
         path = _answered([small, large])
         if not path and not _answered([small], SAME) and (path := _answered([small], COARSE)):  # it rounds, perhaps
-            again = _put(net, size, layers, given=small.answer, training=training)
+            again = _put(net, size, layers, values=small.answer, training=training)
             path = path if bool((again.answer - small.answer).abs().max() <= SAME * near) else ""
         return path, large
 
@@ -72,8 +72,8 @@ def find_head(net: nn.Module, size: Sequence[int], fitting: Sequence[Call], clas
         altered = f"it gives {_described(large, path)}"
     else:
         try:
-            trained, large = asked(training=True)
-            altered = "" if trained else f"in train mode it gives {_described(large, path)}"
+            train_path, large = asked(training=True)
+            altered = "" if train_path else f"in train mode it gives {_described(large, path)}"
         except Exception as error:  # a batch that is too small for its normalisation: nobody knows
             pass_on_shortage(error)
             altered = ""
@@ -103,28 +103,28 @@ def _put(
     size: Sequence[int],
     layers: Mapping[str, nn.Module],
     *scales: float,
-    given: Tensor | None = None,
+    values: Tensor | None = None,
     training: bool = False,
-    other: str = "",
-    images: int = 0,
+    redrawn: str = "",
+    image_seed: int = 0,
 ) -> Put:
     """A pass with other numbers, after the layers' own hooks; quantisers are switched off.
 
     Args:
         scales: how large they are at most, for each image.
-        given: the numbers themselves.
-        other: the layer that gets other numbers than it got without this.
-        images: the seed of the images.
+        values: the numbers themselves.
+        redrawn: the layer that gets other numbers than it got without this.
+        image_seed: the seed of the images.
     """
     calls: list[tuple[str, Tensor]] = []
 
     def putting(path: str) -> Any:
         def put(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            chance = torch.Generator().manual_seed(2 * len(calls) + (path == other))
+            chance = torch.Generator().manual_seed(2 * len(calls) + (path == redrawn))
             drawn = (
                 torch.tensor(scales)[:, None] * (2 * torch.rand(IMAGES, output[0].numel(), generator=chance) - 1)
-                if given is None
-                else given
+                if values is None
+                else values
             )
             numbers = drawn.reshape(output.shape).to(output)
             calls.append((path, numbers.reshape(IMAGES, -1).double().cpu()))
@@ -133,14 +133,14 @@ def _put(
         return put
 
     handles = [layer.register_forward_hook(putting(path)) for path, layer in layers.items()]
-    shown = images_for(net, size, images)
+    images = images_for(net, size, image_seed)
     try:
-        with kept(net), seeded(0, "dry run", device=shown.device):
+        with kept(net), seeded(0, "dry run", device=images.device):
             for quantiser in net.modules():
                 for switch in ("fake_quant_enabled", "observer_enabled"):
                     if isinstance(value := getattr(quantiser, switch, None), Tensor):
                         value.zero_()
-            answer = logits_of(net.train(training)(shown))
+            answer = logits_of(net.train(training)(images))
     finally:
         for handle in handles:
             handle.remove()
@@ -172,10 +172,10 @@ def _answered(puts: Sequence[Put], rounding: float = ROUNDING) -> str:
     if factor <= 0:
         return ""
     for numbers, answer in pairs:
-        told = factor * numbers[meant].mean(0)
-        if not bool((told - answer).abs().max() <= rounding * told.abs().max()):
+        expected = factor * numbers[meant].mean(0)
+        if not bool((expected - answer).abs().max() <= rounding * expected.abs().max()):
             return ""
-    return [path for path, own in zip(paths, meant.tolist(), strict=True) if own][-1]
+    return [path for path, is_meant in zip(paths, meant.tolist(), strict=True) if is_meant][-1]
 
 
 def _only(net: nn.Module, size: Sequence[int], layers: Mapping[str, nn.Module], large: Put) -> str:
@@ -189,8 +189,8 @@ def _only(net: nn.Module, size: Sequence[int], layers: Mapping[str, nn.Module], 
         before, after = (put.answer.nan_to_num(0, 0, 0) for put in (large, _put(net, size, layers, WIDE, WIDE, **changed)))
         return not bool((after - before).abs().max() <= SAME * before.abs().max())
 
-    deciding = [path for path in layers if moves(other=path)]
-    if len(deciding) == 1 and not moves(images=1):
+    deciding = [path for path in layers if moves(redrawn=path)]
+    if len(deciding) == 1 and not moves(image_seed=1):
         return deciding[0]
     classes = large.answer.shape[1]
     made = f"are made of several layers' ({', '.join(layers)}), not those of one linear layer on a vector [N, D]"

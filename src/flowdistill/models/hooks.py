@@ -28,13 +28,13 @@ class Keep:
         overwritten: the output will be changed in place, so what is kept is a copy.
     """
 
-    def __init__(self, seen: Seen, name: str, *, given: bool = False, overwritten: bool = False) -> None:
-        self.seen, self.name, self.given, self.overwritten = seen, name, given, overwritten
+    def __init__(self, seen: Seen, name: str, *, first_input: bool = False, overwritten: bool = False) -> None:
+        self.seen, self.name, self.first_input, self.overwritten = seen, name, first_input, overwritten
 
     def __call__(self, _module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         """Keep it. What is compiled keeps always: one graph serves whoever calls, for the compiler does not look at hooks again."""
         if self.seen.watching or torch.compiler.is_compiling():
-            kept = (*inputs, *named.values())[0] if self.given else output
+            kept = (*inputs, *named.values())[0] if self.first_input else output
             self.seen[self.name] = kept.clone() if self.overwritten else kept
 
 
@@ -43,12 +43,12 @@ class Hooks(OrderedDict[int, Any]):
 
     Attributes:
         before: the table that the module had; the handles that its owner has of hooks in it still remove them.
-        own: the numbers of ours.
+        added: the numbers of the hooks that this package added.
     """
 
     def __init__(self, before: OrderedDict[int, Any]) -> None:
         super().__init__(before)
-        self.before, self.inherited, self.own = before, frozenset(before), set[int]()
+        self.before, self.inherited, self.added = before, frozenset(before), set[int]()
 
     def items(self) -> Any:
         """Those that were there before as long as their owner leaves them."""
@@ -61,7 +61,7 @@ class Hooks(OrderedDict[int, Any]):
 
     def bare(self) -> list[tuple[int, Any]]:
         """Those of the owner."""
-        return [(number, hook) for number, hook in self.items() if number not in self.own]
+        return [(number, hook) for number, hook in self.items() if number not in self.added]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OrderedDict[int, Any]:
         return OrderedDict(deepcopy(self.bare(), memo))
@@ -75,20 +75,20 @@ TABLES = ("_forward_hooks", "_forward_hooks_with_kwargs")  # of a module
 
 def hook(module: nn.Module, keep: Keep) -> Callable[[], None]:
     """Register a hook; what is returned removes it."""
-    for table in TABLES:
-        if not isinstance(getattr(module, table), Hooks):
-            setattr(module, table, Hooks(getattr(module, table)))
+    for attribute in TABLES:
+        if not isinstance(getattr(module, attribute), Hooks):
+            setattr(module, attribute, Hooks(getattr(module, attribute)))
     handle = module.register_forward_hook(keep, with_kwargs=True)
-    tables: list[Hooks] = [getattr(module, table) for table in TABLES]
-    for own in tables:
-        own.own.add(handle.id)
+    tables: list[Hooks] = [getattr(module, attribute) for attribute in TABLES]
+    for table in tables:
+        table.added.add(handle.id)
 
     def remove() -> None:
         handle.remove()
-        for table, own in zip(TABLES, tables, strict=True):
-            own.own.discard(handle.id)
-            if getattr(module, table) is own and own.keys() <= own.inherited:
-                setattr(module, table, own.before)
+        for attribute, table in zip(TABLES, tables, strict=True):
+            table.added.discard(handle.id)
+            if getattr(module, attribute) is table and table.keys() <= table.inherited:
+                setattr(module, attribute, table.before)
 
     return remove
 

@@ -42,18 +42,18 @@ class InputAdapter(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, given: InputSpec, target: InputSpec) -> None:
+    def __init__(self, source: InputSpec, target: InputSpec) -> None:
         super().__init__()
         assert target.channels is not None
         assert target.height is not None
         assert target.width is not None
         self.target = target
         self.channels, self.size = target.channels, (target.height, target.width)
-        self.smooth = (given.height or 0) > target.height
-        mean, std = _column(given.mean), _column(given.std)
-        own_mean, own_std = _column(target.mean), _column(target.std)
-        self.register_buffer("scale", (std / own_std).float(), persistent=False)
-        self.register_buffer("shift", ((mean - own_mean) / own_std).float(), persistent=False)
+        self.smooth = (source.height or 0) > target.height
+        source_mean, source_std = _column(source.mean), _column(source.std)
+        target_mean, target_std = _column(target.mean), _column(target.std)
+        self.register_buffer("scale", (source_std / target_std).float(), persistent=False)
+        self.register_buffer("shift", ((source_mean - target_mean) / target_std).float(), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [N, C, H, W], normalised as they come -> [N, C', H', W'], as the network wants them; grey is repeated for 3 channels."""
@@ -67,21 +67,21 @@ def _column(values: Sequence[float] | None) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
 
 
-def input_adapter(given: InputSpec, own: InputSpec) -> InputAdapter | None:
+def input_adapter(source: InputSpec, wanted: InputSpec) -> InputAdapter | None:
     """What turns images as they come into those that a network was made for; None where they are that already.
 
     Raises:
         UserError: the numbers of channels, means or standard deviations do not go together.
     """
-    target = own.over(given)
-    if target == given:
+    target = wanted.over(source)
+    if target == source:
         return None
-    if given.channels != target.channels and given.channels != 1:
+    if source.channels != target.channels and source.channels != 1:
         raise UserError(
-            f"the network takes {target.channels} channels, the images have {given.channels}; set data.channels={target.channels}"
+            f"the network takes {target.channels} channels, the images have {source.channels}; set data.channels={target.channels}"
         )
     for name in ("mean", "std"):
         values = getattr(target, name)
         if len(values) not in (1, target.channels):
             raise UserError(f"inputs: {name} has {len(values)} values for {target.channels} channels; give one for each")
-    return InputAdapter(given, target)
+    return InputAdapter(source, target)

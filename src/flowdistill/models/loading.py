@@ -80,18 +80,18 @@ def of_file(path: Path) -> tuple[ModuleType, Neighbours]:
     Raises:
         UserError: no such file, or its code fails, or it imports a module that is not what lies on the disk.
     """
-    found = regular_file(path, f"{path}").resolve()
-    modules = own_modules(found)
-    name = f"flowdistill_given_{digest([str(found), hashes(modules)])[:16]}"
+    file = regular_file(path, f"{path}").resolve()
+    modules = own_modules(file)
+    name = f"flowdistill_given_{digest([str(file), hashes(modules)])[:16]}"
     if name in FILES:
         return FILES[name]
-    beside = {module.name: module for module in modules.values() if module.name and module.file.resolve().is_relative_to(found.parent)}
-    further = [module for module in modules.values() if module.name and module.name not in beside]
-    _refuse_changed(further, f"{path}")
-    spec = importlib.util.spec_from_file_location(name, found)
+    in_folder = {module.name: module for module in modules.values() if module.name and module.file.resolve().is_relative_to(file.parent)}
+    elsewhere = [module for module in modules.values() if module.name and module.name not in in_folder]
+    _refuse_changed(elsewhere, f"{path}")
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
-    module, neighbours = importlib.util.module_from_spec(spec), Neighbours(name, found, beside)
+    module, neighbours = importlib.util.module_from_spec(spec), Neighbours(name, file, in_folder)
     sys.modules[name] = module
     try:
         with neighbours.at_hand():
@@ -100,7 +100,7 @@ def of_file(path: Path) -> tuple[ModuleType, Neighbours]:
         del sys.modules[name]
         raise UserError(f"{path}: can't be run: {summary(error)}") from None
     neighbours.executed()
-    _remember(further)
+    _remember(elsewhere)
     FILES[name] = module, neighbours
     return FILES[name]
 
@@ -127,7 +127,7 @@ def _remember(modules: Iterable[Module]) -> None:
             AS_IMPORTED.setdefault(module.name, file_hash(module.file))
 
 
-def _refuse_changed(modules: Iterable[Module], what: str) -> None:
+def _refuse_changed(modules: Iterable[Module], label: str) -> None:
     """What is imported once must be what lies on the disk.
 
     Raises:
@@ -137,6 +137,6 @@ def _refuse_changed(modules: Iterable[Module], what: str) -> None:
         loaded = getattr(sys.modules.get(module.name), "__file__", None)
         if loaded is not None and Path(loaded).resolve() != module.file.resolve():
             other = f"{loaded} of that name is loaded"
-            raise UserError(f"{what}: it imports {module.name} from {module.file}, but {other}; rename one of the two")
+            raise UserError(f"{label}: it imports {module.name} from {module.file}, but {other}; rename one of the two")
         if AS_IMPORTED.get(module.name, now := file_hash(module.file)) != now:
-            raise UserError(f"{what}: {module.file} changed since it was imported; begin a new process, in a notebook a new kernel")
+            raise UserError(f"{label}: {module.file} changed since it was imported; begin a new process, in a notebook a new kernel")

@@ -37,17 +37,17 @@ def probe(net: Network, channels: int, height: int, width: int, *, trains: bool)
         channels, height, width: of the images that the network itself takes, without its front.
     """
     count = min(max(PIXELS // (height * width), IMAGES[0]), IMAGES[1])
-    found: dict[str, list[float]] = {}
+    answers: dict[str, list[float]] = {}
     with seeded(0, "probe"), torch.device("cpu"), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         images = torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(0))
         started = time.process_time()
         try:
-            found |= _signatures("eval", net.eval().answer(images), net.spec.version)
+            answers |= _signatures("eval", net.eval().answer(images), net.spec.version)
             if trains and time.process_time() - started <= SECONDS:
-                found |= _in_training(net, images)
+                answers |= _in_training(net, images)
         except FAILURES as error:  # of its own code, where it can't answer such images or such a batch: what it said until then
             pass_on_shortage(error)
-    return found
+    return answers
 
 
 def _in_training(net: Network, images: Tensor) -> Iterator[tuple[str, list[float]]]:
@@ -59,9 +59,9 @@ def _in_training(net: Network, images: Tensor) -> Iterator[tuple[str, list[float
     if outputs.logits.requires_grad:
         direction = torch.randn(outputs.logits.shape, generator=torch.Generator().manual_seed(1))
         gradients = torch.autograd.grad((outputs.logits * direction).sum(), [weight for _, weight in weights], allow_unused=True)
-        for place in sorted({round(place * (len(weights) - 1) / (GRADIENTS - 1)) for place in range(GRADIENTS)}):
-            gradient = gradients[place]
-            yield f"gradient {weights[place][0]}", _signature(torch.zeros(1) if gradient is None else gradient)
+        for index in sorted({round(index * (len(weights) - 1) / (GRADIENTS - 1)) for index in range(GRADIENTS)}):
+            gradient = gradients[index]
+            yield f"gradient {weights[index][0]}", _signature(torch.zeros(1) if gradient is None else gradient)
 
 
 def _signatures(mode: str, outputs: Outputs, version: int) -> dict[str, list[float]]:
@@ -94,16 +94,18 @@ def difference(then: Answers, now: Answers) -> str:
     both = [name for name in then if name in now]
     steepest = max((answers[name][0] for name in both for answers in (then, now) if name.startswith("gradient")), default=0.0)
     for name in both:
-        kind, _, what = name.partition(" ")
+        kind, _, subject = name.partition(" ")
         size = max(then[name][0], now[name][0], FLAT * steepest if kind == "gradient" else 0.0, 1e-30)
-        found = max(_apart(one, other) for one, other in zip(then[name], now[name], strict=False))
-        if found and not found / size <= TOLERANCES[kind]:
-            where = {"eval": f"{what} in eval mode", "train": f"{what} in train mode", "gradient": f"the gradient of {what}"}
-            return f"{where.get(kind, 'batch statistics')}: {found / size:.2g} of its size apart, up to {TOLERANCES[kind]:g} is rounding"
+        distance = max(_apart(old, new) for old, new in zip(then[name], now[name], strict=False))
+        if distance and not distance / size <= TOLERANCES[kind]:
+            labels = {"eval": f"{subject} in eval mode", "train": f"{subject} in train mode", "gradient": f"the gradient of {subject}"}
+            return (
+                f"{labels.get(kind, 'batch statistics')}: {distance / size:.2g} of its size apart, up to {TOLERANCES[kind]:g} is rounding"
+            )
     return ""
 
 
-def _apart(one: float, other: float) -> float:
-    if one == other or (math.isnan(one) and math.isnan(other)):
+def _apart(then: float, now: float) -> float:
+    if then == now or (math.isnan(then) and math.isnan(now)):
         return 0.0
-    return abs(one - other) if math.isfinite(one) and math.isfinite(other) else math.inf
+    return abs(then - now) if math.isfinite(then) and math.isfinite(now) else math.inf

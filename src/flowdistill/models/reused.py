@@ -82,11 +82,13 @@ class ReusedFactory(ImageFactory):
 
     def network(self, data: DataSpec) -> ImageNetwork:
         """The student with what it gets, for such data."""
-        ours, theirs = spec(self.student, data), spec(self.teacher, data)
+        student_spec, teacher_spec = spec(self.student, data), spec(self.teacher, data)
         inner = MODELS[self.student]
         assert isinstance(inner, ImageFactory)
-        cam = theirs.tap(CAM)
-        return Reused(inner.network(data), ours.embedding, (theirs.embedding, cam.height, cam.width), data.classes, self.factor)
+        cam = teacher_spec.tap(CAM)
+        return Reused(
+            inner.network(data), student_spec.embedding, (teacher_spec.embedding, cam.height, cam.width), data.classes, self.factor
+        )
 
 
 FORMS[re.compile(r"reused\(.*")] = functools.lru_cache(ReusedFactory)

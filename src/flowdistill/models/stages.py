@@ -29,7 +29,9 @@ def find_taps(net: nn.Module, calls: Sequence[Call]) -> dict[str, str]:
     leaving = _transitions(maps, level)
     ends: list[Call] = []
     for size in dict.fromkeys(level.values()):
-        left = max((call.began for call in leaving if call.given and level[call.given.size] == size), default=maps[-1].ended + 1)
+        left = max(
+            (call.began for call in leaving if call.input_layout and level[call.input_layout.size] == size), default=maps[-1].ended + 1
+        )
         before = [call for call in maps if level.get(call.size) == size and call.ended < left and not call.pools]
         after = (ends or stem)[-1].ended if ends or stem else -1
         if before and before[-1].ended > after:
@@ -54,33 +56,36 @@ def _stem(net: nn.Module, maps: Sequence[Call]) -> list[Call]:
     in it. Empty where there is no convolution.
     """
     leaves = [call for call in maps if next(call.module.children(), None) is None]
-    first = next((place for place, call in enumerate(leaves) if isinstance(call.module, nn.Conv2d)), len(leaves))
-    found = leaves[first : first + 1]
+    first = next((index for index, call in enumerate(leaves) if isinstance(call.module, nn.Conv2d)), len(leaves))
+    stem = leaves[first : first + 1]
     for call in leaves[first + 1 :]:
-        beside = found[0].path.rpartition(".")[0]
-        if not call.path.startswith(beside) or call.pools or call.shape != found[0].shape:
+        beside = stem[0].path.rpartition(".")[0]
+        if not call.path.startswith(beside) or call.pools or call.shape != stem[0].shape:
             break
         sibling = call.path[: f"{call.path}.".index(".", len(beside) + 1 if beside else 0)]
         if any(isinstance(inner, nn.Conv2d | nn.Linear) for inner in net.get_submodule(sibling).modules()):
             break
-        found.append(call)
-    return [_outermost(call, maps) for call in found[-1:]]
+        stem.append(call)
+    return [_outermost(call, maps) for call in stem[-1:]]
 
 
 def _transitions(maps: Sequence[Call], level: Mapping[tuple[int, int], tuple[int, int]]) -> list[Call]:
     """The outermost calls from a map of one size to one of another, with no third inside; gates, which are of one position, aside."""
 
     def simple(call: Call) -> bool:
-        if call.given is None or not {call.given.size, call.size} <= level.keys() or level[call.given.size] == level[call.size]:
+        if call.input_layout is None:
+            return False
+        before, after = call.input_layout.size, call.size
+        if not {before, after} <= level.keys() or level[before] == level[after]:
             return False
         inside = {level.get(inner.size) for inner in maps if call.began < inner.began and inner.ended < call.ended}
-        return inside <= {level[call.given.size], level[call.size], None}
+        return inside <= {level[before], level[after], None}
 
-    found: list[Call] = []
+    transitions: list[Call] = []
     for call in sorted(maps, key=lambda call: call.began):
-        if simple(call) and not any(outer.began < call.began and call.ended < outer.ended for outer in found):
-            found.append(call)
-    return found
+        if simple(call) and not any(outer.began < call.began and call.ended < outer.ended for outer in transitions):
+            transitions.append(call)
+    return transitions
 
 
 def _spread(maps: Sequence[Call], end: Call) -> list[Call]:
@@ -107,7 +112,7 @@ def attention(calls: Sequence[Call]) -> list[Call]:
     around: dict[int, list[Call]] = {}
     for call in calls:
         count = _positions(call.output, call.layout)
-        if count > 1 and call.inputs and count == _positions(call.inputs[0], call.given):
+        if count > 1 and call.inputs and count == _positions(call.inputs[0], call.input_layout):
             around.setdefault(count, []).append(call)
 
     def within(call: Call) -> bool:

@@ -46,10 +46,10 @@ def _shaped(value: Tensor, like: Tensor) -> Tensor:
 def shape_buffers(module: nn.Module, weights: Mapping[str, Tensor], grown: frozenset[str]) -> None:
     """Give the buffers that are named in ``grown`` the shapes that they have in a state, and make those that are not there yet."""
     for name in sorted(grown & weights.keys()):
-        path, _, own = name.rpartition(".")
+        path, _, buffer_name = name.rpartition(".")
         owner, value = module.get_submodule(path), weights[name]
-        if (there := owner._buffers.get(own)) is None:
-            device = next((one.device for one in (*module.parameters(), *module.buffers())), value.device)
-            owner.register_buffer(own, torch.zeros_like(value, device=device))
+        if (existing := owner._buffers.get(buffer_name)) is None:
+            device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), value.device)
+            owner.register_buffer(buffer_name, torch.zeros_like(value, device=device))
         else:
-            _shaped(there, value)
+            _shaped(existing, value)

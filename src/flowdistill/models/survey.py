@@ -108,9 +108,9 @@ def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
     for call in [*attention(calls), *attention(larger)]:
         call.layout = None
     layouts = {call.path: call.layout for call in calls if call.layout is not None and call.path}
-    seen = {name: path for name, path in find_taps(net, larger).items() if path in layouts and layouts[path].size != (1, 1)}
-    stages = [path for name, path in seen.items() if name != "stem"]
-    ends = {name: path for name, path in seen.items() if name == "stem"}
+    taps = {name: path for name, path in find_taps(net, larger).items() if path in layouts and layouts[path].size != (1, 1)}
+    stages = [path for name, path in taps.items() if name != "stem"]
+    ends = {name: path for name, path in taps.items() if name == "stem"}
     ends |= {f"stage{number}": path for number, path in enumerate(stages, 1)}
     return Survey(
         layouts,
@@ -176,7 +176,7 @@ def _refuse_forgetful(net: nn.Module, size: Sequence[int], logits: Tensor) -> No
 
 
 @torch.no_grad()
-def _draws(net: nn.Module, size: Sequence[int], evaluated: Any) -> bool:
+def _draws(net: nn.Module, size: Sequence[int], eval_output: Any) -> bool:
     """Whether a pass in train mode moves a global generator.
 
     Raises:
@@ -186,15 +186,15 @@ def _draws(net: nn.Module, size: Sequence[int], evaluated: Any) -> bool:
     with seeded(0, "dry run", device=device):
         began = states()
         try:
-            trained = net.train()(torch.zeros(IMAGES, *size, device=device))
+            train_output = net.train()(torch.zeros(IMAGES, *size, device=device))
         except Exception as error:  # a batch that is too small for its normalisation: nobody knows
             pass_on_shortage(error)
             return True
         draws = states() != began
-    if isinstance(trained, Tensor) != isinstance(evaluated, Tensor) or _shape(trained) != _shape(evaluated):
-        what = f"logits {list(_shape(trained))}" if isinstance(trained, Tensor) else f"a {type(trained).__name__}"
+    if isinstance(train_output, Tensor) != isinstance(eval_output, Tensor) or _shape(train_output) != _shape(eval_output):
+        description = f"logits {list(_shape(train_output))}" if isinstance(train_output, Tensor) else f"a {type(train_output).__name__}"
         cure = "switch its auxiliary heads off (such as aux_logits=False), or wrap it so that it gives logits alone"
-        raise ValueError(f"in train mode it gives {what}, in eval mode logits {list(_shape(evaluated))}; {cure}")
+        raise ValueError(f"in train mode it gives {description}, in eval mode logits {list(_shape(eval_output))}; {cure}")
     return draws
 
 
@@ -205,9 +205,9 @@ def _shape(output: Any) -> tuple[int, ...]:
 def _overstepped(calls: Sequence[Call]) -> str:
     """The first convolution with a window whose stride is larger than its map; depthwise ones aside."""
 
-    def steps_over(layer: nn.Module, given: Sequence[Any]) -> bool:
-        if not isinstance(layer, nn.Conv2d) or max(layer.kernel_size) == 1 or layer.groups == layer.in_channels or not given:
+    def steps_over(layer: nn.Module, inputs: Sequence[Any]) -> bool:
+        if not isinstance(layer, nn.Conv2d) or max(layer.kernel_size) == 1 or layer.groups == layer.in_channels or not inputs:
             return False
-        return any(stride > side for stride, side in zip(layer.stride, given[0].shape[-2:], strict=True))
+        return any(stride > side for stride, side in zip(layer.stride, inputs[0].shape[-2:], strict=True))
 
     return next((call.path for call in calls if steps_over(call.module, call.inputs)), "")

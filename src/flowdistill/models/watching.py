@@ -51,7 +51,7 @@ class Call:
     module: nn.Module
     began: int
     inputs: tuple[Any, ...]
-    given: Layout | None
+    input_layout: Layout | None
     ended: int = 0
     output: Any = None
     layout: Layout | None = None
@@ -102,13 +102,13 @@ def watch(net: nn.Module, channels: int, height: int, width: int) -> Watched:
     open_: list[Call] = []
     clock = iter(range(1 << 62))
 
-    def given(inputs: tuple[Any, ...]) -> Layout | None:
+    def first_layout(inputs: tuple[Any, ...]) -> Layout | None:
         return layout_of(inputs[0], net, height, width) if inputs else None
 
     def begin(path: str) -> Any:
         def open_call(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             inputs = (*inputs, *named.values())
-            open_.append(Call(path, module, next(clock), inputs, given(inputs)))
+            open_.append(Call(path, module, next(clock), inputs, first_layout(inputs)))
 
         return open_call
 
@@ -156,8 +156,8 @@ def logits_of(output: Any) -> Tensor:
     """
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.dim() != 2:
-        what = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(output).__name__}"
-        raise ValueError(f"it gives {what}, not logits [N, classes]")
+        description = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(output).__name__}"
+        raise ValueError(f"it gives {description}, not logits [N, classes]")
     return logits
 
 

@@ -27,7 +27,7 @@ class Survey:
 
     Attributes:
         layouts: module path -> how its output is a map, for all whose output is one.
-        ends: tap name -> module path, as they were found.
+        ends: tap name -> module path, as the dry run found them.
         head, embedding, classes: the classifier's path, its inputs and outputs.
         named: whether the network gives an object that holds the logits, not these themselves.
         altered: why its answer is not what its classifier gives, or empty.
@@ -38,7 +38,7 @@ class Survey:
         grown: names of the buffers that have another shape, or are there at all, after a pass.
         order: module path -> when its last call ended, among all.
         overstepped: path of a convolution whose stride is larger than its map, or empty.
-        overwrites: whether it changes the images that it is given in place.
+        overwrites: whether it changes its input images in place.
         overwritten: paths of modules whose output is changed in place afterwards.
         channels_last: whether it takes images and weights in channels_last memory; ``view`` may not.
     """
@@ -76,13 +76,14 @@ class Survey:
 
 
 def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
-    """Run a network on random images of this size, and once more on larger ones where it takes them: there stages are told apart best.
+    """Run a network on random images of this size, and once more on larger ones if it takes them: they tell stages apart best.
 
     Its modes and buffers stay as they were.
 
     Raises:
-        ValueError: it gives no logits [N, K], or they are not those of a linear layer on a vector, or others when it is asked again.
-        Exception: of the network's own, where it can't take such images.
+        ValueError: it gives no logits [N, K], or they are not those of a linear layer on a vector, or it gives others when it is asked
+            again.
+        Exception: the network's own, if it can't take such images.
     """
     size = (channels, height, width)
     with _as_it_was(net) as grown:
@@ -96,6 +97,7 @@ def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
         head, altered = find_head(net, size, candidates(calls, logits), logits.shape[1])
     with _as_it_was(net) as grown_in_training:
         draws = _draws(net, size, output)
+    # At the data's size the late stages of a deep network may have shrunk to one position each, and then no size tells them apart.
     larger = calls
     factor = -(-LARGE // min(height, width))
     if factor > 1:
@@ -105,9 +107,12 @@ def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
         except FAILURES as error:  # it takes one size alone
             pass_on_shortage(error)
             larger = calls
+    # What attention gives has the shape of a map, and is none: no stage ends there, and nobody may tap it.
     for call in [*attention(calls), *attention(larger)]:
         call.layout = None
     layouts = {call.path: call.layout for call in calls if call.layout is not None and call.path}
+    # Students and teachers see the data's size: a tap must be a map of more than one position there. The stages that are left are numbered
+    # anew, without gaps.
     taps = {name: path for name, path in find_taps(net, larger).items() if path in layouts and layouts[path].size != (1, 1)}
     stages = [path for name, path in taps.items() if name != "stem"]
     ends = {name: path for name, path in taps.items() if name == "stem"}
@@ -134,7 +139,7 @@ def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
 
 @contextmanager
 def _as_it_was(net: nn.Module) -> Iterator[set[str]]:
-    """Modes and buffers are put back afterwards; the names of the buffers that had another shape then."""
+    """Put modes and buffers back afterwards. The set then holds the names of the buffers that had taken another shape."""
     modes, before, grown = {module: module.training for module in net.modules()}, shapes(net), set[str]()
     with kept(net):
         try:

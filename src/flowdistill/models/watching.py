@@ -1,4 +1,4 @@
-"""A pass through a network with a look at every module: what it was given and gave, and which outputs are maps."""
+"""A pass through a network that watches every module: its inputs and its output, and which outputs are maps."""
 
 from __future__ import annotations
 
@@ -41,9 +41,14 @@ class Layout(NamedTuple):
 
 @dataclass
 class Call:
-    """A module that was called in the dry run: when it began and ended among all, on what, and what it gave.
+    """A call of a module in the dry run.
 
     Attributes:
+        path: the module's path in the network, empty for the network itself.
+        began, ended: its turn among the beginnings and ends of all calls.
+        inputs: positional inputs, then those by keyword.
+        input_layout: how the first input is a map, or None.
+        layout: how the output is a map, or None.
         version: of the output as the module gave it; operations in place count it up.
     """
 
@@ -84,7 +89,7 @@ class Watched(NamedTuple):
 
     Attributes:
         calls: every call of a module in the order in which they ended.
-        output: what the whole gave.
+        output: what the network gave.
         overwrites: whether the images were changed.
         draws: whether a global generator was moved.
     """

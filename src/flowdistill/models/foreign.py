@@ -39,7 +39,7 @@ SIZES = {
     "channels": ("channels", "in_channels", "in_chans"),
     "size": ("size", "image_size", "img_size"),
 }
-"""What a user's function is told, by the names of its parameters."""
+"""What a user's function may want to know -> the names of its parameters for it."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of every torchvision network
 
 Make = Callable[[DataSpec], nn.Module]
@@ -47,7 +47,7 @@ IN_MEMORY: dict[str, nn.Module] = {}
 
 
 class Foreign(Network):
-    """A module with hooks at its taps and at its classifier. Its weights keep the names that they have in the module alone."""
+    """A module with hooks at its taps and at its classifier. Its weights have the names that they have in the module itself."""
 
     def __init__(
         self, inner: nn.Module, spec: NetSpec, taps: tuple[str, ...], dry_run: Survey, neighbours: Neighbours | None = None
@@ -75,7 +75,7 @@ class Foreign(Network):
         return {name: value for name, value in self.__dict__.items() if name not in ("hooks", "seen")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy has hooks of its own: what it holds came without any."""
+        """Give a copy hooks of its own: the module that it holds was copied without any."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._hook()
 
@@ -107,10 +107,10 @@ class Foreign(Network):
         return Outputs(output.logits if self.named else output, seen[HEAD].flatten(1), maps)
 
     def refuse_cut(self, outputs: Outputs, *, embedding: bool) -> None:
-        """Look at what it gave, with gradients on.
+        """Refuse outputs, which were computed with gradients on, from which no gradient goes where it should.
 
         Raises:
-            UserError: no gradient would go from a tap, or from the embedding, to what is trained before it.
+            UserError: no gradient would go from a tap, or from the embedding, to a parameter before it that is trained.
         """
         values = [(f"tap {name}={path}", path, outputs.maps[name]) for name, path in self.paths.items()]
         values += [("the embedding", self.spec.head, outputs.embedding)] * embedding
@@ -122,7 +122,10 @@ class Foreign(Network):
                 )
 
     def _trained_before(self, path: str) -> str:
-        """The first parameter that is trained among those of the modules that ended no later than this one; of the classifier before it."""
+        """The first trained parameter of the modules that ended no later than this one; empty if there is none.
+
+        For the classifier only modules that ended before it count: its input is what is kept.
+        """
         last = self.order[path]
         for earlier, end in self.order.items():
             if end < last or (end == last and path != self.spec.head):
@@ -144,7 +147,7 @@ def surveyed(net: nn.Module, name: str, channels: int, height: int, width: int) 
     """What a dry run of a module shows.
 
     Raises:
-        UserError: it can't take such images, or is no classifier.
+        UserError: the module can't take such images, or is no classifier.
     """
     try:
         with seeded(0, "survey"), torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
@@ -158,7 +161,7 @@ def refuse_unready(module: nn.Module, name: str) -> None:
     """Refuse a module whose weights have no size or no numbers yet, or are not in single precision, or that is TorchScript.
 
     Raises:
-        UserError: it has such a weight, or such a part; the first of them.
+        UserError: it has such a weight, or such a part; the error names the first one.
     """
     for path, part in module.named_modules():
         if isinstance(part, torch.jit.ScriptModule):
@@ -177,10 +180,10 @@ def refuse_unready(module: nn.Module, name: str) -> None:
 
 
 def tensors(module: nn.Module, name: str) -> dict[str, Tensor]:
-    """The state of a module that can be used.
+    """The state dict of a module.
 
     Raises:
-        UserError: it can't, or not all of its state are tensors.
+        UserError: ``refuse_unready`` refuses the module, or its state holds something else than tensors.
     """
     refuse_unready(module, name)
     weights: dict[str, Any] = module.state_dict()
@@ -201,11 +204,11 @@ def _with_prefix(_net: nn.Module, weights: dict[str, Any], prefix: str, *_: Any)
 
 
 class ForeignFactory:
-    """A network by the name of what makes it; its sizes and taps are found by running it.
+    """A network by the name of what makes it. A dry run finds its sizes and taps.
 
     Attributes:
         code, file_code: as ``Factory`` says.
-        in_memory: it is a module, and has the classes that it has.
+        in_memory: whether it is a module in memory, whose number of classes is fixed.
     """
 
     def __init__(self, name: str, code: Mapping[str, str]) -> None:
@@ -221,7 +224,7 @@ class ForeignFactory:
         """The module for such data.
 
         Raises:
-            UserError: what makes it fails.
+            UserError: the code that makes it fails, or gives no module that can be used.
         """
         try:
             with self.neighbours.at_hand(), torch.device("cpu"):  # on meta tensors, which hold no numbers, some can't be made
@@ -237,10 +240,10 @@ class ForeignFactory:
         return net
 
     def survey(self, data: DataSpec) -> Survey:
-        """What a dry run of it shows.
+        """What a dry run of the network shows.
 
         Raises:
-            UserError: it can't take such images, or is no classifier of so many classes.
+            UserError: the network can't take such images, or is no classifier of so many classes.
         """
         key = _sizes(data)
         if key not in self._surveys:
@@ -257,30 +260,31 @@ class ForeignFactory:
         return self._surveys[key]
 
     def made_of(self, data: DataSpec) -> str:
-        """The hash of its code and of what that makes; empty for a library's, and for a module, whose name has it."""
+        """The hash of its code and of what the code makes; empty for a library's network, and for a module, whose name has the hash."""
         self.survey(data)
         return digest([dict(self.code), self._contents[_sizes(data)]]) if self.code else ""
 
     def spec(self, data: DataSpec) -> NetSpec:
-        """Its taps as the dry run found them."""
+        """The network with the taps that the dry run found."""
         return self.survey(data).spec(self.name)
 
     def tapped(self, data: DataSpec, table: Mapping[str, str]) -> NetSpec:
-        """The taps of a table: a module's path, one with wildcards, whose matches are numbered, or a tap that the dry run found.
+        """The network with the taps of a table. It names a module's path, a path with wildcards, whose matches are numbered, or a tap that
+        the dry run found.
 
         Raises:
-            UserError: no such module, or none whose output is a map.
+            UserError: there is no such module, or none whose output is a map.
         """
         dry_run = self.survey(data)
         taps = tuple(tap for name, pattern in table.items() for tap in self._matching(dry_run, name, pattern))
         return replace(dry_run.spec(self.name), taps=taps)
 
     def draws(self, data: DataSpec) -> bool:
-        """As the dry run found."""
+        """Whether its layers drew random numbers in train mode in the dry run."""
         return self.survey(data).draws
 
     def declared_input_spec(self) -> InputSpec:
-        """Of a library's network what its configuration says."""
+        """The images that a library declares for its network; nothing is known of other networks."""
         where, _, name = self.name.partition(":")
         if where == "torchvision":
             return InputSpec(None, LARGE, LARGE, IMAGENET_MEAN, IMAGENET_STD)
@@ -318,7 +322,7 @@ def _maker(where: str, name: str) -> tuple[Make, str, Neighbours]:
     """How a network is made, what it is, and which modules lie beside its file.
 
     Raises:
-        UserError: no such library, file, function or name.
+        UserError: there is no such library, file, function or name.
     """
     if where == "timm":
         return _timm(name), f"{name} of timm", Neighbours()
@@ -383,7 +387,7 @@ def _torchvision(name: str) -> Make:
 
 
 def _user_function(function: Callable[..., Any]) -> Make:
-    """A user's function, told classes, channels and size where it has parameters for them."""
+    """A user's function as ``Make``. It gets classes, channels and size if it has parameters for them."""
     parameters = inspect.signature(function).parameters
 
     def make(data: DataSpec) -> Any:
@@ -394,10 +398,10 @@ def _user_function(function: Callable[..., Any]) -> Make:
 
 
 def foreign(name: str) -> ForeignFactory:
-    """The factory of a name that is written as one of these; another one where its code has changed.
+    """The factory of a foreign network's name; another one if its code has changed.
 
     Raises:
-        UserError: the name is code that nobody vouches for; it is not run.
+        UserError: the name is that of code that nobody vouches for; the code is not run.
     """
     if where := own_place(name):
         trust.meet(name, where, lambda: _code(name))
@@ -405,14 +409,14 @@ def foreign(name: str) -> ForeignFactory:
 
 
 def own_place(name: str) -> str:
-    """Where the code lies that a network's name is; empty of a name that is none, and of a file that is not there."""
+    """Where the own code of a network's name lies; empty if the name is of no own code, or the file is not there."""
     where = _where(name)
     missing = where.endswith(".py") and not Path(where).expanduser().is_file()
     return "" if not where or missing else place_of(where)
 
 
 def _where(name: str) -> str:
-    """The file or package of a name that is code; empty of any other."""
+    """The file or package in the name of own code; empty for any other name."""
     written = WRITTEN.fullmatch(name)
     return written["where"] if written and written["where"] not in LIBRARIES else ""
 
@@ -429,7 +433,7 @@ def _code(name: str) -> dict[str, str]:
 
 
 def _label(where: str) -> str:
-    """The name of the file that a network's name says, as its code is listed."""
+    """The label, in the list of its code, of the file that a network's name says."""
     return Path(where).name if where.endswith(".py") else f"{where.replace('.', '/')}.py"
 
 
@@ -442,17 +446,17 @@ FORMS[WRITTEN] = foreign
 
 
 def is_foreign(name: str) -> bool:
-    """Whether a name is written as one of these."""
+    """Whether a name is written as a foreign network's."""
     return WRITTEN.fullmatch(name) is not None
 
 
 def uncompiled(module: Any) -> Any:
-    """What ``torch.compile`` was given, where the module is what it made of that."""
+    """The module that ``torch.compile`` was given, if this one is its result; else this one."""
     return getattr(module, "_orig_mod", module)
 
 
 def adopt(module: nn.Module, key: str) -> str:
-    """A module in memory as a model's name; the key tells it from others."""
+    """Keep a module in memory; returns its name as a model's. The key tells it from other modules."""
     name = f"{type(module).__name__}-{key}"
     IN_MEMORY[name] = module
     return f"module:{name}"

@@ -1,4 +1,4 @@
-"""Images as the data give them, made into those that a network was made for: its own size, channels and normalisation."""
+"""Turn the data's images into those that a network was made for: their size, channels and normalisation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..checks import UserError
 class InputSpec:
     """The images that a network sees: their channels and size, and mean and standard deviation of each channel in 0..1.
 
-    What is None is not known, or as the data are.
+    A field that is None is not known, or is as in the data.
     """
 
     channels: int | None = None
@@ -26,17 +26,17 @@ class InputSpec:
     std: tuple[float, ...] | None = None
 
     def over(self, below: InputSpec) -> InputSpec:
-        """What is None here is as below."""
+        """This spec, with the values of ``below`` in the fields that are None here."""
         names = [field.name for field in fields(self)]
         return InputSpec(**{name: getattr(below if getattr(self, name) is None else self, name) for name in names})
 
 
 class InputAdapter(nn.Module):
-    """(x s + m - m') / s' a channel at a time, then bilinear interpolation, smoothed where the image shrinks.
+    """(x s + m - m') / s' for each channel, then bilinear interpolation, with antialiasing if the image shrinks.
 
     Args:
-        given: how the images come: m and s.
-        wanted: how the network wants them: m' and s'; nothing of it None.
+        source: the images as the data give them; m and s are its mean and std.
+        target: the images as the network wants them; m' and s' are its mean and std. No field is None.
     """
 
     scale: Tensor
@@ -56,7 +56,7 @@ class InputAdapter(nn.Module):
         self.register_buffer("shift", ((source_mean - target_mean) / target_std).float(), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [N, C, H, W], normalised as they come -> [N, C', H', W'], as the network wants them; grey is repeated for 3 channels."""
+        """Images [N, C, H, W] as the data give them -> [N, C', H', W'] as the network wants them; grey is repeated for 3 channels."""
         images = (images * self.scale + self.shift).expand(-1, self.channels, -1, -1)
         if images.shape[2:] == self.size:
             return images
@@ -68,7 +68,11 @@ def _column(values: Sequence[float] | None) -> Tensor:
 
 
 def input_adapter(source: InputSpec, wanted: InputSpec) -> InputAdapter | None:
-    """What turns images as they come into those that a network was made for; None where they are that already.
+    """The adapter from the data's images to those that a network was made for; None if they are such already.
+
+    Args:
+        source: the images as the data give them.
+        wanted: the images that the network was made for; a field that is None is as in the data.
 
     Raises:
         UserError: the numbers of channels, means or standard deviations do not go together.

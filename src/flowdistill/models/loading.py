@@ -1,4 +1,4 @@
-"""Code of one's own, executed: a file with its neighbours, or a module of a package. What runs must be what lies on the disk."""
+"""Execute a user's own code: a file with its neighbours, or a module of a package. What runs must be what lies on the disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .code import Module, digest, file_hash, hashes, own_modules
 
 
 class Neighbours:
-    """The modules beside a file, executed for this file alone: another folder may have some of the same names.
+    """The modules beside a file. They are executed for this file alone, since another folder may have modules of the same names.
 
     Args:
         owner: the name of the file's module.
@@ -23,7 +23,7 @@ class Neighbours:
         modules: those that it may import, by name.
 
     Attributes:
-        late: whether there are some that it did not import when it was executed: its functions may, when they are called.
+        late: whether the file did not import all of them when it was executed. Its functions may import the rest when they are called.
     """
 
     def __init__(self, owner: str = "", file: Path | None = None, modules: Mapping[str, Module] | None = None) -> None:
@@ -37,10 +37,10 @@ class Neighbours:
 
     @contextmanager
     def at_hand(self) -> Iterator[None]:
-        """Inside they are found by their names, before all others; what is imported meanwhile is one of them. Outside no name of theirs
-        is taken.
+        """Inside, imports find them by their names, before all others; what is imported under these names is one of them. Outside, their
+        names are free.
 
-        They are known by a name of their own as well, by which a compiler finds them.
+        ``sys.modules`` also has each under a name that only this file uses, by which a compiler finds it.
         """
         if self.file is None or not self.modules:
             yield
@@ -61,7 +61,7 @@ class Neighbours:
             sys.modules.update(others)
 
     def executed(self) -> None:
-        """The file was."""
+        """Note that the file was executed."""
         self.late = not self.modules.keys() <= self._loaded.keys()
 
     def _named(self) -> list[str]:
@@ -75,10 +75,10 @@ AS_IMPORTED: dict[str, str] = {}
 
 
 def of_file(path: Path) -> tuple[ModuleType, Neighbours]:
-    """The module of a file, executed once for each state of its code. Its neighbours can be imported, as ``python FILE.py`` would.
+    """The module of a file, executed once for each state of its code. It can import its neighbours, as with ``python FILE.py``.
 
     Raises:
-        UserError: no such file, or its code fails, or it imports a module that is not what lies on the disk.
+        UserError: there is no such file, its code fails, or it imports a module that is not what lies on the disk.
     """
     file = regular_file(path, f"{path}").resolve()
     modules = own_modules(file)
@@ -109,7 +109,7 @@ def of_package(name: str) -> ModuleType:
     """A module by its name, as Python imports it.
 
     Raises:
-        UserError: it can't be imported, or it or a module of own code that it needs changed since it was.
+        UserError: it can't be imported, or it changed since it was, or a module of own code that it needs did.
     """
     modules = own_modules(name).values()
     _refuse_changed(modules, name)
@@ -128,7 +128,7 @@ def _remember(modules: Iterable[Module]) -> None:
 
 
 def _refuse_changed(modules: Iterable[Module], label: str) -> None:
-    """What is imported once must be what lies on the disk.
+    """Refuse modules that are not what lies on the disk: Python imports each of them once.
 
     Raises:
         UserError: a module of that name was loaded from elsewhere, or it changed since.

@@ -21,7 +21,6 @@ def find_taps(net: nn.Module, calls: Sequence[Call]) -> dict[str, str]:
     it is no stage's end. If all maps have one size, as those of a plain transformer have, four ends are spread over its blocks.
 
     Args:
-        net: the network.
         calls: all calls of its modules in one pass, in the order in which they ended.
     """
     # A map of one position tells of no stage: gates give such inside of blocks, and pooling gives it at the end.
@@ -68,8 +67,8 @@ def _levels(maps: Sequence[Call]) -> dict[tuple[int, int], tuple[int, int]]:
 def _stem(net: nn.Module, maps: Sequence[Call]) -> list[Call]:
     """The call that ends the stem, in a list; the list is empty if there is no convolution.
 
-    The stem begins with the first convolution. The normalisation and the activation after it belong to it, as in the networks of this
-    package, whose stems are tapped after ReLU. They stand beside the convolution, below the same parent, and keep the map's shape. The
+    The stem begins with the first convolution. The normalisation and the activation after it belong to it, as in most networks of
+    this package, whose stems are tapped after ReLU. They stand beside the convolution, below the same parent, and keep the map's shape. The
     stem is over at pooling, and at a sibling with a convolution or a linear layer in it, which is the first block.
     """
     leaves = [call for call in maps if next(call.module.children(), None) is None]

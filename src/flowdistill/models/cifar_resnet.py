@@ -1,7 +1,7 @@
 """CIFAR ResNets of He et al. 2016 ("Deep Residual Learning for Image Recognition", section 4.2): depth 6n+2.
 
 A 3x3 stem with padding 1, three stages of n basic blocks with 16, 32 and 64 channels at full, half and quarter size, global
-average pooling, one linear layer. Where a block changes shape its shortcut is a 1x1 convolution with batch normalisation (the
+average pooling, one linear layer. If a block changes the shape, its shortcut is a 1x1 convolution with batch normalisation (the
 paper's option B; its CIFAR networks have option A, without parameters), as in the implementations whose figures are quoted here.
 ``resnet8x4`` and its sisters are those of the CRD benchmark (Tian et al. 2020): a stem of 32 channels, stages of 64, 128 and 256.
 """
@@ -19,8 +19,15 @@ DEPTHS = (8, 14, 20, 26, 32, 44, 56, 110)
 WIDE_DEPTHS = (8, 14, 32)
 
 
+def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
+    """A 1x1 convolution with batch normalisation if the block changes the shape, else the identity."""
+    if stride == 1 and inputs == outputs:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+
 class BasicBlock(nn.Module):
-    """conv-BN-ReLU, conv-BN, plus the shortcut; the ReLU after it is the caller's."""
+    """conv-BN-ReLU, conv-BN, plus the shortcut; the caller applies the ReLU after it."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -28,11 +35,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
-        self.downsample = (
-            nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-            if stride != 1 or inputs != outputs
-            else nn.Identity()
-        )
+        self.downsample = shortcut(inputs, outputs, stride)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The block's output before ReLU, and the output of its first conv-BN-ReLU."""

@@ -1,6 +1,6 @@
-"""What a network of one's own is made of: the files of its code, and what one object of it holds and calls.
+"""What a user's own network is made of: the files of its code, and what an object of it holds and calls.
 
-Own is what is neither in the standard library nor installed from a package index; a library is known by its version, not by its content.
+Own code is neither in the standard library nor installed from a package index. A library is known by its version, not by its content.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from torch import Tensor, fx, nn
 
 from ..checks import FAILURES, pass_on_shortage
 
-INSTALLED = {"site-packages", "dist-packages"}  # folders of what an installer put there
+INSTALLED = {"site-packages", "dist-packages"}  # folders that installers put packages in
 LARGEST = 64 << 20  # bytes of a file that counts as code
 LONGEST = 10_000  # characters of what a library's object prints of itself
 
 
 class Module:
-    """A file of code, and the name that it is imported by; a file that a user names has none."""
+    """A file of code, and the name by which it is imported; the name is empty for a file that a user names."""
 
     def __init__(self, file: Path, name: str = "") -> None:
         self.file, self.name = file, name
 
     @property
     def label(self) -> str:
-        """As messages name it: ``nets.py``, ``lib/layers.py``; the same wherever the folder lies."""
+        """Its name in messages: ``nets.py``, ``lib/layers.py``. It is the same wherever the folder lies."""
         if not self.name:
             return self.file.name
         inside = self.name.replace(".", "/")
@@ -48,11 +48,11 @@ class Module:
 
     @property
     def package(self) -> str:
-        """What relative imports begin at."""
+        """The package at which its relative imports begin."""
         return self.name if self.file.stem == "__init__" else self.name.rpartition(".")[0]
 
     def imports(self) -> Iterator[str]:
-        """Names of the modules that it may import, wherever in the file it does; of ``from a import b`` both a and a.b."""
+        """Names of the modules that it may import, anywhere in the file; for ``from a import b`` both a and a.b."""
         if self.file.suffix != ".py":
             return
         for name, level in _imported(*_signature(self.file)):
@@ -63,20 +63,20 @@ class Module:
 def own_modules(root: str | Path) -> dict[str, Module]:
     """The own code that a module needs: itself and every module that it or one of those imports, by label.
 
-    Nothing is imported or executed for it: the import statements are read. What is imported under a name that is computed is not seen.
+    It reads the import statements, and imports and executes nothing. It does not see an import whose name is computed.
 
     Args:
         root: a file, whose neighbours are found first, or the name of a module.
     """
     folder = root.parent if isinstance(root, Path) else None
-    found: dict[str, Module] = {}
+    modules: dict[str, Module] = {}
     waiting: deque[Module] = deque([Module(root)] if isinstance(root, Path) else _named(root, None))
     while waiting:
         module = waiting.popleft()
-        if module.label not in found:
-            found[module.label] = module
+        if module.label not in modules:
+            modules[module.label] = module
             waiting.extend(inner for name in module.imports() for inner in _named(name, folder))
-    return found
+    return modules
 
 
 def place_of(where: str) -> str:
@@ -99,7 +99,7 @@ def file_hash(file: Path) -> str:
 
 
 def digest(parts: object) -> str:
-    """SHA-256 of what JSON can say."""
+    """SHA-256 of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -108,7 +108,7 @@ def _named(name: str, folder: Path | None) -> list[Module]:
     parts = name.split(".")
     if not parts[0] or parts[0] in sys.stdlib_module_names or parts[0] == __package__.split(".")[0]:
         return []
-    found: list[Module] = []
+    modules: list[Module] = []
     spec: ModuleSpec | None = None
     for length in range(1, len(parts) + 1):
         full = ".".join(parts[:length])
@@ -118,12 +118,12 @@ def _named(name: str, folder: Path | None) -> list[Module]:
         if spec.origin and (file := Path(spec.origin)).is_file():
             if not is_own(file, parts[0]):
                 return []
-            found.append(Module(file, full))
-    return found
+            modules.append(Module(file, full))
+    return modules
 
 
 def _top(name: str, folder: Path | None) -> ModuleSpec | None:
-    """Where an import finds a name without dots; the neighbours of a file first."""
+    """Where an import finds a name without dots; it looks into the file's folder first."""
     beside = PathFinder.find_spec(name, [str(folder)]) if folder is not None else None
     if beside is not None:
         return beside
@@ -134,8 +134,8 @@ def _top(name: str, folder: Path | None) -> ModuleSpec | None:
 
 
 def _below(name: str, package: ModuleSpec | None) -> ModuleSpec | None:
-    places = package.submodule_search_locations if package is not None else None
-    return PathFinder.find_spec(name, list(places)) if places is not None else None
+    folders = package.submodule_search_locations if package is not None else None
+    return PathFinder.find_spec(name, list(folders)) if folders is not None else None
 
 
 def is_own(file: Path, top: str) -> bool:
@@ -154,45 +154,50 @@ def _from_folders() -> frozenset[str]:
 
 
 def _signature(file: Path) -> tuple[Path, int, int, int]:
-    """What tells that a file is as it was when it was read."""
-    found = file.stat()
-    return file, found.st_mtime_ns, found.st_size, found.st_ino
+    """What stays the same as long as the file does: its path, time, size and inode."""
+    status = file.stat()
+    return file, status.st_mtime_ns, status.st_size, status.st_ino
 
 
 @functools.lru_cache(maxsize=4096)
 def _code_hash(file: Path, *_signature: int) -> str:
-    """Of code, which is asked for at every look at a network."""
+    """``file_hash``, cached, since every look at a network asks for it."""
     return file_hash(file)
 
 
 @functools.lru_cache(maxsize=4096)
 def _imported(file: Path, _time: int, size: int, _inode: int) -> tuple[tuple[str, int], ...]:
-    """What a file's import statements name, and how many packages above they begin; nothing where it is no Python."""
+    """The names in a file's import statements, and how many packages above each begins; empty if the file is no Python."""
     try:
         tree = ast.parse(file.read_bytes()) if size <= LARGEST else ast.Module([], [])
     except (SyntaxError, ValueError, RecursionError):
         return ()
-    found: list[tuple[str, int]] = []
+    imports: list[tuple[str, int]] = []
     for node in ast.walk(tree):
         match node:
             case ast.Import(names=names):
-                found += [(alias.name, 0) for alias in names]
+                imports += [(alias.name, 0) for alias in names]
             case ast.ImportFrom(module=module, names=names, level=level):
                 base = module or ""
-                found += [(base, level)] + [(f"{base}.{alias.name}".lstrip("."), level) for alias in names if alias.name != "*"]
+                imports += [(base, level)] + [(f"{base}.{alias.name}".lstrip("."), level) for alias in names if alias.name != "*"]
             case ast.Call(func=ast.Name(id="__import__" | "import_module"), args=[ast.Constant(value=str(name)), *_]):
-                found.append((name, 0))
+                imports.append((name, 0))
             case ast.Call(func=ast.Attribute(attr="import_module"), args=[ast.Constant(value=str(name)), *_]):
-                found.append((name, 0))
-    return tuple(dict.fromkeys(found))
+                imports.append((name, 0))
+    return tuple(dict.fromkeys(imports))
 
 
 def contents(value: object, *, exact: bool = True) -> str:
-    """SHA-256 of what a network holds and calls: classes and functions of own code by their bytecode, what these close over and which
-    globals they name; attributes, weights, buffers, hooks; what a library made by its name and what it prints of itself.
+    """SHA-256 of what a network holds and calls.
 
-    Equal in every process of one Python version. Mode, gradients and hooks of this package do not count. Of weights that are not
-    ``exact``, as fresh ones that another processor draws with another rounding, the norm counts to two digits.
+    It covers classes and functions of own code by their bytecode, what these close over and which globals they name; attributes, weights,
+    buffers and hooks; and what libraries made by its name and its ``repr``. Mode, gradients and hooks of this package do
+    not count. The result is equal in every process of one Python version.
+
+    Args:
+        value: the network, or what it holds.
+        exact: whether weights count in full. Else their norms count to two digits, as for fresh weights, which another processor rounds
+            differently. Default: True.
     """
     reader = _Contents(exact)
     reader.take(value)
@@ -207,7 +212,7 @@ PRINTED = (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_for
 
 
 class _Contents:
-    """A digest that grows by every value that it is given; what it met before it only counts."""
+    """A digest to which values are added. A value that it met before adds its number alone, so that cycles end."""
 
     def __init__(self, exact: bool) -> None:
         self.digest, self.exact = hashlib.sha256(), exact
@@ -215,8 +220,8 @@ class _Contents:
 
     def say(self, *words: object) -> None:
         for word in words:
-            said = str(word).encode(errors="surrogatepass")
-            self.digest.update(len(said).to_bytes(8, "big") + said)
+            encoded = str(word).encode(errors="surrogatepass")
+            self.digest.update(len(encoded).to_bytes(8, "big") + encoded)
 
     def take(self, value: object) -> None:
         if type(value) in PLAIN:
@@ -243,18 +248,18 @@ class _Contents:
             (types.MethodType, lambda bound: self.each("bound", bound.__func__, bound.__self__)),
             (types.ModuleType, self._imported),
             ((staticmethod, classmethod), lambda wrapped: self.each(type(wrapped).__name__, wrapped.__func__)),
-            (property, lambda own: self.each("property", own.fget, own.fset, own.fdel)),
-            (functools.cached_property, lambda own: self.each("property", own.func)),
+            (property, lambda prop: self.each("property", prop.fget, prop.fset, prop.fdel)),
+            (functools.cached_property, lambda prop: self.each("property", prop.func)),
             (functools._lru_cache_wrapper, lambda cached: self.each("cached", cached.__wrapped__)),
             (functools.partial, lambda part: self.each("partial", part.func, part.args, part.keywords)),
             (enum.Enum, lambda member: self.say(type(member).__qualname__, member.name)),
             (PRINTED, self._printed),
             ((dict, types.MappingProxyType), self._table),
-            ((set, frozenset), lambda own: self.say("set", *sorted(contents(member, exact=self.exact) for member in own))),
+            ((set, frozenset), lambda members: self.say("set", *sorted(contents(member, exact=self.exact) for member in members))),
             ((list, tuple, deque), lambda row: self.each(type(row).__name__, len(row), *row)),
         ]
-        found = next((taker for kinds, taker in takers if isinstance(value, kinds)), None)
-        return found or (self._object if _owned(type(value).__module__) or isinstance(value, types.SimpleNamespace) else self._printed)
+        taker = next((taker for kinds, taker in takers if isinstance(value, kinds)), None)
+        return taker or (self._object if _owned(type(value).__module__) or isinstance(value, types.SimpleNamespace) else self._printed)
 
     def each(self, kind: str, *values: object) -> None:
         self.say(kind)
@@ -367,7 +372,7 @@ def _of_this_package(value: object) -> bool:
 
 
 def _owned(name: str | None) -> bool:
-    """Whether a module of that name, as a class or function has it, is own code; what was typed into a session is."""
+    """Whether the module that a class or function says it is from is own code; what was typed into a session is."""
     top = (name or "").split(".")[0]
     if not top or top == "__main__":
         return True

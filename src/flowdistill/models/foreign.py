@@ -39,7 +39,7 @@ SIZES = {
     "channels": ("channels", "in_channels", "in_chans"),
     "size": ("size", "image_size", "img_size"),
 }
-"""What a user's function is told, by the names of its parameters."""
+"""What a user's function may want to know -> the names of its parameters for it."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of every torchvision network
 
 Make = Callable[[DataSpec], nn.Module]
@@ -47,18 +47,20 @@ IN_MEMORY: dict[str, nn.Module] = {}
 
 
 class Foreign(Network):
-    """A module with hooks at its taps and at its classifier. Its weights keep the names that they have in the module alone."""
+    """A module with hooks at its taps and at its classifier. Its weights have the names that they have in the module itself."""
 
-    def __init__(self, inner: nn.Module, spec: NetSpec, taps: tuple[str, ...], found: Survey, beside: Neighbours | None = None) -> None:
+    def __init__(
+        self, inner: nn.Module, spec: NetSpec, taps: tuple[str, ...], dry_run: Survey, neighbours: Neighbours | None = None
+    ) -> None:
         super().__init__()
-        self.beside = beside or Neighbours()
-        self.inner, self.spec, self.named, self.overwrites = inner, spec, found.named, found.overwrites
-        self.draws_always, self.unsettled, self.grown = found.draws_always, found.unsettled, found.grown
-        self.memory_format = torch.channels_last if found.channels_last else torch.contiguous_format
+        self.neighbours = neighbours or Neighbours()
+        self.inner, self.spec, self.named, self.overwrites = inner, spec, dry_run.named, dry_run.overwrites
+        self.draws_always, self.unsettled, self.grown = dry_run.draws_always, dry_run.unsettled, dry_run.grown
+        self.memory_format = torch.channels_last if dry_run.channels_last else torch.contiguous_format
         self.taps = tuple(spec.tap(name).name for name in taps)
         self.paths = {name: spec.tap(name).module for name in self.taps}
-        self.layouts = {path: found.layouts[path] for path in self.paths.values()}
-        self.overwritten, self.order = found.overwritten & self.layouts.keys(), found.order
+        self.layouts = {path: dry_run.layouts[path] for path in self.paths.values()}
+        self.overwritten, self.order = dry_run.overwritten & self.layouts.keys(), dry_run.order
         self._hook()
         self.register_state_dict_post_hook(_without_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_with_prefix)  # type: ignore[no-untyped-call]
@@ -66,14 +68,14 @@ class Foreign(Network):
     def _hook(self) -> None:
         self.seen = Seen()
         keepers = [(path, Keep(self.seen, path, overwritten=path in self.overwritten)) for path in self.layouts]
-        keepers += [(self.spec.head, Keep(self.seen, HEAD, given=True))]
+        keepers += [(self.spec.head, Keep(self.seen, HEAD, first_input=True))]
         self.hooks = [hook(self.inner.get_submodule(path), keep) for path, keep in keepers]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("hooks", "seen")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy has hooks of its own: what it holds came without any."""
+        """Give a copy hooks of its own: the module that it holds was copied without any."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._hook()
 
@@ -94,7 +96,7 @@ class Foreign(Network):
         self.seen.clear()
         self.seen.watching = True
         try:
-            with self.beside.at_hand() if self.beside.late else nullcontext():
+            with self.neighbours.at_hand() if self.neighbours.late else nullcontext():
                 output = self.inner(images.clone() if self.overwrites else images)
         finally:
             seen = dict(self.seen)
@@ -105,26 +107,29 @@ class Foreign(Network):
         return Outputs(output.logits if self.named else output, seen[HEAD].flatten(1), maps)
 
     def refuse_cut(self, outputs: Outputs, *, embedding: bool) -> None:
-        """Look at what it gave, with gradients on.
+        """Refuse outputs, which were computed with gradients on, from which no gradient goes where it should.
 
         Raises:
-            UserError: no gradient would go from a tap, or from the embedding, to what is trained before it.
+            UserError: no gradient would go from a tap, or from the embedding, to a parameter before it that is trained.
         """
-        given = [(f"tap {name}={path}", path, outputs.maps[name]) for name, path in self.paths.items()]
-        given += [("the embedding", self.spec.head, outputs.embedding)] * embedding
-        for what, path, value in given:
-            if not value.requires_grad and (trained := self._trained_before(path)):
+        values = [(f"tap {name}={path}", path, outputs.maps[name]) for name, path in self.paths.items()]
+        values += [("the embedding", self.spec.head, outputs.embedding)] * embedding
+        for label, path, value in values:
+            if not value.requires_grad and (parameter := self._trained_before(path)):
                 raise UserError(
-                    f"{what}: {self.spec.name} gives it without a gradient, though {trained} before it is trained; name another, let go of "
-                    f"what cuts it off (detach, no_grad, checkpoint with use_reentrant=True), or freeze what is before it"
+                    f"{label}: {self.spec.name} gives it without a gradient, though {parameter} before it is trained; name another, let go "
+                    f"of what cuts it off (detach, no_grad, checkpoint with use_reentrant=True), or freeze what is before it"
                 )
 
     def _trained_before(self, path: str) -> str:
-        """The first parameter that is trained among those of the modules that ended no later than this one; of the classifier before it."""
+        """The first trained parameter of the modules that ended no later than this one; empty if there is none.
+
+        For the classifier only modules that ended before it count: its input is what is kept.
+        """
         last = self.order[path]
-        for place, end in self.order.items():
+        for earlier, end in self.order.items():
             if end < last or (end == last and path != self.spec.head):
-                for name, parameter in self.inner.get_submodule(place).named_parameters(place, recurse=False):
+                for name, parameter in self.inner.get_submodule(earlier).named_parameters(earlier, recurse=False):
                     if parameter.requires_grad:
                         return name
         return ""
@@ -142,43 +147,43 @@ def surveyed(net: nn.Module, name: str, channels: int, height: int, width: int) 
     """What a dry run of a module shows.
 
     Raises:
-        UserError: it can't take such images, or is no classifier.
+        UserError: the module can't take such images, or is no classifier.
     """
     try:
         with seeded(0, "survey"), torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
             return survey(net, channels, height, width)
     except FAILURES as error:  # of the network's own code
-        said = first_line(error) if isinstance(error, ValueError | RuntimeError) else summary(error)
-        raise UserError(f"{name}: no classifier of images of {channels}x{height}x{width}: {said}") from None
+        reason = first_line(error) if isinstance(error, ValueError | RuntimeError) else summary(error)
+        raise UserError(f"{name}: no classifier of images of {channels}x{height}x{width}: {reason}") from None
 
 
 def refuse_unready(module: nn.Module, name: str) -> None:
     """Refuse a module whose weights have no size or no numbers yet, or are not in single precision, or that is TorchScript.
 
     Raises:
-        UserError: it has such a weight, or such a part; the first of them.
+        UserError: it has such a weight, or such a part; the error names the first one.
     """
     for path, part in module.named_modules():
         if isinstance(part, torch.jit.ScriptModule):
-            what = f"its {path} is" if path else "is"
-            raise UserError(f"{name}: {what} TorchScript, whose maps can't be looked at; give the nn.Module that it was made of")
+            subject = f"its {path} is" if path else "is"
+            raise UserError(f"{name}: {subject} TorchScript, whose maps can't be looked at; give the nn.Module that it was made of")
     for path, value in (*module.named_parameters(), *module.named_buffers()):
         if is_lazy(value):
-            what = "has no size yet; run the module once on a batch of images"
+            problem = "has no size yet; run the module once on a batch of images"
         elif value.is_meta:
-            what = "is on the meta device, without numbers; put the module on a device with .to_empty(device=...) and load its weights"
+            problem = "is on the meta device, without numbers; put the module on a device with .to_empty(device=...) and load its weights"
         elif isinstance(value, nn.Parameter) and value.is_floating_point() and value.dtype != torch.float32:
-            what = f"is {str(value.dtype).removeprefix('torch.')}, images are float32; give the module in single precision, .float()"
+            problem = f"is {str(value.dtype).removeprefix('torch.')}, images are float32; give the module in single precision, .float()"
         else:
             continue
-        raise UserError(f"{name}: {path} {what}")
+        raise UserError(f"{name}: {path} {problem}")
 
 
 def tensors(module: nn.Module, name: str) -> dict[str, Tensor]:
-    """The state of a module that can be used.
+    """The state dict of a module.
 
     Raises:
-        UserError: it can't, or not all of its state are tensors.
+        UserError: ``refuse_unready`` refuses the module, or its state holds something else than tensors.
     """
     refuse_unready(module, name)
     weights: dict[str, Any] = module.state_dict()
@@ -199,11 +204,11 @@ def _with_prefix(_net: nn.Module, weights: dict[str, Any], prefix: str, *_: Any)
 
 
 class ForeignFactory:
-    """A network by the name of what makes it; its sizes and taps are found by running it.
+    """A network by the name of what makes it. A dry run finds its sizes and taps.
 
     Attributes:
         code, file_code: as ``Factory`` says.
-        in_memory: it is a module, and has the classes that it has.
+        in_memory: whether it is a module in memory, whose number of classes is fixed.
     """
 
     def __init__(self, name: str, code: Mapping[str, str]) -> None:
@@ -211,7 +216,7 @@ class ForeignFactory:
         assert written is not None
         self.name, self.in_memory, self.code = name, written["where"] == "module", code
         self.file_code = next((hashed for label, hashed in code.items() if label == _label(written["where"])), "")
-        self.make, self.about, self.beside = _maker(written["where"], written["name"])
+        self.make, self.about, self.neighbours = _maker(written["where"], written["name"])
         self._surveys: dict[tuple[int, ...], Survey] = {}
         self._contents: dict[tuple[int, ...], str] = {}
 
@@ -219,10 +224,10 @@ class ForeignFactory:
         """The module for such data.
 
         Raises:
-            UserError: what makes it fails.
+            UserError: the code that makes it fails, or gives no module that can be used.
         """
         try:
-            with self.beside.at_hand(), torch.device("cpu"):  # on meta tensors, which hold no numbers, some can't be made
+            with self.neighbours.at_hand(), torch.device("cpu"):  # on meta tensors, which hold no numbers, some can't be made
                 net = self.make(data)
         except UserError:
             raise
@@ -235,50 +240,51 @@ class ForeignFactory:
         return net
 
     def survey(self, data: DataSpec) -> Survey:
-        """What a dry run of it shows.
+        """What a dry run of the network shows.
 
         Raises:
-            UserError: it can't take such images, or is no classifier of so many classes.
+            UserError: the network can't take such images, or is no classifier of so many classes.
         """
         key = _sizes(data)
         if key not in self._surveys:
-            with self.beside.at_hand(), seeded(0, "survey"), torch.device("cpu"), torch.compiler.set_stance("force_eager"):
+            with self.neighbours.at_hand(), seeded(0, "survey"), torch.device("cpu"), torch.compiler.set_stance("force_eager"):
                 net = self.network(data)
                 self._contents[key] = contents(net, exact=False) if self.code else ""  # before it runs, and may keep what it saw
-                found = surveyed(net, self.name, data.channels, data.height, data.width)
-                found.channels_last = takes_channels_last(net, data.channels, data.height, data.width)
-            if found.classes != data.classes and not self.in_memory:
+                dry_run = surveyed(net, self.name, data.channels, data.height, data.width)
+                dry_run.channels_last = takes_channels_last(net, data.channels, data.height, data.width)
+            if dry_run.classes != data.classes and not self.in_memory:
                 raise UserError(
-                    f"{self.name}: gives {found.classes} classes where {data.classes} are wanted; let it take their number as `classes`"
+                    f"{self.name}: gives {dry_run.classes} classes where {data.classes} are wanted; let it take their number as `classes`"
                 )
-            self._surveys[key] = found
+            self._surveys[key] = dry_run
         return self._surveys[key]
 
     def made_of(self, data: DataSpec) -> str:
-        """The hash of its code and of what that makes; empty for a library's, and for a module, whose name has it."""
+        """The hash of its code and of what the code makes; empty for a library's network, and for a module, whose name has the hash."""
         self.survey(data)
         return digest([dict(self.code), self._contents[_sizes(data)]]) if self.code else ""
 
     def spec(self, data: DataSpec) -> NetSpec:
-        """Its taps as the dry run found them."""
+        """The network with the taps that the dry run found."""
         return self.survey(data).spec(self.name)
 
     def tapped(self, data: DataSpec, table: Mapping[str, str]) -> NetSpec:
-        """The taps of a table: a module's path, one with wildcards, whose matches are numbered, or a tap that the dry run found.
+        """The network with the taps of a table. It names a module's path, a path with wildcards, whose matches are numbered, or a tap that
+        the dry run found.
 
         Raises:
-            UserError: no such module, or none whose output is a map.
+            UserError: there is no such module, or none whose output is a map.
         """
-        found = self.survey(data)
-        taps = tuple(tap for name, pattern in table.items() for tap in self._matching(found, name, pattern))
-        return replace(found.spec(self.name), taps=taps)
+        dry_run = self.survey(data)
+        taps = tuple(tap for name, pattern in table.items() for tap in self._matching(dry_run, name, pattern))
+        return replace(dry_run.spec(self.name), taps=taps)
 
     def draws(self, data: DataSpec) -> bool:
-        """As the dry run found."""
+        """Whether its layers drew random numbers in train mode in the dry run."""
         return self.survey(data).draws
 
     def declared_input_spec(self) -> InputSpec:
-        """Of a library's network what its configuration says."""
+        """The images that a library declares for its network; nothing is known of other networks."""
         where, _, name = self.name.partition(":")
         if where == "torchvision":
             return InputSpec(None, LARGE, LARGE, IMAGENET_MEAN, IMAGENET_STD)
@@ -288,24 +294,24 @@ class ForeignFactory:
         _, height, width = configured.input_size
         return InputSpec(None, height, width, tuple(configured.mean), tuple(configured.std))
 
-    def _matching(self, found: Survey, name: str, pattern: str) -> Iterator[TapSpec]:
-        if pattern in found.ends:
-            yield found.tap(name, found.ends[pattern])
+    def _matching(self, dry_run: Survey, name: str, pattern: str) -> Iterator[TapSpec]:
+        if pattern in dry_run.ends:
+            yield dry_run.tap(name, dry_run.ends[pattern])
             return
-        paths = [path for path in found.layouts if fnmatchcase(path, pattern) and path.count(".") == pattern.count(".")]
+        paths = [path for path in dry_run.layouts if fnmatchcase(path, pattern) and path.count(".") == pattern.count(".")]
         if not paths:
             raise UserError(
-                f"tap {name}={pattern}: {self.name} has no such module that gives a map; {did_you_mean(pattern, found.layouts)}"
+                f"tap {name}={pattern}: {self.name} has no such module that gives a map; {did_you_mean(pattern, dry_run.layouts)}"
             )
         if paths == [pattern]:
-            yield found.tap(name, pattern)
+            yield dry_run.tap(name, pattern)
             return
         for number, path in enumerate(paths, 1):
-            yield found.tap(f"{name}{number}", path)
+            yield dry_run.tap(f"{name}{number}", path)
 
     def build(self, data: DataSpec, spec: NetSpec, taps: tuple[str, ...]) -> Foreign:
         """The network with the weights that it is made with."""
-        return Foreign(self.network(data), spec, taps, self.survey(data), self.beside)
+        return Foreign(self.network(data), spec, taps, self.survey(data), self.neighbours)
 
 
 def _sizes(data: DataSpec) -> tuple[int, ...]:
@@ -316,7 +322,7 @@ def _maker(where: str, name: str) -> tuple[Make, str, Neighbours]:
     """How a network is made, what it is, and which modules lie beside its file.
 
     Raises:
-        UserError: no such library, file, function or name.
+        UserError: there is no such library, file, function or name.
     """
     if where == "timm":
         return _timm(name), f"{name} of timm", Neighbours()
@@ -326,13 +332,13 @@ def _maker(where: str, name: str) -> tuple[Make, str, Neighbours]:
         if name not in IN_MEMORY:
             raise UserError(f"module:{name} was given from Python, and is in no file; give it from Python again")
         return lambda _: deepcopy(IN_MEMORY[name]), f"{name}, a module given from Python", Neighbours()
-    module, beside = of_file(Path(where)) if where.endswith(".py") else (of_package(where), Neighbours())
+    module, neighbours = of_file(Path(where)) if where.endswith(".py") else (of_package(where), Neighbours())
     function = getattr(module, name, None)
     if not callable(function):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UserError(f"{where}:{name}: {where} has no function of that name; {did_you_mean(name, names)}")
     try:
-        return _told(function), f"{name} of {where}", beside
+        return _user_function(function), f"{name} of {where}", neighbours
     except (TypeError, ValueError):  # of C
         raise UserError(f"{where}:{name}: does not say what its parameters are; write a function or class in Python") from None
 
@@ -380,22 +386,22 @@ def _torchvision(name: str) -> Make:
     return make
 
 
-def _told(function: Callable[..., Any]) -> Make:
-    """A user's function, told classes, channels and size where it has parameters for them."""
+def _user_function(function: Callable[..., Any]) -> Make:
+    """A user's function as ``Make``. It gets classes, channels and size if it has parameters for them."""
     parameters = inspect.signature(function).parameters
 
     def make(data: DataSpec) -> Any:
         values = {"classes": data.classes, "channels": data.channels, "size": data.height}
-        return function(**{name: values[what] for what, names in SIZES.items() for name in names if name in parameters})
+        return function(**{name: values[quantity] for quantity, names in SIZES.items() for name in names if name in parameters})
 
     return make
 
 
 def foreign(name: str) -> ForeignFactory:
-    """The factory of a name that is written as one of these; another one where its code has changed.
+    """The factory of a foreign network's name; another one if its code has changed.
 
     Raises:
-        UserError: the name is code that nobody vouches for; it is not run.
+        UserError: the name is that of code that nobody vouches for; the code is not run.
     """
     if where := own_place(name):
         trust.meet(name, where, lambda: _code(name))
@@ -403,14 +409,14 @@ def foreign(name: str) -> ForeignFactory:
 
 
 def own_place(name: str) -> str:
-    """Where the code lies that a network's name is; empty of a name that is none, and of a file that is not there."""
+    """Where the own code of a network's name lies; empty if the name is of no own code, or the file is not there."""
     where = _where(name)
     missing = where.endswith(".py") and not Path(where).expanduser().is_file()
     return "" if not where or missing else place_of(where)
 
 
 def _where(name: str) -> str:
-    """The file or package of a name that is code; empty of any other."""
+    """The file or package in the name of own code; empty for any other name."""
     written = WRITTEN.fullmatch(name)
     return written["where"] if written and written["where"] not in LIBRARIES else ""
 
@@ -422,12 +428,12 @@ def _code(name: str) -> dict[str, str]:
         return {}
     if not where.endswith(".py"):
         return hashes(own_modules(where))
-    found = Path(where).expanduser()
-    return hashes(own_modules(found.resolve())) if found.is_file() else {}
+    file = Path(where).expanduser()
+    return hashes(own_modules(file.resolve())) if file.is_file() else {}
 
 
 def _label(where: str) -> str:
-    """The name of the file that a network's name says, as its code is listed."""
+    """The label, in the list of its code, of the file that a network's name says."""
     return Path(where).name if where.endswith(".py") else f"{where.replace('.', '/')}.py"
 
 
@@ -440,17 +446,17 @@ FORMS[WRITTEN] = foreign
 
 
 def is_foreign(name: str) -> bool:
-    """Whether a name is written as one of these."""
+    """Whether a name is written as a foreign network's."""
     return WRITTEN.fullmatch(name) is not None
 
 
 def uncompiled(module: Any) -> Any:
-    """What ``torch.compile`` was given, where the module is what it made of that."""
+    """The module that ``torch.compile`` was given, if this one is its result; else this one."""
     return getattr(module, "_orig_mod", module)
 
 
 def adopt(module: nn.Module, key: str) -> str:
-    """A module in memory as a model's name; the key tells it from others."""
+    """Keep a module in memory; returns its name as a model's. The key tells it from other modules."""
     name = f"{type(module).__name__}-{key}"
     IN_MEMORY[name] = module
     return f"module:{name}"

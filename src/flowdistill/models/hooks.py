@@ -1,4 +1,4 @@
-"""Forward hooks on modules that belong to others: copies and pickles of these are without them, and a call of theirs keeps nothing."""
+"""Forward hooks on modules that belong to others. Copies and pickles of the modules are without them; a call by the owner keeps nothing."""
 
 from __future__ import annotations
 
@@ -12,46 +12,50 @@ from torch import Tensor, nn
 
 
 class Seen(dict[str, Tensor]):
-    """What the hooks saw. Of a plain dict that a module holds torch.export leaves a copy there, of which no hook knows.
+    """What the hooks saw. It is no plain dict: if a module holds one, torch.export leaves a copy in its place, of which no hook knows.
 
     Attributes:
-        watching: whether the network that asked is running; a module that is called by its owner leaves nothing here.
+        watching: whether the network that asked is running. If its owner calls a module, nothing is kept.
     """
 
     watching = False
 
 
 class Keep:
-    """A forward hook that puts a module's output, or what it was given, into ``seen``.
+    """A forward hook that puts a module's output into ``seen``.
 
     Args:
-        overwritten: the output will be changed in place, so what is kept is a copy.
+        first_input: whether it keeps the module's first input in place of the output. Default: False.
+        overwritten: whether the output will be changed in place, so that it keeps a copy. Default: False.
     """
 
-    def __init__(self, seen: Seen, name: str, *, given: bool = False, overwritten: bool = False) -> None:
-        self.seen, self.name, self.given, self.overwritten = seen, name, given, overwritten
+    def __init__(self, seen: Seen, name: str, *, first_input: bool = False, overwritten: bool = False) -> None:
+        self.seen, self.name, self.first_input, self.overwritten = seen, name, first_input, overwritten
 
     def __call__(self, _module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        """Keep it. What is compiled keeps always: one graph serves whoever calls, for the compiler does not look at hooks again."""
+        """Keep it, if the network that asked is running. Compiled code always keeps it: the compiler looks at hooks once, and one graph
+        serves every caller.
+        """
         if self.seen.watching or torch.compiler.is_compiling():
-            kept = (*inputs, *named.values())[0] if self.given else output
+            kept = (*inputs, *named.values())[0] if self.first_input else output
             self.seen[self.name] = kept.clone() if self.overwritten else kept
 
 
 class Hooks(OrderedDict[int, Any]):
-    """In the place of a module's table of hooks: with some of ours among them, of which copies and pickles know nothing.
+    """Takes the place of a module's table of hooks. Copies and pickles are without the hooks that this package added.
 
     Attributes:
-        before: the table that the module had; the handles that its owner has of hooks in it still remove them.
-        own: the numbers of ours.
+        before: the table that the module had. Its owner's handles still remove hooks from that one.
+        inherited: the numbers of the hooks that were in it at first.
+        added: the numbers of the hooks that this package added.
     """
 
     def __init__(self, before: OrderedDict[int, Any]) -> None:
         super().__init__(before)
-        self.before, self.inherited, self.own = before, frozenset(before), set[int]()
+        self.before, self.inherited, self.added = before, frozenset(before), set[int]()
 
     def items(self) -> Any:
-        """Those that were there before as long as their owner leaves them."""
+        """All hooks, but for inherited ones that their owner has removed."""
         if not self.inherited:
             return super().items()
         return [(number, hook) for number, hook in super().items() if number not in self.inherited or number in self.before]
@@ -60,8 +64,8 @@ class Hooks(OrderedDict[int, Any]):
         return super().__len__() - len([number for number in self.inherited if number not in self.before])
 
     def bare(self) -> list[tuple[int, Any]]:
-        """Those of the owner."""
-        return [(number, hook) for number, hook in self.items() if number not in self.own]
+        """The owner's hooks."""
+        return [(number, hook) for number, hook in self.items() if number not in self.added]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OrderedDict[int, Any]:
         return OrderedDict(deepcopy(self.bare(), memo))
@@ -74,21 +78,21 @@ TABLES = ("_forward_hooks", "_forward_hooks_with_kwargs")  # of a module
 
 
 def hook(module: nn.Module, keep: Keep) -> Callable[[], None]:
-    """Register a hook; what is returned removes it."""
-    for table in TABLES:
-        if not isinstance(getattr(module, table), Hooks):
-            setattr(module, table, Hooks(getattr(module, table)))
+    """Register a hook; the function that is returned removes it."""
+    for attribute in TABLES:
+        if not isinstance(getattr(module, attribute), Hooks):
+            setattr(module, attribute, Hooks(getattr(module, attribute)))
     handle = module.register_forward_hook(keep, with_kwargs=True)
-    tables: list[Hooks] = [getattr(module, table) for table in TABLES]
-    for own in tables:
-        own.own.add(handle.id)
+    tables: list[Hooks] = [getattr(module, attribute) for attribute in TABLES]
+    for table in tables:
+        table.added.add(handle.id)
 
     def remove() -> None:
         handle.remove()
-        for table, own in zip(TABLES, tables, strict=True):
-            own.own.discard(handle.id)
-            if getattr(module, table) is own and own.keys() <= own.inherited:
-                setattr(module, table, own.before)
+        for attribute, table in zip(TABLES, tables, strict=True):
+            table.added.discard(handle.id)
+            if getattr(module, attribute) is table and table.keys() <= table.inherited:
+                setattr(module, attribute, table.before)
 
     return remove
 

@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import ImageNetwork, register, stage_by_stage
-from .cifar_resnet import BasicBlock
+from .cifar_resnet import BasicBlock, shortcut
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 WIDTHS = (64, 128, 256, 512)
 
 
 class Bottleneck(nn.Module):
-    """1x1 conv-BN-ReLU, 3x3 conv-BN-ReLU, 1x1 conv-BN to four times the width, plus the shortcut; the ReLU after it is the caller's."""
+    """1x1 conv-BN-ReLU, 3x3 conv-BN-ReLU, 1x1 conv-BN to four times the width, plus the shortcut; the caller applies the last ReLU."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -23,11 +23,7 @@ class Bottleneck(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width)
         self.conv3, self.bn3 = nn.Conv2d(width, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.downsample = (
-            nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-            if stride != 1 or inputs != outputs
-            else nn.Identity()
-        )
+        self.downsample = shortcut(inputs, outputs, stride)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The block's output before ReLU, and the output of its first conv-BN-ReLU."""

@@ -1,4 +1,4 @@
-"""Code of one's own, executed: a file with its neighbours, or a module of a package. What runs must be what lies on the disk."""
+"""Execute a user's own code: a file with its neighbours, or a module of a package. What runs must be what lies on the disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .code import Module, digest, file_hash, hashes, own_modules
 
 
 class Neighbours:
-    """The modules beside a file, executed for this file alone: another folder may have some of the same names.
+    """The modules beside a file. They are executed for this file alone, since another folder may have modules of the same names.
 
     Args:
         owner: the name of the file's module.
@@ -23,7 +23,7 @@ class Neighbours:
         modules: those that it may import, by name.
 
     Attributes:
-        late: whether there are some that it did not import when it was executed: its functions may, when they are called.
+        late: whether the file did not import all of them when it was executed. Its functions may import the rest when they are called.
     """
 
     def __init__(self, owner: str = "", file: Path | None = None, modules: Mapping[str, Module] | None = None) -> None:
@@ -37,10 +37,10 @@ class Neighbours:
 
     @contextmanager
     def at_hand(self) -> Iterator[None]:
-        """Inside they are found by their names, before all others; what is imported meanwhile is one of them. Outside no name of theirs
-        is taken.
+        """Inside, imports find them by their names, before all others; what is imported under these names is one of them. Outside, their
+        names are free.
 
-        They are known by a name of their own as well, by which a compiler finds them.
+        ``sys.modules`` also has each under a name that only this file uses, by which a compiler finds it.
         """
         if self.file is None or not self.modules:
             yield
@@ -61,7 +61,7 @@ class Neighbours:
             sys.modules.update(others)
 
     def executed(self) -> None:
-        """The file was."""
+        """Note that the file was executed."""
         self.late = not self.modules.keys() <= self._loaded.keys()
 
     def _named(self) -> list[str]:
@@ -75,23 +75,23 @@ AS_IMPORTED: dict[str, str] = {}
 
 
 def of_file(path: Path) -> tuple[ModuleType, Neighbours]:
-    """The module of a file, executed once for each state of its code. Its neighbours can be imported, as ``python FILE.py`` would.
+    """The module of a file, executed once for each state of its code. It can import its neighbours, as with ``python FILE.py``.
 
     Raises:
-        UserError: no such file, or its code fails, or it imports a module that is not what lies on the disk.
+        UserError: there is no such file, its code fails, or it imports a module that is not what lies on the disk.
     """
-    found = regular_file(path, f"{path}").resolve()
-    modules = own_modules(found)
-    name = f"flowdistill_given_{digest([str(found), hashes(modules)])[:16]}"
+    file = regular_file(path, f"{path}").resolve()
+    modules = own_modules(file)
+    name = f"flowdistill_given_{digest([str(file), hashes(modules)])[:16]}"
     if name in FILES:
         return FILES[name]
-    beside = {module.name: module for module in modules.values() if module.name and module.file.resolve().is_relative_to(found.parent)}
-    further = [module for module in modules.values() if module.name and module.name not in beside]
-    _refuse_changed(further, f"{path}")
-    spec = importlib.util.spec_from_file_location(name, found)
+    in_folder = {module.name: module for module in modules.values() if module.name and module.file.resolve().is_relative_to(file.parent)}
+    elsewhere = [module for module in modules.values() if module.name and module.name not in in_folder]
+    _refuse_changed(elsewhere, f"{path}")
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
-    module, neighbours = importlib.util.module_from_spec(spec), Neighbours(name, found, beside)
+    module, neighbours = importlib.util.module_from_spec(spec), Neighbours(name, file, in_folder)
     sys.modules[name] = module
     try:
         with neighbours.at_hand():
@@ -100,7 +100,7 @@ def of_file(path: Path) -> tuple[ModuleType, Neighbours]:
         del sys.modules[name]
         raise UserError(f"{path}: can't be run: {summary(error)}") from None
     neighbours.executed()
-    _remember(further)
+    _remember(elsewhere)
     FILES[name] = module, neighbours
     return FILES[name]
 
@@ -109,7 +109,7 @@ def of_package(name: str) -> ModuleType:
     """A module by its name, as Python imports it.
 
     Raises:
-        UserError: it can't be imported, or it or a module of own code that it needs changed since it was.
+        UserError: it can't be imported, or it changed since it was, or a module of own code that it needs did.
     """
     modules = own_modules(name).values()
     _refuse_changed(modules, name)
@@ -127,8 +127,8 @@ def _remember(modules: Iterable[Module]) -> None:
             AS_IMPORTED.setdefault(module.name, file_hash(module.file))
 
 
-def _refuse_changed(modules: Iterable[Module], what: str) -> None:
-    """What is imported once must be what lies on the disk.
+def _refuse_changed(modules: Iterable[Module], label: str) -> None:
+    """Refuse modules that are not what lies on the disk: Python imports each of them once.
 
     Raises:
         UserError: a module of that name was loaded from elsewhere, or it changed since.
@@ -137,6 +137,6 @@ def _refuse_changed(modules: Iterable[Module], what: str) -> None:
         loaded = getattr(sys.modules.get(module.name), "__file__", None)
         if loaded is not None and Path(loaded).resolve() != module.file.resolve():
             other = f"{loaded} of that name is loaded"
-            raise UserError(f"{what}: it imports {module.name} from {module.file}, but {other}; rename one of the two")
+            raise UserError(f"{label}: it imports {module.name} from {module.file}, but {other}; rename one of the two")
         if AS_IMPORTED.get(module.name, now := file_hash(module.file)) != now:
-            raise UserError(f"{what}: {module.file} changed since it was imported; begin a new process, in a notebook a new kernel")
+            raise UserError(f"{label}: {module.file} changed since it was imported; begin a new process, in a notebook a new kernel")

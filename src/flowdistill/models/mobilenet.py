@@ -26,7 +26,7 @@ STEM, LAST = 16, 1280
 
 
 class Bottleneck(nn.Module):
-    """1x1 conv-BN-ReLU, depthwise 3x3 conv-BN-ReLU, 1x1 conv-BN; plus the input where the shapes agree."""
+    """1x1 conv-BN-ReLU, depthwise 3x3 conv-BN-ReLU, 1x1 conv-BN; plus the input if the shapes agree."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
         super().__init__()

@@ -16,38 +16,41 @@ from ..types import Outputs
 from .base import Network
 
 Answers = Mapping[str, Sequence[float]]
-"""What was looked at -> its norm and three fixed projections of it. JSON can say it."""
+"""What was looked at -> its norm and three fixed projections of it. JSON can hold it."""
 
 TOLERANCES = {"eval": 1e-4, "train": 1e-3, "buffers": 1e-3, "gradient": 1e-2}
-"""How far two answers may differ, relative to the larger norm: processors, threads and versions of torch round otherwise. In train mode
+"""How far two answers may differ, relative to the larger norm: processors, threads and versions of torch round differently. In train mode
 batch normalisations divide by the spread of a few images, and a rounding may turn a ReLU's gradient."""
-PIXELS = 8 * 64 * 64  # of a probe batch, where that leaves it two images
+PIXELS = 8 * 64 * 64  # of a probe batch, if that leaves it two images or more
 IMAGES = (2, 8)  # at least and at most
-SECONDS = 0.5  # of the processor that the answer in eval mode may take; of a slower network nothing else is asked
+SECONDS = 0.5  # of processor time for the answer in eval mode; a slower network is asked for nothing else
 LONGEST = 1 << 14  # numbers of one tensor that are projected
-FLAT = 1e-2  # of the largest gradient: smaller ones are held against so much of it
+FLAT = 1e-2  # of the largest gradient's norm: the norm of a smaller one counts as so much
 GRADIENTS = 8  # parameters whose gradients are looked at, spread over the depth
 
 
 def probe(net: Network, channels: int, height: int, width: int, *, trains: bool) -> dict[str, list[float]]:
-    """Logits and taps in eval mode; where it ``trains``, also those in train mode, what its buffers become, and gradients. In fp32 on the
-    CPU. The network is of no use afterwards: its batch statistics moved.
+    """A network's answers to a fixed batch, in fp32 on the CPU: logits and taps in eval mode.
+
+    If it ``trains``, also logits and taps in train mode, its buffers after that, and gradients. If its code fails, the answers until then.
+    The network is of no use afterwards: its batch statistics moved.
 
     Args:
-        channels, height, width: of the images that the network itself takes, without its front.
+        channels, height, width: of the images that the network itself takes, without its input adapter.
+        trains: whether it will be trained.
     """
     count = min(max(PIXELS // (height * width), IMAGES[0]), IMAGES[1])
-    found: dict[str, list[float]] = {}
+    answers: dict[str, list[float]] = {}
     with seeded(0, "probe"), torch.device("cpu"), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         images = torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(0))
         started = time.process_time()
         try:
-            found |= _signatures("eval", net.eval().answer(images), net.spec.version)
+            answers |= _signatures("eval", net.eval().answer(images), net.spec.version)
             if trains and time.process_time() - started <= SECONDS:
-                found |= _in_training(net, images)
-        except FAILURES as error:  # of its own code, where it can't answer such images or such a batch: what it said until then
+                answers |= _in_training(net, images)
+        except FAILURES as error:  # of its own code, which can't take such images or such a batch
             pass_on_shortage(error)
-    return found
+    return answers
 
 
 def _in_training(net: Network, images: Tensor) -> Iterator[tuple[str, list[float]]]:
@@ -59,20 +62,20 @@ def _in_training(net: Network, images: Tensor) -> Iterator[tuple[str, list[float
     if outputs.logits.requires_grad:
         direction = torch.randn(outputs.logits.shape, generator=torch.Generator().manual_seed(1))
         gradients = torch.autograd.grad((outputs.logits * direction).sum(), [weight for _, weight in weights], allow_unused=True)
-        for place in sorted({round(place * (len(weights) - 1) / (GRADIENTS - 1)) for place in range(GRADIENTS)}):
-            gradient = gradients[place]
-            yield f"gradient {weights[place][0]}", _signature(torch.zeros(1) if gradient is None else gradient)
+        for index in sorted({round(index * (len(weights) - 1) / (GRADIENTS - 1)) for index in range(GRADIENTS)}):
+            gradient = gradients[index]
+            yield f"gradient {weights[index][0]}", _signature(torch.zeros(1) if gradient is None else gradient)
 
 
 def _signatures(mode: str, outputs: Outputs, version: int) -> dict[str, list[float]]:
-    """Of each output; of taps with the version of what their names give."""
+    """The signature of each output; the names of taps say the version of what they give, from 2 on."""
     again = f" (version {version})" if version > 1 else ""
     maps = {f"{mode} {name}{again}": _signature(value) for name, value in sorted(outputs.maps.items())}
     return {f"{mode} logits": _signature(outputs.logits)} | maps
 
 
 def _signature(value: Tensor) -> list[float]:
-    """Norm, and projections of evenly spread numbers on three fixed directions of norm 1; -inf counts as 0."""
+    """The norm, and three projections of evenly spread numbers on fixed directions of norm 1; -inf counts as 0."""
     flat = value.detach().double().flatten()
     flat = flat.where(flat != -math.inf, 0.0)
     spread = flat[:: -(-len(flat) // LONGEST) or 1]
@@ -87,23 +90,25 @@ def _directions(size: int) -> Tensor:
 
 
 def difference(then: Answers, now: Answers) -> str:
-    """How two answers of one network differ, where they do by more than rounding; else empty. What only one of them has is not compared.
+    """How two answers of one network differ, if they do by more than rounding; else empty. What only one of them has is not compared.
 
-    A gradient is held against the largest: that of a bias before a normalisation is nothing but rounding.
+    A small gradient is compared relative to the largest: that of a bias before a normalisation is nothing but rounding.
     """
     both = [name for name in then if name in now]
     steepest = max((answers[name][0] for name in both for answers in (then, now) if name.startswith("gradient")), default=0.0)
     for name in both:
-        kind, _, what = name.partition(" ")
+        kind, _, subject = name.partition(" ")
         size = max(then[name][0], now[name][0], FLAT * steepest if kind == "gradient" else 0.0, 1e-30)
-        found = max(_apart(one, other) for one, other in zip(then[name], now[name], strict=False))
-        if found and not found / size <= TOLERANCES[kind]:
-            where = {"eval": f"{what} in eval mode", "train": f"{what} in train mode", "gradient": f"the gradient of {what}"}
-            return f"{where.get(kind, 'batch statistics')}: {found / size:.2g} of its size apart, up to {TOLERANCES[kind]:g} is rounding"
+        distance = max(_apart(old, new) for old, new in zip(then[name], now[name], strict=False))
+        if distance and not distance / size <= TOLERANCES[kind]:
+            labels = {"eval": f"{subject} in eval mode", "train": f"{subject} in train mode", "gradient": f"the gradient of {subject}"}
+            return (
+                f"{labels.get(kind, 'batch statistics')}: {distance / size:.2g} of its size apart, up to {TOLERANCES[kind]:g} is rounding"
+            )
     return ""
 
 
-def _apart(one: float, other: float) -> float:
-    if one == other or (math.isnan(one) and math.isnan(other)):
+def _apart(then: float, now: float) -> float:
+    if then == now or (math.isnan(then) and math.isnan(now)):
         return 0.0
-    return abs(one - other) if math.isfinite(one) and math.isfinite(other) else math.inf
+    return abs(then - now) if math.isfinite(then) and math.isfinite(now) else math.inf

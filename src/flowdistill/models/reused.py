@@ -1,7 +1,7 @@
 """A student that ships with its teacher's classifier (Chen et al. 2022, SimKD): ``reused(STUDENT,TEACHER,FACTOR)``.
 
-In the place of its own classifier it has a projector from its last map to the teacher's, and the classifier that the teacher had, frozen.
-Where the teacher's last map is smaller than the student's, the student's is average-pooled before the projector.
+A projector from the student's last map to the teacher's and the teacher's classifier, frozen, take the place of the student's classifier.
+If the teacher's last map is smaller than the student's, the student's is average-pooled before the projector.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ def projector(inputs: int, outputs: int, factor: int) -> nn.Sequential:
 
 
 class Reused(ImageNetwork):
-    """The taps of the student, and ``projected``: its last map as the teacher's, whose mean is the embedding."""
+    """A student with a projector and the teacher's classifier.
+
+    Its taps are the student's, and ``projected``: the projector's output, whose mean is the embedding.
+    """
 
     head = "classifier"
 
@@ -55,17 +58,17 @@ class Reused(ImageNetwork):
         return {**maps, PROJECTED: projected}, projected
 
     def take_over(self, student: Network, teacher: Network) -> None:
-        """The weights of the student, its own classifier aside, and the teacher's classifier."""
+        """Take the student's weights, without its classifier, and the teacher's classifier."""
         kept = {name: value for name, value in student.state_dict().items() if not name.startswith(f"{student.spec.head}.")}
         self.student.load_state_dict(kept)
         self.classifier.load_state_dict(teacher.get_submodule(teacher.spec.head).state_dict())
 
 
 class ReusedFactory(ImageFactory):
-    """From its whole name.
+    """Such a student by its whole name.
 
     Raises:
-        UserError: not so written, or a network in it is not registered.
+        UserError: the name is not so written, or a network in it is not registered.
     """
 
     def __init__(self, name: str) -> None:
@@ -81,12 +84,14 @@ class ReusedFactory(ImageFactory):
         self._specs = {}
 
     def network(self, data: DataSpec) -> ImageNetwork:
-        """The student with what it gets, for such data."""
-        ours, theirs = spec(self.student, data), spec(self.teacher, data)
+        """The student with projector and classifier, for such data."""
+        student_spec, teacher_spec = spec(self.student, data), spec(self.teacher, data)
         inner = MODELS[self.student]
         assert isinstance(inner, ImageFactory)
-        cam = theirs.tap(CAM)
-        return Reused(inner.network(data), ours.embedding, (theirs.embedding, cam.height, cam.width), data.classes, self.factor)
+        cam = teacher_spec.tap(CAM)
+        return Reused(
+            inner.network(data), student_spec.embedding, (teacher_spec.embedding, cam.height, cam.width), data.classes, self.factor
+        )
 
 
 FORMS[re.compile(r"reused\(.*")] = functools.lru_cache(ReusedFactory)

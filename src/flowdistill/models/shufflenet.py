@@ -70,7 +70,7 @@ class Branch(nn.Module):
         self.conv3, self.bn3 = nn.Conv2d(outputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Before ReLU, and the output of the first conv-BN-ReLU."""
+        """The branch's output before ReLU, and that of its first conv-BN-ReLU."""
         first = F.relu(self.bn1(self.conv1(x)))
         return self.bn3(self.conv3(self.bn2(self.conv2(first)))), first
 
@@ -83,7 +83,7 @@ class Split(nn.Module):
         self.branch = Branch(channels // 2, channels // 2, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Before ReLU, shuffled, and the output of the first conv-BN-ReLU."""
+        """The unit's output, shuffled and before ReLU, and that of its first conv-BN-ReLU."""
         kept, sent = x.chunk(2, 1)
         y, first = self.branch(sent)
         return shuffle(torch.cat([kept, y], 1), 2), first
@@ -100,7 +100,7 @@ class Down(nn.Module):
         self.branch = Branch(inputs, half, 2)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Before ReLU, shuffled, and the output of the first conv-BN-ReLU."""
+        """The unit's output, shuffled and before ReLU, and that of its first conv-BN-ReLU."""
         y, first = self.branch(x)
         return shuffle(torch.cat([self.bn2(self.conv2(self.bn1(self.conv1(x)))), y], 1), 2), first
 

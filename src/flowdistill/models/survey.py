@@ -27,7 +27,7 @@ class Survey:
 
     Attributes:
         layouts: module path -> how its output is a map, for all whose output is one.
-        ends: tap name -> module path, as they were found.
+        ends: tap name -> module path, as the dry run found them.
         head, embedding, classes: the classifier's path, its inputs and outputs.
         named: whether the network gives an object that holds the logits, not these themselves.
         altered: why its answer is not what its classifier gives, or empty.
@@ -38,7 +38,7 @@ class Survey:
         grown: names of the buffers that have another shape, or are there at all, after a pass.
         order: module path -> when its last call ended, among all.
         overstepped: path of a convolution whose stride is larger than its map, or empty.
-        overwrites: whether it changes the images that it is given in place.
+        overwrites: whether it changes its input images in place.
         overwritten: paths of modules whose output is changed in place afterwards.
         channels_last: whether it takes images and weights in channels_last memory; ``view`` may not.
     """
@@ -76,13 +76,14 @@ class Survey:
 
 
 def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
-    """Run a network on random images of this size, and once more on larger ones where it takes them: there stages are told apart best.
+    """Run a network on random images of this size, and once more on larger ones if it takes them: they tell stages apart best.
 
     Its modes and buffers stay as they were.
 
     Raises:
-        ValueError: it gives no logits [N, K], or they are not those of a linear layer on a vector, or others when it is asked again.
-        Exception: of the network's own, where it can't take such images.
+        ValueError: it gives no logits [N, K], or they are not those of a linear layer on a vector, or it gives others when it is asked
+            again.
+        Exception: the network's own, if it can't take such images.
     """
     size = (channels, height, width)
     with _as_it_was(net) as grown:
@@ -96,6 +97,7 @@ def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
         head, altered = find_head(net, size, candidates(calls, logits), logits.shape[1])
     with _as_it_was(net) as grown_in_training:
         draws = _draws(net, size, output)
+    # At the data's size the late stages of a deep network may have shrunk to one position each, and then no size tells them apart.
     larger = calls
     factor = -(-LARGE // min(height, width))
     if factor > 1:
@@ -105,12 +107,15 @@ def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
         except FAILURES as error:  # it takes one size alone
             pass_on_shortage(error)
             larger = calls
+    # What attention gives has the shape of a map, and is none: no stage ends there, and nobody may tap it.
     for call in [*attention(calls), *attention(larger)]:
         call.layout = None
     layouts = {call.path: call.layout for call in calls if call.layout is not None and call.path}
-    seen = {name: path for name, path in find_taps(net, larger).items() if path in layouts and layouts[path].size != (1, 1)}
-    stages = [path for name, path in seen.items() if name != "stem"]
-    ends = {name: path for name, path in seen.items() if name == "stem"}
+    # Students and teachers see the data's size: a tap must be a map of more than one position there. The stages that are left are numbered
+    # anew, without gaps.
+    taps = {name: path for name, path in find_taps(net, larger).items() if path in layouts and layouts[path].size != (1, 1)}
+    stages = [path for name, path in taps.items() if name != "stem"]
+    ends = {name: path for name, path in taps.items() if name == "stem"}
     ends |= {f"stage{number}": path for number, path in enumerate(stages, 1)}
     return Survey(
         layouts,
@@ -134,7 +139,7 @@ def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
 
 @contextmanager
 def _as_it_was(net: nn.Module) -> Iterator[set[str]]:
-    """Modes and buffers are put back afterwards; the names of the buffers that had another shape then."""
+    """Put modes and buffers back afterwards. The set then holds the names of the buffers that had taken another shape."""
     modes, before, grown = {module: module.training for module in net.modules()}, shapes(net), set[str]()
     with kept(net):
         try:
@@ -176,7 +181,7 @@ def _refuse_forgetful(net: nn.Module, size: Sequence[int], logits: Tensor) -> No
 
 
 @torch.no_grad()
-def _draws(net: nn.Module, size: Sequence[int], evaluated: Any) -> bool:
+def _draws(net: nn.Module, size: Sequence[int], eval_output: Any) -> bool:
     """Whether a pass in train mode moves a global generator.
 
     Raises:
@@ -186,15 +191,15 @@ def _draws(net: nn.Module, size: Sequence[int], evaluated: Any) -> bool:
     with seeded(0, "dry run", device=device):
         began = states()
         try:
-            trained = net.train()(torch.zeros(IMAGES, *size, device=device))
+            train_output = net.train()(torch.zeros(IMAGES, *size, device=device))
         except Exception as error:  # a batch that is too small for its normalisation: nobody knows
             pass_on_shortage(error)
             return True
         draws = states() != began
-    if isinstance(trained, Tensor) != isinstance(evaluated, Tensor) or _shape(trained) != _shape(evaluated):
-        what = f"logits {list(_shape(trained))}" if isinstance(trained, Tensor) else f"a {type(trained).__name__}"
+    if isinstance(train_output, Tensor) != isinstance(eval_output, Tensor) or _shape(train_output) != _shape(eval_output):
+        description = f"logits {list(_shape(train_output))}" if isinstance(train_output, Tensor) else f"a {type(train_output).__name__}"
         cure = "switch its auxiliary heads off (such as aux_logits=False), or wrap it so that it gives logits alone"
-        raise ValueError(f"in train mode it gives {what}, in eval mode logits {list(_shape(evaluated))}; {cure}")
+        raise ValueError(f"in train mode it gives {description}, in eval mode logits {list(_shape(eval_output))}; {cure}")
     return draws
 
 
@@ -205,9 +210,9 @@ def _shape(output: Any) -> tuple[int, ...]:
 def _overstepped(calls: Sequence[Call]) -> str:
     """The first convolution with a window whose stride is larger than its map; depthwise ones aside."""
 
-    def steps_over(layer: nn.Module, given: Sequence[Any]) -> bool:
-        if not isinstance(layer, nn.Conv2d) or max(layer.kernel_size) == 1 or layer.groups == layer.in_channels or not given:
+    def steps_over(layer: nn.Module, inputs: Sequence[Any]) -> bool:
+        if not isinstance(layer, nn.Conv2d) or max(layer.kernel_size) == 1 or layer.groups == layer.in_channels or not inputs:
             return False
-        return any(stride > side for stride, side in zip(layer.stride, given[0].shape[-2:], strict=True))
+        return any(stride > side for stride, side in zip(layer.stride, inputs[0].shape[-2:], strict=True))
 
     return next((call.path for call in calls if steps_over(call.module, call.inputs)), "")

@@ -1,6 +1,6 @@
 """VGG of Simonyan and Zisserman 2015 with batch normalisation, as the CRD benchmark has it for CIFAR.
 
-Five groups of convolutions with 2x2 max-pooling between them, save for the last two, which have equal size; then the mean and one
+Five groups of convolutions with 2x2 max-pooling between them, except between the last two, which have equal size; then the mean and one
 linear layer. ``stem`` is the end of the first group, ``stage1`` to ``stage4`` those of the others.
 """
 
@@ -18,7 +18,7 @@ CONVOLUTIONS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16
 
 
 class VGG(ImageNetwork):
-    """So many convolutions in each of the five groups."""
+    """Five groups of convolutions; ``convolutions`` has their number in each group."""
 
     def __init__(self, convolutions: tuple[int, ...], channels: int, classes: int) -> None:
         super().__init__()

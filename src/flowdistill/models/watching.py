@@ -1,4 +1,4 @@
-"""A pass through a network with a look at every module: what it was given and gave, and which outputs are maps."""
+"""A pass through a network that watches every module: its inputs and its output, and which outputs are maps."""
 
 from __future__ import annotations
 
@@ -41,9 +41,14 @@ class Layout(NamedTuple):
 
 @dataclass
 class Call:
-    """A module that was called in the dry run: when it began and ended among all, on what, and what it gave.
+    """A call of a module in the dry run.
 
     Attributes:
+        path: the module's path in the network, empty for the network itself.
+        began, ended: its turn among the beginnings and ends of all calls.
+        inputs: positional inputs, then those by keyword.
+        input_layout: how the first input is a map, or None.
+        layout: how the output is a map, or None.
         version: of the output as the module gave it; operations in place count it up.
     """
 
@@ -51,7 +56,7 @@ class Call:
     module: nn.Module
     began: int
     inputs: tuple[Any, ...]
-    given: Layout | None
+    input_layout: Layout | None
     ended: int = 0
     output: Any = None
     layout: Layout | None = None
@@ -84,7 +89,7 @@ class Watched(NamedTuple):
 
     Attributes:
         calls: every call of a module in the order in which they ended.
-        output: what the whole gave.
+        output: what the network gave.
         overwrites: whether the images were changed.
         draws: whether a global generator was moved.
     """
@@ -102,13 +107,13 @@ def watch(net: nn.Module, channels: int, height: int, width: int) -> Watched:
     open_: list[Call] = []
     clock = iter(range(1 << 62))
 
-    def given(inputs: tuple[Any, ...]) -> Layout | None:
+    def first_layout(inputs: tuple[Any, ...]) -> Layout | None:
         return layout_of(inputs[0], net, height, width) if inputs else None
 
     def begin(path: str) -> Any:
         def open_call(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             inputs = (*inputs, *named.values())
-            open_.append(Call(path, module, next(clock), inputs, given(inputs)))
+            open_.append(Call(path, module, next(clock), inputs, first_layout(inputs)))
 
         return open_call
 
@@ -156,8 +161,8 @@ def logits_of(output: Any) -> Tensor:
     """
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.dim() != 2:
-        what = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(output).__name__}"
-        raise ValueError(f"it gives {what}, not logits [N, classes]")
+        description = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(output).__name__}"
+        raise ValueError(f"it gives {description}, not logits [N, classes]")
     return logits
 
 

@@ -1,9 +1,9 @@
 """Wide ResNets of Zagoruyko and Komodakis 2016 (arXiv 1605.07146), without dropout: depth 6n+4, width k.
 
 Blocks begin with batch normalisation and ReLU. A stage therefore ends in a plain sum, and ``stage1`` is that: the map that the authors of
-attention transfer, the CRD benchmark's code and mdistiller compare. What the layer after it makes of the sum are ``stage1.pre``, after its
-normalisation, and ``stage1.post``, after its ReLU too. In the same way ``stem`` is the plain first convolution, and ``stem.post`` is after
-the normalisation and ReLU of the first block. ``stage3.post`` is the map whose mean is the embedding.
+attention transfer, the CRD benchmark's code and mdistiller compare. ``stage1.pre`` is the sum after the next layer's normalisation, and
+``stage1.post`` is after its ReLU too. In the same way ``stem`` is the plain first convolution, and ``stem.post`` is after the normalisation
+and ReLU of the first block. ``stage3.post`` is the map whose mean is the embedding.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SIZES = ((16, 1), (16, 2), (40, 1), (40, 2), (28, 10))
 
 
 class PreActivationBlock(nn.Module):
-    """ReLU-conv-BN-ReLU-conv, plus the shortcut, of a map that is normalised already; ``bn1`` is applied by the network."""
+    """conv-BN-ReLU-conv, plus the shortcut. Its input has passed ``bn1`` and ReLU already: the network applies them and taps the map."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

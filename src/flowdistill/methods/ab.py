@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..config import MAX_EPOCHS
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
 from .base import (
     Method,
@@ -121,7 +122,7 @@ class AB(Method):
         ours = []
         for tap, connect, wanted in zip(self.ours, self.connectors, theirs, strict=True):
             features = at_least_float32(student.maps[tap])
-            with torch.autocast(features.device.type, enabled=False):
+            with full_precision(features.device):
                 response: Tensor = connect(features)
             ours.append(pooled(response, (wanted.shape[2], wanted.shape[3]), "avg"))
         return {"ab": ab_loss(ours, theirs, self.options.margin)}

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape, unit
 
@@ -21,7 +22,7 @@ from .base import Method, MethodOptions, Needs, Paper, at_least_float32, registe
 def cosines(embedding: Tensor) -> Tensor:
     """Between the samples of a batch, 0 with a sample of zeros: [N, D] -> [N, N], in at least float32."""
     directions = unit(at_least_float32(embedding), 1)
-    with torch.autocast(directions.device.type, enabled=False):
+    with full_precision(directions.device):
         return directions @ directions.T
 
 

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..device import full_precision
 from ..types import Batch, DataSpec, MethodContext, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, unit
 from .dkd import given_labels
@@ -36,7 +37,7 @@ def similarities(anchors: Tensor, turned: Tensor, places: Tensor, temperature: f
     Returns:
         [N, J].
     """
-    with torch.autocast(anchors.device.type, enabled=False):
+    with full_precision(anchors.device):
         return ((anchors @ turned).gather(1, places) / temperature).exp()
 
 
@@ -138,7 +139,7 @@ class CRD(Method):
             raise ValueError("crd: give Batch(labels, indices): positions of the images in the training set, which its banks are sorted by")
         indices, epoch = of_batch(batch, student.embedding)
         places = torch.cat([indices[:, None], self.negatives(labels, indices, epoch)], 1)
-        with torch.autocast(student.embedding.device.type, enabled=False):
+        with full_precision(student.embedding.device):
             ours = unit(self.embed_student(at_least_float32(student.embedding)), 1)
             theirs = unit(self.embed_teacher(at_least_float32(teacher.embedding)), 1)
         losses = []

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..config import MAX_EPOCHS
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs, TapSpec
 from .base import Method, MethodOptions, Needs, Paper, Phase, at_least_float32, paired_stages, register, same_shape, then_the_task
 
@@ -42,7 +43,7 @@ def fsp_matrix(first: Tensor, second: Tensor) -> Tensor:
         shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
         raise ValueError(f"fsp_matrix wants [N, C, H, W] and [N, D, H, W], got {shapes}; match_sizes brings sizes together")
     first, second = (at_least_float32(features).permute(0, 2, 3, 1).flatten(1, 2) for features in (first, second))  # [N, H W, channels]
-    with torch.autocast(first.device.type, enabled=False):  # the product would go back to half precision
+    with full_precision(first.device):  # the product would go back to half precision
         return first.transpose(1, 2) @ second / first.shape[1]
 
 

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from ..config import MAX_EPOCHS
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, Phase, at_least_float32, paired_stages, register, same_shape, unit
 from .fsp import match_sizes
@@ -103,7 +103,7 @@ class FT(Method):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``ft``, and ``paraphraser``: the mean squared error of its reconstruction of the teacher's map."""
         ours, theirs = at_least_float32(student.maps[self.stage]), at_least_float32(teacher.maps[self.stage])
-        with torch.autocast(ours.device.type, enabled=False):
+        with full_precision(ours.device):
             factor = self.encoder(theirs)
             rebuilt, translated = self.decoder(factor), self.translator(ours)
         return {"ft": ft_loss(translated, factor.detach(), self.options.p), "paraphraser": F.mse_loss(rebuilt, theirs)}

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, at_least_float32, paired_stages, register, same_classes, same_shape
 
@@ -25,7 +26,7 @@ def edges(features: Tensor) -> Tensor:
     """
     flat = at_least_float32(features).flatten(1)
     centred = flat - flat.mean(0)
-    with torch.autocast(centred.device.type, enabled=False):
+    with full_precision(centred.device):
         gram = centred @ centred.T
     square = gram.diagonal()
     return _by_largest((square[:, None] + square - 2 * gram).clamp(min=0))

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape, unit
 from .cc import cosines
@@ -113,7 +114,7 @@ class ITRD(Method):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``itrd``: the correlation through the projector, the mutual information without it where the widths agree."""
         embedding = student.embedding
-        with torch.autocast(embedding.device.type, enabled=False):
+        with full_precision(embedding.device):
             projected = self.projector(embedding.to(self.projector.weight.dtype))
         loss = self.options.correlation * correlation_loss(projected, teacher.embedding, self.options.alpha)
         if self.options.mutual:

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, at_least_float32, paired_stages, register, unit
 
@@ -36,7 +37,7 @@ def right_vectors(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
         [N, C, count] vectors, [N, count] values without gradient.
     """
     x = at_least_float32(features).flatten(2)
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x.device):
         gram = x @ x.transpose(1, 2)
         held = gram.detach()
         finite = held.isfinite().flatten(1).all(1)[:, None, None]
@@ -85,7 +86,7 @@ def kdsvd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], k: int = 1)
 
 def _aligned(vectors: Tensor, wanted: Tensor) -> Tensor:
     """For each wanted vector [N, C, k] the nearest line among [N, C, m], pointing its way."""
-    with torch.autocast(vectors.device.type, enabled=False):
+    with full_precision(vectors.device):
         cosines = wanted.transpose(1, 2) @ vectors.detach()
     nearest = cosines.abs().argmax(2, keepdim=True)
     signs = torch.where(cosines.gather(2, nearest) < 0, -1.0, 1.0).transpose(1, 2)

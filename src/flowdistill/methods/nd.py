@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..device import full_precision
 from ..types import Batch, MethodContext, NetSpec, Outputs
 from .base import MIN_NORM, Method, Needs, Paper, at_least_float32, register, same_shape, unit
 from .dkd import given_labels
@@ -58,7 +59,7 @@ class Embedder(nn.Module):
         """[N, D] -> [N, D']."""
         embedding = batch_normalised(at_least_float32(embedding), self.weight, self.bias)
         kept = embedding * channel_mask(self.get_buffer("salt"), batch, embedding, DROPOUT) / (1 - DROPOUT)
-        with torch.autocast(embedding.device.type, enabled=False):
+        with full_precision(embedding.device):
             embedded: Tensor = self.linear(kept)
         return embedded
 

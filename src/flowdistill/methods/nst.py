@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
 from .base import Method, Needs, Paper, at_least_float32, paired_stages, register, unit
 from .fsp import match_sizes
@@ -37,7 +38,7 @@ def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
     if student.shape[0] != teacher.shape[0]:
         raise ValueError(f"student gives {tuple(student.shape)}, teacher {tuple(teacher.shape)}; the batches must agree")
     ours, theirs = (unit(at_least_float32(x).flatten(2), 2) for x in match_sizes(student, teacher, "avg"))
-    with torch.autocast(ours.device.type, enabled=False):
+    with full_precision(ours.device):
         if ours.shape[2] <= max(ours.shape[1], theirs.shape[1]):
             s, t = (x.transpose(1, 2) @ x / x.shape[1] for x in (ours, theirs))
             return (s - t).square().sum((1, 2)).mean()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..device import full_precision
 from ..types import Batch, MethodContext, NetSpec, Outputs
 from .base import Method, Needs, Paper, at_least_float32, before_relu, paired_stages, register, same_shape
 from .fsp import match_sizes
@@ -129,7 +130,7 @@ class OFD(Method):
         responses, targets = [], []
         for tap, connect in zip(self.taps, self.connectors, strict=True):
             ours, theirs = match_sizes(at_least_float32(student.maps[tap]), teacher.maps[tap], "avg")
-            with torch.autocast(ours.device.type, enabled=False):
+            with full_precision(ours.device):
                 responses.append(connect(ours))
             targets.append(theirs)
         return {"ofd": ofd_loss(responses, targets, [self.held(_margin(tap)) for tap in self.taps])}

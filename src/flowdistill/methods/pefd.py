@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape, unit
 
@@ -29,7 +29,7 @@ def ensemble(embedding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         [N, D'].
     """
-    with torch.autocast(embedding.device.type, enabled=False):
+    with full_precision(embedding.device):
         projected = F.linear(embedding.to(weight.dtype), weight.flatten(0, 1), bias.flatten())
     return projected.relu().view(-1, *bias.shape).mean(1)
 

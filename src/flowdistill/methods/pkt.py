@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape
 
@@ -24,7 +25,7 @@ def neighbours(embedding: Tensor, eps: float = 1e-7) -> Tensor:
     embedding = at_least_float32(embedding)
     norm: Tensor = torch.linalg.vector_norm(embedding, dim=1, keepdim=True)
     unit = embedding / (norm + eps)
-    with torch.autocast(unit.device.type, enabled=False):
+    with full_precision(unit.device):
         cosine = unit @ unit.T
     kernel = ((cosine + 1) / 2).clamp(min=0)  # rounding takes opposite samples below 0
     return kernel / kernel.sum(1, keepdim=True)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, at_least_float32, before_relu, paired_stages, register, same_shape
 from .fsp import pooled
@@ -137,7 +138,7 @@ class ReviewKD(Method):
         ours = [*(student.maps[stage] for stage in self.stages), student.embedding[:, :, None, None]]
         theirs = [*(teacher.maps[f"{stage}.pre"] for stage in self.stages), teacher.embedding[:, :, None, None]]
         losses, behind = [], None
-        with torch.autocast(student.embedding.device.type, enabled=False):
+        with full_precision(student.embedding.device):
             for fuse, x, wanted in zip(reversed(self.fusions), reversed(ours), reversed(theirs), strict=True):
                 fused, behind = fuse(at_least_float32(x), behind, (wanted.shape[2], wanted.shape[3]))
                 losses.append(hierarchical_context_loss(fused, wanted))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape, unit
 
@@ -20,7 +21,7 @@ from .base import Method, MethodOptions, Needs, Paper, at_least_float32, registe
 def distances(embedding: Tensor) -> Tensor:
     """Euclidean distances of the samples of a batch, exactly 0 for equal ones: [N, D] -> [N, N], in at least float32."""
     embedding = at_least_float32(embedding)
-    with torch.autocast(embedding.device.type, enabled=False):
+    with full_precision(embedding.device):
         return torch.cdist(embedding, embedding, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -34,7 +35,7 @@ def angles(embedding: Tensor) -> Tensor:
     embedding = at_least_float32(embedding)
     apart = embedding[None] - embedding[:, None]
     directions = unit(apart, 2, min_norm=0)
-    with torch.autocast(embedding.device.type, enabled=False):
+    with full_precision(embedding.device):
         return directions @ directions.transpose(1, 2)
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
 from .base import MIN_PRODUCT_NORM, Method, MethodOptions, Needs, Paper, at_least_float32, paired_stages, register, same_shape, unit
 
@@ -22,7 +23,7 @@ def similarity(features: Tensor) -> Tensor:
     gives zeros. Computed in at least float32.
     """
     flat = at_least_float32(features).flatten(1)
-    with torch.autocast(flat.device.type, enabled=False):
+    with full_precision(flat.device):
         gram = flat @ flat.T
     return unit(gram, 1, MIN_PRODUCT_NORM)
 

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape
 
@@ -89,6 +90,6 @@ class SRD(Method):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``srd``."""
-        with torch.autocast(student.embedding.device.type, enabled=False):
+        with full_precision(student.embedding.device):
             projected = self.projector(student.embedding.to(self.projector.weight.dtype))
         return {"srd": log_sum_loss(projected, teacher.embedding, self.options.alpha)}

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..device import full_precision
 from ..types import Batch, MethodContext, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, after_relu, at_least_float32, register, same_shape
 
@@ -90,7 +90,7 @@ class SRRL(Method):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``srrl``."""
         features = at_least_float32(student.maps[self.stage])
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             connected: Tensor = self.connector(features).mean((2, 3))
             logits = F.linear(connected, self.held("head_weight"), self.held("head_bias"))
         return {"srrl": srrl_loss(connected, teacher.embedding, logits, teacher.logits, self.options.beta)}

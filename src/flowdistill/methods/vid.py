@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, at_least_float32, paired_stages, register, same_shape
 from .fsp import match_sizes
@@ -60,7 +61,7 @@ class Gaussian(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[N, C, H, W] of the student -> mu [N, C', H, W], v [C']."""
         x = x.to(self.alpha.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             first, second, third = self.regressor
             mean: Tensor = third(F.relu(second(F.relu(first(x)))))
         return mean, F.softplus(self.alpha) + MIN_VARIANCE

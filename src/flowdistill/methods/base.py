@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -284,6 +285,16 @@ def same_shape(student: Tensor, teacher: Tensor) -> None:
     """
     if student.shape != teacher.shape:
         raise ValueError(f"student gives {tuple(student.shape)}, teacher {tuple(teacher.shape)}; the shapes must agree")
+
+
+def mse_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """1/n sum (s - t)^2 over all n entries, in at least float32.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    same_shape(student, teacher)
+    return F.mse_loss(at_least_float32(student), at_least_float32(teacher))
 
 
 def same_classes(student: NetSpec, teacher: NetSpec, method: str) -> None:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_classes, same_shape, unit
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, mse_loss, register, same_classes, unit
 from .fsp import pooled
 
 
@@ -43,8 +42,7 @@ def cat_loss(student: Tensor, teacher: Tensor, r: int = 2, *, normalise: bool = 
         ValueError: batch or classes differ.
     """
     ours, theirs = (class_attention(cam, r, normalise=normalise) for cam in (student, teacher))
-    same_shape(ours, theirs)
-    return F.mse_loss(ours, theirs)
+    return mse_loss(ours, theirs)
 
 
 class CATKDOptions(MethodOptions):

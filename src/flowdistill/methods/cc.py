@@ -10,13 +10,12 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape, unit
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, mse_loss, register, unit
 
 
 def cosines(embedding: Tensor) -> Tensor:
@@ -58,8 +57,7 @@ def correlation_loss(student: Tensor, teacher: Tensor, gamma: float = 0.4, order
         ValueError: the batches differ.
     """
     ours, theirs = (correlation(x, gamma, order) for x in (student, teacher))
-    same_shape(ours, theirs)
-    return F.mse_loss(ours, theirs)
+    return mse_loss(ours, theirs)
 
 
 class CCOptions(MethodOptions):

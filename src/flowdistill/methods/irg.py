@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, at_least_float32, paired_stages, register, same_classes, same_shape
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, mse_loss, paired_stages, register, same_classes
 
 
 def edges(features: Tensor) -> Tensor:
@@ -55,8 +55,7 @@ def vertex_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes differ.
     """
-    same_shape(student, teacher)
-    return F.mse_loss(at_least_float32(student), at_least_float32(teacher))
+    return mse_loss(student, teacher)
 
 
 def edge_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -73,8 +72,7 @@ def edge_loss(student: Tensor, teacher: Tensor) -> Tensor:
         ValueError: the batches differ.
     """
     ours, theirs = edges(student), edges(teacher)
-    same_shape(ours, theirs)
-    return F.mse_loss(ours, theirs)
+    return mse_loss(ours, theirs)
 
 
 def transformation_loss(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> Tensor:
@@ -90,8 +88,7 @@ def transformation_loss(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, T
         ValueError: the batches differ.
     """
     ours, theirs = transformation(*student), transformation(*teacher)
-    same_shape(ours, theirs)
-    return F.mse_loss(ours, theirs)
+    return mse_loss(ours, theirs)
 
 
 def _by_largest(values: Tensor) -> Tensor:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_classes, same_shape
+from .base import Method, MethodOptions, Needs, Paper, mse_loss, register, same_classes
 
 
 def logits_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -30,8 +29,7 @@ def logits_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes differ.
     """
-    same_shape(student, teacher)
-    return F.mse_loss(at_least_float32(student), at_least_float32(teacher))
+    return mse_loss(student, teacher)
 
 
 class LogitsOptions(MethodOptions):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..device import full_precision
 from ..types import Batch, MethodContext, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, after_relu, at_least_float32, register, same_shape
+from .base import Method, MethodOptions, Needs, Paper, after_relu, at_least_float32, mse_loss, register
 
 
 def srrl_loss(student: Tensor, teacher: Tensor, student_logits: Tensor, teacher_logits: Tensor, beta: float = 1.0) -> Tensor:
@@ -35,11 +35,7 @@ def srrl_loss(student: Tensor, teacher: Tensor, student_logits: Tensor, teacher_
     Raises:
         ValueError: the shapes differ.
     """
-    same_shape(student, teacher)
-    same_shape(student_logits, teacher_logits)
-    return F.mse_loss(at_least_float32(student), at_least_float32(teacher)) + beta * F.mse_loss(
-        at_least_float32(student_logits), at_least_float32(teacher_logits)
-    )
+    return mse_loss(student, teacher) + beta * mse_loss(student_logits, teacher_logits)
 
 
 class SRRLOptions(MethodOptions):

@@ -324,6 +324,19 @@ def two_classes(student: NetSpec, method: str) -> None:
         )
 
 
+def two_dimensions(spec: NetSpec, method: str, why: str) -> None:
+    """Refuse an embedding of a single number, which has no direction.
+
+    Args:
+        why: what the method lacks there, and what to do.
+
+    Raises:
+        ValueError: the embedding has fewer than 2 dimensions.
+    """
+    if spec.embedding < 2:
+        raise ValueError(f"{method}: the embedding of {spec.name} has width {spec.embedding}, {why}")
+
+
 def paired_stages(student: NetSpec, teacher: NetSpec, method: str) -> tuple[str, ...]:
     """The stage ends that both networks have.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape, unit
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape, two_dimensions, unit
 from .cc import cosines
 from .dist import varies
 
@@ -97,11 +97,12 @@ class ITRD(Method):
 
     def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
         super().__init__(options)
-        if self.options.mutual and teacher.embedding < 2:
-            raise ValueError(
-                f"itrd: the embedding of {teacher.name} has width {teacher.embedding}, and without angles between the samples they have no "
-                f"mutual information; set options.itrd.mutual=0 or choose a teacher with a wider embedding"
+        if self.options.mutual:
+            why = (
+                "and without angles between the samples they have no mutual information; set options.itrd.mutual=0 or choose a teacher "
+                "with a wider embedding"
             )
+            two_dimensions(teacher, self.name, why)
         self.needs = Needs(embedding=True)
         self.widens = student.embedding != teacher.embedding
         self.projector = nn.Linear(student.embedding, teacher.embedding, bias=self.widens and self.options.mutual > 0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..device import full_precision
 from ..types import Batch, MethodContext, NetSpec, Outputs
-from .base import MIN_NORM, Method, Needs, Paper, at_least_float32, register, same_shape, unit
+from .base import MIN_NORM, Method, Needs, Paper, at_least_float32, register, same_shape, two_dimensions, unit
 from .dkd import given_labels
 from .hashed import channel_mask, salt
 from .reviewkd import batch_normalised
@@ -82,11 +82,7 @@ class ND(Method):
 
     def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
         super().__init__(options)
-        if teacher.embedding < 2:
-            raise ValueError(
-                f"nd: the embedding of {teacher.name} has width {teacher.embedding}, which leaves no direction to learn; choose a teacher "
-                f"with a wider embedding"
-            )
+        two_dimensions(teacher, self.name, "which leaves no direction to learn; choose a teacher with a wider embedding")
         self.needs = Needs(embedding=True, context=frozenset({"class_means"}))
         self.embedder = None if student.embedding == teacher.embedding else Embedder(student.embedding, teacher.embedding)
 

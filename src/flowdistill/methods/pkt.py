@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape, two_dimensions
 
 
 def neighbours(embedding: Tensor, eps: float = 1e-7) -> Tensor:
@@ -79,12 +79,9 @@ class PKT(Method):
 
     def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
         super().__init__(options)
+        why = "and without angles between the samples nothing is learned; choose a network with a wider embedding"
         for spec in (student, teacher):
-            if spec.embedding < 2:
-                raise ValueError(
-                    f"pkt: the embedding of {spec.name} has width {spec.embedding}, and without angles between the samples nothing is "
-                    f"learned; choose a network with a wider embedding"
-                )
+            two_dimensions(spec, self.name, why)
         self.needs = Needs(embedding=True)
 
     @classmethod

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape, unit
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape, two_dimensions, unit
 
 
 def distances(embedding: Tensor) -> Tensor:
@@ -111,12 +111,10 @@ class RKD(Method):
 
     def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
         super().__init__(options)
-        for spec in (student, teacher):
-            if self.options.angle and spec.embedding < 2:
-                raise ValueError(
-                    f"rkd: the embedding of {spec.name} has width {spec.embedding}, and points on a line have no angles; set "
-                    f"options.rkd.angle=0 or choose a network with a wider embedding"
-                )
+        if self.options.angle:
+            why = "and points on a line have no angles; set options.rkd.angle=0 or choose a network with a wider embedding"
+            for spec in (student, teacher):
+                two_dimensions(spec, self.name, why)
         self.needs = Needs(embedding=True)
 
     @classmethod

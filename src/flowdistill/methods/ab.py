@@ -54,7 +54,7 @@ def boundary_loss(student: Tensor, teacher: Tensor, margin: float = 1.0) -> Tens
     """
     same_shape(student, teacher)
     s = at_least_float32(student)
-    side = torch.where(teacher.isnan(), torch.nan, torch.where(teacher > 0, -s, s))  # what is no number is on no side
+    side = torch.where(teacher.isnan(), torch.nan, torch.where(teacher > 0, -s, s))  # a NaN is on no side
     return F.relu(margin + side).square().flatten(1).sum(1).mean()
 
 
@@ -101,7 +101,7 @@ class AB(Method):
         self.ours, self.theirs = after_relu(student, stages), after_relu(teacher, stages)
         self.needs = Needs(frozenset(self.ours), frozenset(self.theirs))
         pairs = zip(self.ours, self.theirs, strict=True)
-        self.connectors = nn.ModuleList(connector(student.tap(one), teacher.tap(other)) for one, other in pairs)
+        self.connectors = nn.ModuleList(connector(student.tap(ours), teacher.tap(theirs)) for ours, theirs in pairs)
 
     @classmethod
     def default_weights(cls, options: Any) -> dict[str, float]:

@@ -19,7 +19,7 @@ Mode = Literal["code", "paper"]
 
 
 def attention_map(features: Tensor) -> Tensor:
-    """Mean of squares over the channels, flattened, L2-normalised a sample: [N, C, H, W] -> [N, H*W].
+    """Mean of squares over the channels, flattened and L2-normalised per sample: [N, C, H, W] -> [N, H*W].
 
     Zagoruyko and Komodakis 2017, section 3.1, F_sum^2 up to the factor C, which the normalisation removes. A map of zeros gives
     zeros. Computed in at least float32.

@@ -17,9 +17,9 @@ from .fsp import pooled
 
 
 def class_attention(cam: Tensor, r: int = 2, *, normalise: bool = True) -> Tensor:
-    """Class activation maps, averaged to r x r and there L2-normalised class by class: [N, K, H, W] -> [N, K, r r].
+    """Class activation maps, averaged to r x r and then L2-normalised per class: [N, K, H, W] -> [N, K, r r].
 
-    Guo et al. 2023. A map of zeros stays one. Computed in at least float32.
+    Guo et al. 2023. A map of zeros stays zeros. Computed in at least float32.
     """
     attention = pooled(at_least_float32(cam), (r, r), "avg").flatten(2)
     return unit(attention, 2) if normalise else attention

@@ -19,7 +19,7 @@ from .base import Method, MethodOptions, Needs, Paper, at_least_float32, mse_los
 
 
 def cosines(embedding: Tensor) -> Tensor:
-    """Between the samples of a batch, 0 with a sample of zeros: [N, D] -> [N, N], in at least float32."""
+    """Cosines between the samples of a batch, 0 with a sample of zeros: [N, D] -> [N, N], in at least float32."""
     directions = unit(at_least_float32(embedding), 1)
     with full_precision(directions.device):
         return directions @ directions.T

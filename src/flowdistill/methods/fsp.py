@@ -54,7 +54,7 @@ def match_sizes(first: Tensor, second: Tensor, pool: Pool = "max") -> Pair:
 
 
 def pooled(x: Tensor, size: tuple[int, int], pool: Pool) -> Tensor:
-    """[N, C, H, W] -> [N, C, H', W'] by adaptive pooling, which repeats where the map is the smaller."""
+    """[N, C, H, W] -> [N, C, H', W'] by adaptive pooling, which repeats values if the map is smaller than ``size``."""
     height, width = x.shape[2:]
     if (height, width) == size:
         return x

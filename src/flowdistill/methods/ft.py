@@ -24,9 +24,9 @@ SLOPE = 0.1  # of every LeakyReLU
 
 
 def ft_loss(student: Tensor, teacher: Tensor, p: int = 1) -> Tensor:
-    """Distance of the factors, each L2-normalised a sample, mean over batch and elements: L = 1/(N M) sum |u_s - u_t|^p.
+    """Distance of the factors, each L2-normalised per sample, mean over batch and elements: L = 1/(N M) sum |u_s - u_t|^p.
 
-    u = vec F / ||vec F|| with M entries. Kim et al. 2018. Where the factors differ in size, the larger is average-pooled to the
+    u = vec F / ||vec F|| with M entries. Kim et al. 2018. If the factors differ in size, the larger is average-pooled to the
     smaller. Computed in at least float32.
 
     Args:

@@ -19,10 +19,10 @@ from .base import Method, MethodOptions, Needs, Paper, at_least_float32, mse_los
 
 
 def edges(features: Tensor) -> Tensor:
-    """Squared distances between the samples of a batch over the largest of them: [N, ...] -> [N, N].
+    """Squared distances between the samples of a batch, divided by the largest of them: [N, ...] -> [N, N].
 
-    d[i, j] = ||x_i - x_j||^2 / max_{i,j} ||x_i - x_j||^2 of the flattened features, by one Gram matrix of what is centred over the
-    batch. Samples that are all equal give zeros. Computed in at least float32.
+    d[i, j] = ||x_i - x_j||^2 / max_{i,j} ||x_i - x_j||^2 of the flattened features, from one Gram matrix of the features
+    centred over the batch. Samples that are all equal give zeros. Computed in at least float32.
     """
     flat = at_least_float32(features).flatten(1)
     centred = flat - flat.mean(0)
@@ -33,7 +33,7 @@ def edges(features: Tensor) -> Tensor:
 
 
 def transformation(first: Tensor, second: Tensor) -> Tensor:
-    """How far each sample moves from one stage to the next, over the farthest: [N, C, H, W] and [N, C', H', W'] -> [N].
+    """How far each sample moves from one stage to the next, divided by the farthest: [N, C, H, W] and [N, C', H', W'] -> [N].
 
     r[i] = ||a_i - b_i||^2 / max_i ||a_i - b_i||^2 with a and b the two maps, averaged to the smaller channels, height and width of
     both: with 16x8x8 and 32x4x4 a is pooled 2x2, and in b the channels 2c and 2c + 1 are averaged. Computed in at least float32.

@@ -24,8 +24,8 @@ from .dist import varies
 def correlation_loss(projected: Tensor, teacher: Tensor, alpha: float = 1.01) -> Tensor:
     """Logarithm of a sum of powers over the dimensions: L = log2 sum_d (1 - v_d)^(2 alpha), v_d = (1 - 1/N) r_d.
 
-    r_d is the correlation of dimension d of the two over the batch, 0 without gradient where one of the two is constant, so that a batch of
-    one gives log2 D. Miles et al. 2022, the authors' code. Computed in at least float32.
+    r_d is the correlation of dimension d of the two over the batch. It is 0 without gradient if one of the two is constant, so that a batch
+    of one gives log2 D. Miles et al. 2022, the authors' code. Computed in at least float32.
 
     Args:
         projected: [N, D].

@@ -23,11 +23,11 @@ CLOSE = 1e-5  # share of the largest eigenvalue: two that are closer have no dir
 
 
 def right_vectors(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The first right singular vectors of a map as an HW x C matrix a sample, and their singular values, largest first.
+    """The first right singular vectors of a map, as one HW x C matrix per sample, and their singular values, largest first.
 
-    They are the eigenvectors of the C x C Gram matrix G, NaN where that is not finite, which no decomposition takes. Their gradient is that
-    of first-order perturbation: dv_i = sum_{j != i} v_j (v_j^T dG v_i) / (l_i - l_j), without the terms of (nearly) equal eigenvalues,
-    where it has no limit. Computed in at least float32.
+    They are the eigenvectors of the C x C Gram matrix G. If G is not finite they are NaN, as no decomposition takes it. Their gradient is
+    that of first-order perturbation: dv_i = sum_{j != i} v_j (v_j^T dG v_i) / (l_i - l_j). The terms of (nearly) equal eigenvalues are
+    left out, as they have no limit. Computed in at least float32.
 
     Args:
         features: [N, C, H, W].
@@ -39,13 +39,14 @@ def right_vectors(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
     x = at_least_float32(features).flatten(2)
     with full_precision(x.device):
         gram = x @ x.transpose(1, 2)
-        held = gram.detach()
-        finite = held.isfinite().flatten(1).all(1)[:, None, None]
-        values, vectors = (found.flip(-1) for found in torch.linalg.eigh(torch.where(finite, held, 0.0)))
+        constant = gram.detach()  # the gradient of eigh divides by the gaps of equal eigenvalues too; it is built below instead
+        finite = constant.isfinite().flatten(1).all(1)[:, None, None]
+        values, vectors = (ascending.flip(-1) for ascending in torch.linalg.eigh(torch.where(finite, constant, 0.0)))
         vectors = torch.where(finite, vectors, torch.nan)
         first = vectors[:, :, :count]
         gaps = values[:, None, :count] - values[:, :, None]
         apart = gaps.abs() > CLOSE * values[:, :1, None]
+        # turn - turn.detach() is 0 with the gradient of v_j^T G v_i: ``moved`` adds the perturbation's gradient and leaves the value.
         turn = vectors.transpose(1, 2) @ gram @ first
         moved = vectors @ torch.where(apart, (turn - turn.detach()) / torch.where(apart, gaps, 1.0), 0.0)
     return first + moved, values[:, :count].clamp(min=0).sqrt()

@@ -16,7 +16,7 @@ from .base import Method, MethodOptions, Needs, Paper, mse_loss, register, same_
 
 
 def logits_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of the logits over batch and classes: L = 1/(N K) sum_{n,k} (z_s - z_t)^2. Embeddings [N, D] go as well.
+    """Mean squared difference of the logits over batch and classes: L = 1/(N K) sum_{n,k} (z_s - z_t)^2. Takes embeddings [N, D] too.
 
     Ba and Caruana 2014, section 2.2, write 1/(2N) sum_n ||z_s - z_t||^2, which is K/2 times this. Computed in at least float32.
 
@@ -33,9 +33,9 @@ def logits_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class LogitsOptions(MethodOptions):
-    """Options of logits. ``on=embedding`` compares the pooled features that feed the classifier, in the logits' place.
+    """Options of logits. ``on=embedding`` compares the pooled features that feed the classifier instead of the logits.
 
-    ``on`` is dumped only where it is not the default: runs that were recorded before it came stay comparable.
+    ``on`` is dumped only if it is not the default, so that runs recorded before it existed stay comparable.
     """
 
     on: Literal["logits", "embedding"] = Field("logits", exclude_if=lambda on: on == "logits")  # reference log: embedding

@@ -42,7 +42,7 @@ def _similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def mlkd_loss(student: Tensor, teacher: Tensor, temperatures: Sequence[float] = (2, 3, 4, 5, 6)) -> Tensor:
-    """Sum over the temperatures of kd, which has the factor T^2, ``class_loss`` and ``batch_loss``, which have not.
+    """Sum over the temperatures of kd, with its factor T^2, and of ``class_loss`` and ``batch_loss``, which have none.
 
     Jin et al. 2023, without the masks of the authors' code. Computed in at least float32.
 

@@ -24,8 +24,8 @@ DROPOUT = 0.5  # the authors' code
 def nd_loss(student: Tensor, teacher: Tensor, means: Tensor) -> Tensor:
     """How far the student falls short, in the class's direction, of the longer of the two norms.
 
-    L = 1/N sum_n (1 - <e_s, c> / (||c|| max(||e_s||, ||e_t||))). Wang et al. 2023. Zeros have no direction: the loss is 1. Not 0
-    where the student equals the teacher. Computed in at least float32.
+    L = 1/N sum_n (1 - <e_s, c> / (||c|| max(||e_s||, ||e_t||))). Wang et al. 2023. Zeros have no direction: the loss is 1. It is
+    not 0 if the student equals the teacher. Computed in at least float32.
 
     Args:
         student: [N, D], e_s.
@@ -47,7 +47,7 @@ def nd_loss(student: Tensor, teacher: Tensor, means: Tensor) -> Tensor:
 
 
 class Embedder(nn.Module):
-    """From the student's width to the teacher's: batch normalisation, always by the batch, dropout and a linear layer."""
+    """From the student's width to the teacher's: batch normalisation, always by the batch's own statistics, dropout and a linear layer."""
 
     def __init__(self, ours: int, theirs: int) -> None:
         super().__init__()

@@ -22,8 +22,9 @@ def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
     L = 1/N sum_n [mean_{c,c'} <t_c, t_c'>^2 + mean_{c,c'} <s_c, s_c'>^2 - 2 mean_{c,c'} <s_c, t_c'>^2], where s_c and t_c are the
     channels flattened over the image and L2-normalised (a channel of zeros stays so), and c' runs over all channels, c included.
     Huang and Wang 2017, the polynomial kernel with d = 2 and c = 0. The same number is
-    1/N sum_n ||S^T S / C - T^T T / C'||_F^2 with the channels as rows of S and T, which is taken where the image has fewer pixels
-    than a network has channels. Where the two stages differ in size, the larger map is average-pooled to the smaller. In at least float32.
+    1/N sum_n ||S^T S / C - T^T T / C'||_F^2 with the channels as rows of S and T. It is computed this way if the image has no more
+    pixels than one of the networks has channels. If the two stages differ in size, the larger map is average-pooled to the smaller. In at
+    least float32.
 
     Args:
         student: [N, C, H, W].

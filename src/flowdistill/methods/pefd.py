@@ -81,7 +81,7 @@ class PEFD(Method):
         super().__init__(options)
         two_dimensions(teacher, self.name, "which leaves no direction to learn; choose a teacher with a wider embedding")
         self.needs = Needs(embedding=True)
-        self.projectors = nn.Linear(student.embedding, self.options.projectors * teacher.embedding)  # a block of rows a projector
+        self.projectors = nn.Linear(student.embedding, self.options.projectors * teacher.embedding)  # one block of rows per projector
 
     @classmethod
     def default_weights(cls, options: Any) -> dict[str, float]:

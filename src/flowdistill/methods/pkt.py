@@ -17,7 +17,7 @@ from .base import Method, MethodOptions, Needs, Paper, at_least_float32, registe
 
 
 def neighbours(embedding: Tensor, eps: float = 1e-7) -> Tensor:
-    """Cosine similarities of the samples of a batch as probabilities, a row a sample: [N, D] -> [N, N].
+    """Cosine similarities of the samples of a batch as probabilities, one row per sample: [N, D] -> [N, N].
 
     Passalis and Tefas 2018, section 3: u = e / (||e|| + eps), k[i, j] = (<u_i, u_j> + 1) / 2 with the diagonal, and
     P[i, j] = k[i, j] / sum_j k[i, j]. Computed in at least float32.

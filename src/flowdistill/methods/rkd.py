@@ -26,10 +26,10 @@ def distances(embedding: Tensor) -> Tensor:
 
 
 def angles(embedding: Tensor) -> Tensor:
-    """Cosine at sample i of the triangle with samples j and k, 0 where two of them coincide with i: [N, D] -> [N, N, N].
+    """Cosine at sample i of the triangle with samples j and k, 0 if j or k coincides with i: [N, D] -> [N, N, N].
 
     Park et al. 2019, section 3.2.2: A[i, j, k] = <u_ij, u_ik> with u_ij = (e_j - e_i) / ||e_j - e_i||. The differences are taken before
-    anything is multiplied: of two images that are nearly alike, inner products would leave nothing but their rounding. That keeps N N D
+    anything is multiplied: of two images that are nearly alike, inner products would leave nothing but rounding. This keeps N N D
     numbers: 32 MiB for N = 128 and D = 512. Computed in at least float32.
     """
     embedding = at_least_float32(embedding)
@@ -63,7 +63,7 @@ def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Huber distance of the angles: L_A = 1/N^3 sum_{i,j,k} smooth_l1(A_s - A_t), triples with a repeated sample included.
 
-    Park et al. 2019, section 3.2.2. Keeps N^3 numbers, 64 MiB a network at N = 256, and those of ``angles``.
+    Park et al. 2019, section 3.2.2. Keeps N^3 numbers, 64 MiB per network at N = 256, and those of ``angles``.
 
     Args:
         student: [N, D].

@@ -25,7 +25,7 @@ EPSILON = 1e-5  # on the sum: the authors' code for DeiT
 def normalised(embedding: Tensor) -> Tensor:
     """(x - mean) / sqrt(variance + 1e-4) of every dimension over the batch, the variance divided by N: [N, D] -> [N, D].
 
-    What ``nn.BatchNorm1d`` without affine computes in training, which refuses a batch of one; here that gives zeros.
+    ``nn.BatchNorm1d`` without affine computes the same in training, but refuses a batch of one, which gives zeros here.
     """
     x = at_least_float32(embedding)
     variance, mean = torch.var_mean(x, 0, correction=0)

@@ -39,7 +39,7 @@ def srrl_loss(student: Tensor, teacher: Tensor, student_logits: Tensor, teacher_
 
 
 class SRRLOptions(MethodOptions):
-    """Options of srrl. ``beta``: the weight of the logits against the features, whose own is the term's."""
+    """Options of srrl. ``beta``: the weight of the logits against the features."""
 
     beta: float = Field(1.0, ge=0, strict=True)  # the authors' code; cls_KD has 5 for CIFAR-100
 

@@ -22,7 +22,7 @@ MIN_VARIANCE = 1e-5  # of the variance (RepDistiller; KD-Zoo: 1e-6)
 
 
 def vid_loss(mean: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
-    """Negative log-likelihood of the teacher's map under a Gaussian with a variance a channel, less its constant.
+    """Negative log-likelihood of the teacher's map under a Gaussian with one variance per channel, less its constant.
 
     L = 1/(N C H W) sum 1/2 [(t - mu)^2 / v_c + log v_c]. Ahn et al. 2019. Negative where the variance is small enough.
     Computed in at least float32.
@@ -50,7 +50,7 @@ class VIDOptions(MethodOptions):
 
 
 class Gaussian(nn.Module):
-    """mu and v of one stage: three 1x1 convolutions without bias on the student's map, and a softplus of one number a channel."""
+    """mu and v of one stage: three 1x1 convolutions without bias on the student's map, and a softplus of one number per channel."""
 
     def __init__(self, ours: int, theirs: int, variance: float) -> None:
         super().__init__()

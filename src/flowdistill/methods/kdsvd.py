@@ -39,14 +39,15 @@ def right_vectors(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
     x = at_least_float32(features).flatten(2)
     with full_precision(x.device):
         gram = x @ x.transpose(1, 2)
-        constant = gram.detach()  # the gradient of eigh divides by the gaps of equal eigenvalues too; it is built below instead
+        constant = gram.detach()  # eigh's own gradient would divide by the gaps of equal eigenvalues too; it is built below
         finite = constant.isfinite().flatten(1).all(1)[:, None, None]
         values, vectors = (ascending.flip(-1) for ascending in torch.linalg.eigh(torch.where(finite, constant, 0.0)))
         vectors = torch.where(finite, vectors, torch.nan)
         first = vectors[:, :, :count]
         gaps = values[:, None, :count] - values[:, :, None]
         apart = gaps.abs() > CLOSE * values[:, :1, None]
-        # turn - turn.detach() is 0 with the gradient of v_j^T G v_i: ``moved`` adds the perturbation's gradient and leaves the value.
+        # turn - turn.detach() is 0 and has the gradient of v_j^T G v_i, so that ``moved`` gives the vectors theirs and leaves the values.
+        # The inner ``where`` keeps 0 / 0 out of the backward pass: what the outer one drops would still be NaN there.
         turn = vectors.transpose(1, 2) @ gram @ first
         moved = vectors @ torch.where(apart, (turn - turn.detach()) / torch.where(apart, gaps, 1.0), 0.0)
     return first + moved, values[:, :count].clamp(min=0).sqrt()
@@ -55,9 +56,9 @@ def right_vectors(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def kdsvd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], k: int = 1) -> Tensor:
     """Squared difference of the radial basis functions between the singular vectors of consecutive stages, mean over the batch.
 
-    The teacher's first k right vectors, signed so that each has a sum of 0 or more, times its singular values over their norm, are
-    V_t [C, k]. For each of them, of the student's first k + 3 (fewer where it has fewer) the one with the largest |cosine| is taken, with
-    the sign of that cosine and the teacher's factor: V_s. With R^i[p, q, c] = exp(-(V^i[p, c] - V^{i-1}[q, c])^2 / 8),
+    V_t [C, k] are the teacher's first k right vectors, signed so that each has a sum of 0 or more, times its singular values over their
+    norm. V_s holds for each of them that one of the student's first k + 3 (fewer if it has fewer) with the largest |cosine|, with the sign
+    of that cosine and the teacher's factor. With R^i[p, q, c] = exp(-(V^i[p, c] - V^{i-1}[q, c])^2 / 8),
     L = 1/N sum over consecutive stages, n, p, q, c of (R_s - R_t)^2. Lee et al. 2018. No gradient to the teacher. In at
     least float32.
 

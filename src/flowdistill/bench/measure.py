@@ -133,8 +133,9 @@ class Work:
         """A seed group per seed with a student of each method, at the start of their first phase."""
         seed_groups = []
         for seed in range(seeds):
+            batches = SeedBatches(self.data, seed, self.batch_size)
             students = [student for name in names for student in self.members(name, seed)]
-            seed_groups.append(SeedGroup(SeedBatches(self.data, seed, self.batch_size), None, students))
+            seed_groups.append(SeedGroup(batches, None, students))
         needs = Needs()
         for student in seed_groups[0].students:
             needs = needs | student.method.needs

@@ -66,8 +66,8 @@ class ResolvedMethod:
 
     def shipped_model(self, student: str, teacher: str) -> str:
         """The name of the model that is trained and ships: the student, unless a part builds another. Takes names of models."""
-        built = (get(name).shipped_model(options, student, teacher) for name, options in self.options.items())
-        return next((model for model in built if model != student), student)
+        models = (get(name).shipped_model(options, student, teacher) for name, options in self.options.items())
+        return next((model for model in models if model != student), student)
 
 
 def resolve(name: str, options: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float]) -> ResolvedMethod:
@@ -119,13 +119,13 @@ def build(resolved: ResolvedMethod, *, student: NetSpec, teacher: NetSpec | None
         ValueError: this student and this teacher can't be paired, or one gives something else than logits.
     """
     networks = {"student": student, "teacher": teacher, "data": data}
-    built = [get(name)(options, **networks) for name, options in resolved.options.items()]
+    methods = [get(name)(options, **networks) for name, options in resolved.options.items()]
     if student.altered:
         raise ValueError(f"student {student.name}: {student.altered}")
     if teacher is not None:
-        for method in built:
+        for method in methods:
             _refuse_other_logits(method, teacher)
-    return built[0] if len(built) == 1 else Composed(built)
+    return methods[0] if len(methods) == 1 else Composed(methods)
 
 
 def _refuse_other_logits(method: Method, teacher: NetSpec) -> None:

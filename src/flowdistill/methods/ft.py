@@ -46,8 +46,8 @@ def ft_loss(student: Tensor, teacher: Tensor, p: int = 1) -> Tensor:
 
 def layers(kind: type[nn.Conv2d] | type[nn.ConvTranspose2d], channels: Sequence[int]) -> nn.Sequential:
     """3x3 convolutions with a LeakyReLU after each."""
-    made = [(kind(inputs, outputs, 3, padding=1), nn.LeakyReLU(SLOPE)) for inputs, outputs in pairwise(channels)]
-    return nn.Sequential(*(module for pair in made for module in pair))
+    pairs = [(kind(inputs, outputs, 3, padding=1), nn.LeakyReLU(SLOPE)) for inputs, outputs in pairwise(channels)]
+    return nn.Sequential(*(module for pair in pairs for module in pair))
 
 
 class FTOptions(MethodOptions):

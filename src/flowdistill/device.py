@@ -289,3 +289,8 @@ def _between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """bf16 autocast, or nothing. No weight is cast ahead of its use: a CUDA graph would keep the cast of its first step."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """No autocast, whatever the caller's: it would take matrix products and convolutions of float32 back to half precision."""
+    return torch.autocast(device.type, enabled=False)

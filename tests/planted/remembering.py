@@ -33,15 +33,15 @@ def crd_negatives_of_any_class(self, labels, indices, epoch):
 
 
 @bug(crd, "moved", test_crd.test_a_step_moves_the_rows_of_its_images_alone_half_way_and_to_norm_1)
-def crd_bank_off_the_sphere(bank, places, latest, momentum):
+def crd_bank_off_the_sphere(bank, rows, latest, momentum):
     """Rows of the bank that are averaged and not brought back to norm 1."""
-    return momentum * bank[places] + (1 - momentum) * latest
+    return momentum * bank[rows] + (1 - momentum) * latest
 
 
 @bug(crd, "similarities", suite.test_formula_equals_the_reference, CASE)
-def crd_exponentials_in_half(anchors, turned, places, temperature):
+def crd_exponentials_in_half(anchors, transposed, rows, temperature):
     """exp(1 / 0.07) under autocast: three digits, and an overflow in float16."""
-    half = (anchors.bfloat16() @ turned.bfloat16()).gather(1, places)
+    half = (anchors.bfloat16() @ transposed.bfloat16()).gather(1, rows)
     return (half.to(anchors.dtype) / temperature).exp()
 
 

@@ -65,14 +65,14 @@ class Contender:
     """A loop that is timed.
 
     Attributes:
-        start: an iterator that does one step a turn.
-        students: how many a step moves.
-        kept: whether its iterator lives on from round to round; else each round starts one, whose first steps are not timed.
+        start: gives an iterator that does one step per turn.
+        students: how many students a step moves.
+        kept: whether its iterator lives on from round to round. If not, each round starts one, whose first steps are not timed.
         evaluate: measures every student on the test images.
         separate: the contenders that do the same work one after the other.
-        base: the same student on the labels alone.
+        base: the contender that trains the same student on the labels alone.
         speeds: images/s of each round.
-        memory: bytes that its first turn held at most, less what was held before.
+        memory: the most bytes that its first turn held, less what was held before.
     """
 
     name: str
@@ -117,7 +117,7 @@ class Work:
         return Student(net.on(self.data.device), built.to(self.data.device), resolved, config.train)
 
     def members(self, method: str, seed: int) -> list[Student]:
-        """A fresh student, and the one that it teaches and is taught by, where the method has such."""
+        """A fresh student; if the method is mutual, also its peer."""
         student = self.member(method, seed)
         if not student.resolved.mutual:
             return [student]
@@ -131,10 +131,11 @@ class Work:
 
     def seed_groups(self, names: Sequence[str], seeds: int, precision: Precision) -> list[SeedGroup]:
         """A seed group per seed with a student of each method, at the start of their first phase."""
-        seed_groups = [
-            SeedGroup(SeedBatches(self.data, seed, self.batch_size), None, [one for name in names for one in self.members(name, seed)])
-            for seed in range(seeds)
-        ]
+        seed_groups = []
+        for seed in range(seeds):
+            batches = SeedBatches(self.data, seed, self.batch_size)
+            students = [student for name in names for student in self.members(name, seed)]
+            seed_groups.append(SeedGroup(batches, None, students))
         needs = Needs()
         for student in seed_groups[0].students:
             needs = needs | student.method.needs
@@ -172,11 +173,12 @@ def bench(
     Args:
         pairs: ``STUDENT:TEACHER`` each.
         names: methods; several are timed one by one, the students of a mutual one both.
-        engines: of ``ENGINES``; all that the device has where none is given.
+        engines: of ``ENGINES``. Default: all that the device has.
         cohorts: numbers of seeds of the first method that are trained together.
-        steps: of a contender's turn.
-        together: also time several methods as a cohort with one teacher.
-        images: other than random ones.
+        steps: the steps of a contender's turn.
+        workers: those of the plain loops' DataLoader.
+        together: whether several methods are also timed as a cohort with one teacher.
+        images: the data. Default: random images.
 
     Raises:
         UserError: no such pair, method or engine, or too few images for so many steps.
@@ -202,19 +204,22 @@ def bench(
             work.member(name, 0)  # refuses before anything is timed
     keep_freed_memory()
     engines = engines or ENGINES if device.type == "cuda" else engines or ENGINES[:2]
-    found = []
+    tables = []
     with computing(device):
         for work in works:
             contenders = _plain_loops(work, names[0], workers)
             contenders += [
-                one for engine in engines for precision in precisions for one in _ours(work, names, engine, precision, cohorts, together)
+                contender
+                for engine in engines
+                for precision in precisions
+                for contender in _engine_loops(work, names, engine, precision, cohorts, together)
             ]
             _take_turns(contenders, work, steps, rounds)
-            rows = [_row(one, contenders, batch_size) for one in contenders]
+            rows = [_row(contender, contenders, batch_size) for contender in contenders]
             floor = roofline(work.seed_groups(names[:1], 1, precisions[-1]), precisions[-1])
-            found.append({"pair": f"{work.student} <- {work.teacher}", "rows": rows, "roofline": floor})
+            tables.append({"pair": f"{work.student} <- {work.teacher}", "rows": rows, "roofline": floor})
         about = {"methods": list(names), "batch_size": batch_size, "steps": steps, "rounds": rounds, "hardware": hardware(device)}
-    return {**about, "pairs": found}
+    return {**about, "pairs": tables}
 
 
 def _pair(pair: str) -> tuple[str, str]:
@@ -225,7 +230,7 @@ def _pair(pair: str) -> tuple[str, str]:
 
 
 def random_images() -> ImageData:
-    """As many as CIFAR-10 has."""
+    """Random images, as many as CIFAR-10 has."""
     generator = np.random.default_rng(0)
     x_train, x_test = (generator.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8) for n in (EPOCH, TEST))
     y_train, y_test = (generator.integers(0, 10, n) for n in (EPOCH, TEST))
@@ -233,7 +238,7 @@ def random_images() -> ImageData:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """What the figures belong to."""
+    """The machine that the figures belong to."""
     return {"cpu": processor(), "cores": os.cpu_count(), "device": describe(device), "torch": torch.__version__}
 
 
@@ -249,11 +254,13 @@ def _plain_loops(work: Work, method: str, workers: int) -> list[Contender]:
     return [*(loop(number, strong=False) for number in sorted({0, workers})), loop(workers, strong=True)]
 
 
-def _ours(work: Work, names: Sequence[str], engine: str, precision: Precision, cohorts: Sequence[int], together: bool) -> list[Contender]:
+def _engine_loops(
+    work: Work, names: Sequence[str], engine: str, precision: Precision, cohorts: Sequence[int], together: bool
+) -> list[Contender]:
     """Each method alone; all together; the first with several seeds. Methods evaluate alike, so the first does it for all."""
     alone = {name: _contender(work, [name], 1, engine, precision, name) for name in names}
-    for one in alone.values():
-        one.base = alone.get("base")
+    for contender in alone.values():
+        contender.base = alone.get("base")
     for name in names[1:]:
         alone[name].evaluate = None
     grouped = [_contender(work, names, 1, engine, precision, f"{len(names)} methods together")] if together and len(names) > 1 else []
@@ -265,7 +272,7 @@ def _ours(work: Work, names: Sequence[str], engine: str, precision: Precision, c
     return [*alone.values(), *grouped]
 
 
-def _contender(work: Work, names: Sequence[str], seeds: int, engine: str, precision: Precision, what: str) -> Contender:
+def _contender(work: Work, names: Sequence[str], seeds: int, engine: str, precision: Precision, label: str) -> Contender:
     seed_groups: list[SeedGroup] = []
     ready: list[Engine] = []
 
@@ -275,7 +282,7 @@ def _contender(work: Work, names: Sequence[str], seeds: int, engine: str, precis
         with quiet():
             ready.append(chosen.ready(seed_groups))
         if ready[0].name != engine:
-            raise UnavailableError(f"{engine} for {what}: {ready[0].why}")
+            raise UnavailableError(f"{engine} for {label}: {ready[0].why}")
         students = [student for seed_group in seed_groups for student in seed_group.students]
         steps = seed_groups[0].batches.steps
         for number in range(sys.maxsize):
@@ -284,54 +291,54 @@ def _contender(work: Work, names: Sequence[str], seeds: int, engine: str, precis
     def evaluate() -> None:
         ready[0].evaluate([student for seed_group in seed_groups for student in seed_group.students], work.data)
 
-    return Contender(f"{engine}, {precision}: {what}", start, len(names) * seeds, evaluate=evaluate)
+    return Contender(f"{engine}, {precision}: {label}", start, len(names) * seeds, evaluate=evaluate)
 
 
 # The clock
 
 
 def _take_turns(contenders: list[Contender], work: Work, steps: int, rounds: int) -> None:
-    """All contenders in every round; one that can't be had is told and leaves."""
+    """Every contender has a turn in every round. One that can't be had is reported and leaves."""
     for number in range(rounds):
-        for one in list(contenders):
-            say(f"bench {work.student} <- {work.teacher}: round {number + 1} of {rounds}, {one.name}")
+        for contender in list(contenders):
+            say(f"bench {work.student} <- {work.teacher}: round {number + 1} of {rounds}, {contender.name}")
             try:
-                _turn(one, work, steps)
+                _turn(contender, work, steps)
             except UnavailableError as error:
                 say(f"bench: no {error}")
-                contenders.remove(one)
+                contenders.remove(contender)
 
 
-def _turn(one: Contender, work: Work, steps: int) -> None:
+def _turn(contender: Contender, work: Work, steps: int) -> None:
     device, before = work.data.device, _Memory(work.data.device)
-    if one.running is None:
+    if contender.running is None:
         started = time.perf_counter()
-        one.running = one.start()
-        next(one.running)
+        contender.running = contender.start()
+        next(contender.running)
         synchronize(device)
-        one.setup = one.setup or time.perf_counter() - started
+        contender.setup = contender.setup or time.perf_counter() - started
         for _ in range(WARM - 1):
-            next(one.running)
+            next(contender.running)
         synchronize(device)
     started = time.perf_counter()
     for _ in range(steps):
-        next(one.running)
+        next(contender.running)
     synchronize(device)
-    one.speeds.append(steps * work.batch_size * one.students / (time.perf_counter() - started))
-    one.memory = one.memory or before.grown()
-    if not one.kept:
-        one.running = None  # its workers end
-    if one.evaluate and one.evaluation is None:
-        one.evaluate()  # warms up
-        one.evaluate()  # a graph is captured
+    contender.speeds.append(steps * work.batch_size * contender.students / (time.perf_counter() - started))
+    contender.memory = contender.memory or before.grown()
+    if not contender.kept:
+        contender.running = None  # its workers end
+    if contender.evaluate and contender.evaluation is None:
+        contender.evaluate()  # warms up
+        contender.evaluate()  # a graph is captured
         started = time.perf_counter()
-        one.evaluate()
+        contender.evaluate()
         synchronize(device)
-        one.evaluation = time.perf_counter() - started
+        contender.evaluation = time.perf_counter() - started
 
 
 class _Memory:
-    """What is held from here on: on a GPU by the driver's account, else by the process (Linux)."""
+    """The memory that is held from here on: on a GPU by the driver's account, else by the process (Linux)."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -358,40 +365,41 @@ class _Memory:
 # The table
 
 
-def _row(one: Contender, contenders: Sequence[Contender], batch_size: int) -> dict[str, Any]:
-    speed = one.images_per_second
+def _row(contender: Contender, contenders: Sequence[Contender], batch_size: int) -> dict[str, Any]:
+    speed = contender.images_per_second
     best = max(other.images_per_second for other in contenders if other.name.startswith("plain"))
-    seconds = one.students / speed  # of all its students for an image each
-    separate = sum(1 / other.images_per_second for other in one.separate)
+    seconds = contender.students / speed  # that all its students take for one image each
+    separate = sum(1 / other.images_per_second for other in contender.separate)
     return {
-        "loop": one.name,
+        "loop": contender.name,
         "images/s": round(speed),
-        "min-max": f"{min(one.speeds):.0f}-{max(one.speeds):.0f}",
+        "min-max": f"{min(contender.speeds):.0f}-{max(contender.speeds):.0f}",
         "step ms": round(1000 * batch_size * seconds, 2),
         "s/epoch": round(EPOCH * seconds, 2),
-        "evaluation s": "-" if one.evaluation is None else round(one.evaluation, 3),
-        "set-up s": round(one.setup, 1),
-        "memory MiB": one.memory >> 20,
+        "evaluation s": "-" if contender.evaluation is None else round(contender.evaluation, 3),
+        "set-up s": round(contender.setup, 1),
+        "memory MiB": contender.memory >> 20,
         "to plain": f"{speed / best:.2f} x",
         "to separate": f"{seconds / separate:.2f} x" if separate else "-",
-        "over base": "-" if one.base is None else f"{1000 * batch_size * (seconds - 1 / one.base.images_per_second):+.1f} ms",
-        "memory over base": "-" if one.base is None else f"{(one.memory - one.base.memory) / 2**20:+.0f} MiB",
+        "over base": "-" if contender.base is None else f"{1000 * batch_size * (seconds - 1 / contender.base.images_per_second):+.1f} ms",
+        "memory over base": "-" if contender.base is None else f"{(contender.memory - contender.base.memory) / 2**20:+.0f} MiB",
     }
 
 
-def report(found: Mapping[str, Any], table: Callable[[Sequence[Mapping[str, Any]], Sequence[str]], str]) -> str:
+def report(measured: Mapping[str, Any], table: Callable[[Sequence[Mapping[str, Any]], Sequence[str]], str]) -> str:
     """A table for each pair with its hardware and the floor that it stands on; ``table`` draws rows and columns."""
-    where = "{cpu}, {cores} cores; {device}; torch {torch}".format(**found["hardware"])
-    how = (
-        f"batch {found['batch_size']}, random 32x32 images; {found['rounds']} rounds of {found['steps']} steps, alternating in one process"
+    machine = "{cpu}, {cores} cores; {device}; torch {torch}".format(**measured["hardware"])
+    conditions = (
+        f"batch {measured['batch_size']}, random 32x32 images; {measured['rounds']} rounds of {measured['steps']} steps, "
+        f"alternating in one process"
     )
-    parts = [f"{where}; {how}."]
-    for one in found["pairs"]:
-        floor = one["roofline"]
+    parts = [f"{machine}; {conditions}."]
+    for pair in measured["pairs"]:
+        floor = pair["roofline"]
         parts += [
-            one["pair"],
-            table(one["rows"], COLUMNS),
-            f"Roofline of a step of one {found['methods'][0]} student, {floor['precision']}: "
+            pair["pair"],
+            table(pair["rows"], COLUMNS),
+            f"Roofline of a step of one {measured['methods'][0]} student, {floor['precision']}: "
             f"{floor['operations'] / 1e9:.2f} G operations at {floor['operations_per_second'] / 1e9:.0f} G/s, "
             f"{floor['bytes'] / 1e6:.0f} MB at {floor['bytes_per_second'] / 1e9:.1f} GB/s (both rates measured here): "
             f"{floor['floor_ms']:.2f} ms at least.",

@@ -1,4 +1,4 @@
-"""The loop that a user would write, and the one that a user would write who knows PyTorch well.
+"""The loop that a user would write, and the one of a user who knows PyTorch well.
 
 Plain: torchvision transforms on PIL images in a DataLoader, eager float32, ``loss.item()`` each step. Strong: the same data, with bf16
 autocast, channels_last and torch.compile.
@@ -21,7 +21,7 @@ from ..types import Batch
 
 
 class Images(torch.utils.data.Dataset[tuple[Tensor, int]]):
-    """A data set as most repositories have it."""
+    """A data set as most repositories write it."""
 
     def __init__(self, data: ImageData, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         from torchvision import transforms
@@ -46,8 +46,8 @@ class PlainLoop:
 
     Args:
         member: gives network, method and weights; its optimiser is not used.
-        workers: of the DataLoader.
-        strong: bf16, channels_last, torch.compile.
+        workers: those of the DataLoader.
+        strong: whether it has bf16, channels_last and torch.compile.
     """
 
     def __init__(self, member: Student, teacher: nn.Module, images: ImageData, data: DeviceData, workers: int, *, strong: bool) -> None:
@@ -64,19 +64,19 @@ class PlainLoop:
         )
 
     def steps(self) -> Iterator[None]:
-        """One epoch, a step a turn."""
+        """One epoch, one step per turn."""
         device, method, weights = self.data.device, self.member.method, self.member.resolved.weights
         self.member.net.train()
-        for batch, known in self.loader:
-            images = batch.to(device, non_blocking=True, memory_format=self.layout)
-            labels = known.to(device, non_blocking=True)
+        for images, labels in self.loader:
+            images = images.to(device, non_blocking=True, memory_format=self.layout)
+            labels = labels.to(device, non_blocking=True)
             with autocast(device, "bf16" if self.strong else "fp32"):
-                given = self.student(images)
+                student_outputs = self.student(images)
                 with torch.no_grad():
                     teacher_outputs = self.teacher(images) if method.uses_teacher else None
-            loss = F.cross_entropy(given.logits.float(), labels)
+            loss = F.cross_entropy(student_outputs.logits.float(), labels)
             if method.terms:
-                loss = loss + sum(weights[term] * value for term, value in method(given, teacher_outputs, Batch(labels)).items())
+                loss = loss + sum(weights[term] * value for term, value in method(student_outputs, teacher_outputs, Batch(labels)).items())
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()

@@ -1,4 +1,4 @@
-"""What a step of one student needs at least on this machine: its operations and bytes, and how many of each a second it does."""
+"""The least that a step of one student needs on this machine: its operations and bytes, and the rates at which the machine does them."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket.__name__ in CONTRACTIONS:
-            tensors = [one for one in (*args, *(out if isinstance(out, tuple | list) else (out,))) if isinstance(one, Tensor)]
-            self.bytes += sum(one.numel() * one.element_size() for one in tensors)
+            tensors = [tensor for tensor in (*args, *(out if isinstance(out, tuple | list) else (out,))) if isinstance(tensor, Tensor)]
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return out
 
 
 def roofline(seed_groups: Sequence[SeedGroup], precision: Precision) -> dict[str, Any]:
-    """Operations and bytes of the next eager step of these seed groups, the machine's measured rates, and the floor that both give in ms.
+    """Operations and bytes of the next eager step of these seed groups, the machine's measured rates, and the floor in ms that these give.
 
-    They must stand at the start of an epoch; their students move by one step at rate 0.
+    The seed groups must stand at the start of an epoch. Their students move by one step at rate 0.
     """
     device = seed_groups[0].batches.data.device
     rates = {student: torch.zeros(seed_group.batches.steps, device=device) for seed_group in seed_groups for student in seed_group.students}
@@ -65,14 +65,14 @@ def _fastest(run: Callable[[], object], device: torch.device) -> float:
 
 
 def _arithmetic(device: torch.device, precision: Precision) -> float:
-    """Operations a second of a large matrix product."""
+    """Operations per second of a large matrix product."""
     size = 4096 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else None) for _ in range(2))
     return float(2 * size**3 / _fastest(lambda: a @ b, device))
 
 
 def _bandwidth(device: torch.device) -> float:
-    """Bytes a second of a large copy, read and written."""
+    """Bytes per second of a large copy, read and written."""
     source = torch.ones(1 << 26, device=device)  # 256 MiB
     target = torch.empty_like(source)
     return 2 * source.numel() * source.element_size() / _fastest(lambda: target.copy_(source), device)

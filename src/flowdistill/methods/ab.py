@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..config import MAX_EPOCHS
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
 from .base import (
     Method,
@@ -53,7 +54,7 @@ def boundary_loss(student: Tensor, teacher: Tensor, margin: float = 1.0) -> Tens
     """
     same_shape(student, teacher)
     s = at_least_float32(student)
-    side = torch.where(teacher.isnan(), torch.nan, torch.where(teacher > 0, -s, s))  # what is no number is on no side
+    side = torch.where(teacher.isnan(), torch.nan, torch.where(teacher > 0, -s, s))  # a NaN is on no side
     return F.relu(margin + side).square().flatten(1).sum(1).mean()
 
 
@@ -100,7 +101,7 @@ class AB(Method):
         self.ours, self.theirs = after_relu(student, stages), after_relu(teacher, stages)
         self.needs = Needs(frozenset(self.ours), frozenset(self.theirs))
         pairs = zip(self.ours, self.theirs, strict=True)
-        self.connectors = nn.ModuleList(connector(student.tap(one), teacher.tap(other)) for one, other in pairs)
+        self.connectors = nn.ModuleList(connector(student.tap(ours), teacher.tap(theirs)) for ours, theirs in pairs)
 
     @classmethod
     def default_weights(cls, options: Any) -> dict[str, float]:
@@ -121,7 +122,7 @@ class AB(Method):
         ours = []
         for tap, connect, wanted in zip(self.ours, self.connectors, theirs, strict=True):
             features = at_least_float32(student.maps[tap])
-            with torch.autocast(features.device.type, enabled=False):
+            with full_precision(features.device):
                 response: Tensor = connect(features)
             ours.append(pooled(response, (wanted.shape[2], wanted.shape[3]), "avg"))
         return {"ab": ab_loss(ours, theirs, self.options.margin)}

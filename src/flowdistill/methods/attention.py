@@ -19,7 +19,7 @@ Mode = Literal["code", "paper"]
 
 
 def attention_map(features: Tensor) -> Tensor:
-    """Mean of squares over the channels, flattened, L2-normalised a sample: [N, C, H, W] -> [N, H*W].
+    """Mean of squares over the channels, flattened and L2-normalised per sample: [N, C, H, W] -> [N, H*W].
 
     Zagoruyko and Komodakis 2017, section 3.1, F_sum^2 up to the factor C, which the normalisation removes. A map of zeros gives
     zeros. Computed in at least float32.
@@ -28,20 +28,30 @@ def attention_map(features: Tensor) -> Tensor:
 
 
 def attention_loss(student: Tensor, teacher: Tensor, mode: Mode = "code") -> Tensor:
-    """Distance of the attention maps of one stage, mean over the batch.
+    """Distance between the attention maps q of one stage, mean over the batch. Zagoruyko and Komodakis 2017.
 
-    ``code`` (the authors' published code): 1/(N H W) sum (q_s - q_t)^2. ``paper`` (eq. 2): 1/N sum_n ||q_s - q_t||_2, not squared,
-    without the factor beta/2. Where the two stages differ in size, the larger feature map is average-pooled to the smaller.
+    ``code`` (the authors' published code): 1/(N H W) sum (q_s - q_t)^2. ``paper`` (eq. 2): 1/N sum_n ||q_s - q_t||_2, not squared and
+    without the factor beta/2. q is ``attention_map``. If the two stages differ in size, the larger feature map is average-pooled to the
+    smaller. Computed in at least float32.
 
     Args:
         student: [N, C, H, W].
-        teacher: [N, C', H', W']; its channels need not agree.
+        teacher: [N, C', H', W']; its channels and size need not agree.
+        mode: ``code`` or ``paper``.
 
     Returns:
         A scalar.
 
     Raises:
         ValueError: the batches differ.
+
+    Example:
+        >>> import torch
+        >>> from flowdistill.methods.attention import attention_loss
+        >>> student = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])  # active at the top left
+        >>> teacher = torch.tensor([[[[0.0, 0.0], [0.0, 3.0]]]])  # at the bottom right
+        >>> attention_loss(student, teacher)
+        tensor(0.5000)
     """
     size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
     maps = [pooled(x, size, "avg") for x in (student, teacher)]

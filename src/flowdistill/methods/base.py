@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -111,20 +112,20 @@ class Needs(NamedTuple):
 class Method(nn.Module):
     """One paper, one file, one registered name.
 
-    Of the teacher's outputs a method sees just what its ``needs`` name. What it remembers stands in registered buffers and is updated in
+    A method sees only those of the teacher's outputs that its ``needs`` name. It keeps its state in registered buffers and updates them in
     place, so that every engine and a checkpoint see it.
 
     Class facts:
         paper: where the formula comes from.
-        version: raised when the number it computes changes; part of every run's fingerprint. An instance keeps an older one where for its
-            pair the number is still that.
+        version: raised when the number it computes changes; part of every run's fingerprint. An instance keeps an older version if the
+            number is unchanged for its pair.
         kind: what it compares: ``logits``, ``features`` of an image, or ``relations`` between images.
         terms: the keys of what ``forward`` returns.
-        vanishes_at_match: every term is 0, with gradient 0, where student equals teacher.
+        vanishes_at_match: every term is 0, with gradient 0, if student equals teacher.
         per_sample: repeating the batch changes nothing.
-        mutual: True where the students of two runs teach each other: each finds the other's outputs among ``Batch.peers``.
-        uses_labels: True for a method that looks at the batch's labels: mixed images, which have none of their own, are nothing for it.
-        uses_teacher: False for a method that learns from the labels alone; its ``forward`` may get None for the teacher.
+        mutual: whether the students of two runs teach each other; each finds the other's outputs among ``Batch.peers``.
+        uses_labels: whether it reads the batch's labels. If so it can't take mixed images, which have no labels of their own.
+        uses_teacher: whether it has a teacher. If not, its ``forward`` may get None for it.
     """
 
     name: ClassVar[str]
@@ -145,15 +146,16 @@ class Method(nn.Module):
 
         Args:
             options: values for ``Options``, or an instance of it.
-            networks: ``student: NetSpec, teacher: NetSpec`` and, where a method wants it, ``data: DataSpec``.
+            networks: ``student: NetSpec, teacher: NetSpec`` and, if the method wants it, ``data: DataSpec``.
 
         Raises:
             UserError: an option is unknown or out of range.
-            ValueError: this student and this teacher can't be paired; which tap, both shapes, what to do.
+            ValueError: this student and this teacher can't be paired. The message names the tap, both shapes and what to do.
         """
         super().__init__()
-        given = options if isinstance(options, MethodOptions) else parse_as(self.Options, options or {}, f"options.{self.name}.")
-        self.options = given
+        if not isinstance(options, MethodOptions):
+            options = parse_as(self.Options, options or {}, f"options.{self.name}.")
+        self.options = options
 
     @classmethod
     def default_weights(cls, options: Any) -> dict[str, float]:
@@ -176,7 +178,7 @@ class Method(nn.Module):
         return student
 
     def setup(self, context: MethodContext) -> None:
-        """Copy what it needs of the context, by ``hold``, on the device that it is on. Called once, before training."""
+        """Copy what the method needs of the context by ``hold``, on the context's device. Called once, before training."""
 
     def hold(self, **tensors: Tensor) -> None:
         """Hold copies of tensors in buffers of these names."""
@@ -204,7 +206,7 @@ class LogitMethod(Method):
     """Base of the methods that compare logits, class by class.
 
     Class facts:
-        probabilities: whether it compares those, of which there must be two.
+        probabilities: whether it compares probabilities, for which it needs two classes or more.
     """
 
     kind = "logits"
@@ -236,29 +238,29 @@ def get(name: str) -> type[Method]:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """At least float32: sums, norms, exp and log are never taken in half precision."""
+    """x in float32, or float64 if it is that: sums, norms, exp and log are never taken in half precision."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-MIN_NORM = 1e-12  # a norm up to which there is no direction, as F.normalize and every other collection have it
-MIN_PRODUCT_NORM = 1e-18  # the same where what is normalised are products of features, whose scale is the features' squared
+MIN_NORM = 1e-12  # up to this norm a vector has no direction; F.normalize and every other collection have the same
+MIN_PRODUCT_NORM = 1e-18  # the same for products of features, whose scale is that of the features squared
 
 
 def unit(x: Tensor, dim: int, min_norm: float = MIN_NORM) -> Tensor:
-    """x over its L2 norm along a dimension. What is no longer than ``min_norm`` has no direction: it gives zeros, without a gradient.
+    """x over its L2 norm along a dimension. A vector of norm ``min_norm`` or less has no direction and gives zeros, without a gradient.
 
-    Dividing by max(norm, min_norm) in its place would give a zero a gradient of 1 / min_norm. What is too long for its norm to be a number
-    gives NaN, and not the zeros that a division by infinity would.
+    A division by max(norm, min_norm) would give zeros a gradient of 1 / min_norm. A vector whose norm overflows gives NaN, not the zeros
+    of a division by infinity.
     """
     norm: Tensor = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     return x / torch.where(norm <= min_norm, torch.inf, torch.where(norm == torch.inf, torch.nan, norm))
 
 
 def expectation(log_p: Tensor, values: Tensor) -> Tensor:
-    """sum_k p[k] v[k] along the last dimension, where a class without probability counts for nothing: [..., K], [..., K] -> [...].
+    """sum_k p[k] v[k] along the last dimension: [..., K], [..., K] -> [...]. A class without probability counts for nothing.
 
     A logit of -inf, a class that a network never says, gives log p = -inf and p = 0. Its term is 0 whatever the value, as 0 log 0 is, and
-    neither side gets a gradient by it.
+    neither side gets a gradient from it.
 
     Args:
         log_p: log-probabilities.
@@ -271,7 +273,7 @@ def expectation(log_p: Tensor, values: Tensor) -> Tensor:
 def divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
     """KL(p || q) = sum_k p[k] (log p[k] - log q[k]), q the student's and p the teacher's: log-probabilities [..., K] -> [...].
 
-    0 log 0 = 0; infinite where q has no probability for a class for which p has some.
+    0 log 0 = 0. The result is infinite if q gives no probability to a class to which p gives some.
     """
     return expectation(log_p, log_p - log_q)
 
@@ -286,11 +288,21 @@ def same_shape(student: Tensor, teacher: Tensor) -> None:
         raise ValueError(f"student gives {tuple(student.shape)}, teacher {tuple(teacher.shape)}; the shapes must agree")
 
 
+def mse_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """1/n sum (s - t)^2 over all n entries, in at least float32.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    same_shape(student, teacher)
+    return F.mse_loss(at_least_float32(student), at_least_float32(teacher))
+
+
 def same_classes(student: NetSpec, teacher: NetSpec, method: str) -> None:
     """Refuse a pair whose logits can't be compared.
 
     Raises:
-        ValueError: different numbers of classes or, where both are known, other names or another order of them.
+        ValueError: the numbers of classes differ or, if both are known, the names or their order.
     """
     cure = "logits are compared class by class, so train both on the same classes or use a method on feature maps"
     if student.classes != teacher.classes:
@@ -304,13 +316,26 @@ def two_classes(student: NetSpec, method: str) -> None:
     """Refuse a student of a single class.
 
     Raises:
-        ValueError: it has no other.
+        ValueError: the student has one class.
     """
     if student.classes < 2:
         raise ValueError(
             f"{method}: {student.name} has one class, whose probability is 1 whatever its logit, so nothing would be learned; choose other "
             f"data"
         )
+
+
+def two_dimensions(spec: NetSpec, method: str, why: str) -> None:
+    """Refuse an embedding of a single number, which has no direction.
+
+    Args:
+        why: what the method lacks there, and what to do.
+
+    Raises:
+        ValueError: the embedding has fewer than 2 dimensions.
+    """
+    if spec.embedding < 2:
+        raise ValueError(f"{method}: the embedding of {spec.name} has width {spec.embedding}, {why}")
 
 
 def paired_stages(student: NetSpec, teacher: NetSpec, method: str) -> tuple[str, ...]:
@@ -329,7 +354,7 @@ def paired_stages(student: NetSpec, teacher: NetSpec, method: str) -> tuple[str,
 
 
 def after_relu(spec: NetSpec, stages: tuple[str, ...]) -> tuple[str, ...]:
-    """The taps of stage ends after a ReLU: the ends themselves, but where those are plain sums what the next layer's ReLU makes of them."""
+    """The taps of stage ends after a ReLU: the ends themselves or, if those are plain sums, what the next layer's ReLU makes of them."""
     taps = {tap.name for tap in spec.taps}
     return tuple(f"{stage}.post" if f"{stage}.post" in taps else stage for stage in stages)
 
@@ -338,7 +363,7 @@ def before_relu(spec: NetSpec, stages: tuple[str, ...], method: str) -> tuple[st
     """The taps of stage ends before their ReLU.
 
     Raises:
-        ValueError: the network has not all of them.
+        ValueError: the network lacks one of them.
     """
     taps = tuple(f"{stage}.pre" for stage in stages)
     missing = [repr(tap) for tap in taps if tap not in {tap.name for tap in spec.taps}]

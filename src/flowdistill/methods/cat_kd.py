@@ -8,19 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_classes, same_shape, unit
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, mse_loss, register, same_classes, unit
 from .fsp import pooled
 
 
 def class_attention(cam: Tensor, r: int = 2, *, normalise: bool = True) -> Tensor:
-    """Class activation maps, averaged to r x r and there L2-normalised class by class: [N, K, H, W] -> [N, K, r r].
+    """Class activation maps, averaged to r x r and then L2-normalised per class: [N, K, H, W] -> [N, K, r r].
 
-    Guo et al. 2023. A map of zeros stays one. Computed in at least float32.
+    Guo et al. 2023. A map of zeros stays zeros. Computed in at least float32.
     """
     attention = pooled(at_least_float32(cam), (r, r), "avg").flatten(2)
     return unit(attention, 2) if normalise else attention
@@ -43,8 +42,7 @@ def cat_loss(student: Tensor, teacher: Tensor, r: int = 2, *, normalise: bool = 
         ValueError: batch or classes differ.
     """
     ours, theirs = (class_attention(cam, r, normalise=normalise) for cam in (student, teacher))
-    same_shape(ours, theirs)
-    return F.mse_loss(ours, theirs)
+    return mse_loss(ours, theirs)
 
 
 class CATKDOptions(MethodOptions):

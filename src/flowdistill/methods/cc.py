@@ -10,18 +10,18 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape, unit
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, mse_loss, register, two_dimensions, unit
 
 
 def cosines(embedding: Tensor) -> Tensor:
-    """Between the samples of a batch, 0 with a sample of zeros: [N, D] -> [N, N], in at least float32."""
+    """Cosines between the samples of a batch, 0 with a sample of zeros: [N, D] -> [N, N], in at least float32."""
     directions = unit(at_least_float32(embedding), 1)
-    with torch.autocast(directions.device.type, enabled=False):
+    with full_precision(directions.device):
         return directions @ directions.T
 
 
@@ -57,8 +57,7 @@ def correlation_loss(student: Tensor, teacher: Tensor, gamma: float = 0.4, order
         ValueError: the batches differ.
     """
     ours, theirs = (correlation(x, gamma, order) for x in (student, teacher))
-    same_shape(ours, theirs)
-    return F.mse_loss(ours, theirs)
+    return mse_loss(ours, theirs)
 
 
 class CCOptions(MethodOptions):
@@ -87,12 +86,9 @@ class CC(Method):
 
     def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
         super().__init__(options)
+        why = "and without angles between the samples nothing is learned; choose a network with a wider embedding"
         for spec in (student, teacher):
-            if spec.embedding < 2:
-                raise ValueError(
-                    f"cc: the embedding of {spec.name} has width {spec.embedding}, and without angles between the samples nothing is "
-                    f"learned; choose a network with a wider embedding"
-                )
+            two_dimensions(spec, self.name, why)
         self.needs = Needs(embedding=True)
 
     @classmethod

@@ -36,7 +36,7 @@ def parts(name: str) -> list[type[Method]]:
     """``'kd+at'`` -> the classes of its parts, by name: the order does not matter.
 
     Raises:
-        UserError: a part is unknown or named twice, or one without terms of its own is composed.
+        UserError: a part is unknown or named twice, or has no terms of its own and is composed with another.
     """
     names = sorted(part.strip() for part in name.split("+"))
     classes = [get(part) for part in names]
@@ -65,9 +65,9 @@ class ResolvedMethod:
         return {term: weight for term, weight in self.weights.items() if weight > 0 and phase.counts(term)}
 
     def shipped_model(self, student: str, teacher: str) -> str:
-        """The model that is trained and ships, by the part that builds another than the student; names of models."""
-        built = (get(name).shipped_model(options, student, teacher) for name, options in self.options.items())
-        return next((model for model in built if model != student), student)
+        """The name of the model that is trained and ships: the student, unless a part builds another. Takes names of models."""
+        models = (get(name).shipped_model(options, student, teacher) for name, options in self.options.items())
+        return next((model for model in models if model != student), student)
 
 
 def resolve(name: str, options: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float]) -> ResolvedMethod:
@@ -78,9 +78,9 @@ def resolve(name: str, options: Mapping[str, Mapping[str, Any]], weights: Mappin
     """
     classes = parts(name)
     name = "+".join(cls.name for cls in classes)
-    for given in options:
-        if given not in [cls.name for cls in classes]:
-            raise UserError(f"options.{given}: method {name!r} has no such part; {did_you_mean(given, [cls.name for cls in classes])}")
+    for part in options:
+        if part not in [cls.name for cls in classes]:
+            raise UserError(f"options.{part}: method {name!r} has no such part; {did_you_mean(part, [cls.name for cls in classes])}")
     filled = {cls.name: parse_as(cls.Options, options.get(cls.name, {}), f"options.{cls.name}.") for cls in classes}
     defaults = {"task": 1.0}  # cross-entropy, in every source named in the methods' own files
     for cls in classes:
@@ -119,20 +119,20 @@ def build(resolved: ResolvedMethod, *, student: NetSpec, teacher: NetSpec | None
         ValueError: this student and this teacher can't be paired, or one gives something else than logits.
     """
     networks = {"student": student, "teacher": teacher, "data": data}
-    built = [get(name)(options, **networks) for name, options in resolved.options.items()]
+    methods = [get(name)(options, **networks) for name, options in resolved.options.items()]
     if student.altered:
         raise ValueError(f"student {student.name}: {student.altered}")
     if teacher is not None:
-        for method in built:
+        for method in methods:
             _refuse_other_logits(method, teacher)
-    return built[0] if len(built) == 1 else Composed(built)
+    return methods[0] if len(methods) == 1 else Composed(methods)
 
 
 def _refuse_other_logits(method: Method, teacher: NetSpec) -> None:
-    """Refuse a teacher whose answer is not the logits of its classifier, where these are used.
+    """Refuse a teacher whose answer is not the logits of its classifier, if the method uses these.
 
     Raises:
-        ValueError: it is such a one.
+        ValueError: the teacher answers with something else.
     """
     if method.needs.logits and teacher.altered:
         raise ValueError(f"{method.name}: teacher {teacher.name}: {teacher.altered}, or choose a method on feature maps, such as at")
@@ -158,22 +158,22 @@ class Composed(Method):
 
     @property
     def versions(self) -> dict[str, int]:
-        """Of every part."""
-        found: dict[str, int] = {}
+        """The versions of every part."""
+        versions: dict[str, int] = {}
         for method in self.methods:
             assert isinstance(method, Method)
-            found |= method.versions
-        return found
+            versions |= method.versions
+        return versions
 
     def setup(self, context: MethodContext) -> None:
-        """Tell every part."""
+        """Set up every part."""
         for method in self.methods.children():
             assert isinstance(method, Method)
             method.setup(context)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """The terms of every part."""
-        found: dict[str, Tensor] = {}
+        losses: dict[str, Tensor] = {}
         for method in self.methods:
-            found |= method(student, teacher, batch)
-        return found
+            losses |= method(student, teacher, batch)
+        return losses

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..device import full_precision
 from ..types import Batch, DataSpec, MethodContext, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, unit
 from .dkd import given_labels
@@ -22,22 +23,23 @@ from .hashed import of_batch, salt, words
 EPS = 1e-7  # the authors' code
 
 
-def similarities(anchors: Tensor, turned: Tensor, places: Tensor, temperature: float) -> Tensor:
-    """exp(<m_j, a_i> / T) of every image i and the rows j of the bank that its places name.
+def similarities(anchors: Tensor, transposed: Tensor, rows: Tensor, temperature: float) -> Tensor:
+    """exp(<m_j, a_i> / T) of every image i and its rows j of the bank.
 
-    Tian et al. 2020, equation 19, before its normalisation. One matrix product with the whole bank: picking the rows first would copy
-    each of them for each image.
+    Tian et al. 2020, equation 19, before its normalisation. This is one matrix product with the whole bank: picking the rows first would
+    copy each of them for each image.
 
     Args:
         anchors: [N, D] of norm 1.
-        turned: [D, M] the bank, its rows of norm 1 as columns.
-        places: [N, J] rows of the bank.
+        transposed: [D, M] the bank, whose rows of norm 1 are the columns here.
+        rows: [N, J] numbers of rows of the bank.
+        temperature: T.
 
     Returns:
         [N, J].
     """
-    with torch.autocast(anchors.device.type, enabled=False):
-        return ((anchors @ turned).gather(1, places) / temperature).exp()
+    with full_precision(anchors.device):
+        return ((anchors @ transposed).gather(1, rows) / temperature).exp()
 
 
 def nce_loss(scores: Tensor, images: int) -> Tensor:
@@ -54,17 +56,17 @@ def nce_loss(scores: Tensor, images: int) -> Tensor:
     """
     noise = (scores.shape[1] - 1) / images
     positive, negative = scores[:, 0], scores[:, 1:]
-    found = (positive / (positive + noise + EPS)).log() + (noise / (negative + noise + EPS)).log().sum(1)
-    return -found.mean()
+    log_likelihoods = (positive / (positive + noise + EPS)).log() + (noise / (negative + noise + EPS)).log().sum(1)
+    return -log_likelihoods.mean()
 
 
-def moved(bank: Tensor, places: Tensor, latest: Tensor, momentum: float) -> Tensor:
-    """The rows [N, D] of the bank at ``places`` [N] after a step: momentum of the old, the rest of the latest [N, D], to norm 1."""
-    return unit(momentum * bank[places] + (1 - momentum) * latest, 1)
+def moved(bank: Tensor, rows: Tensor, latest: Tensor, momentum: float) -> Tensor:
+    """What a step makes of the bank's ``rows`` [N]: momentum times the old, the rest of the latest [N, D], brought to norm 1; [N, D]."""
+    return unit(momentum * bank[rows] + (1 - momentum) * latest, 1)
 
 
 class CRDOptions(MethodOptions):
-    """Options of crd. ``negatives``: K of each image. ``dim``: of the space that is compared. ``momentum``: of the banks."""
+    """Options of crd. ``negatives``: K, the number per image. ``dim``: the width of the compared space. ``momentum``: that of the banks."""
 
     negatives: int = Field(16384, ge=1, strict=True)  # the authors' code, as the three that follow
     T: float = Field(0.07, gt=0, strict=True)
@@ -107,10 +109,10 @@ class CRD(Method):
         return {"crd": 0.8}
 
     def setup(self, context: MethodContext) -> None:
-        """Which images are of other classes.
+        """Sort the training images by class, so that ``negatives`` finds those of other classes.
 
         Raises:
-            ValueError: not as many labels as training images, or they are all of one class.
+            ValueError: there are more or fewer labels than training images, or all are of one class.
         """
         assert context.labels is not None
         if len(context.labels) != self.images:
@@ -121,34 +123,39 @@ class CRD(Method):
         self.hold(order=order, counts=counts, starts=counts.cumsum(0) - counts)
 
     def negatives(self, labels: Tensor, indices: Tensor, epoch: Tensor | int) -> Tensor:
-        """[N, K] images of other classes, each as likely as the other."""
-        own = self.held("counts")[labels][:, None]
+        """[N, K] images of other classes than the labels [N], all equally likely."""
+        same_class = self.held("counts")[labels][:, None]
         drawn = words(self.held("salt"), epoch, indices, self.options.negatives)
-        rank = (drawn * (self.images - own)) >> 32
-        return self.held("order")[torch.where(rank < self.held("starts")[labels][:, None], rank, rank + own)]
+        rank = (drawn * (self.images - same_class)) >> 32  # among the images of other classes, from 32 random bits
+        # ``order`` holds the images class by class, so that a rank from the start of the image's own class on skips that class.
+        return self.held("order")[torch.where(rank < self.held("starts")[labels][:, None], rank, rank + same_class)]
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``crd``: the sum over both networks; the banks then move towards this batch.
 
         Raises:
-            ValueError: the batch does not know which images it holds.
+            ValueError: the batch has no labels or no indices.
         """
         labels = given_labels(batch, self.name)
         if batch is None or batch.indices is None:
             raise ValueError("crd: give Batch(labels, indices): positions of the images in the training set, which its banks are sorted by")
         indices, epoch = of_batch(batch, student.embedding)
-        places = torch.cat([indices[:, None], self.negatives(labels, indices, epoch)], 1)
-        with torch.autocast(student.embedding.device.type, enabled=False):
+        rows = torch.cat([indices[:, None], self.negatives(labels, indices, epoch)], 1)  # the image itself is the positive
+        with full_precision(student.embedding.device):
             ours = unit(self.embed_student(at_least_float32(student.embedding)), 1)
             theirs = unit(self.embed_teacher(at_least_float32(teacher.embedding)), 1)
         losses = []
-        for anchors, bank, mean in ((ours, "bank_teacher", "mean_student"), (theirs, "bank_student", "mean_teacher")):
-            turned = self.held(bank).T.contiguous()  # a copy, for the bank moves before the backward pass; inductor drops a plain clone
-            scores = similarities(anchors, turned, places, self.options.T)
-            first = self.held(mean)
-            first.copy_(torch.where(first > 0, first, scores.detach().mean()))
-            losses.append(nce_loss(scores / (self.images * first.clone()), self.images))
-        for bank, latest in (("bank_student", ours), ("bank_teacher", theirs)):
-            held = self.held(bank)
-            held.index_copy_(0, indices, moved(held, indices, latest.detach(), self.options.momentum).to(held.dtype))
+        for anchors, bank_name, mean_name in ((ours, "bank_teacher", "mean_student"), (theirs, "bank_student", "mean_teacher")):
+            # A copy, since the bank moves before the backward pass reads it; inductor would drop a plain clone (docs/LOG.md).
+            transposed = self.held(bank_name).T.contiguous()
+            scores = similarities(anchors, transposed, rows, self.options.T)
+            # The first batch sets the normalising constant, which is 0 until then. A CUDA graph holds no branch, so ``where`` decides.
+            mean_score = self.held(mean_name)
+            mean_score.copy_(torch.where(mean_score > 0, mean_score, scores.detach().mean()))
+            # A clone, since the backward pass needs the value and the next forward pass writes to the buffer in place.
+            losses.append(nce_loss(scores / (self.images * mean_score.clone()), self.images))
+        # The banks move last: both losses are of the banks as they were before this batch.
+        for bank_name, latest in (("bank_student", ours), ("bank_teacher", theirs)):
+            bank = self.held(bank_name)
+            bank.index_copy_(0, indices, moved(bank, indices, latest.detach(), self.options.momentum).to(bank.dtype))
         return {"crd": torch.stack(losses).sum()}

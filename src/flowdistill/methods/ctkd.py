@@ -35,7 +35,7 @@ def curriculum(epoch: Tensor, ramp: int = 10) -> Tensor:
 
 
 def scaled_gradient(x: Tensor, factor: Tensor | float) -> Tensor:
-    """x, with its gradient multiplied by a factor: reversed by a negative one."""
+    """x, with its gradient multiplied by a factor; a negative one reverses it."""
     constant = x.detach()
     return constant + factor * (x - constant)
 
@@ -68,7 +68,7 @@ def ctkd_loss(student: Tensor, teacher: Tensor, theta: Tensor, start: float = 1.
 
 
 class CTKDOptions(MethodOptions):
-    """Options of ctkd. ``ramp``: over so many epochs the temperature's resistance grows to its whole."""
+    """Options of ctkd. ``ramp``: the epochs over which the reversal of theta's gradient grows to its full strength."""
 
     t_start: float = Field(1.0, gt=0, strict=True)  # the authors' code
     t_end: float = Field(20.0, gt=0, strict=True)  # the authors' code
@@ -101,7 +101,7 @@ class CTKD(LogitMethod):
         return {"ctkd": 0.9}
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
-        """``ctkd``. Where the batch knows no epoch, the gradient of theta is reversed as a whole."""
+        """``ctkd``. If the batch has no epoch, the gradient of theta is fully reversed."""
         chosen = self.options
         reversal = -1.0 if batch is None or batch.epoch is None else curriculum(batch.epoch.to(self.theta.dtype), chosen.ramp)
         theta = scaled_gradient(self.theta, reversal)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, at_least_float32, paired_stages, register, same_shape
 from .fsp import match_sizes
@@ -94,6 +95,6 @@ class CWD(Method):
             return features
         adapter = self.adapters[stage]
         assert isinstance(adapter, nn.Conv2d)
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             adapted: Tensor = adapter(features.to(adapter.weight.dtype))
         return adapted

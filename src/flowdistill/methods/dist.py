@@ -18,14 +18,14 @@ from .base import LogitMethod, MethodOptions, Paper, at_least_float32, register,
 
 
 def varies(x: Tensor, dim: int) -> Tensor:
-    """Whether it is no constant along a dimension; what is NaN is none. A constant less its mean is 0 or the rounding of that mean."""
+    """Whether x varies along a dimension; NaN does. x less its mean can't tell: of a constant it is 0 or the rounding of the mean."""
     return x.amax(dim) != x.amin(dim)
 
 
 def correlation(first: Tensor, second: Tensor, dim: int) -> Tensor:
     """Pearson's correlation along a dimension: <a, b> / (||a|| ||b|| + 1e-8), a and b less their means.
 
-    0, without gradient, where either is constant: its mean is rounded, and the gradient would be that rounding over 1e-8.
+    If either is constant, this is 0 without gradient: its mean is rounded, and the gradient would be that rounding over 1e-8.
     """
     a, b = first - first.mean(dim, keepdim=True), second - second.mean(dim, keepdim=True)
     norms = torch.linalg.vector_norm(a, dim=dim) * torch.linalg.vector_norm(b, dim=dim)
@@ -74,8 +74,8 @@ def dist_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0, beta: 
     Raises:
         ValueError: the shapes differ.
     """
-    found = relations(student, teacher, temperature)
-    return temperature**2 * (beta * found.inter + gamma * found.intra)
+    distances = relations(student, teacher, temperature)
+    return temperature**2 * (beta * distances.inter + gamma * distances.intra)
 
 
 class DISTOptions(MethodOptions):

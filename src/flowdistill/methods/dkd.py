@@ -19,12 +19,12 @@ from .base import LogitMethod, MethodOptions, Paper, at_least_float32, divergenc
 
 def other_logits(logits: Tensor, labels: Tensor) -> Tensor:
     """The logits without those of the labels: [N, K], [N] -> [N, K-1], in the order of the classes."""
-    places = torch.arange(logits.shape[1] - 1, device=logits.device)
-    return logits.gather(1, places + (places >= labels[:, None]))
+    classes = torch.arange(logits.shape[1] - 1, device=logits.device)
+    return logits.gather(1, classes + (classes >= labels[:, None]))
 
 
 def log_others(others: Tensor) -> Tensor:
-    """Log-probabilities among the classes beside the label: [N, K-1] logits -> [N, K-1]. Where all are -inf they stay so."""
+    """Log-probabilities among the classes other than the label: [N, K-1] logits -> [N, K-1]. If all are -inf they stay so."""
     nothing = (others == -torch.inf).all(1, keepdim=True)
     return F.log_softmax(others.masked_fill(nothing, 0), dim=1).masked_fill(nothing, -torch.inf)
 
@@ -52,7 +52,7 @@ def decoupled(student: Tensor, teacher: Tensor, labels: Tensor, temperature: flo
 
     With p = softmax(z / T): b = (p[y], 1 - p[y]), the target against all others, and q = softmax over the classes k != y of z / T. Zhao et
     al. 2022, section 3.1: kd of a sample is the first plus (1 - p_t[y]) times the second. A class for which the teacher's logit is -inf has
-    no probability, and its term is 0; where that is every other class, so is the second. Computed in at least float32.
+    no probability, and its term is 0; if that is every other class, the second is 0. Computed in at least float32.
 
     Args:
         student, teacher: [N, K] logits.
@@ -92,12 +92,12 @@ def dkd_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: floa
     Raises:
         ValueError: the shapes differ.
     """
-    found = decoupled(student, teacher, labels, temperature)
-    return (alpha * found.target + beta * found.others).mean()
+    divergences = decoupled(student, teacher, labels, temperature)
+    return (alpha * divergences.target + beta * divergences.others).mean()
 
 
 class DKDOptions(MethodOptions):
-    """Options of dkd. ``warmup``: the loss grows over so many epochs, 1/warmup in the first; 1 for the whole of it at once."""
+    """Options of dkd. ``warmup``: the epochs over which the loss grows, from 1/warmup in the first; 1 gives all of it at once."""
 
     T: float = Field(4.0, gt=0, strict=True)  # the authors' code for CIFAR-100; 1 for ImageNet
     alpha: float = Field(1.0, ge=0, strict=True)  # the authors' code
@@ -124,7 +124,7 @@ class DKD(LogitMethod):
         return {"dkd": 1.0}
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
-        """``dkd``, times min((epoch + 1) / warmup, 1) where the batch knows its epoch."""
+        """``dkd``, times min((epoch + 1) / warmup, 1) if the batch has an epoch."""
         labels, chosen = given_labels(batch, self.name), self.options
         loss = dkd_loss(student.logits, teacher.logits, labels, chosen.T, chosen.alpha, chosen.beta)
         if batch is not None and batch.epoch is not None:

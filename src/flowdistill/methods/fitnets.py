@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from ..config import MAX_EPOCHS
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs, TapSpec
-from .base import Method, Needs, Paper, Phase, StagedOptions, at_least_float32, paired_stages, register, same_shape, then_the_task
+from .base import Method, Needs, Paper, Phase, StagedOptions, at_least_float32, mse_loss, paired_stages, register, then_the_task
 from .fsp import match_sizes
 
 
@@ -35,8 +34,7 @@ def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes differ.
     """
-    same_shape(student, teacher)
-    return F.mse_loss(at_least_float32(student), at_least_float32(teacher))
+    return mse_loss(student, teacher)
 
 
 def connector(ours: TapSpec, theirs: TapSpec) -> nn.Sequential:
@@ -102,6 +100,6 @@ class FitNets(Method):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``fitnets``."""
         features = at_least_float32(student.maps[self.stage])
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             regressed = self.regressor(features)
         return {"fitnets": hint_loss(*match_sizes(regressed, teacher.maps[self.stage], "avg"))}

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..config import MAX_EPOCHS
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs, TapSpec
 from .base import Method, MethodOptions, Needs, Paper, Phase, at_least_float32, paired_stages, register, same_shape, then_the_task
 
@@ -36,13 +37,22 @@ def fsp_matrix(first: Tensor, second: Tensor) -> Tensor:
         [N, C, D].
 
     Raises:
-        ValueError: the maps differ in batch, height or width, or are no batches of maps.
+        ValueError: the maps differ in batch, height or width, or do not have four dimensions.
+
+    Example:
+        >>> import torch
+        >>> from flowdistill import fsp_matrix
+        >>> first = torch.tensor([[[[1.0, 2.0]], [[0.0, 4.0]]]])  # 2 channels of 1x2
+        >>> second = torch.tensor([[[[3.0, 1.0]]]])  # 1 channel
+        >>> fsp_matrix(first, second)
+        tensor([[[2.5000],
+                 [2.0000]]])
     """
     if first.dim() != 4 or second.dim() != 4 or first.shape[0] != second.shape[0] or first.shape[2:] != second.shape[2:]:
         shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
         raise ValueError(f"fsp_matrix wants [N, C, H, W] and [N, D, H, W], got {shapes}; match_sizes brings sizes together")
     first, second = (at_least_float32(features).permute(0, 2, 3, 1).flatten(1, 2) for features in (first, second))  # [N, H W, channels]
-    with torch.autocast(first.device.type, enabled=False):  # the product would go back to half precision
+    with full_precision(first.device):  # the product would go back to half precision
         return first.transpose(1, 2) @ second / first.shape[1]
 
 
@@ -53,7 +63,7 @@ def match_sizes(first: Tensor, second: Tensor, pool: Pool = "max") -> Pair:
 
 
 def pooled(x: Tensor, size: tuple[int, int], pool: Pool) -> Tensor:
-    """[N, C, H, W] -> [N, C, H', W'] by adaptive pooling, which repeats where the map is the smaller."""
+    """[N, C, H, W] -> [N, C, H', W'] by adaptive pooling, which repeats values if the map is smaller than ``size``."""
     height, width = x.shape[2:]
     if (height, width) == size:
         return x
@@ -64,24 +74,35 @@ def pooled(x: Tensor, size: tuple[int, int], pool: Pool) -> Tensor:
 
 
 def fsp_loss(student: Sequence[Pair], teacher: Sequence[Pair], *, pool: Pool = "max", reduction: Reduction = "mean") -> Tensor:
-    """Squared difference of the FSP matrices, mean over the batch.
+    """Squared difference of the FSP matrices G, mean over the batch. Computed in at least float32.
 
     ``sum`` (Yim et al. 2017, eq. 2, with every lambda 1): 1/N sum over pairs, n, i, j of (G_t - G_s)^2.
-    ``mean``: the same with each pair divided by its matrix's C D entries and the pairs averaged:
+    ``mean``: the same, but each pair is divided by its matrix's C D entries and the P pairs are averaged:
     1/P sum over pairs of 1/(N C D) sum over n, i, j of (G_t - G_s)^2. For ResNets of 16/32/64 channels, paired stem-stage1,
     stage1-stage2, stage2-stage3, the entries are 256, 512 and 2048, so a weight means something else under each.
 
     Args:
         student, teacher: pairs of maps ([N, C, H, W], [N, D, H', W']); the channels of a pair agree between the two networks,
             the sizes need not.
-        pool: how the larger map of a pair is brought to the smaller's size.
+        pool: how the larger map of a pair is brought to the smaller's size, ``max`` or ``avg``.
         reduction: ``mean`` or ``sum``.
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: batch or channels of a pair differ between the networks, no pair, or an unknown pool or reduction.
+        ValueError: batch or channels of a pair differ between the networks, their numbers of pairs differ or are 0, or pool or reduction
+            is unknown.
+
+    Example:
+        >>> import torch
+        >>> from flowdistill import fsp_loss
+        >>> student = [(torch.ones(8, 16, 32, 32), torch.ones(8, 32, 16, 16))]
+        >>> teacher = [(torch.ones(8, 16, 32, 32), 3 * torch.ones(8, 32, 16, 16))]  # every entry of G is 3, of the student's 1
+        >>> fsp_loss(student, teacher)
+        tensor(4.)
+        >>> fsp_loss(student, teacher, reduction="sum")  # 16 x 32 entries
+        tensor(2048.)
     """
     if pool not in get_args(Pool) or reduction not in get_args(Reduction) or not student:
         raise ValueError(f"fsp_loss wants pool max or avg, reduction mean or sum, and at least one pair; got {pool!r}, {reduction!r}")

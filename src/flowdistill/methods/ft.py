@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from ..config import MAX_EPOCHS
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, Phase, at_least_float32, paired_stages, register, same_shape, unit
 from .fsp import match_sizes
@@ -24,9 +24,9 @@ SLOPE = 0.1  # of every LeakyReLU
 
 
 def ft_loss(student: Tensor, teacher: Tensor, p: int = 1) -> Tensor:
-    """Distance of the factors, each L2-normalised a sample, mean over batch and elements: L = 1/(N M) sum |u_s - u_t|^p.
+    """Distance of the factors, each L2-normalised per sample, mean over batch and elements: L = 1/(N M) sum |u_s - u_t|^p.
 
-    u = vec F / ||vec F|| with M entries. Kim et al. 2018. Where the factors differ in size, the larger is average-pooled to the
+    u = vec F / ||vec F|| with M entries. Kim et al. 2018. If the factors differ in size, the larger is average-pooled to the
     smaller. Computed in at least float32.
 
     Args:
@@ -46,8 +46,8 @@ def ft_loss(student: Tensor, teacher: Tensor, p: int = 1) -> Tensor:
 
 def layers(kind: type[nn.Conv2d] | type[nn.ConvTranspose2d], channels: Sequence[int]) -> nn.Sequential:
     """3x3 convolutions with a LeakyReLU after each."""
-    made = [(kind(inputs, outputs, 3, padding=1), nn.LeakyReLU(SLOPE)) for inputs, outputs in pairwise(channels)]
-    return nn.Sequential(*(module for pair in made for module in pair))
+    pairs = [(kind(inputs, outputs, 3, padding=1), nn.LeakyReLU(SLOPE)) for inputs, outputs in pairwise(channels)]
+    return nn.Sequential(*(module for pair in pairs for module in pair))
 
 
 class FTOptions(MethodOptions):
@@ -103,7 +103,7 @@ class FT(Method):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``ft``, and ``paraphraser``: the mean squared error of its reconstruction of the teacher's map."""
         ours, theirs = at_least_float32(student.maps[self.stage]), at_least_float32(teacher.maps[self.stage])
-        with torch.autocast(ours.device.type, enabled=False):
+        with full_precision(ours.device):
             factor = self.encoder(theirs)
             rebuilt, translated = self.decoder(factor), self.translator(ours)
         return {"ft": ft_loss(translated, factor.detach(), self.options.p), "paraphraser": F.mse_loss(rebuilt, theirs)}

@@ -18,7 +18,7 @@ def scrambled(x: Tensor) -> Tensor:
 
 
 def salt() -> Tensor:
-    """An integer below 2^32 that tells seeds apart: drawn while a method's adapters are, to be a buffer of it."""
+    """An integer below 2^32 that tells seeds apart. A method draws it along with its adapters and keeps it in a buffer."""
     return torch.randint(0, WORD + 1, ())
 
 
@@ -29,7 +29,7 @@ def words(salt: Tensor | int, epoch: Tensor | int, indices: Tensor, count: int) 
         salt: integer scalar.
         epoch: integer scalar.
         indices: [N] integers that tell the images apart.
-        count: how many of each image, j = 0, 1, ...
+        count: how many per image, j = 0, 1, ...
 
     Returns:
         [N, count] integers from 0 to 2^32 - 1.
@@ -40,14 +40,14 @@ def words(salt: Tensor | int, epoch: Tensor | int, indices: Tensor, count: int) 
 
 
 def of_batch(batch: Batch | None, images: Tensor) -> tuple[Tensor, Tensor | int]:
-    """Indices and epoch of a batch. Where it knows no indices, the places in it count; where it knows no epoch, the first."""
+    """Indices and epoch of a batch. Default: the positions in the batch, and epoch 0."""
     indices = None if batch is None else batch.indices
     epoch = None if batch is None else batch.epoch
     return torch.arange(len(images), device=images.device) if indices is None else indices, 0 if epoch is None else epoch
 
 
 def channel_mask(salt: Tensor | int, batch: Batch | None, features: Tensor, ratio: float) -> Tensor:
-    """Which channels of which images stay: those with word / 2^32 >= ratio.
+    """Which channels of each image stay: those with word / 2^32 >= ratio.
 
     Args:
         features: [N, C, ...].

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
 from .base import MIN_PRODUCT_NORM, Method, Needs, Paper, after_relu, at_least_float32, paired_stages, register, same_shape, unit
 
@@ -18,7 +18,7 @@ from .base import MIN_PRODUCT_NORM, Method, Needs, Paper, after_relu, at_least_f
 def correlation(features: Tensor) -> Tensor:
     """Inner products of the channels over the image, each row L2-normalised: [N, C, H, W] -> [N, C, C]. A row of zeros stays so."""
     x = at_least_float32(features).flatten(2)
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x.device):
         return unit(x @ x.transpose(1, 2), 2, MIN_PRODUCT_NORM)
 
 
@@ -74,6 +74,6 @@ class ICKD(Method):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``ickd``."""
         features = student.maps[self.ours]
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             embedded = self.normalisation(self.convolution(features.to(self.convolution.weight.dtype)))
         return {"ickd": ickd_loss(embedded, teacher.maps[self.theirs])}

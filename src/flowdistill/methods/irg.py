@@ -13,26 +13,27 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, at_least_float32, paired_stages, register, same_classes, same_shape
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, mse_loss, paired_stages, register, same_classes
 
 
 def edges(features: Tensor) -> Tensor:
-    """Squared distances between the samples of a batch over the largest of them: [N, ...] -> [N, N].
+    """Squared distances between the samples of a batch, divided by the largest of them: [N, ...] -> [N, N].
 
-    d[i, j] = ||x_i - x_j||^2 / max_{i,j} ||x_i - x_j||^2 of the flattened features, by one Gram matrix of what is centred over the
-    batch. Samples that are all equal give zeros. Computed in at least float32.
+    d[i, j] = ||x_i - x_j||^2 / max_{i,j} ||x_i - x_j||^2 of the flattened features, from one Gram matrix of the features
+    centred over the batch. Samples that are all equal give zeros. Computed in at least float32.
     """
     flat = at_least_float32(features).flatten(1)
     centred = flat - flat.mean(0)
-    with torch.autocast(centred.device.type, enabled=False):
+    with full_precision(centred.device):
         gram = centred @ centred.T
     square = gram.diagonal()
     return _by_largest((square[:, None] + square - 2 * gram).clamp(min=0))
 
 
 def transformation(first: Tensor, second: Tensor) -> Tensor:
-    """How far each sample moves from one stage to the next, over the farthest: [N, C, H, W] and [N, C', H', W'] -> [N].
+    """How far each sample moves from one stage to the next, divided by the farthest: [N, C, H, W] and [N, C', H', W'] -> [N].
 
     r[i] = ||a_i - b_i||^2 / max_i ||a_i - b_i||^2 with a and b the two maps, averaged to the smaller channels, height and width of
     both: with 16x8x8 and 32x4x4 a is pooled 2x2, and in b the channels 2c and 2c + 1 are averaged. Computed in at least float32.
@@ -54,8 +55,7 @@ def vertex_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes differ.
     """
-    same_shape(student, teacher)
-    return F.mse_loss(at_least_float32(student), at_least_float32(teacher))
+    return mse_loss(student, teacher)
 
 
 def edge_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -72,8 +72,7 @@ def edge_loss(student: Tensor, teacher: Tensor) -> Tensor:
         ValueError: the batches differ.
     """
     ours, theirs = edges(student), edges(teacher)
-    same_shape(ours, theirs)
-    return F.mse_loss(ours, theirs)
+    return mse_loss(ours, theirs)
 
 
 def transformation_loss(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> Tensor:
@@ -89,8 +88,7 @@ def transformation_loss(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, T
         ValueError: the batches differ.
     """
     ours, theirs = transformation(*student), transformation(*teacher)
-    same_shape(ours, theirs)
-    return F.mse_loss(ours, theirs)
+    return mse_loss(ours, theirs)
 
 
 def _by_largest(values: Tensor) -> Tensor:

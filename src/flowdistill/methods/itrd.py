@@ -14,8 +14,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape, unit
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape, two_dimensions, unit
 from .cc import cosines
 from .dist import varies
 
@@ -23,8 +24,8 @@ from .dist import varies
 def correlation_loss(projected: Tensor, teacher: Tensor, alpha: float = 1.01) -> Tensor:
     """Logarithm of a sum of powers over the dimensions: L = log2 sum_d (1 - v_d)^(2 alpha), v_d = (1 - 1/N) r_d.
 
-    r_d is the correlation of dimension d of the two over the batch, 0 without gradient where one of the two is constant, so that a batch of
-    one gives log2 D. Miles et al. 2022, the authors' code. Computed in at least float32.
+    r_d is the correlation of dimension d of the two over the batch. It is 0 without gradient if one of the two is constant, so that a batch
+    of one gives log2 D. Miles et al. 2022, the authors' code. Computed in at least float32.
 
     Args:
         projected: [N, D].
@@ -96,11 +97,12 @@ class ITRD(Method):
 
     def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
         super().__init__(options)
-        if self.options.mutual and teacher.embedding < 2:
-            raise ValueError(
-                f"itrd: the embedding of {teacher.name} has width {teacher.embedding}, and without angles between the samples they have no "
-                f"mutual information; set options.itrd.mutual=0 or choose a teacher with a wider embedding"
+        if self.options.mutual:
+            why = (
+                "and without angles between the samples they have no mutual information; set options.itrd.mutual=0 or choose a teacher "
+                "with a wider embedding"
             )
+            two_dimensions(teacher, self.name, why)
         self.needs = Needs(embedding=True)
         self.widens = student.embedding != teacher.embedding
         self.projector = nn.Linear(student.embedding, teacher.embedding, bias=self.widens and self.options.mutual > 0)
@@ -113,7 +115,7 @@ class ITRD(Method):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``itrd``: the correlation through the projector, the mutual information without it where the widths agree."""
         embedding = student.embedding
-        with torch.autocast(embedding.device.type, enabled=False):
+        with full_precision(embedding.device):
             projected = self.projector(embedding.to(self.projector.weight.dtype))
         loss = self.options.correlation * correlation_loss(projected, teacher.embedding, self.options.alpha)
         if self.options.mutual:

@@ -32,6 +32,13 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tenso
 
     Raises:
         ValueError: the shapes differ.
+
+    Example:
+        >>> import torch
+        >>> from flowdistill.methods.kd import kd_loss
+        >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[4.0, 0.0]])
+        >>> kd_loss(student, teacher, temperature=4.0)
+        tensor(1.7751)
     """
     same_shape(student, teacher)
     log_s = F.log_softmax(at_least_float32(student) / temperature, dim=1)

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, at_least_float32, paired_stages, register, unit
 
@@ -22,11 +23,11 @@ CLOSE = 1e-5  # share of the largest eigenvalue: two that are closer have no dir
 
 
 def right_vectors(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The first right singular vectors of a map as an HW x C matrix a sample, and their singular values, largest first.
+    """The first right singular vectors of a map, as one HW x C matrix per sample, and their singular values, largest first.
 
-    They are the eigenvectors of the C x C Gram matrix G, NaN where that is not finite, which no decomposition takes. Their gradient is that
-    of first-order perturbation: dv_i = sum_{j != i} v_j (v_j^T dG v_i) / (l_i - l_j), without the terms of (nearly) equal eigenvalues,
-    where it has no limit. Computed in at least float32.
+    They are the eigenvectors of the C x C Gram matrix G. If G is not finite they are NaN, as no decomposition takes it. Their gradient is
+    that of first-order perturbation: dv_i = sum_{j != i} v_j (v_j^T dG v_i) / (l_i - l_j). The terms of (nearly) equal eigenvalues are
+    left out, as they have no limit. Computed in at least float32.
 
     Args:
         features: [N, C, H, W].
@@ -36,15 +37,17 @@ def right_vectors(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
         [N, C, count] vectors, [N, count] values without gradient.
     """
     x = at_least_float32(features).flatten(2)
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x.device):
         gram = x @ x.transpose(1, 2)
-        held = gram.detach()
-        finite = held.isfinite().flatten(1).all(1)[:, None, None]
-        values, vectors = (found.flip(-1) for found in torch.linalg.eigh(torch.where(finite, held, 0.0)))
+        constant = gram.detach()  # eigh's own gradient would divide by the gaps of equal eigenvalues too; it is built below
+        finite = constant.isfinite().flatten(1).all(1)[:, None, None]
+        values, vectors = (ascending.flip(-1) for ascending in torch.linalg.eigh(torch.where(finite, constant, 0.0)))
         vectors = torch.where(finite, vectors, torch.nan)
         first = vectors[:, :, :count]
         gaps = values[:, None, :count] - values[:, :, None]
         apart = gaps.abs() > CLOSE * values[:, :1, None]
+        # turn - turn.detach() is 0 and has the gradient of v_j^T G v_i, so that ``moved`` gives the vectors theirs and leaves the values.
+        # The inner ``where`` keeps 0 / 0 out of the backward pass: what the outer one drops would still be NaN there.
         turn = vectors.transpose(1, 2) @ gram @ first
         moved = vectors @ torch.where(apart, (turn - turn.detach()) / torch.where(apart, gaps, 1.0), 0.0)
     return first + moved, values[:, :count].clamp(min=0).sqrt()
@@ -53,9 +56,9 @@ def right_vectors(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def kdsvd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], k: int = 1) -> Tensor:
     """Squared difference of the radial basis functions between the singular vectors of consecutive stages, mean over the batch.
 
-    The teacher's first k right vectors, signed so that each has a sum of 0 or more, times its singular values over their norm, are
-    V_t [C, k]. For each of them, of the student's first k + 3 (fewer where it has fewer) the one with the largest |cosine| is taken, with
-    the sign of that cosine and the teacher's factor: V_s. With R^i[p, q, c] = exp(-(V^i[p, c] - V^{i-1}[q, c])^2 / 8),
+    V_t [C, k] are the teacher's first k right vectors, signed so that each has a sum of 0 or more, times its singular values over their
+    norm. V_s holds for each of them that one of the student's first k + 3 (fewer if it has fewer) with the largest |cosine|, with the sign
+    of that cosine and the teacher's factor. With R^i[p, q, c] = exp(-(V^i[p, c] - V^{i-1}[q, c])^2 / 8),
     L = 1/N sum over consecutive stages, n, p, q, c of (R_s - R_t)^2. Lee et al. 2018. No gradient to the teacher. In at
     least float32.
 
@@ -85,7 +88,7 @@ def kdsvd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], k: int = 1)
 
 def _aligned(vectors: Tensor, wanted: Tensor) -> Tensor:
     """For each wanted vector [N, C, k] the nearest line among [N, C, m], pointing its way."""
-    with torch.autocast(vectors.device.type, enabled=False):
+    with full_precision(vectors.device):
         cosines = wanted.transpose(1, 2) @ vectors.detach()
     nearest = cosines.abs().argmax(2, keepdim=True)
     signs = torch.where(cosines.gather(2, nearest) < 0, -1.0, 1.0).transpose(1, 2)

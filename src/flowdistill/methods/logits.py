@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_classes, same_shape
+from .base import Method, MethodOptions, Needs, Paper, mse_loss, register, same_classes
 
 
 def logits_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of the logits over batch and classes: L = 1/(N K) sum_{n,k} (z_s - z_t)^2. Embeddings [N, D] go as well.
+    """Mean squared difference of the logits over batch and classes: L = 1/(N K) sum_{n,k} (z_s - z_t)^2. Takes embeddings [N, D] too.
 
     Ba and Caruana 2014, section 2.2, write 1/(2N) sum_n ||z_s - z_t||^2, which is K/2 times this. Computed in at least float32.
 
@@ -30,14 +29,13 @@ def logits_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes differ.
     """
-    same_shape(student, teacher)
-    return F.mse_loss(at_least_float32(student), at_least_float32(teacher))
+    return mse_loss(student, teacher)
 
 
 class LogitsOptions(MethodOptions):
-    """Options of logits. ``on=embedding`` compares the pooled features that feed the classifier, in the logits' place.
+    """Options of logits. ``on=embedding`` compares the pooled features that feed the classifier instead of the logits.
 
-    ``on`` is dumped only where it is not the default: runs that were recorded before it came stay comparable.
+    ``on`` is dumped only if it is not the default, so that runs recorded before it existed stay comparable.
     """
 
     on: Literal["logits", "embedding"] = Field("logits", exclude_if=lambda on: on == "logits")  # reference log: embedding

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, at_least_float32, paired_stages, register, same_shape
 from .fsp import match_sizes
@@ -82,6 +82,6 @@ class MGD(Method):
         """``mgd``."""
         ours, theirs = match_sizes(at_least_float32(student.maps[self.stage]), teacher.maps[self.stage], "avg")
         mask = channel_mask(self.get_buffer("salt"), batch, theirs, self.options.ratio)
-        with torch.autocast(ours.device.type, enabled=False):
+        with full_precision(ours.device):
             generated = self.generation(self.align(ours) * mask[:, :, None, None])
         return {"mgd": generation_loss(generated, theirs)}

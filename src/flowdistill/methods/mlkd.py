@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..device import full_precision
 from ..types import Batch, Outputs
 from .base import LogitMethod, MethodOptions, Paper, at_least_float32, register, same_shape
 from .kd import kd_loss
@@ -35,13 +36,13 @@ def _probabilities(logits: Tensor, temperature: float) -> Tensor:
 
 def _similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
     same_shape(student, teacher)
-    with torch.autocast(student.device.type, enabled=False):  # the products would go back to half precision
+    with full_precision(student.device):  # the products would go back to half precision
         difference = teacher @ teacher.T - student @ student.T
     return difference.square().sum() / len(student)
 
 
 def mlkd_loss(student: Tensor, teacher: Tensor, temperatures: Sequence[float] = (2, 3, 4, 5, 6)) -> Tensor:
-    """Sum over the temperatures of kd, which has the factor T^2, ``class_loss`` and ``batch_loss``, which have not.
+    """Sum over the temperatures of kd, with its factor T^2, and of ``class_loss`` and ``batch_loss``, which have none.
 
     Jin et al. 2023, without the masks of the authors' code. Computed in at least float32.
 

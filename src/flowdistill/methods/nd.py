@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..device import full_precision
 from ..types import Batch, MethodContext, NetSpec, Outputs
-from .base import MIN_NORM, Method, Needs, Paper, at_least_float32, register, same_shape, unit
+from .base import MIN_NORM, Method, Needs, Paper, at_least_float32, register, same_shape, two_dimensions, unit
 from .dkd import given_labels
 from .hashed import channel_mask, salt
 from .reviewkd import batch_normalised
@@ -23,8 +24,8 @@ DROPOUT = 0.5  # the authors' code
 def nd_loss(student: Tensor, teacher: Tensor, means: Tensor) -> Tensor:
     """How far the student falls short, in the class's direction, of the longer of the two norms.
 
-    L = 1/N sum_n (1 - <e_s, c> / (||c|| max(||e_s||, ||e_t||))). Wang et al. 2023. Zeros have no direction: the loss is 1. Not 0
-    where the student equals the teacher. Computed in at least float32.
+    L = 1/N sum_n (1 - <e_s, c> / (||c|| max(||e_s||, ||e_t||))). Wang et al. 2023. Zeros have no direction: the loss is 1. It is
+    not 0 if the student equals the teacher. Computed in at least float32.
 
     Args:
         student: [N, D], e_s.
@@ -46,7 +47,7 @@ def nd_loss(student: Tensor, teacher: Tensor, means: Tensor) -> Tensor:
 
 
 class Embedder(nn.Module):
-    """From the student's width to the teacher's: batch normalisation, always by the batch, dropout and a linear layer."""
+    """From the student's width to the teacher's: batch normalisation, always by the batch's own statistics, dropout and a linear layer."""
 
     def __init__(self, ours: int, theirs: int) -> None:
         super().__init__()
@@ -58,7 +59,7 @@ class Embedder(nn.Module):
         """[N, D] -> [N, D']."""
         embedding = batch_normalised(at_least_float32(embedding), self.weight, self.bias)
         kept = embedding * channel_mask(self.get_buffer("salt"), batch, embedding, DROPOUT) / (1 - DROPOUT)
-        with torch.autocast(embedding.device.type, enabled=False):
+        with full_precision(embedding.device):
             embedded: Tensor = self.linear(kept)
         return embedded
 
@@ -81,11 +82,7 @@ class ND(Method):
 
     def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
         super().__init__(options)
-        if teacher.embedding < 2:
-            raise ValueError(
-                f"nd: the embedding of {teacher.name} has width {teacher.embedding}, which leaves no direction to learn; choose a teacher "
-                f"with a wider embedding"
-            )
+        two_dimensions(teacher, self.name, "which leaves no direction to learn; choose a teacher with a wider embedding")
         self.needs = Needs(embedding=True, context=frozenset({"class_means"}))
         self.embedder = None if student.embedding == teacher.embedding else Embedder(student.embedding, teacher.embedding)
 

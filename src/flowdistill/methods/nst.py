@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
 from .base import Method, Needs, Paper, at_least_float32, paired_stages, register, unit
 from .fsp import match_sizes
@@ -21,8 +22,9 @@ def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
     L = 1/N sum_n [mean_{c,c'} <t_c, t_c'>^2 + mean_{c,c'} <s_c, s_c'>^2 - 2 mean_{c,c'} <s_c, t_c'>^2], where s_c and t_c are the
     channels flattened over the image and L2-normalised (a channel of zeros stays so), and c' runs over all channels, c included.
     Huang and Wang 2017, the polynomial kernel with d = 2 and c = 0. The same number is
-    1/N sum_n ||S^T S / C - T^T T / C'||_F^2 with the channels as rows of S and T, which is taken where the image has fewer pixels
-    than a network has channels. Where the two stages differ in size, the larger map is average-pooled to the smaller. In at least float32.
+    1/N sum_n ||S^T S / C - T^T T / C'||_F^2 with the channels as rows of S and T. It is computed this way if the image has no more
+    pixels than one of the networks has channels. If the two stages differ in size, the larger map is average-pooled to the smaller. In at
+    least float32.
 
     Args:
         student: [N, C, H, W].
@@ -37,7 +39,7 @@ def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
     if student.shape[0] != teacher.shape[0]:
         raise ValueError(f"student gives {tuple(student.shape)}, teacher {tuple(teacher.shape)}; the batches must agree")
     ours, theirs = (unit(at_least_float32(x).flatten(2), 2) for x in match_sizes(student, teacher, "avg"))
-    with torch.autocast(ours.device.type, enabled=False):
+    with full_precision(ours.device):
         if ours.shape[2] <= max(ours.shape[1], theirs.shape[1]):
             s, t = (x.transpose(1, 2) @ x / x.shape[1] for x in (ours, theirs))
             return (s - t).square().sum((1, 2)).mean()

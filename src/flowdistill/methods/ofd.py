@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..device import full_precision
 from ..types import Batch, MethodContext, NetSpec, Outputs
 from .base import Method, Needs, Paper, at_least_float32, before_relu, paired_stages, register, same_shape
 from .fsp import match_sizes
@@ -25,7 +26,7 @@ def margins(weight: Tensor, bias: Tensor) -> Tensor:
     """The mean negative response of every channel, as the batch normalisation before the ReLU tells it: M = E[x | x < 0].
 
     x is normal with mean m = bias and deviation s = |weight|: M = m - s phi(m/s) / Phi(-m/s), where phi and Phi are the standard normal
-    density and distribution, and -3 s where Phi(-m/s) <= 0.001. min(m, 0) where s is 0. Heo et al. 2019, the authors' code. Computed in
+    density and distribution, and M = -3 s if Phi(-m/s) <= 0.001. If s is 0, M = min(m, 0). Heo et al. 2019, the authors' code. Computed in
     at least float32.
 
     Args:
@@ -46,7 +47,7 @@ def margins(weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def partial_distance(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
-    """Squared distance from the teacher's responses, none below the margin: mean over the batch, sum over the rest.
+    """Squared distance from the teacher's responses, which are raised to the margin: mean over the batch, sum over the rest.
 
     l = 0 where r <= t^ <= 0, else (r - t^)^2, with t^ = max(t, M). Heo et al. 2019. Computed in at least float32.
 
@@ -77,7 +78,7 @@ def ofd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], margin: Seque
 
 
 def connector(ours: int, theirs: int) -> nn.Sequential:
-    """From the student's channels to the teacher's: batch normalisation after a 1x1 convolution, normal with variance 2 / C_t, no bias."""
+    """From the student's channels to the teacher's: a 1x1 convolution, normal with variance 2 / C_t, no bias; batch normalisation."""
     convolution = nn.Conv2d(ours, theirs, 1, bias=False)
     nn.init.normal_(convolution.weight, std=math.sqrt(2 / theirs))
     return nn.Sequential(convolution, nn.BatchNorm2d(theirs))
@@ -129,7 +130,7 @@ class OFD(Method):
         responses, targets = [], []
         for tap, connect in zip(self.taps, self.connectors, strict=True):
             ours, theirs = match_sizes(at_least_float32(student.maps[tap]), teacher.maps[tap], "avg")
-            with torch.autocast(ours.device.type, enabled=False):
+            with full_precision(ours.device):
                 responses.append(connect(ours))
             targets.append(theirs)
         return {"ofd": ofd_loss(responses, targets, [self.held(_margin(tap)) for tap in self.taps])}

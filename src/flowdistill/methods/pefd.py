@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape, unit
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape, two_dimensions, unit
 
 
 def ensemble(embedding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def ensemble(embedding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         [N, D'].
     """
-    with torch.autocast(embedding.device.type, enabled=False):
+    with full_precision(embedding.device):
         projected = F.linear(embedding.to(weight.dtype), weight.flatten(0, 1), bias.flatten())
     return projected.relu().view(-1, *bias.shape).mean(1)
 
@@ -79,13 +79,9 @@ class PEFD(Method):
 
     def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
         super().__init__(options)
-        if teacher.embedding < 2:
-            raise ValueError(
-                f"pefd: the embedding of {teacher.name} has width {teacher.embedding}, which leaves no direction to learn; choose a "
-                f"teacher with a wider embedding"
-            )
+        two_dimensions(teacher, self.name, "which leaves no direction to learn; choose a teacher with a wider embedding")
         self.needs = Needs(embedding=True)
-        self.projectors = nn.Linear(student.embedding, self.options.projectors * teacher.embedding)  # a block of rows a projector
+        self.projectors = nn.Linear(student.embedding, self.options.projectors * teacher.embedding)  # one block of rows per projector
 
     @classmethod
     def default_weights(cls, options: Any) -> dict[str, float]:

@@ -11,12 +11,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape, two_dimensions
 
 
 def neighbours(embedding: Tensor, eps: float = 1e-7) -> Tensor:
-    """Cosine similarities of the samples of a batch as probabilities, a row a sample: [N, D] -> [N, N].
+    """Cosine similarities of the samples of a batch as probabilities, one row per sample: [N, D] -> [N, N].
 
     Passalis and Tefas 2018, section 3: u = e / (||e|| + eps), k[i, j] = (<u_i, u_j> + 1) / 2 with the diagonal, and
     P[i, j] = k[i, j] / sum_j k[i, j]. Computed in at least float32.
@@ -24,7 +25,7 @@ def neighbours(embedding: Tensor, eps: float = 1e-7) -> Tensor:
     embedding = at_least_float32(embedding)
     norm: Tensor = torch.linalg.vector_norm(embedding, dim=1, keepdim=True)
     unit = embedding / (norm + eps)
-    with torch.autocast(unit.device.type, enabled=False):
+    with full_precision(unit.device):
         cosine = unit @ unit.T
     kernel = ((cosine + 1) / 2).clamp(min=0)  # rounding takes opposite samples below 0
     return kernel / kernel.sum(1, keepdim=True)
@@ -78,12 +79,9 @@ class PKT(Method):
 
     def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
         super().__init__(options)
+        why = "and without angles between the samples nothing is learned; choose a network with a wider embedding"
         for spec in (student, teacher):
-            if spec.embedding < 2:
-                raise ValueError(
-                    f"pkt: the embedding of {spec.name} has width {spec.embedding}, and without angles between the samples nothing is "
-                    f"learned; choose a network with a wider embedding"
-                )
+            two_dimensions(spec, self.name, why)
         self.needs = Needs(embedding=True)
 
     @classmethod

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, at_least_float32, before_relu, paired_stages, register, same_shape
 from .fsp import pooled
@@ -49,9 +50,9 @@ def hierarchical_context_loss(fused: Tensor, teacher: Tensor) -> Tensor:
 
 
 def batch_normalised(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """[N, C, ...] by the mean and the biased variance of the batch, each channel then scaled and shifted.
+    """[N, C, ...] normalised by the mean and the biased variance of the batch; each channel is then scaled and shifted.
 
-    One value a channel, which PyTorch refuses, is its own mean: that is the embedding of a batch of one.
+    PyTorch refuses a single value per channel, such as the embedding of a batch of one. That value is its own mean and gives the shift.
     """
     if x.numel() == x.shape[1]:
         return (x - x.detach()) * weight.view(-1, *(1 for _ in x.shape[2:])) + bias.view(-1, *(1 for _ in x.shape[2:]))
@@ -59,7 +60,7 @@ def batch_normalised(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class Normalised(nn.Module):
-    """A convolution without bias that keeps the size, and batch normalisation, always by the batch."""
+    """A convolution without bias that keeps the size, then batch normalisation, always by the batch's own statistics."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
         super().__init__()
@@ -83,12 +84,23 @@ class Fusion(nn.Module):
         self.restore = Normalised(middle, theirs, 3)
 
     def forward(self, x: Tensor, behind: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The student's map and what the level behind hands on -> the teacher's map as fused, and what is handed on, of ``size`` both."""
+        """Fuse one level with what the deeper level handed on.
+
+        Args:
+            x: [N, C, H, W] the student's map of this level.
+            behind: [N, M, H', W'] what the deeper level handed on; None at the deepest.
+            size: height and width of the teacher's map of this level.
+
+        Returns:
+            The fused map with the teacher's channels, and the [N, M, ...] map that is handed on; both are of ``size``.
+        """
         x = self.squeeze(x)
         if self.attention is not None and behind is not None:
             behind = _resized(behind, (x.shape[2], x.shape[3]))
-            own, other = self.attention.weight.chunk(2, 1)  # one convolution of both, without putting them side by side first
-            share = (F.conv2d(x, own, self.attention.bias) + F.conv2d(behind, other)).sigmoid()
+            # The attention is one convolution of both maps side by side. It is linear, so half of its weight on each map gives the same
+            # without the copy of both.
+            weight_x, weight_behind = self.attention.weight.chunk(2, 1)
+            share = (F.conv2d(x, weight_x, self.attention.bias) + F.conv2d(behind, weight_behind)).sigmoid()
             x = x * share[:, :1] + behind * share[:, 1:]
         x = _resized(x, size)
         return self.restore(x), x
@@ -99,7 +111,7 @@ def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class ReviewKDOptions(MethodOptions):
-    """Options of reviewkd. ``warmup``: the loss grows over so many epochs, 1/warmup in the first; 1 for the whole of it at once."""
+    """Options of reviewkd. ``warmup``: the epochs over which the loss grows, from 1/warmup in the first; 1 gives all of it at once."""
 
     warmup: int = Field(20, ge=1, strict=True)  # the authors' code, of 240 epochs on CIFAR-100; 1 for ImageNet
 
@@ -133,11 +145,11 @@ class ReviewKD(Method):
         return {"reviewkd": 1.0}
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
-        """``reviewkd``: the sum over the levels, times min((epoch + 1) / warmup, 1) where the batch knows its epoch."""
+        """``reviewkd``: the sum over the levels, times min((epoch + 1) / warmup, 1) if the batch has an epoch."""
         ours = [*(student.maps[stage] for stage in self.stages), student.embedding[:, :, None, None]]
         theirs = [*(teacher.maps[f"{stage}.pre"] for stage in self.stages), teacher.embedding[:, :, None, None]]
-        losses, behind = [], None
-        with torch.autocast(student.embedding.device.type, enabled=False):
+        losses, behind = [], None  # from the deepest level, which is the embedding, to the shallowest: each hands its map on
+        with full_precision(student.embedding.device):
             for fuse, x, wanted in zip(reversed(self.fusions), reversed(ours), reversed(theirs), strict=True):
                 fused, behind = fuse(at_least_float32(x), behind, (wanted.shape[2], wanted.shape[3]))
                 losses.append(hierarchical_context_loss(fused, wanted))

@@ -13,28 +13,29 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape, unit
+from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape, two_dimensions, unit
 
 
 def distances(embedding: Tensor) -> Tensor:
     """Euclidean distances of the samples of a batch, exactly 0 for equal ones: [N, D] -> [N, N], in at least float32."""
     embedding = at_least_float32(embedding)
-    with torch.autocast(embedding.device.type, enabled=False):
+    with full_precision(embedding.device):
         return torch.cdist(embedding, embedding, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def angles(embedding: Tensor) -> Tensor:
-    """Cosine at sample i of the triangle with samples j and k, 0 where two of them coincide with i: [N, D] -> [N, N, N].
+    """Cosine at sample i of the triangle with samples j and k, 0 if j or k coincides with i: [N, D] -> [N, N, N].
 
     Park et al. 2019, section 3.2.2: A[i, j, k] = <u_ij, u_ik> with u_ij = (e_j - e_i) / ||e_j - e_i||. The differences are taken before
-    anything is multiplied: of two images that are nearly alike, inner products would leave nothing but their rounding. That keeps N N D
+    anything is multiplied: of two images that are nearly alike, inner products would leave nothing but rounding. This keeps N N D
     numbers: 32 MiB for N = 128 and D = 512. Computed in at least float32.
     """
     embedding = at_least_float32(embedding)
     apart = embedding[None] - embedding[:, None]
     directions = unit(apart, 2, min_norm=0)
-    with torch.autocast(embedding.device.type, enabled=False):
+    with full_precision(embedding.device):
         return directions @ directions.transpose(1, 2)
 
 
@@ -62,7 +63,7 @@ def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Huber distance of the angles: L_A = 1/N^3 sum_{i,j,k} smooth_l1(A_s - A_t), triples with a repeated sample included.
 
-    Park et al. 2019, section 3.2.2. Keeps N^3 numbers, 64 MiB a network at N = 256, and those of ``angles``.
+    Park et al. 2019, section 3.2.2. Keeps N^3 numbers, 64 MiB per network at N = 256, and those of ``angles``.
 
     Args:
         student: [N, D].
@@ -110,12 +111,10 @@ class RKD(Method):
 
     def __init__(self, options: Any = None, *, student: NetSpec, teacher: NetSpec, **_: Any) -> None:
         super().__init__(options)
-        for spec in (student, teacher):
-            if self.options.angle and spec.embedding < 2:
-                raise ValueError(
-                    f"rkd: the embedding of {spec.name} has width {spec.embedding}, and points on a line have no angles; set "
-                    f"options.rkd.angle=0 or choose a network with a wider embedding"
-                )
+        if self.options.angle:
+            why = "and points on a line have no angles; set options.rkd.angle=0 or choose a network with a wider embedding"
+            for spec in (student, teacher):
+                two_dimensions(spec, self.name, why)
         self.needs = Needs(embedding=True)
 
     @classmethod

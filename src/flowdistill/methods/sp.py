@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
-from .base import MIN_PRODUCT_NORM, Method, MethodOptions, Needs, Paper, at_least_float32, paired_stages, register, same_shape, unit
+from .base import MIN_PRODUCT_NORM, Method, MethodOptions, Needs, Paper, at_least_float32, mse_loss, paired_stages, register, unit
 
 
 def similarity(features: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def similarity(features: Tensor) -> Tensor:
     gives zeros. Computed in at least float32.
     """
     flat = at_least_float32(features).flatten(1)
-    with torch.autocast(flat.device.type, enabled=False):
+    with full_precision(flat.device):
         gram = flat @ flat.T
     return unit(gram, 1, MIN_PRODUCT_NORM)
 
@@ -43,8 +43,7 @@ def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
         ValueError: the batches differ.
     """
     ours, theirs = similarity(student), similarity(teacher)
-    same_shape(ours, theirs)
-    return F.mse_loss(ours, theirs)
+    return mse_loss(ours, theirs)
 
 
 class SPOptions(MethodOptions):

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, at_least_float32, register, same_shape
 
@@ -24,7 +25,7 @@ EPSILON = 1e-5  # on the sum: the authors' code for DeiT
 def normalised(embedding: Tensor) -> Tensor:
     """(x - mean) / sqrt(variance + 1e-4) of every dimension over the batch, the variance divided by N: [N, D] -> [N, D].
 
-    What ``nn.BatchNorm1d`` without affine computes in training, which refuses a batch of one; here that gives zeros.
+    ``nn.BatchNorm1d`` without affine computes the same in training, but refuses a batch of one, which gives zeros here.
     """
     x = at_least_float32(embedding)
     variance, mean = torch.var_mean(x, 0, correction=0)
@@ -89,6 +90,6 @@ class SRD(Method):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``srd``."""
-        with torch.autocast(student.embedding.device.type, enabled=False):
+        with full_precision(student.embedding.device):
             projected = self.projector(student.embedding.to(self.projector.weight.dtype))
         return {"srd": log_sum_loss(projected, teacher.embedding, self.options.alpha)}

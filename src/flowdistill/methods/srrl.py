@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..device import full_precision
 from ..types import Batch, MethodContext, NetSpec, Outputs
-from .base import Method, MethodOptions, Needs, Paper, after_relu, at_least_float32, register, same_shape
+from .base import Method, MethodOptions, Needs, Paper, after_relu, at_least_float32, mse_loss, register
 
 
 def srrl_loss(student: Tensor, teacher: Tensor, student_logits: Tensor, teacher_logits: Tensor, beta: float = 1.0) -> Tensor:
@@ -35,15 +35,11 @@ def srrl_loss(student: Tensor, teacher: Tensor, student_logits: Tensor, teacher_
     Raises:
         ValueError: the shapes differ.
     """
-    same_shape(student, teacher)
-    same_shape(student_logits, teacher_logits)
-    return F.mse_loss(at_least_float32(student), at_least_float32(teacher)) + beta * F.mse_loss(
-        at_least_float32(student_logits), at_least_float32(teacher_logits)
-    )
+    return mse_loss(student, teacher) + beta * mse_loss(student_logits, teacher_logits)
 
 
 class SRRLOptions(MethodOptions):
-    """Options of srrl. ``beta``: the weight of the logits against the features, whose own is the term's."""
+    """Options of srrl. ``beta``: the weight of the logits against the features."""
 
     beta: float = Field(1.0, ge=0, strict=True)  # the authors' code; cls_KD has 5 for CIFAR-100
 
@@ -90,7 +86,7 @@ class SRRL(Method):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """``srrl``."""
         features = at_least_float32(student.maps[self.stage])
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             connected: Tensor = self.connector(features).mean((2, 3))
             logits = F.linear(connected, self.held("head_weight"), self.held("head_bias"))
         return {"srrl": srrl_loss(connected, teacher.embedding, logits, teacher.logits, self.options.beta)}

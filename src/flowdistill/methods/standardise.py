@@ -29,8 +29,7 @@ def standardise(logits: Tensor) -> Tensor:
     """(z - mean(z)) / (std(z) + 1e-7) of every row, with the unbiased standard deviation; zeros for a constant row.
 
     Sun et al. 2024, with the standard deviation of the authors' code, which divides by K - 1. A logit of -inf, a class that the network
-    never says, is no part of mean and standard deviation, which then are those of the other classes, and stays -inf. Computed in at least
-    float32.
+    never says, stays -inf; mean and standard deviation are those of the other classes. Computed in at least float32.
 
     Args:
         logits: [N, K], K above 1.
@@ -45,10 +44,10 @@ def standardise(logits: Tensor) -> Tensor:
         raise ValueError(f"the logits {tuple(logits.shape)} are of one class; a standard deviation needs two or more")
     values = at_least_float32(logits)
     never = values == -torch.inf
-    said = (~never).sum(1, keepdim=True)
+    counts = (~never).sum(1, keepdim=True)
     values = values.masked_fill(never, 0)
-    centred = (values - values.sum(1, keepdim=True) / said).masked_fill(never, 0)
-    variance = centred.square().sum(1, keepdim=True) / (said - 1).clamp(min=1)
+    centred = (values - values.sum(1, keepdim=True) / counts).masked_fill(never, 0)
+    variance = centred.square().sum(1, keepdim=True) / (counts - 1).clamp(min=1)
     constant = variance <= EPS**2
     deviation = torch.where(constant, 1.0, variance).sqrt()
     return torch.where(constant, 0.0, centred / (deviation + EPS)).masked_fill(never, -torch.inf)
@@ -78,12 +77,12 @@ class Standardised(Method):
 
         Beside a task weight of 0.1 for kd and mlkd, of 1 for dkd; it is 1 here.
         """
-        own = super().default_weights(options)
-        return {PREFIX + term: 9.0 if cls.inside.name in BY_AUTHORS else weight for term, weight in own.items()}
+        weights = super().default_weights(options)
+        return {PREFIX + term: 9.0 if cls.inside.name in BY_AUTHORS else weight for term, weight in weights.items()}
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
         """The method's terms, under names with ``ls:`` before them."""
-        ours, theirs = (given._replace(logits=standardise(given.logits)) for given in (student, teacher))
+        ours, theirs = (outputs._replace(logits=standardise(outputs.logits)) for outputs in (student, teacher))
         return {PREFIX + term: value for term, value in super().forward(ours, theirs, batch).items()}
 
 

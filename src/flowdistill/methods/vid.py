@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..device import full_precision
 from ..types import Batch, NetSpec, Outputs
 from .base import Method, MethodOptions, Needs, Paper, at_least_float32, paired_stages, register, same_shape
 from .fsp import match_sizes
@@ -21,7 +22,7 @@ MIN_VARIANCE = 1e-5  # of the variance (RepDistiller; KD-Zoo: 1e-6)
 
 
 def vid_loss(mean: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
-    """Negative log-likelihood of the teacher's map under a Gaussian with a variance a channel, less its constant.
+    """Negative log-likelihood of the teacher's map under a Gaussian with one variance per channel, less its constant.
 
     L = 1/(N C H W) sum 1/2 [(t - mu)^2 / v_c + log v_c]. Ahn et al. 2019. Negative where the variance is small enough.
     Computed in at least float32.
@@ -49,7 +50,7 @@ class VIDOptions(MethodOptions):
 
 
 class Gaussian(nn.Module):
-    """mu and v of one stage: three 1x1 convolutions without bias on the student's map, and a softplus of one number a channel."""
+    """mu and v of one stage: three 1x1 convolutions without bias on the student's map, and a softplus of one number per channel."""
 
     def __init__(self, ours: int, theirs: int, variance: float) -> None:
         super().__init__()
@@ -60,7 +61,7 @@ class Gaussian(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[N, C, H, W] of the student -> mu [N, C', H, W], v [C']."""
         x = x.to(self.alpha.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             first, second, third = self.regressor
             mean: Tensor = third(F.relu(second(F.relu(first(x)))))
         return mean, F.softplus(self.alpha) + MIN_VARIANCE

@@ -21,20 +21,9 @@ def power_sum(teacher: Tensor, temperature: float) -> Tensor:
 
 
 def wttm_loss(student: Tensor, teacher: Tensor, temperature: float = 5.0) -> Tensor:
-    """ttm's divergence times the teacher's power sum, mean over the batch: L = 1/N sum_n U_n KL(p_T || q)_n.
+    """``ttm_loss`` with a weight per sample, the teacher's ``power_sum``: L = 1/N sum_n U_n KL(p_T || q)_n.
 
-    Zheng and Yang 2024, section 4 and algorithm 1: p_T = softmax(z_t / T), q = softmax(z_s), U as ``power_sum`` has it. The weights are
-    not normalised. Computed in at least float32.
-
-    Args:
-        student, teacher: [N, K] logits.
-        temperature: T.
-
-    Returns:
-        A scalar.
-
-    Raises:
-        ValueError: the shapes differ.
+    Zheng and Yang 2024, section 4 and algorithm 1. The weights are not normalised. Arguments and errors are those of ``ttm_loss``.
     """
     return (power_sum(teacher, temperature) * divergences(student, teacher, temperature)).mean()
 

@@ -157,5 +157,5 @@ def mix(images: Tensor, share: Tensor) -> Tensor:
     Returns:
         float32 [B, H, W, C].
     """
-    own = images.float()
-    return partners(own).lerp(own, share)
+    pixels = images.float()
+    return partners(pixels).lerp(pixels, share)

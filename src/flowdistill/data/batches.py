@@ -166,8 +166,8 @@ class DeviceData:
     def remarks(self) -> list[str]:
         """As ``Supply`` says."""
         names = sorted(self.replaced)
-        told = f"{len(names):,} images could not be decoded, and others of their classes took their places: {some(names)}"
-        return [told] if names else []
+        line = f"{len(names):,} images could not be decoded, and others of their classes took their places: {some(names)}"
+        return [line] if names else []
 
 
 class StreamedData(DeviceData):
@@ -177,9 +177,9 @@ class StreamedData(DeviceData):
 
     def _take_up(self, data: ImageData, images: Images | Pictures) -> EvalSet:
         if not isinstance(images, Pictures):
-            everyone = np.arange(len(images))
+            rows = np.arange(len(images))
             sides = (self.spec.height, self.spec.width, self.spec.channels)
-            images = Pictures(data.name, Rows(images), everyone, self.labels.cpu().numpy(), sides)
+            images = Pictures(data.name, Rows(images), rows, self.labels.cpu().numpy(), sides)
         self.pictures, self.resized, self.randaugment = images, data.crop == "resized", data.randaugment
         self.crop = "shift"  # what is left to be done of it to a batch: a box was cut out before, and there is no border then
         train_positions = np.arange(self.num_labelled)
@@ -247,13 +247,13 @@ class SeedBatches:
     def batch(self, draws: Draws, shown: slice | Tensor, epoch: Tensor, padded: Tensor | None = None) -> tuple[Tensor, Batch]:
         """The batch at the places ``shown`` of an epoch that was drawn; ``padded`` holds its images where the device does not hold all."""
         indices = draws.order[shown]
-        places = indices if padded is None else torch.arange(len(indices), device=indices.device)
+        positions = indices if padded is None else torch.arange(len(indices), device=indices.device)
         source = self.data.padded if padded is None else padded
         if draws.boxes is None:
             size = (self.data.spec.height, self.data.spec.width)
-            images = crop_and_flip(source, places, draws.rows[shown], draws.columns[shown], draws.flips[shown], size)
+            images = crop_and_flip(source, positions, draws.rows[shown], draws.columns[shown], draws.flips[shown], size)
         else:
-            images = resize_and_flip(source[places], draws.boxes[shown], draws.flips[shown])
+            images = resize_and_flip(source[positions], draws.boxes[shown], draws.flips[shown])
         if draws.shares is None:
             return self.data.normalise(images), self._known(indices, epoch)
         share = draws.shares[shown][:1]

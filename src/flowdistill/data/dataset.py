@@ -23,15 +23,15 @@ def digest(*arrays: npt.NDArray[Any] | Pictures) -> str:
     Of streamed images not the pixels are covered but name and number of bytes of every file (of a table's rows also the last 64
     bytes), and the size that they are resized to.
     """
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for array in arrays:
-        found.update(f"{getattr(array, 'dtype', 'streamed')}{array.shape}".encode())
+        hasher.update(f"{getattr(array, 'dtype', 'streamed')}{array.shape}".encode())
         if isinstance(array, Pictures):
             files = in_threads(array.shelf.identity, array.rows.tolist())
-            found.update("\n".join(files).encode("utf-8", "surrogateescape"))
+            hasher.update("\n".join(files).encode("utf-8", "surrogateescape"))
         else:
-            found.update(np.ascontiguousarray(array).data)
-    return found.hexdigest()
+            hasher.update(np.ascontiguousarray(array).data)
+    return hasher.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,6 @@ class ImageData:
         return digest(self.x_train, self.y_train, self.x_test, self.y_test)
 
 
-def part(images: Images | Pictures, places: Labels) -> Images | Pictures:
+def part(images: Images | Pictures, positions: Labels) -> Images | Pictures:
     """The images at these places; nothing is decoded."""
-    return images.part(places) if isinstance(images, Pictures) else images[places]
+    return images.part(positions) if isinstance(images, Pictures) else images[positions]

@@ -37,24 +37,24 @@ def read_folder(config: DataConfig, remarks: Remarks) -> ImageData:
         UserError: no such folder, no class, an empty one or one that lacks a split, a link that leads outside or in a circle, images of
             several sizes without ``data.size``, or files that can't be read without ``data.skip_broken``.
     """
-    what = config.name
-    root = _folder(what)
-    tree = _Tree(what, root)
+    source = config.name
+    root = _folder(source)
+    tree = _Tree(source, root)
     inner = tree.folders(root, (str(root),))
     for name in inner:
         meant = OTHER_WORDS.get(name.lower(), name.lower())
         if meant in SPLITS and name != meant:
-            raise UserError(f"{what}: {name}/ looks like a split; rename it to {meant}/, or use csv:FILE if it is a class")
+            raise UserError(f"{source}: {name}/ looks like a split; rename it to {meant}/, or use csv:FILE if it is a class")
     splits = [split for split in SPLITS if split in inner]
     if splits == ["train"]:
         raise UserError(
-            f"{what}: it has train/ but neither test/ nor val/; add one, or take a fifth of train with {what.rstrip('/')}/train"
+            f"{source}: it has train/ but neither test/ nor val/; add one, or take a fifth of train with {source.rstrip('/')}/train"
         )
     if splits and "train" not in splits:
-        raise UserError(f"{what}: it has {splits[-1]}/ but no train/; add that, or rename {splits[-1]}/ if it is a class")
+        raise UserError(f"{source}: it has {splits[-1]}/ but no train/; add that, or rename {splits[-1]}/ if it is a class")
     if splits:
         tree.left_out += [name for name in inner if name not in splits]
-        items = [item for split in _used(what, splits, remarks) for item in tree.split(inner[split], split)]
+        items = [item for split in _used(source, splits, remarks) for item in tree.split(inner[split], split)]
     else:
         items = list(tree.classes(inner, "", (str(root),)))
     data = assemble(config, root.name, items, _files(root, items), remarks)
@@ -71,20 +71,19 @@ def read_csv(config: DataConfig, remarks: Remarks) -> ImageData:
         UserError: no such file, a column missing or unknown, a row that is not whole, a path outside of the file's folder or named
             twice; and what ``read_folder`` refuses.
     """
-    what = config.name
-    place = Path(what.removeprefix("csv:"))
-    found = regular_file(place, what)
-    root = found.parent.resolve()
+    source = config.name
+    path = regular_file(Path(source.removeprefix("csv:")), source)
+    root = path.parent.resolve()
     try:
-        with found.open(encoding="utf-8-sig", newline="") as file:
-            items = list(_rows(csv.reader(file, strict=True), root, what))
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            items = list(_rows(csv.reader(file, strict=True), root, source))
     except UnicodeDecodeError:
-        raise UserError(f"{what}: not UTF-8 text; write path,label[,split] as CSV") from None
+        raise UserError(f"{source}: not UTF-8 text; write path,label[,split] as CSV") from None
     except csv.Error as error:
-        raise UserError(f"{what}: no CSV ({first_line(error)}); write path,label[,split]") from None
-    used = _used(what, {item.split for item in items}, remarks)
+        raise UserError(f"{source}: no CSV ({first_line(error)}); write path,label[,split]") from None
+    used = _used(source, {item.split for item in items}, remarks)
     items = [item for item in items if item.split in used]
-    return assemble(config, place.stem, items, _files(root, items), remarks)
+    return assemble(config, path.stem, items, _files(root, items), remarks)
 
 
 def read_unlabelled(config: DataConfig, remarks: Remarks) -> Unlabelled:
@@ -93,29 +92,29 @@ def read_unlabelled(config: DataConfig, remarks: Remarks) -> Unlabelled:
     Raises:
         UserError: no such folder, no image in it, or as ``read_folder``.
     """
-    what = config.name
-    root = _folder(what)
-    tree = _Tree(what, root)
+    source = config.name
+    root = _folder(source)
+    tree = _Tree(source, root)
     items = [Item(tree.name(path), "", "") for path in tree.images(root, (str(root),))]
     images = read_all(config, items, _files(root, items), remarks)
     if not images:
-        raise UserError(f"{what}: no image ({' '.join(EXTENSIONS)}) is in it; name a folder with images")
+        raise UserError(f"{source}: no image ({' '.join(EXTENSIONS)}) is in it; name a folder with images")
     tree.tell_left_out("no image", remarks)
     return Unlabelled(root.name, np.stack(images))
 
 
-def _folder(what: str) -> Path:
-    given = what.removeprefix("folder:")
+def _folder(source: str) -> Path:
+    user_path = source.removeprefix("folder:")
     try:
-        place = Path(given).expanduser().resolve()
-        there = bool(given) and place.exists()
+        folder = Path(user_path).expanduser().resolve()
+        exists = bool(user_path) and folder.exists()
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{what}: no such folder ({getattr(error, 'strerror', None) or first_line(error)})") from None
-    if not there:
-        raise UserError(f"{what}: no such folder; write folder:PATH")
-    if not place.is_dir():
-        raise UserError(f"{what}: a file, not a folder; name a folder of images, or use csv:FILE or npz:PATH")
-    return place
+        raise UserError(f"{source}: no such folder ({getattr(error, 'strerror', None) or first_line(error)})") from None
+    if not exists:
+        raise UserError(f"{source}: no such folder; write folder:PATH")
+    if not folder.is_dir():
+        raise UserError(f"{source}: a file, not a folder; name a folder of images, or use csv:FILE or npz:PATH")
+    return folder
 
 
 @dataclass
@@ -123,12 +122,12 @@ class _Tree:
     """A folder of images, walked in sorted order. ``above`` are the real paths of a folder and of those that hold it.
 
     Attributes:
-        what: as messages name it.
+        source: as messages name it.
         root: its real path.
         left_out: what was met that is no image of a class.
     """
 
-    what: str
+    source: str
     root: Path
     left_out: list[str] = field(default_factory=list)
 
@@ -143,19 +142,19 @@ class _Tree:
             images = list(self.images(folder, (*above, os.path.realpath(folder))))
             if not images:
                 raise UserError(
-                    f"{self.what}: class folder {self.name(folder)} has no image ({' '.join(EXTENSIONS)}); fill it or remove it"
+                    f"{self.source}: class folder {self.name(folder)} has no image ({' '.join(EXTENSIONS)}); fill it or remove it"
                 )
             yield from (Item(self.name(image), label, split) for image in images)
 
     def folders(self, folder: Path, above: tuple[str, ...]) -> dict[str, Path]:
         """The folders in a folder; all else is left out."""
-        found = {}
+        inner = {}
         for path in self.below(folder, above):
             if path.is_dir():
-                found[path.name] = path
+                inner[path.name] = path
             else:
                 self.left_out.append(self.name(path))
-        return found
+        return inner
 
     def images(self, folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
         """The image files in a folder and in those below it."""
@@ -175,12 +174,12 @@ class _Tree:
             if path.is_symlink():
                 target = os.path.realpath(path)
                 if target in above and path.is_dir():
-                    raise UserError(f"{self.what}: the link {self.name(path)} leads in a circle; remove it")
+                    raise UserError(f"{self.source}: the link {self.name(path)} leads in a circle; remove it")
                 if not Path(target).is_relative_to(self.root):
-                    given = self.what.removeprefix("folder:").rstrip("/")
-                    copied = shlex.join(["cp", "-rL", given, f"{given}-copied"])
+                    user_path = self.source.removeprefix("folder:").rstrip("/")
+                    copied = shlex.join(["cp", "-rL", user_path, f"{user_path}-copied"])
                     raise UserError(
-                        f"{self.what}: the link {self.name(path)} leads outside, to {target}; put a copy in its place, or name a copy of "
+                        f"{self.source}: the link {self.name(path)} leads outside, to {target}; put a copy in its place, or name a copy of "
                         f"the folder that has what its links lead to: {copied}"
                     )
             yield path
@@ -188,48 +187,48 @@ class _Tree:
     def tell_left_out(self, why: str, remarks: Remarks) -> None:
         """Tell what was left out."""
         if self.left_out:
-            remarks.tell(f"{self.what}: left out, as {why}: {some(sorted(self.left_out))}")
+            remarks.tell(f"{self.source}: left out, as {why}: {some(sorted(self.left_out))}")
 
     def name(self, path: Path) -> str:
         """A path as messages name it."""
         return str(path.relative_to(self.root))
 
 
-def _used(what: str, splits: Collection[str], remarks: Remarks) -> list[str]:
+def _used(source: str, splits: Collection[str], remarks: Remarks) -> list[str]:
     """The splits that are read: of test and val, test."""
     if "test" in splits and "val" in splits:
-        remarks.tell(f"{what}: test is read, val is not")
+        remarks.tell(f"{source}: test is read, val is not")
         return [split for split in splits if split != "val"]
     return list(splits)
 
 
-def _rows(lines: Iterator[list[str]], root: Path, what: str) -> Iterator[Item]:
+def _rows(lines: Iterator[list[str]], root: Path, source: str) -> Iterator[Item]:
     header = [name.strip() for name in next(lines, [])]
     unknown = [name for name in header if name not in COLUMNS]
     if unknown:
-        raise UserError(f"{what}: unknown column {unknown[0]!r}: {did_you_mean(unknown[0], COLUMNS)}")
+        raise UserError(f"{source}: unknown column {unknown[0]!r}: {did_you_mean(unknown[0], COLUMNS)}")
     if not {"path", "label"} <= set(header) or len(set(header)) < len(header):
-        raise UserError(f"{what}: its first line is {','.join(header)!r}; write path,label or path,label,split")
+        raise UserError(f"{source}: its first line is {','.join(header)!r}; write path,label or path,label,split")
     seen: dict[str, int] = {}
     for number, cells in enumerate(lines, 2):
         if not cells:
             continue
         row = {name: cell.strip() for name, cell in zip(header, cells, strict=False)}
         if len(cells) != len(header) or not all(row.values()):
-            raise UserError(f"{what}: row {number} is {','.join(cells)!r}; it needs {','.join(header)}")
+            raise UserError(f"{source}: row {number} is {','.join(cells)!r}; it needs {','.join(header)}")
         if row.get("split", "train") not in SPLITS:
-            raise UserError(f"{what}: row {number} has split {row['split']!r}; {did_you_mean(row['split'], SPLITS)}")
+            raise UserError(f"{source}: row {number} has split {row['split']!r}; {did_you_mean(row['split'], SPLITS)}")
         path = root / row["path"]
         if "\\" in row["path"] and not is_there(path):
             meant = PureWindowsPath(row["path"]).as_posix()
-            raise UserError(f"{what}: row {number} names {row['path']!r}, as Windows writes it; write / between folders: {meant}")
+            raise UserError(f"{source}: row {number} names {row['path']!r}, as Windows writes it; write / between folders: {meant}")
         if not _inside(path, root):
             cure = "put the images, or copies of them, beside the file, or the file into a folder that has them all"
-            raise UserError(f"{what}: row {number} leads outside of the file's folder, to {row['path']}; {cure}")
-        place = os.path.normpath(path)
-        if place in seen:
-            raise UserError(f"{what}: rows {seen[place]} and {number} both name {row['path']}; name it once")
-        seen[place] = number
+            raise UserError(f"{source}: row {number} leads outside of the file's folder, to {row['path']}; {cure}")
+        normal_path = os.path.normpath(path)
+        if normal_path in seen:
+            raise UserError(f"{source}: rows {seen[normal_path]} and {number} both name {row['path']}; name it once")
+        seen[normal_path] = number
         yield Item(row["path"], row["label"], row.get("split", ""))
 
 

@@ -75,16 +75,16 @@ def assemble(
         UserError: a class or split lacks images, they have several sizes without ``data.size``, or can't be read without
             ``data.skip_broken``.
     """
-    what = config.name
+    source = config.name
     if not items:
-        raise UserError(f"{what}: no images; it needs PATH/train/CLASS and PATH/test/CLASS, PATH/CLASS, or a CSV with rows")
-    _refuse_gaps(what, items)
+        raise UserError(f"{source}: no images; it needs PATH/train/CLASS and PATH/test/CLASS, PATH/CLASS, or a CSV with rows")
+    _refuse_gaps(source, items)
     with quiet():
         pictures, headers = _pictures(config, items, shelf, remarks)
         streamed = _streamed(config, pictures, remarks)
         read: Sequence[Header | Images | Broken] = headers if streamed else _decoded(pictures, headers, remarks)
     kept = _sound(config, read, remarks)
-    _refuse_gaps(what, [items[row] for row in kept.tolist()])
+    _refuse_gaps(source, [items[row] for row in kept.tolist()])
     labels, names = _numbered([items[row].label for row in kept.tolist()], classes)
     pictures = replace(pictures, rows=kept, labels=labels)
     if items[0].split:
@@ -92,8 +92,10 @@ def assemble(
     else:
         tested = _fifth(labels, in_threads(lambda row: _key(shelf, row, content=by_content and not streamed), kept.tolist()))
 
-    def images(places: Labels) -> Images | Pictures:
-        return pictures.part(places) if streamed else np.stack([_same_size(what, items, read, row) for row in kept[places].tolist()])
+    def images(positions: Labels) -> Images | Pictures:
+        if streamed:
+            return pictures.part(positions)
+        return np.stack([_same_size(source, items, read, row) for row in kept[positions].tolist()])
 
     x_train, x_test = (images(np.flatnonzero(part)) for part in (~tested, tested))
     return ImageData(name, x_train, labels[~tested], x_test, labels[tested], len(names), class_names=names)
@@ -107,8 +109,8 @@ def read_all(config: DataConfig, items: Sequence[Item], shelf: Encoded, remarks:
     """
     with quiet():
         pictures, headers = _pictures(config, items, shelf, remarks)
-        if much := _too_much(pictures):
-            raise UserError(f"{much}; set data.size lower, or give fewer images")
+        if too_large := _too_much(pictures):
+            raise UserError(f"{too_large}; set data.size lower, or give fewer images")
         read = _decoded(pictures, headers, remarks)
     return [_same_size(config.name, items, read, row) for row in _sound(config, read, remarks).tolist()]
 
@@ -140,12 +142,12 @@ def _streamed(config: DataConfig, pictures: Pictures, remarks: Remarks) -> bool:
     Raises:
         UserError: it does not, and each is too large by itself.
     """
-    much = "" if config.stream else _too_much(pictures)
-    if not much:
+    too_large = "" if config.stream else _too_much(pictures)
+    if not too_large:
         return config.stream
     if config.size is None and math.prod(pictures.sides[:2]) > LARGEST_STREAMED:
-        raise UserError(f"{much}; set data.size=224, or another side to resize them to while they are streamed")
-    remarks.tell(f"{much}: they are streamed")
+        raise UserError(f"{too_large}; set data.size=224, or another side to resize them to while they are streamed")
+    remarks.tell(f"{too_large}: they are streamed")
     return True
 
 
@@ -155,7 +157,7 @@ def _too_much(pictures: Pictures) -> str:
     if taken <= limit:
         return ""
     sides = "x".join(map(str, pictures.sides))
-    return f"{pictures.what}: {len(pictures):,} images of {sides} take {taken:,} bytes, over half of this machine's memory ({limit:,})"
+    return f"{pictures.source}: {len(pictures):,} images of {sides} take {taken:,} bytes, over half of this machine's memory ({limit:,})"
 
 
 def _decoded(pictures: Pictures, headers: Sequence[Header | Broken], remarks: Remarks) -> list[Images | Broken]:
@@ -166,8 +168,8 @@ def _decoded(pictures: Pictures, headers: Sequence[Header | Broken], remarks: Re
         image = or_broken(shelf.name(row), lambda: np.asarray(pictures.middle(shelf.image(row, channels))))
         return image if isinstance(image, Broken) else image.reshape(*image.shape[:2], channels)
 
-    found = iter(_in_threads(read, pictures.rows.tolist(), f"{pictures.what}: decoded", remarks))
-    return [header if isinstance(header, Broken) else next(found) for header in headers]
+    decoded = iter(_in_threads(read, pictures.rows.tolist(), f"{pictures.source}: decoded", remarks))
+    return [header if isinstance(header, Broken) else next(decoded) for header in headers]
 
 
 def _sound(config: DataConfig, read: Sequence[Header | Images | Broken], remarks: Remarks) -> Labels:
@@ -176,27 +178,28 @@ def _sound(config: DataConfig, read: Sequence[Header | Images | Broken], remarks
     Raises:
         UserError: not all, and ``data.skip_broken`` is not set.
     """
-    what, broken = config.name, [found for found in read if isinstance(found, Broken)]
-    kept = np.flatnonzero([not isinstance(found, Broken) for found in read])
+    source, broken = config.name, [result for result in read if isinstance(result, Broken)]
+    kept = np.flatnonzero([not isinstance(result, Broken) for result in read])
     if broken:
         named = some(f"{name} ({why})" for name, why in broken)
-        told = f"{what}: {len(broken):,} of {len(read):,} images can't be read: {named}"
+        message = f"{source}: {len(broken):,} of {len(read):,} images can't be read: {named}"
         if not config.skip_broken:
-            raise UserError(f"{told}; mend or remove them, or skip them with --set data.skip_broken=true")
-        remarks.tell(f"{told}; skipped")
+            raise UserError(f"{message}; mend or remove them, or skip them with --set data.skip_broken=true")
+        remarks.tell(f"{message}; skipped")
     return kept
 
 
-def _same_size(what: str, items: Sequence[Item], read: Sequence[Header | Images | Broken], row: int) -> Images:
+def _same_size(source: str, items: Sequence[Item], read: Sequence[Header | Images | Broken], row: int) -> Images:
     """A decoded image.
 
     Raises:
         UserError: its size is another than the first one's.
     """
-    (first, its), image = next((row, image) for row, image in enumerate(read) if isinstance(image, np.ndarray)), read[row]
+    first, first_image = next((row, image) for row, image in enumerate(read) if isinstance(image, np.ndarray))
+    image = read[row]
     assert isinstance(image, np.ndarray)
-    if image.shape != its.shape:
-        _refuse_sizes(what, items[first].name, its.shape[1::-1], items[row].name, image.shape[1::-1])
+    if image.shape != first_image.shape:
+        _refuse_sizes(source, items[first].name, first_image.shape[1::-1], items[row].name, image.shape[1::-1])
     return image
 
 
@@ -208,34 +211,35 @@ def _numbered(labels: Sequence[str], order: Sequence[str]) -> tuple[Labels, tupl
     return np.array([numbers[label] for label in labels], dtype=np.int64), names
 
 
-def _refuse_gaps(what: str, items: Sequence[Item]) -> None:
+def _refuse_gaps(source: str, items: Sequence[Item]) -> None:
     """Every class has images to train and to test on, and there are two classes."""
     names = sorted({item.label for item in items})
     if len(names) < 2:
-        raise UserError(f"{what}: {f'a single class, {names[0]!r}' if names else 'no image is left'}; a classifier needs two")
+        raise UserError(f"{source}: {f'a single class, {names[0]!r}' if names else 'no image is left'}; a classifier needs two")
     counts = Counter((item.label, item.split) for item in items)
     splits = sorted({item.split for item in items}, key=("", *SPLITS).index)
     if splits == [""]:
         single = [name for name in names if counts[name, ""] < 2]
         if single:
-            raise UserError(f"{what}: class {single[0]!r} has a single image; it needs one to train on and one to test on")
+            raise UserError(f"{source}: class {single[0]!r} has a single image; it needs one to train on and one to test on")
         return
     if "train" not in splits or len(splits) < 2:
-        raise UserError(f"{what}: every image is {splits[0]}; there must be train and test (or val), or no split at all")
+        raise UserError(f"{source}: every image is {splits[0]}; there must be train and test (or val), or no split at all")
     for name in names:
         for split in splits:
             if not counts[name, split]:
                 other = next(other for other in splits if other != split)
                 cure = f"make some of its {counts[name, other]:,} {other} images {split} images, or leave the class out of both"
-                raise UserError(f"{what}: class {name!r} has no {split} image; every class needs images of {' and '.join(splits)}: {cure}")
+                wanted = f"every class needs images of {' and '.join(splits)}"
+                raise UserError(f"{source}: class {name!r} has no {split} image; {wanted}: {cure}")
 
 
 def _fifth(labels: Labels, keys: Sequence[bytes]) -> npt.NDArray[np.bool_]:
     """Which images are test: of each class a fifth, rounded half up and one at least, by the order of their keys."""
     tested = np.zeros(len(labels), dtype=np.bool_)
     for label in np.unique(labels):
-        places = sorted(np.flatnonzero(labels == label).tolist(), key=keys.__getitem__)
-        tested[places[: max(1, (2 * len(places) + TEST_PART) // (2 * TEST_PART))]] = True
+        positions = sorted(np.flatnonzero(labels == label).tolist(), key=keys.__getitem__)
+        tested[positions[: max(1, (2 * len(positions) + TEST_PART) // (2 * TEST_PART))]] = True
     return tested
 
 
@@ -247,11 +251,12 @@ def _key(shelf: Encoded, row: int, *, content: bool) -> bytes:
         return hashlib.sha256(file.read()).digest()
 
 
-def _refuse_sizes(what: str, first: str, its: Sequence[int], other: str, size: Sequence[int]) -> None:
+def _refuse_sizes(source: str, first: str, first_size: Sequence[int], other: str, other_size: Sequence[int]) -> None:
     """Images of two sizes, width and height in pixels, are refused."""
-    one, another = ("x".join(map(str, sides)) for sides in (its, size))
+    first_sides, other_sides = ("x".join(map(str, sides)) for sides in (first_size, other_size))
     raise UserError(
-        f"{what}: its images have several sizes ({first} is {one}, {other} {another}); set data.size=64, or another side to resize them to"
+        f"{source}: its images have several sizes ({first} is {first_sides}, {other} {other_sides}); "
+        "set data.size=64, or another side to resize them to"
     )
 
 

@@ -100,7 +100,7 @@ class Pictures:
     """Images of a data set that are not held in memory. Indexed, they are decoded as they are evaluated: uint8 [n, H, W, C].
 
     Attributes:
-        what: the data set, as messages name it.
+        source: the data set, as messages name it.
         shelf, rows: where they lie.
         labels: [n] their classes.
         sides: (H, W, C) of one.
@@ -108,7 +108,7 @@ class Pictures:
         skip_broken: one that can't be decoded is replaced by the next of its class, and not refused.
     """
 
-    what: str
+    source: str
     shelf: Shelf
     rows: Labels
     labels: Labels
@@ -124,35 +124,36 @@ class Pictures:
         """(n, H, W, C), as an array's."""
         return len(self.rows), *self.sides
 
-    def __getitem__(self, places: slice | npt.NDArray[np.int64]) -> Images:
+    def __getitem__(self, positions: slice | npt.NDArray[np.int64]) -> Images:
         with quiet():
-            return np.stack(in_threads(lambda place: self.shown(place, self.middle)[0], np.arange(len(self))[places].tolist()))
+            chosen = np.arange(len(self))[positions].tolist()
+            return np.stack(in_threads(lambda position: self.shown(position, self.middle)[0], chosen))
 
-    def part(self, places: Labels) -> Pictures:
+    def part(self, positions: Labels) -> Pictures:
         """Those at these places."""
-        return replace(self, rows=self.rows[places], labels=self.labels[places])
+        return replace(self, rows=self.rows[positions], labels=self.labels[positions])
 
     def middle(self, image: Image.Image) -> Image.Image:
         """An image as it is evaluated."""
         return image if self.size is None else square(image, self.size)
 
-    def shown(self, place: int, show: Callable[[Image.Image], Image.Image]) -> tuple[Images, list[str]]:
+    def shown(self, position: int, show: Callable[[Image.Image], Image.Image]) -> tuple[Images, list[str]]:
         """What ``show`` makes of an image, uint8 [H, W, C], and the names of those that could not be decoded in its place.
 
         Raises:
             UserError: it can't be decoded, or has other sides than its header said.
         """
         passed: list[Broken] = []
-        for other in self._in_place_of(place):
-            found = or_broken(self.shelf.name(self.rows[other]), lambda: self._pixels(self.rows[other], show))  # noqa: B023
-            if not isinstance(found, Broken):
-                return found, [broken.name for broken in passed]
-            passed.append(found)
+        for other in self._in_place_of(position):
+            result = or_broken(self.shelf.name(self.rows[other]), lambda: self._pixels(self.rows[other], show))  # noqa: B023
+            if not isinstance(result, Broken):
+                return result, [broken.name for broken in passed]
+            passed.append(result)
             if not self.skip_broken:
                 break
         name, why = passed[0]
         cure = "no image of its class can be" if self.skip_broken else "mend it, or replace such images with --set data.skip_broken=true"
-        raise UserError(f"{self.what}: {name} can't be decoded ({why}); {cure}")
+        raise UserError(f"{self.source}: {name} can't be decoded ({why}); {cure}")
 
     def _pixels(self, row: int, show: Callable[[Image.Image], Image.Image]) -> Images:
         pixels = np.asarray(show(self.shelf.image(row, self.sides[2])))
@@ -161,12 +162,12 @@ class Pictures:
             raise ValueError(f"{pixels.shape[1]}x{pixels.shape[0]} pixels where others have {self.sides[1]}x{self.sides[0]}")
         return pixels
 
-    def _in_place_of(self, place: int) -> Iterator[int]:
+    def _in_place_of(self, position: int) -> Iterator[int]:
         """An image's place, then those after it of its class, and round again."""
-        yield place
-        alike = np.flatnonzero(self.labels == self.labels[place])
-        yield from alike[alike > place].tolist()
-        yield from alike[alike < place].tolist()
+        yield position
+        alike = np.flatnonzero(self.labels == self.labels[position])
+        yield from alike[alike > position].tolist()
+        yield from alike[alike < position].tolist()
 
 
 def decode(file: BinaryIO, channels: int) -> Image.Image:

@@ -70,27 +70,28 @@ def refuse_other_names(sources: Sequence[tuple[str, Names]]) -> None:
     Raises:
         UserError: the first two that differ, with both lists.
     """
-    distinct = {(what, tuple(sorted(names.items()))): names for what, names in sources}
-    for ((one, _), ours), ((other, _), theirs) in combinations(distinct.items(), 2):
-        number = _first_difference(ours, theirs)
+    distinct = {(source, tuple(sorted(names.items()))): names for source, names in sources}
+    for ((first, _), first_names), ((second, _), second_names) in combinations(distinct.items(), 2):
+        number = _first_difference(first_names, second_names)
         if number is not None:
-            places = (one, other) if one != other else (f"one data set of {one}", "another")
-            said = " and ".join(f"{_said(names, number)} in {where}" for names, where in zip((ours, theirs), places, strict=True))
-            lists = " against ".join(map(_listed, (ours, theirs)))
+            labels = (first, second) if first != second else (f"one data set of {first}", "another")
+            pair = zip((first_names, second_names), labels, strict=True)
+            clash = " and ".join(f"{_quoted(names, number)} in {label}" for names, label in pair)
+            lists = " against ".join(map(_listed, (first_names, second_names)))
             cure = "number both alike, and let classes or class_to_idx of the data sets say so"
-            raise UserError(f"class {number} is {said} ({lists}); {cure}")
+            raise UserError(f"class {number} is {clash} ({lists}); {cure}")
 
 
-def _first_difference(ours: Names, theirs: Names) -> int | None:
+def _first_difference(first: Names, second: Names) -> int | None:
     """The first number with two names, or else the first whose name stands only under another number there."""
-    both = sorted(ours.keys() & theirs.keys())
-    agreed = {ours[number] for number in both if ours[number] == theirs[number]}
-    shared = {*ours.values()} & {*theirs.values()} - agreed
-    lone = sorted(number for number, name in {**ours, **theirs}.items() if number not in both and name in shared)
-    return next((number for number in both if ours[number] != theirs[number]), lone[0] if lone else None)
+    both = sorted(first.keys() & second.keys())
+    agreed = {first[number] for number in both if first[number] == second[number]}
+    shared = {*first.values()} & {*second.values()} - agreed
+    lone = sorted(number for number, name in {**first, **second}.items() if number not in both and name in shared)
+    return next((number for number in both if first[number] != second[number]), lone[0] if lone else None)
 
 
-def _said(names: Names, number: int) -> str:
+def _quoted(names: Names, number: int) -> str:
     return repr(names[number]) if number in names else "none"
 
 

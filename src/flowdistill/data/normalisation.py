@@ -33,7 +33,7 @@ class Normalisation:
             return cls.of(torch.from_numpy(images))
         chosen = stratified(labels, min(MEASURED, len(labels)), len(labels), least=1)
         parts = np.array_split(chosen, math.ceil(len(chosen) / AT_ONCE))
-        return cls._counted(functools.reduce(operator.add, (_counts(torch.from_numpy(images[places])) for places in parts)))
+        return cls._counted(functools.reduce(operator.add, (_counts(torch.from_numpy(images[positions])) for positions in parts)))
 
     @classmethod
     def of(cls, images: Tensor) -> Normalisation:

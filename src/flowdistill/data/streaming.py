@@ -68,7 +68,7 @@ class Shot(NamedTuple):
     """An image as one epoch shows it."""
 
     epoch: int
-    place: int
+    position: int
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,14 @@ class Decoder(Dataset[Decoded]):
         try:
             with quiet():
                 for shot in shots:
-                    image, broken = self.pictures.shown(shot.place, functools.partial(self._show, shot))
+                    image, broken = self.pictures.shown(shot.position, functools.partial(self._show, shot))
                     pixels.append(image)
                     passed += broken
                 return Decoded(Pixels(np.stack(pixels)), passed)
         except UserError as error:
             wrong = str(error)
         except (OSError, MemoryError) as error:
-            wrong = f"{self.pictures.what}: {first_line(error)}; {shortage(error) or 'mend that'}"
+            wrong = f"{self.pictures.source}: {first_line(error)}; {shortage(error) or 'mend that'}"
         return Decoded(Pixels(np.empty(0, np.uint8)), [], wrong)
 
     def _show(self, shot: Shot, image: Image.Image) -> Image.Image:
@@ -108,11 +108,11 @@ class Decoder(Dataset[Decoded]):
         else:
             from torchvision.transforms.v2.functional import resized_crop
 
-            chance = generator(self.seed, f"box {shot.place}", shot.epoch)
+            chance = generator(self.seed, f"box {shot.position}", shot.epoch)
             box = boxes(1, (image.height, image.width), chance)[0].tolist()
             image = resized_crop(image, *box, size=list(self.pictures.sides[:2]))
         if self.randaugment is not None:
-            with seeded(self.seed, f"randaugment {shot.place}", shot.epoch):
+            with seeded(self.seed, f"randaugment {shot.position}", shot.epoch):
                 image = _randaugment(self.randaugment)(image)
         return image
 
@@ -160,11 +160,11 @@ class Workers:
         self._orders.batches = orders
         if self._loader is None:
             self._loader = self._start()
-        for found in self._loaded(self._loader):
-            if found.wrong:
-                raise UserError(found.wrong)
-            self.replaced.update(found.replaced)
-            yield found.pixels.on(self.device)
+        for batch in self._loaded(self._loader):
+            if batch.wrong:
+                raise UserError(batch.wrong)
+            self.replaced.update(batch.replaced)
+            yield batch.pixels.on(self.device)
 
     def close(self) -> None:
         """End the processes."""
@@ -195,8 +195,9 @@ class Workers:
             if "DataLoader worker" not in str(error):
                 raise
             self.close()
-            what = self.decoder.pictures.what
-            raise UserError(f"{what}: a process that decodes was killed ({first_line(error)}); resume with fewer --workers, or 0") from None
+            source = self.decoder.pictures.source
+            why = first_line(error)
+            raise UserError(f"{source}: a process that decodes was killed ({why}); resume with fewer --workers, or 0") from None
 
     def _started(self, loader: DataLoader[Decoded]) -> Iterator[Decoded]:
         try:
@@ -206,12 +207,12 @@ class Workers:
             for frame, _ in walk_tb(error.__traceback__):
                 if isinstance(half_made := frame.f_locals.get("self"), _MultiProcessingDataLoaderIter):
                     half_made._shutdown = True  # else torch ends it, finds half of it missing, and prints a traceback
-            what = self.decoder.pictures.what
-            raise UserError(f"{what}: processes that decode can't be started ({first_line(error)}); use fewer --workers, or 0") from None
+            source = self.decoder.pictures.source
+            raise UserError(f"{source}: processes that decode can't be started ({first_line(error)}); use fewer --workers, or 0") from None
 
 
-def _as_it_is(found: Any) -> Any:
-    return found
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _end_with_what_is_lost(_: int) -> None:
@@ -239,6 +240,6 @@ class StreamedSet:
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """As ``EvalSet`` says."""
         starts = range(0, len(self), self._size)
-        orders = [[Shot(0, place) for place in range(start, min(start + self._size, len(self)))] for start in starts]
+        orders = [[Shot(0, position) for position in range(start, min(start + self._size, len(self)))] for start in starts]
         for start, images in zip(starts, self._workers.batches(orders), strict=True):
             yield self.normalise(images), self.labels[start : start + self._size]

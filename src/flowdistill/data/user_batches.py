@@ -95,19 +95,19 @@ class UserBatches:
             UserError: other batches than the first one was, values that are not finite, or another number of batches than the loader's
                 length.
         """
-        device, given, finite = self.data.device, self.data.data, Finite(TRAIN, epoch)
-        number, step, place = torch.tensor(epoch, device=device), 0, 0
-        for step, batch in enumerate(drawn(given.train, self.seed, TRAIN, epoch), 1):
+        device, loaders, finite = self.data.device, self.data.data, Finite(TRAIN, epoch)
+        number, step, start = torch.tensor(epoch, device=device), 0, 0
+        for step, batch in enumerate(drawn(loaders.train, self.seed, TRAIN, epoch), 1):
             if step > self.steps:
                 break
-            images, labels = _placed(checked(batch, TRAIN), given, device, finite)
-            yield images, Batch(labels, torch.arange(place, place + len(labels), device=device), number)
-            place += len(labels)
+            images, labels = _placed(checked(batch, TRAIN), loaders, device, finite)
+            yield images, Batch(labels, torch.arange(start, start + len(labels), device=device), number)
+            start += len(labels)
         finite.end()
         if step != self.steps:
-            what = "more" if step > self.steps else f"{step}"
+            count = "more" if step > self.steps else f"{step}"
             cure = f"give it the right length; it must {EVERY_PASS}"
-            raise UserError(f"{TRAIN}: it gave {what} batches in epoch {epoch + 1}, its length is {self.steps}; {cure}")
+            raise UserError(f"{TRAIN}: it gave {count} batches in epoch {epoch + 1}, its length is {self.steps}; {cure}")
 
     def with_labels(self) -> UserBatches:
         """As ``Batches`` says."""

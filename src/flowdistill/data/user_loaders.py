@@ -46,7 +46,7 @@ class UserLoaderData(ImageData):
         size: channels, height and width of an image.
         counts: images to train on and to measure on.
         batch_size: images of the first batch.
-        told: the hash of what is known of them.
+        known_hash: the hash of what is known of them.
     """
 
     train: Any
@@ -54,7 +54,7 @@ class UserLoaderData(ImageData):
     size: tuple[int, int, int]
     counts: tuple[int, int]
     batch_size: int
-    told: str
+    known_hash: str
 
     @property
     def spec(self) -> DataSpec:
@@ -63,7 +63,7 @@ class UserLoaderData(ImageData):
 
     def hash(self) -> str:
         """See ``adopt``."""
-        return self.told
+        return self.known_hash
 
 
 def adopt(train: Any, val: Any, classes: int | None = None) -> UserLoaderData:
@@ -86,8 +86,8 @@ def adopt(train: Any, val: Any, classes: int | None = None) -> UserLoaderData:
     finite.end()
     size = _size(first)
     shown, labels = _measured_on(val, size)
-    sets = [(what, getattr(loader, "dataset", None)) for what, loader in ((TRAIN, train), (VAL, val))]
-    refuse_other_names([(what, names) for what, dataset in sets for names in names_below(dataset)])
+    sets = [(source, getattr(loader, "dataset", None)) for source, loader in ((TRAIN, train), (VAL, val))]
+    refuse_other_names([(source, names) for source, dataset in sets for names in names_below(dataset)])
     names = next((names for _, dataset in sets if (names := in_order(dataset))), ())
     count = classes or len(names) or int(labels.max()) + 1
     for known in (first_labels, labels):
@@ -96,11 +96,11 @@ def adopt(train: Any, val: Any, classes: int | None = None) -> UserLoaderData:
     numbers = np.array([n_train, len(labels), steps, len(first), count])
     described = np.frombuffer(f"{_described(train)}\n{_described(val)}".encode(), np.uint8)
     begins = first.float().cpu().numpy(), first_labels.cpu().numpy()
-    told = digest(labels.numpy(), shown, *begins, numbers, described, *_held(train), *_held(val))
+    known_hash = digest(labels.numpy(), shown, *begins, numbers, described, *_held(train), *_held(val))
     _, height, width = size
     nothing = np.empty((0, height, width, size[0]), np.uint8)
     data = UserLoaderData(
-        name=f"{LOADER}{told[:8]}",
+        name=f"{LOADER}{known_hash[:8]}",
         x_train=nothing,
         y_train=np.full(n_train, NO_LABEL),
         x_test=nothing,
@@ -114,7 +114,7 @@ def adopt(train: Any, val: Any, classes: int | None = None) -> UserLoaderData:
         size=size,
         counts=(n_train, len(labels)),
         batch_size=len(first),
-        told=told,
+        known_hash=known_hash,
     )
     IN_MEMORY[data.name] = data
     return data
@@ -147,15 +147,15 @@ def recall(name: str) -> UserLoaderData:
     return IN_MEMORY[name]
 
 
-def _steps(loader: Any, what: str) -> int:
+def _steps(loader: Any, source: str) -> int:
     if isinstance(loader, Iterator):
-        raise UserError(f"{what}: {type(loader).__name__} is an iterator, gone through once; a loader must {EVERY_PASS}")
+        raise UserError(f"{source}: {type(loader).__name__} is an iterator, gone through once; a loader must {EVERY_PASS}")
     try:
         count = len(loader)
     except Exception as error:  # a data set that is a stream, or anyone's code
-        raise UserError(f"{what}: its number of batches is not known ({summary(error)}); give it a length") from None
+        raise UserError(f"{source}: its number of batches is not known ({summary(error)}); give it a length") from None
     if not count:
-        raise UserError(f"{what}: it has no batch; with drop_last its images may be fewer than batch_size")
+        raise UserError(f"{source}: it has no batch; with drop_last its images may be fewer than batch_size")
     return count
 
 
@@ -177,11 +177,11 @@ def smallest(loader: Any, batch_size: int) -> int:
 def drawn(loader: Any, seed: int, purpose: str, epoch: int) -> Iterator[Any]:
     """A loader's batches. The generators that it draws from are lent to it, and are between two batches as they were."""
     owners = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
-    own = [found for owner in owners if isinstance(found := getattr(owner, "generator", None), torch.Generator)]
-    lent = dict.fromkeys([torch.default_generator, *own])
-    states: dict[Any, Any] = {one: generator(seed, f"{purpose} {place}", epoch).get_state() for place, one in enumerate(lent)}
-    own_seed = derive(seed, purpose, epoch)
-    states |= {np.random: np.random.RandomState(own_seed % 2**32).get_state(), Python: random.Random(own_seed).getstate()}
+    generators = [held for owner in owners if isinstance(held := getattr(owner, "generator", None), torch.Generator)]
+    lent = dict.fromkeys([torch.default_generator, *generators])
+    states: dict[Any, Any] = {rng: generator(seed, f"{purpose} {index}", epoch).get_state() for index, rng in enumerate(lent)}
+    derived_seed = derive(seed, purpose, epoch)
+    states |= {np.random: np.random.RandomState(derived_seed % 2**32).get_state(), Python: random.Random(derived_seed).getstate()}
     with _lending(states):
         batches = iter(loader)
     end = object()
@@ -195,18 +195,18 @@ def drawn(loader: Any, seed: int, purpose: str, epoch: int) -> Iterator[Any]:
 
 @contextmanager
 def _lending(states: dict[Any, Any]) -> Iterator[None]:
-    before = {one: one.get_state() for one in states}
-    for one, state in states.items():
-        one.set_state(state)
+    before = {rng: rng.get_state() for rng in states}
+    for rng, state in states.items():
+        rng.set_state(state)
     try:
         yield
     finally:
-        for one, state in before.items():
-            states[one] = one.get_state()
-            one.set_state(state)
+        for rng, state in before.items():
+            states[rng] = rng.get_state()
+            rng.set_state(state)
 
 
-def checked(batch: Any, what: str) -> tuple[Tensor, Tensor]:
+def checked(batch: Any, source: str) -> tuple[Tensor, Tensor]:
     """Images and labels of a batch; labels of any integer type are int64.
 
     Raises:
@@ -215,13 +215,13 @@ def checked(batch: Any, what: str) -> tuple[Tensor, Tensor]:
     wanted = "it must give (images float [B, C, H, W], labels integer [B])"
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
         kinds = ", ".join(type(part).__name__ for part in batch) if isinstance(batch, tuple | list) else type(batch).__name__
-        raise UserError(f"{what}: it gives ({kinds}); {wanted}")
+        raise UserError(f"{source}: it gives ({kinds}); {wanted}")
     images, labels = batch
     integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     fits = images.dim() == 4 and images.is_floating_point() and labels.dim() == 1 and integer
     if not fits or len(images) != len(labels) or not len(labels):
         kinds = ", ".join(f"{str(part.dtype).removeprefix('torch.')} {list(part.shape)}" for part in batch)
-        raise UserError(f"{what}: it gives ({kinds}); {wanted}")
+        raise UserError(f"{source}: it gives ({kinds}); {wanted}")
     return images, labels.long()
 
 
@@ -232,8 +232,8 @@ def refuse_other_sizes(images: Tensor, size: tuple[int, int, int]) -> None:
         UserError: they are.
     """
     if _size(images) != size:
-        one, other = ("x".join(map(str, sides)) for sides in (size, _size(images)))
-        raise UserError(f"the loaders give images of {one} and of {other}; give all one size")
+        first, other = ("x".join(map(str, sides)) for sides in (size, _size(images)))
+        raise UserError(f"the loaders give images of {first} and of {other}; give all one size")
 
 
 def refuse_other_labels(
@@ -253,8 +253,8 @@ class Finite:
     last, so that nothing waits for it.
     """
 
-    def __init__(self, what: str, epoch: int | None = None) -> None:
-        self.what, self.when = what, "" if epoch is None else f" in epoch {epoch + 1}"
+    def __init__(self, source: str, epoch: int | None = None) -> None:
+        self.source, self.when = source, "" if epoch is None else f" in epoch {epoch + 1}"
         self._batches = 0
         self._later: list[tuple[str, Tensor]] = []
 
@@ -287,7 +287,7 @@ class Finite:
 
     def _refuse(self, broken: int, which: str) -> None:
         if broken:
-            raise UserError(f"{self.what}: {broken} {which} hold values that are not finite; mend them, or leave them out")
+            raise UserError(f"{self.source}: {broken} {which} hold values that are not finite; mend them, or leave them out")
 
 
 def _size(images: Tensor) -> tuple[int, int, int]:

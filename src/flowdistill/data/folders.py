@@ -23,19 +23,20 @@ COLUMNS = ("path", "label", "split")
 
 
 def read_folder(config: DataConfig, remarks: Remarks) -> ImageData:
-    """Images in folders: ``PATH/train/CLASS`` beside ``PATH/test/CLASS`` or ``PATH/val/CLASS``, or ``PATH/CLASS`` alone.
+    """Read images in folders: ``PATH/train/CLASS`` beside ``PATH/test/CLASS`` or ``PATH/val/CLASS``, or ``PATH/CLASS`` alone.
 
-    Classes are numbered by their sorted names. Where both are there, ``test`` is read and ``val`` is not. Of ``PATH/CLASS`` alone a fifth
-    of each class is test (rounded half up, one at least): the files with the lowest SHA-256, whatever their names. Folders below a class
-    belong to it. Hidden files are ignored; files without an image's extension or outside of a class are left out, which is told.
+    Classes are numbered by their sorted names. If there are both test and val, ``test`` is read and ``val`` is not. If there is
+    ``PATH/CLASS`` alone, a fifth of each class is test (rounded half up, one at least): the files with the lowest SHA-256, whatever their
+    names. Folders below a class belong to it. Hidden files are ignored. Files without an image's extension or outside of a class are
+    left out, and ``remarks`` names them.
 
-    Images are turned as their EXIF orientation says, made grey or RGB (transparency is dropped), and, with ``data.size``, resized to
-    that short side (bilinear) and cut to a square in the middle. Without ``data.channels`` they are grey where every file is. Of an
-    animation the first image is read.
+    Images are turned as their EXIF orientation says and made grey or RGB; transparency is dropped. With ``data.size`` they are resized to
+    that short side (bilinear) and cut to a square in the middle. Without ``data.channels`` they are grey if every file is. Only the first
+    image of an animation is read.
 
     Raises:
-        UserError: no such folder, no class, an empty one or one that lacks a split, a link that leads outside or in a circle, images of
-            several sizes without ``data.size``, or files that can't be read without ``data.skip_broken``.
+        UserError: there is no such folder or no class; a class is empty or lacks a split; a link leads outside or in a circle; images have
+            several sizes without ``data.size``; or files can't be read without ``data.skip_broken``.
     """
     source = config.name
     root = _folder(source)
@@ -63,13 +64,15 @@ def read_folder(config: DataConfig, remarks: Remarks) -> ImageData:
 
 
 def read_csv(config: DataConfig, remarks: Remarks) -> ImageData:
-    """Images that a CSV file lists: columns ``path`` (relative to the file), ``label`` and, if given, ``split`` (train, val or test).
+    """Read the images that a CSV file lists in columns ``path`` (relative to the file), ``label`` and, optionally, ``split``.
+
+    A split is train, val or test.
 
     Classes, splits and images are treated as in ``read_folder``.
 
     Raises:
-        UserError: no such file, a column missing or unknown, a row that is not whole, a path outside of the file's folder or named
-            twice; and what ``read_folder`` refuses.
+        UserError: there is no such file; a column is missing or unknown; a row is not whole; a path is outside of the file's folder or
+            named twice; or as ``read_folder``.
     """
     source = config.name
     path = regular_file(Path(source.removeprefix("csv:")), source)
@@ -87,10 +90,10 @@ def read_csv(config: DataConfig, remarks: Remarks) -> ImageData:
 
 
 def read_unlabelled(config: DataConfig, remarks: Remarks) -> Unlabelled:
-    """All images in a folder and in those below it, whatever their names; else as ``read_folder``.
+    """Read all images in a folder and in those below it, whatever their names; else as ``read_folder``.
 
     Raises:
-        UserError: no such folder, no image in it, or as ``read_folder``.
+        UserError: there is no such folder or no image in it; or as ``read_folder``.
     """
     source = config.name
     root = _folder(source)
@@ -122,9 +125,9 @@ class _Tree:
     """A folder of images, walked in sorted order. ``above`` are the real paths of a folder and of those that hold it.
 
     Attributes:
-        source: as messages name it.
+        source: the folder as messages name it.
         root: its real path.
-        left_out: what was met that is no image of a class.
+        left_out: names of files and folders that hold no image of a class.
     """
 
     source: str
@@ -147,7 +150,7 @@ class _Tree:
             yield from (Item(self.name(image), label, split) for image in images)
 
     def folders(self, folder: Path, above: tuple[str, ...]) -> dict[str, Path]:
-        """The folders in a folder; all else is left out."""
+        """The folders in a folder, by name; all else is left out."""
         inner = {}
         for path in self.below(folder, above):
             if path.is_dir():
@@ -167,7 +170,7 @@ class _Tree:
                 self.left_out.append(self.name(path))
 
     def below(self, folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
-        """What is in a folder and not hidden."""
+        """The files and folders in a folder that are not hidden."""
         for path in sorted(folder.iterdir()):
             if path.name.startswith("."):
                 continue
@@ -185,7 +188,7 @@ class _Tree:
             yield path
 
     def tell_left_out(self, why: str, remarks: Remarks) -> None:
-        """Tell what was left out."""
+        """Tell ``remarks`` what was left out, and why."""
         if self.left_out:
             remarks.tell(f"{self.source}: left out, as {why}: {some(sorted(self.left_out))}")
 
@@ -195,7 +198,7 @@ class _Tree:
 
 
 def _used(source: str, splits: Collection[str], remarks: Remarks) -> list[str]:
-    """The splits that are read: of test and val, test."""
+    """The splits that are read: without val if there is test."""
     if "test" in splits and "val" in splits:
         remarks.tell(f"{source}: test is read, val is not")
         return [split for split in splits if split != "val"]
@@ -235,7 +238,7 @@ def _rows(lines: Iterator[list[str]], root: Path, source: str) -> Iterator[Item]
 def _inside(path: Path, root: Path) -> bool:
     try:
         return Path(os.path.realpath(path)).is_relative_to(root)
-    except ValueError:  # a NUL in the name: no such file, which is told with those that can't be read
+    except ValueError:  # a NUL in the name: no such file; it is reported with those that can't be read
         return True
 
 

@@ -30,7 +30,7 @@ LABEL_NAMES = ("label", "labels", "fine_label")
 
 @dataclass(frozen=True)
 class Tables:
-    """The image column of some tables, their rows counted on from one to the next."""
+    """The image column of several tables. Rows are numbered through, from one table to the next."""
 
     names: tuple[str, ...]
     tables: tuple[Any, ...]  # datasets.Dataset in the format arrow, which gives an image's file as it is stored
@@ -49,7 +49,7 @@ class Tables:
         return f"{self.names[table]}/{index}"
 
     def identity(self, row: int) -> str:
-        """Name, bytes, and the last of them, for a name is but a number."""
+        """Name, number of bytes, and the last bytes, for a name is but a number."""
         with self.open(row) as file:
             size = file.seek(0, io.SEEK_END)
             file.seek(-min(size, TAIL), io.SEEK_END)
@@ -63,7 +63,7 @@ class Tables:
         if not cell.is_valid:
             raise ValueError("the row has no image")
         if cell["bytes"].is_valid:
-            file: BinaryIO = pyarrow.BufferReader(cell["bytes"].as_buffer())  # in its place: a header costs no copy of the file
+            file: BinaryIO = pyarrow.BufferReader(cell["bytes"].as_buffer())  # a view: reading a header copies no file
             return file
         return Path(cell["path"].as_py()).open("rb")
 
@@ -73,16 +73,16 @@ class Tables:
 
 
 def read_hub(config: DataConfig, remarks: Remarks) -> ImageData:
-    """Images of a Hugging Face data set.
+    """Read the images of a Hugging Face data set.
 
-    Its splits are train, and test or else validation; of train alone a fifth of each class is test, by the SHA-256 of ``train/ROW``. A
-    test split whose labels are hidden (-1) is not read. The images are the column of type Image, the classes ``data.label`` or the
-    column of type ClassLabel, whose names are kept, or integers named label, labels or fine_label; all of train, and every split has
-    them. All else is as of ``read_folder``.
+    Its splits are train, and test or else validation. If there is train alone, a fifth of each class is test, by the SHA-256 of
+    ``train/ROW``. A test split whose labels are hidden (-1) is not read. The images are the column of type Image. The classes are
+    ``data.label``, or the column of type ClassLabel, whose names are kept, or integers named label, labels or fine_label. The columns are
+    chosen in train, and every split must have them. All else is as in ``read_folder``.
 
     Raises:
-        UserError: datasets is not installed, no such data set, no network, no such columns, or a split that has no rows, other columns or
-            other classes than train; and what ``assemble`` refuses.
+        UserError: datasets is not installed; there is no such data set, network or column; a split has no rows, or other columns or
+            classes than train; or as ``assemble``.
     """
     source = config.name
     if find_spec("datasets") is None:
@@ -107,7 +107,7 @@ def read_hub(config: DataConfig, remarks: Remarks) -> ImageData:
 
 
 def _opened(source: str) -> tuple[str, Mapping[str, Any]]:
-    """A name for tables, and the splits."""
+    """The data set's name as tables print it, and its splits by name; one without splits has the name ""."""
     import datasets
 
     reference = source.removeprefix("hf:")
@@ -128,7 +128,7 @@ def _opened(source: str) -> tuple[str, Mapping[str, Any]]:
 
 
 def _saved_empty(path: Path) -> str | None:
-    """The split that was saved without a row, so without a file, which datasets can't open."""
+    """The split that was saved without rows, or None. It has no file then, and datasets can't open it."""
     with contextlib.suppress(OSError, ValueError, LookupError):
         for state in (*path.glob("state.json"), *sorted(path.glob("*/state.json"))):
             if json.loads(state.read_text())["_data_files"] == []:
@@ -141,7 +141,7 @@ def _empty(source: str, split: str) -> UserError:
 
 
 def _splits(source: str, available: Mapping[str, Any], remarks: Remarks) -> dict[str, Any]:
-    """Those that are read, by our names; a single one has none."""
+    """The splits that are read, called train, val and test. The name of a single one is empty."""
     splits: dict[str, Any] = {}
     for name, table in available.items():
         meant = OTHER_WORDS.get(str(name), str(name))
@@ -184,7 +184,7 @@ def _label_column(source: str, features: Mapping[str, Any], wanted: str | None) 
 
 
 def _kind(feature: Any) -> str:
-    """What a column's classes are: a ClassLabel, integers or strings, of any width; of another column its type."""
+    """The kind of a column's classes: ClassLabel, integers or strings, of any width. For another column, its type."""
     dtype = str(getattr(feature, "dtype", ""))
     if type(feature).__name__ == "ClassLabel":
         return "ClassLabel"
@@ -200,10 +200,10 @@ def _columns(features: Mapping[str, Any]) -> str:
 
 
 def _refuse_other(source: str, split: str, table: Any, train_features: Mapping[str, Any], columns: Sequence[str]) -> None:
-    """A split has rows, the same columns as train, and in them the same classes, though perhaps in another order.
+    """Refuse a split without rows, or with other columns or classes than train. Classes may be in another order.
 
     Raises:
-        UserError: it has not.
+        UserError: the split is one of these.
     """
     if not len(table):
         raise _empty(source, split)

@@ -194,7 +194,7 @@ class StreamedData(DeviceData):
 def to_device(data: ImageData, split: str, device: torch.device, workers: int | None = None) -> DeviceData | UserLoaderSupply:
     """The data under a split, on the device if it has room for them.
 
-    ``workers``: processes that decode streamed images; 0 decodes in this one. Default: what the machine has.
+    ``workers``: processes that decode streamed images; 0 decodes in this process. Default: one per core, at most eight.
     """
     if isinstance(data, UserLoaderData):
         return UserLoaderSupply(data, device)

@@ -1,4 +1,4 @@
-"""Image files, found by whatever source: their headers are read, then they are decoded into memory, or streamed if they do not fit."""
+"""Image files of any source: their headers are read, then they are decoded into memory, or streamed if they do not fit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 GREY = ("1", "L", "LA")  # Pillow's modes
 SPLITS = ("train", "val", "test")
 OTHER_WORDS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
-TEST_PART = 5  # where no split is given, a fifth of each class is test
+TEST_PART = 5  # a fifth of each class is test if there is no split
 PROGRESS_SECONDS = 5.0
 ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF 2.3, orientation
 BITS, KIND = TiffImagePlugin.BITSPERSAMPLE, TiffImagePlugin.SAMPLEFORMAT  # of each channel
@@ -37,7 +37,7 @@ LARGEST_STREAMED = 1 << 22  # pixels of an image that is neither resized nor hel
 
 
 class Item(NamedTuple):
-    """An image that is to be read: its name in messages, its class, its split (empty where none is given)."""
+    """An image that is to be read: its name in messages, its class, its split (empty if the source has none)."""
 
     name: str
     label: str
@@ -45,9 +45,9 @@ class Item(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What a file says of its image before it is decoded: width and height in pixels, turned as EXIF says, and Pillow's mode.
+    """The size (width, height) in pixels and Pillow's mode of an image, read from its file before it is decoded.
 
-    The size is that of the file as it lies where images are resized to one square anyway.
+    The size is that of the upright image, as EXIF says; but not turned if images are resized to one square anyway.
     """
 
     size: tuple[int, int]
@@ -64,12 +64,13 @@ def assemble(
     classes: Sequence[str] = (),
     by_content: bool = True,
 ) -> ImageData:
-    """The data set of these images, each in the row of the shelf that has its number.
+    """Make the data set of these images. Item i is in row i of the shelf.
 
     Args:
         name: as tables print the data set.
-        classes: their order; left out, they are sorted.
-        by_content: where no split is given, the content of files that memory holds decides what is test; else their names do.
+        classes: the order of the classes. Default: sorted.
+        by_content: if there is no split and memory holds the images, the content of a file decides whether it is test. Otherwise its name
+            does.
 
     Raises:
         UserError: a class or split lacks images, they have several sizes without ``data.size``, or can't be read without
@@ -102,10 +103,11 @@ def assemble(
 
 
 def read_all(config: DataConfig, items: Sequence[Item], shelf: Encoded, remarks: Remarks) -> list[Images]:
-    """These images of one size in memory, whatever their classes and splits.
+    """Read these images of one size into memory, whatever their classes and splits.
 
     Raises:
-        UserError: memory does not hold them, and what ``assemble`` refuses of files.
+        UserError: memory does not hold them; they have several sizes without ``data.size``, or can't be read without
+            ``data.skip_broken``.
     """
     with quiet():
         pictures, headers = _pictures(config, items, shelf, remarks)
@@ -116,7 +118,7 @@ def read_all(config: DataConfig, items: Sequence[Item], shelf: Encoded, remarks:
 
 
 def _pictures(config: DataConfig, items: Sequence[Item], shelf: Encoded, remarks: Remarks) -> tuple[Pictures, list[Header | Broken]]:
-    """The images whose headers are sound, of one size, and all headers; their classes are not numbered yet.
+    """The images of one size whose headers are sound, and all headers. The images' classes are not numbered yet.
 
     Raises:
         UserError: they have several sizes, and ``data.size`` is not set.
@@ -137,10 +139,10 @@ def _pictures(config: DataConfig, items: Sequence[Item], shelf: Encoded, remarks
 
 
 def _streamed(config: DataConfig, pictures: Pictures, remarks: Remarks) -> bool:
-    """Whether memory does not hold the images, or is not to.
+    """Whether the images are streamed: by ``data.stream``, or because memory does not hold them.
 
     Raises:
-        UserError: it does not, and each is too large by itself.
+        UserError: memory does not hold them, and each is too large to be streamed without ``data.size``.
     """
     too_large = "" if config.stream else _too_much(pictures)
     if not too_large:
@@ -152,7 +154,7 @@ def _streamed(config: DataConfig, pictures: Pictures, remarks: Remarks) -> bool:
 
 
 def _too_much(pictures: Pictures) -> str:
-    """What is said of images that memory does not hold; empty where it does."""
+    """A message that memory does not hold the images; empty if it does."""
     taken, limit = math.prod(pictures.shape), memory() // 2  # they are held twice: as they are, and padded
     if taken <= limit:
         return ""
@@ -161,7 +163,7 @@ def _too_much(pictures: Pictures) -> str:
 
 
 def _decoded(pictures: Pictures, headers: Sequence[Header | Broken], remarks: Remarks) -> list[Images | Broken]:
-    """Every image, in the order of the headers."""
+    """Decode every image, in the order of the headers."""
 
     def read(row: int) -> Images | Broken:
         shelf, channels = pictures.shelf, pictures.sides[2]
@@ -176,7 +178,7 @@ def _sound(config: DataConfig, read: Sequence[Header | Images | Broken], remarks
     """The rows that could be read.
 
     Raises:
-        UserError: not all, and ``data.skip_broken`` is not set.
+        UserError: some could not, and ``data.skip_broken`` is not set.
     """
     source, broken = config.name, [result for result in read if isinstance(result, Broken)]
     kept = np.flatnonzero([not isinstance(result, Broken) for result in read])
@@ -190,10 +192,10 @@ def _sound(config: DataConfig, read: Sequence[Header | Images | Broken], remarks
 
 
 def _same_size(source: str, items: Sequence[Item], read: Sequence[Header | Images | Broken], row: int) -> Images:
-    """A decoded image.
+    """The decoded image of a row.
 
     Raises:
-        UserError: its size is another than the first one's.
+        UserError: its size differs from that of the first image.
     """
     first, first_image = next((row, image) for row, image in enumerate(read) if isinstance(image, np.ndarray))
     image = read[row]
@@ -212,7 +214,7 @@ def _numbered(labels: Sequence[str], order: Sequence[str]) -> tuple[Labels, tupl
 
 
 def _refuse_gaps(source: str, items: Sequence[Item]) -> None:
-    """Every class has images to train and to test on, and there are two classes."""
+    """Refuse fewer than two classes, and a class without images to train or to test on."""
     names = sorted({item.label for item in items})
     if len(names) < 2:
         raise UserError(f"{source}: {f'a single class, {names[0]!r}' if names else 'no image is left'}; a classifier needs two")
@@ -235,7 +237,7 @@ def _refuse_gaps(source: str, items: Sequence[Item]) -> None:
 
 
 def _fifth(labels: Labels, keys: Sequence[bytes]) -> npt.NDArray[np.bool_]:
-    """Which images are test: of each class a fifth, rounded half up and one at least, by the order of their keys."""
+    """Which images are test: a fifth of each class, rounded half up and one at least, those with the lowest keys."""
     tested = np.zeros(len(labels), dtype=np.bool_)
     for label in np.unique(labels):
         positions = sorted(np.flatnonzero(labels == label).tolist(), key=keys.__getitem__)
@@ -244,7 +246,7 @@ def _fifth(labels: Labels, keys: Sequence[bytes]) -> npt.NDArray[np.bool_]:
 
 
 def _key(shelf: Encoded, row: int, *, content: bool) -> bytes:
-    """SHA-256 of a file or, where not all can be read again, of its name."""
+    """SHA-256 of the file's content or, without ``content``, of its name."""
     if not content:
         return hashlib.sha256(os.fsencode(shelf.name(row))).digest()
     with shelf.open(row) as file:
@@ -252,7 +254,7 @@ def _key(shelf: Encoded, row: int, *, content: bool) -> bytes:
 
 
 def _refuse_sizes(source: str, first: str, first_size: Sequence[int], other: str, other_size: Sequence[int]) -> None:
-    """Images of two sizes, width and height in pixels, are refused."""
+    """Refuse images of two sizes (width, height) in pixels."""
     first_sides, other_sides = ("x".join(map(str, sides)) for sides in (first_size, other_size))
     raise UserError(
         f"{source}: its images have several sizes ({first} is {first_sides}, {other} {other_sides}); "
@@ -273,7 +275,7 @@ def _header(shelf: Encoded, row: int, *, turned: bool) -> Header | Broken:
 
 
 def _deeper(image: ImageFile.ImageFile) -> str:
-    """What an image has in the place of 8 bits a channel, which Pillow would cut to these or misread without a word; else empty."""
+    """What an image has instead of 8 bits per channel; empty if it has those. Pillow would cut or misread other values silently."""
     stored = re.search(r"\w+;16[BLN]", str([tile[3] for tile in image.tile[:1]]))
     mode = stored[0] if stored else image.mode
     if stored or mode.startswith(("I", "F")):
@@ -288,14 +290,14 @@ def _deeper(image: ImageFile.ImageFile) -> str:
 
 
 def _upright(image: Image.Image) -> tuple[int, int]:
-    """The size of an image once it is turned; only one that lies on its side is decoded for it, for Pillow may have turned a TIFF's."""
+    """The size of an image once it is upright. Only one that lies on its side is decoded, because Pillow may have turned a TIFF's."""
     if image.width == image.height or image.getexif().get(ExifTags.Base.Orientation) not in ON_ITS_SIDE:
         return image.size
     return ImageOps.exif_transpose(image).size
 
 
 def _in_threads(work: Callable[[int], T], rows: Sequence[int], done: str, remarks: Remarks) -> list[T]:
-    """``work`` of every row; every few seconds it is said how many are done."""
+    """``work(row)`` of every row, in order. Every few seconds ``remarks`` say how many are done."""
     last = time.monotonic()
 
     def tell(count: int) -> None:

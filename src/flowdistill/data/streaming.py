@@ -31,32 +31,32 @@ LOST = 74  # exit status of a process whose batch was lost: EX_IOERR
 
 
 class Pixels:
-    """An array that torch's DataLoader pins as it pins a tensor, in its own thread."""
+    """An array that torch's DataLoader pins as it pins a tensor, in a thread of its own."""
 
     def __init__(self, array: npt.NDArray[np.uint8]) -> None:
         self.tensor: Tensor | None = None
         self.array = array
 
     def pin_memory(self) -> Pixels:
-        """With its numbers in page-locked memory, from which a GPU copies them while it computes."""
+        """Move the values to page-locked memory, from which a GPU copies them while it computes."""
         self.tensor = torch.from_numpy(self.array).pin_memory()
         return self
 
     def on(self, device: torch.device) -> Tensor:
-        """The numbers on a device."""
+        """The values on a device."""
         return (torch.from_numpy(self.array) if self.tensor is None else self.tensor).to(device, non_blocking=True)
 
 
 class Decoded(NamedTuple):
     """A batch as a process sends it.
 
-    It goes through a pipe, as an array. A tensor would go through shared memory, of which a container has 64 MB by default, and through
-    a file descriptor each. Where either runs out, torch loses the batch in a thread of the process, and who waits for it waits for ever.
+    It goes through a pipe, as an array. A tensor would need shared memory, of which a container has 64 MB by default, and a file
+    descriptor. If either runs out, torch loses the batch in a thread of the process, and the reader waits for ever.
 
     Attributes:
         pixels: uint8 [B, H, W, C].
         replaced: names of images that could not be decoded.
-        wrong: what ends the pass, else empty; an exception would come with a traceback.
+        wrong: the error that ends the pass, else empty. An exception would come with a traceback.
     """
 
     pixels: Pixels
@@ -65,7 +65,7 @@ class Decoded(NamedTuple):
 
 
 class Shot(NamedTuple):
-    """An image as one epoch shows it."""
+    """The image at a position of the data set, as one epoch shows it."""
 
     epoch: int
     position: int
@@ -73,10 +73,10 @@ class Shot(NamedTuple):
 
 @dataclass(frozen=True)
 class Decoder(Dataset[Decoded]):
-    """What a worker process does: a batch of images uint8 [B, H, W, C], each a function of (seed, epoch, place) alone.
+    """The work of a process: it decodes batches uint8 [B, H, W, C]. Each image is a function of (seed, epoch, position) alone.
 
     Attributes:
-        resized: a random box of the decoded image is enlarged (Inception crop); else it is shown as it is evaluated.
+        resized: whether a random box of the image is enlarged (Inception crop). Default: it is shown as it is evaluated.
         randaugment: the magnitude of RandAugment's operations, 0 to 30.
     """
 
@@ -86,7 +86,7 @@ class Decoder(Dataset[Decoded]):
     randaugment: int | None = None
 
     def __getitem__(self, shots: Sequence[Shot]) -> Decoded:
-        """The batch."""
+        """Decode a batch."""
         pixels, passed = [], list[str]()
         try:
             with quiet():
@@ -138,10 +138,10 @@ class _Orders(Sampler[Sequence[Shot]]):
 
 
 class Workers:
-    """Processes that decode ahead of the device; they are kept between passes.
+    """Processes that decode ahead of the device. They are kept between passes.
 
     Args:
-        count: of processes; 0 decodes in this one, None takes what the machine has.
+        count: number of processes. 0 decodes in this process, None takes one per core, at most eight.
         replaced: gets the names of images that could not be decoded.
     """
 
@@ -152,7 +152,7 @@ class Workers:
         self._loader: DataLoader[Decoded] | None = None
 
     def batches(self, orders: Sequence[Sequence[Shot]]) -> Iterator[Tensor]:
-        """These batches, uint8 [B, H, W, C] on the device.
+        """Yield these batches, uint8 [B, H, W, C] on the device.
 
         Raises:
             UserError: an image can't be decoded, or a process was killed.
@@ -184,7 +184,7 @@ class Workers:
         )
 
     def _loaded(self, loader: DataLoader[Decoded]) -> Iterator[Decoded]:
-        """A process that dies is noticed where its batch is awaited, not by torch's handler, which raises wherever this process just is."""
+        """Yield the batches. A process that dies is noticed here, not by torch's handler, which raises wherever this process just is."""
         try:
             before = signal.getsignal(signal.SIGCHLD)
             batches = self._started(loader)
@@ -216,9 +216,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _end_with_what_is_lost(_: int) -> None:
-    """In a process that decodes: where a batch can't be sent, Python tells that on stderr and goes on without it. Who waits for it must
-    know, so the process ends.
-    """
+    """End a process that can't send a batch. Python would write that to stderr and go on; the reader, which waits, must know."""
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
 
 

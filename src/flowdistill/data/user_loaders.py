@@ -1,7 +1,7 @@
-"""Loaders given from Python: their batches as they come, under a name for what they hold.
+"""Loaders given from Python, as a data set.
 
-A loader decides order, augmentation and normalisation. What it draws from the generators of torch, numpy and Python is made a function of
-(seed, epoch).
+Their batches are taken as they come: a loader decides order, augmentation and normalisation. What it draws from the generators of torch,
+numpy and Python is made a function of (seed, epoch).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ IN_MEMORY: dict[str, UserLoaderData] = {}
 
 
 class Python:
-    """Python's own generator, called as the others are."""
+    """Python's own generator, with the methods of the others."""
 
     get_state, set_state = staticmethod(random.getstate), staticmethod(random.setstate)
 
@@ -43,10 +43,10 @@ class UserLoaderData(ImageData):
 
     Attributes:
         train, val: the loaders.
-        size: channels, height and width of an image.
-        counts: images to train on and to measure on.
-        batch_size: images of the first batch.
-        known_hash: the hash of what is known of them.
+        size: (C, H, W) of an image.
+        counts: numbers of images to train on and to measure on.
+        batch_size: images in the first batch.
+        known_hash: the hash that ``adopt`` computes of them.
     """
 
     train: Any
@@ -67,17 +67,19 @@ class UserLoaderData(ImageData):
 
 
 def adopt(train: Any, val: Any, classes: int | None = None) -> UserLoaderData:
-    """Two loaders as a data set, from one pass over that of the test images and the first batch of the other.
+    """Make a data set of two loaders: it reads all of ``val`` and the first batch of ``train``.
 
-    Its hash covers the first batch of both, as seed 0 draws it, all labels of ``val``, the numbers of images and batches, what data sets
-    and their transforms print of themselves, and the indices, ``targets`` and ``tensors`` that these hold: not the pixels of all images.
+    Its hash covers the first batch of both, as seed 0 draws it, all labels of ``val``, the numbers of images and batches, what the data
+    sets and their transforms print of themselves, and the indices, ``targets`` and ``tensors`` that they hold. It does not cover the pixels
+    of all images.
 
     Args:
         train, val: iterables with a length that give (images float [B, C, H, W], labels integer [B]).
-        classes: left out, those that a data set has names for (``classes``), or else the largest label of ``val`` and one more.
+        classes: number of classes. Default: as many as a data set has names for (``classes``), or else the largest label of ``val`` and
+            one more.
 
     Raises:
-        UserError: a loader gives something else, or nothing, or the two name classes otherwise.
+        UserError: a loader gives something else or nothing, or the two give classes different names.
     """
     steps, _ = _steps(train, TRAIN), _steps(val, VAL)
     first, first_labels = checked(next(drawn(train, 0, TRAIN, 0), None), TRAIN)
@@ -121,7 +123,7 @@ def adopt(train: Any, val: Any, classes: int | None = None) -> UserLoaderData:
 
 
 def _measured_on(val: Any, size: tuple[int, int, int]) -> tuple[npt.NDArray[np.float32], Tensor]:
-    """The first images of the test images' loader, and all labels."""
+    """The first batch of images of ``val``, and all its labels."""
     shown: npt.NDArray[np.float32] = np.empty(0, np.float32)
     parts: list[Tensor] = []
     finite = Finite(VAL)
@@ -137,10 +139,10 @@ def _measured_on(val: Any, size: tuple[int, int, int]) -> tuple[npt.NDArray[np.f
 
 
 def recall(name: str) -> UserLoaderData:
-    """The data set of loaders that were given in this process.
+    """The data set of loaders that were given from Python in this process.
 
     Raises:
-        UserError: it was another process.
+        UserError: they were given in another process.
     """
     if name not in IN_MEMORY:
         raise UserError(f"{name} was given from Python, and is in no file; give it from Python again")
@@ -160,9 +162,9 @@ def _steps(loader: Any, source: str) -> int:
 
 
 def smallest(loader: Any, batch_size: int) -> int:
-    """Images of a loader's smallest batch, of which the first has ``batch_size``: of a list of batches that, of a DataLoader its last one.
+    """Images in a loader's smallest batch: of a list, its smallest; of a DataLoader, its last one, ``batch_size`` being that of the first.
 
-    Of another loader, or one whose batches are made by a sampler of its owner's, nobody knows before they are drawn.
+    For another loader, or a DataLoader with a user's own batch sampler, nobody knows before it is drawn; it is ``batch_size``.
     """
     if type(loader) in (list, tuple):
         return min(len(checked(batch, TRAIN)[1]) for batch in loader)
@@ -175,7 +177,7 @@ def smallest(loader: Any, batch_size: int) -> int:
 
 
 def drawn(loader: Any, seed: int, purpose: str, epoch: int) -> Iterator[Any]:
-    """A loader's batches. The generators that it draws from are lent to it, and are between two batches as they were."""
+    """Yield a loader's batches. It draws from seeded generators; between two batches they are as they were before."""
     owners = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
     generators = [held for owner in owners if isinstance(held := getattr(owner, "generator", None), torch.Generator)]
     lent = dict.fromkeys([torch.default_generator, *generators])
@@ -207,10 +209,10 @@ def _lending(states: dict[Any, Any]) -> Iterator[None]:
 
 
 def checked(batch: Any, source: str) -> tuple[Tensor, Tensor]:
-    """Images and labels of a batch; labels of any integer type are int64.
+    """The images and labels of a batch. Labels of any integer type become int64.
 
     Raises:
-        UserError: it is something else.
+        UserError: the batch is something else.
     """
     wanted = "it must give (images float [B, C, H, W], labels integer [B])"
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
@@ -229,7 +231,7 @@ def refuse_other_sizes(images: Tensor, size: tuple[int, int, int]) -> None:
     """Refuse images of another size than the first.
 
     Raises:
-        UserError: they are.
+        UserError: they have another size.
     """
     if _size(images) != size:
         first, other = ("x".join(map(str, sides)) for sides in (size, _size(images)))
@@ -239,18 +241,19 @@ def refuse_other_sizes(images: Tensor, size: tuple[int, int, int]) -> None:
 def refuse_other_labels(
     labels: Tensor, classes: int, *, least: int = 0, what: str = "the loaders give", other: str = "give classes="
 ) -> None:
-    """Refuse labels below ``least`` or beyond the classes; those that are on a device already are not waited for.
+    """Refuse labels below ``least`` or beyond the classes. Labels on a device are not looked at: that would wait for it.
 
     Raises:
-        UserError: the first of them.
+        UserError: there is such a label; the message has the first.
     """
     if labels.device.type == "cpu" and len(wrong := labels[(labels < least) | (labels >= classes)]):
         raise UserError(f"{what} label {int(wrong[0])}, of {classes} classes; labels are 0 to {classes - 1}, or {other}")
 
 
 class Finite:
-    """A look at the images of one pass through a loader: at those in the host's memory as they come, at those on a device after the
-    last, so that nothing waits for it.
+    """Checks that the images of one pass through a loader are finite.
+
+    Images in the host's memory are checked as they come, those on a device after the last batch, so that nothing waits for the device.
     """
 
     def __init__(self, source: str, epoch: int | None = None) -> None:
@@ -259,7 +262,7 @@ class Finite:
         self._later: list[tuple[str, Tensor]] = []
 
     def look(self, images: Tensor) -> None:
-        """Take the next batch.
+        """Check the next batch.
 
         Raises:
             UserError: an image holds a value that is not finite.
@@ -275,7 +278,7 @@ class Finite:
             self._refuse(int(broken), which)
 
     def end(self) -> None:
-        """After the last batch: the device is waited for.
+        """Check the batches on a device, after the last one; this waits for the device.
 
         Raises:
             UserError: as ``look``.
@@ -304,7 +307,7 @@ def _dataset(loader: Any) -> Any:
 
 
 def _held(loader: Any) -> Iterator[npt.NDArray[Any]]:
-    """What a loader's data set holds as numbers: the places of a subset, labels, tensors."""
+    """Yield the numbers that a loader's data set holds: indices of a subset, labels, tensors."""
     dataset = getattr(loader, "dataset", None)
     while isinstance(dataset, Subset):
         yield np.asarray(dataset.indices)
@@ -316,7 +319,7 @@ def _held(loader: Any) -> Iterator[npt.NDArray[Any]]:
 
 
 def _described(loader: Any) -> str:
-    """What a loader's data set and its transform print, less addresses in memory."""
+    """What a loader's data set and its transform print, without addresses in memory."""
     dataset = _dataset(loader)
     printed = f"{type(loader).__name__} {dataset!r} {getattr(dataset, 'transform', None)!r}"
     return re.sub(r" at 0x[0-9a-f]+", "", printed)

@@ -35,7 +35,7 @@ class Draws:
         rows, columns: [n] crop offsets in pixels, 0 to 2*pad.
         flips: [n] bool, whether the image is mirrored.
         boxes: [n, 4] top, left, height and width of the box that is enlarged; None if the crop is shifted.
-        shares: [n] the share of each image in its mixture, for a batch that begins here; None if nothing is mixed.
+        shares: [n] the share of each image in its mixture, if a batch begins at this position; None if nothing is mixed.
     """
 
     order: Tensor

@@ -246,7 +246,7 @@ def _fifth(labels: Labels, keys: Sequence[bytes]) -> npt.NDArray[np.bool_]:
 
 
 def _key(shelf: Encoded, row: int, *, content: bool) -> bytes:
-    """SHA-256 of the file's content or, without ``content``, of its name."""
+    """SHA-256 of the file's content or, if not all files can be read again, of its name."""
     if not content:
         return hashlib.sha256(os.fsencode(shelf.name(row))).digest()
     with shelf.open(row) as file:

@@ -29,7 +29,7 @@ class EvalSet(Protocol):
         """How many there are."""
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield normalised images float32 [B, C, H, W] and labels [B] on the device. The last batch may be smaller."""
+        """Yield images float32 [B, C, H, W], as networks take them, and labels [B], on the device. The last batch may be smaller."""
 
 
 class Supply(Protocol):
@@ -59,7 +59,7 @@ class Supply(Protocol):
 
     @property
     def labels(self) -> Tensor:
-        """The labels [n] of the training images: image ``Batch.indices[i]`` has label ``labels[Batch.indices[i]]``, or ``NO_LABEL``."""
+        """The labels [n] of the training images, indexed by ``Batch.indices``; ``NO_LABEL`` for those that have none."""
 
     @property
     def train_eval(self) -> EvalSet:

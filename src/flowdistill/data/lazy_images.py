@@ -140,7 +140,7 @@ class Pictures:
     def shown(self, position: int, show: Callable[[Image.Image], Image.Image]) -> tuple[Images, list[str]]:
         """What ``show`` makes of the image at a position, uint8 [H, W, C], and the names of images that could not be decoded.
 
-        If the image can't be decoded, the next of its class is shown instead, with ``skip_broken``.
+        With ``skip_broken``, the next of its class is shown if the image can't be decoded.
 
         Raises:
             UserError: the image can't be decoded, or has other sides than its header said, and none replaces it.

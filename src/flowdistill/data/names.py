@@ -75,9 +75,9 @@ def refuse_other_names(sources: Sequence[tuple[str, Names]]) -> None:
     for ((first, _), first_names), ((second, _), second_names) in combinations(distinct.items(), 2):
         number = _first_difference(first_names, second_names)
         if number is not None:
-            labels = (first, second) if first != second else (f"one data set of {first}", "another")
-            pair = zip((first_names, second_names), labels, strict=True)
-            clash = " and ".join(f"{_quoted(names, number)} in {label}" for names, label in pair)
+            origins = (first, second) if first != second else (f"one data set of {first}", "another")
+            pair = zip((first_names, second_names), origins, strict=True)
+            clash = " and ".join(f"{_quoted(names, number)} in {origin}" for names, origin in pair)
             lists = " against ".join(map(_listed, (first_names, second_names)))
             cure = "number both alike, and let classes or class_to_idx of the data sets say so"
             raise UserError(f"class {number} is {clash} ({lists}); {cure}")

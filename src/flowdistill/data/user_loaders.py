@@ -1,4 +1,4 @@
-"""Loaders given from Python, as a data set.
+"""Loaders given from Python, as a data set whose name tells what they hold.
 
 Their batches are taken as they come: a loader decides order, augmentation and normalisation. What it draws from the generators of torch,
 numpy and Python is made a function of (seed, epoch).

@@ -1,4 +1,4 @@
-"""Random crop, flip and mixup of a whole batch at once, from images that stay on the device; an epoch's draws are made before it."""
+"""Random crop, flip and mixup of a whole batch at once, from images that stay on the device. An epoch's draws are made before it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TRIES = 10  # torchvision's RandomResizedCrop
 
 
 def reflect_pad(images: Tensor, pad: int) -> Tensor:
-    """uint8 [N, H, W, C] -> [N, H+2p, W+2p, C] with a reflected border, edge pixel not repeated."""
+    """Add a reflected border: uint8 [N, H, W, C] -> [N, H+2p, W+2p, C]. The edge pixel is not repeated."""
 
     def source(size: int) -> Tensor:
         position = torch.arange(-pad, size + pad, device=images.device).abs()
@@ -31,11 +31,11 @@ class Draws:
     """All that is random in one epoch, on the device that holds the images.
 
     Attributes:
-        order: [n] the images' positions in the order in which they are shown.
-        rows, columns: [n] crop offsets in 0..2*pad, for the image shown at that place.
-        flips: [n] bool, mirrored or not.
-        boxes: [n, 4] top, left, height and width of the box that is enlarged; None where the crop is shifted.
-        shares: [n] of a batch that begins at that place: the share of each image in its mixture; None where nothing is mixed.
+        order: [n] indices of the images, in the order in which they are shown. The other draws are in this order too.
+        rows, columns: [n] crop offsets in pixels, 0 to 2*pad.
+        flips: [n] bool, whether the image is mirrored.
+        boxes: [n, 4] top, left, height and width of the box that is enlarged; None if the crop is shifted.
+        shares: [n] the share of each image in its mixture, if a batch begins at this position; None if nothing is mixed.
     """
 
     order: Tensor
@@ -47,7 +47,7 @@ class Draws:
 
 
 def draw_epoch(n: int, *, pad: int, flip: bool, seed: int, epoch: int, device: torch.device) -> Draws:
-    """Order, offsets and flips of one epoch, a function of (seed, epoch) alone; drawn on the CPU and moved once."""
+    """Draw the order, offsets and flips of one epoch: a function of (seed, epoch) alone. They are drawn on the CPU and moved once."""
     order = torch.randperm(n, generator=generator(seed, "order", epoch))
     chance = generator(seed, "augment", epoch)
     offsets = torch.randint(0, 2 * pad + 1, (2, n), generator=chance)
@@ -56,17 +56,18 @@ def draw_epoch(n: int, *, pad: int, flip: bool, seed: int, epoch: int, device: t
 
 
 def draw_boxes(n: int, size: tuple[int, int], *, seed: int, epoch: int, device: torch.device) -> Tensor:
-    """The Inception crops of one epoch: int64 [n, 4] top, left, height and width of boxes in images of ``size`` (H, W).
+    """Draw the Inception crops of one epoch: int64 [n, 4] top, left, height and width of boxes in images of ``size`` (H, W).
 
-    Area uniform in ``AREA`` (Szegedy et al. 2015), aspect ratio in ``ASPECT`` (uniform in its logarithm), place uniform: the distribution
-    of torchvision's RandomResizedCrop, which takes the first of ten tries that fits. Where none does, the box is the whole image. (In the
-    code of Beyer et al. 2022 TensorFlow draws the height evenly, not the area: their boxes are smaller on average.)
+    The area is uniform in ``AREA`` (Szegedy et al. 2015), the logarithm of the aspect ratio uniform in that of ``ASPECT``, and the
+    position uniform. This is the distribution of torchvision's RandomResizedCrop, which takes the first of ten tries that fits. If none
+    fits, the box is the whole image. (In the code of Beyer et al. 2022 TensorFlow draws the height uniformly, not the area: their boxes
+    are smaller on average.)
     """
     return boxes(n, size, generator(seed, "boxes", epoch)).to(device)
 
 
 def boxes(n: int, size: tuple[int, int], chance: torch.Generator) -> Tensor:
-    """So many of the boxes of ``draw_boxes``."""
+    """Draw ``n`` boxes from ``chance``, as ``draw_boxes`` describes: int64 [n, 4]."""
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(shape, generator=chance, dtype=torch.float64)
@@ -83,9 +84,9 @@ def boxes(n: int, size: tuple[int, int], chance: torch.Generator) -> Tensor:
 
 
 def draw_shares(n: int, mixup: float, *, seed: int, epoch: int, device: torch.device) -> Tensor:
-    """The shares of mixup of one epoch, float32 [n]: one for every place where a batch may begin.
+    """Draw the mixup shares of one epoch, float32 [n]: one for every position at which a batch may begin.
 
-    ``mixup`` True: uniform in [0, 1). A number alpha: Beta(alpha, alpha), Zhang et al., ICLR 2018.
+    If ``mixup`` is True they are uniform in [0, 1), if it is a number alpha they are Beta(alpha, alpha): Zhang et al., ICLR 2018.
     """
     if mixup is True:
         return torch.rand(n, generator=generator(seed, "mixup", epoch)).to(device)
@@ -94,16 +95,16 @@ def draw_shares(n: int, mixup: float, *, seed: int, epoch: int, device: torch.de
 
 
 def partners(values: Tensor) -> Tensor:
-    """What mixup mixes into each of a batch: the one before it, into the first the last."""
+    """The partner of each image in mixup: the image before it in the batch; that of the first is the last."""
     return values.roll(1, 0)
 
 
 def crop_and_flip(padded: Tensor, indices: Tensor, rows: Tensor, columns: Tensor, flips: Tensor, size: tuple[int, int]) -> Tensor:
-    """Crops of ``size`` from ``padded[indices]`` at the given offsets, mirrored where ``flips``.
+    """Cut crops of ``size`` out of ``padded[indices]`` at the given offsets, and mirror those that ``flips`` marks.
 
     Args:
         padded: uint8 [N, H+2p, W+2p, C].
-        indices, rows, columns, flips: [B].
+        indices, rows, columns, flips: [B]; rows and columns in pixels.
         size: (H, W) of the crops.
 
     Returns:
@@ -118,7 +119,7 @@ def crop_and_flip(padded: Tensor, indices: Tensor, rows: Tensor, columns: Tensor
 
 
 def resize_and_flip(images: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
-    """The box of each image, enlarged to the whole by bilinear interpolation, mirrored where ``flips``.
+    """Enlarge the box of each image to the whole by bilinear interpolation, and mirror those that ``flips`` marks.
 
     Pixels are points in the middle of their squares and the box ends at its own edge, as in ``interpolate`` without ``align_corners``.
 
@@ -138,17 +139,18 @@ def resize_and_flip(images: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
 
 
 def _interpolation(first: Tensor, length: Tensor, size: int) -> Tensor:
-    """[B, size, size] what each pixel of a side (last axis) gives to each pixel of the enlarged stretch: 1 at no distance, 0 from 1 on."""
+    """Weight [B, size, size] of each pixel of a side (last axis) in each pixel of the enlarged stretch: 1 at distance 0, 0 from 1 on."""
     pixels = torch.arange(size, device=first.device)
     position = ((pixels + 0.5) * (length[:, None] / size) - 0.5).clamp(min=0).minimum(length[:, None] - 1)
     return (1 - (first[:, None, None] + position[:, :, None] - pixels).abs()).clamp(min=0)
 
 
 def mix(images: Tensor, share: Tensor) -> Tensor:
-    """Mixup: share x_i + (1 - share) x_(i-1), where the image before the first of a batch is its last. Zhang et al., ICLR 2018.
+    """Mix images: share x_i + (1 - share) x_(i-1), where the image before the first of a batch is its last. Zhang et al., ICLR 2018.
 
-    One share for the whole batch, as in both papers' code; this partner: Beyer et al. 2022, the authors' code (Zhang et al. shuffle the
-    batch, which is in a random order here). There the larger part goes to the image itself, which is the same where there are no labels.
+    The whole batch has one share, as in both papers' code. The partner is that of Beyer et al. 2022, the authors' code (Zhang et al.
+    shuffle the batch, which is in a random order here). In that code the image itself gets the larger share; without labels this makes
+    no difference.
 
     Args:
         images: uint8 or float32 [B, H, W, C].
@@ -157,5 +159,5 @@ def mix(images: Tensor, share: Tensor) -> Tensor:
     Returns:
         float32 [B, H, W, C].
     """
-    own = images.float()
-    return partners(own).lerp(own, share)
+    pixels = images.float()
+    return partners(pixels).lerp(pixels, share)

@@ -1,4 +1,4 @@
-"""From a data set to normalised batches: the split, the tensors on the device, and one stream of batches a seed."""
+"""From a data set to normalised batches: the split, the tensors on the device, and one stream of batches per seed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RESIDENT_SHARE = 0.4  # of the device's free memory that the training images may
 
 @dataclass(frozen=True)
 class ResidentSet:
-    """Labelled images on the device: uint8 [N, H, W, C] and [N]; they may lie in the host's memory."""
+    """Images uint8 [N, H, W, C] and their labels [N]. The labels are on the device; the images may be in the host's memory."""
 
     images: Tensor
     labels: Tensor
@@ -67,7 +67,7 @@ class Copies:
         self.padded, self.device = padded, device
 
     def batches(self, parts: Sequence[Tensor], epoch: int) -> Iterator[Tensor]:  # noqa: ARG002 (the images are the same in all)
-        """The images at these places, uint8 [B, H+2p, W+2p, C] on the device."""
+        """Yield the images at each part's indices, uint8 [B, H+2p, W+2p, C] on the device."""
         device = self.device
         copying = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
@@ -99,7 +99,7 @@ class Decoding:
         self.workers, self.pad, self.close = workers, pad, workers.close
 
     def batches(self, parts: Sequence[Tensor], epoch: int) -> Iterator[Tensor]:
-        """As ``Copies`` does."""
+        """Yield batches as ``Copies`` does."""
         for images in self.workers.batches([[Shot(epoch, number) for number in numbers.tolist()] for numbers in parts]):
             yield reflect_pad(images, self.pad) if self.pad else images
 
@@ -108,14 +108,14 @@ class DeviceData:
     """One data set under one split, on the device: shared by all seed batches of a cohort.
 
     Attributes:
-        padded: uint8 [n, H+2p, W+2p, C] training images; in the host's memory where they are too many for the device.
+        padded: uint8 [n, H+2p, W+2p, C] training images; in the host's memory if the device has no room for them.
         resident: whether the device holds them.
         labels: [n] their labels, ``NO_LABEL`` for those that have none.
-        labelled: how many have one: these come first.
-        trained: these, neither padded nor cropped.
+        num_labelled: how many have a label; these come first.
+        train_eval: the labelled training images, neither padded nor cropped.
         test: the test images.
-        epoch_images: what every epoch is measured on: ``test`` of a full run, the held-out tenth of a holdout run.
-        normalisation, normalise: from the labelled images trained on.
+        epoch_images: the images that every epoch is measured on: ``test`` of a full run, the held-out tenth of a holdout run.
+        normalisation, normalise: measured on the labelled images trained on.
     """
 
     padded: Tensor
@@ -155,8 +155,8 @@ class DeviceData:
         inner = self.padded[:, data.pad : data.pad + height, data.pad : data.pad + width]
         return ResidentSet(inner[: self.num_labelled], self.labels[: self.num_labelled], self.normalise)
 
-    def fetch(self, seed: int) -> Copies | Decoding:  # noqa: ARG002 (what is decoded is cropped by it)
-        """What brings a seed's batches to a device that does not hold all images."""
+    def fetch(self, seed: int) -> Copies | Decoding:  # noqa: ARG002 (StreamedData needs it)
+        """The object that brings a seed's batches to a device that does not hold all images."""
         return Copies(self.padded, self.device)
 
     def seed_batches(self, seed: int, batch_size: int, mixup: float = False) -> SeedBatches:
@@ -166,33 +166,36 @@ class DeviceData:
     def remarks(self) -> list[str]:
         """As ``Supply`` says."""
         names = sorted(self.replaced)
-        told = f"{len(names):,} images could not be decoded, and others of their classes took their places: {some(names)}"
-        return [told] if names else []
+        line = f"{len(names):,} images could not be decoded, and others of their classes took their places: {some(names)}"
+        return [line] if names else []
 
 
 class StreamedData(DeviceData):
-    """One data set whose training images are decoded batch by batch: they do not fit into memory, or RandAugment changes them first."""
+    """One data set whose training images are decoded batch by batch: memory does not hold them, or RandAugment changes them first."""
 
     resident = False
 
     def _take_up(self, data: ImageData, images: Images | Pictures) -> EvalSet:
         if not isinstance(images, Pictures):
-            everyone = np.arange(len(images))
+            rows = np.arange(len(images))
             sides = (self.spec.height, self.spec.width, self.spec.channels)
-            images = Pictures(data.name, Rows(images), everyone, self.labels.cpu().numpy(), sides)
+            images = Pictures(data.name, Rows(images), rows, self.labels.cpu().numpy(), sides)
         self.pictures, self.resized, self.randaugment = images, data.crop == "resized", data.randaugment
-        self.crop = "shift"  # what is left to be done of it to a batch: a box was cut out before, and there is no border then
+        self.crop = "shift"  # processes cut boxes out before a batch gets here, and then there is no border to shift in
         train_positions = np.arange(self.num_labelled)
         return self._eval_set(images.part(train_positions), images.labels[train_positions])
 
     def fetch(self, seed: int) -> Decoding:
-        """Processes of their own for every seed."""
+        """Make processes that decode for this seed alone."""
         decoder = Decoder(self.pictures, seed, self.resized, self.randaugment)
         return Decoding(Workers(decoder, self.device, self.workers, self.replaced), self.pad)
 
 
 def to_device(data: ImageData, split: str, device: torch.device, workers: int | None = None) -> DeviceData | UserLoaderSupply:
-    """The data under a split, held on the device where they can be; ``workers`` decode those that are streamed."""
+    """The data under a split, on the device if it has room for them.
+
+    ``workers``: processes that decode streamed images; 0 decodes in this process. Default: one per core, at most eight.
+    """
     if isinstance(data, UserLoaderData):
         return UserLoaderSupply(data, device)
     return (StreamedData if data.streamed or data.randaugment is not None else DeviceData)(data, split, device, workers)
@@ -229,11 +232,11 @@ class SeedBatches:
         return draws
 
     def shown(self, step: int) -> slice:
-        """The places of a step's images in the epoch's order."""
+        """The positions of a step's images in the epoch's order."""
         return slice(step * self.batch_size, (step + 1) * self.batch_size)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Batch]]:
-        """The epoch's batches: images float32 [B, C, H, W] and what the step knows beside them."""
+        """Yield the epoch's batches: images float32 [B, C, H, W], and their ``Batch``."""
         draws, number = self.draws(epoch), torch.tensor(epoch, device=self.data.device)
         if self._fetch is None:
             for step in range(self.steps):
@@ -245,22 +248,22 @@ class SeedBatches:
             yield self.batch(draws, self.shown(step), number, padded)
 
     def batch(self, draws: Draws, shown: slice | Tensor, epoch: Tensor, padded: Tensor | None = None) -> tuple[Tensor, Batch]:
-        """The batch at the places ``shown`` of an epoch that was drawn; ``padded`` holds its images where the device does not hold all."""
+        """The batch at the positions ``shown`` of a drawn epoch. ``padded`` holds its images if the device does not hold all."""
         indices = draws.order[shown]
-        places = indices if padded is None else torch.arange(len(indices), device=indices.device)
+        positions = indices if padded is None else torch.arange(len(indices), device=indices.device)
         source = self.data.padded if padded is None else padded
         if draws.boxes is None:
             size = (self.data.spec.height, self.data.spec.width)
-            images = crop_and_flip(source, places, draws.rows[shown], draws.columns[shown], draws.flips[shown], size)
+            images = crop_and_flip(source, positions, draws.rows[shown], draws.columns[shown], draws.flips[shown], size)
         else:
-            images = resize_and_flip(source[places], draws.boxes[shown], draws.flips[shown])
+            images = resize_and_flip(source[positions], draws.boxes[shown], draws.flips[shown])
         if draws.shares is None:
             return self.data.normalise(images), self._known(indices, epoch)
         share = draws.shares[shown][:1]
         return self.data.normalise(mix(images, share)), self._known(indices, epoch, share)
 
     def _known(self, indices: Tensor, epoch: Tensor, share: Tensor | None = None) -> Batch:
-        """What a step knows: the labels where each image has one of its own, else what the task is computed with, if it has any."""
+        """What a step knows of its images: their labels if each has one and is not mixed, else the task's targets, if there is a task."""
         if self.mixup is True:
             return Batch(None, indices, epoch)
         labels = self.data.labels[indices]

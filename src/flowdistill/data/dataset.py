@@ -1,4 +1,4 @@
-"""What every source gives: labelled images, in memory or decoded when they are asked for."""
+"""What every source gives: labelled images, in memory or decoded on demand."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ __all__ = ["ImageData", "Images", "Labels", "Pictures", "Unlabelled", "digest", 
 def digest(*arrays: npt.NDArray[Any] | Pictures) -> str:
     """SHA-256 over types, shapes and values.
 
-    Of streamed images not the pixels are covered but name and number of bytes of every file (of a table's rows also the last 64
-    bytes), and the size that they are resized to.
+    Streamed images are covered by the name and the number of bytes of every file (of a table's rows also by the last 64 bytes) and by
+    the size that they are resized to, not by their pixels.
     """
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for array in arrays:
-        found.update(f"{getattr(array, 'dtype', 'streamed')}{array.shape}".encode())
+        hasher.update(f"{getattr(array, 'dtype', 'streamed')}{array.shape}".encode())
         if isinstance(array, Pictures):
             files = in_threads(array.shelf.identity, array.rows.tolist())
-            found.update("\n".join(files).encode("utf-8", "surrogateescape"))
+            hasher.update("\n".join(files).encode("utf-8", "surrogateescape"))
         else:
-            found.update(np.ascontiguousarray(array).data)
-    return found.hexdigest()
+            hasher.update(np.ascontiguousarray(array).data)
+    return hasher.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class ImageData:
 
     Attributes:
         name: as tables print it.
-        x_train, x_test: uint8 [N, H, W, C], or what gives them when indexed.
+        x_train, x_test: uint8 [N, H, W, C], or ``Pictures`` that give them when indexed.
         y_train, y_test: int64 [N], classes 0 to K-1.
         classes: K.
-        pad: pixels of reflected border that the random crop moves in.
+        pad: width in pixels of the reflected border that the random crop moves in.
         flip: whether training images are mirrored at random.
-        crop: how they are cropped: moved in the border, or a box of them enlarged.
-        class_names: K names in the order of the labels; empty where the source has none.
-        unlabelled: images to train on beside those, of the same sizes.
+        crop: how training images are cropped: ``shift`` moves them in the border, ``resized`` enlarges a box of them.
+        class_names: K names in the order of the labels; empty if the source has none.
+        unlabelled: further images to train on, of the same size.
         randaugment: the magnitude of RandAugment's operations on training images, 0 to 30; None for none.
     """
 
@@ -85,7 +85,7 @@ class ImageData:
 
     @property
     def streamed(self) -> bool:
-        """Whether images are decoded batch by batch, for memory does not hold them."""
+        """Whether images are decoded batch by batch because memory does not hold them."""
         return isinstance(self.x_train, Pictures)
 
     @cached_property
@@ -94,6 +94,6 @@ class ImageData:
         return digest(self.x_train, self.y_train, self.x_test, self.y_test)
 
 
-def part(images: Images | Pictures, places: Labels) -> Images | Pictures:
-    """The images at these places; nothing is decoded."""
-    return images.part(places) if isinstance(images, Pictures) else images[places]
+def part(images: Images | Pictures, positions: Labels) -> Images | Pictures:
+    """The images at these positions; nothing is decoded."""
+    return images.part(positions) if isinstance(images, Pictures) else images[positions]

@@ -1,4 +1,4 @@
-"""Image files, found by whatever source: their headers are read, then they are decoded into memory, or streamed if they do not fit."""
+"""Image files of any source: their headers are read, then they are decoded into memory, or streamed if they do not fit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 GREY = ("1", "L", "LA")  # Pillow's modes
 SPLITS = ("train", "val", "test")
 OTHER_WORDS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
-TEST_PART = 5  # where no split is given, a fifth of each class is test
+TEST_PART = 5  # a fifth of each class is test if there is no split
 PROGRESS_SECONDS = 5.0
 ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF 2.3, orientation
 BITS, KIND = TiffImagePlugin.BITSPERSAMPLE, TiffImagePlugin.SAMPLEFORMAT  # of each channel
@@ -37,7 +37,7 @@ LARGEST_STREAMED = 1 << 22  # pixels of an image that is neither resized nor hel
 
 
 class Item(NamedTuple):
-    """An image that is to be read: its name in messages, its class, its split (empty where none is given)."""
+    """An image that is to be read: its name in messages, its class, its split (empty if the source has none)."""
 
     name: str
     label: str
@@ -45,9 +45,9 @@ class Item(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What a file says of its image before it is decoded: width and height in pixels, turned as EXIF says, and Pillow's mode.
+    """The size (width, height) in pixels and Pillow's mode of an image, read from its file before it is decoded.
 
-    The size is that of the file as it lies where images are resized to one square anyway.
+    The size is that of the upright image, as EXIF says; but not turned if images are resized to one square anyway.
     """
 
     size: tuple[int, int]
@@ -64,27 +64,28 @@ def assemble(
     classes: Sequence[str] = (),
     by_content: bool = True,
 ) -> ImageData:
-    """The data set of these images, each in the row of the shelf that has its number.
+    """Make the data set of these images. Item i is in row i of the shelf.
 
     Args:
         name: as tables print the data set.
-        classes: their order; left out, they are sorted.
-        by_content: where no split is given, the content of files that memory holds decides what is test; else their names do.
+        classes: the order of the classes. Default: sorted.
+        by_content: if there is no split and memory holds the images, the content of a file decides whether it is test. Otherwise its name
+            does.
 
     Raises:
         UserError: a class or split lacks images, they have several sizes without ``data.size``, or can't be read without
             ``data.skip_broken``.
     """
-    what = config.name
+    source = config.name
     if not items:
-        raise UserError(f"{what}: no images; it needs PATH/train/CLASS and PATH/test/CLASS, PATH/CLASS, or a CSV with rows")
-    _refuse_gaps(what, items)
+        raise UserError(f"{source}: no images; it needs PATH/train/CLASS and PATH/test/CLASS, PATH/CLASS, or a CSV with rows")
+    _refuse_gaps(source, items)
     with quiet():
         pictures, headers = _pictures(config, items, shelf, remarks)
         streamed = _streamed(config, pictures, remarks)
         read: Sequence[Header | Images | Broken] = headers if streamed else _decoded(pictures, headers, remarks)
     kept = _sound(config, read, remarks)
-    _refuse_gaps(what, [items[row] for row in kept.tolist()])
+    _refuse_gaps(source, [items[row] for row in kept.tolist()])
     labels, names = _numbered([items[row].label for row in kept.tolist()], classes)
     pictures = replace(pictures, rows=kept, labels=labels)
     if items[0].split:
@@ -92,29 +93,32 @@ def assemble(
     else:
         tested = _fifth(labels, in_threads(lambda row: _key(shelf, row, content=by_content and not streamed), kept.tolist()))
 
-    def images(places: Labels) -> Images | Pictures:
-        return pictures.part(places) if streamed else np.stack([_same_size(what, items, read, row) for row in kept[places].tolist()])
+    def images(positions: Labels) -> Images | Pictures:
+        if streamed:
+            return pictures.part(positions)
+        return np.stack([_same_size(source, items, read, row) for row in kept[positions].tolist()])
 
     x_train, x_test = (images(np.flatnonzero(part)) for part in (~tested, tested))
     return ImageData(name, x_train, labels[~tested], x_test, labels[tested], len(names), class_names=names)
 
 
 def read_all(config: DataConfig, items: Sequence[Item], shelf: Encoded, remarks: Remarks) -> list[Images]:
-    """These images of one size in memory, whatever their classes and splits.
+    """Read these images of one size into memory, whatever their classes and splits.
 
     Raises:
-        UserError: memory does not hold them, and what ``assemble`` refuses of files.
+        UserError: memory does not hold them; they have several sizes without ``data.size``, or can't be read without
+            ``data.skip_broken``.
     """
     with quiet():
         pictures, headers = _pictures(config, items, shelf, remarks)
-        if much := _too_much(pictures):
-            raise UserError(f"{much}; set data.size lower, or give fewer images")
+        if too_large := _too_much(pictures):
+            raise UserError(f"{too_large}; set data.size lower, or give fewer images")
         read = _decoded(pictures, headers, remarks)
     return [_same_size(config.name, items, read, row) for row in _sound(config, read, remarks).tolist()]
 
 
 def _pictures(config: DataConfig, items: Sequence[Item], shelf: Encoded, remarks: Remarks) -> tuple[Pictures, list[Header | Broken]]:
-    """The images whose headers are sound, of one size, and all headers; their classes are not numbered yet.
+    """The images of one size whose headers are sound, and all headers. The images' classes are not numbered yet.
 
     Raises:
         UserError: they have several sizes, and ``data.size`` is not set.
@@ -135,68 +139,69 @@ def _pictures(config: DataConfig, items: Sequence[Item], shelf: Encoded, remarks
 
 
 def _streamed(config: DataConfig, pictures: Pictures, remarks: Remarks) -> bool:
-    """Whether memory does not hold the images, or is not to.
+    """Whether the images are streamed: by ``data.stream``, or because memory does not hold them.
 
     Raises:
-        UserError: it does not, and each is too large by itself.
+        UserError: memory does not hold them, and each is too large to be streamed without ``data.size``.
     """
-    much = "" if config.stream else _too_much(pictures)
-    if not much:
+    too_large = "" if config.stream else _too_much(pictures)
+    if not too_large:
         return config.stream
     if config.size is None and math.prod(pictures.sides[:2]) > LARGEST_STREAMED:
-        raise UserError(f"{much}; set data.size=224, or another side to resize them to while they are streamed")
-    remarks.tell(f"{much}: they are streamed")
+        raise UserError(f"{too_large}; set data.size=224, or another side to resize them to while they are streamed")
+    remarks.tell(f"{too_large}: they are streamed")
     return True
 
 
 def _too_much(pictures: Pictures) -> str:
-    """What is said of images that memory does not hold; empty where it does."""
+    """A message that memory does not hold the images; empty if it does."""
     taken, limit = math.prod(pictures.shape), memory() // 2  # they are held twice: as they are, and padded
     if taken <= limit:
         return ""
     sides = "x".join(map(str, pictures.sides))
-    return f"{pictures.what}: {len(pictures):,} images of {sides} take {taken:,} bytes, over half of this machine's memory ({limit:,})"
+    return f"{pictures.source}: {len(pictures):,} images of {sides} take {taken:,} bytes, over half of this machine's memory ({limit:,})"
 
 
 def _decoded(pictures: Pictures, headers: Sequence[Header | Broken], remarks: Remarks) -> list[Images | Broken]:
-    """Every image, in the order of the headers."""
+    """Decode every image, in the order of the headers."""
 
     def read(row: int) -> Images | Broken:
         shelf, channels = pictures.shelf, pictures.sides[2]
         image = or_broken(shelf.name(row), lambda: np.asarray(pictures.middle(shelf.image(row, channels))))
         return image if isinstance(image, Broken) else image.reshape(*image.shape[:2], channels)
 
-    found = iter(_in_threads(read, pictures.rows.tolist(), f"{pictures.what}: decoded", remarks))
-    return [header if isinstance(header, Broken) else next(found) for header in headers]
+    decoded = iter(_in_threads(read, pictures.rows.tolist(), f"{pictures.source}: decoded", remarks))
+    return [header if isinstance(header, Broken) else next(decoded) for header in headers]
 
 
 def _sound(config: DataConfig, read: Sequence[Header | Images | Broken], remarks: Remarks) -> Labels:
     """The rows that could be read.
 
     Raises:
-        UserError: not all, and ``data.skip_broken`` is not set.
+        UserError: some could not, and ``data.skip_broken`` is not set.
     """
-    what, broken = config.name, [found for found in read if isinstance(found, Broken)]
-    kept = np.flatnonzero([not isinstance(found, Broken) for found in read])
+    source, broken = config.name, [result for result in read if isinstance(result, Broken)]
+    kept = np.flatnonzero([not isinstance(result, Broken) for result in read])
     if broken:
         named = some(f"{name} ({why})" for name, why in broken)
-        told = f"{what}: {len(broken):,} of {len(read):,} images can't be read: {named}"
+        message = f"{source}: {len(broken):,} of {len(read):,} images can't be read: {named}"
         if not config.skip_broken:
-            raise UserError(f"{told}; mend or remove them, or skip them with --set data.skip_broken=true")
-        remarks.tell(f"{told}; skipped")
+            raise UserError(f"{message}; mend or remove them, or skip them with --set data.skip_broken=true")
+        remarks.tell(f"{message}; skipped")
     return kept
 
 
-def _same_size(what: str, items: Sequence[Item], read: Sequence[Header | Images | Broken], row: int) -> Images:
-    """A decoded image.
+def _same_size(source: str, items: Sequence[Item], read: Sequence[Header | Images | Broken], row: int) -> Images:
+    """The decoded image of a row.
 
     Raises:
-        UserError: its size is another than the first one's.
+        UserError: its size differs from that of the first image.
     """
-    (first, its), image = next((row, image) for row, image in enumerate(read) if isinstance(image, np.ndarray)), read[row]
+    first, first_image = next((row, image) for row, image in enumerate(read) if isinstance(image, np.ndarray))
+    image = read[row]
     assert isinstance(image, np.ndarray)
-    if image.shape != its.shape:
-        _refuse_sizes(what, items[first].name, its.shape[1::-1], items[row].name, image.shape[1::-1])
+    if image.shape != first_image.shape:
+        _refuse_sizes(source, items[first].name, first_image.shape[1::-1], items[row].name, image.shape[1::-1])
     return image
 
 
@@ -208,50 +213,52 @@ def _numbered(labels: Sequence[str], order: Sequence[str]) -> tuple[Labels, tupl
     return np.array([numbers[label] for label in labels], dtype=np.int64), names
 
 
-def _refuse_gaps(what: str, items: Sequence[Item]) -> None:
-    """Every class has images to train and to test on, and there are two classes."""
+def _refuse_gaps(source: str, items: Sequence[Item]) -> None:
+    """Refuse fewer than two classes, and a class without images to train or to test on."""
     names = sorted({item.label for item in items})
     if len(names) < 2:
-        raise UserError(f"{what}: {f'a single class, {names[0]!r}' if names else 'no image is left'}; a classifier needs two")
+        raise UserError(f"{source}: {f'a single class, {names[0]!r}' if names else 'no image is left'}; a classifier needs two")
     counts = Counter((item.label, item.split) for item in items)
     splits = sorted({item.split for item in items}, key=("", *SPLITS).index)
     if splits == [""]:
         single = [name for name in names if counts[name, ""] < 2]
         if single:
-            raise UserError(f"{what}: class {single[0]!r} has a single image; it needs one to train on and one to test on")
+            raise UserError(f"{source}: class {single[0]!r} has a single image; it needs one to train on and one to test on")
         return
     if "train" not in splits or len(splits) < 2:
-        raise UserError(f"{what}: every image is {splits[0]}; there must be train and test (or val), or no split at all")
+        raise UserError(f"{source}: every image is {splits[0]}; there must be train and test (or val), or no split at all")
     for name in names:
         for split in splits:
             if not counts[name, split]:
                 other = next(other for other in splits if other != split)
                 cure = f"make some of its {counts[name, other]:,} {other} images {split} images, or leave the class out of both"
-                raise UserError(f"{what}: class {name!r} has no {split} image; every class needs images of {' and '.join(splits)}: {cure}")
+                wanted = f"every class needs images of {' and '.join(splits)}"
+                raise UserError(f"{source}: class {name!r} has no {split} image; {wanted}: {cure}")
 
 
 def _fifth(labels: Labels, keys: Sequence[bytes]) -> npt.NDArray[np.bool_]:
-    """Which images are test: of each class a fifth, rounded half up and one at least, by the order of their keys."""
+    """Which images are test: a fifth of each class, rounded half up and one at least, those with the lowest keys."""
     tested = np.zeros(len(labels), dtype=np.bool_)
     for label in np.unique(labels):
-        places = sorted(np.flatnonzero(labels == label).tolist(), key=keys.__getitem__)
-        tested[places[: max(1, (2 * len(places) + TEST_PART) // (2 * TEST_PART))]] = True
+        positions = sorted(np.flatnonzero(labels == label).tolist(), key=keys.__getitem__)
+        tested[positions[: max(1, (2 * len(positions) + TEST_PART) // (2 * TEST_PART))]] = True
     return tested
 
 
 def _key(shelf: Encoded, row: int, *, content: bool) -> bytes:
-    """SHA-256 of a file or, where not all can be read again, of its name."""
+    """SHA-256 of the file's content or, if not all files can be read again, of its name."""
     if not content:
         return hashlib.sha256(os.fsencode(shelf.name(row))).digest()
     with shelf.open(row) as file:
         return hashlib.sha256(file.read()).digest()
 
 
-def _refuse_sizes(what: str, first: str, its: Sequence[int], other: str, size: Sequence[int]) -> None:
-    """Images of two sizes, width and height in pixels, are refused."""
-    one, another = ("x".join(map(str, sides)) for sides in (its, size))
+def _refuse_sizes(source: str, first: str, first_size: Sequence[int], other: str, other_size: Sequence[int]) -> None:
+    """Refuse images of two sizes (width, height) in pixels."""
+    first_sides, other_sides = ("x".join(map(str, sides)) for sides in (first_size, other_size))
     raise UserError(
-        f"{what}: its images have several sizes ({first} is {one}, {other} {another}); set data.size=64, or another side to resize them to"
+        f"{source}: its images have several sizes ({first} is {first_sides}, {other} {other_sides}); "
+        "set data.size=64, or another side to resize them to"
     )
 
 
@@ -268,7 +275,7 @@ def _header(shelf: Encoded, row: int, *, turned: bool) -> Header | Broken:
 
 
 def _deeper(image: ImageFile.ImageFile) -> str:
-    """What an image has in the place of 8 bits a channel, which Pillow would cut to these or misread without a word; else empty."""
+    """What an image has instead of 8 bits per channel; empty if it has those. Pillow would cut or misread other values silently."""
     stored = re.search(r"\w+;16[BLN]", str([tile[3] for tile in image.tile[:1]]))
     mode = stored[0] if stored else image.mode
     if stored or mode.startswith(("I", "F")):
@@ -283,14 +290,14 @@ def _deeper(image: ImageFile.ImageFile) -> str:
 
 
 def _upright(image: Image.Image) -> tuple[int, int]:
-    """The size of an image once it is turned; only one that lies on its side is decoded for it, for Pillow may have turned a TIFF's."""
+    """The size of an image once it is upright. Only one that lies on its side is decoded, because Pillow may have turned a TIFF's."""
     if image.width == image.height or image.getexif().get(ExifTags.Base.Orientation) not in ON_ITS_SIDE:
         return image.size
     return ImageOps.exif_transpose(image).size
 
 
 def _in_threads(work: Callable[[int], T], rows: Sequence[int], done: str, remarks: Remarks) -> list[T]:
-    """``work`` of every row; every few seconds it is said how many are done."""
+    """``work(row)`` of every row, in order. Every few seconds ``remarks`` say how many are done."""
     last = time.monotonic()
 
     def tell(count: int) -> None:

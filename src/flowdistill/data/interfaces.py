@@ -1,4 +1,4 @@
-"""What training asks of images, wherever they come from."""
+"""The interfaces through which training sees images, wherever they come from."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from torch import Tensor
 from ..types import Batch, DataSpec
 from .normalisation import Normalisation
 
-BATCH = 500  # images of a forward pass where a network is measured on a CPU
+BATCH = 500  # images per forward pass when a network is measured on a CPU
 BATCH_GPU = 2000  # on a GPU, which 500 small ones leave idle
-BATCH_PIXELS = BATCH << 13  # where they are large: 81 of 224x224
+BATCH_PIXELS = BATCH << 13  # fewer images if they are large: 81 of 224x224
 
 
 def at_once(height: int, width: int, device: torch.device) -> int:
-    """Images of this size that a network is measured on in one pass."""
+    """How many images of this size a network is measured on in one pass."""
     most = BATCH if device.type != "cuda" else BATCH_GPU
     return max(1, min(most, BATCH_PIXELS // (height * width)))
 
 
 class EvalSet(Protocol):
-    """Labelled images that a network is measured on: the same in the same order at every pass, neither cropped nor mirrored at random."""
+    """Labelled images that a network is measured on: at every pass the same in the same order, neither cropped nor mirrored at random."""
 
     def __len__(self) -> int:
         """How many there are."""
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images float32 [B, C, H, W] as networks take them, and labels [B], on the device; the last batch may be smaller."""
+        """Yield images float32 [B, C, H, W], as networks take them, and labels [B], on the device. The last batch may be smaller."""
 
 
 class Supply(Protocol):
-    """One data set under one split: shared by all batches of a cohort.
+    """One data set under one split, shared by all batches of a cohort.
 
     Attributes:
-        epoch_images: what every epoch is measured on: ``test`` of a full run, the held-out tenth of a holdout run.
+        epoch_images: the images that every epoch is measured on: ``test`` of a full run, the held-out tenth of a holdout run.
     """
 
     epoch_images: EvalSet
@@ -55,15 +55,15 @@ class Supply(Protocol):
 
     @property
     def normalisation(self) -> Normalisation:
-        """What was done to the pixels; it travels in the student's file."""
+        """The normalisation of the pixels; it is saved in the student's file."""
 
     @property
     def labels(self) -> Tensor:
-        """[n] of the training images, in the order of ``Batch.indices``; ``NO_LABEL`` for those that have none."""
+        """The labels [n] of the training images, indexed by ``Batch.indices``; ``NO_LABEL`` for those that have none."""
 
     @property
     def train_eval(self) -> EvalSet:
-        """The training images that have a label, as they are."""
+        """The labelled training images, neither cropped nor mirrored."""
 
     @property
     def test(self) -> EvalSet:
@@ -73,14 +73,15 @@ class Supply(Protocol):
         """The batches of one seed."""
 
     def remarks(self) -> list[str]:
-        """What is to be told of the images when they were trained on, a line each."""
+        """Remarks on the images, one per line, for the user after training."""
 
 
 class Batches(Protocol):
     """The batches of one seed: every student of that seed sees the same images in the same order, cropped and mixed alike.
 
     Attributes:
-        smallest_batch: images of the smallest batch, as far as it is known before an epoch.
+        steps: batches per epoch.
+        smallest_batch: images in the smallest batch, as far as it is known before an epoch.
     """
 
     seed: int
@@ -93,17 +94,17 @@ class Batches(Protocol):
         """Where they come from."""
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Batch]]:
-        """The epoch's batches, a function of (seed, epoch) alone: images float32 [B, C, H, W] and what the step knows beside them."""
+        """Yield the epoch's batches, a function of (seed, epoch) alone: images float32 [B, C, H, W], and their ``Batch``."""
 
     def with_labels(self) -> Batches:
-        """The same batches, but for those that are mixed without labels: these as they were before."""
+        """The same batches with their labels: not mixed, if mixing takes the labels away."""
 
     def close(self) -> None:
-        """Let go of what is kept between epochs; the next epoch makes it anew."""
+        """Free what is kept between epochs. The next epoch makes it anew."""
 
 
 class First:
-    """The first few images of others."""
+    """The first ``count`` images of a set."""
 
     def __init__(self, whole: EvalSet, count: int) -> None:
         self.whole, self.count = whole, min(count, len(whole))

@@ -1,4 +1,4 @@
-"""Images that are decoded when they are asked for, one by one: of files, of the rows of a table, or of an array."""
+"""Images that are decoded on demand, one by one: from files, rows of a table, or an array."""
 
 from __future__ import annotations
 
@@ -34,41 +34,41 @@ class Broken(NamedTuple):
 
 
 class Shelf(Protocol):
-    """Where images lie, by row. It travels to the processes that decode."""
+    """Where images are stored, by row. It is sent to the processes that decode."""
 
     def name(self, row: int) -> str:
-        """As messages name an image."""
+        """The name of an image in messages."""
 
     def identity(self, row: int) -> str:
-        """What tells an image from another before it is decoded."""
+        """A string that tells an image from others before it is decoded."""
 
     def image(self, row: int, channels: int) -> Image.Image:
-        """The image upright, grey or RGB. Raises anything where it can't be read."""
+        """The image, upright, grey or RGB. It may raise anything if it can't be read."""
 
 
 class Encoded(Shelf, Protocol):
     """A shelf of image files, on disk or elsewhere."""
 
     def open(self, row: int) -> BinaryIO:
-        """An image's file."""
+        """Open an image's file."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """Image files of one folder. ``names``, encoded as the system does, are relative to it."""
+    """Image files of one folder. ``names`` are relative to it, in the encoding of the file system."""
 
     root: str
     names: npt.NDArray[np.bytes_]  # an array, for a list would be copied into every process
 
     def path(self, row: int) -> Path:
-        """Where a file is."""
+        """The path of a file."""
         return Path(self.root, self.name(row))
 
     def name(self, row: int) -> str:  # noqa: D102
         return os.fsdecode(self.names[row])
 
     def identity(self, row: int) -> str:
-        """Name and bytes."""
+        """Name and number of bytes."""
         return f"{self.name(row)}\0{self.path(row).stat().st_size}"
 
     def open(self, row: int) -> BinaryIO:  # noqa: D102
@@ -97,18 +97,18 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """Images of a data set that are not held in memory. Indexed, they are decoded as they are evaluated: uint8 [n, H, W, C].
+    """Images of a data set that are not held in memory. Indexing decodes them, as they are evaluated: uint8 [n, H, W, C].
 
     Attributes:
-        what: the data set, as messages name it.
-        shelf, rows: where they lie.
+        source: the data set, as messages name it.
+        shelf, rows: where they are stored.
         labels: [n] their classes.
-        sides: (H, W, C) of one.
-        size: the short side that they are resized to before the middle is cut out; None where they are taken as they are.
-        skip_broken: one that can't be decoded is replaced by the next of its class, and not refused.
+        sides: (H, W, C) of an image.
+        size: the short side that they are resized to before the middle is cut out; None if they are taken as they are.
+        skip_broken: whether an image that can't be decoded is replaced by the next of its class. Default: it is refused.
     """
 
-    what: str
+    source: str
     shelf: Shelf
     rows: Labels
     labels: Labels
@@ -124,35 +124,38 @@ class Pictures:
         """(n, H, W, C), as an array's."""
         return len(self.rows), *self.sides
 
-    def __getitem__(self, places: slice | npt.NDArray[np.int64]) -> Images:
+    def __getitem__(self, positions: slice | npt.NDArray[np.int64]) -> Images:
         with quiet():
-            return np.stack(in_threads(lambda place: self.shown(place, self.middle)[0], np.arange(len(self))[places].tolist()))
+            chosen = np.arange(len(self))[positions].tolist()
+            return np.stack(in_threads(lambda position: self.shown(position, self.middle)[0], chosen))
 
-    def part(self, places: Labels) -> Pictures:
-        """Those at these places."""
-        return replace(self, rows=self.rows[places], labels=self.labels[places])
+    def part(self, positions: Labels) -> Pictures:
+        """The images at these positions; nothing is decoded."""
+        return replace(self, rows=self.rows[positions], labels=self.labels[positions])
 
     def middle(self, image: Image.Image) -> Image.Image:
         """An image as it is evaluated."""
         return image if self.size is None else square(image, self.size)
 
-    def shown(self, place: int, show: Callable[[Image.Image], Image.Image]) -> tuple[Images, list[str]]:
-        """What ``show`` makes of an image, uint8 [H, W, C], and the names of those that could not be decoded in its place.
+    def shown(self, position: int, show: Callable[[Image.Image], Image.Image]) -> tuple[Images, list[str]]:
+        """What ``show`` makes of the image at a position, uint8 [H, W, C], and the names of images that could not be decoded.
+
+        With ``skip_broken``, the next of its class is shown if the image can't be decoded.
 
         Raises:
-            UserError: it can't be decoded, or has other sides than its header said.
+            UserError: the image can't be decoded, or has other sides than its header said, and none replaces it.
         """
         passed: list[Broken] = []
-        for other in self._in_place_of(place):
-            found = or_broken(self.shelf.name(self.rows[other]), lambda: self._pixels(self.rows[other], show))  # noqa: B023
-            if not isinstance(found, Broken):
-                return found, [broken.name for broken in passed]
-            passed.append(found)
+        for other in self._in_place_of(position):
+            result = or_broken(self.shelf.name(self.rows[other]), lambda: self._pixels(self.rows[other], show))  # noqa: B023
+            if not isinstance(result, Broken):
+                return result, [broken.name for broken in passed]
+            passed.append(result)
             if not self.skip_broken:
                 break
         name, why = passed[0]
         cure = "no image of its class can be" if self.skip_broken else "mend it, or replace such images with --set data.skip_broken=true"
-        raise UserError(f"{self.what}: {name} can't be decoded ({why}); {cure}")
+        raise UserError(f"{self.source}: {name} can't be decoded ({why}); {cure}")
 
     def _pixels(self, row: int, show: Callable[[Image.Image], Image.Image]) -> Images:
         pixels = np.asarray(show(self.shelf.image(row, self.sides[2])))
@@ -161,22 +164,22 @@ class Pictures:
             raise ValueError(f"{pixels.shape[1]}x{pixels.shape[0]} pixels where others have {self.sides[1]}x{self.sides[0]}")
         return pixels
 
-    def _in_place_of(self, place: int) -> Iterator[int]:
-        """An image's place, then those after it of its class, and round again."""
-        yield place
-        alike = np.flatnonzero(self.labels == self.labels[place])
-        yield from alike[alike > place].tolist()
-        yield from alike[alike < place].tolist()
+    def _in_place_of(self, position: int) -> Iterator[int]:
+        """The position of an image, then those of its class after it, and then those before it."""
+        yield position
+        alike = np.flatnonzero(self.labels == self.labels[position])
+        yield from alike[alike > position].tolist()
+        yield from alike[alike < position].tolist()
 
 
 def decode(file: BinaryIO, channels: int) -> Image.Image:
-    """An image file: turned as its EXIF says, grey or RGB."""
+    """Decode an image file: upright as its EXIF says, grey or RGB."""
     with Image.open(file, formats=FORMATS) as opened:
         return ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
-    """The middle of an image whose short side is resized to ``size``: the pixels of torchvision's Resize and CenterCrop."""
+    """Resize the short side of an image to ``size`` and cut out the middle: the pixels of torchvision's Resize and CenterCrop."""
     width, height = (size * side // min(image.size) for side in image.size)
     if width * height > LARGEST_IMAGE:
         raise ValueError(f"{image.width}x{image.height} pixels, too long and thin to be resized to {size}")
@@ -188,7 +191,7 @@ def or_broken(name: str, read: Callable[[], T]) -> T | Broken:
     """What is read, or why it can't be.
 
     Raises:
-        OSError, MemoryError: the machine has no memory or descriptors left, which is no fault of the image.
+        OSError, MemoryError: the machine has no memory or descriptors left; that is no fault of the image.
     """
     try:
         return read()
@@ -203,14 +206,14 @@ def or_broken(name: str, read: Callable[[], T]) -> T | Broken:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without Pillow's warnings, on metadata and sizes; what can't be decoded is an error."""
+    """Ignore Pillow's warnings, on metadata and sizes: an image that can't be decoded is an error anyway."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def in_threads(work: Callable[[int], T], numbers: Sequence[int], tell: Callable[[int], None] = lambda _: None) -> list[T]:
-    """``work`` of every number, in order. ``tell`` hears every now and then how many are done."""
+    """``work(number)`` of every number, in order. ``tell`` gets the count of those that are done, every ``BATCH`` of them."""
     pool, results = ThreadPoolExecutor(os.cpu_count()), list[T]()
     batches = [numbers[start : start + BATCH] for start in range(0, len(numbers), BATCH)]
     try:

@@ -18,10 +18,11 @@ SHOWN = 10  # names of a list that a message shows
 
 
 def own_names(dataset: Any) -> Names:
-    """How a data set itself names its classes; nothing where it does not.
+    """The names that a data set itself gives its classes; empty if it gives none.
 
-    ``class_to_idx`` says which number a name has, as torchvision's and timm's have it. Where it lists other names than ``classes``, the
-    latter are by number. Of a Hugging Face data set the one column of type ClassLabel.
+    They are those of ``class_to_idx`` (name to number), as torchvision's and timm's data sets have it. If that lists other names than
+    ``classes``, they are ``classes``, in the order of the numbers. For a Hugging Face data set, they are those of the one column of type
+    ClassLabel.
     """
     listed = getattr(dataset, "classes", None)
     names = dict(enumerate(map(str, listed))) if isinstance(listed, list | tuple) else {}
@@ -40,7 +41,7 @@ def own_names(dataset: Any) -> Names:
 
 
 def names_below(dataset: Any) -> Iterator[Names]:
-    """The names that a data set has, or those of what it is made of: of a subset, of several put together, or of what it wraps."""
+    """Yield the names that a data set has, or those of the data sets that it is made of: a subset, several put together, or a wrapper."""
     for _ in range(100):  # one that holds itself has no end
         if names := own_names(dataset):
             yield names
@@ -54,7 +55,7 @@ def names_below(dataset: Any) -> Iterator[Names]:
 
 
 def in_order(dataset: Any) -> tuple[str, ...]:
-    """The names of ``classes`` by number, below subsets; empty where a data set has none."""
+    """The names of a data set's ``classes`` in the order of their numbers, below subsets; empty if it has none."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     listed = getattr(dataset, "classes", None)
@@ -65,32 +66,33 @@ def in_order(dataset: Any) -> tuple[str, ...]:
 
 
 def refuse_other_names(sources: Sequence[tuple[str, Names]]) -> None:
-    """Compare what sources name, each with every other: a number has one name, and a name one number. One may name fewer classes.
+    """Refuse sources that give a class number two names, or a name two numbers. A source may name fewer classes than another.
 
     Raises:
-        UserError: the first two that differ, with both lists.
+        UserError: two sources differ; the message has the first two that do, and both lists.
     """
-    distinct = {(what, tuple(sorted(names.items()))): names for what, names in sources}
-    for ((one, _), ours), ((other, _), theirs) in combinations(distinct.items(), 2):
-        number = _first_difference(ours, theirs)
+    distinct = {(source, tuple(sorted(names.items()))): names for source, names in sources}
+    for ((first, _), first_names), ((second, _), second_names) in combinations(distinct.items(), 2):
+        number = _first_difference(first_names, second_names)
         if number is not None:
-            places = (one, other) if one != other else (f"one data set of {one}", "another")
-            said = " and ".join(f"{_said(names, number)} in {where}" for names, where in zip((ours, theirs), places, strict=True))
-            lists = " against ".join(map(_listed, (ours, theirs)))
+            origins = (first, second) if first != second else (f"one data set of {first}", "another")
+            pair = zip((first_names, second_names), origins, strict=True)
+            clash = " and ".join(f"{_quoted(names, number)} in {origin}" for names, origin in pair)
+            lists = " against ".join(map(_listed, (first_names, second_names)))
             cure = "number both alike, and let classes or class_to_idx of the data sets say so"
-            raise UserError(f"class {number} is {said} ({lists}); {cure}")
+            raise UserError(f"class {number} is {clash} ({lists}); {cure}")
 
 
-def _first_difference(ours: Names, theirs: Names) -> int | None:
-    """The first number with two names, or else the first whose name stands only under another number there."""
-    both = sorted(ours.keys() & theirs.keys())
-    agreed = {ours[number] for number in both if ours[number] == theirs[number]}
-    shared = {*ours.values()} & {*theirs.values()} - agreed
-    lone = sorted(number for number, name in {**ours, **theirs}.items() if number not in both and name in shared)
-    return next((number for number in both if ours[number] != theirs[number]), lone[0] if lone else None)
+def _first_difference(first: Names, second: Names) -> int | None:
+    """The first number with two names, or else the first whose name has only another number in the other source."""
+    both = sorted(first.keys() & second.keys())
+    agreed = {first[number] for number in both if first[number] == second[number]}
+    shared = {*first.values()} & {*second.values()} - agreed
+    lone = sorted(number for number, name in {**first, **second}.items() if number not in both and name in shared)
+    return next((number for number in both if first[number] != second[number]), lone[0] if lone else None)
 
 
-def _said(names: Names, number: int) -> str:
+def _quoted(names: Names, number: int) -> str:
     return repr(names[number]) if number in names else "none"
 
 

@@ -1,4 +1,4 @@
-"""Which images of a data set are trained on: fixed choices, the same for every run."""
+"""Which images of a data set are trained on: a fixed choice, the same for every run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HOLDOUT_PART = 10  # a tenth of each class is held out
 
 
 def stratified(labels: Labels, part: int, whole: int, *, least: int = 0) -> Labels:
-    """Positions of a fixed random choice among labelled images: of each class ``part`` in ``whole``, rounded half up, ``least`` or more."""
+    """Positions of a fixed random choice of images: ``part``/``whole`` of each class, rounded half up, and at least ``least``."""
     chance = np.random.default_rng(CHOICE_SEED)
     chosen = []
     for label in np.unique(labels):
@@ -21,7 +21,7 @@ def stratified(labels: Labels, part: int, whole: int, *, least: int = 0) -> Labe
 
 
 def holdout_positions(labels: Labels) -> Labels:
-    """Positions of the held-out tenth of a training set: of each class the same share, rounded half up, the same for every run."""
+    """Positions of the held-out images of a training set: a tenth of each class, rounded half up, the same for every run."""
     return stratified(labels, 1, HOLDOUT_PART)
 
 

@@ -31,32 +31,32 @@ LOST = 74  # exit status of a process whose batch was lost: EX_IOERR
 
 
 class Pixels:
-    """An array that torch's DataLoader pins as it pins a tensor, in its own thread."""
+    """An array that torch's DataLoader pins as it pins a tensor, in a thread of its own."""
 
     def __init__(self, array: npt.NDArray[np.uint8]) -> None:
         self.tensor: Tensor | None = None
         self.array = array
 
     def pin_memory(self) -> Pixels:
-        """With its numbers in page-locked memory, from which a GPU copies them while it computes."""
+        """Move the values to page-locked memory, from which a GPU copies them while it computes."""
         self.tensor = torch.from_numpy(self.array).pin_memory()
         return self
 
     def on(self, device: torch.device) -> Tensor:
-        """The numbers on a device."""
+        """The values on a device."""
         return (torch.from_numpy(self.array) if self.tensor is None else self.tensor).to(device, non_blocking=True)
 
 
 class Decoded(NamedTuple):
     """A batch as a process sends it.
 
-    It goes through a pipe, as an array. A tensor would go through shared memory, of which a container has 64 MB by default, and through
-    a file descriptor each. Where either runs out, torch loses the batch in a thread of the process, and who waits for it waits for ever.
+    It goes through a pipe, as an array. A tensor would need shared memory, of which a container has 64 MB by default, and a file
+    descriptor. If either runs out, torch loses the batch in a thread of the process, and the reader waits for ever.
 
     Attributes:
         pixels: uint8 [B, H, W, C].
         replaced: names of images that could not be decoded.
-        wrong: what ends the pass, else empty; an exception would come with a traceback.
+        wrong: the error that ends the pass, else empty. An exception would come with a traceback.
     """
 
     pixels: Pixels
@@ -65,18 +65,18 @@ class Decoded(NamedTuple):
 
 
 class Shot(NamedTuple):
-    """An image as one epoch shows it."""
+    """The image at a position of the data set, as one epoch shows it."""
 
     epoch: int
-    place: int
+    position: int
 
 
 @dataclass(frozen=True)
 class Decoder(Dataset[Decoded]):
-    """What a worker process does: a batch of images uint8 [B, H, W, C], each a function of (seed, epoch, place) alone.
+    """The work of a process: it decodes batches uint8 [B, H, W, C]. Each image is a function of (seed, epoch, position) alone.
 
     Attributes:
-        resized: a random box of the decoded image is enlarged (Inception crop); else it is shown as it is evaluated.
+        resized: whether a random box of the image is enlarged (Inception crop). Default: it is shown as it is evaluated.
         randaugment: the magnitude of RandAugment's operations, 0 to 30.
     """
 
@@ -86,19 +86,19 @@ class Decoder(Dataset[Decoded]):
     randaugment: int | None = None
 
     def __getitem__(self, shots: Sequence[Shot]) -> Decoded:
-        """The batch."""
+        """Decode a batch."""
         pixels, passed = [], list[str]()
         try:
             with quiet():
                 for shot in shots:
-                    image, broken = self.pictures.shown(shot.place, functools.partial(self._show, shot))
+                    image, broken = self.pictures.shown(shot.position, functools.partial(self._show, shot))
                     pixels.append(image)
                     passed += broken
                 return Decoded(Pixels(np.stack(pixels)), passed)
         except UserError as error:
             wrong = str(error)
         except (OSError, MemoryError) as error:
-            wrong = f"{self.pictures.what}: {first_line(error)}; {shortage(error) or 'mend that'}"
+            wrong = f"{self.pictures.source}: {first_line(error)}; {shortage(error) or 'mend that'}"
         return Decoded(Pixels(np.empty(0, np.uint8)), [], wrong)
 
     def _show(self, shot: Shot, image: Image.Image) -> Image.Image:
@@ -108,11 +108,11 @@ class Decoder(Dataset[Decoded]):
         else:
             from torchvision.transforms.v2.functional import resized_crop
 
-            chance = generator(self.seed, f"box {shot.place}", shot.epoch)
+            chance = generator(self.seed, f"box {shot.position}", shot.epoch)
             box = boxes(1, (image.height, image.width), chance)[0].tolist()
             image = resized_crop(image, *box, size=list(self.pictures.sides[:2]))
         if self.randaugment is not None:
-            with seeded(self.seed, f"randaugment {shot.place}", shot.epoch):
+            with seeded(self.seed, f"randaugment {shot.position}", shot.epoch):
                 image = _randaugment(self.randaugment)(image)
         return image
 
@@ -138,10 +138,10 @@ class _Orders(Sampler[Sequence[Shot]]):
 
 
 class Workers:
-    """Processes that decode ahead of the device; they are kept between passes.
+    """Processes that decode ahead of the device. They are kept between passes.
 
     Args:
-        count: of processes; 0 decodes in this one, None takes what the machine has.
+        count: number of processes. 0 decodes in this process, None takes one per core, at most eight.
         replaced: gets the names of images that could not be decoded.
     """
 
@@ -152,7 +152,7 @@ class Workers:
         self._loader: DataLoader[Decoded] | None = None
 
     def batches(self, orders: Sequence[Sequence[Shot]]) -> Iterator[Tensor]:
-        """These batches, uint8 [B, H, W, C] on the device.
+        """Yield these batches, uint8 [B, H, W, C] on the device.
 
         Raises:
             UserError: an image can't be decoded, or a process was killed.
@@ -160,11 +160,11 @@ class Workers:
         self._orders.batches = orders
         if self._loader is None:
             self._loader = self._start()
-        for found in self._loaded(self._loader):
-            if found.wrong:
-                raise UserError(found.wrong)
-            self.replaced.update(found.replaced)
-            yield found.pixels.on(self.device)
+        for batch in self._loaded(self._loader):
+            if batch.wrong:
+                raise UserError(batch.wrong)
+            self.replaced.update(batch.replaced)
+            yield batch.pixels.on(self.device)
 
     def close(self) -> None:
         """End the processes."""
@@ -184,7 +184,7 @@ class Workers:
         )
 
     def _loaded(self, loader: DataLoader[Decoded]) -> Iterator[Decoded]:
-        """A process that dies is noticed where its batch is awaited, not by torch's handler, which raises wherever this process just is."""
+        """Yield the batches. A process that dies is noticed here, not by torch's handler, which raises wherever this process just is."""
         try:
             before = signal.getsignal(signal.SIGCHLD)
             batches = self._started(loader)
@@ -195,8 +195,9 @@ class Workers:
             if "DataLoader worker" not in str(error):
                 raise
             self.close()
-            what = self.decoder.pictures.what
-            raise UserError(f"{what}: a process that decodes was killed ({first_line(error)}); resume with fewer --workers, or 0") from None
+            source = self.decoder.pictures.source
+            why = first_line(error)
+            raise UserError(f"{source}: a process that decodes was killed ({why}); resume with fewer --workers, or 0") from None
 
     def _started(self, loader: DataLoader[Decoded]) -> Iterator[Decoded]:
         try:
@@ -206,18 +207,16 @@ class Workers:
             for frame, _ in walk_tb(error.__traceback__):
                 if isinstance(half_made := frame.f_locals.get("self"), _MultiProcessingDataLoaderIter):
                     half_made._shutdown = True  # else torch ends it, finds half of it missing, and prints a traceback
-            what = self.decoder.pictures.what
-            raise UserError(f"{what}: processes that decode can't be started ({first_line(error)}); use fewer --workers, or 0") from None
+            source = self.decoder.pictures.source
+            raise UserError(f"{source}: processes that decode can't be started ({first_line(error)}); use fewer --workers, or 0") from None
 
 
-def _as_it_is(found: Any) -> Any:
-    return found
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _end_with_what_is_lost(_: int) -> None:
-    """In a process that decodes: where a batch can't be sent, Python tells that on stderr and goes on without it. Who waits for it must
-    know, so the process ends.
-    """
+    """End a process that can't send a batch. Python would write that to stderr and go on; the reader, which waits, must know."""
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
 
 
@@ -239,6 +238,6 @@ class StreamedSet:
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """As ``EvalSet`` says."""
         starts = range(0, len(self), self._size)
-        orders = [[Shot(0, place) for place in range(start, min(start + self._size, len(self)))] for start in starts]
+        orders = [[Shot(0, position) for position in range(start, min(start + self._size, len(self)))] for start in starts]
         for start, images in zip(starts, self._workers.batches(orders), strict=True):
             yield self.normalise(images), self.labels[start : start + self._size]

@@ -1,4 +1,4 @@
-"""Loaders given from Python, as training and measuring see them."""
+"""User loaders given from Python, as training and measuring see them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class UserLoaderSet:
         """As ``EvalSet`` says.
 
         Raises:
-            UserError: another number of images than on the first pass, or values that are not finite.
+            UserError: the number of images differs from the first pass, or a value is not finite.
         """
         count, finite = 0, Finite(VAL)
         for batch in drawn(self.data.val, 0, VAL, 0):
@@ -81,7 +81,7 @@ class UserLoaderSupply:
 
 
 class UserBatches:
-    """The batches of a loader; the places of their images in an epoch are their indices."""
+    """The batches of a loader. The index of an image is its position in the epoch."""
 
     def __init__(self, data: UserLoaderSupply, seed: int) -> None:
         self.data, self.seed = data, seed
@@ -89,25 +89,25 @@ class UserBatches:
         self.smallest_batch = smallest(data.data.train, self.batch_size)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Batch]]:
-        """The epoch's batches.
+        """Yield the epoch's batches.
 
         Raises:
-            UserError: other batches than the first one was, values that are not finite, or another number of batches than the loader's
-                length.
+            UserError: a batch has images of another size or labels beyond the classes, a value is not finite, or the number of batches is
+                not the loader's length.
         """
-        device, given, finite = self.data.device, self.data.data, Finite(TRAIN, epoch)
-        number, step, place = torch.tensor(epoch, device=device), 0, 0
-        for step, batch in enumerate(drawn(given.train, self.seed, TRAIN, epoch), 1):
+        device, loaders, finite = self.data.device, self.data.data, Finite(TRAIN, epoch)
+        number, step, start = torch.tensor(epoch, device=device), 0, 0
+        for step, batch in enumerate(drawn(loaders.train, self.seed, TRAIN, epoch), 1):
             if step > self.steps:
                 break
-            images, labels = _placed(checked(batch, TRAIN), given, device, finite)
-            yield images, Batch(labels, torch.arange(place, place + len(labels), device=device), number)
-            place += len(labels)
+            images, labels = _placed(checked(batch, TRAIN), loaders, device, finite)
+            yield images, Batch(labels, torch.arange(start, start + len(labels), device=device), number)
+            start += len(labels)
         finite.end()
         if step != self.steps:
-            what = "more" if step > self.steps else f"{step}"
+            count = "more" if step > self.steps else f"{step}"
             cure = f"give it the right length; it must {EVERY_PASS}"
-            raise UserError(f"{TRAIN}: it gave {what} batches in epoch {epoch + 1}, its length is {self.steps}; {cure}")
+            raise UserError(f"{TRAIN}: it gave {count} batches in epoch {epoch + 1}, its length is {self.steps}; {cure}")
 
     def with_labels(self) -> UserBatches:
         """As ``Batches`` says."""

@@ -1,7 +1,7 @@
-"""Loaders given from Python: their batches as they come, under a name for what they hold.
+"""Loaders given from Python, as a data set whose name tells what they hold.
 
-A loader decides order, augmentation and normalisation. What it draws from the generators of torch, numpy and Python is made a function of
-(seed, epoch).
+Their batches are taken as they come: a loader decides order, augmentation and normalisation. What it draws from the generators of torch,
+numpy and Python is made a function of (seed, epoch).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ IN_MEMORY: dict[str, UserLoaderData] = {}
 
 
 class Python:
-    """Python's own generator, called as the others are."""
+    """Python's own generator, with the methods of the others."""
 
     get_state, set_state = staticmethod(random.getstate), staticmethod(random.setstate)
 
@@ -44,10 +44,10 @@ class UserLoaderData(ImageData):
 
     Attributes:
         train, val: the loaders.
-        size: channels, height and width of an image.
-        counts: images to train on and to measure on.
-        batch_size: images of the first batch.
-        told: the hash of what is known of them.
+        size: (C, H, W) of an image.
+        counts: numbers of images to train on and to measure on.
+        batch_size: images in the first batch.
+        known_hash: the hash that ``adopt`` computes of them.
     """
 
     train: Any
@@ -55,7 +55,7 @@ class UserLoaderData(ImageData):
     size: tuple[int, int, int]
     counts: tuple[int, int]
     batch_size: int
-    told: str
+    known_hash: str
 
     @property
     def spec(self) -> DataSpec:
@@ -65,21 +65,23 @@ class UserLoaderData(ImageData):
     @cached_property
     def hash(self) -> str:
         """See ``adopt``."""
-        return self.told
+        return self.known_hash
 
 
 def adopt(train: Any, val: Any, classes: int | None = None) -> UserLoaderData:
-    """Two loaders as a data set, from one pass over that of the test images and the first batch of the other.
+    """Make a data set of two loaders: it reads all of ``val`` and the first batch of ``train``.
 
-    Its hash covers the first batch of both, as seed 0 draws it, all labels of ``val``, the numbers of images and batches, what data sets
-    and their transforms print of themselves, and the indices, ``targets`` and ``tensors`` that these hold: not the pixels of all images.
+    Its hash covers the first batch of both, as seed 0 draws it, all labels of ``val``, the numbers of images and batches, what the data
+    sets and their transforms print of themselves, and the indices, ``targets`` and ``tensors`` that they hold. It does not cover the pixels
+    of all images.
 
     Args:
         train, val: iterables with a length that give (images float [B, C, H, W], labels integer [B]).
-        classes: left out, those that a data set has names for (``classes``), or else the largest label of ``val`` and one more.
+        classes: number of classes. Default: as many as a data set has names for (``classes``), or else the largest label of ``val`` and
+            one more.
 
     Raises:
-        UserError: a loader gives something else, or nothing, or the two name classes otherwise.
+        UserError: a loader gives something else or nothing, or the two give classes different names.
     """
     steps, _ = _steps(train, TRAIN), _steps(val, VAL)
     first, first_labels = checked(next(drawn(train, 0, TRAIN, 0), None), TRAIN)
@@ -88,8 +90,8 @@ def adopt(train: Any, val: Any, classes: int | None = None) -> UserLoaderData:
     finite.end()
     size = _size(first)
     shown, labels = _measured_on(val, size)
-    sets = [(what, getattr(loader, "dataset", None)) for what, loader in ((TRAIN, train), (VAL, val))]
-    refuse_other_names([(what, names) for what, dataset in sets for names in names_below(dataset)])
+    sets = [(source, getattr(loader, "dataset", None)) for source, loader in ((TRAIN, train), (VAL, val))]
+    refuse_other_names([(source, names) for source, dataset in sets for names in names_below(dataset)])
     names = next((names for _, dataset in sets if (names := in_order(dataset))), ())
     count = classes or len(names) or int(labels.max()) + 1
     for known in (first_labels, labels):
@@ -98,11 +100,11 @@ def adopt(train: Any, val: Any, classes: int | None = None) -> UserLoaderData:
     numbers = np.array([n_train, len(labels), steps, len(first), count])
     described = np.frombuffer(f"{_described(train)}\n{_described(val)}".encode(), np.uint8)
     begins = first.float().cpu().numpy(), first_labels.cpu().numpy()
-    told = digest(labels.numpy(), shown, *begins, numbers, described, *_held(train), *_held(val))
+    known_hash = digest(labels.numpy(), shown, *begins, numbers, described, *_held(train), *_held(val))
     _, height, width = size
     nothing = np.empty((0, height, width, size[0]), np.uint8)
     data = UserLoaderData(
-        name=f"{LOADER}:{told[:8]}",
+        name=f"{LOADER}:{known_hash[:8]}",
         x_train=nothing,
         y_train=np.full(n_train, NO_LABEL),
         x_test=nothing,
@@ -116,14 +118,14 @@ def adopt(train: Any, val: Any, classes: int | None = None) -> UserLoaderData:
         size=size,
         counts=(n_train, len(labels)),
         batch_size=len(first),
-        told=told,
+        known_hash=known_hash,
     )
     IN_MEMORY[data.name] = data
     return data
 
 
 def _measured_on(val: Any, size: tuple[int, int, int]) -> tuple[npt.NDArray[np.float32], Tensor]:
-    """The first images of the test images' loader, and all labels."""
+    """The first batch of images of ``val``, and all its labels."""
     shown: npt.NDArray[np.float32] = np.empty(0, np.float32)
     parts: list[Tensor] = []
     finite = Finite(VAL)
@@ -139,32 +141,32 @@ def _measured_on(val: Any, size: tuple[int, int, int]) -> tuple[npt.NDArray[np.f
 
 
 def recall(name: str) -> UserLoaderData:
-    """The data set of loaders that were given in this process.
+    """The data set of loaders that were given from Python in this process.
 
     Raises:
-        UserError: it was another process.
+        UserError: they were given in another process.
     """
     if name not in IN_MEMORY:
         raise UserError(f"{name} was given from Python, and is in no file; give it from Python again")
     return IN_MEMORY[name]
 
 
-def _steps(loader: Any, what: str) -> int:
+def _steps(loader: Any, source: str) -> int:
     if isinstance(loader, Iterator):
-        raise UserError(f"{what}: {type(loader).__name__} is an iterator, gone through once; a loader must {EVERY_PASS}")
+        raise UserError(f"{source}: {type(loader).__name__} is an iterator, gone through once; a loader must {EVERY_PASS}")
     try:
         count = len(loader)
     except Exception as error:  # a data set that is a stream, or anyone's code
-        raise UserError(f"{what}: its number of batches is not known ({summary(error)}); give it a length") from None
+        raise UserError(f"{source}: its number of batches is not known ({summary(error)}); give it a length") from None
     if not count:
-        raise UserError(f"{what}: it has no batch; with drop_last its images may be fewer than batch_size")
+        raise UserError(f"{source}: it has no batch; with drop_last its images may be fewer than batch_size")
     return count
 
 
 def smallest(loader: Any, batch_size: int) -> int:
-    """Images of a loader's smallest batch, of which the first has ``batch_size``: of a list of batches that, of a DataLoader its last one.
+    """Images in a loader's smallest batch: of a list, its smallest; of a DataLoader, its last one, ``batch_size`` being that of the first.
 
-    Of another loader, or one whose batches are made by a sampler of its owner's, nobody knows before they are drawn.
+    For another loader, or a DataLoader with a user's own batch sampler, nobody knows before it is drawn; it is ``batch_size``.
     """
     if type(loader) in (list, tuple):
         return min(len(checked(batch, TRAIN)[1]) for batch in loader)
@@ -177,13 +179,13 @@ def smallest(loader: Any, batch_size: int) -> int:
 
 
 def drawn(loader: Any, seed: int, purpose: str, epoch: int) -> Iterator[Any]:
-    """A loader's batches. The generators that it draws from are lent to it, and are between two batches as they were."""
+    """Yield a loader's batches. It draws from seeded generators; between two batches they are as they were before."""
     owners = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
-    own = [found for owner in owners if isinstance(found := getattr(owner, "generator", None), torch.Generator)]
-    lent = dict.fromkeys([torch.default_generator, *own])
-    states: dict[Any, Any] = {one: generator(seed, f"{purpose} {place}", epoch).get_state() for place, one in enumerate(lent)}
-    own_seed = derive(seed, purpose, epoch)
-    states |= {np.random: np.random.RandomState(own_seed % 2**32).get_state(), Python: random.Random(own_seed).getstate()}
+    generators = [held for owner in owners if isinstance(held := getattr(owner, "generator", None), torch.Generator)]
+    lent = dict.fromkeys([torch.default_generator, *generators])
+    states: dict[Any, Any] = {rng: generator(seed, f"{purpose} {index}", epoch).get_state() for index, rng in enumerate(lent)}
+    derived_seed = derive(seed, purpose, epoch)
+    states |= {np.random: np.random.RandomState(derived_seed % 2**32).get_state(), Python: random.Random(derived_seed).getstate()}
     with _lending(states):
         batches = iter(loader)
     end = object()
@@ -197,33 +199,33 @@ def drawn(loader: Any, seed: int, purpose: str, epoch: int) -> Iterator[Any]:
 
 @contextmanager
 def _lending(states: dict[Any, Any]) -> Iterator[None]:
-    before = {one: one.get_state() for one in states}
-    for one, state in states.items():
-        one.set_state(state)
+    before = {rng: rng.get_state() for rng in states}
+    for rng, state in states.items():
+        rng.set_state(state)
     try:
         yield
     finally:
-        for one, state in before.items():
-            states[one] = one.get_state()
-            one.set_state(state)
+        for rng, state in before.items():
+            states[rng] = rng.get_state()
+            rng.set_state(state)
 
 
-def checked(batch: Any, what: str) -> tuple[Tensor, Tensor]:
-    """Images and labels of a batch; labels of any integer type are int64.
+def checked(batch: Any, source: str) -> tuple[Tensor, Tensor]:
+    """The images and labels of a batch. Labels of any integer type become int64.
 
     Raises:
-        UserError: it is something else.
+        UserError: the batch is something else.
     """
     wanted = "it must give (images float [B, C, H, W], labels integer [B])"
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
         kinds = ", ".join(type(part).__name__ for part in batch) if isinstance(batch, tuple | list) else type(batch).__name__
-        raise UserError(f"{what}: it gives ({kinds}); {wanted}")
+        raise UserError(f"{source}: it gives ({kinds}); {wanted}")
     images, labels = batch
     integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     fits = images.dim() == 4 and images.is_floating_point() and labels.dim() == 1 and integer
     if not fits or len(images) != len(labels) or not len(labels):
         kinds = ", ".join(f"{str(part.dtype).removeprefix('torch.')} {list(part.shape)}" for part in batch)
-        raise UserError(f"{what}: it gives ({kinds}); {wanted}")
+        raise UserError(f"{source}: it gives ({kinds}); {wanted}")
     return images, labels.long()
 
 
@@ -231,37 +233,38 @@ def refuse_other_sizes(images: Tensor, size: tuple[int, int, int]) -> None:
     """Refuse images of another size than the first.
 
     Raises:
-        UserError: they are.
+        UserError: they have another size.
     """
     if _size(images) != size:
-        one, other = ("x".join(map(str, sides)) for sides in (size, _size(images)))
-        raise UserError(f"the loaders give images of {one} and of {other}; give all one size")
+        first, other = ("x".join(map(str, sides)) for sides in (size, _size(images)))
+        raise UserError(f"the loaders give images of {first} and of {other}; give all one size")
 
 
 def refuse_other_labels(
     labels: Tensor, classes: int, *, least: int = 0, what: str = "the loaders give", other: str = "give classes="
 ) -> None:
-    """Refuse labels below ``least`` or beyond the classes; those that are on a device already are not waited for.
+    """Refuse labels below ``least`` or beyond the classes. Labels on a device are not looked at: that would wait for it.
 
     Raises:
-        UserError: the first of them.
+        UserError: there is such a label; the message has the first.
     """
     if labels.device.type == "cpu" and len(wrong := labels[(labels < least) | (labels >= classes)]):
         raise UserError(f"{what} label {int(wrong[0])}, of {classes} classes; labels are 0 to {classes - 1}, or {other}")
 
 
 class Finite:
-    """A look at the images of one pass through a loader: at those in the host's memory as they come, at those on a device after the
-    last, so that nothing waits for it.
+    """Checks that the images of one pass through a loader are finite.
+
+    Images in the host's memory are checked as they come, those on a device after the last batch, so that nothing waits for the device.
     """
 
-    def __init__(self, what: str, epoch: int | None = None) -> None:
-        self.what, self.when = what, "" if epoch is None else f" in epoch {epoch + 1}"
+    def __init__(self, source: str, epoch: int | None = None) -> None:
+        self.source, self.when = source, "" if epoch is None else f" in epoch {epoch + 1}"
         self._batches = 0
         self._later: list[tuple[str, Tensor]] = []
 
     def look(self, images: Tensor) -> None:
-        """Take the next batch.
+        """Check the next batch.
 
         Raises:
             UserError: an image holds a value that is not finite.
@@ -277,7 +280,7 @@ class Finite:
             self._refuse(int(broken), which)
 
     def end(self) -> None:
-        """After the last batch: the device is waited for.
+        """Check the batches on a device, after the last one; this waits for the device.
 
         Raises:
             UserError: as ``look``.
@@ -289,7 +292,7 @@ class Finite:
 
     def _refuse(self, broken: int, which: str) -> None:
         if broken:
-            raise UserError(f"{self.what}: {broken} {which} hold values that are not finite; mend them, or leave them out")
+            raise UserError(f"{self.source}: {broken} {which} hold values that are not finite; mend them, or leave them out")
 
 
 def _size(images: Tensor) -> tuple[int, int, int]:
@@ -306,7 +309,7 @@ def _dataset(loader: Any) -> Any:
 
 
 def _held(loader: Any) -> Iterator[npt.NDArray[Any]]:
-    """What a loader's data set holds as numbers: the places of a subset, labels, tensors."""
+    """Yield the numbers that a loader's data set holds: indices of a subset, labels, tensors."""
     dataset = getattr(loader, "dataset", None)
     while isinstance(dataset, Subset):
         yield np.asarray(dataset.indices)
@@ -318,7 +321,7 @@ def _held(loader: Any) -> Iterator[npt.NDArray[Any]]:
 
 
 def _described(loader: Any) -> str:
-    """What a loader's data set and its transform print, less addresses in memory."""
+    """What a loader's data set and its transform print, without addresses in memory."""
     dataset = _dataset(loader)
     printed = f"{type(loader).__name__} {dataset!r} {getattr(dataset, 'transform', None)!r}"
     return re.sub(r" at 0x[0-9a-f]+", "", printed)

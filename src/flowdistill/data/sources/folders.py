@@ -25,38 +25,39 @@ COLUMNS = ("path", "label", "split")
 
 @READERS.register("folder")
 def read_folder(config: DataConfig, remarks: Remarks) -> ImageData:
-    """Images in folders: ``PATH/train/CLASS`` beside ``PATH/test/CLASS`` or ``PATH/val/CLASS``, or ``PATH/CLASS`` alone.
+    """Read images in folders: ``PATH/train/CLASS`` beside ``PATH/test/CLASS`` or ``PATH/val/CLASS``, or ``PATH/CLASS`` alone.
 
-    Classes are numbered by their sorted names. Where both are there, ``test`` is read and ``val`` is not. Of ``PATH/CLASS`` alone a fifth
-    of each class is test (rounded half up, one at least): the files with the lowest SHA-256, whatever their names. Folders below a class
-    belong to it. Hidden files are ignored; files without an image's extension or outside of a class are left out, which is told.
+    Classes are numbered by their sorted names. If there are both test and val, ``test`` is read and ``val`` is not. If there is
+    ``PATH/CLASS`` alone, a fifth of each class is test (rounded half up, one at least): the files with the lowest SHA-256, whatever their
+    names. Folders below a class belong to it. Hidden files are ignored. Files without an image's extension or outside of a class are
+    left out, and ``remarks`` names them.
 
-    Images are turned as their EXIF orientation says, made grey or RGB (transparency is dropped), and, with ``data.size``, resized to
-    that short side (bilinear) and cut to a square in the middle. Without ``data.channels`` they are grey where every file is. Of an
-    animation the first image is read.
+    Images are turned as their EXIF orientation says and made grey or RGB; transparency is dropped. With ``data.size`` they are resized to
+    that short side (bilinear) and cut to a square in the middle. Without ``data.channels`` they are grey if every file is. Only the first
+    image of an animation is read.
 
     Raises:
-        UserError: no such folder, no class, an empty one or one that lacks a split, a link that leads outside or in a circle, images of
-            several sizes without ``data.size``, or files that can't be read without ``data.skip_broken``.
+        UserError: there is no such folder or no class; a class is empty or lacks a split; a link leads outside or in a circle; images have
+            several sizes without ``data.size``; or files can't be read without ``data.skip_broken``.
     """
-    what = config.name
-    root = _folder(what)
-    tree = _Tree(what, root)
+    source = config.name
+    root = _folder(source)
+    tree = _Tree(source, root)
     inner = tree.folders(root, (str(root),))
     for name in inner:
         meant = OTHER_WORDS.get(name.lower(), name.lower())
         if meant in SPLITS and name != meant:
-            raise UserError(f"{what}: {name}/ looks like a split; rename it to {meant}/, or use csv:FILE if it is a class")
+            raise UserError(f"{source}: {name}/ looks like a split; rename it to {meant}/, or use csv:FILE if it is a class")
     splits = [split for split in SPLITS if split in inner]
     if splits == ["train"]:
         raise UserError(
-            f"{what}: it has train/ but neither test/ nor val/; add one, or take a fifth of train with {what.rstrip('/')}/train"
+            f"{source}: it has train/ but neither test/ nor val/; add one, or take a fifth of train with {source.rstrip('/')}/train"
         )
     if splits and "train" not in splits:
-        raise UserError(f"{what}: it has {splits[-1]}/ but no train/; add that, or rename {splits[-1]}/ if it is a class")
+        raise UserError(f"{source}: it has {splits[-1]}/ but no train/; add that, or rename {splits[-1]}/ if it is a class")
     if splits:
         tree.left_out += [name for name in inner if name not in splits]
-        items = [item for split in _used(what, splits, remarks) for item in tree.split(inner[split], split)]
+        items = [item for split in _used(source, splits, remarks) for item in tree.split(inner[split], split)]
     else:
         items = list(tree.classes(inner, "", (str(root),)))
     data = assemble(config, root.name, items, _files(root, items), remarks)
@@ -66,60 +67,61 @@ def read_folder(config: DataConfig, remarks: Remarks) -> ImageData:
 
 @READERS.register("csv")
 def read_csv(config: DataConfig, remarks: Remarks) -> ImageData:
-    """Images that a CSV file lists: columns ``path`` (relative to the file), ``label`` and, if given, ``split`` (train, val or test).
+    """Read the images that a CSV file lists in columns ``path`` (relative to the file), ``label`` and, optionally, ``split``.
+
+    A split is train, val or test.
 
     Classes, splits and images are treated as in ``read_folder``.
 
     Raises:
-        UserError: no such file, a column missing or unknown, a row that is not whole, a path outside of the file's folder or named
-            twice; and what ``read_folder`` refuses.
+        UserError: there is no such file; a column is missing or unknown; a row is not whole; a path is outside of the file's folder or
+            named twice; or as ``read_folder``.
     """
-    what = config.name
-    place = Path(location(what))
-    found = regular_file(place, what)
-    root = found.parent.resolve()
+    source = config.name
+    path = regular_file(Path(location(source)), source)
+    root = path.parent.resolve()
     try:
-        with found.open(encoding="utf-8-sig", newline="") as file:
-            items = list(_rows(csv.reader(file, strict=True), root, what))
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            items = list(_rows(csv.reader(file, strict=True), root, source))
     except UnicodeDecodeError:
-        raise UserError(f"{what}: not UTF-8 text; write path,label[,split] as CSV") from None
+        raise UserError(f"{source}: not UTF-8 text; write path,label[,split] as CSV") from None
     except csv.Error as error:
-        raise UserError(f"{what}: no CSV ({first_line(error)}); write path,label[,split]") from None
-    used = _used(what, {item.split for item in items}, remarks)
+        raise UserError(f"{source}: no CSV ({first_line(error)}); write path,label[,split]") from None
+    used = _used(source, {item.split for item in items}, remarks)
     items = [item for item in items if item.split in used]
-    return assemble(config, place.stem, items, _files(root, items), remarks)
+    return assemble(config, path.stem, items, _files(root, items), remarks)
 
 
 @UNLABELLED_READERS.register("folder")
 def read_unlabelled(config: DataConfig, remarks: Remarks) -> Unlabelled:
-    """All images in a folder and in those below it, whatever their names; else as ``read_folder``.
+    """Read all images in a folder and in those below it, whatever their names; else as ``read_folder``.
 
     Raises:
-        UserError: no such folder, no image in it, or as ``read_folder``.
+        UserError: there is no such folder or no image in it; or as ``read_folder``.
     """
-    what = config.name
-    root = _folder(what)
-    tree = _Tree(what, root)
+    source = config.name
+    root = _folder(source)
+    tree = _Tree(source, root)
     items = [Item(tree.name(path), "", "") for path in tree.images(root, (str(root),))]
     images = read_all(config, items, _files(root, items), remarks)
     if not images:
-        raise UserError(f"{what}: no image ({' '.join(EXTENSIONS)}) is in it; name a folder with images")
+        raise UserError(f"{source}: no image ({' '.join(EXTENSIONS)}) is in it; name a folder with images")
     tree.tell_left_out("no image", remarks)
     return Unlabelled(root.name, np.stack(images))
 
 
-def _folder(what: str) -> Path:
-    given = location(what)
+def _folder(source: str) -> Path:
+    user_path = location(source)
     try:
-        place = Path(given).expanduser().resolve()
-        there = bool(given) and place.exists()
+        folder = Path(user_path).expanduser().resolve()
+        exists = bool(user_path) and folder.exists()
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{what}: no such folder ({getattr(error, 'strerror', None) or first_line(error)})") from None
-    if not there:
-        raise UserError(f"{what}: no such folder; write folder:PATH")
-    if not place.is_dir():
-        raise UserError(f"{what}: a file, not a folder; name a folder of images, or use csv:FILE or npz:PATH")
-    return place
+        raise UserError(f"{source}: no such folder ({getattr(error, 'strerror', None) or first_line(error)})") from None
+    if not exists:
+        raise UserError(f"{source}: no such folder; write folder:PATH")
+    if not folder.is_dir():
+        raise UserError(f"{source}: a file, not a folder; name a folder of images, or use csv:FILE or npz:PATH")
+    return folder
 
 
 @dataclass
@@ -127,12 +129,12 @@ class _Tree:
     """A folder of images, walked in sorted order. ``above`` are the real paths of a folder and of those that hold it.
 
     Attributes:
-        what: as messages name it.
+        source: the folder as messages name it.
         root: its real path.
-        left_out: what was met that is no image of a class.
+        left_out: names of files and folders that hold no image of a class.
     """
 
-    what: str
+    source: str
     root: Path
     left_out: list[str] = field(default_factory=list)
 
@@ -147,19 +149,19 @@ class _Tree:
             images = list(self.images(folder, (*above, os.path.realpath(folder))))
             if not images:
                 raise UserError(
-                    f"{self.what}: class folder {self.name(folder)} has no image ({' '.join(EXTENSIONS)}); fill it or remove it"
+                    f"{self.source}: class folder {self.name(folder)} has no image ({' '.join(EXTENSIONS)}); fill it or remove it"
                 )
             yield from (Item(self.name(image), label, split) for image in images)
 
     def folders(self, folder: Path, above: tuple[str, ...]) -> dict[str, Path]:
-        """The folders in a folder; all else is left out."""
-        found = {}
+        """The folders in a folder, by name; all else is left out."""
+        inner = {}
         for path in self.below(folder, above):
             if path.is_dir():
-                found[path.name] = path
+                inner[path.name] = path
             else:
                 self.left_out.append(self.name(path))
-        return found
+        return inner
 
     def images(self, folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
         """The image files in a folder and in those below it."""
@@ -172,75 +174,75 @@ class _Tree:
                 self.left_out.append(self.name(path))
 
     def below(self, folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
-        """What is in a folder and not hidden."""
+        """The files and folders in a folder that are not hidden."""
         for path in sorted(folder.iterdir()):
             if path.name.startswith("."):
                 continue
             if path.is_symlink():
                 target = os.path.realpath(path)
                 if target in above and path.is_dir():
-                    raise UserError(f"{self.what}: the link {self.name(path)} leads in a circle; remove it")
+                    raise UserError(f"{self.source}: the link {self.name(path)} leads in a circle; remove it")
                 if not Path(target).is_relative_to(self.root):
-                    given = location(self.what).rstrip("/")
-                    copied = shlex.join(["cp", "-rL", given, f"{given}-copied"])
+                    user_path = location(self.source).rstrip("/")
+                    copied = shlex.join(["cp", "-rL", user_path, f"{user_path}-copied"])
                     raise UserError(
-                        f"{self.what}: the link {self.name(path)} leads outside, to {target}; put a copy in its place, or name a copy of "
+                        f"{self.source}: the link {self.name(path)} leads outside, to {target}; put a copy in its place, or name a copy of "
                         f"the folder that has what its links lead to: {copied}"
                     )
             yield path
 
     def tell_left_out(self, why: str, remarks: Remarks) -> None:
-        """Tell what was left out."""
+        """Tell ``remarks`` what was left out, and why."""
         if self.left_out:
-            remarks.tell(f"{self.what}: left out, as {why}: {some(sorted(self.left_out))}")
+            remarks.tell(f"{self.source}: left out, as {why}: {some(sorted(self.left_out))}")
 
     def name(self, path: Path) -> str:
         """A path as messages name it."""
         return str(path.relative_to(self.root))
 
 
-def _used(what: str, splits: Collection[str], remarks: Remarks) -> list[str]:
-    """The splits that are read: of test and val, test."""
+def _used(source: str, splits: Collection[str], remarks: Remarks) -> list[str]:
+    """The splits that are read: without val if there is test."""
     if "test" in splits and "val" in splits:
-        remarks.tell(f"{what}: test is read, val is not")
+        remarks.tell(f"{source}: test is read, val is not")
         return [split for split in splits if split != "val"]
     return list(splits)
 
 
-def _rows(lines: Iterator[list[str]], root: Path, what: str) -> Iterator[Item]:
+def _rows(lines: Iterator[list[str]], root: Path, source: str) -> Iterator[Item]:
     header = [name.strip() for name in next(lines, [])]
     unknown = [name for name in header if name not in COLUMNS]
     if unknown:
-        raise UserError(f"{what}: unknown column {unknown[0]!r}: {did_you_mean(unknown[0], COLUMNS)}")
+        raise UserError(f"{source}: unknown column {unknown[0]!r}: {did_you_mean(unknown[0], COLUMNS)}")
     if not {"path", "label"} <= set(header) or len(set(header)) < len(header):
-        raise UserError(f"{what}: its first line is {','.join(header)!r}; write path,label or path,label,split")
+        raise UserError(f"{source}: its first line is {','.join(header)!r}; write path,label or path,label,split")
     seen: dict[str, int] = {}
     for number, cells in enumerate(lines, 2):
         if not cells:
             continue
         row = {name: cell.strip() for name, cell in zip(header, cells, strict=False)}
         if len(cells) != len(header) or not all(row.values()):
-            raise UserError(f"{what}: row {number} is {','.join(cells)!r}; it needs {','.join(header)}")
+            raise UserError(f"{source}: row {number} is {','.join(cells)!r}; it needs {','.join(header)}")
         if row.get("split", "train") not in SPLITS:
-            raise UserError(f"{what}: row {number} has split {row['split']!r}; {did_you_mean(row['split'], SPLITS)}")
+            raise UserError(f"{source}: row {number} has split {row['split']!r}; {did_you_mean(row['split'], SPLITS)}")
         path = root / row["path"]
         if "\\" in row["path"] and not is_there(path):
             meant = PureWindowsPath(row["path"]).as_posix()
-            raise UserError(f"{what}: row {number} names {row['path']!r}, as Windows writes it; write / between folders: {meant}")
+            raise UserError(f"{source}: row {number} names {row['path']!r}, as Windows writes it; write / between folders: {meant}")
         if not _inside(path, root):
             cure = "put the images, or copies of them, beside the file, or the file into a folder that has them all"
-            raise UserError(f"{what}: row {number} leads outside of the file's folder, to {row['path']}; {cure}")
-        place = os.path.normpath(path)
-        if place in seen:
-            raise UserError(f"{what}: rows {seen[place]} and {number} both name {row['path']}; name it once")
-        seen[place] = number
+            raise UserError(f"{source}: row {number} leads outside of the file's folder, to {row['path']}; {cure}")
+        normal_path = os.path.normpath(path)
+        if normal_path in seen:
+            raise UserError(f"{source}: rows {seen[normal_path]} and {number} both name {row['path']}; name it once")
+        seen[normal_path] = number
         yield Item(row["path"], row["label"], row.get("split", ""))
 
 
 def _inside(path: Path, root: Path) -> bool:
     try:
         return Path(os.path.realpath(path)).is_relative_to(root)
-    except ValueError:  # a NUL in the name: no such file, which is told with those that can't be read
+    except ValueError:  # a NUL in the name: no such file; it is reported with those that can't be read
         return True
 
 

@@ -31,7 +31,7 @@ LABEL_NAMES = ("label", "labels", "fine_label")
 
 @dataclass(frozen=True)
 class Tables:
-    """The image column of some tables, their rows counted on from one to the next."""
+    """The image column of several tables. Rows are numbered through, from one table to the next."""
 
     names: tuple[str, ...]
     tables: tuple[Any, ...]  # datasets.Dataset in the format arrow, which gives an image's file as it is stored
@@ -46,11 +46,11 @@ class Tables:
         return table, row - (self._ends[table - 1] if table else 0)
 
     def name(self, row: int) -> str:  # noqa: D102
-        table, own = self._at(row)
-        return f"{self.names[table]}/{own}"
+        table, index = self._at(row)
+        return f"{self.names[table]}/{index}"
 
     def identity(self, row: int) -> str:
-        """Name, bytes, and the last of them, for a name is but a number."""
+        """Name, number of bytes, and the last bytes, for a name is but a number."""
         with self.open(row) as file:
             size = file.seek(0, io.SEEK_END)
             file.seek(-min(size, TAIL), io.SEEK_END)
@@ -59,12 +59,12 @@ class Tables:
     def open(self, row: int) -> BinaryIO:  # noqa: D102
         import pyarrow
 
-        table, own = self._at(row)
-        cell = self.tables[table][own].column(self.column)[0]
+        table, index = self._at(row)
+        cell = self.tables[table][index].column(self.column)[0]
         if not cell.is_valid:
             raise ValueError("the row has no image")
         if cell["bytes"].is_valid:
-            file: BinaryIO = pyarrow.BufferReader(cell["bytes"].as_buffer())  # in its place: a header costs no copy of the file
+            file: BinaryIO = pyarrow.BufferReader(cell["bytes"].as_buffer())  # a view: reading a header copies no file
             return file
         return Path(cell["path"].as_py()).open("rb")
 
@@ -75,31 +75,31 @@ class Tables:
 
 @READERS.register("hf")
 def read_hub(config: DataConfig, remarks: Remarks) -> ImageData:
-    """Images of a Hugging Face data set.
+    """Read the images of a Hugging Face data set.
 
-    Its splits are train, and test or else validation; of train alone a fifth of each class is test, by the SHA-256 of ``train/ROW``. A
-    test split whose labels are hidden (-1) is not read. The images are the column of type Image, the classes ``data.label`` or the
-    column of type ClassLabel, whose names are kept, or integers named label, labels or fine_label; all of train, and every split has
-    them. All else is as of ``read_folder``.
+    Its splits are train, and test or else validation. If there is train alone, a fifth of each class is test, by the SHA-256 of
+    ``train/ROW``. A test split whose labels are hidden (-1) is not read. The images are the column of type Image. The classes are
+    ``data.label``, or the column of type ClassLabel, whose names are kept, or integers named label, labels or fine_label. The columns are
+    chosen in train, and every split must have them. All else is as in ``read_folder``.
 
     Raises:
-        UserError: datasets is not installed, no such data set, no network, no such columns, or a split that has no rows, other columns or
-            other classes than train; and what ``assemble`` refuses.
+        UserError: datasets is not installed; there is no such data set, network or column; a split has no rows, or other columns or
+            classes than train; or as ``assemble``.
     """
-    what = config.name
+    source = config.name
     if find_spec("datasets") is None:
-        raise UserError(f"{what}: hf:NAME needs datasets, which is not installed: pip install datasets")
-    name, found = _opened(what)
-    splits = _splits(what, found, remarks)
+        raise UserError(f"{source}: hf:NAME needs datasets, which is not installed: pip install datasets")
+    name, available = _opened(source)
+    splits = _splits(source, available, remarks)
     features = splits["train" if "train" in splits else ""].features
-    image, label = _image_column(what, features), _label_column(what, features, config.label)
+    image, label = _image_column(source, features), _label_column(source, features, config.label)
     if "test" in splits and "val" in splits:
         hidden = _hidden(splits["test"], label)
-        remarks.tell(f"{what}: {'val is read, test is not, for its labels are hidden' if hidden else 'test is read, val is not'}")
+        remarks.tell(f"{source}: {'val is read, test is not, for its labels are hidden' if hidden else 'test is read, val is not'}")
         del splits["test" if hidden else "val"]
     for split, table in splits.items():
-        _refuse_other(what, split, table, features, (image, label))
-    items = list(_items(what, splits, label))
+        _refuse_other(source, split, table, features, (image, label))
+    items = list(_items(source, splits, label))
     tables = Tables(
         tuple(split or "train" for split in splits),
         tuple(table.select_columns([image]).with_format("arrow") for table in splits.values()),
@@ -108,28 +108,29 @@ def read_hub(config: DataConfig, remarks: Remarks) -> ImageData:
     return assemble(config, name, items, tables, remarks, classes=_classes(features[label], items), by_content=False)
 
 
-def _opened(what: str) -> tuple[str, Mapping[str, Any]]:
-    """A name for tables, and the splits."""
+def _opened(source: str) -> tuple[str, Mapping[str, Any]]:
+    """The data set's name as tables print it, and its splits by name; one without splits has the name ""."""
     import datasets
 
-    given = location(what)
-    path = Path(given).expanduser()
+    reference = location(source)
+    path = Path(reference).expanduser()
     local = path.is_dir()
-    if not given or (not local and given.startswith(("/", ".", "~"))):
-        raise UserError(f"{what}: no such folder; write hf:NAME, hf:NAME:CONFIG, or hf:PATH of what save_to_disk wrote")
-    name, _, variant = given.partition(":")
+    if not reference or (not local and reference.startswith(("/", ".", "~"))):
+        raise UserError(f"{source}: no such folder; write hf:NAME, hf:NAME:CONFIG, or hf:PATH of what save_to_disk wrote")
+    repository, _, variant = reference.partition(":")
     try:
-        found = datasets.load_from_disk(str(path)) if local else datasets.load_dataset(name, variant or None)
+        loaded = datasets.load_from_disk(str(path)) if local else datasets.load_dataset(repository, variant or None)
     except Exception as error:  # of the network, of the hub, of Arrow
         if local and (split := _saved_empty(path)) is not None:
-            raise _empty(what, split) from None
+            raise _empty(source, split) from None
         cure = "name a folder that save_to_disk wrote" if local else "is it spelt right, and is there a network?"
-        raise UserError(f"{what}: can't be opened ({first_line(error)}); {cure}") from None
-    return path.resolve().name if local else given.replace("/", "_").replace(":", "_"), found if isinstance(found, dict) else {"": found}
+        raise UserError(f"{source}: can't be opened ({first_line(error)}); {cure}") from None
+    name = path.resolve().name if local else reference.replace("/", "_").replace(":", "_")
+    return name, loaded if isinstance(loaded, dict) else {"": loaded}
 
 
 def _saved_empty(path: Path) -> str | None:
-    """The split that was saved without a row, so without a file, which datasets can't open."""
+    """The split that was saved without rows, or None. It has no file then, and datasets can't open it."""
     with contextlib.suppress(OSError, ValueError, LookupError):
         for state in (*path.glob("state.json"), *sorted(path.glob("*/state.json"))):
             if json.loads(state.read_text())["_data_files"] == []:
@@ -137,59 +138,59 @@ def _saved_empty(path: Path) -> str | None:
     return None
 
 
-def _empty(what: str, split: str) -> UserError:
-    return UserError(f"{what}: {split or 'it'} has no rows; give it some, or leave it out")
+def _empty(source: str, split: str) -> UserError:
+    return UserError(f"{source}: {split or 'it'} has no rows; give it some, or leave it out")
 
 
-def _splits(what: str, found: Mapping[str, Any], remarks: Remarks) -> dict[str, Any]:
-    """Those that are read, by our names; a single one has none."""
+def _splits(source: str, available: Mapping[str, Any], remarks: Remarks) -> dict[str, Any]:
+    """The splits that are read, called train, val and test. The name of a single one is empty."""
     splits: dict[str, Any] = {}
-    for name, table in found.items():
+    for name, table in available.items():
         meant = OTHER_WORDS.get(str(name), str(name))
         if meant in splits:
-            alike = [str(other) for other in found if OTHER_WORDS.get(str(other), str(other)) == meant]
-            raise UserError(f"{what}: its splits {' and '.join(alike)} both mean {meant}; leave one of them out")
+            alike = [str(other) for other in available if OTHER_WORDS.get(str(other), str(other)) == meant]
+            raise UserError(f"{source}: its splits {' and '.join(alike)} both mean {meant}; leave one of them out")
         splits[meant] = table
     left_out = [name for name in splits if name not in (*SPLITS, "")]
     if left_out and len(left_out) < len(splits):
-        remarks.tell(f"{what}: left out, as neither train nor test: {some(left_out)}")
+        remarks.tell(f"{source}: left out, as neither train nor test: {some(left_out)}")
     splits = {name: table for name, table in splits.items() if name not in left_out}
     if "train" not in splits and "" not in splits:
-        raise UserError(f"{what}: its splits are {', '.join(map(str, found)) or 'none'}; it needs train")
+        raise UserError(f"{source}: its splits are {', '.join(map(str, available)) or 'none'}; it needs train")
     return {"": splits["train"]} if list(splits) == ["train"] else splits
 
 
-def _image_column(what: str, features: Mapping[str, Any]) -> str:
+def _image_column(source: str, features: Mapping[str, Any]) -> str:
     import datasets
 
-    there = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-    named = [name for name in there if name in IMAGE_NAMES]
-    if len(there) == 1 or len(named) == 1:
-        return (there if len(there) == 1 else named)[0]
-    raise UserError(f"{what}: its columns are {_columns(features)}; it needs one of type Image, or of several one named image")
+    candidates = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    named = [name for name in candidates if name in IMAGE_NAMES]
+    if len(candidates) == 1 or len(named) == 1:
+        return (candidates if len(candidates) == 1 else named)[0]
+    raise UserError(f"{source}: its columns are {_columns(features)}; it needs one of type Image, or of several one named image")
 
 
-def _label_column(what: str, features: Mapping[str, Any], wanted: str | None) -> str:
+def _label_column(source: str, features: Mapping[str, Any], wanted: str | None) -> str:
     kinds = {name: _kind(feature) for name, feature in features.items()}
     if wanted is not None:
         if wanted not in features:
-            raise UserError(f"{what}: data.label={wanted} is no column of it: {did_you_mean(wanted, features)}")
+            raise UserError(f"{source}: data.label={wanted} is no column of it: {did_you_mean(wanted, features)}")
         if kinds[wanted] not in ("ClassLabel", "integers", "strings"):
-            raise UserError(f"{what}: data.label={wanted} is a column of {kinds[wanted]}; classes are a ClassLabel, integers or strings")
+            raise UserError(f"{source}: data.label={wanted} is a column of {kinds[wanted]}; classes are a ClassLabel, integers or strings")
         return wanted
-    there = [name for name, kind in kinds.items() if kind == "ClassLabel" or (name in LABEL_NAMES and kind == "integers")]
-    named = [name for name in there if name in LABEL_NAMES]
-    if len(there) == 1 or len(named) == 1:
-        return (there if len(there) == 1 else named)[0]
-    raise UserError(f"{what}: its columns are {_columns(features)}; name the one with the classes by --set data.label=COLUMN")
+    candidates = [name for name, kind in kinds.items() if kind == "ClassLabel" or (name in LABEL_NAMES and kind == "integers")]
+    named = [name for name in candidates if name in LABEL_NAMES]
+    if len(candidates) == 1 or len(named) == 1:
+        return (candidates if len(candidates) == 1 else named)[0]
+    raise UserError(f"{source}: its columns are {_columns(features)}; name the one with the classes by --set data.label=COLUMN")
 
 
 def _kind(feature: Any) -> str:
-    """What a column's classes are: a ClassLabel, integers or strings, of any width; of another column its type."""
-    found = str(getattr(feature, "dtype", ""))
+    """The kind of a column's classes: ClassLabel, integers or strings, of any width. For another column, its type."""
+    dtype = str(getattr(feature, "dtype", ""))
     if type(feature).__name__ == "ClassLabel":
         return "ClassLabel"
-    return "integers" if found.startswith(("int", "uint")) else "strings" if found.startswith("string") else found
+    return "integers" if dtype.startswith(("int", "uint")) else "strings" if dtype.startswith("string") else dtype
 
 
 def _type(feature: Any) -> str:
@@ -200,24 +201,29 @@ def _columns(features: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} ({_type(feature)})" for name, feature in features.items())
 
 
-def _refuse_other(what: str, split: str, table: Any, of_train: Mapping[str, Any], columns: Sequence[str]) -> None:
-    """A split has rows, the same columns as train, and in them the same classes, though perhaps in another order.
+def _refuse_other(source: str, split: str, table: Any, train_features: Mapping[str, Any], columns: Sequence[str]) -> None:
+    """Refuse a split without rows, or with other columns or classes than train. Classes may be in another order.
 
     Raises:
-        UserError: it has not.
+        UserError: the split is one of these.
     """
     if not len(table):
-        raise _empty(what, split)
+        raise _empty(source, split)
     for column in columns:
-        own, its = table.features.get(column), of_train[column]
-        if own is None:
-            raise UserError(f"{what}: {split} has no column {column!r}, as train has, but {_columns(table.features)}; name it as in train")
-        if _kind(own) != _kind(its):
-            raise UserError(f"{what}: column {column!r} is {_type(its)} in train and {_type(own)} in {split}; cast both to one type")
-        theirs, ours = getattr(own, "names", ()), getattr(its, "names", ())
-        if set(theirs) != set(ours):
-            one, other = some(sorted(ours, key=theirs.__contains__)), some(sorted(theirs, key=ours.__contains__))  # those that differ first
-            raise UserError(f"{what}: the classes of column {column!r} are {one} in train and {other} in {split}; give both the same")
+        feature, train_feature = table.features.get(column), train_features[column]
+        if feature is None:
+            present = _columns(table.features)
+            raise UserError(f"{source}: {split} has no column {column!r}, as train has, but {present}; name it as in train")
+        if _kind(feature) != _kind(train_feature):
+            types = f"{_type(train_feature)} in train and {_type(feature)} in {split}"
+            raise UserError(f"{source}: column {column!r} is {types}; cast both to one type")
+        names, train_names = getattr(feature, "names", ()), getattr(train_feature, "names", ())
+        if set(names) != set(train_names):
+            of_train = some(sorted(train_names, key=names.__contains__))  # those that differ first
+            of_split = some(sorted(names, key=train_names.__contains__))
+            raise UserError(
+                f"{source}: the classes of column {column!r} are {of_train} in train and {of_split} in {split}; give both the same"
+            )
 
 
 def _no_label(label: Any) -> bool:
@@ -228,13 +234,13 @@ def _hidden(table: Any, label: str) -> bool:
     return label not in table.features or any(map(_no_label, table.with_format(None)[label][:]))
 
 
-def _items(what: str, splits: Mapping[str, Any], column: str) -> Iterator[Item]:
+def _items(source: str, splits: Mapping[str, Any], column: str) -> Iterator[Item]:
     for split, table in splits.items():
         names = getattr(table.features[column], "names", None)
         for row, label in enumerate(table.with_format(None)[column][:]):
             name = f"{split or 'train'}/{row}"
             if _no_label(label):
-                raise UserError(f"{what}: {name} has no label ({label}); leave such rows out, or choose another column by data.label")
+                raise UserError(f"{source}: {name} has no label ({label}); leave such rows out, or choose another column by data.label")
             yield Item(name, str(names[label] if names else label), split)
 
 

@@ -205,11 +205,11 @@ def distill(
     _refuse_number("workers", workers, 0, MAX_WORKERS)
     watcher = (Bars if progress else Watcher)(on_epoch)
     ledger = Ledger(Path(runs), create=True, changes=Changes(accept_changes, watcher.say))
-    begun = {"init_from": _first_weights(config["init_from"], student, ledger)} if config.get("init_from") is not None else {}
+    first_weights = {"init_from": _first_weights(config["init_from"], student, ledger)} if config.get("init_from") is not None else {}
     parsed = validate(
         {
             **config,
-            **begun,
+            **first_weights,
             **_images(data, val_loader, classes, config.get("train", {})),
             "student": _reference(student, ledger),
             "teacher": None if teacher is None else _reference(teacher, ledger),
@@ -233,9 +233,9 @@ def distill(
 
 def _images(data: Data, val_loader: Any, classes: int | None, train: Any) -> dict[str, Any]:
     """The keys of a config that say which images; of loaders their name, and the size of their batches."""
-    for what, given_data in (("data", data), ("val_loader", val_loader)):
-        if all(hasattr(given_data, name) for name in ("__getitem__", "__len__")) and not hasattr(given_data, "__iter__"):
-            raise UserError(f"{what}: {type(given_data).__name__} gives images one by one, not batches; wrap it in a DataLoader")
+    for argument, images in (("data", data), ("val_loader", val_loader)):
+        if all(hasattr(images, name) for name in ("__getitem__", "__len__")) and not hasattr(images, "__iter__"):
+            raise UserError(f"{argument}: {type(images).__name__} gives images one by one, not batches; wrap it in a DataLoader")
     if not isinstance(data, str | Mapping) and not hasattr(data, "__iter__"):
         raise UserError(f"{type(data).__name__} is no data; give a name such as digits or folder:PATH, a table of keys, or a loader")
     if isinstance(data, str | Mapping):
@@ -246,12 +246,12 @@ def _images(data: Data, val_loader: Any, classes: int | None, train: Any) -> dic
     if val_loader is None:
         raise UserError("a train_loader needs a val_loader, whose images accuracy is measured on; give it after the train_loader")
     _refuse_number("classes", classes, 2)
-    found = user_loaders.adopt(data, val_loader, classes)
+    loaders = user_loaders.adopt(data, val_loader, classes)
     if not isinstance(train, Mapping):
-        return {"data": {"name": found.name}}
-    if (size := train.get("batch_size", found.batch_size)) != found.batch_size:
-        raise UserError(f"train.batch_size={size}: the loader's batches have {found.batch_size} images; leave batch_size out")
-    return {"data": {"name": found.name}, "train": {**train, "batch_size": found.batch_size}}
+        return {"data": {"name": loaders.name}}
+    if (size := train.get("batch_size", loaders.batch_size)) != loaders.batch_size:
+        raise UserError(f"train.batch_size={size}: the loader's batches have {loaders.batch_size} images; leave batch_size out")
+    return {"data": {"name": loaders.name}, "train": {**train, "batch_size": loaders.batch_size}}
 
 
 def _refuse_number(name: str, value: Any, least: int, most: int | None = None) -> None:
@@ -270,8 +270,8 @@ def _reference(network: Named, ledger: Ledger) -> str:
     if isinstance(network, int):
         return str(network)
     if isinstance(network, Result):
-        own = network.folder.parent.resolve() == ledger.folder.resolve()
-        return str(network.run.no) if own else str(network.folder / STUDENT_FILE)
+        in_ledger = network.folder.parent.resolve() == ledger.folder.resolve()
+        return str(network.run.no) if in_ledger else str(network.folder / STUDENT_FILE)
     if isinstance(network, type):
         raise UserError(f"{network.__name__} is a class, not a network; call it: {network.__name__}(...)")
     if not isinstance(network, nn.Module):

@@ -38,14 +38,14 @@ def usage(error: Any) -> str:
     """What the parser complains of; where it is a value: the option, what came, what is allowed."""
     if isinstance(error.__cause__, ValidationError):
         return one_line(error.__cause__, BaseModel, error.param.opts[-1])
-    said = error.format_message().replace("\n\t", " ")  # before each choice of an option that is missing
-    return f"{said.rstrip('.')} ({advice.usage()})"
+    message = error.format_message().replace("\n\t", " ")  # before each choice of an option that is missing
+    return f"{message.rstrip('.')} ({advice.usage()})"
 
 
 def failure(error: Exception) -> str:
     """What the machine refused, and what to do."""
     if isinstance(error, OSError):
-        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        cause = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     else:
-        what = f"the ledger: {error}" if isinstance(error, sqlite3.Error) else first_line(error)
-    return f"{what}; {shortage(error) or 'mend that'} and give the command again (finished runs are kept)"
+        cause = f"the ledger: {error}" if isinstance(error, sqlite3.Error) else first_line(error)
+    return f"{cause}; {shortage(error) or 'mend that'} and give the command again (finished runs are kept)"

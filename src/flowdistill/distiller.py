@@ -73,24 +73,24 @@ class Distiller(nn.Module):
         self.resolved, self.closed = _resolve_method(method, options or {}, weights or {}), False
         self.smoothing = parse_as(TrainConfig, {"label_smoothing": label_smoothing}).label_smoothing
         size = _size(images)
-        own = _side(student, size, "student")
+        student_side = _side(student, size, "student")
         teacher_side = self._side_of_teacher(teacher, student, size)
         if teacher_side:
-            paired = pair(own.spec, teacher_side.spec, own.data, teacher_side.data)
-            own, teacher_side = own._replace(spec=paired.student), teacher_side._replace(spec=paired.teacher)
+            paired = pair(student_side.spec, teacher_side.spec, student_side.data, teacher_side.data)
+            student_side, teacher_side = student_side._replace(spec=paired.student), teacher_side._replace(spec=paired.teacher)
         try:
             with seeded(seed, "adapters"):
                 self.method = methods.build(
-                    self.resolved, student=own.spec, teacher=teacher_side.spec if teacher_side else None, data=own.data
+                    self.resolved, student=student_side.spec, teacher=teacher_side.spec if teacher_side else None, data=student_side.data
                 )
         except ValueError as error:
             raise UserError(str(error)) from None
         needs = self.method.needs
         if unknown := sorted(needs.context - {"head", "norms"}):
-            what = unknown[0].replace("_", " ")
-            raise UserError(f"method {self.resolved.name!r} needs the {what} of all training images; {CURE}")
+            context = unknown[0].replace("_", " ")
+            raise UserError(f"method {self.resolved.name!r} needs the {context} of all training images; {CURE}")
         self.size = size
-        self.student = own.build(own.spec, tuple(sorted(needs.student)))
+        self.student = student_side.build(student_side.spec, tuple(sorted(needs.student)))
         self.teacher = teacher_side.build(teacher_side.spec, tuple(sorted(needs.teacher))) if teacher_side else None
         self._given = (student, teacher if teacher_side else None)
         self._hooks = weakref.finalize(self, _release, self.student, self.teacher)
@@ -131,24 +131,24 @@ class Distiller(nn.Module):
         if labels is None and (self.method.uses_labels or self.weights.keys() == {TASK}):
             raise UserError(f"method {self.resolved.name!r} learns from labels in phase {self.phase.name!r}; give them")
         targets = None if labels is None else self._targets(images, labels)
-        own, teacher_outputs = self.student(images), None
+        student_outputs, teacher_outputs = self.student(images), None
         if torch.is_grad_enabled():
-            self.student.refuse_cut(own, embedding=self.method.needs.embedding)
+            self.student.refuse_cut(student_outputs, embedding=self.method.needs.embedding)
         if self.teacher is not None and any(term != TASK for term in self.weights):
             teacher_outputs = self._ask(self.teacher, images)
         number = None if epoch is None else torch.tensor(epoch, device=images.device)
         with torch.autocast(images.device.type, enabled=False):
-            known = Batch(targets.labels if targets else None, epoch=number, targets=targets)
-            found = terms(self.method, own, teacher_outputs, known, self.smoothing)
-            loss = torch.stack([weight * found[term] for term, weight in self.weights.items() if term in found]).sum()
-        return loss, {term: value.detach() for term, value in found.items()}
+            batch = Batch(targets.labels if targets else None, epoch=number, targets=targets)
+            losses = terms(self.method, student_outputs, teacher_outputs, batch, self.smoothing)
+            loss = torch.stack([weight * losses[term] for term, weight in self.weights.items() if term in losses]).sum()
+        return loss, {term: value.detach() for term, value in losses.items()}
 
     def _ask(self, teacher: Network, images: Tensor) -> Outputs:
         """In eval mode, whatever its owner made of it since; nothing of it moves."""
-        _, given = self._given
-        for whole in (teacher, given):  # of a network made here the first is a view of the other
-            if whole is not None and any(module.training for module in whole.modules()):
-                whole.eval()
+        _, original = self._given
+        for network in (teacher, original):  # of a network made here the first is a view of the other
+            if network is not None and any(module.training for module in network.modules()):
+                network.eval()
         with torch.no_grad(), kept(teacher) if teacher.unsettled else contextlib.nullcontext():
             teacher_outputs: Outputs = teacher(images)
         return teacher_outputs
@@ -163,8 +163,8 @@ class Distiller(nn.Module):
         needs = self.method.needs
         same = size == self.size if needs.student | needs.teacher else size[:1] == self.size[:1]
         if images.dim() != 4 or not same:
-            made, given = ("x".join(map(str, sides)) for sides in (self.size, images.shape))
-            raise UserError(f"images {given}: this Distiller was made for Nx{made}; make another with images= of that size")
+            expected, actual = ("x".join(map(str, sides)) for sides in (self.size, images.shape))
+            raise UserError(f"images {actual}: this Distiller was made for Nx{expected}; make another with images= of that size")
 
     def _targets(self, images: Tensor, labels: Tensor) -> Targets:
         """What the task is computed with. Labels are looked at where they are on the CPU and nothing is compiled: a device is not waited
@@ -188,7 +188,7 @@ class Distiller(nn.Module):
         """
         phases = self.resolved.phases
         if not 0 <= number < len(phases):
-            names = ", ".join(f"{place} ({phase.name})" for place, phase in enumerate(phases))
+            names = ", ".join(f"{index} ({phase.name})" for index, phase in enumerate(phases))
             raise UserError(f"phase {number}: method {self.resolved.name!r} has the phases {names}")
         self.phase, self.weights = phases[number], self.resolved.counted(phases[number])
 
@@ -233,14 +233,14 @@ def _side(module: nn.Module, size: tuple[int, int, int], role: str) -> _Side:
         data = DataSpec("images", 0, module.spec.classes, *size)
         return _Side(models.spec(module.spec.name, data), data, _tapped(module))
     body = module.body if isinstance(module, Network) else module
-    found = surveyed(body, type(body).__name__, *size)
+    survey = surveyed(body, type(body).__name__, *size)
 
     def build(spec: NetSpec, taps: tuple[str, ...]) -> Network:
-        net = Foreign(body, spec, taps, found)
+        net = Foreign(body, spec, taps, survey)
         net.input_adapter = adapter
         return net
 
-    return _Side(found.spec(type(body).__name__), DataSpec("images", 0, found.classes, *size), build)
+    return _Side(survey.spec(type(body).__name__), DataSpec("images", 0, survey.classes, *size), build)
 
 
 def _tapped(net: Network) -> Callable[[NetSpec, tuple[str, ...]], Network]:
@@ -268,8 +268,8 @@ def _size(images: Tensor | Sequence[int]) -> tuple[int, int, int]:
     size = images.shape[1:] if isinstance(images, Tensor) else images
     if not isinstance(size, list | tuple) or len(size) != 3 or not all(isinstance(side, int) and side > 0 for side in size):
         shape = getattr(images, "shape", None)
-        given = images if shape is None else f"{type(images).__name__} {tuple(shape)}"
-        raise UserError(f"images={given}: give a shape (channels, height, width) or a batch of images [N, C, H, W]")
+        described = images if shape is None else f"{type(images).__name__} {tuple(shape)}"
+        raise UserError(f"images={described}: give a shape (channels, height, width) or a batch of images [N, C, H, W]")
     channels, height, width = size
     return channels, height, width
 

@@ -36,10 +36,10 @@ class Recipe:
             UserError: it was not made for this one.
         """
         if self.made_for and student.partition("@")[0] not in self.made_for:
-            name, names = next(name for name, one in RECIPES.items() if one is self), ", ".join(self.made_for)
+            name, names = next(name for name, recipe in RECIPES.items() if recipe is self), ", ".join(self.made_for)
             raise UserError(f"--recipe {name}: student {student!r} is none of those that it was made for: {names}; choose another recipe")
-        own = next((values for start, values in self.of_student.items() if student.startswith(start)), {})
-        return {key: {**self.values.get(key, {}), **own.get(key, {})} for key in {**self.values, **own}}
+        overrides = next((values for start, values in self.of_student.items() if student.startswith(start)), {})
+        return {key: {**self.values.get(key, {}), **overrides.get(key, {})} for key in {**self.values, **overrides}}
 
     def of_run(self, method: str, teacher: str, student: str) -> list[Mapping[str, Any]]:
         """What it sets for a method on a pair and for each part of the method; the first comes before the others."""

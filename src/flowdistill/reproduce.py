@@ -23,7 +23,7 @@ from .report.study import Study
 from .runner import Duration, estimate, finished, run
 from .talk import say
 
-STUDIES: Mapping[str, Study] = {found.name: found for found in (log.STUDY, fsp_log.STUDY)}
+STUDIES: Mapping[str, Study] = {study.name: study for study in (log.STUDY, fsp_log.STUDY)}
 BASELINE_SEEDS = (0, 1)  # two, so that no student shares its teacher's initial weights
 STUDENT_SEEDS = (0, 1, 2)
 OPTIONS: Mapping[str, Mapping[str, Any]] = {"fsp": {"preset": "log"}, "logits": {"on": "embedding"}}
@@ -114,22 +114,22 @@ def settings(study: Study, only: str | None) -> tuple[Setting, ...]:
     return tuple(setting for setting in SETTINGS if setting.name in wanted)
 
 
-def rows(study: Study, given: str | None) -> tuple[str, ...]:
+def rows(study: Study, names: str | None) -> tuple[str, ...]:
     """The students' rows of a study, or those that ``given`` names, separated by commas: its own in its order, then the others.
 
     Raises:
         UserError: a method that can't be had, one named twice, or one whose students teach each other.
     """
-    found: list[str] = []
-    for name in study.rows if given is None else given.split(","):
+    methods: list[str] = []
+    for name in study.rows if names is None else names.split(","):
         resolved = resolve(name, **as_the_reference(name))
         if resolved.mutual:
             raise UserError(f"--methods {resolved.name}: its students teach each other, and a row has one teacher for each; leave it out")
-        if resolved.name in found:
-            raise UserError(f"--methods {given} names {resolved.name} twice; each row is trained once")
-        found.append(resolved.name)
-    own = [method for method in study.rows if method in found]
-    return (*own, *(method for method in found if method not in (*own, "base")))
+        if resolved.name in methods:
+            raise UserError(f"--methods {names} names {resolved.name} twice; each row is trained once")
+        methods.append(resolved.name)
+    study_rows = [method for method in study.rows if method in methods]
+    return (*study_rows, *(method for method in methods if method not in (*study_rows, "base")))
 
 
 def by_recipe(name: str | None, chosen: Iterable[Setting]) -> Recipe | None:
@@ -140,10 +140,10 @@ def by_recipe(name: str | None, chosen: Iterable[Setting]) -> Recipe | None:
     """
     if name is None:
         return None
-    found = recipe(name)
-    if any(found.of(setting.model).get("weights", {}).get("task") == 0 for setting in chosen):
+    named_recipe = recipe(name)
+    if any(named_recipe.of(setting.model).get("weights", {}).get("task") == 0 for setting in chosen):
         raise UserError(f"--recipe {name}: it trains without labels, from which the baselines, the teachers, learn; choose another")
-    return found
+    return named_recipe
 
 
 def refuse_own_teachers(seeds: Sequence[int], baselines: Sequence[int]) -> None:
@@ -188,9 +188,9 @@ def tell_time(order: Order, ledger: Ledger, device: torch.device) -> None:
     """Say on stderr how long each setting will take on this machine, and all of them."""
     total = Duration()
     for setting in order.settings:
-        found = estimate(order.teachers(setting), ledger, device) + estimate(order.students(setting), ledger, device)
-        total += found
-        say(f"{setting.name}: about {found}")
+        duration = estimate(order.teachers(setting), ledger, device) + estimate(order.students(setting), ledger, device)
+        total += duration
+        say(f"{setting.name}: about {duration}")
     say(f"all: about {total} (h:mm:ss) on {describe(device)}, measured on a few steps; set-up and what the ledger has are not counted")
 
 
@@ -199,13 +199,13 @@ def reproduce(order: Order, ledger: Ledger, device: torch.device, folder: Path, 
 
     The document has all runs that the ledger has of these settings by this recipe, whether they were asked for now or trained before.
     """
-    found: dict[Setting, list[Run]] = {}
+    by_setting: dict[Setting, list[Run]] = {}
     document = order.study.document(folder)
     for setting in order.settings:
-        found[setting] = _train(order, setting, ledger, device)
-        order.study.write(folder, found, ledger, command)
+        by_setting[setting] = _train(order, setting, ledger, device)
+        order.study.write(folder, by_setting, ledger, command)
         say(f"{setting.name}: written to {document}")
-    return document, all(run_.status == "finished" for runs in found.values() for run_ in runs)
+    return document, all(run_.status == "finished" for runs in by_setting.values() for run_ in runs)
 
 
 def _train(order: Order, setting: Setting, ledger: Ledger, device: torch.device) -> list[Run]:
@@ -215,22 +215,22 @@ def _train(order: Order, setting: Setting, ledger: Ledger, device: torch.device)
     if any(teacher.status != "finished" for teacher in teachers):
         say(f"{setting.name}: a teacher failed, so its students are left out")
         return teachers
-    found = teachers + run(order.students(setting), ledger, device, watcher=bars)
-    return found + _others(order, setting, found, ledger, device)
+    runs = teachers + run(order.students(setting), ledger, device, watcher=bars)
+    return runs + _others(order, setting, runs, ledger, device)
 
 
-def _others(order: Order, setting: Setting, found: Sequence[Run], ledger: Ledger, device: torch.device) -> list[Run]:
+def _others(order: Order, setting: Setting, runs: Sequence[Run], ledger: Ledger, device: torch.device) -> list[Run]:
     """What the ledger has by the recipe of the runs that were found: other rows and other seeds than were asked for now."""
     if not order.study.free:
         return []
-    key, asked = baseline_key(found[0]), {(one.method, one.seed) for one in found}
-    alike = [one for one in ledger.runs(status="finished", student=setting.model) if baseline_key(one) == key]
+    key, asked = baseline_key(runs[0]), {(run_.method, run_.seed) for run_ in runs}
+    alike = [run_ for run_ in ledger.runs(status="finished", student=setting.model) if baseline_key(run_) == key]
     seeds: dict[str, list[int]] = {}
-    for method, seed in dict.fromkeys((one.method, one.seed) for one in alike if one.config.get("peer") is None):
+    for method, seed in dict.fromkeys((run_.method, run_.seed) for run_ in alike if run_.config.get("peer") is None):
         if (method, seed) not in asked:
             seeds.setdefault(method, []).append(seed)
-    known: list[Run] = []
-    for method, own in seeds.items():
+    others: list[Run] = []
+    for method, method_seeds in seeds.items():
         with contextlib.suppress(UserError):  # of a method that this process does not know, or that it would not train so
-            known += finished([order.config(setting, method, seed) for seed in own], ledger, device)
-    return known
+            others += finished([order.config(setting, method, seed) for seed in method_seeds], ledger, device)
+    return others

@@ -156,8 +156,8 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
     config = validate(run.config)
     alone = baseline(run, ledger)
     student, data = resolve(str(no), ledger), _data(run, config, ledger)
-    found = {TEACHER: _teacher(run, ledger, data), STUDENT: student, ALONE: resolve(str(alone.no), ledger) if alone else None}
-    networks = {role: network for role, network in found.items() if network}
+    by_role = {TEACHER: _teacher(run, ledger, data), STUDENT: student, ALONE: resolve(str(alone.no), ledger) if alone else None}
+    networks = {role: network for role, network in by_role.items() if network}
     train_positions = trained_positions(data.y_train, run.split)
     normalisation = Normalisation.measured(part(data.x_train, train_positions), data.y_train[train_positions])
     nets: dict[str, Network] = {}
@@ -166,16 +166,16 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
     normalise, labels = normalisation.on(device), data.y_test
     images = normalise(torch.from_numpy(data.x_test[np.arange(batch_size) % len(labels)]).to(device))
     precision = resolve_precision(run.precision, device)
-    other = {role: network.other_classes(data) for role, network in networks.items()}
+    other_classes = {role: network.other_classes(data) for role, network in networks.items()}
     with computing(device):
-        judged = {role: net for role, net in nets.items() if not other[role]}
-        logits = [found for found, _ in predict(list(judged.values()), eval_set(data.x_test, labels, normalise, device), precision)]
-        answers = {role: _answers(torch.cat(own)) for role, own in zip(judged, zip(*logits, strict=True), strict=True)}
+        judged = {role: net for role, net in nets.items() if not other_classes[role]}
+        logits = [outputs for outputs, _ in predict(list(judged.values()), eval_set(data.x_test, labels, normalise, device), precision)]
+        answers = {role: _answers(torch.cat(batches)) for role, batches in zip(judged, zip(*logits, strict=True), strict=True)}
         latencies: dict[str, list[Latency]] = {role: [] for role in nets}
         for size in dict.fromkeys((1, batch_size)):
             for role, latency in time_in_turns(nets, images[:size]).items():
                 latencies[role].append(latency)
-        named = describe(device)
+        device_name = describe(device)
     columns = []
     for role, network in networks.items():
         columns.append(
@@ -183,26 +183,28 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
                 role=role,
                 model=network.model,
                 origin=f"run {network.run}, seed {ledger.run(network.run).seed}" if network.run else network.origin,
-                parameters=sum(p.numel() for p in nets[role].parameters()),
+                parameters=sum(parameter.numel() for parameter in nets[role].parameters()),
                 macs=count_macs(nets[role], images[:1]),
                 file_bytes=_file(network, ledger).stat().st_size,
                 latencies=tuple(latencies[role]),
                 score=_score(answers[role], answers.get(TEACHER) if role != TEACHER else None, data) if role in answers else None,
-                other_classes=other[role],
+                other_classes=other_classes[role],
             )
         )
     advice = "" if alone or run.method == "base" else _advice(config, ledger)
     class_images = tuple(np.bincount(labels, minlength=data.classes).tolist())
     class_names = data.class_names or tuple(map(str, range(data.classes)))
-    return Card(run, tuple(columns), class_images, class_names, named, processor(), torch.__version__, advice, ledger.folder)
+    return Card(run, tuple(columns), class_images, class_names, device_name, processor(), torch.__version__, advice, ledger.folder)
 
 
 def baseline(run: Run, ledger: Ledger) -> Run | None:
     """The newest finished ``base`` run of the run's student, data, split and recipe whose file is there; None for a ``base`` run itself."""
     if run.method == "base":
         return None
-    found = [one for one in ledger.runs(status="finished", method="base") if is_baseline(one) and baseline_key(one) == baseline_key(run)]
-    return next((one for one in reversed(found) if (ledger.run_folder(one.no) / STUDENT_FILE).is_file()), None)
+    baselines = [
+        other for other in ledger.runs(status="finished", method="base") if is_baseline(other) and baseline_key(other) == baseline_key(run)
+    ]
+    return next((other for other in reversed(baselines) if (ledger.run_folder(other.no) / STUDENT_FILE).is_file()), None)
 
 
 def count_macs(net: Network, image: Tensor) -> int:
@@ -215,7 +217,7 @@ def count_macs(net: Network, image: Tensor) -> int:
 @torch.inference_mode()
 def time_in_turns(nets: Mapping[str, Network], images: Tensor) -> dict[str, Latency]:
     """Latency of networks on images [N, C, H, W]; they take turns, so that what else the machine does falls on all alike."""
-    taken: dict[str, list[float]] = {role: [] for role in nets}
+    times: dict[str, list[float]] = {role: [] for role in nets}
     for turn in range(WARM_UP + PASSES):
         if turn == WARM_UP:
             begun = time.perf_counter()
@@ -224,27 +226,27 @@ def time_in_turns(nets: Mapping[str, Network], images: Tensor) -> dict[str, Late
             net(images)
             synchronize(images.device)
             if turn >= WARM_UP:
-                taken[role].append(1000 * (time.perf_counter() - started))
+                times[role].append(1000 * (time.perf_counter() - started))
         if turn >= WARM_UP + MIN_PASSES - 1 and time.perf_counter() - begun > SECONDS:
             break
-    return {role: Latency(len(images), float(np.median(ms)), float(np.quantile(ms, 0.9)), len(ms)) for role, ms in taken.items()}
+    return {role: Latency(len(images), float(np.median(ms)), float(np.quantile(ms, 0.9)), len(ms)) for role, ms in times.items()}
 
 
 def _answers(logits: Tensor) -> _Answers:
     top = logits.softmax(1).max(1)
-    found = (logits.double().log_softmax(1), top.indices, top.values.double())
-    return _Answers(*(tensor.cpu().numpy() for tensor in found))
+    tensors = (logits.double().log_softmax(1), top.indices, top.values.double())
+    return _Answers(*(tensor.cpu().numpy() for tensor in tensors))
 
 
-def _score(said: _Answers, teacher: _Answers | None, data: ImageData) -> Score:
+def _score(answers: _Answers, teacher: _Answers | None, data: ImageData) -> Score:
     labels = data.y_test
-    correct = said.classes == labels
+    correct = answers.classes == labels
     return Score(
         correct=int(correct.sum()),
         class_correct=tuple(np.bincount(labels[correct], minlength=data.classes).tolist()),
-        calibration_error=calibration_error(said.confidences, correct),
-        negative_log_likelihood=negative_log_likelihood(said.log_probabilities, labels),
-        agreement=agreement(said.classes, teacher.classes, labels) if teacher else None,
+        calibration_error=calibration_error(answers.confidences, correct),
+        negative_log_likelihood=negative_log_likelihood(answers.log_probabilities, labels),
+        agreement=agreement(answers.classes, teacher.classes, labels) if teacher else None,
     )
 
 

@@ -98,17 +98,17 @@ def assemble(jobs: Sequence[Job], data: Supply, device: torch.device, engine: st
             other = other_side(member.job.config)
             member.student.peers = tuple(peer.student for peer in members if peer.job.config == other)
     select = first.config.split == "holdout"
-    found = list(seed_groups.values())
-    pixels = sum(first.phase_epochs) * found[0].batches.steps * found[0].batches.batch_size * data.spec.height * data.spec.width
+    groups = list(seed_groups.values())
+    pixels = sum(first.phase_epochs) * groups[0].batches.steps * groups[0].batches.batch_size * data.spec.height * data.spec.width
     chosen = choose(engine, device, first.precision, pixels=pixels, resident=data.resident)
-    return Cohort(data, found, first.config.train, first.phase_epochs, chosen, select), members
+    return Cohort(data, groups, first.config.train, first.phase_epochs, chosen, select), members
 
 
-def _network(job: Job, taps: tuple[str, ...], given: Normalisation) -> Network:
+def _network(job: Job, taps: tuple[str, ...], normalisation: Normalisation) -> Network:
     """What a job trains: its student, or what is built on that and the teacher."""
     spec, seed = job.data.spec, weights_seed(job.config)
     if job.shipped_model == job.student.model:
-        return job.student.build(spec, taps=taps, seed=seed, spec=job.student_taps, given=given)
+        return job.student.build(spec, taps=taps, seed=seed, spec=job.student_taps, given=normalisation)
     net = models.build(job.shipped_model, spec, taps=taps, seed=seed, spec=job.student_taps)
     assert isinstance(net, Reused)
     assert job.teacher is not None
@@ -122,19 +122,19 @@ def _accuracy(net: Network, data: Supply, precision: Precision) -> float:
     Raises:
         UserError: its logits are not all finite.
     """
-    found, images = evaluate(net, data.epoch_images, precision), len(data.epoch_images)
-    if broken := int(found.unanswered):
+    counts, images = evaluate(net, data.epoch_images, precision), len(data.epoch_images)
+    if broken := int(counts.unanswered):
         which = f"{broken:,} of {images:,} images that it is measured on"
         raise UserError(f"teacher {net.spec.name}: its answer (logits) is not finite for {which}; mend it, or choose another")
-    return 100 * int(found.correct) / images
+    return 100 * int(counts.correct) / images
 
 
 def check_start(cohort: Cohort, members: Sequence[Member], watcher: Watcher) -> dict[Student, dict[str, float]]:
     """Tell what students begin from, how good the teachers are and how large each term's first gradient is; refuse what would diverge."""
-    told: list[tuple[str, ...]] = [(_told_of_first_weights(member.job),) for member in members if member.job.student.init]
-    told += [(_told_of_teacher(member),) for member in members if member.job.teacher]
-    told += [_told_of_taps(member) for member in members]
-    for line in itertools.chain(*dict.fromkeys(told)):
+    lines: list[tuple[str, ...]] = [(_told_of_first_weights(member.job),) for member in members if member.job.student.init]
+    lines += [(_told_of_teacher(member),) for member in members if member.job.teacher]
+    lines += [_told_of_taps(member) for member in members]
+    for line in itertools.chain(*dict.fromkeys(lines)):
         watcher.say(line)
     ratios = first_gradients(cohort)
     for member in members:

@@ -54,8 +54,8 @@ class Duration:
         """Both, the second where it is another: ``4:10:00 by compiled engine, bf16; 8:35:00 by eager engine, fp32``."""
         if not self.how:
             return _clock(self.seconds)
-        own = f"{_clock(self.seconds)} by {' and '.join(sorted(self.how))}"
-        return own if self.how == PLAINLY else f"{own}; {_clock(self.plainly)} by {' and '.join(PLAINLY)}"
+        as_run = f"{_clock(self.seconds)} by {' and '.join(sorted(self.how))}"
+        return as_run if self.how == PLAINLY else f"{as_run}; {_clock(self.plainly)} by {' and '.join(PLAINLY)}"
 
 
 def estimate(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device) -> Duration:
@@ -71,20 +71,20 @@ def estimate(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device)
     """
     jobs = {job.key: job for job in plan(configs, ledger, device, stand_in=True)}
     missing = {key: _missing_epochs(job, ledger) for key, job in jobs.items()}
-    found = Duration()
+    total = Duration()
     with computing(device):
         for group in cohorts([job for key, job in jobs.items() if missing[key]]):
             samples = list({(job.resolved.name, job.resolved.variant): job for job in reversed(group)}.values())
             epochs = sum(missing[job.key] for job in group)
-            found += _epoch(samples, device) * (epochs / len(samples))
-    return found
+            total += _epoch(samples, device) * (epochs / len(samples))
+    return total
 
 
 def _missing_epochs(job: Job, ledger: Ledger) -> int:
-    found = before(job, ledger)
-    if found is None:
+    run = before(job, ledger)
+    if run is None:
         return sum(job.phase_epochs)
-    return 0 if found.status == "finished" else sum(job.phase_epochs) - len(ledger.epochs(found.no))
+    return 0 if run.status == "finished" else sum(job.phase_epochs) - len(ledger.epochs(run.no))
 
 
 def _epoch(jobs: Sequence[Job], device: torch.device) -> Duration:

@@ -60,12 +60,12 @@ def run(
     for line in [] if again else dict.fromkeys(_lost(job, ledger) for job in jobs if job.key not in known):
         if line:
             watcher.say(line)
-    for key, found in known.items():
-        if found.status == "running":
-            raise UserError(f"{todo[key].label}: another process trains it as run {found.no}; wait for that, or repeat it with --again")
-        if found.status == "finished":
-            watcher.say(f"{todo[key].label}: run {found.no} has it already, skipped (--again repeats it, in Python again=True)")
-    homes = dict.fromkeys(found.home for found in known.values() if found.cut_off)
+    for key, previous in known.items():
+        if previous.status == "running":
+            raise UserError(f"{todo[key].label}: another process trains it as run {previous.no}; wait for that, or repeat it with --again")
+        if previous.status == "finished":
+            watcher.say(f"{todo[key].label}: run {previous.no} has it already, skipped (--again repeats it, in Python again=True)")
+    homes = dict.fromkeys(previous.home for previous in known.values() if previous.cut_off)
     for home in homes:
         recorded(_unfinished(home, ledger), ledger, device)  # refuses before anything is trained
     with computing(device, deterministic=deterministic):
@@ -82,7 +82,7 @@ def run(
     except _TakenError:  # another process began one meanwhile: what it trains is refused, what it finished is skipped
         how: dict[str, Any] = {"deterministic": deterministic, "engine": engine, "workers": workers, "watcher": watcher}
         return run(configs, ledger, device, **how)
-    numbers = {key: found.no for key, found in known.items()}
+    numbers = {key: previous.no for key, previous in known.items()}
     numbers |= {member.job.key: member.no for _, members in prepared for member in members}
     return [ledger.run(numbers[job.key]) for job in jobs]
 
@@ -101,32 +101,32 @@ def resume(
     """
     ledger.refuse_unwritable()
     watcher = watcher or Watcher()
-    found = [one for one in ledger.runs() if one.cut_off] if no is None else [_cut_off(ledger.run(no))]
-    homes = dict.fromkeys(one.home for one in found)
-    taken = {home: [one.no for one in _unfinished(home, ledger)] for home in homes}
+    runs = [run_ for run_ in ledger.runs() if run_.cut_off] if no is None else [_cut_off(ledger.run(no))]
+    homes = dict.fromkeys(run_.home for run_ in runs)
+    by_home = {home: [run_.no for run_ in _unfinished(home, ledger)] for home in homes}
     for home in homes:
         recorded(_unfinished(home, ledger), ledger, device)
     for home in homes:
         _resume_cohort(home, ledger, device, watcher, workers)
-    return [ledger.run(number) for numbers in taken.values() for number in numbers]
+    return [ledger.run(number) for numbers in by_home.values() for number in numbers]
 
 
-def _cut_off(one: Run) -> Run:
-    if one.status == "running":
-        raise UserError(f"run {one.no} is being trained by another process; there is nothing to resume")
-    if not one.cut_off:
-        why = f" ({one.error})" if one.error else ""
-        raise UserError(f"run {one.no} is {one.status}{why}; only what was cut off can be resumed, to repeat it use --again")
-    return one
+def _cut_off(run_: Run) -> Run:
+    if run_.status == "running":
+        raise UserError(f"run {run_.no} is being trained by another process; there is nothing to resume")
+    if not run_.cut_off:
+        why = f" ({run_.error})" if run_.error else ""
+        raise UserError(f"run {run_.no} is {run_.status}{why}; only what was cut off can be resumed, to repeat it use --again")
+    return run_
 
 
 def before(job: Job, ledger: Ledger) -> Run | None:
     """The newest run that did this job, or else the newest that began it; a failed one counts for nothing, nor does a finished one whose
     files are gone, or are not those that it wrote.
     """
-    found = ledger.runs(fingerprint=job.fingerprint, seed=job.config.seed)
-    done = [one for one in found if one.status == "finished" and not missing(one, ledger)]
-    ranked = done or [one for one in found if one.status not in ("failed", "finished")]
+    runs = ledger.runs(fingerprint=job.fingerprint, seed=job.config.seed)
+    done = [run_ for run_ in runs if run_.status == "finished" and not missing(run_, ledger)]
+    ranked = done or [run_ for run_ in runs if run_.status not in ("failed", "finished")]
     return ranked[-1] if ranked else None
 
 
@@ -136,30 +136,30 @@ def finished(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device)
     Raises:
         UserError: a config that can't be run.
     """
-    found = (before(job, ledger) for job in plan(configs, ledger, device))
-    return [one for one in found if one is not None and one.status == "finished"]
+    runs = (before(job, ledger) for job in plan(configs, ledger, device))
+    return [run_ for run_ in runs if run_ is not None and run_.status == "finished"]
 
 
 def _lost(job: Job, ledger: Ledger) -> str:
     """Of a job that is done again, which run did it and why that does not count; else empty."""
-    finished = ledger.runs(fingerprint=job.fingerprint, seed=job.config.seed, status="finished")
-    return f"run {finished[-1].no} finished, but its {missing(finished[-1], ledger)}: trained anew" if finished else ""
+    done = ledger.runs(fingerprint=job.fingerprint, seed=job.config.seed, status="finished")
+    return f"run {done[-1].no} finished, but its {missing(done[-1], ledger)}: trained anew" if done else ""
 
 
 def _known(jobs: Sequence[Job], ledger: Ledger) -> dict[tuple[str, int], Run]:
     """The runs that are skipped or gone on with, by key; of two students that teach each other both or none."""
-    found = {job.key: one for job in jobs if (one := before(job, ledger))}
+    known = {job.key: run_ for job in jobs if (run_ := before(job, ledger))}
     for job in jobs:
         if job.resolved.mutual:
             pair = [other.key for other in jobs if other.config in (job.config, other_side(job.config))]
-            if not found.keys() >= set(pair):
-                found = {key: one for key, one in found.items() if key not in pair}
-    return found
+            if not known.keys() >= set(pair):
+                known = {key: run_ for key, run_ in known.items() if key not in pair}
+    return known
 
 
 def _unfinished(home: int, ledger: Ledger) -> list[Run]:
     """What of a cohort is to be gone on with; a student that diverged stays failed."""
-    return [one for one in ledger.runs() if one.home == home and one.status not in ("finished", "failed")]
+    return [run_ for run_ in ledger.runs() if run_.home == home and run_.status not in ("finished", "failed")]
 
 
 def _begin_cohort(
@@ -200,8 +200,8 @@ def _vouch(members: Sequence[Member], ledger: Ledger, watcher: Watcher) -> None:
     named = {name for member in members for name in member.job.model_names}
     try:
         for name in sorted(named):
-            if place := own_place(name):
-                trust.record(name, place, models.own_code(name), ledger.folder)
+            if location := own_place(name):
+                trust.record(name, location, models.own_code(name), ledger.folder)
     except OSError as error:
         watcher.say(f"{trust.state_folder()}: {error.strerror}; a later command that uses these runs needs --trust-code")
 
@@ -216,8 +216,8 @@ def _resume_cohort(home: int, ledger: Ledger, device: torch.device, watcher: Wat
         with computing(device, deterministic=bool(runs[0].deterministic), cores=cores):
             (cohort, members), *others = prepare(recorded(runs, ledger, device), device, runs[0].engine, workers)
             assert not others, "runs of one cohort stay together"
-            for member, one in zip(members, runs, strict=True):
-                member.no = one.no
+            for member, run_ in zip(members, runs, strict=True):
+                member.no = run_.no
             _restore(cohort, members, ledger.run_folder(home), watcher)
             with _stops_on_record(members, ledger, watcher):
                 ledger.reopen([member.no for member in members], cohort.done)
@@ -241,19 +241,20 @@ def _restore(cohort: Cohort, members: Sequence[Member], folder: Path, watcher: W
 
 def _tell_what_changed(runs: Sequence[Run], ledger: Ledger, device: torch.device, watcher: Watcher) -> None:
     """Another machine or version does not go on bit for bit: it is said, and the record names the last."""
-    began, goes_on = ({**of, "device": name} for of, name in ((runs[0].versions, runs[0].device), (versions(), describe(device))))
+    began = {**runs[0].versions, "device": runs[0].device}
+    goes_on = {**versions(), "device": describe(device)}
     changed = [f"{name} {began.get(name)} -> {value}" for name, value in goes_on.items() if began.get(name) != value]
     if changed:
         watcher.say(f"not bit for bit what it would have been: it began with other versions or another device ({', '.join(changed)})")
-        for one in runs:
-            ledger.update(one.no, device=describe(device), versions=versions() | circumstances() | settings(device))
+        for run_ in runs:
+            ledger.update(run_.no, device=describe(device), versions=versions() | circumstances() | settings(device))
 
 
 def _train(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: torch.device, watcher: Watcher, home: int) -> None:
     """Epoch by epoch: into the ledger, then into the checkpoint, so that the ledger is never behind it."""
     reset_peak_memory(device)
     _vouch(members, ledger, watcher)
-    folder, last = ledger.run_folder(home), -math.inf
+    folder, last_save = ledger.run_folder(home), -math.inf
     name, why = cohort.engine.name, cohort.engine.why
     watcher.say(f"{_numbers(members)}: {name} engine, {cohort.precision}: {why}")
     watcher.begin(_title(members), cohort.steps)
@@ -268,15 +269,15 @@ def _train(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: to
             except (UserError, sqlite3.Error):  # the ledger fails, and the runs' folders have the epoch
                 _save(cohort, members, folder, watcher)
                 raise
-            late = time.monotonic() - last >= CHECKPOINT_SECONDS
-            if late:
+            due = time.monotonic() - last_save >= CHECKPOINT_SECONDS
+            if due:
                 _save(cohort, members, folder, watcher)
-                last = time.monotonic()
+                last_save = time.monotonic()
             try:
-                for one in reports:
-                    watcher.report(one)
+                for run_report in reports:
+                    watcher.report(run_report)
             except BaseException:
-                if not late:
+                if not due:
                     _save(cohort, members, folder, watcher)
                 raise
         for member in members:

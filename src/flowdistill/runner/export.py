@@ -122,16 +122,16 @@ def export(
         raise UserError(
             f"{about.model} draws random numbers in eval mode, which an ONNX file can't do alike; use --to torch-export or safetensors"
         )
-    program, told = Program(net, Normalisation(about.mean, about.std)), metadata(net, about)
-    content = form.write(program, images[:1], told)
+    program, file_metadata = Program(net, Normalisation(about.mean, about.std)), metadata(net, about)
+    content = form.write(program, images[:1], file_metadata)
     answer = form.read(content, program)
     difference, allowed = compare(program, answer, images, to)
     accuracies = []
     if int8:
         content = _quantised(content, data)
-        accuracies = [_accuracy(one, data) for one in (answer, form.read(content, program))]
+        accuracies = [_accuracy(function, data) for function in (answer, form.read(content, program))]
         measured = {"accuracy": accuracies[-1], "data": dataset or about.data.name, "quantisation": "int8"}
-        content = _with_metadata(content, told | {key: json.dumps(value) for key, value in measured.items()})
+        content = _with_metadata(content, file_metadata | {key: json.dumps(value) for key, value in measured.items()})
     write_whole(out, content)
     return Exported(str(out), to, about.model, len(content), len(images), difference, allowed, *accuracies)
 
@@ -140,7 +140,7 @@ def metadata(net: Network, about: About) -> dict[str, str]:
     """What every file says of itself, each value as JSON: model, classes, input (channels, height, width), mean and std of pixels in
     0..1, the test accuracy of the run in percent, its data, and the classes' names where the student's file has them.
     """
-    told: dict[str, Any] = {
+    values: dict[str, Any] = {
         "model": about.model,
         "classes": about.classes,
         "input": about.input,
@@ -150,8 +150,8 @@ def metadata(net: Network, about: About) -> dict[str, str]:
         "data": about.data.name,
     }
     if net.about.get("labels"):
-        told["labels"] = net.about["labels"]
-    return {key: json.dumps(value) for key, value in told.items()}
+        values["labels"] = net.about["labels"]
+    return {key: json.dumps(value) for key, value in values.items()}
 
 
 @torch.no_grad()
@@ -164,19 +164,19 @@ def compare(program: Program, answer: Answer, images: Tensor, to: str) -> tuple[
         DeviationError: more than is allowed, or another most probable class.
     """
 
-    def ask(one: Answer, batches: Sequence[Tensor]) -> Tensor:
+    def ask(function: Answer, batches: Sequence[Tensor]) -> Tensor:
         answers = []
         for step, batch in enumerate(batches):
             with answering(program.net, "export", step, images.device):
-                answers.append(one(batch))
+                answers.append(function(batch))
         return torch.cat(answers)
 
-    alone = program.net.draws_always or program.net.unsettled  # then an image is answered otherwise than among others
+    differs_alone = program.net.draws_always or program.net.unsettled  # then an image is answered otherwise than among others
     expected = ask(program, [images])
-    allowed, ones = TOLERANCE * expected.abs().max().item(), [image[None] for image in images]
-    pairs = [(ask(answer, [images]), expected), (ask(answer, ones), ask(program, ones) if alone else expected)]
-    difference = max((found - right).abs().max().item() for found, right in pairs)
-    changed = max(int((found.argmax(1) != right.argmax(1)).sum()) for found, right in pairs)
+    allowed, singles = TOLERANCE * expected.abs().max().item(), [image[None] for image in images]
+    pairs = [(ask(answer, [images]), expected), (ask(answer, singles), ask(program, singles) if differs_alone else expected)]
+    difference = max((actual - right).abs().max().item() for actual, right in pairs)
+    changed = max(int((actual.argmax(1) != right.argmax(1)).sum()) for actual, right in pairs)
     if changed or not difference <= allowed:  # NaN is no agreement
         raise DeviationError(
             f"the {to} file does not answer as the network does: on {len(images)} test images a logit differs by {difference:.2g} "
@@ -198,8 +198,8 @@ def _refuse_place(out: Path, source: Path) -> None:
         raise UserError(f"--out {out}: cannot be written there ({reason}); name another file")
 
 
-def _write_safetensors(program: Program, _: Tensor, told: Mapping[str, str]) -> bytes:
-    return serialised(program.net.state_dict(), program.net.about, told)
+def _write_safetensors(program: Program, _: Tensor, metadata: Mapping[str, str]) -> bytes:
+    return serialised(program.net.state_dict(), program.net.about, metadata)
 
 
 def _read_safetensors(content: bytes, program: Program) -> Answer:
@@ -207,11 +207,11 @@ def _read_safetensors(content: bytes, program: Program) -> Answer:
     refuse_misfit(program.net, weights, "the file")
     body = next(path for path, module in program.named_modules() if module is program.net.body)
     tensors = {f"{body}.{name}": value for name, value in weights.items()}
-    given = dict(program.named_parameters(remove_duplicate=False))
+    parameters = dict(program.named_parameters(remove_duplicate=False))
 
     def answer(images: Tensor) -> Tensor:
-        own = {name: value if name in given else value.clone() for name, value in tensors.items()}  # buffers may move
-        logits: Tensor = functional_call(program, own, images, tie_weights=False)  # no copy of it: old weight norms refuse one
+        state = {name: value if name in parameters else value.clone() for name, value in tensors.items()}  # buffers may move
+        logits: Tensor = functional_call(program, state, images, tie_weights=False)  # no copy of it: old weight norms refuse one
         return logits
 
     return answer
@@ -232,7 +232,7 @@ def _traced(program: Program, image: Tensor) -> torch.export.ExportedProgram:
 
 
 @contextmanager
-def _one_line(what: str, cure: str) -> Iterator[None]:
+def _one_line(subject: str, cure: str) -> Iterator[None]:
     """What is raised inside is told in one line, by its first cause; what is printed there is not."""
     try:
         with _unlogged(logging.ERROR), redirect_stderr(io.StringIO()):
@@ -241,7 +241,7 @@ def _one_line(what: str, cure: str) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise UserError(f"{what}: {summary(cause)}; use {cure}") from None
+        raise UserError(f"{subject}: {summary(cause)}; use {cure}") from None
 
 
 @contextmanager
@@ -255,9 +255,9 @@ def _unlogged(level: int) -> Iterator[None]:
         logging.disable(before)
 
 
-def _write_torch_export(program: Program, image: Tensor, told: Mapping[str, str]) -> bytes:
+def _write_torch_export(program: Program, image: Tensor, metadata: Mapping[str, str]) -> bytes:
     buffer = io.BytesIO()
-    values = {key: json.loads(value) for key, value in told.items()}
+    values = {key: json.loads(value) for key, value in metadata.items()}
     torch.export.save(_traced(program, image), buffer, extra_files={METADATA: json.dumps(values)})
     return buffer.getvalue()
 
@@ -266,7 +266,7 @@ def _read_torch_export(content: bytes, _: Program) -> Answer:
     return torch.export.load(io.BytesIO(content)).module()
 
 
-def _write_onnx(program: Program, image: Tensor, told: Mapping[str, str]) -> bytes:
+def _write_onnx(program: Program, image: Tensor, metadata: Mapping[str, str]) -> bytes:
     traced = _traced(program, image)
     names: dict[str, Any] = {"input_names": [INPUT], "output_names": [OUTPUT], "dynamic_shapes": {INPUT: {0: AXIS}}}
     with _one_line(f"ONNX can't express {program.net.spec.name}", "--to torch-export or safetensors"):
@@ -275,14 +275,14 @@ def _write_onnx(program: Program, image: Tensor, told: Mapping[str, str]) -> byt
     model = exported.model_proto
     for node in model.graph.node:
         del node.metadata_props[:]  # names of this package's modules, at every operation
-    return _with_metadata(model.SerializeToString(), told)
+    return _with_metadata(model.SerializeToString(), metadata)
 
 
-def _with_metadata(content: bytes, told: Mapping[str, str]) -> bytes:
+def _with_metadata(content: bytes, metadata: Mapping[str, str]) -> bytes:
     import onnx
 
     model = onnx.load_from_string(content)
-    onnx.helper.set_model_props(model, dict(told))
+    onnx.helper.set_model_props(model, dict(metadata))
     changed: bytes = model.SerializeToString()
     return changed
 

@@ -39,7 +39,7 @@ def fingerprint(job: Job, needs: Needs, versions: Mapping[str, int], made_of: Ma
     if teacher and (sees := _other_images(teacher, job.data_hash, config.split)):
         covered["sees"] = sees
     if config.inputs:
-        covered["inputs"] = {role: own.model_dump() for role, own in config.inputs.items()}
+        covered["inputs"] = {role: images.model_dump() for role, images in config.inputs.items()}
     if taps := _compared(job, needs):
         covered["taps"] = taps
     if newer := _versions_of_taps(job, needs):
@@ -64,16 +64,16 @@ def _compared(job: Job, needs: Needs) -> list[list[str]]:
     sides = [(job.student_taps, needs.student)]
     if job.pairing:
         sides.append((job.pairing.teacher, needs.teacher))
-    found = [(net, net.tap(name)) for net, names in sides for name in sorted(names)]
-    if not any(tap.source or is_foreign(net.name) for net, tap in found):
+    taps = [(net, net.tap(name)) for net, names in sides for name in sorted(names)]
+    if not any(tap.source or is_foreign(net.name) for net, tap in taps):
         return []
-    return [[net.name, tap.name, tap.module, tap.own] for net, tap in found]
+    return [[net.name, tap.name, tap.module, tap.own] for net, tap in taps]
 
 
 def _versions_of_taps(job: Job, needs: Needs) -> dict[str, int]:
     """By role, where taps are compared and their names gave other maps before."""
-    given = {"student": (job.student_taps, needs.student)} | ({"teacher": (job.pairing.teacher, needs.teacher)} if job.pairing else {})
-    return {role: net.version for role, (net, names) in given.items() if names and net.version > 1}
+    sides = {"student": (job.student_taps, needs.student)} | ({"teacher": (job.pairing.teacher, needs.teacher)} if job.pairing else {})
+    return {role: net.version for role, (net, names) in sides.items() if names and net.version > 1}
 
 
 def _covered(network: NetworkRef, made_of: Sequence[Any]) -> list[Any]:

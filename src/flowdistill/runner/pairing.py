@@ -36,20 +36,20 @@ def pair(student: NetSpec, teacher: NetSpec, student_data: DataSpec, teacher_dat
     """
     for net in (student, teacher):
         _refuse_growing(net)
-    ours, theirs = student.stages, teacher.stages
-    if ours == theirs or not ours or not theirs:
+    student_stages, teacher_stages = student.stages, teacher.stages
+    if student_stages == teacher_stages or not student_stages or not teacher_stages:
         return Pairing(student, teacher)
     if named:
         raise UserError(
             f"the stages of {student.name} ({_listed(student)}) and of {teacher.name} ({_listed(teacher)}) are not named alike; name "
             f"those that belong together stage1, stage2, ... in both tables"
         )
-    at, their_at = _by_stride(student, student_data), _by_stride(teacher, teacher_data)
-    common = [stride for stride in at if stride in their_at]
-    if len(common) >= min(MIN_PAIRS, len(ours), len(theirs)):
-        return _renamed(student, teacher, [(at[stride], their_at[stride]) for stride in common], "by stride")
-    count = min(len(ours), len(theirs))
-    return _renamed(student, teacher, list(zip(ours[-count:], theirs[-count:], strict=True)), "the last ones, in order")
+    student_at, teacher_at = _by_stride(student, student_data), _by_stride(teacher, teacher_data)
+    common = [stride for stride in student_at if stride in teacher_at]
+    if len(common) >= min(MIN_PAIRS, len(student_stages), len(teacher_stages)):
+        return _renamed(student, teacher, [(student_at[stride], teacher_at[stride]) for stride in common], "by stride")
+    count = min(len(student_stages), len(teacher_stages))
+    return _renamed(student, teacher, list(zip(student_stages[-count:], teacher_stages[-count:], strict=True)), "the last ones, in order")
 
 
 def _by_stride(net: NetSpec, data: DataSpec) -> dict[int, str]:
@@ -57,11 +57,11 @@ def _by_stride(net: NetSpec, data: DataSpec) -> dict[int, str]:
 
 
 def _refuse_growing(net: NetSpec) -> None:
-    for one, other in zip(net.stages, net.stages[1:], strict=False):
-        if net.tap(one).height < net.tap(other).height:
+    for stage, later in zip(net.stages, net.stages[1:], strict=False):
+        if net.tap(stage).height < net.tap(later).height:
             raise UserError(
-                f"{net.name}: {other} ({_place(net.tap(other))}) is larger than {one} ({_place(net.tap(one))}) before it; number "
-                f"the stages from the image to the classifier. Its taps: {_listed(net)}"
+                f"{net.name}: {later} ({_described(net.tap(later))}) is larger than {stage} ({_described(net.tap(stage))}) before it; "
+                f"number the stages from the image to the classifier. Its taps: {_listed(net)}"
             )
 
 
@@ -89,22 +89,23 @@ def compared(pairing: Pairing, student_taps: frozenset[str], teacher_taps: froze
     student, teacher = pairing.student, pairing.teacher
     lines = [f"taps of {student.name} <- {teacher.name}" + (f", stages paired {pairing.why}" if pairing.why else "")]
     for name in sorted(student_taps | teacher_taps):
-        ours, theirs = (net.tap(name) if name in taps else None for net, taps in ((student, student_taps), (teacher, teacher_taps)))
-        lines.append(f"  {name}: {_place(ours)} <- {_place(theirs)}{_differing(ours, theirs)}")
+        student_tap = student.tap(name) if name in student_taps else None
+        teacher_tap = teacher.tap(name) if name in teacher_taps else None
+        lines.append(f"  {name}: {_described(student_tap)} <- {_described(teacher_tap)}{_differing(student_tap, teacher_tap)}")
     return lines
 
 
-def _differing(ours: TapSpec | None, theirs: TapSpec | None) -> str:
-    if ours is None or theirs is None:
+def _differing(student_tap: TapSpec | None, teacher_tap: TapSpec | None) -> str:
+    if student_tap is None or teacher_tap is None:
         return ""
-    channels = f"; channels {ours.channels} <- {theirs.channels}" if ours.channels != theirs.channels else ""
-    one, other = (f"{tap.height}x{tap.width}" for tap in (ours, theirs))
-    return channels + (f"; sizes {one} <- {other}" if one != other else "")
+    channels = f"; channels {student_tap.channels} <- {teacher_tap.channels}" if student_tap.channels != teacher_tap.channels else ""
+    student_size, teacher_size = (f"{tap.height}x{tap.width}" for tap in (student_tap, teacher_tap))
+    return channels + (f"; sizes {student_size} <- {teacher_size}" if student_size != teacher_size else "")
 
 
-def _place(tap: TapSpec | None) -> str:
+def _described(tap: TapSpec | None) -> str:
     return "-" if tap is None else f"{tap.module or tap.own} {tap.shape}"
 
 
 def _listed(net: NetSpec) -> str:
-    return ", ".join(f"{tap.name} {_place(tap)}" for tap in net.taps) or "none"
+    return ", ".join(f"{tap.name} {_described(tap)}" for tap in net.taps) or "none"

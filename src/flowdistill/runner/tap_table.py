@@ -35,7 +35,7 @@ def rows(reference: str, runs: Path, *, size: int | None = None, channels: int |
     sizes = DataSpec("", 0, classes, input_spec.channels or 0, input_spec.height or 0, input_spec.width or 0)
     data = network.fitted(sizes).seen(sizes)
     spec = models.spec(network.model, data)
-    found: list[dict[str, Any]] = [
+    table: list[dict[str, Any]] = [
         {
             "name": tap.name,
             "module": tap.module,
@@ -45,6 +45,6 @@ def rows(reference: str, runs: Path, *, size: int | None = None, channels: int |
         }
         for tap in spec.taps
     ]
-    found.append({"name": "embedding", "module": f"input of {spec.head}", "channels": spec.embedding, "size": None, "stride": None})
-    found.append({"name": "classifier", "module": spec.head, "channels": spec.classes, "size": None, "stride": None})
-    return found
+    table.append({"name": "embedding", "module": f"input of {spec.head}", "channels": spec.embedding, "size": None, "stride": None})
+    table.append({"name": "classifier", "module": spec.head, "channels": spec.classes, "size": None, "stride": None})
+    return table

@@ -85,10 +85,10 @@ class Answers(NamedTuple):
         return (1 + self.chance) / 2
 
 
-def given(data: DeviceData) -> InputSpec:
+def input_spec_of(data: DeviceData) -> InputSpec:
     """The images as they come."""
-    spec, own = data.spec, data.normalisation
-    return InputSpec(spec.channels, spec.height, spec.width, own.mean, own.std)
+    spec, normalisation = data.spec, data.normalisation
+    return InputSpec(spec.channels, spec.height, spec.width, normalisation.mean, normalisation.std)
 
 
 def sample(job: Job, data: DeviceData) -> EvalSet:
@@ -97,37 +97,37 @@ def sample(job: Job, data: DeviceData) -> EvalSet:
     if job.config.split == "holdout":
         held_out = holdout_positions(job.data.y_train)
         images, labels = part(job.data.x_train, held_out), job.data.y_train[held_out]
-    places = stratified(labels, min(SAMPLE, len(labels)), len(labels), least=1)
-    return eval_set(part(images, places), labels[places], data.normalise, data.device)
+    positions = stratified(labels, min(SAMPLE, len(labels)), len(labels), least=1)
+    return eval_set(part(images, positions), labels[positions], data.normalise, data.device)
 
 
 def ask(net: Network, images: EvalSet, precision: Precision) -> Answers:
     """What a network says of them."""
-    found = [(logits.cpu(), labels.cpu()) for (logits,), labels in predict([net], images, precision)]
-    return Answers(*(torch.cat(parts).numpy() for parts in zip(*found, strict=True)))
+    batches = [(logits.cpu(), labels.cpu()) for (logits,), labels in predict([net], images, precision)]
+    return Answers(*(torch.cat(parts).numpy() for parts in zip(*batches, strict=True)))
 
 
 class Explained(NamedTuple):
     """The teacher's accuracy if its images were others, and what they would be."""
 
     accuracy: float
-    found: str
+    explanation: str
 
 
 class Part:
-    """Some of the images of others, a few in each batch; ``places`` are which, all where it is None."""
+    """Some of the images of others, a few in each batch; ``positions`` are which, all where it is None."""
 
-    def __init__(self, whole: EvalSet, places: npt.NDArray[np.int64] | None = None) -> None:
-        self.whole, self.places = whole, np.arange(len(whole)) if places is None else places
+    def __init__(self, whole: EvalSet, positions: npt.NDArray[np.int64] | None = None) -> None:
+        self.whole, self.positions = whole, np.arange(len(whole)) if positions is None else positions
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.positions)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """As ``EvalSet`` says."""
         begin = 0
         for images, labels in self.whole.batches():
-            inside = self.places[(self.places >= begin) & (self.places < begin + len(labels))] - begin
+            inside = self.positions[(self.positions >= begin) & (self.positions < begin + len(labels))] - begin
             chosen = torch.from_numpy(inside).to(labels.device)
             yield from zip(torch.split(images[chosen], PIECE), torch.split(labels[chosen], PIECE), strict=True)
             begin += len(labels)
@@ -137,50 +137,51 @@ def other_images(
     net: Network, teacher: NetworkRef, data: DeviceData, images: EvalSet, precision: Precision, answers: Answers, *, sizes: bool
 ) -> str:
     """How much better the teacher is under the best of the usual normalisations or, if wanted, sizes, where that is much; else empty."""
-    least, own = max(answers.accuracy + GAIN, answers.guessed), net.input_adapter
+    least, adapter = max(answers.accuracy + GAIN, answers.guessed), net.input_adapter
     if least > 1:
         return ""
     try:
-        found = list(_other_normalisations(net, teacher, data, images, precision))
-        if sizes and max(found).accuracy + GAIN <= 1:
-            found += _other_sizes(net, teacher, data, images, precision, answers, least)
+        explained = list(_other_normalisations(net, teacher, data, images, precision))
+        if sizes and max(explained).accuracy + GAIN <= 1:
+            explained += _other_sizes(net, teacher, data, images, precision, answers, least)
     finally:
-        net.input_adapter = own
-    best = max(found)
-    return best.found if best.accuracy > least else ""
+        net.input_adapter = adapter
+    best = max(explained)
+    return best.explanation if best.accuracy > least else ""
 
 
 def _other_normalisations(
     net: Network, teacher: NetworkRef, data: DeviceData, images: EvalSet, precision: Precision
 ) -> Iterator[Explained]:
-    seen = given(data)
+    seen = input_spec_of(data)
     channels = teacher.input_spec.over(seen).channels
     for name, other in {"the data's": data.normalisation, **NORMALISATIONS}.items():
         if len(other.mean) in (1, channels):
             net.input_adapter = input_adapter(seen, replace(teacher.input_spec, mean=other.mean, std=other.std))
-            found = ask(net, images, precision).accuracy
+            accuracy = ask(net, images, precision).accuracy
             keys = {"mean": listed(other.mean), "std": listed(other.std)}
             cure = advice.options(*(word for key, value in keys.items() for word in ("--set", f"inputs.teacher.{key}={value}")))
-            yield Explained(found, f"wrong normalisation: {found:.1%} with {name} ({cure})")
+            yield Explained(accuracy, f"wrong normalisation: {accuracy:.1%} with {name} ({cure})")
 
 
 def _other_sizes(
     net: Network, teacher: NetworkRef, data: DeviceData, images: EvalSet, precision: Precision, answers: Answers, least: float
 ) -> Iterator[Explained]:
     """Each size on a few images, in some seconds, and the best of them on all; those that the network can't take are passed over."""
-    seen, until = given(data), time.perf_counter() + SECONDS
+    seen, until = input_spec_of(data), time.perf_counter() + SECONDS
     now, tried = teacher.input_spec.over(seen), list[tuple[float, int]]()
     largest = ENLARGED * max(seen.height or 0, seen.width or 0)
     for size in sorted({*(size for size in SIZES if size <= largest), *_side(seen)} - _side(now)):
         few = next((count for side, count in FEW.items() if size <= side), MIN_IMAGES)
-        places = stratified(answers.labels, min(few, len(answers.labels)), len(answers.labels), least=1)
-        if (found := _at(size, net, teacher, seen, Part(images, places), precision)) is not None:
-            tried.append((found, size))
+        positions = stratified(answers.labels, min(few, len(answers.labels)), len(answers.labels), least=1)
+        if (accuracy := _at(size, net, teacher, seen, Part(images, positions), precision)) is not None:
+            tried.append((accuracy, size))
         if time.perf_counter() > until:
             break
     for by_few, size in sorted(tried, reverse=True)[:LOOKED_AT]:
-        if by_few > least - GAIN / 2 and (found := _at(size, net, teacher, seen, Part(images), precision)) is not None:
-            yield Explained(found, f"wrong size: {found:.1%} at {size}x{size} ({advice.options('--set', f'inputs.teacher.size={size}')})")
+        if by_few > least - GAIN / 2 and (accuracy := _at(size, net, teacher, seen, Part(images), precision)) is not None:
+            cure = advice.options("--set", f"inputs.teacher.size={size}")
+            yield Explained(accuracy, f"wrong size: {accuracy:.1%} at {size}x{size} ({cure})")
 
 
 def _side(input_spec: InputSpec) -> set[int]:
@@ -219,13 +220,13 @@ def another_order(answers: Answers, names: Sequence[str]) -> str:
     accuracy = float((meant[classes[1::2]] == labels[1::2]).mean())
     if accuracy < max(answers.accuracy + GAIN, answers.guessed, min(KNOWN * answers.chance, answers.halfway)):
         return ""
-    changed = [(theirs, ours) for theirs, ours in enumerate(meant.tolist()) if theirs != ours and confusion[theirs].any()]
-    named = [f"what the data calls {_name(names, ours)} it calls {_name(names, theirs)}" for theirs, ours in changed]
+    changed = [(answer, label) for answer, label in enumerate(meant.tolist()) if answer != label and confusion[answer].any()]
+    named = [f"what the data calls {_name(names, label)} it calls {_name(names, answer)}" for answer, label in changed]
     more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
-    what, cure = "wrong class order", "number the classes"
+    fault, cure = "wrong class order", "number the classes"
     if 1 - accuracy > LEFT * (1 - answers.accuracy):
-        what, cure = f"{what}, or other images than it was trained on (size, channel order)", f"{cure} and make the images"
-    return f"{what}: {accuracy:.1%} with its classes renamed: {', '.join(named[:SHOWN])}{more}; {cure} as its training did"
+        fault, cure = f"{fault}, or other images than it was trained on (size, channel order)", f"{cure} and make the images"
+    return f"{fault}: {accuracy:.1%} with its classes renamed: {', '.join(named[:SHOWN])}{more}; {cure} as its training did"
 
 
 def _name(names: Sequence[str], number: int) -> str:

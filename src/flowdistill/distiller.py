@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import methods, models
-from .checks import UserError
+from .checks import UserError, as_user_error
 from .config import TrainConfig, parse_as
 from .data.user_loaders import checked, refuse_other_labels
 from .methods import ResolvedMethod
@@ -78,13 +78,9 @@ class Distiller(nn.Module):
         if teacher_side:
             paired = pair(student_side.spec, teacher_side.spec, student_side.data, teacher_side.data)
             student_side, teacher_side = student_side._replace(spec=paired.student), teacher_side._replace(spec=paired.teacher)
-        try:
-            with seeded(seed, "adapters"):
-                self.method = methods.build(
-                    self.resolved, student=student_side.spec, teacher=teacher_side.spec if teacher_side else None, data=student_side.data
-                )
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        teacher_spec = teacher_side.spec if teacher_side else None
+        with as_user_error(), seeded(seed, "adapters"):
+            self.method = methods.build(self.resolved, student=student_side.spec, teacher=teacher_spec, data=student_side.data)
         needs = self.method.needs
         if unknown := sorted(needs.context - {"head", "norms"}):
             context = unknown[0].replace("_", " ")

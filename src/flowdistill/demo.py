@@ -30,7 +30,7 @@ def demo(folder: Path | None, format_: str) -> str:
     runs = train_all(ledger)
     log, summary = (make(runs, "last", format_) for make in (tables.log_table, tables.summary_table))
     ledger.close()
-    if folder is None:  # what is stopped before stays there, for it can be gone on with
+    if folder is None:  # only here: the folder of a demo that is stopped before stays, and it can be gone on with
         shutil.rmtree(ledger_folder)
     if format_ in ("csv", "json"):
         return summary

@@ -35,12 +35,12 @@ class Distiller(nn.Module):
     """The loss of a student on a batch, by any method that needs no more than the batch.
 
     The modules are not copied: the student that was given is trained. It is put into train mode, the teacher into eval mode and frozen.
-    Modules of others have hooks until ``close``, or until the Distiller is gone.
+    Modules that this package did not make have hooks until ``close``, or until the Distiller is gone.
 
     Attributes:
-        student, teacher: the networks with their taps; ``.body`` is the module that was given. No teacher where the method needs none.
+        student, teacher: the networks with their taps; ``.body`` is the module that was given. A method that needs no teacher has None.
         method: the method, with its adapters.
-        phase, weights: the phase of training, and the factors of the terms that count in it.
+        phase, weights: the current phase of training, and the weight of each term that counts in it.
     """
 
     def __init__(
@@ -55,19 +55,19 @@ class Distiller(nn.Module):
         label_smoothing: float = 0.0,
         seed: int = 0,
     ) -> None:
-        """Pair the two.
+        """Pair student and teacher.
 
         Args:
-            teacher, student: modules that give logits [N, K] of images [N, C, H, W], or networks of this package.
+            teacher, student: modules that give logits [N, K] for images [N, C, H, W], or networks of this package.
             method: a method or a composition such as ``at+kd``.
             images: the shape (C, H, W) of an image, or a batch of them [N, C, H, W].
-            options: of each method, ``{"kd": {"T": 2.0}}``.
-            weights: of each term; what is left out is the method's default.
+            options: of each method, such as ``{"kd": {"T": 2.0}}``. Default: the method's.
+            weights: of each term. Default: the method's.
             label_smoothing: share of each label that the task spreads over all classes.
             seed: decides the adapters' initial weights.
 
         Raises:
-            UserError: a pair that can't work, or a method that needs all of the training images, or another student.
+            UserError: the pair can't work, or the method needs all of the training images or another student.
         """
         super().__init__()
         self.resolved, self.closed = _resolve_method(method, options or {}, weights or {}), False
@@ -108,18 +108,18 @@ class Distiller(nn.Module):
         return side
 
     def forward(self, images: Tensor, labels: Tensor | None = None, *, epoch: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of this phase's terms, and every unweighted term by name, detached; float32 scalars.
+        """Return the weighted sum of this phase's terms, and every unweighted term by name, detached. All are float32 scalars.
 
-        The networks run under the caller's autocast, the losses never in half.
+        The networks run under the caller's autocast. The losses never run in half precision.
 
         Args:
             images: [N, C, H, W] as both networks take them.
-            labels: [N] class numbers of any integer type; -1 is an image without one, which takes part in the method's terms and not in
-                ``task``. Left out, there is no ``task``.
-            epoch: 0-based, for methods with a warm-up or a curriculum; left out, they are past it.
+            labels: [N] class numbers of any integer type. -1 marks an image without a label, which takes part in the method's terms but
+                not in ``task``. Default: no labels and no ``task``.
+            epoch: 0-based, for methods with a warm-up or a curriculum. Default: after these.
 
         Raises:
-            UserError: no labels, or one of -1, where the method learns from them; labels that are none.
+            UserError: the method learns from labels, and there are none or one is -1; or the labels are no class numbers.
         """
         if self.closed:
             raise RuntimeError("this Distiller was closed; make another")
@@ -140,7 +140,7 @@ class Distiller(nn.Module):
         return loss, {term: value.detach() for term, value in losses.items()}
 
     def _ask(self, teacher: Network, images: Tensor) -> Outputs:
-        """In eval mode, whatever its owner made of it since; nothing of it moves."""
+        """The teacher's outputs in eval mode, even if its owner has changed the mode since. None of its buffers changes."""
         _, original = self._given
         for network in (teacher, original):  # of a network made here the first is a view of the other
             if network is not None and any(module.training for module in network.modules()):
@@ -150,10 +150,10 @@ class Distiller(nn.Module):
         return teacher_outputs
 
     def _refuse_other_sizes(self, images: Tensor) -> None:
-        """Taps and adapters are those of one size of image; logits and embedding go with any.
+        """Taps and adapters fit one image size alone; logits and embedding go with any.
 
         Raises:
-            UserError: it is another one.
+            UserError: the images have another size.
         """
         size = tuple(images.shape[1:])
         needs = self.method.needs
@@ -163,9 +163,7 @@ class Distiller(nn.Module):
             raise UserError(f"images {actual}: this Distiller was made for Nx{expected}; make another with images= of that size")
 
     def _targets(self, images: Tensor, labels: Tensor) -> Targets:
-        """What the task is computed with. Labels are looked at where they are on the CPU and nothing is compiled: a device is not waited
-        for.
-        """
+        """What the task is computed with. Labels are checked only on the CPU and outside of torch.compile: that waits for no device."""
         _, labels = checked((images, labels), "the loop")
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             other = f"{NO_LABEL} where an image has none"
@@ -177,10 +175,10 @@ class Distiller(nn.Module):
         return Targets(labels, (labels != NO_LABEL).sum().clamp(min=1), None, None)
 
     def begin_phase(self, number: int) -> None:
-        """Take up a phase of a method that trains in several, 0-based; its optimiser is made anew, of ``trainable_parameters()``.
+        """Begin a phase, 0-based, of a method that trains in several. It needs a new optimiser, of ``trainable_parameters()``.
 
         Raises:
-            UserError: there is none of that number.
+            UserError: there is no phase of that number.
         """
         phases = self.resolved.phases
         if not 0 <= number < len(phases):
@@ -189,11 +187,11 @@ class Distiller(nn.Module):
         self.phase, self.weights = phases[number], self.resolved.counted(phases[number])
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """What an optimiser moves in this phase: the student's parameters and the adapters, less what is frozen."""
+        """The parameters that are trained in this phase: the student's and the adapters', without the frozen ones."""
         return trainable_parameters(self.student, self.method, self.phase)
 
     def train(self, mode: bool = True) -> Distiller:
-        """The student's and the method's mode; the teacher stays in eval mode."""
+        """Set the mode of the student and the method. The teacher stays in eval mode."""
         super().train(mode)
         student, teacher = self._given
         student.train(mode)
@@ -203,13 +201,13 @@ class Distiller(nn.Module):
         return self
 
     def close(self) -> None:
-        """Remove the hooks; the modules are as they came, but for what was learned and the teacher's frozen state."""
+        """Remove the hooks. The modules are then as they were given, but the student has learned and the teacher is frozen."""
         self._hooks()
         self.closed = True
 
 
 class _Side(NamedTuple):
-    """What a module offers for images of this size, and how it is made to give taps of that."""
+    """What a module offers for images of this size, and how a network with taps is made of it."""
 
     spec: NetSpec
     data: DataSpec
@@ -240,7 +238,7 @@ def _side(module: nn.Module, size: tuple[int, int, int], role: str) -> _Side:
 
 
 def _tapped(net: Network) -> Callable[[NetSpec, tuple[str, ...]], Network]:
-    """How one of this package's networks gives taps: the same modules under another head."""
+    """Make a network with taps of one of this package's: a view that shares its modules."""
 
     def build(spec: NetSpec, taps: tuple[str, ...]) -> Network:
         view = copy(net)
@@ -251,7 +249,7 @@ def _tapped(net: Network) -> Callable[[NetSpec, tuple[str, ...]], Network]:
 
 
 def _resolve_method(method: str, options: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float]) -> ResolvedMethod:
-    """The method with every default; refused where it needs a run of its own."""
+    """The method with every default. Refused if it needs a run of its own."""
     resolved = methods.resolve(method, options, weights)
     if resolved.mutual:
         raise UserError(f"the students of {resolved.name!r} teach each other; {CURE}")

@@ -27,13 +27,13 @@ STUDIES: Mapping[str, Study] = {study.name: study for study in (log.STUDY, fsp_l
 BASELINE_SEEDS = (0, 1)  # two, so that no student shares its teacher's initial weights
 STUDENT_SEEDS = (0, 1, 2)
 OPTIONS: Mapping[str, Mapping[str, Any]] = {"fsp": {"preset": "log"}, "logits": {"on": "embedding"}}
-"""What the reference computes by a method, where that is not this package's default."""
+"""The reference's options of a method that are not this package's defaults."""
 WEIGHTS: Mapping[str, Mapping[str, float]] = {"at+kd": {"kd": 0.9}}
-"""The reference's weights of a row, where they are not this package's defaults, which are the reference's."""
+"""The reference's weights of a row that are not this package's defaults. All other defaults are the reference's."""
 
 
 def as_the_reference(method: str) -> dict[str, dict[str, Any]]:
-    """Options and weights of a row.
+    """The reference's options and weights of a row.
 
     Raises:
         UserError: no such method.
@@ -50,10 +50,10 @@ class Order:
         study: whose document is written.
         settings: networks and data sets, in the log's order.
         rows: methods of the students, in the document's order.
-        sources: for each of the log's data sets where it comes from, as ``--dataset`` takes it.
-        limit_train: training images, None for the recipe's.
-        train: keys of ``train`` that are not to be the recipe's.
-        recipe: None for the package's default, which is the reference's.
+        sources: where each of the log's data sets comes from, as ``--dataset`` takes it.
+        limit_train: number of training images. None: the recipe's.
+        train: keys of ``train`` that replace the recipe's.
+        recipe: None: the package's default, which is the reference's.
         seeds: of the students.
         baselines: seeds of the baselines, which are also the teachers.
     """
@@ -73,7 +73,7 @@ class Order:
         return [self.config(setting, "base", seed) for seed in self.baselines]
 
     def students(self, setting: Setting) -> list[RunConfig]:
-        """Students of their teachers' own architecture, a row after the other."""
+        """Students of the same architecture as their teachers, row by row."""
         return [self.config(setting, method, seed) for method in self.rows for seed in self.seeds]
 
     def config(self, setting: Setting, method: str, seed: int) -> RunConfig:
@@ -115,10 +115,10 @@ def settings(study: Study, only: str | None) -> tuple[Setting, ...]:
 
 
 def rows(study: Study, names: str | None) -> tuple[str, ...]:
-    """The students' rows of a study, or those that ``given`` names, separated by commas: its own in its order, then the others.
+    """The students' rows of a study, or the methods in ``names``, separated by commas: the study's in its order, then the others.
 
     Raises:
-        UserError: a method that can't be had, one named twice, or one whose students teach each other.
+        UserError: a method can't be had or is named twice, or its students teach each other.
     """
     methods: list[str] = []
     for name in study.rows if names is None else names.split(","):
@@ -147,7 +147,7 @@ def by_recipe(name: str | None, chosen: Iterable[Setting]) -> Recipe | None:
 
 
 def refuse_own_teachers(seeds: Sequence[int], baselines: Sequence[int]) -> None:
-    """Refuse a student that would have no teacher but the one that began as it did, before that is trained.
+    """Refuse, before anything is trained, a student whose only teacher would begin from the same initial weights.
 
     Raises:
         UserError: there is such a student.
@@ -161,7 +161,7 @@ def refuse_own_teachers(seeds: Sequence[int], baselines: Sequence[int]) -> None:
 
 
 def refuse_folder(folder: Path, study: Study) -> None:
-    """Refuse a folder for the document that can't be one, before days of training and not after.
+    """Refuse a folder in which the document can't be written, before days of training and not after.
 
     Raises:
         UserError: something is in the way.
@@ -195,9 +195,9 @@ def tell_time(order: Order, ledger: Ledger, device: torch.device) -> None:
 
 
 def reproduce(order: Order, ledger: Ledger, device: torch.device, folder: Path, command: str) -> tuple[Path, bool]:
-    """Train what the ledger has not, and write the document after each setting; its path, and whether every run finished.
+    """Train what the ledger lacks, and write the document after each setting. Return its path, and whether every run finished.
 
-    The document has all runs that the ledger has of these settings by this recipe, whether they were asked for now or trained before.
+    The document has all of the ledger's runs of these settings by this recipe, whether they were asked for now or trained before.
     """
     by_setting: dict[Setting, list[Run]] = {}
     document = order.study.document(folder)
@@ -209,7 +209,7 @@ def reproduce(order: Order, ledger: Ledger, device: torch.device, folder: Path, 
 
 
 def _train(order: Order, setting: Setting, ledger: Ledger, device: torch.device) -> list[Run]:
-    """The teachers first, then all students as one cohort; with what else the ledger has."""
+    """Train the teachers first, then all students as one cohort. Return their runs, and what else the ledger has."""
     bars = Bars()
     teachers = run(order.teachers(setting), ledger, device, watcher=bars)
     if any(teacher.status != "finished" for teacher in teachers):
@@ -220,7 +220,7 @@ def _train(order: Order, setting: Setting, ledger: Ledger, device: torch.device)
 
 
 def _others(order: Order, setting: Setting, runs: Sequence[Run], ledger: Ledger, device: torch.device) -> list[Run]:
-    """What the ledger has by the recipe of the runs that were found: other rows and other seeds than were asked for now."""
+    """What else the ledger has by the recipe of these runs: other rows and other seeds than were asked for now."""
     if not order.study.free:
         return []
     key, asked = baseline_key(runs[0]), {(run_.method, run_.seed) for run_ in runs}

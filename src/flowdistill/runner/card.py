@@ -1,4 +1,4 @@
-"""What a finished run's student costs and what it says, measured beside its teacher and a student that was trained alone."""
+"""What a finished run's student costs and answers, measured beside its teacher and a student that was trained alone."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from .references import NetworkRef, recorded_teacher, resolve
 
 TEACHER, STUDENT, ALONE = "teacher", "student", "student alone"
 WARM_UP = 10  # forward passes that are not timed
-PASSES, MIN_PASSES = 100, 10  # forward passes that are: a hundred, or as many of them as fit
-SECONDS = 20.0  # into this time, for one batch size and all networks
+PASSES, MIN_PASSES = 100, 10  # forward passes that are timed, at most and at least
+SECONDS = 20.0  # after which no more are timed, for one batch size and all networks
 
 
 class Latency(NamedTuple):
-    """Milliseconds of a forward pass on a batch of so many images, over so many timed passes."""
+    """Milliseconds of a forward pass on a batch of ``batch_size`` images, over ``passes`` timed passes."""
 
     batch_size: int
     median: float
@@ -49,11 +49,11 @@ class Score(NamedTuple):
     """What a network's answers to the test images are worth.
 
     Attributes:
-        correct: images it gets right.
+        correct: number of images it gets right.
         class_correct: the same for each class.
         calibration_error: a share from 0 to 1.
         negative_log_likelihood: in nats.
-        agreement: with the teacher; None for the teacher itself, and where there is none or it knows other classes.
+        agreement: with the teacher. None for the teacher itself, and if there is no teacher or it knows other classes.
     """
 
     correct: int
@@ -71,12 +71,12 @@ class Column:
         role: teacher, student or student alone.
         model: its registered name.
         origin: the run that it came from, with its seed, or its file.
-        parameters: all of them, trained or frozen.
-        macs: multiply-accumulates for one image.
-        file_bytes: of its weights file.
+        parameters: number of all parameters, trained or frozen.
+        macs: multiply-accumulates per image.
+        file_bytes: size of its weights file.
         latencies: one for each batch size.
         score: what its answers are worth; None for a teacher of other classes than the data's.
-        other_classes: how they differ; empty where they do not.
+        other_classes: how its classes differ from the data's; empty if they do not.
     """
 
     role: str
@@ -96,11 +96,11 @@ class Card:
 
     Attributes:
         run: whose student it is about.
-        columns: teacher, student, student alone, those that there are.
-        class_images: test images of each class.
-        class_names: their names; numbers where the data have none.
-        device, processor, torch: what the latencies belong to.
-        advice: how to get the column that is missing; empty where none is.
+        columns: teacher, student and student alone, if they exist.
+        class_images: number of test images of each class.
+        class_names: names of the classes; numbers if the data have none.
+        device, processor, torch: where the latencies were measured.
+        advice: how to get the column that is missing; empty if none is.
         runs: the folder of the ledger.
     """
 
@@ -116,7 +116,7 @@ class Card:
 
     @property
     def images(self) -> int:
-        """Test images."""
+        """Number of test images."""
         return sum(self.class_images)
 
     @property
@@ -136,7 +136,7 @@ class Card:
 
 
 class _Answers(NamedTuple):
-    """What a network says of the test images: log-probabilities [N, K], top-1 classes [N] and their probabilities [N]."""
+    """A network's answers to the test images: log-probabilities [N, K], top-1 classes [N] and their probabilities [N]."""
 
     log_probabilities: np.ndarray
     classes: np.ndarray
@@ -146,11 +146,11 @@ class _Answers(NamedTuple):
 def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 64) -> Card:
     """Measure a run's student, its teacher and the newest ``base`` run of the same student, data, split and recipe.
 
-    All answer the same test images, normalised as in the run, in the run's precision. Latency is that of eager float32 at batch 1 and
-    ``batch_size``, the networks taking turns.
+    All answer the same test images, normalised as in the run, in the run's precision. Latency is measured in eager float32 at batch sizes
+    1 and ``batch_size``. The networks take turns.
 
     Raises:
-        UserError: no such run, an unfinished one, or its student, data or teacher is gone or changed.
+        UserError: there is no such run, it is unfinished, or its student, data or teacher is gone or changed.
     """
     run = ledger.run(no)
     config = validate(run.config)
@@ -198,7 +198,7 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
 
 
 def baseline(run: Run, ledger: Ledger) -> Run | None:
-    """The newest finished ``base`` run of the run's student, data, split and recipe whose file is there; None for a ``base`` run itself."""
+    """The newest finished ``base`` run of the same student, data, split and recipe whose file is there; None for a ``base`` run itself."""
     if run.method == "base":
         return None
     baselines = [
@@ -216,7 +216,7 @@ def count_macs(net: Network, image: Tensor) -> int:
 
 @torch.inference_mode()
 def time_in_turns(nets: Mapping[str, Network], images: Tensor) -> dict[str, Latency]:
-    """Latency of networks on images [N, C, H, W]; they take turns, so that what else the machine does falls on all alike."""
+    """Latency of networks on images [N, C, H, W]. They take turns, so that what else the machine does slows all alike."""
     times: dict[str, list[float]] = {role: [] for role in nets}
     for turn in range(WARM_UP + PASSES):
         if turn == WARM_UP:

@@ -52,7 +52,7 @@ class Member:
 def prepare(
     jobs: Sequence[Job], device: torch.device, engine: str = "auto", workers: int | None = None
 ) -> list[tuple[Cohort, list[Member]]]:
-    """Every cohort on the device; those of equal data and split share the images. ``workers`` decode those that are streamed."""
+    """Put every cohort on the device. Those of equal data and split share the images. ``workers`` processes decode streamed images."""
     on_device: dict[object, Supply] = {}
     prepared = []
     for group in cohorts(jobs):
@@ -105,7 +105,7 @@ def assemble(jobs: Sequence[Job], data: Supply, device: torch.device, engine: st
 
 
 def _network(job: Job, taps: tuple[str, ...], normalisation: Normalisation) -> Network:
-    """What a job trains: its student, or what is built on that and the teacher."""
+    """The network that a job trains: its student, or what its method builds of student and teacher."""
     spec, seed = job.data.spec, weights_seed(job.config)
     if job.shipped_model == job.student.model:
         return job.student.build(spec, taps=taps, seed=seed, spec=job.student_taps, given=normalisation)
@@ -117,7 +117,7 @@ def _network(job: Job, taps: tuple[str, ...], normalisation: Normalisation) -> N
 
 
 def _accuracy(net: Network, data: Supply, precision: Precision) -> float:
-    """A teacher's, in percent.
+    """A teacher's accuracy in percent.
 
     Raises:
         UserError: its logits are not all finite.
@@ -130,7 +130,14 @@ def _accuracy(net: Network, data: Supply, precision: Precision) -> float:
 
 
 def check_start(cohort: Cohort, members: Sequence[Member], watcher: Watcher) -> dict[Student, dict[str, float]]:
-    """Tell what students begin from, how good the teachers are and how large each term's first gradient is; refuse what would diverge."""
+    """Tell what students begin from, how good the teachers are and how large each term's first gradient is.
+
+    Returns:
+        For each student by term: the size of the gradient relative to the task's.
+
+    Raises:
+        UserError: a gradient is not finite, or so large that training would diverge.
+    """
     lines: list[tuple[str, ...]] = [(_told_of_first_weights(member.job),) for member in members if member.job.student.init]
     lines += [(_told_of_teacher(member),) for member in members if member.job.teacher]
     lines += [_told_of_taps(member) for member in members]
@@ -149,7 +156,7 @@ def _told_of_first_weights(job: Job) -> str:
 
 
 def _told_of_taps(member: Member) -> tuple[str, ...]:
-    """Which maps are compared, and what is trained for it beside the student."""
+    """Which maps are compared, and which adapters are trained for that beside the student."""
     method, pairing = member.student.method, member.job.pairing
     if pairing is None or not method.needs.student:
         return ()

@@ -48,10 +48,10 @@ class Finding(NamedTuple):
 def examine(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device, watcher: Watcher | None = None) -> list[Finding]:
     """Look at the data, the networks, each teacher's answers, the taps, each term's first gradient, time and memory.
 
-    Trains and writes nothing. ``configs`` share data and student; of several seeds the teachers are looked at, and the methods once.
+    Trains and writes nothing. ``configs`` share data and student. The teachers of all seeds are looked at, each method with one seed.
 
     Raises:
-        UserError: without the data or the student there is nothing to look at.
+        UserError: the data or the student can't be had, so there is nothing to look at.
     """
     with computing(device):
         return [*_findings(configs, ledger, device, watcher or Watcher())]
@@ -78,7 +78,7 @@ def _findings(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device
 
 
 def _noted(check: str, looking: Iterable[Finding]) -> Iterator[Finding]:
-    """What is found, and at last why it can't go on."""
+    """The findings, and after them the mistake that ended the looking, if there is one."""
     try:
         yield from looking
     except UserError as error:
@@ -86,7 +86,7 @@ def _noted(check: str, looking: Iterable[Finding]) -> Iterator[Finding]:
 
 
 def _drafted(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device) -> tuple[list[Job], list[Finding]]:
-    """The jobs that can be had, with untrained teachers where others are still to be trained, and why the rest can't."""
+    """The jobs that can be had, and why the rest can't. Untrained teachers stand in for those that are still to be trained."""
     try:
         return drafts(configs, ledger, device), []
     except UserError:
@@ -104,7 +104,7 @@ def _drafted(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device)
 
 
 def _alone(config: RunConfig) -> RunConfig:
-    """The student trained on the labels."""
+    """The config that trains the student on the labels alone."""
     plain: dict[str, Any] = {"method": "base", "teacher": None, "options": {}, "weights": {}, "peer": None, "side": 1}
     train = config.train.model_copy(update={"mixup": False})
     return config.model_copy(update={**plain, "data": config.data.without_unlabelled, "train": train})
@@ -137,7 +137,7 @@ def _of_student(job: Job, data: DeviceData) -> Iterator[Finding]:
 
 
 def _altered(network: NetworkRef, job: Job) -> str:
-    """Why what it answers are no logits, or empty."""
+    """Why the network's answers are no logits; empty if they are."""
     return models.spec(network.model, network.seen(job.data.spec)).altered
 
 
@@ -180,7 +180,7 @@ def _of_answers(net: Network, teacher: NetworkRef, job: Job, data: DeviceData) -
     summary = f"{teacher.model}: {answers.accuracy:.1%} of {len(answers.labels)} {which} images (chance {answers.chance:.1%})"
     if not np.isfinite(answers.logits).all():
         return Finding("answers", "wrong", f"{teacher.model}: its logits are not finite; is its file whole?")
-    recorded = teacher.trained_on is not None and "teacher" not in job.config.inputs  # its size is that of its training
+    recorded = teacher.trained_on is not None and "teacher" not in job.config.inputs  # then its image size is that of its training
     if better := other_images(net, teacher, data, images, job.precision, answers, sizes=not recorded):
         return Finding("answers", "wrong", f"{summary}; {better}")
     if order := another_order(answers, job.data.class_names):
@@ -193,7 +193,7 @@ def _of_answers(net: Network, teacher: NetworkRef, job: Job, data: DeviceData) -
 
 
 def _of_method(group: Sequence[Job], ledger: Ledger, data: DeviceData) -> Iterator[Finding]:
-    """Its taps, the first gradient of its terms, and what training would take."""
+    """A method's taps, the first gradient of its terms, and what training would take."""
     job, name = group[0], group[0].resolved.name
     try:
         needs, pairing = job.method().needs, job.pairing

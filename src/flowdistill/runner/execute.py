@@ -1,4 +1,4 @@
-"""Train cohorts: what the ledger has not and what was cut off, each student its own run."""
+"""Train cohorts: what the ledger lacks and what was cut off, each student its own run."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def run(
     workers: int | None = None,
     watcher: Watcher | None = None,
 ) -> list[Run]:
-    """Train what the ledger has not, go on with what was cut off, and return the run of every config, in order.
+    """Train what the ledger lacks, go on with what was cut off, and return the run of every config, in order.
 
     Runs that diverged are among them, as failed.
 
     Raises:
-        UserError: a config that can't be run; nothing was trained then.
+        UserError: a config can't be run; nothing was trained then.
     """
     ledger.refuse_unwritable()
     watcher, started = watcher or Watcher(), time.perf_counter()
@@ -88,13 +88,13 @@ def run(
 
 
 class _TakenError(Exception):
-    """Another process began, since it was planned, what is about to begin."""
+    """Since the plan was made, another process has begun what is about to begin."""
 
 
 def resume(
     ledger: Ledger, device: torch.device, *, no: int | None = None, workers: int | None = None, watcher: Watcher | None = None
 ) -> list[Run]:
-    """Go on with what was cut off: with the cohort of one run, or with all; the runs that were, as they ended.
+    """Go on with the cohort of one run that was cut off. Default: with all such cohorts. Return their runs as they ended.
 
     Raises:
         UserError: that run is not cut off, or something that its numbers depend on has changed since.
@@ -121,8 +121,9 @@ def _cut_off(run_: Run) -> Run:
 
 
 def before(job: Job, ledger: Ledger) -> Run | None:
-    """The newest run that did this job, or else the newest that began it; a failed one counts for nothing, nor does a finished one whose
-    files are gone, or are not those that it wrote.
+    """The newest run that finished this job, or else the newest that began it.
+
+    A failed run does not count, nor does a finished one whose files are gone or are not those that it wrote.
     """
     runs = ledger.runs(fingerprint=job.fingerprint, seed=job.config.seed)
     done = [run_ for run_ in runs if run_.status == "finished" and not missing(run_, ledger)]
@@ -131,23 +132,23 @@ def before(job: Job, ledger: Ledger) -> Run | None:
 
 
 def finished(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device) -> list[Run]:
-    """Of these configs the runs that ``run`` would skip. Nothing is trained.
+    """The finished runs of these configs, which ``run`` would skip. Nothing is trained.
 
     Raises:
-        UserError: a config that can't be run.
+        UserError: a config can't be run.
     """
     runs = (before(job, ledger) for job in plan(configs, ledger, device))
     return [run_ for run_ in runs if run_ is not None and run_.status == "finished"]
 
 
 def _lost(job: Job, ledger: Ledger) -> str:
-    """Of a job that is done again, which run did it and why that does not count; else empty."""
+    """Which run finished this job and why that does not count; empty if none did."""
     done = ledger.runs(fingerprint=job.fingerprint, seed=job.config.seed, status="finished")
     return f"run {done[-1].no} finished, but its {missing(done[-1], ledger)}: trained anew" if done else ""
 
 
 def _known(jobs: Sequence[Job], ledger: Ledger) -> dict[tuple[str, int], Run]:
-    """The runs that are skipped or gone on with, by key; of two students that teach each other both or none."""
+    """The runs that are skipped or gone on with, by key. Of two students that teach each other it has both or none."""
     known = {job.key: run_ for job in jobs if (run_ := before(job, ledger))}
     for job in jobs:
         if job.resolved.mutual:
@@ -158,7 +159,7 @@ def _known(jobs: Sequence[Job], ledger: Ledger) -> dict[tuple[str, int], Run]:
 
 
 def _unfinished(home: int, ledger: Ledger) -> list[Run]:
-    """What of a cohort is to be gone on with; a student that diverged stays failed."""
+    """The runs of a cohort that are to be gone on with. A student that diverged stays failed."""
     return [run_ for run_ in ledger.runs() if run_.home == home and run_.status not in ("finished", "failed")]
 
 
@@ -196,7 +197,7 @@ def _begin_cohort(
 
 
 def _vouch(members: Sequence[Member], ledger: Ledger, watcher: Watcher) -> None:
-    """Own code that this training runs may run again when its runs are used."""
+    """Record that the user's code in this training may run again when its runs are used."""
     named = {name for member in members for name in member.job.model_names}
     try:
         for name in sorted(named):
@@ -207,7 +208,7 @@ def _vouch(members: Sequence[Member], ledger: Ledger, watcher: Watcher) -> None:
 
 
 def _resume_cohort(home: int, ledger: Ledger, device: torch.device, watcher: Watcher, workers: int | None) -> None:
-    """Go on with a cohort from its checkpoint, or from the start where there is none, with the threads that it began with."""
+    """Go on with a cohort from its checkpoint, or from the start if there is none, with as many threads as it began with."""
     with ledger.lock(home):
         runs = _unfinished(home, ledger)
         if not runs:
@@ -229,7 +230,7 @@ def _restore(cohort: Cohort, members: Sequence[Member], folder: Path, watcher: W
     saved = checkpoint.load(folder)
     if saved is not None and saved.damage:
         watcher.say(f"{saved.damage}; {'the one before it is used' if saved.done else 'there is no other, so it starts again'}")
-        (folder / checkpoint.FILE).unlink(missing_ok=True)  # else the next one would put it in the place of the one before
+        (folder / checkpoint.FILE).unlink(missing_ok=True)  # else the next save would keep it as the one before
     if saved is not None and saved.done:
         for member in members:
             if saved.about.get(str(member.no), {}).get("key") != list(member.job.key):
@@ -240,7 +241,7 @@ def _restore(cohort: Cohort, members: Sequence[Member], folder: Path, watcher: W
 
 
 def _tell_what_changed(runs: Sequence[Run], ledger: Ledger, device: torch.device, watcher: Watcher) -> None:
-    """Another machine or version does not go on bit for bit: it is said, and the record names the last."""
+    """Say that another machine or version does not go on bit for bit, and record the new one."""
     began = {**runs[0].versions, "device": runs[0].device}
     goes_on = {**versions(), "device": describe(device)}
     changed = [f"{name} {began.get(name)} -> {value}" for name, value in goes_on.items() if began.get(name) != value]
@@ -251,7 +252,11 @@ def _tell_what_changed(runs: Sequence[Run], ledger: Ledger, device: torch.device
 
 
 def _train(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: torch.device, watcher: Watcher, home: int) -> None:
-    """Epoch by epoch: into the ledger, then into the checkpoint, so that the ledger is never behind it."""
+    """Train epoch by epoch. Each goes into the ledger first and into the checkpoint after that, so that the ledger is never behind.
+
+    A resumed run forgets the ledger's epochs after its checkpoint and trains them again. So a checkpoint every ``CHECKPOINT_SECONDS`` is
+    enough, unless training stops right after an epoch.
+    """
     reset_peak_memory(device)
     _vouch(members, ledger, watcher)
     folder, last_save = ledger.run_folder(home), -math.inf
@@ -260,13 +265,13 @@ def _train(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: to
     watcher.begin(_title(members), cohort.steps)
     try:
         for report in train(cohort, watcher.step):
-            if (cohort.engine.name, cohort.engine.why) != (name, why):
+            if (cohort.engine.name, cohort.engine.why) != (name, why):  # it fell back as it set up this phase
                 instead = " instead" if cohort.engine.name != name else ""
                 name, why = cohort.engine.name, cohort.engine.why
                 watcher.say(f"{_numbers(members)}: {name} engine{instead}: {why}")
             try:
                 reports = record_epoch(report, cohort, members, ledger, watcher)
-            except (UserError, sqlite3.Error):  # the ledger fails, and the runs' folders have the epoch
+            except (UserError, sqlite3.Error):  # the ledger fails, but the folders have the epoch, and resuming enters it
                 _save(cohort, members, folder, watcher)
                 raise
             due = time.monotonic() - last_save >= CHECKPOINT_SECONDS
@@ -276,15 +281,15 @@ def _train(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: to
             try:
                 for run_report in reports:
                     watcher.report(run_report)
-            except BaseException:
+            except BaseException:  # on_epoch may stop training, and is promised that it goes on from this epoch
                 if not due:
                     _save(cohort, members, folder, watcher)
                 raise
         for member in members:
-            if member.student in cohort.students:
+            if member.student in cohort.students:  # the others diverged, and are recorded as failed
                 finish(member, cohort, ledger, device)
                 watcher.say(told(ledger.run(member.no)))
-        checkpoint.clear(folder)
+        checkpoint.clear(folder)  # only now: a cohort that is cut off while it finishes still needs it
     finally:
         watcher.end()
         for line in cohort.data.remarks():
@@ -292,7 +297,7 @@ def _train(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: to
 
 
 def _save(cohort: Cohort, members: Sequence[Member], folder: Path, watcher: Watcher) -> None:
-    """A checkpoint; a disk that can't take it does not end training, and the checkpoint before stands."""
+    """Write a checkpoint. If the disk can't take it, training goes on, and the checkpoint before stands."""
     about = {str(m.no): {"key": m.job.key, "seconds": (m.train_seconds, m.eval_seconds)} for m in members if m.student in cohort.students}
     try:
         checkpoint.save(folder, cohort, _keys(members), about)
@@ -302,7 +307,7 @@ def _save(cohort: Cohort, members: Sequence[Member], folder: Path, watcher: Watc
 
 @contextlib.contextmanager
 def _stops_on_record(members: Sequence[Member], ledger: Ledger, watcher: Watcher) -> Iterator[None]:
-    """What is stopped from outside is recorded as interrupted; where even that can't be written, the free lock tells."""
+    """Inside, whatever stops the runs is recorded as an interruption. If even that can't be written, the free lock tells."""
     try:
         yield
     except BaseException as error:

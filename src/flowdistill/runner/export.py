@@ -61,7 +61,7 @@ class Format(NamedTuple):
     Attributes:
         suffix: takes the place of ``.safetensors`` in the name of the student's file.
         write: (program, one image, metadata) -> the file's content.
-        read: (content, program) -> what the file answers to images; of the program only the code is used.
+        read: (content, program) -> the file's answer to images. Only the program's code is used, not its weights.
         needs: packages beyond those that are always installed.
     """
 
@@ -75,9 +75,9 @@ class Exported(NamedTuple):
     """A file that was written.
 
     Attributes:
-        file, to, model, bytes: where it is, its format, of which network, its size.
-        images, difference, allowed: on so many test images a logit differed by so much at most, of what is allowed (before int8).
-        accuracy_fp32, accuracy_int8: on all test images, in percent, of the program and of its int8 form; None where there is none.
+        file, to, model, bytes: its path, its format, the network's model and its size.
+        images, difference, allowed: number of test images, the largest difference of a logit on them, and what is allowed (before int8).
+        accuracy_fp32, accuracy_int8: percent of all test images, of the program and of its int8 form. None without int8.
     """
 
     file: str
@@ -94,14 +94,14 @@ class Exported(NamedTuple):
 def export(
     path: Path, to: str, *, out: Path | None = None, dataset: str | None = None, int8: bool = False, changes: Changes | None = None
 ) -> Exported:
-    """Write a student's file in another format; its answers to test images are compared with the network's first.
+    """Write a student's file in another format. Its answers to test images are compared with the network's first.
 
     Args:
         path: a student's file.
         to: a name in ``FORMATS``.
-        out: the file to write; left out, beside the student's.
-        dataset: where the images come from; left out, the data that it was trained on.
-        int8: of ONNX, quantise what was found to agree; its accuracy is measured, not judged.
+        out: the file to write. Default: beside the student's.
+        dataset: where the images come from. Default: the data that the student was trained on.
+        int8: quantise the ONNX file that was found to agree. Its accuracy is measured, not judged.
 
     Raises:
         UserError: the student or its data can't be read, the file can't be written there, a package is missing, or the network does
@@ -158,10 +158,10 @@ def metadata(net: Network, about: About) -> dict[str, str]:
 def compare(program: Program, answer: Answer, images: Tensor, to: str) -> tuple[float, float]:
     """The largest absolute difference of a logit, in a batch of all images and in batches of one, and how much is allowed.
 
-    A network that draws random numbers in eval mode draws the same in both, and one whose buffers move then begins from the same.
+    If a network draws random numbers in eval mode, program and file draw the same. If its buffers change then, both begin from the same.
 
     Raises:
-        DeviationError: more than is allowed, or another most probable class.
+        DeviationError: a logit differs by more than is allowed, or a most probable class differs.
     """
 
     def ask(function: Answer, batches: Sequence[Tensor]) -> Tensor:
@@ -218,10 +218,10 @@ def _read_safetensors(content: bytes, program: Program) -> Answer:
 
 
 def _traced(program: Program, image: Tensor) -> torch.export.ExportedProgram:
-    """For any number of images: traced with two, since one would be taken for a constant. No path of this machine stays in it.
+    """Trace the program for any number of images: with two, since one would be taken for a constant. No path of this machine stays in it.
 
     Raises:
-        UserError: its code branches on values, or is otherwise none that torch.export can follow.
+        UserError: its code branches on values, or torch.export can't follow it for another reason.
     """
     two, sizes = torch.cat([image, image]), {INPUT: {0: torch.export.Dim(AXIS)}}
     with _one_line(f"torch.export can't trace {program.net.spec.name}", "--to safetensors"):
@@ -233,7 +233,11 @@ def _traced(program: Program, image: Tensor) -> torch.export.ExportedProgram:
 
 @contextmanager
 def _one_line(subject: str, cure: str) -> Iterator[None]:
-    """What is raised inside is told in one line, by its first cause; what is printed there is not."""
+    """Inside, an error is told in one line, by its first cause, and nothing is printed.
+
+    Raises:
+        UserError: there is an error.
+    """
     try:
         with _unlogged(logging.ERROR), redirect_stderr(io.StringIO()):
             yield
@@ -246,7 +250,7 @@ def _one_line(subject: str, cure: str) -> Iterator[None]:
 
 @contextmanager
 def _unlogged(level: int) -> Iterator[None]:
-    """No messages of that level or below it."""
+    """Inside, no messages of that level or below it are logged."""
     before = logging.root.manager.disable
     logging.disable(level)
     try:
@@ -308,8 +312,8 @@ class _Calibration:
 
 
 def _quantised(content: bytes, data: ImageData) -> bytes:
-    """Convolutions and classifier with int8 weights, a scale for each output channel, and int8 activations, a scale for each tensor,
-    between the least and the largest value that the calibration images gave.
+    """The file with int8 convolutions and classifier. Weights have a scale per output channel, activations one per tensor, which spans
+    the values that the calibration images gave.
     """
     from onnxruntime.quantization import quantize_static
 
@@ -322,7 +326,7 @@ def _quantised(content: bytes, data: ImageData) -> bytes:
 
 
 def _accuracy(answer: Answer, data: ImageData) -> float:
-    """On all test images, in percent."""
+    """The accuracy on all test images, in percent."""
     test = eval_set(data.x_test, data.y_test, lambda images: images, torch.device("cpu"))
     correct = sum(int((answer(images).argmax(1) == labels).sum()) for images, labels in test.batches())
     return 100 * correct / len(test)

@@ -21,7 +21,7 @@ def fingerprint(job: Job, needs: Needs, versions: Mapping[str, int], made_of: Ma
 
     Args:
         needs, versions: of the method, for this pair.
-        made_of: by role, what of a network its name and weights do not say.
+        made_of: by role, what a network's name and weights do not say of it.
     """
     config, student, teacher, unlabelled = job.config, job.student, job.teacher, job.data.unlabelled
     covered: dict[str, Any] = {
@@ -54,13 +54,13 @@ def fingerprint(job: Job, needs: Needs, versions: Mapping[str, int], made_of: Ma
 
 
 def _other_images(teacher: NetworkRef, data_hash: str, split: str) -> list[Any]:
-    """The size and normalisation that it was made for, where they need not be those of the images trained on; else nothing."""
+    """The images that the teacher was made for, if they need not be like those trained on; else empty."""
     same = teacher.trained_on is not None and (teacher.trained_on.data_hash, teacher.trained_on.split) == (data_hash, split)
     return [] if same or teacher.input_spec == InputSpec() else list(astuple(teacher.input_spec))
 
 
 def _compared(job: Job, needs: Needs) -> list[list[str]]:
-    """The taps that are compared, where they are not this package's own under their own names."""
+    """The taps that are compared; empty if all are this package's own under their own names."""
     sides = [(job.student_taps, needs.student)]
     if job.pairing:
         sides.append((job.pairing.teacher, needs.teacher))
@@ -71,7 +71,7 @@ def _compared(job: Job, needs: Needs) -> list[list[str]]:
 
 
 def _versions_of_taps(job: Job, needs: Needs) -> dict[str, int]:
-    """By role, where taps are compared and their names gave other maps before."""
+    """By role, the version of the taps that are compared, if their names gave other maps before."""
     sides = {"student": (job.student_taps, needs.student)} | ({"teacher": (job.pairing.teacher, needs.teacher)} if job.pairing else {})
     return {role: net.version for role, (net, names) in sides.items() if names and net.version > 1}
 

@@ -1,4 +1,4 @@
-"""Which stage of the student learns from which of the teacher, where their stages are not the same."""
+"""Which stage of the student learns from which of the teacher, if their stages are not the same."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import NamedTuple
 from ..checks import UserError
 from ..types import DataSpec, NetSpec, TapSpec
 
-MIN_PAIRS = 2  # pairs of one stride, before their number counts for more than their order
+MIN_PAIRS = 2  # pairs of equal stride that are enough to pair by stride
 
 
 class Pairing(NamedTuple):
     """Student and teacher whose stages have the same names.
 
     Attributes:
-        why: how the stages were paired; empty where they are the networks' own.
+        why: how the stages were paired; empty if they are the networks' own.
     """
 
     student: NetSpec
@@ -26,13 +26,13 @@ class Pairing(NamedTuple):
 
 
 def pair(student: NetSpec, teacher: NetSpec, student_data: DataSpec, teacher_data: DataSpec, *, named: bool = False) -> Pairing:
-    """Pair the stages: as many of each in order; else those of equal stride; else, counted from the classifier, the last ones.
+    """Pair the stages: in order if both have as many; else those of equal stride; else the last ones, counted from the classifier.
 
-    A stride is the image's height by the map's, each network's own. Stages of no pair are left out, and the others numbered anew. Where
-    the user ``named`` taps, they are taken as they are.
+    A stride is the height of a network's image divided by the map's. Stages without a partner are left out, and the others numbered anew.
+    If the user ``named`` taps, they are taken as they are.
 
     Raises:
-        UserError: the named stages of the two are not the same, or a network's stages grow.
+        UserError: the user named taps and the stages of the two are not the same, or a network's stages grow.
     """
     for net in (student, teacher):
         _refuse_growing(net)
@@ -71,7 +71,7 @@ def _renamed(student: NetSpec, teacher: NetSpec, pairs: list[tuple[str, str]], w
 
 
 def _under(net: NetSpec, names: Mapping[str, str]) -> NetSpec:
-    """The network with its stages under other names, and without those that have none; what belongs to a stage goes with it."""
+    """The network with its stages under other names, without those that have none. What belongs to a stage goes with it."""
 
     def taps() -> Iterator[TapSpec]:
         for tap in net.taps:
@@ -85,7 +85,7 @@ def _under(net: NetSpec, names: Mapping[str, str]) -> NetSpec:
 
 
 def compared(pairing: Pairing, student_taps: frozenset[str], teacher_taps: frozenset[str]) -> list[str]:
-    """A line for each tap that a method compares, and one before them."""
+    """A heading, and a line for each tap that a method compares."""
     student, teacher = pairing.student, pairing.teacher
     lines = [f"taps of {student.name} <- {teacher.name}" + (f", stages paired {pairing.why}" if pairing.why else "")]
     for name in sorted(student_taps | teacher_taps):

@@ -35,7 +35,7 @@ def dry_run(
 
 
 def duration(previews: Sequence[Mapping[str, Any]]) -> Duration:
-    """How long these runs take: each has its share of its cohort's time."""
+    """How long these runs take. Each has its share of its cohort's time."""
     total = Duration()
     for preview in previews:
         how = by(preview["engine"]["name"], preview["config"]["train"]["precision"])

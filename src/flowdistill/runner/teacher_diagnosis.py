@@ -30,18 +30,16 @@ from .references import NetworkRef
 SAMPLE = 512  # images that a teacher is measured on, the same share of each class
 ERRORS = 3  # standard errors that tell an accuracy from chance
 GAIN = 0.1  # of accuracy that another normalisation, size or order of classes must bring, to be what is wrong
-LEFT = 0.5  # of a teacher's errors that renaming may leave, if the order of its classes is to be all that is wrong
+LEFT = 0.5  # share of a teacher's errors that may stay after renaming, if the order of its classes is all that is wrong
 KNOWN = 5  # times chance, or halfway from chance to all, that renaming must reach: it flatters even answers that know nothing
 SHOWN = 3  # of many classes, so many are named
 
 SIZES = (32, 48, 64, 96, 128, 160, 192, 224, 288)  # sides of images that teachers are usually trained on
-FEW, MIN_IMAGES = (
-    {64: 128, 96: 64},
-    32,
-)  # up to this side so many images tell whether a size is worth a look at all; of larger ones the least
-LOOKED_AT = 2  # of the sizes, the best by few images
+FEW = {64: 128, 96: 64}  # side -> so many images tell whether a size up to it is worth a look at all
+MIN_IMAGES = 32  # that tell it of larger sizes
+LOOKED_AT = 2  # sizes, the best by few images, that are tried on all
 PIECE = 64  # images of a pass at another size: larger ones must not take more memory than training will
-ENLARGED = 8  # times the data's own side, more than which nobody enlarges images to
+ENLARGED = 8  # times the data's own side: nobody enlarges images more
 SECONDS = 5.0  # after which no further size is tried
 
 NORMALISATIONS = {
@@ -76,17 +74,17 @@ class Answers(NamedTuple):
 
     @property
     def guessed(self) -> float:
-        """The most that chance explains."""
+        """The highest accuracy that chance explains."""
         return min(self.chance + ERRORS * math.sqrt(self.chance * (1 - self.chance) / len(self.labels)), self.halfway)
 
     @property
     def halfway(self) -> float:
-        """From chance to all right: no more is asked of a teacher, however common its commonest class."""
+        """Halfway from chance to all right. No more is asked of a teacher, however common the commonest class is."""
         return (1 + self.chance) / 2
 
 
 def input_spec_of(data: DeviceData) -> InputSpec:
-    """The images as they come."""
+    """Size, channels and normalisation of the data's images."""
     spec, normalisation = data.spec, data.normalisation
     return InputSpec(spec.channels, spec.height, spec.width, normalisation.mean, normalisation.std)
 
@@ -102,20 +100,20 @@ def sample(job: Job, data: DeviceData) -> EvalSet:
 
 
 def ask(net: Network, images: EvalSet, precision: Precision) -> Answers:
-    """What a network says of them."""
+    """A network's answers to these images."""
     batches = [(logits.cpu(), labels.cpu()) for (logits,), labels in predict([net], images, precision)]
     return Answers(*(torch.cat(parts).numpy() for parts in zip(*batches, strict=True)))
 
 
 class Explained(NamedTuple):
-    """The teacher's accuracy if its images were others, and what they would be."""
+    """The teacher's accuracy on images of another normalisation or size, and the words that name it."""
 
     accuracy: float
     explanation: str
 
 
 class Part:
-    """Some of the images of others, a few in each batch; ``positions`` are which, all where it is None."""
+    """Some of the images of ``whole``, a few in each batch. ``positions`` says which. Default: all."""
 
     def __init__(self, whole: EvalSet, positions: npt.NDArray[np.int64] | None = None) -> None:
         self.whole, self.positions = whole, np.arange(len(whole)) if positions is None else positions
@@ -136,7 +134,10 @@ class Part:
 def other_images(
     net: Network, teacher: NetworkRef, data: DeviceData, images: EvalSet, precision: Precision, answers: Answers, *, sizes: bool
 ) -> str:
-    """How much better the teacher is under the best of the usual normalisations or, if wanted, sizes, where that is much; else empty."""
+    """What is wrong with the images, if the teacher is much better with another of the usual normalisations; else empty.
+
+    With ``sizes`` other sizes are tried too.
+    """
     least, adapter = max(answers.accuracy + GAIN, answers.guessed), net.input_adapter
     if least > 1:
         return ""
@@ -167,7 +168,7 @@ def _other_normalisations(
 def _other_sizes(
     net: Network, teacher: NetworkRef, data: DeviceData, images: EvalSet, precision: Precision, answers: Answers, least: float
 ) -> Iterator[Explained]:
-    """Each size on a few images, in some seconds, and the best of them on all; those that the network can't take are passed over."""
+    """Try each size on a few images, for some seconds, and the best sizes on all. Sizes that the network can't take are passed over."""
     seen, until = input_spec_of(data), time.perf_counter() + SECONDS
     now, tried = teacher.input_spec.over(seen), list[tuple[float, int]]()
     largest = ENLARGED * max(seen.height or 0, seen.width or 0)
@@ -185,29 +186,29 @@ def _other_sizes(
 
 
 def _side(input_spec: InputSpec) -> set[int]:
-    """The side of square images; nothing of others, which no option can say."""
+    """The side of square images; empty for others, which no option can name."""
     return {input_spec.height} if input_spec.height is not None and input_spec.height == input_spec.width else set()
 
 
 def _at(size: int, net: Network, teacher: NetworkRef, seen: InputSpec, images: EvalSet, precision: Precision) -> float | None:
-    """The accuracy on images of that size; None where the network can't take them."""
+    """The accuracy on images of that size; None if the network can't take them."""
     net.input_adapter = input_adapter(seen, replace(teacher.input_spec, height=size, width=size))
     try:
         return ask(net, images, precision).accuracy
-    except FAILURES:  # of its own code: too small for its pooling, or another number than its classifier takes
+    except FAILURES:  # of the network's own code: too small for its pooling, or another number than its classifier takes
         return None
 
 
 def listed(values: Sequence[float] | None) -> str:
-    """A config's way to write them."""
+    """Numbers as a config writes them."""
     return "[" + ",".join(f"{value:.4g}" for value in values or ()) + "]"
 
 
 def another_order(answers: Answers, names: Sequence[str]) -> str:
-    """Which classes the teacher takes for which, where that explains its answers much better; else empty.
+    """Which classes the teacher takes for which, if that explains its answers much better; else empty.
 
-    The order is found on every other image of each class and measured on the rest: of few images a class an order always fits. Images
-    of another size or order of channels shift answers from class to class too: where most errors stay, it may be these.
+    The order is found on every other image of each class and measured on the rest, since some order always fits if a class has few images.
+    Images of another size or order of channels also shift answers from class to class. If most errors stay, these may be the reason.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -216,7 +217,7 @@ def another_order(answers: Answers, names: Sequence[str]) -> str:
     classes, labels = answers.classes[order], answers.labels[order]
     confusion = np.zeros((count, count))
     np.add.at(confusion, (classes[::2], labels[::2]), 1)
-    _, meant = linear_sum_assignment(confusion + np.eye(count) / 2, maximize=True)  # where nothing speaks for another order, as it is
+    _, meant = linear_sum_assignment(confusion + np.eye(count) / 2, maximize=True)  # a tie keeps the class
     accuracy = float((meant[classes[1::2]] == labels[1::2]).mean())
     if accuracy < max(answers.accuracy + GAIN, answers.guessed, min(KNOWN * answers.chance, answers.halfway)):
         return ""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -110,46 +111,6 @@ Named = str | os.PathLike[str] | int | Result | nn.Module
 """How a network is named."""
 
 
-def train(
-    student: Named,
-    data: Data,
-    val_loader: Any = None,
-    *,
-    seed: int = 0,
-    runs: str | os.PathLike[str] = "runs",
-    device: str = "auto",
-    engine: str = "auto",
-    workers: int | None = None,
-    progress: bool = True,
-    on_epoch: Callable[[Report], object] | None = None,
-    classes: int | None = None,
-    again: bool = False,
-    accept_changes: bool = False,
-    trust_code: bool = False,
-    **config: Any,
-) -> Result:
-    """Train a network on the labels alone; takes what ``distill`` takes."""
-    return distill(
-        None,
-        student,
-        data,
-        val_loader,
-        method="base",
-        seed=seed,
-        runs=runs,
-        device=device,
-        engine=engine,
-        workers=workers,
-        progress=progress,
-        on_epoch=on_epoch,
-        classes=classes,
-        again=again,
-        accept_changes=accept_changes,
-        trust_code=trust_code,
-        **config,
-    )
-
-
 def distill(
     teacher: Named | None,
     student: Named,
@@ -232,6 +193,31 @@ def distill(
     if run.status != "finished":
         raise RuntimeError(f"run {run.no} {run.status}: {run.error}")
     return Result(run, ledger.run_folder(run.no), tuple(ledger.changes.told), progress)
+
+
+P = ParamSpec("P")
+
+
+def _signature_of(call: Callable[Concatenate[None, P], Result]) -> Callable[[Callable[..., Result]], Callable[P, Result]]:
+    """Show a function with the signature of ``call``, without the teacher and the method.
+
+    ``help()`` and notebooks read ``__signature__``. Type checkers and most editors read the annotation, which can't leave out a keyword:
+    they still offer ``method``.
+    """
+
+    def shown(function: Callable[..., Result]) -> Callable[P, Result]:
+        whole = inspect.signature(call)
+        parameters = [parameter for name, parameter in whole.parameters.items() if name not in ("teacher", "method")]
+        function.__signature__ = whole.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return function
+
+    return shown
+
+
+@_signature_of(distill)  # type: ignore[arg-type]  # mypy fears a second ``teacher`` in ``**config``
+def train(student: Named, data: Data, val_loader: Any = None, **keywords: Any) -> Result:
+    """Train a network on the labels alone. It takes what ``distill`` takes, but for a teacher and a method."""
+    return distill(None, student, data, val_loader, method="base", **keywords)
 
 
 def _images(data: Data, val_loader: Any, classes: int | None, train: Any) -> dict[str, Any]:

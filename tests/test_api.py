@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,17 @@ def test_train_then_distill_from_the_result_the_number_or_the_name(keys: dict[st
     assert by_name.run.no != by_number.run.no, "whichever teacher the rule chooses is not this very one"
     assert by_name.run.weights_hash == by_number.run.weights_hash
     assert by_result.accuracy == pytest.approx(100 * by_result.run.correct / 150)
+
+
+def test_train_shows_the_arguments_of_distill_and_decides_teacher_and_method(keys: dict[str, Any]) -> None:
+    shown, whole = (dict(inspect.signature(function).parameters) for function in (flowdistill.train, flowdistill.distill))
+    assert shown == {name: parameter for name, parameter in whole.items() if name not in ("teacher", "method")}
+    assert inspect.signature(flowdistill.train).return_annotation == "Result"
+    for name in ("teacher", "method"):
+        with pytest.raises(TypeError, match=rf"multiple values for (keyword )?argument '{name}'"):
+            flowdistill.train("resnet8", **keys, **{name: "kd"})
+    with pytest.raises(TypeError, match=r"train\(\) missing 1 required positional argument: 'data'"):
+        flowdistill.train("resnet8")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

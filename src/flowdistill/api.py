@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +41,9 @@ class Result:
     Attributes:
         run: its row in the ledger.
         folder: its files: ``student.safetensors``, ``run.json``, ``predictions.npz``.
-        remarks: what was to be told of the data and of what was used again: files left out, changes accepted. They were said on stderr
-            too, but for ``progress=False``; of a run that was not trained anew they are those of this call.
-        progress: whether this object's methods say such remarks on stderr.
+        remarks: what this call had to tell of the data and of what it used again, such as files left out and changes accepted. Unless
+            ``progress=False``, stderr has them too.
+        progress: whether this object's methods write such remarks to stderr.
     """
 
     run: Run
@@ -52,25 +53,25 @@ class Result:
 
     @property
     def accuracy(self) -> float:
-        """Percent of the test images that the student gets right, measured in ``precision``: last epoch, or the epoch the holdout chose."""
+        """Percent of the test images that the student gets right in ``precision``, after the last epoch or the one the holdout chose."""
         assert self.run.accuracy is not None
         return self.run.accuracy
 
     @property
     def precision(self) -> str:
-        """The arithmetic that ``accuracy`` was measured in, which is that of training: ``bf16`` or ``fp32``.
+        """The arithmetic of training, in which ``accuracy`` was measured too: ``bf16`` or ``fp32``.
 
-        ``student()`` and ``module()`` compute in float32, where a student of ``bf16`` may get a few images more or fewer right.
+        ``student()`` and ``module()`` compute in float32. There a student of ``bf16`` may get a few images more or fewer right.
         """
         return self.run.precision
 
     def student(self, *, accept_changes: bool = False, trust_code: bool = False) -> Network:
-        """The trained network, in eval mode on the CPU; called on images it gives logits, embedding and maps.
+        """The trained network, in eval mode on the CPU. Called on images, it gives logits, embedding and maps.
 
         Raises:
-            UserError: a module given from Python in another process; give it again to the call that trained it. Or its file is not what
-                the run wrote, or its code answers otherwise, and that is not accepted. Or it is code that neither this program nor a
-                training of yours named, and ``trust_code`` is not given.
+            UserError: the student is a module that was given from Python in another process; give it again to the call that trained it.
+                Or its file is not what the run wrote, or its code answers otherwise, and ``accept_changes`` is false. Or neither this
+                program nor a training of yours named its code, and ``trust_code`` is false.
         """
         changes = self._changes(accept_changes)
         path, changed = weights_path(str(self.run.no), self.folder.parent, changes)
@@ -84,10 +85,12 @@ class Result:
         return self.student().release()
 
     def export(self, to: str, *, out: str | os.PathLike[str] | None = None, int8: bool = False) -> Path:
-        """Write the network as ``onnx``, ``torch-export`` or ``safetensors``, beside the run's files or to ``out``; the file's path.
+        """Write the network as ``onnx``, ``torch-export`` or ``safetensors`` to ``out`` and return the file's path.
+
+        Default of ``out``: beside the run's files.
 
         Raises:
-            UserError: as ``student``; a package is missing, torch.export can't trace it, or the run's images came from a loader.
+            UserError: as ``student``; or a package is missing, torch.export can't trace it, or the run's images came from a loader.
         """
         if str(to) not in FORMATS:
             raise UserError(f"export to {to!r}: {did_you_mean(str(to), FORMATS)}")
@@ -106,46 +109,6 @@ Data = str | Mapping[str, Any] | Iterable[Any]
 
 Named = str | os.PathLike[str] | int | Result | nn.Module
 """How a network is named."""
-
-
-def train(
-    student: Named,
-    data: Data,
-    val_loader: Any = None,
-    *,
-    seed: int = 0,
-    runs: str | os.PathLike[str] = "runs",
-    device: str = "auto",
-    engine: str = "auto",
-    workers: int | None = None,
-    progress: bool = True,
-    on_epoch: Callable[[Report], object] | None = None,
-    classes: int | None = None,
-    again: bool = False,
-    accept_changes: bool = False,
-    trust_code: bool = False,
-    **config: Any,
-) -> Result:
-    """Train a network on the labels alone; takes what ``distill`` takes."""
-    return distill(
-        None,
-        student,
-        data,
-        val_loader,
-        method="base",
-        seed=seed,
-        runs=runs,
-        device=device,
-        engine=engine,
-        workers=workers,
-        progress=progress,
-        on_epoch=on_epoch,
-        classes=classes,
-        again=again,
-        accept_changes=accept_changes,
-        trust_code=trust_code,
-        **config,
-    )
 
 
 def distill(
@@ -168,48 +131,49 @@ def distill(
     trust_code: bool = False,
     **config: Any,
 ) -> Result:
-    """Train a student with a teacher, record the run, and return it. A finished run of the same config is returned at once,
-    and one that was cut off goes on from its checkpoint.
+    """Train a student with a teacher, record the run, and return it.
+
+    If a run of the same config has finished, it is returned at once. If one was cut off, it goes on from its checkpoint.
 
     Args:
         teacher: a model name (a trained one is then chosen from ``runs``), a run's number, a Result, a weights file, or any module
-            that gives logits [N, K] of images [N, C, H, W]. A module is copied, and stays as it is.
-        student: likewise; a name starts from fresh weights, anything else from the weights it has. What is frozen in a module
-            (``requires_grad``) stays so. ``Result.module`` gives the trained one back.
+            that gives logits [N, K] for images [N, C, H, W]. A module is copied and stays as it is.
+        student: the same. A name starts from fresh weights, anything else from the weights it has. Parameters that are frozen in a
+            module (``requires_grad``) stay frozen. ``Result.module`` gives the trained module back.
         data: ``digits``, ``cifar10``, ``cifar100``, ``fashion_mnist``, ``npz:PATH``, ``folder:PATH``, ``csv:FILE`` or ``hf:NAME``; or
-            a mapping such as ``{"name": "npz:PATH", "pad": 2, "flip": False, "unlabelled": "folder:PATH"}``; or a loader, anything with
-            a length that gives (images float [B, C, H, W], labels [B]). Both networks take its images as they come.
-        val_loader: beside a loader a second one, whose images accuracy is measured on.
+            a mapping such as ``{"name": "npz:PATH", "pad": 2, "flip": False, "unlabelled": "folder:PATH"}``; or a loader, which is
+            anything that has a length and gives (images float [B, C, H, W], labels [B]). Both networks take its images as they come.
+        val_loader: if ``data`` is a loader, a second one. Accuracy is measured on its images.
         method: a method or a composition such as ``at+kd``.
-        seed: decides initial weights, order and augmentation; of a loader what it draws from torch's generators.
+        seed: decides initial weights, order and augmentation. For a loader it decides what the loader draws from torch's generators.
         runs: folder of the ledger.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
-        engine: ``auto``, ``eager``, ``compiled`` or ``graph``; what can't be had here falls back, and says so.
-        workers: processes that decode images which memory does not hold; left out, one a core, at most eight.
-        progress: bars and remarks on stderr; without it nothing is written there, and ``Result.remarks`` has what must be known.
-        on_epoch: called with a Report after every epoch that is trained. What it raises, KeyboardInterrupt for one, comes out of this
-            call; the run is then interrupted, and goes on from that epoch when it is called again.
-        classes: how many, of loaders; left out, those that the data set has names for (``classes``), else the largest label and one.
-        again: train it even where a run of the same config has finished or was cut off.
-        accept_changes: take a teacher, or first weights, whose file, code or library is not what was recorded.
-        trust_code: run code that a file names as its network, though neither this program nor a training of yours named it.
+        engine: ``auto``, ``eager``, ``compiled`` or ``graph``. One that can't be had here falls back to another, and says so.
+        workers: number of processes that decode images, if memory does not hold them all. Default: one per core, at most eight.
+        progress: write bars and remarks to stderr. If false, nothing is written there, and ``Result.remarks`` has what must be known.
+        on_epoch: called with a Report after every epoch that is trained. What it raises, such as KeyboardInterrupt, comes out of this
+            call. The run is then interrupted, and the same call goes on from that epoch.
+        classes: number of classes of loaders. Default: as many as the data set has names for (``classes``), else the largest label + 1.
+        again: train it even if a run of the same config has finished or was cut off.
+        accept_changes: take a teacher, or first weights, even if the file, code or library is not what was recorded.
+        trust_code: run code that a file names as its network, even if neither this program nor a training of yours named it.
         config: further keys of RunConfig as nested mappings (``train={"epochs": 30}, weights={"fsp": 10.0}, split="holdout"``);
-            ``init_from`` is named as the student is, or is a module whose weights fit the student that is named.
+            ``init_from`` takes what ``student`` takes, or a module whose weights fit a student that is given by name.
 
     Raises:
-        UserError: an argument that can't be used; one line that says what to do.
-        RuntimeError: the student diverged, or what the teacher says is not finite; the run is recorded as failed.
+        UserError: an argument can't be used; one line says what to do.
+        RuntimeError: the student diverged, or an answer of the teacher is not finite; the run is recorded as failed.
     """
     if on_epoch is not None and not callable(on_epoch):
         raise UserError(f"on_epoch={on_epoch!r}: give a function that takes a Report, or leave it out")
     _refuse_number("workers", workers, 0, MAX_WORKERS)
     watcher = (Bars if progress else Watcher)(on_epoch)
     ledger = Ledger(Path(runs), create=True, changes=Changes(accept_changes, watcher.say))
-    begun = {"init_from": _first_weights(config["init_from"], student, ledger)} if config.get("init_from") is not None else {}
+    first_weights = {"init_from": _first_weights(config["init_from"], student, ledger)} if config.get("init_from") is not None else {}
     parsed = validate(
         {
             **config,
-            **begun,
+            **first_weights,
             **_images(data, val_loader, classes, config.get("train", {})),
             "student": _reference(student, ledger),
             "teacher": None if teacher is None else _reference(teacher, ledger),
@@ -219,7 +183,7 @@ def distill(
     )
     on_device = resolve_device(device)
     trust.name(*(getattr(parsed, key) for key in NETWORKS))
-    with (  # whatever is on around the call
+    with (  # the modes that the caller has on must not change what is trained
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(on_device.type, enabled=False),
@@ -231,11 +195,36 @@ def distill(
     return Result(run, ledger.run_folder(run.no), tuple(ledger.changes.lines), progress)
 
 
+P = ParamSpec("P")
+
+
+def _signature_of(call: Callable[Concatenate[None, P], Result]) -> Callable[[Callable[..., Result]], Callable[P, Result]]:
+    """Show a function with the signature of ``call``, without the teacher and the method.
+
+    ``help()`` and notebooks read ``__signature__``. Type checkers and most editors read the annotation, which can't leave out a keyword:
+    they still offer ``method``.
+    """
+
+    def shown(function: Callable[..., Result]) -> Callable[P, Result]:
+        whole = inspect.signature(call)
+        parameters = [parameter for name, parameter in whole.parameters.items() if name not in ("teacher", "method")]
+        function.__signature__ = whole.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return function
+
+    return shown
+
+
+@_signature_of(distill)  # type: ignore[arg-type]  # mypy fears a second ``teacher`` in ``**config``
+def train(student: Named, data: Data, val_loader: Any = None, **keywords: Any) -> Result:
+    """Train a network on the labels alone. It takes what ``distill`` takes, but for a teacher and a method."""
+    return distill(None, student, data, val_loader, method="base", **keywords)
+
+
 def _images(data: Data, val_loader: Any, classes: int | None, train: Any) -> dict[str, Any]:
-    """The keys of a config that say which images; of loaders their name, and the size of their batches."""
-    for what, given_data in (("data", data), ("val_loader", val_loader)):
-        if all(hasattr(given_data, name) for name in ("__getitem__", "__len__")) and not hasattr(given_data, "__iter__"):
-            raise UserError(f"{what}: {type(given_data).__name__} gives images one by one, not batches; wrap it in a DataLoader")
+    """The keys of a config that say which images. For loaders these are their name and the size of their batches."""
+    for argument, images in (("data", data), ("val_loader", val_loader)):
+        if all(hasattr(images, name) for name in ("__getitem__", "__len__")) and not hasattr(images, "__iter__"):
+            raise UserError(f"{argument}: {type(images).__name__} gives images one by one, not batches; wrap it in a DataLoader")
     if not isinstance(data, str | Mapping) and not hasattr(data, "__iter__"):
         raise UserError(f"{type(data).__name__} is no data; give a name such as digits or folder:PATH, a table of keys, or a loader")
     if isinstance(data, str | Mapping):
@@ -246,12 +235,12 @@ def _images(data: Data, val_loader: Any, classes: int | None, train: Any) -> dic
     if val_loader is None:
         raise UserError("a train_loader needs a val_loader, whose images accuracy is measured on; give it after the train_loader")
     _refuse_number("classes", classes, 2)
-    found = user_loaders.adopt(data, val_loader, classes)
+    loaders = user_loaders.adopt(data, val_loader, classes)
     if not isinstance(train, Mapping):
-        return {"data": {"name": found.name}}
-    if (size := train.get("batch_size", found.batch_size)) != found.batch_size:
-        raise UserError(f"train.batch_size={size}: the loader's batches have {found.batch_size} images; leave batch_size out")
-    return {"data": {"name": found.name}, "train": {**train, "batch_size": found.batch_size}}
+        return {"data": {"name": loaders.name}}
+    if (size := train.get("batch_size", loaders.batch_size)) != loaders.batch_size:
+        raise UserError(f"train.batch_size={size}: the loader's batches have {loaders.batch_size} images; leave batch_size out")
+    return {"data": {"name": loaders.name}, "train": {**train, "batch_size": loaders.batch_size}}
 
 
 def _refuse_number(name: str, value: Any, least: int, most: int | None = None) -> None:
@@ -263,15 +252,15 @@ def _refuse_number(name: str, value: Any, least: int, most: int | None = None) -
 
 
 def _reference(network: Named, ledger: Ledger) -> str:
-    """A network as a config names it. A module in memory is put into a file beside the runs, so that its run can be repeated."""
+    """A network as a config names it. A module in memory is saved beside the runs, so that its run can be repeated."""
     network = uncompiled(network)
     if isinstance(network, str | os.PathLike):
         return os.fspath(network)
     if isinstance(network, int):
         return str(network)
     if isinstance(network, Result):
-        own = network.folder.parent.resolve() == ledger.folder.resolve()
-        return str(network.run.no) if own else str(network.folder / STUDENT_FILE)
+        in_ledger = network.folder.parent.resolve() == ledger.folder.resolve()
+        return str(network.run.no) if in_ledger else str(network.folder / STUDENT_FILE)
     if isinstance(network, type):
         raise UserError(f"{network.__name__} is a class, not a network; call it: {network.__name__}(...)")
     if not isinstance(network, nn.Module):
@@ -289,7 +278,7 @@ def _reference(network: Named, ledger: Ledger) -> str:
 
 
 def _first_weights(network: Named, student: Named, ledger: Ledger) -> str:
-    """What ``init_from`` names; the weights of a module are those of the student's model, if that is named."""
+    """``init_from`` as a config names it. If the student is given by name, a module's weights are saved as those of that model."""
     network = uncompiled(network)
     if isinstance(network, nn.Module) and not isinstance(network, Network) and isinstance(student, str):
         return f"{student}@{_saved(tensors(network, type(network).__name__), student, {}, ledger)}"
@@ -297,7 +286,7 @@ def _first_weights(network: Named, student: Named, ledger: Ledger) -> str:
 
 
 def _saved(weights: Mapping[str, Tensor], model: str, about: Mapping[str, Any], ledger: Ledger) -> str:
-    """The path of a file with these weights, which says that they are those of the model."""
+    """Save these weights as those of the model, if that is not done yet, and return the file's path."""
     name = hashlib.sha256(f"{model}\n{hash_weights(weights)}".encode()).hexdigest()[:16]
     path = ledger.folder / "networks" / f"{name}.safetensors"
     if not path.is_file() or not whole(path):

@@ -148,6 +148,19 @@ def pass_on_shortage(error: BaseException) -> None:
 
 
 @contextmanager
+def as_user_error() -> Iterator[None]:
+    """Inside, a ValueError is the user's mistake.
+
+    Raises:
+        UserError: what the ValueError says.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+@contextmanager
 def told_by_path(path: Path) -> Iterator[None]:
     """Inside, an error of the system names this file: a full disk does not say which file it had no room for."""
     try:

@@ -1,4 +1,4 @@
-"""What the command line says when it can't do what was asked: one printable line, whatever came in."""
+"""What the command line says if it can't do what was asked: one printable line, whatever the input."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LONGEST_LINE = 600  # in characters
 
 
 def complain(line: str, code: int) -> int:
-    """One line on stderr, whatever was given; of a long line both ends are shown."""
+    """Write one printable line to stderr, of a long line both ends, and return ``code``."""
     line = printable(line)
     if len(line) > LONGEST_LINE:
         line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
@@ -28,24 +28,28 @@ def complain(line: str, code: int) -> int:
 
 
 def refuse_empty(words: Sequence[str]) -> None:
-    """An empty value is a shell variable that was not set; as a path it would mean this folder."""
+    """Refuse an empty value: it is a shell variable that was not set, and as a path it would mean this folder.
+
+    Raises:
+        UserError: there is one.
+    """
     for before, word in pairwise(words):
         if not word or re.fullmatch("--[a-z-]+=", word):
             raise UserError(f"{word.rstrip('=') or before} is followed by nothing; give a value, or leave it out")
 
 
 def usage(error: Any) -> str:
-    """What the parser complains of; where it is a value: the option, what came, what is allowed."""
+    """What the parser complains of. If that is a value: the option, the value and what is allowed."""
     if isinstance(error.__cause__, ValidationError):
         return one_line(error.__cause__, BaseModel, error.param.opts[-1])
-    said = error.format_message().replace("\n\t", " ")  # before each choice of an option that is missing
-    return f"{said.rstrip('.')} ({advice.usage()})"
+    message = error.format_message().replace("\n\t", " ")  # before each choice of an option that is missing
+    return f"{message.rstrip('.')} ({advice.usage()})"
 
 
 def failure(error: Exception) -> str:
     """What the machine refused, and what to do."""
     if isinstance(error, OSError):
-        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        cause = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     else:
-        what = f"the ledger: {error}" if isinstance(error, sqlite3.Error) else first_line(error)
-    return f"{what}; {shortage(error) or 'mend that'} and give the command again (finished runs are kept)"
+        cause = f"the ledger: {error}" if isinstance(error, sqlite3.Error) else first_line(error)
+    return f"{cause}; {shortage(error) or 'mend that'} and give the command again (finished runs are kept)"

@@ -25,13 +25,13 @@ WEIGHTS = {"base": {}, "at": {"at": 20.0}, "fsp": {"fsp": 1.0}}  # chosen on the
 
 def demo(folder: Path | None, format_: str) -> str:
     """Train what the folder's ledger has not, and return the log table and the summary."""
-    started, kept = time.perf_counter(), folder or Path(tempfile.mkdtemp(prefix="flowdistill-demo-"))
-    ledger = Ledger(kept, create=True)
+    started, ledger_folder = time.perf_counter(), folder or Path(tempfile.mkdtemp(prefix="flowdistill-demo-"))
+    ledger = Ledger(ledger_folder, create=True)
     runs = train_all(ledger)
     log, summary = (make(runs, "last", format_) for make in (tables.log_table, tables.summary_table))
     ledger.close()
-    if folder is None:  # what is stopped before stays there, for it can be gone on with
-        shutil.rmtree(kept)
+    if folder is None:  # only here: the folder of a demo that is stopped before stays, and it can be gone on with
+        shutil.rmtree(ledger_folder)
     if format_ in ("csv", "json"):
         return summary
     say(f"demo: {time.perf_counter() - started:.0f} s on this machine")

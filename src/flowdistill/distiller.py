@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import methods, models
-from .checks import UserError
+from .checks import UserError, as_user_error
 from .config import TrainConfig, parse_as
 from .data.user_loaders import checked, refuse_other_labels
 from .methods import ResolvedMethod
@@ -35,12 +35,12 @@ class Distiller(nn.Module):
     """The loss of a student on a batch, by any method that needs no more than the batch.
 
     The modules are not copied: the student that was given is trained. It is put into train mode, the teacher into eval mode and frozen.
-    Modules of others have hooks until ``close``, or until the Distiller is gone.
+    Modules that this package did not make have hooks until ``close``, or until the Distiller is gone.
 
     Attributes:
-        student, teacher: the networks with their taps; ``.body`` is the module that was given. No teacher where the method needs none.
+        student, teacher: the networks with their taps; ``.body`` is the module that was given. A method that needs no teacher has None.
         method: the method, with its adapters.
-        phase, weights: the phase of training, and the factors of the terms that count in it.
+        phase, weights: the current phase of training, and the weight of each term that counts in it.
     """
 
     def __init__(
@@ -55,42 +55,38 @@ class Distiller(nn.Module):
         label_smoothing: float = 0.0,
         seed: int = 0,
     ) -> None:
-        """Pair the two.
+        """Pair student and teacher.
 
         Args:
-            teacher, student: modules that give logits [N, K] of images [N, C, H, W], or networks of this package.
+            teacher, student: modules that give logits [N, K] for images [N, C, H, W], or networks of this package.
             method: a method or a composition such as ``at+kd``.
             images: the shape (C, H, W) of an image, or a batch of them [N, C, H, W].
-            options: of each method, ``{"kd": {"T": 2.0}}``.
-            weights: of each term; what is left out is the method's default.
+            options: of each method, such as ``{"kd": {"T": 2.0}}``. Default: the method's.
+            weights: of each term. Default: the method's.
             label_smoothing: share of each label that the task spreads over all classes.
             seed: decides the adapters' initial weights.
 
         Raises:
-            UserError: a pair that can't work, or a method that needs all of the training images, or another student.
+            UserError: the pair can't work, or the method needs all of the training images or another student.
         """
         super().__init__()
         self.resolved, self.closed = _resolve_method(method, options or {}, weights or {}), False
         self.smoothing = parse_as(TrainConfig, {"label_smoothing": label_smoothing}).label_smoothing
         size = _size(images)
-        own = _side(student, size, "student")
+        student_side = _side(student, size, "student")
         teacher_side = self._side_of_teacher(teacher, student, size)
         if teacher_side:
-            paired = pair(own.spec, teacher_side.spec, own.data, teacher_side.data)
-            own, teacher_side = own._replace(spec=paired.student), teacher_side._replace(spec=paired.teacher)
-        try:
-            with seeded(seed, "adapters"):
-                self.method = methods.build(
-                    self.resolved, student=own.spec, teacher=teacher_side.spec if teacher_side else None, data=own.data
-                )
-        except ValueError as error:
-            raise UserError(str(error)) from None
+            paired = pair(student_side.spec, teacher_side.spec, student_side.data, teacher_side.data)
+            student_side, teacher_side = student_side._replace(spec=paired.student), teacher_side._replace(spec=paired.teacher)
+        teacher_spec = teacher_side.spec if teacher_side else None
+        with as_user_error(), seeded(seed, "adapters"):
+            self.method = methods.build(self.resolved, student=student_side.spec, teacher=teacher_spec, data=student_side.data)
         needs = self.method.needs
         if unknown := sorted(needs.context - {"head", "norms"}):
-            what = unknown[0].replace("_", " ")
-            raise UserError(f"method {self.resolved.name!r} needs the {what} of all training images; {CURE}")
+            context = unknown[0].replace("_", " ")
+            raise UserError(f"method {self.resolved.name!r} needs the {context} of all training images; {CURE}")
         self.size = size
-        self.student = own.build(own.spec, tuple(sorted(needs.student)))
+        self.student = student_side.build(student_side.spec, tuple(sorted(needs.student)))
         self.teacher = teacher_side.build(teacher_side.spec, tuple(sorted(needs.teacher))) if teacher_side else None
         self._given = (student, teacher if teacher_side else None)
         self._hooks = weakref.finalize(self, _release, self.student, self.teacher)
@@ -112,18 +108,18 @@ class Distiller(nn.Module):
         return side
 
     def forward(self, images: Tensor, labels: Tensor | None = None, *, epoch: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of this phase's terms, and every unweighted term by name, detached; float32 scalars.
+        """Return the weighted sum of this phase's terms, and every unweighted term by name, detached. All are float32 scalars.
 
-        The networks run under the caller's autocast, the losses never in half.
+        The networks run under the caller's autocast. The losses never run in half precision.
 
         Args:
             images: [N, C, H, W] as both networks take them.
-            labels: [N] class numbers of any integer type; -1 is an image without one, which takes part in the method's terms and not in
-                ``task``. Left out, there is no ``task``.
-            epoch: 0-based, for methods with a warm-up or a curriculum; left out, they are past it.
+            labels: [N] class numbers of any integer type. -1 marks an image without a label, which takes part in the method's terms but
+                not in ``task``. Default: no labels and no ``task``.
+            epoch: 0-based, for methods with a warm-up or a curriculum. Default: after these.
 
         Raises:
-            UserError: no labels, or one of -1, where the method learns from them; labels that are none.
+            UserError: the method learns from labels, and there are none or one is -1; or the labels are no class numbers.
         """
         if self.closed:
             raise RuntimeError("this Distiller was closed; make another")
@@ -131,45 +127,43 @@ class Distiller(nn.Module):
         if labels is None and (self.method.uses_labels or self.weights.keys() == {TASK}):
             raise UserError(f"method {self.resolved.name!r} learns from labels in phase {self.phase.name!r}; give them")
         targets = None if labels is None else self._targets(images, labels)
-        own, teacher_outputs = self.student(images), None
+        student_outputs, teacher_outputs = self.student(images), None
         if torch.is_grad_enabled():
-            self.student.refuse_cut(own, embedding=self.method.needs.embedding)
+            self.student.refuse_cut(student_outputs, embedding=self.method.needs.embedding)
         if self.teacher is not None and any(term != TASK for term in self.weights):
             teacher_outputs = self._ask(self.teacher, images)
         number = None if epoch is None else torch.tensor(epoch, device=images.device)
         with torch.autocast(images.device.type, enabled=False):
-            known = Batch(targets.labels if targets else None, epoch=number, targets=targets)
-            found = terms(self.method, own, teacher_outputs, known, self.smoothing)
-            loss = torch.stack([weight * found[term] for term, weight in self.weights.items() if term in found]).sum()
-        return loss, {term: value.detach() for term, value in found.items()}
+            batch = Batch(targets.labels if targets else None, epoch=number, targets=targets)
+            losses = terms(self.method, student_outputs, teacher_outputs, batch, self.smoothing)
+            loss = torch.stack([weight * losses[term] for term, weight in self.weights.items() if term in losses]).sum()
+        return loss, {term: value.detach() for term, value in losses.items()}
 
     def _ask(self, teacher: Network, images: Tensor) -> Outputs:
-        """In eval mode, whatever its owner made of it since; nothing of it moves."""
-        _, given = self._given
-        for whole in (teacher, given):  # of a network made here the first is a view of the other
-            if whole is not None and any(module.training for module in whole.modules()):
-                whole.eval()
+        """The teacher's outputs in eval mode, even if its owner has changed the mode since. None of its buffers changes."""
+        _, original = self._given
+        for network in (teacher, original):  # of a network made here the first is a view of the other
+            if network is not None and any(module.training for module in network.modules()):
+                network.eval()
         with torch.no_grad(), kept(teacher) if teacher.unsettled else contextlib.nullcontext():
             teacher_outputs: Outputs = teacher(images)
         return teacher_outputs
 
     def _refuse_other_sizes(self, images: Tensor) -> None:
-        """Taps and adapters are those of one size of image; logits and embedding go with any.
+        """Taps and adapters fit one image size alone; logits and embedding go with any.
 
         Raises:
-            UserError: it is another one.
+            UserError: the images have another size.
         """
         size = tuple(images.shape[1:])
         needs = self.method.needs
         same = size == self.size if needs.student | needs.teacher else size[:1] == self.size[:1]
         if images.dim() != 4 or not same:
-            made, given = ("x".join(map(str, sides)) for sides in (self.size, images.shape))
-            raise UserError(f"images {given}: this Distiller was made for Nx{made}; make another with images= of that size")
+            expected, actual = ("x".join(map(str, sides)) for sides in (self.size, images.shape))
+            raise UserError(f"images {actual}: this Distiller was made for Nx{expected}; make another with images= of that size")
 
     def _targets(self, images: Tensor, labels: Tensor) -> Targets:
-        """What the task is computed with. Labels are looked at where they are on the CPU and nothing is compiled: a device is not waited
-        for.
-        """
+        """What the task is computed with. Labels are checked only on the CPU and outside of torch.compile: that waits for no device."""
         _, labels = checked((images, labels), "the loop")
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             other = f"{NO_LABEL} where an image has none"
@@ -181,23 +175,23 @@ class Distiller(nn.Module):
         return Targets(labels, (labels != NO_LABEL).sum().clamp(min=1), None, None)
 
     def begin_phase(self, number: int) -> None:
-        """Take up a phase of a method that trains in several, 0-based; its optimiser is made anew, of ``trainable_parameters()``.
+        """Begin a phase, 0-based, of a method that trains in several. It needs a new optimiser, of ``trainable_parameters()``.
 
         Raises:
-            UserError: there is none of that number.
+            UserError: there is no phase of that number.
         """
         phases = self.resolved.phases
         if not 0 <= number < len(phases):
-            names = ", ".join(f"{place} ({phase.name})" for place, phase in enumerate(phases))
+            names = ", ".join(f"{index} ({phase.name})" for index, phase in enumerate(phases))
             raise UserError(f"phase {number}: method {self.resolved.name!r} has the phases {names}")
         self.phase, self.weights = phases[number], self.resolved.counted(phases[number])
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """What an optimiser moves in this phase: the student's parameters and the adapters, less what is frozen."""
+        """The parameters that are trained in this phase: the student's and the adapters', without the frozen ones."""
         return trainable_parameters(self.student, self.method, self.phase)
 
     def train(self, mode: bool = True) -> Distiller:
-        """The student's and the method's mode; the teacher stays in eval mode."""
+        """Set the mode of the student and the method. The teacher stays in eval mode."""
         super().train(mode)
         student, teacher = self._given
         student.train(mode)
@@ -207,13 +201,13 @@ class Distiller(nn.Module):
         return self
 
     def close(self) -> None:
-        """Remove the hooks; the modules are as they came, but for what was learned and the teacher's frozen state."""
+        """Remove the hooks. The modules are then as they were given, but the student has learned and the teacher is frozen."""
         self._hooks()
         self.closed = True
 
 
 class _Side(NamedTuple):
-    """What a module offers for images of this size, and how it is made to give taps of that."""
+    """What a module offers for images of this size, and how a network with taps is made of it."""
 
     spec: NetSpec
     data: DataSpec
@@ -233,18 +227,18 @@ def _side(module: nn.Module, size: tuple[int, int, int], role: str) -> _Side:
         data = DataSpec("images", 0, module.spec.classes, *size)
         return _Side(models.spec(module.spec.name, data), data, _tapped(module))
     body = module.body if isinstance(module, Network) else module
-    found = surveyed(body, type(body).__name__, *size)
+    survey = surveyed(body, type(body).__name__, *size)
 
     def build(spec: NetSpec, taps: tuple[str, ...]) -> Network:
-        net = Foreign(body, spec, taps, found)
+        net = Foreign(body, spec, taps, survey)
         net.input_adapter = adapter
         return net
 
-    return _Side(found.spec(type(body).__name__), DataSpec("images", 0, found.classes, *size), build)
+    return _Side(survey.spec(type(body).__name__), DataSpec("images", 0, survey.classes, *size), build)
 
 
 def _tapped(net: Network) -> Callable[[NetSpec, tuple[str, ...]], Network]:
-    """How one of this package's networks gives taps: the same modules under another head."""
+    """Make a network with taps of one of this package's: a view that shares its modules."""
 
     def build(spec: NetSpec, taps: tuple[str, ...]) -> Network:
         view = copy(net)
@@ -255,7 +249,7 @@ def _tapped(net: Network) -> Callable[[NetSpec, tuple[str, ...]], Network]:
 
 
 def _resolve_method(method: str, options: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float]) -> ResolvedMethod:
-    """The method with every default; refused where it needs a run of its own."""
+    """The method with every default. Refused if it needs a run of its own."""
     resolved = methods.resolve(method, options, weights)
     if resolved.mutual:
         raise UserError(f"the students of {resolved.name!r} teach each other; {CURE}")
@@ -268,8 +262,8 @@ def _size(images: Tensor | Sequence[int]) -> tuple[int, int, int]:
     size = images.shape[1:] if isinstance(images, Tensor) else images
     if not isinstance(size, list | tuple) or len(size) != 3 or not all(isinstance(side, int) and side > 0 for side in size):
         shape = getattr(images, "shape", None)
-        given = images if shape is None else f"{type(images).__name__} {tuple(shape)}"
-        raise UserError(f"images={given}: give a shape (channels, height, width) or a batch of images [N, C, H, W]")
+        described = images if shape is None else f"{type(images).__name__} {tuple(shape)}"
+        raise UserError(f"images={described}: give a shape (channels, height, width) or a batch of images [N, C, H, W]")
     channels, height, width = size
     return channels, height, width
 

@@ -11,15 +11,15 @@ from .checks import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Recipe:
-    """Values of a RunConfig that belong together; what the user says comes before them.
+    """Values of a RunConfig that belong together. What the user sets takes precedence.
 
     Attributes:
         source: who trains so.
         values: keys of RunConfig.
-        of_student: the start of a student's name -> values for such students, which come before ``values``.
+        of_student: the start of a student's name -> values for such students. They take precedence over ``values``.
         of_method: method, alone or part of a composition -> its options and weights.
         of_pair: (method in full, teacher, student) -> what the method's authors set for this pair.
-        made_for: the students that it was made for; empty: any.
+        made_for: the students that the recipe was made for. Empty: any.
     """
 
     source: str
@@ -33,21 +33,21 @@ class Recipe:
         """The values for a student.
 
         Raises:
-            UserError: it was not made for this one.
+            UserError: the recipe was not made for this student.
         """
         if self.made_for and student.partition("@")[0] not in self.made_for:
-            name, names = next(name for name, one in RECIPES.items() if one is self), ", ".join(self.made_for)
+            name, names = next(name for name, recipe in RECIPES.items() if recipe is self), ", ".join(self.made_for)
             raise UserError(f"--recipe {name}: student {student!r} is none of those that it was made for: {names}; choose another recipe")
-        own = next((values for start, values in self.of_student.items() if student.startswith(start)), {})
-        return {key: {**self.values.get(key, {}), **own.get(key, {})} for key in {**self.values, **own}}
+        overrides = next((values for start, values in self.of_student.items() if student.startswith(start)), {})
+        return {key: {**self.values.get(key, {}), **overrides.get(key, {})} for key in {**self.values, **overrides}}
 
     def of_run(self, method: str, teacher: str, student: str) -> list[Mapping[str, Any]]:
-        """What it sets for a method on a pair and for each part of the method; the first comes before the others."""
+        """What the recipe sets for a method on a pair, then for each part of the method. The first takes precedence over the others."""
         return [self.of_pair.get((method, teacher, student), {}), *(self.of_method.get(part.strip(), {}) for part in method.split("+"))]
 
 
 def over(below: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values over those below them, key by key."""
+    """``below`` and ``values`` merged key by key. ``values`` take precedence."""
     tables = {key for key in below if isinstance(below[key], dict) and isinstance(values.get(key), dict)}
     return {**below, **values, **{key: over(below[key], values[key]) for key in tables}}
 

@@ -23,17 +23,17 @@ from .report.study import Study
 from .runner import Duration, estimate, finished, run
 from .talk import say
 
-STUDIES: Mapping[str, Study] = {found.name: found for found in (log.STUDY, fsp_log.STUDY)}
+STUDIES: Mapping[str, Study] = {study.name: study for study in (log.STUDY, fsp_log.STUDY)}
 BASELINE_SEEDS = (0, 1)  # two, so that no student shares its teacher's initial weights
 STUDENT_SEEDS = (0, 1, 2)
 OPTIONS: Mapping[str, Mapping[str, Any]] = {"fsp": {"preset": "log"}, "logits": {"on": "embedding"}}
-"""What the reference computes by a method, where that is not this package's default."""
+"""The reference's options of a method that are not this package's defaults."""
 WEIGHTS: Mapping[str, Mapping[str, float]] = {"at+kd": {"kd": 0.9}}
-"""The reference's weights of a row, where they are not this package's defaults, which are the reference's."""
+"""The reference's weights of a row that are not this package's defaults. All other defaults are the reference's."""
 
 
 def as_the_reference(method: str) -> dict[str, dict[str, Any]]:
-    """Options and weights of a row.
+    """The reference's options and weights of a row.
 
     Raises:
         UserError: no such method.
@@ -50,10 +50,10 @@ class Order:
         study: whose document is written.
         settings: networks and data sets, in the log's order.
         rows: methods of the students, in the document's order.
-        sources: for each of the log's data sets where it comes from, as ``--dataset`` takes it.
-        limit_train: training images, None for the recipe's.
-        train: keys of ``train`` that are not to be the recipe's.
-        recipe: None for the package's default, which is the reference's.
+        sources: where each of the log's data sets comes from, as ``--dataset`` takes it.
+        limit_train: number of training images. None: the recipe's.
+        train: keys of ``train`` that replace the recipe's.
+        recipe: None: the package's default, which is the reference's.
         seeds: of the students.
         baselines: seeds of the baselines, which are also the teachers.
     """
@@ -73,7 +73,7 @@ class Order:
         return [self.config(setting, "base", seed) for seed in self.baselines]
 
     def students(self, setting: Setting) -> list[RunConfig]:
-        """Students of their teachers' own architecture, a row after the other."""
+        """Students of the same architecture as their teachers, row by row."""
         return [self.config(setting, method, seed) for method in self.rows for seed in self.seeds]
 
     def config(self, setting: Setting, method: str, seed: int) -> RunConfig:
@@ -114,22 +114,22 @@ def settings(study: Study, only: str | None) -> tuple[Setting, ...]:
     return tuple(setting for setting in SETTINGS if setting.name in wanted)
 
 
-def rows(study: Study, given: str | None) -> tuple[str, ...]:
-    """The students' rows of a study, or those that ``given`` names, separated by commas: its own in its order, then the others.
+def rows(study: Study, names: str | None) -> tuple[str, ...]:
+    """The students' rows of a study, or the methods in ``names``, separated by commas: the study's in its order, then the others.
 
     Raises:
-        UserError: a method that can't be had, one named twice, or one whose students teach each other.
+        UserError: a method can't be had or is named twice, or its students teach each other.
     """
-    found: list[str] = []
-    for name in study.rows if given is None else given.split(","):
+    methods: list[str] = []
+    for name in study.rows if names is None else names.split(","):
         resolved = resolve(name, **as_the_reference(name))
         if resolved.mutual:
             raise UserError(f"--methods {resolved.name}: its students teach each other, and a row has one teacher for each; leave it out")
-        if resolved.name in found:
-            raise UserError(f"--methods {given} names {resolved.name} twice; each row is trained once")
-        found.append(resolved.name)
-    own = [method for method in study.rows if method in found]
-    return (*own, *(method for method in found if method not in (*own, "base")))
+        if resolved.name in methods:
+            raise UserError(f"--methods {names} names {resolved.name} twice; each row is trained once")
+        methods.append(resolved.name)
+    study_rows = [method for method in study.rows if method in methods]
+    return (*study_rows, *(method for method in methods if method not in (*study_rows, "base")))
 
 
 def by_recipe(name: str | None, chosen: Iterable[Setting]) -> Recipe | None:
@@ -140,14 +140,14 @@ def by_recipe(name: str | None, chosen: Iterable[Setting]) -> Recipe | None:
     """
     if name is None:
         return None
-    found = recipe(name)
-    if any(found.of(setting.model).get("weights", {}).get("task") == 0 for setting in chosen):
+    named_recipe = recipe(name)
+    if any(named_recipe.of(setting.model).get("weights", {}).get("task") == 0 for setting in chosen):
         raise UserError(f"--recipe {name}: it trains without labels, from which the baselines, the teachers, learn; choose another")
-    return found
+    return named_recipe
 
 
 def refuse_own_teachers(seeds: Sequence[int], baselines: Sequence[int]) -> None:
-    """Refuse a student that would have no teacher but the one that began as it did, before that is trained.
+    """Refuse, before anything is trained, a student whose only teacher would begin from the same initial weights.
 
     Raises:
         UserError: there is such a student.
@@ -161,7 +161,7 @@ def refuse_own_teachers(seeds: Sequence[int], baselines: Sequence[int]) -> None:
 
 
 def refuse_folder(folder: Path, study: Study) -> None:
-    """Refuse a folder for the document that can't be one, before days of training and not after.
+    """Refuse a folder in which the document can't be written, before days of training and not after.
 
     Raises:
         UserError: something is in the way.
@@ -188,49 +188,49 @@ def tell_time(order: Order, ledger: Ledger, device: torch.device) -> None:
     """Say on stderr how long each setting will take on this machine, and all of them."""
     total = Duration()
     for setting in order.settings:
-        found = estimate(order.teachers(setting), ledger, device) + estimate(order.students(setting), ledger, device)
-        total += found
-        say(f"{setting.name}: about {found}")
+        duration = estimate(order.teachers(setting), ledger, device) + estimate(order.students(setting), ledger, device)
+        total += duration
+        say(f"{setting.name}: about {duration}")
     say(f"all: about {total} (h:mm:ss) on {describe(device)}, measured on a few steps; set-up and what the ledger has are not counted")
 
 
 def reproduce(order: Order, ledger: Ledger, device: torch.device, folder: Path, command: str) -> tuple[Path, bool]:
-    """Train what the ledger has not, and write the document after each setting; its path, and whether every run finished.
+    """Train what the ledger lacks, and write the document after each setting. Return its path, and whether every run finished.
 
-    The document has all runs that the ledger has of these settings by this recipe, whether they were asked for now or trained before.
+    The document has all of the ledger's runs of these settings by this recipe, whether they were asked for now or trained before.
     """
-    found: dict[Setting, list[Run]] = {}
+    by_setting: dict[Setting, list[Run]] = {}
     document = order.study.document(folder)
     for setting in order.settings:
-        found[setting] = _train(order, setting, ledger, device)
-        order.study.write(folder, found, ledger, command)
+        by_setting[setting] = _train(order, setting, ledger, device)
+        order.study.write(folder, by_setting, ledger, command)
         say(f"{setting.name}: written to {document}")
-    return document, all(run_.status == "finished" for runs in found.values() for run_ in runs)
+    return document, all(run_.status == "finished" for runs in by_setting.values() for run_ in runs)
 
 
 def _train(order: Order, setting: Setting, ledger: Ledger, device: torch.device) -> list[Run]:
-    """The teachers first, then all students as one cohort; with what else the ledger has."""
+    """Train the teachers first, then all students as one cohort. Return their runs, and what else the ledger has."""
     bars = Bars()
     teachers = run(order.teachers(setting), ledger, device, watcher=bars)
     if any(teacher.status != "finished" for teacher in teachers):
         say(f"{setting.name}: a teacher failed, so its students are left out")
         return teachers
-    found = teachers + run(order.students(setting), ledger, device, watcher=bars)
-    return found + _others(order, setting, found, ledger, device)
+    runs = teachers + run(order.students(setting), ledger, device, watcher=bars)
+    return runs + _others(order, setting, runs, ledger, device)
 
 
-def _others(order: Order, setting: Setting, found: Sequence[Run], ledger: Ledger, device: torch.device) -> list[Run]:
-    """What the ledger has by the recipe of the runs that were found: other rows and other seeds than were asked for now."""
+def _others(order: Order, setting: Setting, runs: Sequence[Run], ledger: Ledger, device: torch.device) -> list[Run]:
+    """What else the ledger has by the recipe of these runs: other rows and other seeds than were asked for now."""
     if not order.study.free:
         return []
-    key, asked = baseline_key(found[0]), {(one.method, one.seed) for one in found}
-    alike = [one for one in ledger.runs(status="finished", student=setting.model) if baseline_key(one) == key]
+    key, asked = baseline_key(runs[0]), {(run_.method, run_.seed) for run_ in runs}
+    alike = [run_ for run_ in ledger.runs(status="finished", student=setting.model) if baseline_key(run_) == key]
     seeds: dict[str, list[int]] = {}
-    for method, seed in dict.fromkeys((one.method, one.seed) for one in alike if one.config.get("peer") is None):
+    for method, seed in dict.fromkeys((run_.method, run_.seed) for run_ in alike if run_.config.get("peer") is None):
         if (method, seed) not in asked:
             seeds.setdefault(method, []).append(seed)
-    known: list[Run] = []
-    for method, own in seeds.items():
+    others: list[Run] = []
+    for method, method_seeds in seeds.items():
         with contextlib.suppress(UserError):  # of a method that this process does not know, or that it would not train so
-            known += finished([order.config(setting, method, seed) for seed in own], ledger, device)
-    return known
+            others += finished([order.config(setting, method, seed) for seed in method_seeds], ledger, device)
+    return others

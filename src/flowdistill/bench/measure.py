@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from .. import methods, models
-from ..checks import UserError, did_you_mean
+from ..checks import UserError, as_user_error, did_you_mean
 from ..config import validate
 from ..data.batches import DeviceData, SeedBatches
 from ..data.dataset import ImageData
@@ -108,11 +108,9 @@ class Work:
         """A fresh student."""
         config = validate({"student": self.student, "method": method, "seed": seed, "train": {"batch_size": self.batch_size}})
         resolved, spec = methods.resolve(method, {}, {}), self.data.spec
-        try:
+        with as_user_error():
             shipped = resolved.shipped_model(self.student, self.teacher)
             built = methods.build(resolved, student=models.spec(shipped, spec), teacher=models.spec(self.teacher, spec), data=spec)
-        except ValueError as error:
-            raise UserError(str(error)) from None
         net = models.build(shipped, spec, taps=tuple(sorted(built.needs.student)), seed=seed)
         return Student(net.on(self.data.device), built.to(self.data.device), resolved, config.train)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import UserError, first_line
+from ..checks import UserError, as_user_error, first_line
 from ..config import model_name
 from ..randomness import seeded
 from ..registry import Registry
@@ -227,10 +227,8 @@ class ImageFactory:
             at.sort(key=lambda tap: (tap.name != name, "." in tap.name, tap.name.endswith(".pre")))  # else the stage, and after its ReLU
             return at[0] if at else whole.tap(source)
 
-        try:
+        with as_user_error():
             found = {name: own(name, source) for name, source in table.items()}
-        except ValueError as error:
-            raise UserError(str(error)) from None
         return replace(
             whole, taps=tuple(replace(tap, name=name, source="" if name == tap.name else tap.name) for name, tap in found.items())
         )

@@ -1,4 +1,4 @@
-"""What a finished run's student costs and what it says, measured beside its teacher and a student that was trained alone."""
+"""What a finished run's student costs and answers, measured beside its teacher and a student that was trained alone."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from .references import NetworkRef, recorded_teacher, resolve
 
 TEACHER, STUDENT, ALONE = "teacher", "student", "student alone"
 WARM_UP = 10  # forward passes that are not timed
-PASSES, MIN_PASSES = 100, 10  # forward passes that are: a hundred, or as many of them as fit
-SECONDS = 20.0  # into this time, for one batch size and all networks
+PASSES, MIN_PASSES = 100, 10  # forward passes that are timed, at most and at least
+SECONDS = 20.0  # after which no more are timed, for one batch size and all networks
 
 
 class Latency(NamedTuple):
-    """Milliseconds of a forward pass on a batch of so many images, over so many timed passes."""
+    """Milliseconds of a forward pass on a batch of ``batch_size`` images, over ``passes`` timed passes."""
 
     batch_size: int
     median: float
@@ -49,11 +49,11 @@ class Score(NamedTuple):
     """What a network's answers to the test images are worth.
 
     Attributes:
-        correct: images it gets right.
+        correct: number of images it gets right.
         class_correct: the same for each class.
         calibration_error: a share from 0 to 1.
         negative_log_likelihood: in nats.
-        agreement: with the teacher; None for the teacher itself, and where there is none or it knows other classes.
+        agreement: with the teacher. None for the teacher itself, and if there is no teacher or it knows other classes.
     """
 
     correct: int
@@ -71,12 +71,12 @@ class Column:
         role: teacher, student or student alone.
         model: its registered name.
         origin: the run that it came from, with its seed, or its file.
-        parameters: all of them, trained or frozen.
-        macs: multiply-accumulates for one image.
-        file_bytes: of its weights file.
+        parameters: number of all parameters, trained or frozen.
+        macs: multiply-accumulates per image.
+        file_bytes: size of its weights file.
         latencies: one for each batch size.
         score: what its answers are worth; None for a teacher of other classes than the data's.
-        other_classes: how they differ; empty where they do not.
+        other_classes: how its classes differ from the data's; empty if they do not.
     """
 
     role: str
@@ -96,11 +96,11 @@ class Card:
 
     Attributes:
         run: whose student it is about.
-        columns: teacher, student, student alone, those that there are.
-        class_images: test images of each class.
-        class_names: their names; numbers where the data have none.
-        device, processor, torch: what the latencies belong to.
-        advice: how to get the column that is missing; empty where none is.
+        columns: teacher, student and student alone, if they exist.
+        class_images: number of test images of each class.
+        class_names: names of the classes; numbers if the data have none.
+        device, processor, torch: where the latencies were measured.
+        advice: how to get the column that is missing; empty if none is.
         runs: the folder of the ledger.
     """
 
@@ -116,7 +116,7 @@ class Card:
 
     @property
     def images(self) -> int:
-        """Test images."""
+        """Number of test images."""
         return sum(self.class_images)
 
     @property
@@ -136,7 +136,7 @@ class Card:
 
 
 class _Answers(NamedTuple):
-    """What a network says of the test images: log-probabilities [N, K], top-1 classes [N] and their probabilities [N]."""
+    """A network's answers to the test images: log-probabilities [N, K], top-1 classes [N] and their probabilities [N]."""
 
     log_probabilities: np.ndarray
     classes: np.ndarray
@@ -146,18 +146,18 @@ class _Answers(NamedTuple):
 def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 64) -> Card:
     """Measure a run's student, its teacher and the newest ``base`` run of the same student, data, split and recipe.
 
-    All answer the same test images, normalised as in the run, in the run's precision. Latency is that of eager float32 at batch 1 and
-    ``batch_size``, the networks taking turns.
+    All answer the same test images, normalised as in the run, in the run's precision. Latency is measured in eager float32 at batch sizes
+    1 and ``batch_size``. The networks take turns.
 
     Raises:
-        UserError: no such run, an unfinished one, or its student, data or teacher is gone or changed.
+        UserError: there is no such run, it is unfinished, or its student, data or teacher is gone or changed.
     """
     run = ledger.run(no)
     config = validate(run.config)
     alone = baseline(run, ledger)
     student, data = resolve(str(no), ledger), _data(run, config, ledger)
-    found = {TEACHER: _teacher(run, ledger, data), STUDENT: student, ALONE: resolve(str(alone.no), ledger) if alone else None}
-    networks = {role: network for role, network in found.items() if network}
+    by_role = {TEACHER: _teacher(run, ledger, data), STUDENT: student, ALONE: resolve(str(alone.no), ledger) if alone else None}
+    networks = {role: network for role, network in by_role.items() if network}
     train_positions = trained_positions(data.y_train, run.split)
     normalisation = Normalisation.measured(part(data.x_train, train_positions), data.y_train[train_positions])
     nets: dict[str, Network] = {}
@@ -166,16 +166,16 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
     normalise, labels = normalisation.on(device), data.y_test
     images = normalise(torch.from_numpy(data.x_test[np.arange(batch_size) % len(labels)]).to(device))
     precision = resolve_precision(run.precision, device)
-    other = {role: network.other_classes(data) for role, network in networks.items()}
+    other_classes = {role: network.other_classes(data) for role, network in networks.items()}
     with computing(device):
-        judged = {role: net for role, net in nets.items() if not other[role]}
-        logits = [found for found, _ in predict(list(judged.values()), eval_set(data.x_test, labels, normalise, device), precision)]
-        answers = {role: _answers(torch.cat(own)) for role, own in zip(judged, zip(*logits, strict=True), strict=True)}
+        judged = {role: net for role, net in nets.items() if not other_classes[role]}
+        logits = [outputs for outputs, _ in predict(list(judged.values()), eval_set(data.x_test, labels, normalise, device), precision)]
+        answers = {role: _answers(torch.cat(batches)) for role, batches in zip(judged, zip(*logits, strict=True), strict=True)}
         latencies: dict[str, list[Latency]] = {role: [] for role in nets}
         for size in dict.fromkeys((1, batch_size)):
             for role, latency in time_in_turns(nets, images[:size]).items():
                 latencies[role].append(latency)
-        named = describe(device)
+        device_name = describe(device)
     columns = []
     for role, network in networks.items():
         columns.append(
@@ -183,26 +183,28 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
                 role=role,
                 model=network.model,
                 origin=f"run {network.run}, seed {ledger.run(network.run).seed}" if network.run else network.origin,
-                parameters=sum(p.numel() for p in nets[role].parameters()),
+                parameters=sum(parameter.numel() for parameter in nets[role].parameters()),
                 macs=count_macs(nets[role], images[:1]),
                 file_bytes=_file(network, ledger).stat().st_size,
                 latencies=tuple(latencies[role]),
                 score=_score(answers[role], answers.get(TEACHER) if role != TEACHER else None, data) if role in answers else None,
-                other_classes=other[role],
+                other_classes=other_classes[role],
             )
         )
     advice = "" if alone or run.method == "base" else _advice(config, ledger)
     class_images = tuple(np.bincount(labels, minlength=data.classes).tolist())
     class_names = data.class_names or tuple(map(str, range(data.classes)))
-    return Card(run, tuple(columns), class_images, class_names, named, processor(), torch.__version__, advice, ledger.folder)
+    return Card(run, tuple(columns), class_images, class_names, device_name, processor(), torch.__version__, advice, ledger.folder)
 
 
 def baseline(run: Run, ledger: Ledger) -> Run | None:
-    """The newest finished ``base`` run of the run's student, data, split and recipe whose file is there; None for a ``base`` run itself."""
+    """The newest finished ``base`` run of the same student, data, split and recipe whose file is there; None for a ``base`` run itself."""
     if run.method == "base":
         return None
-    found = [one for one in ledger.runs(status="finished", method="base") if is_baseline(one) and baseline_key(one) == baseline_key(run)]
-    return next((one for one in reversed(found) if (ledger.run_folder(one.no) / STUDENT_FILE).is_file()), None)
+    baselines = [
+        other for other in ledger.runs(status="finished", method="base") if is_baseline(other) and baseline_key(other) == baseline_key(run)
+    ]
+    return next((other for other in reversed(baselines) if (ledger.run_folder(other.no) / STUDENT_FILE).is_file()), None)
 
 
 def count_macs(net: Network, image: Tensor) -> int:
@@ -214,8 +216,8 @@ def count_macs(net: Network, image: Tensor) -> int:
 
 @torch.inference_mode()
 def time_in_turns(nets: Mapping[str, Network], images: Tensor) -> dict[str, Latency]:
-    """Latency of networks on images [N, C, H, W]; they take turns, so that what else the machine does falls on all alike."""
-    taken: dict[str, list[float]] = {role: [] for role in nets}
+    """Latency of networks on images [N, C, H, W]. They take turns, so that what else the machine does slows all alike."""
+    times: dict[str, list[float]] = {role: [] for role in nets}
     for turn in range(WARM_UP + PASSES):
         if turn == WARM_UP:
             begun = time.perf_counter()
@@ -224,27 +226,27 @@ def time_in_turns(nets: Mapping[str, Network], images: Tensor) -> dict[str, Late
             net(images)
             synchronize(images.device)
             if turn >= WARM_UP:
-                taken[role].append(1000 * (time.perf_counter() - started))
+                times[role].append(1000 * (time.perf_counter() - started))
         if turn >= WARM_UP + MIN_PASSES - 1 and time.perf_counter() - begun > SECONDS:
             break
-    return {role: Latency(len(images), float(np.median(ms)), float(np.quantile(ms, 0.9)), len(ms)) for role, ms in taken.items()}
+    return {role: Latency(len(images), float(np.median(ms)), float(np.quantile(ms, 0.9)), len(ms)) for role, ms in times.items()}
 
 
 def _answers(logits: Tensor) -> _Answers:
     top = logits.softmax(1).max(1)
-    found = (logits.double().log_softmax(1), top.indices, top.values.double())
-    return _Answers(*(tensor.cpu().numpy() for tensor in found))
+    tensors = (logits.double().log_softmax(1), top.indices, top.values.double())
+    return _Answers(*(tensor.cpu().numpy() for tensor in tensors))
 
 
-def _score(said: _Answers, teacher: _Answers | None, data: ImageData) -> Score:
+def _score(answers: _Answers, teacher: _Answers | None, data: ImageData) -> Score:
     labels = data.y_test
-    correct = said.classes == labels
+    correct = answers.classes == labels
     return Score(
         correct=int(correct.sum()),
         class_correct=tuple(np.bincount(labels[correct], minlength=data.classes).tolist()),
-        calibration_error=calibration_error(said.confidences, correct),
-        negative_log_likelihood=negative_log_likelihood(said.log_probabilities, labels),
-        agreement=agreement(said.classes, teacher.classes, labels) if teacher else None,
+        calibration_error=calibration_error(answers.confidences, correct),
+        negative_log_likelihood=negative_log_likelihood(answers.log_probabilities, labels),
+        agreement=agreement(answers.classes, teacher.classes, labels) if teacher else None,
     )
 
 

@@ -52,7 +52,7 @@ class Member:
 def prepare(
     jobs: Sequence[Job], device: torch.device, engine: str = "auto", workers: int | None = None
 ) -> list[tuple[Cohort, list[Member]]]:
-    """Every cohort on the device; those of equal data and split share the images. ``workers`` decode those that are streamed."""
+    """Put every cohort on the device. Those of equal data and split share the images. ``workers`` processes decode streamed images."""
     on_device: dict[object, Supply] = {}
     prepared = []
     for group in cohorts(jobs):
@@ -98,17 +98,17 @@ def assemble(jobs: Sequence[Job], data: Supply, device: torch.device, engine: st
             other = other_side(member.job.config)
             member.student.peers = tuple(peer.student for peer in members if peer.job.config == other)
     select = first.config.split == "holdout"
-    found = list(seed_groups.values())
-    pixels = sum(first.phase_epochs) * found[0].batches.steps * found[0].batches.batch_size * data.spec.height * data.spec.width
+    groups = list(seed_groups.values())
+    pixels = sum(first.phase_epochs) * groups[0].batches.steps * groups[0].batches.batch_size * data.spec.height * data.spec.width
     chosen = choose(engine, device, first.precision, pixels=pixels, resident=data.resident)
-    return Cohort(data, found, first.config.train, first.phase_epochs, chosen, select), members
+    return Cohort(data, groups, first.config.train, first.phase_epochs, chosen, select), members
 
 
-def _network(job: Job, taps: tuple[str, ...], given: Normalisation) -> Network:
-    """What a job trains: its student, or what is built on that and the teacher."""
+def _network(job: Job, taps: tuple[str, ...], normalisation: Normalisation) -> Network:
+    """The network that a job trains: its student, or what its method builds of student and teacher."""
     spec, seed = job.data.spec, weights_seed(job.config)
     if job.shipped_model == job.student.model:
-        return job.student.build(spec, taps=taps, seed=seed, spec=job.student_taps, given=given)
+        return job.student.build(spec, taps=taps, seed=seed, spec=job.student_taps, given=normalisation)
     net = models.build(job.shipped_model, spec, taps=taps, seed=seed, spec=job.student_taps)
     assert isinstance(net, Reused)
     assert job.teacher is not None
@@ -117,24 +117,31 @@ def _network(job: Job, taps: tuple[str, ...], given: Normalisation) -> Network:
 
 
 def _accuracy(net: Network, data: Supply, precision: Precision) -> float:
-    """A teacher's, in percent.
+    """A teacher's accuracy in percent.
 
     Raises:
         UserError: its logits are not all finite.
     """
-    found, images = evaluate(net, data.epoch_images, precision), len(data.epoch_images)
-    if broken := int(found.unanswered):
+    counts, images = evaluate(net, data.epoch_images, precision), len(data.epoch_images)
+    if broken := int(counts.unanswered):
         which = f"{broken:,} of {images:,} images that it is measured on"
         raise UserError(f"teacher {net.spec.name}: its answer (logits) is not finite for {which}; mend it, or choose another")
-    return 100 * int(found.correct) / images
+    return 100 * int(counts.correct) / images
 
 
 def check_start(cohort: Cohort, members: Sequence[Member], watcher: Watcher) -> dict[Student, dict[str, float]]:
-    """Tell what students begin from, how good the teachers are and how large each term's first gradient is; refuse what would diverge."""
-    told: list[tuple[str, ...]] = [(_told_of_first_weights(member.job),) for member in members if member.job.student.init]
-    told += [(_told_of_teacher(member),) for member in members if member.job.teacher]
-    told += [_told_of_taps(member) for member in members]
-    for line in itertools.chain(*dict.fromkeys(told)):
+    """Tell what students begin from, how good the teachers are and how large each term's first gradient is.
+
+    Returns:
+        For each student by term: the size of the gradient relative to the task's.
+
+    Raises:
+        UserError: a gradient is not finite, or so large that training would diverge.
+    """
+    lines: list[tuple[str, ...]] = [(_told_of_first_weights(member.job),) for member in members if member.job.student.init]
+    lines += [(_told_of_teacher(member),) for member in members if member.job.teacher]
+    lines += [_told_of_taps(member) for member in members]
+    for line in itertools.chain(*dict.fromkeys(lines)):
         watcher.say(line)
     ratios = first_gradients(cohort)
     for member in members:
@@ -149,7 +156,7 @@ def _told_of_first_weights(job: Job) -> str:
 
 
 def _told_of_taps(member: Member) -> tuple[str, ...]:
-    """Which maps are compared, and what is trained for it beside the student."""
+    """Which maps are compared, and which adapters are trained for that beside the student."""
     method, pairing = member.student.method, member.job.pairing
     if pairing is None or not method.needs.student:
         return ()

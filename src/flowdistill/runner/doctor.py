@@ -28,7 +28,7 @@ from .job import Job
 from .pairing import compared
 from .plan import checked, drafts
 from .references import NetworkRef
-from .teacher_diagnosis import another_order, ask, given, listed, other_images, sample
+from .teacher_diagnosis import another_order, ask, input_spec_of, listed, other_images, sample
 from .watcher import Watcher
 
 FEEBLE = 1e-3  # a term whose gradient is smaller than this, relative to the task's, does next to nothing
@@ -48,16 +48,16 @@ class Finding(NamedTuple):
 def examine(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device, watcher: Watcher | None = None) -> list[Finding]:
     """Look at the data, the networks, each teacher's answers, the taps, each term's first gradient, time and memory.
 
-    Trains and writes nothing. ``configs`` share data and student; of several seeds the teachers are looked at, and the methods once.
+    Trains and writes nothing. ``configs`` share data and student. The teachers of all seeds are looked at, each method with one seed.
 
     Raises:
-        UserError: without the data or the student there is nothing to look at.
+        UserError: the data or the student can't be had, so there is nothing to look at.
     """
     with computing(device):
-        return [*_found(configs, ledger, device, watcher or Watcher())]
+        return [*_findings(configs, ledger, device, watcher or Watcher())]
 
 
-def _found(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device, watcher: Watcher) -> Iterator[Finding]:
+def _findings(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device, watcher: Watcher) -> Iterator[Finding]:
     jobs, refused = _drafted(configs, ledger, device)
     first = jobs[0] if jobs else drafts([_alone(configs[0])], ledger, device)[0]
     yield _of_data(first.data)
@@ -78,7 +78,7 @@ def _found(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device, w
 
 
 def _noted(check: str, looking: Iterable[Finding]) -> Iterator[Finding]:
-    """What is found, and at last why it can't go on."""
+    """The findings, and after them the mistake that ended the looking, if there is one."""
     try:
         yield from looking
     except UserError as error:
@@ -86,7 +86,7 @@ def _noted(check: str, looking: Iterable[Finding]) -> Iterator[Finding]:
 
 
 def _drafted(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device) -> tuple[list[Job], list[Finding]]:
-    """The jobs that can be had, with untrained teachers where others are still to be trained, and why the rest can't."""
+    """The jobs that can be had, and why the rest can't. Untrained teachers stand in for those that are still to be trained."""
     try:
         return drafts(configs, ledger, device), []
     except UserError:
@@ -104,7 +104,7 @@ def _drafted(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device)
 
 
 def _alone(config: RunConfig) -> RunConfig:
-    """The student trained on the labels."""
+    """The config that trains the student on the labels alone."""
     plain: dict[str, Any] = {"method": "base", "teacher": None, "options": {}, "weights": {}, "peer": None, "side": 1}
     train = config.train.model_copy(update={"mixup": False})
     return config.model_copy(update={**plain, "data": config.data.without_unlabelled, "train": train})
@@ -123,11 +123,11 @@ def _by_method(jobs: Sequence[Job]) -> dict[str, list[Job]]:
 def _of_data(data: ImageData) -> Finding:
     spec, counts = data.spec, np.bincount(data.y_train, minlength=data.classes)
     size = f"{spec.channels}x{spec.height}x{spec.width}"
-    said = f"{data.name}: {len(data.y_train):,} training and {len(data.y_test):,} test images {size}, {data.classes} classes"
+    summary = f"{data.name}: {len(data.y_train):,} training and {len(data.y_test):,} test images {size}, {data.classes} classes"
     if counts.max() <= UNEVEN * counts.min():
-        return Finding("data", "ok", said)
+        return Finding("data", "ok", summary)
     fewest, most = (f" ({data.class_names[label]})" if data.class_names else "" for label in (counts.argmin(), counts.argmax()))
-    return Finding("data", "look", f"{said}; uneven: {counts.min():,}{fewest} to {counts.max():,}{most} training images a class")
+    return Finding("data", "look", f"{summary}; uneven: {counts.min():,}{fewest} to {counts.max():,}{most} training images a class")
 
 
 def _of_student(job: Job, data: DeviceData) -> Iterator[Finding]:
@@ -137,7 +137,7 @@ def _of_student(job: Job, data: DeviceData) -> Iterator[Finding]:
 
 
 def _altered(network: NetworkRef, job: Job) -> str:
-    """Why what it answers are no logits, or empty."""
+    """Why the network's answers are no logits; empty if they are."""
     return models.spec(network.model, network.seen(job.data.spec)).altered
 
 
@@ -147,58 +147,59 @@ def _parameters(network: NetworkRef, job: Job) -> int:
 
 def _seen(network: NetworkRef, data: DeviceData) -> str:
     """The images that a network sees."""
-    come = given(data)
-    seen = network.input_spec.over(come)
-    size, before = (f"{input_spec.channels}x{input_spec.height}x{input_spec.width}" for input_spec in (seen, come))
+    original = input_spec_of(data)
+    seen = network.input_spec.over(original)
+    size, before = (f"{input_spec.channels}x{input_spec.height}x{input_spec.width}" for input_spec in (seen, original))
     made = f" made of {before}" if size != before else ""
-    whose = "the data's" if (seen.mean, seen.std) == (come.mean, come.std) else "its own"
+    whose = "the data's" if (seen.mean, seen.std) == (original.mean, original.std) else "its own"
     return f"sees {size}{made}, {whose} mean {listed(seen.mean)} and std {listed(seen.std)}"
 
 
 def _of_teacher(job: Job, teacher: NetworkRef, data: DeviceData) -> Iterator[Finding]:
     """Its size, and whether it knows these images: a wrong normalisation, another order of classes and no training all look like chance."""
-    ours, theirs, name = _parameters(job.student, job), _parameters(teacher, job), f"{teacher.model} ({teacher.origin})"
-    share = f"the student has {ours / theirs:.2f} of them" if ours < theirs else "the student has no fewer"
-    yield Finding("teacher", "ok" if ours < theirs else "look", f"{name}: {theirs:,} parameters, {share}; {_seen(teacher, data)}")
+    student_size, teacher_size, name = _parameters(job.student, job), _parameters(teacher, job), f"{teacher.model} ({teacher.origin})"
+    share = f"the student has {student_size / teacher_size:.2f} of them" if student_size < teacher_size else "the student has no fewer"
+    verdict: Verdict = "ok" if student_size < teacher_size else "look"
+    yield Finding("teacher", verdict, f"{name}: {teacher_size:,} parameters, {share}; {_seen(teacher, data)}")
     if altered := _altered(teacher, job):
         yield Finding("teacher", "look", f"{teacher.model}: {altered}; methods on logits refuse it")
     if teacher.weights is None:
         return
     if other := teacher.other_classes(job.data):
         same = bool(teacher.labels) and sorted(teacher.labels) == sorted(job.data.class_names)
-        what = "wrong class order: number the classes as its training did" if same else "other classes; its accuracy can't be measured here"
-        yield Finding("answers", "wrong" if same else "look", f"{teacher.model}: {other}; {what}")
+        why = "wrong class order: number the classes as its training did" if same else "other classes; its accuracy can't be measured here"
+        yield Finding("answers", "wrong" if same else "look", f"{teacher.model}: {other}; {why}")
         return
     net = teacher.build(data.spec, given=data.normalisation).on(data.device)
     yield _of_answers(net, teacher, job, data)
 
 
 def _of_answers(net: Network, teacher: NetworkRef, job: Job, data: DeviceData) -> Finding:
-    shown, which = sample(job, data), "held-out" if job.config.split == "holdout" else "test"
-    answers = ask(net, shown, job.precision)
-    said = f"{teacher.model}: {answers.accuracy:.1%} of {len(answers.labels)} {which} images (chance {answers.chance:.1%})"
+    images, which = sample(job, data), "held-out" if job.config.split == "holdout" else "test"
+    answers = ask(net, images, job.precision)
+    summary = f"{teacher.model}: {answers.accuracy:.1%} of {len(answers.labels)} {which} images (chance {answers.chance:.1%})"
     if not np.isfinite(answers.logits).all():
         return Finding("answers", "wrong", f"{teacher.model}: its logits are not finite; is its file whole?")
-    recorded = teacher.trained_on is not None and "teacher" not in job.config.inputs  # its size is that of its training
-    if better := other_images(net, teacher, data, shown, job.precision, answers, sizes=not recorded):
-        return Finding("answers", "wrong", f"{said}; {better}")
+    recorded = teacher.trained_on is not None and "teacher" not in job.config.inputs  # then its image size is that of its training
+    if better := other_images(net, teacher, data, images, job.precision, answers, sizes=not recorded):
+        return Finding("answers", "wrong", f"{summary}; {better}")
     if order := another_order(answers, job.data.class_names):
-        return Finding("answers", "wrong", f"{said}; {order}")
+        return Finding("answers", "wrong", f"{summary}; {order}")
     if answers.accuracy < answers.guessed:
         often = np.bincount(answers.classes).max() / len(answers.labels)
         why = f"chance level: not trained, or not on such images; {often:.0%} of its answers are one class"
-        return Finding("answers", "wrong", f"{said}; {why}")
-    return Finding("answers", "look" if answers.accuracy < min(2 * answers.chance, answers.halfway) else "ok", said)
+        return Finding("answers", "wrong", f"{summary}; {why}")
+    return Finding("answers", "look" if answers.accuracy < min(2 * answers.chance, answers.halfway) else "ok", summary)
 
 
 def _of_method(group: Sequence[Job], ledger: Ledger, data: DeviceData) -> Iterator[Finding]:
-    """Its taps, the first gradient of its terms, and what training would take."""
+    """A method's taps, the first gradient of its terms, and what training would take."""
     job, name = group[0], group[0].resolved.name
     try:
         needs, pairing = job.method().needs, job.pairing
         if pairing and needs.student:
             yield Finding(f"{name}: taps", "ok", "; ".join(line.strip() for line in compared(pairing, needs.student, needs.teacher)))
-        ready = [checked(one, Identities(ledger)) for one in group]
+        ready = [checked(draft, Identities(ledger)) for draft in group]
     except UserError as error:
         yield Finding(f"{name}: taps", "wrong", str(error))
         return
@@ -220,13 +221,13 @@ def _of_method(group: Sequence[Job], ledger: Ledger, data: DeviceData) -> Iterat
 
 
 def _of_gradient(method: str, term: str, ratio: float, weight: float) -> Finding:
-    said = f"weight {weight:g}: gradient {ratio:.3g} times the task's"
+    line = f"weight {weight:g}: gradient {ratio:.3g} times the task's"
     check = f"{method}: {term}"
     if not math.isfinite(ratio):
-        return Finding(check, "wrong", f"{said}: not finite")
+        return Finding(check, "wrong", f"{line}: not finite")
     if ratio > GRADIENT_LIMIT:
-        return Finding(check, "wrong", f"{said}; over {GRADIENT_LIMIT:g} training diverges: --set weights.{term}={weight / ratio * 10:.1g}")
+        return Finding(check, "wrong", f"{line}; over {GRADIENT_LIMIT:g} training diverges: --set weights.{term}={weight / ratio * 10:.1g}")
     if ratio < FEEBLE:
         cure = f": --set weights.{term}={weight / ratio / 10:.1g}" if ratio else ""
-        return Finding(check, "look", f"{said}; it does next to nothing{cure}")
-    return Finding(check, "ok", said)
+        return Finding(check, "look", f"{line}; it does next to nothing{cure}")
+    return Finding(check, "ok", line)

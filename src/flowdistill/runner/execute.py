@@ -1,4 +1,4 @@
-"""Train cohorts: what the ledger has not and what was cut off, each student its own run."""
+"""Train cohorts: what the ledger lacks and what was cut off, each student its own run."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def run(
     workers: int | None = None,
     watcher: Watcher | None = None,
 ) -> list[Run]:
-    """Train what the ledger has not, go on with what was cut off, and return the run of every config, in order.
+    """Train what the ledger lacks, go on with what was cut off, and return the run of every config, in order.
 
     Runs that diverged are among them, as failed.
 
     Raises:
-        UserError: a config that can't be run; nothing was trained then.
+        UserError: a config can't be run; nothing was trained then.
     """
     ledger.refuse_unwritable()
     watcher, started = watcher or Watcher(), time.perf_counter()
@@ -60,12 +60,12 @@ def run(
     for line in [] if again else dict.fromkeys(_lost(job, ledger) for job in jobs if job.key not in known):
         if line:
             watcher.say(line)
-    for key, found in known.items():
-        if found.status == "running":
-            raise UserError(f"{todo[key].label}: another process trains it as run {found.no}; wait for that, or repeat it with --again")
-        if found.status == "finished":
-            watcher.say(f"{todo[key].label}: run {found.no} has it already, skipped (--again repeats it, in Python again=True)")
-    homes = dict.fromkeys(found.home for found in known.values() if found.cut_off)
+    for key, previous in known.items():
+        if previous.status == "running":
+            raise UserError(f"{todo[key].label}: another process trains it as run {previous.no}; wait for that, or repeat it with --again")
+        if previous.status == "finished":
+            watcher.say(f"{todo[key].label}: run {previous.no} has it already, skipped (--again repeats it, in Python again=True)")
+    homes = dict.fromkeys(previous.home for previous in known.values() if previous.cut_off)
     for home in homes:
         recorded(_unfinished(home, ledger), ledger, device)  # refuses before anything is trained
     with computing(device, deterministic=deterministic):
@@ -82,84 +82,85 @@ def run(
     except _TakenError:  # another process began one meanwhile: what it trains is refused, what it finished is skipped
         how: dict[str, Any] = {"deterministic": deterministic, "engine": engine, "workers": workers, "watcher": watcher}
         return run(configs, ledger, device, **how)
-    numbers = {key: found.no for key, found in known.items()}
+    numbers = {key: previous.no for key, previous in known.items()}
     numbers |= {member.job.key: member.no for _, members in prepared for member in members}
     return [ledger.run(numbers[job.key]) for job in jobs]
 
 
 class _TakenError(Exception):
-    """Another process began, since it was planned, what is about to begin."""
+    """Since the plan was made, another process has begun what is about to begin."""
 
 
 def resume(
     ledger: Ledger, device: torch.device, *, no: int | None = None, workers: int | None = None, watcher: Watcher | None = None
 ) -> list[Run]:
-    """Go on with what was cut off: with the cohort of one run, or with all; the runs that were, as they ended.
+    """Go on with the cohort of one run that was cut off. Default: with all such cohorts. Return their runs as they ended.
 
     Raises:
         UserError: that run is not cut off, or something that its numbers depend on has changed since.
     """
     ledger.refuse_unwritable()
     watcher = watcher or Watcher()
-    found = [one for one in ledger.runs() if one.cut_off] if no is None else [_cut_off(ledger.run(no))]
-    homes = dict.fromkeys(one.home for one in found)
-    taken = {home: [one.no for one in _unfinished(home, ledger)] for home in homes}
+    runs = [run_ for run_ in ledger.runs() if run_.cut_off] if no is None else [_cut_off(ledger.run(no))]
+    homes = dict.fromkeys(run_.home for run_ in runs)
+    by_home = {home: [run_.no for run_ in _unfinished(home, ledger)] for home in homes}
     for home in homes:
         recorded(_unfinished(home, ledger), ledger, device)
     for home in homes:
         _resume_cohort(home, ledger, device, watcher, workers)
-    return [ledger.run(number) for numbers in taken.values() for number in numbers]
+    return [ledger.run(number) for numbers in by_home.values() for number in numbers]
 
 
-def _cut_off(one: Run) -> Run:
-    if one.status == "running":
-        raise UserError(f"run {one.no} is being trained by another process; there is nothing to resume")
-    if not one.cut_off:
-        why = f" ({one.error})" if one.error else ""
-        raise UserError(f"run {one.no} is {one.status}{why}; only what was cut off can be resumed, to repeat it use --again")
-    return one
+def _cut_off(run_: Run) -> Run:
+    if run_.status == "running":
+        raise UserError(f"run {run_.no} is being trained by another process; there is nothing to resume")
+    if not run_.cut_off:
+        why = f" ({run_.error})" if run_.error else ""
+        raise UserError(f"run {run_.no} is {run_.status}{why}; only what was cut off can be resumed, to repeat it use --again")
+    return run_
 
 
 def before(job: Job, ledger: Ledger) -> Run | None:
-    """The newest run that did this job, or else the newest that began it; a failed one counts for nothing, nor does a finished one whose
-    files are gone, or are not those that it wrote.
+    """The newest run that finished this job, or else the newest that began it.
+
+    A failed run does not count, nor does a finished one whose files are gone or are not those that it wrote.
     """
-    found = ledger.runs(fingerprint=job.fingerprint, seed=job.config.seed)
-    done = [one for one in found if one.status == "finished" and not missing(one, ledger)]
-    ranked = done or [one for one in found if one.status not in ("failed", "finished")]
+    runs = ledger.runs(fingerprint=job.fingerprint, seed=job.config.seed)
+    done = [run_ for run_ in runs if run_.status == "finished" and not missing(run_, ledger)]
+    ranked = done or [run_ for run_ in runs if run_.status not in ("failed", "finished")]
     return ranked[-1] if ranked else None
 
 
 def finished(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device) -> list[Run]:
-    """Of these configs the runs that ``run`` would skip. Nothing is trained.
+    """The finished runs of these configs, which ``run`` would skip. Nothing is trained.
 
     Raises:
-        UserError: a config that can't be run.
+        UserError: a config can't be run.
     """
-    found = (before(job, ledger) for job in plan(configs, ledger, device))
-    return [one for one in found if one is not None and one.status == "finished"]
+    runs = (before(job, ledger) for job in plan(configs, ledger, device))
+    return [run_ for run_ in runs if run_ is not None and run_.status == "finished"]
 
 
 def _lost(job: Job, ledger: Ledger) -> str:
-    """Of a job that is done again, which run did it and why that does not count; else empty."""
-    finished = ledger.runs(fingerprint=job.fingerprint, seed=job.config.seed, status="finished")
-    return f"run {finished[-1].no} finished, but its {missing(finished[-1], ledger)}: trained anew" if finished else ""
+    """Which run finished this job and why that does not count; empty if none did."""
+    done = ledger.runs(fingerprint=job.fingerprint, seed=job.config.seed, status="finished")
+    return f"run {done[-1].no} finished, but its {missing(done[-1], ledger)}: trained anew" if done else ""
 
 
 def _known(jobs: Sequence[Job], ledger: Ledger) -> dict[tuple[str, int], Run]:
-    """The runs that are skipped or gone on with, by key; of two students that teach each other both or none."""
-    found = {job.key: one for job in jobs if (one := before(job, ledger))}
+    """The runs that are skipped or gone on with, by key. Of two students that teach each other it has both or none."""
+    known = {job.key: run_ for job in jobs if (run_ := before(job, ledger))}
     for job in jobs:
         if job.resolved.mutual:
             pair = [other.key for other in jobs if other.config in (job.config, other_side(job.config))]
-            if not found.keys() >= set(pair):
-                found = {key: one for key, one in found.items() if key not in pair}
-    return found
+            if not known.keys() >= set(pair):
+                known = {key: run_ for key, run_ in known.items() if key not in pair}
+    return known
 
 
 def _unfinished(home: int, ledger: Ledger) -> list[Run]:
-    """What of a cohort is to be gone on with; a student that diverged stays failed."""
-    return [one for one in ledger.runs() if one.home == home and one.status not in ("finished", "failed")]
+    """The runs of a cohort that are to be gone on with. A student that diverged stays failed."""
+    return [run_ for run_ in ledger.runs() if run_.home == home and run_.status not in ("finished", "failed")]
 
 
 def _begin_cohort(
@@ -196,18 +197,18 @@ def _begin_cohort(
 
 
 def _vouch(members: Sequence[Member], ledger: Ledger, watcher: Watcher) -> None:
-    """Own code that this training runs may run again when its runs are used."""
+    """Record that the user's code in this training may run again when its runs are used."""
     named = {name for member in members for name in member.job.model_names}
     try:
         for name in sorted(named):
-            if place := own_place(name):
-                trust.record(name, place, models.own_code(name), ledger.folder)
+            if location := own_place(name):
+                trust.record(name, location, models.own_code(name), ledger.folder)
     except OSError as error:
         watcher.say(f"{trust.state_folder()}: {error.strerror}; a later command that uses these runs needs --trust-code")
 
 
 def _resume_cohort(home: int, ledger: Ledger, device: torch.device, watcher: Watcher, workers: int | None) -> None:
-    """Go on with a cohort from its checkpoint, or from the start where there is none, with the threads that it began with."""
+    """Go on with a cohort from its checkpoint, or from the start if there is none, with as many threads as it began with."""
     with ledger.lock(home):
         runs = _unfinished(home, ledger)
         if not runs:
@@ -216,8 +217,8 @@ def _resume_cohort(home: int, ledger: Ledger, device: torch.device, watcher: Wat
         with computing(device, deterministic=bool(runs[0].deterministic), cores=cores):
             (cohort, members), *others = prepare(recorded(runs, ledger, device), device, runs[0].engine, workers)
             assert not others, "runs of one cohort stay together"
-            for member, one in zip(members, runs, strict=True):
-                member.no = one.no
+            for member, run_ in zip(members, runs, strict=True):
+                member.no = run_.no
             _restore(cohort, members, ledger.run_folder(home), watcher)
             with _stops_on_record(members, ledger, watcher):
                 ledger.reopen([member.no for member in members], cohort.done)
@@ -229,7 +230,7 @@ def _restore(cohort: Cohort, members: Sequence[Member], folder: Path, watcher: W
     saved = checkpoint.load(folder)
     if saved is not None and saved.damage:
         watcher.say(f"{saved.damage}; {'the one before it is used' if saved.done else 'there is no other, so it starts again'}")
-        (folder / checkpoint.FILE).unlink(missing_ok=True)  # else the next one would put it in the place of the one before
+        (folder / checkpoint.FILE).unlink(missing_ok=True)  # else the next save would keep it as the one before
     if saved is not None and saved.done:
         for member in members:
             if saved.about.get(str(member.no), {}).get("key") != list(member.job.key):
@@ -240,50 +241,55 @@ def _restore(cohort: Cohort, members: Sequence[Member], folder: Path, watcher: W
 
 
 def _tell_what_changed(runs: Sequence[Run], ledger: Ledger, device: torch.device, watcher: Watcher) -> None:
-    """Another machine or version does not go on bit for bit: it is said, and the record names the last."""
-    began, goes_on = ({**of, "device": name} for of, name in ((runs[0].versions, runs[0].device), (versions(), describe(device))))
+    """Say that another machine or version does not go on bit for bit, and record the new one."""
+    began = {**runs[0].versions, "device": runs[0].device}
+    goes_on = {**versions(), "device": describe(device)}
     changed = [f"{name} {began.get(name)} -> {value}" for name, value in goes_on.items() if began.get(name) != value]
     if changed:
         watcher.say(f"not bit for bit what it would have been: it began with other versions or another device ({', '.join(changed)})")
-        for one in runs:
-            ledger.update(one.no, device=describe(device), versions=versions() | circumstances() | settings(device))
+        for run_ in runs:
+            ledger.update(run_.no, device=describe(device), versions=versions() | circumstances() | settings(device))
 
 
 def _train(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: torch.device, watcher: Watcher, home: int) -> None:
-    """Epoch by epoch: into the ledger, then into the checkpoint, so that the ledger is never behind it."""
+    """Train epoch by epoch. Each goes into the ledger first and into the checkpoint after that, so that the ledger is never behind.
+
+    A resumed run forgets the ledger's epochs after its checkpoint and trains them again. So a checkpoint every ``CHECKPOINT_SECONDS`` is
+    enough, unless training stops right after an epoch.
+    """
     reset_peak_memory(device)
     _vouch(members, ledger, watcher)
-    folder, last = ledger.run_folder(home), -math.inf
+    folder, last_save = ledger.run_folder(home), -math.inf
     name, why = cohort.engine.name, cohort.engine.why
     watcher.say(f"{_numbers(members)}: {name} engine, {cohort.precision}: {why}")
     watcher.begin(_title(members), cohort.steps)
     try:
         for report in train(cohort, watcher.step):
-            if (cohort.engine.name, cohort.engine.why) != (name, why):
+            if (cohort.engine.name, cohort.engine.why) != (name, why):  # it fell back as it set up this phase
                 instead = " instead" if cohort.engine.name != name else ""
                 name, why = cohort.engine.name, cohort.engine.why
                 watcher.say(f"{_numbers(members)}: {name} engine{instead}: {why}")
             try:
                 reports = record_epoch(report, cohort, members, ledger, watcher)
-            except (UserError, sqlite3.Error):  # the ledger fails, and the runs' folders have the epoch
+            except (UserError, sqlite3.Error):  # the ledger fails, but the folders have the epoch, and resuming enters it
                 _save(cohort, members, folder, watcher)
                 raise
-            late = time.monotonic() - last >= CHECKPOINT_SECONDS
-            if late:
+            due = time.monotonic() - last_save >= CHECKPOINT_SECONDS
+            if due:
                 _save(cohort, members, folder, watcher)
-                last = time.monotonic()
+                last_save = time.monotonic()
             try:
-                for one in reports:
-                    watcher.report(one)
-            except BaseException:
-                if not late:
+                for run_report in reports:
+                    watcher.report(run_report)
+            except BaseException:  # on_epoch may stop training, and is promised that it goes on from this epoch
+                if not due:
                     _save(cohort, members, folder, watcher)
                 raise
         for member in members:
-            if member.student in cohort.students:
+            if member.student in cohort.students:  # the others diverged, and are recorded as failed
                 finish(member, cohort, ledger, device)
                 watcher.say(told(ledger.run(member.no)))
-        checkpoint.clear(folder)
+        checkpoint.clear(folder)  # only now: a cohort that is cut off while it finishes still needs it
     finally:
         watcher.end()
         for line in cohort.data.remarks():
@@ -291,7 +297,7 @@ def _train(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: to
 
 
 def _save(cohort: Cohort, members: Sequence[Member], folder: Path, watcher: Watcher) -> None:
-    """A checkpoint; a disk that can't take it does not end training, and the checkpoint before stands."""
+    """Write a checkpoint. If the disk can't take it, training goes on, and the checkpoint before stands."""
     about = {str(m.no): {"key": m.job.key, "seconds": (m.train_seconds, m.eval_seconds)} for m in members if m.student in cohort.students}
     try:
         checkpoint.save(folder, cohort, _keys(members), about)
@@ -301,7 +307,7 @@ def _save(cohort: Cohort, members: Sequence[Member], folder: Path, watcher: Watc
 
 @contextlib.contextmanager
 def _stops_on_record(members: Sequence[Member], ledger: Ledger, watcher: Watcher) -> Iterator[None]:
-    """What is stopped from outside is recorded as interrupted; where even that can't be written, the free lock tells."""
+    """Inside, whatever stops the runs is recorded as an interruption. If even that can't be written, the free lock tells."""
     try:
         yield
     except BaseException as error:

@@ -61,7 +61,7 @@ class Format(NamedTuple):
     Attributes:
         suffix: takes the place of ``.safetensors`` in the name of the student's file.
         write: (program, one image, metadata) -> the file's content.
-        read: (content, program) -> what the file answers to images; of the program only the code is used.
+        read: (content, program) -> the file's answer to images. Only the program's code is used, not its weights.
         needs: packages beyond those that are always installed.
     """
 
@@ -75,9 +75,9 @@ class Exported(NamedTuple):
     """A file that was written.
 
     Attributes:
-        file, to, model, bytes: where it is, its format, of which network, its size.
-        images, difference, allowed: on so many test images a logit differed by so much at most, of what is allowed (before int8).
-        accuracy_fp32, accuracy_int8: on all test images, in percent, of the program and of its int8 form; None where there is none.
+        file, to, model, bytes: its path, its format, the network's model and its size.
+        images, difference, allowed: number of test images, the largest difference of a logit on them, and what is allowed (before int8).
+        accuracy_fp32, accuracy_int8: percent of all test images, of the program and of its int8 form. None without int8.
     """
 
     file: str
@@ -94,14 +94,14 @@ class Exported(NamedTuple):
 def export(
     path: Path, to: str, *, out: Path | None = None, dataset: str | None = None, int8: bool = False, changes: Changes | None = None
 ) -> Exported:
-    """Write a student's file in another format; its answers to test images are compared with the network's first.
+    """Write a student's file in another format. Its answers to test images are compared with the network's first.
 
     Args:
         path: a student's file.
         to: a name in ``FORMATS``.
-        out: the file to write; left out, beside the student's.
-        dataset: where the images come from; left out, the data that it was trained on.
-        int8: of ONNX, quantise what was found to agree; its accuracy is measured, not judged.
+        out: the file to write. Default: beside the student's.
+        dataset: where the images come from. Default: the data that the student was trained on.
+        int8: quantise the ONNX file that was found to agree. Its accuracy is measured, not judged.
 
     Raises:
         UserError: the student or its data can't be read, the file can't be written there, a package is missing, or the network does
@@ -122,16 +122,16 @@ def export(
         raise UserError(
             f"{about.model} draws random numbers in eval mode, which an ONNX file can't do alike; use --to torch-export or safetensors"
         )
-    program, told = Program(net, Normalisation(about.mean, about.std)), metadata(net, about)
-    content = form.write(program, images[:1], told)
+    program, file_metadata = Program(net, Normalisation(about.mean, about.std)), metadata(net, about)
+    content = form.write(program, images[:1], file_metadata)
     answer = form.read(content, program)
     difference, allowed = compare(program, answer, images, to)
     accuracies = []
     if int8:
         content = _quantised(content, data)
-        accuracies = [_accuracy(one, data) for one in (answer, form.read(content, program))]
+        accuracies = [_accuracy(function, data) for function in (answer, form.read(content, program))]
         measured = {"accuracy": accuracies[-1], "data": dataset or about.data.name, "quantisation": "int8"}
-        content = _with_metadata(content, told | {key: json.dumps(value) for key, value in measured.items()})
+        content = _with_metadata(content, file_metadata | {key: json.dumps(value) for key, value in measured.items()})
     write_whole(out, content)
     return Exported(str(out), to, about.model, len(content), len(images), difference, allowed, *accuracies)
 
@@ -140,7 +140,7 @@ def metadata(net: Network, about: About) -> dict[str, str]:
     """What every file says of itself, each value as JSON: model, classes, input (channels, height, width), mean and std of pixels in
     0..1, the test accuracy of the run in percent, its data, and the classes' names where the student's file has them.
     """
-    told: dict[str, Any] = {
+    values: dict[str, Any] = {
         "model": about.model,
         "classes": about.classes,
         "input": about.input,
@@ -150,33 +150,33 @@ def metadata(net: Network, about: About) -> dict[str, str]:
         "data": about.data.name,
     }
     if net.about.get("labels"):
-        told["labels"] = net.about["labels"]
-    return {key: json.dumps(value) for key, value in told.items()}
+        values["labels"] = net.about["labels"]
+    return {key: json.dumps(value) for key, value in values.items()}
 
 
 @torch.no_grad()
 def compare(program: Program, answer: Answer, images: Tensor, to: str) -> tuple[float, float]:
     """The largest absolute difference of a logit, in a batch of all images and in batches of one, and how much is allowed.
 
-    A network that draws random numbers in eval mode draws the same in both, and one whose buffers move then begins from the same.
+    If a network draws random numbers in eval mode, program and file draw the same. If its buffers change then, both begin from the same.
 
     Raises:
-        DeviationError: more than is allowed, or another most probable class.
+        DeviationError: a logit differs by more than is allowed, or a most probable class differs.
     """
 
-    def ask(one: Answer, batches: Sequence[Tensor]) -> Tensor:
+    def ask(function: Answer, batches: Sequence[Tensor]) -> Tensor:
         answers = []
         for step, batch in enumerate(batches):
             with answering(program.net, "export", step, images.device):
-                answers.append(one(batch))
+                answers.append(function(batch))
         return torch.cat(answers)
 
-    alone = program.net.draws_always or program.net.unsettled  # then an image is answered otherwise than among others
+    differs_alone = program.net.draws_always or program.net.unsettled  # then an image is answered otherwise than among others
     expected = ask(program, [images])
-    allowed, ones = TOLERANCE * expected.abs().max().item(), [image[None] for image in images]
-    pairs = [(ask(answer, [images]), expected), (ask(answer, ones), ask(program, ones) if alone else expected)]
-    difference = max((found - right).abs().max().item() for found, right in pairs)
-    changed = max(int((found.argmax(1) != right.argmax(1)).sum()) for found, right in pairs)
+    allowed, singles = TOLERANCE * expected.abs().max().item(), [image[None] for image in images]
+    pairs = [(ask(answer, [images]), expected), (ask(answer, singles), ask(program, singles) if differs_alone else expected)]
+    difference = max((actual - right).abs().max().item() for actual, right in pairs)
+    changed = max(int((actual.argmax(1) != right.argmax(1)).sum()) for actual, right in pairs)
     if changed or not difference <= allowed:  # NaN is no agreement
         raise DeviationError(
             f"the {to} file does not answer as the network does: on {len(images)} test images a logit differs by {difference:.2g} "
@@ -198,8 +198,8 @@ def _refuse_place(out: Path, source: Path) -> None:
         raise UserError(f"--out {out}: cannot be written there ({reason}); name another file")
 
 
-def _write_safetensors(program: Program, _: Tensor, told: Mapping[str, str]) -> bytes:
-    return serialised(program.net.state_dict(), program.net.about, told)
+def _write_safetensors(program: Program, _: Tensor, metadata: Mapping[str, str]) -> bytes:
+    return serialised(program.net.state_dict(), program.net.about, metadata)
 
 
 def _read_safetensors(content: bytes, program: Program) -> Answer:
@@ -207,21 +207,21 @@ def _read_safetensors(content: bytes, program: Program) -> Answer:
     refuse_misfit(program.net, weights, "the file")
     body = next(path for path, module in program.named_modules() if module is program.net.body)
     tensors = {f"{body}.{name}": value for name, value in weights.items()}
-    given = dict(program.named_parameters(remove_duplicate=False))
+    parameters = dict(program.named_parameters(remove_duplicate=False))
 
     def answer(images: Tensor) -> Tensor:
-        own = {name: value if name in given else value.clone() for name, value in tensors.items()}  # buffers may move
-        logits: Tensor = functional_call(program, own, images, tie_weights=False)  # no copy of it: old weight norms refuse one
+        state = {name: value if name in parameters else value.clone() for name, value in tensors.items()}  # buffers may move
+        logits: Tensor = functional_call(program, state, images, tie_weights=False)  # no copy of it: old weight norms refuse one
         return logits
 
     return answer
 
 
 def _traced(program: Program, image: Tensor) -> torch.export.ExportedProgram:
-    """For any number of images: traced with two, since one would be taken for a constant. No path of this machine stays in it.
+    """Trace the program for any number of images: with two, since one would be taken for a constant. No path of this machine stays in it.
 
     Raises:
-        UserError: its code branches on values, or is otherwise none that torch.export can follow.
+        UserError: its code branches on values, or torch.export can't follow it for another reason.
     """
     two, sizes = torch.cat([image, image]), {INPUT: {0: torch.export.Dim(AXIS)}}
     with _one_line(f"torch.export can't trace {program.net.spec.name}", "--to safetensors"):
@@ -232,8 +232,12 @@ def _traced(program: Program, image: Tensor) -> torch.export.ExportedProgram:
 
 
 @contextmanager
-def _one_line(what: str, cure: str) -> Iterator[None]:
-    """What is raised inside is told in one line, by its first cause; what is printed there is not."""
+def _one_line(subject: str, cure: str) -> Iterator[None]:
+    """Inside, an error is told in one line, by its first cause, and nothing is printed.
+
+    Raises:
+        UserError: there is an error.
+    """
     try:
         with _unlogged(logging.ERROR), redirect_stderr(io.StringIO()):
             yield
@@ -241,12 +245,12 @@ def _one_line(what: str, cure: str) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise UserError(f"{what}: {summary(cause)}; use {cure}") from None
+        raise UserError(f"{subject}: {summary(cause)}; use {cure}") from None
 
 
 @contextmanager
 def _unlogged(level: int) -> Iterator[None]:
-    """No messages of that level or below it."""
+    """Inside, no messages of that level or below it are logged."""
     before = logging.root.manager.disable
     logging.disable(level)
     try:
@@ -255,9 +259,9 @@ def _unlogged(level: int) -> Iterator[None]:
         logging.disable(before)
 
 
-def _write_torch_export(program: Program, image: Tensor, told: Mapping[str, str]) -> bytes:
+def _write_torch_export(program: Program, image: Tensor, metadata: Mapping[str, str]) -> bytes:
     buffer = io.BytesIO()
-    values = {key: json.loads(value) for key, value in told.items()}
+    values = {key: json.loads(value) for key, value in metadata.items()}
     torch.export.save(_traced(program, image), buffer, extra_files={METADATA: json.dumps(values)})
     return buffer.getvalue()
 
@@ -266,7 +270,7 @@ def _read_torch_export(content: bytes, _: Program) -> Answer:
     return torch.export.load(io.BytesIO(content)).module()
 
 
-def _write_onnx(program: Program, image: Tensor, told: Mapping[str, str]) -> bytes:
+def _write_onnx(program: Program, image: Tensor, metadata: Mapping[str, str]) -> bytes:
     traced = _traced(program, image)
     names: dict[str, Any] = {"input_names": [INPUT], "output_names": [OUTPUT], "dynamic_shapes": {INPUT: {0: AXIS}}}
     with _one_line(f"ONNX can't express {program.net.spec.name}", "--to torch-export or safetensors"):
@@ -275,14 +279,14 @@ def _write_onnx(program: Program, image: Tensor, told: Mapping[str, str]) -> byt
     model = exported.model_proto
     for node in model.graph.node:
         del node.metadata_props[:]  # names of this package's modules, at every operation
-    return _with_metadata(model.SerializeToString(), told)
+    return _with_metadata(model.SerializeToString(), metadata)
 
 
-def _with_metadata(content: bytes, told: Mapping[str, str]) -> bytes:
+def _with_metadata(content: bytes, metadata: Mapping[str, str]) -> bytes:
     import onnx
 
     model = onnx.load_from_string(content)
-    onnx.helper.set_model_props(model, dict(told))
+    onnx.helper.set_model_props(model, dict(metadata))
     changed: bytes = model.SerializeToString()
     return changed
 
@@ -308,8 +312,8 @@ class _Calibration:
 
 
 def _quantised(content: bytes, data: ImageData) -> bytes:
-    """Convolutions and classifier with int8 weights, a scale for each output channel, and int8 activations, a scale for each tensor,
-    between the least and the largest value that the calibration images gave.
+    """The file with int8 convolutions and classifier. Weights have a scale per output channel, activations one per tensor, which spans
+    the values that the calibration images gave.
     """
     from onnxruntime.quantization import quantize_static
 
@@ -322,7 +326,7 @@ def _quantised(content: bytes, data: ImageData) -> bytes:
 
 
 def _accuracy(answer: Answer, data: ImageData) -> float:
-    """On all test images, in percent."""
+    """The accuracy on all test images, in percent."""
     test = eval_set(data.x_test, data.y_test, lambda images: images, torch.device("cpu"))
     correct = sum(int((answer(images).argmax(1) == labels).sum()) for images, labels in test.batches())
     return 100 * correct / len(test)

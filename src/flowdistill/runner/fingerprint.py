@@ -21,7 +21,7 @@ def fingerprint(job: Job, needs: Needs, versions: Mapping[str, int], made_of: Ma
 
     Args:
         needs, versions: of the method, for this pair.
-        made_of: by role, what of a network its name and weights do not say.
+        made_of: by role, what a network's name and weights do not say of it.
     """
     config, student, teacher, unlabelled = job.config, job.student, job.teacher, job.data.unlabelled
     covered: dict[str, Any] = {
@@ -39,7 +39,7 @@ def fingerprint(job: Job, needs: Needs, versions: Mapping[str, int], made_of: Ma
     if teacher and (sees := _other_images(teacher, job.data_hash, config.split)):
         covered["sees"] = sees
     if config.inputs:
-        covered["inputs"] = {role: own.model_dump() for role, own in config.inputs.items()}
+        covered["inputs"] = {role: images.model_dump() for role, images in config.inputs.items()}
     if taps := _compared(job, needs):
         covered["taps"] = taps
     if newer := _versions_of_taps(job, needs):
@@ -54,26 +54,26 @@ def fingerprint(job: Job, needs: Needs, versions: Mapping[str, int], made_of: Ma
 
 
 def _other_images(teacher: NetworkRef, data_hash: str, split: str) -> list[Any]:
-    """The size and normalisation that it was made for, where they need not be those of the images trained on; else nothing."""
+    """The images that the teacher was made for, if they need not be like those trained on; else empty."""
     same = teacher.trained_on is not None and (teacher.trained_on.data_hash, teacher.trained_on.split) == (data_hash, split)
     return [] if same or teacher.input_spec == InputSpec() else list(astuple(teacher.input_spec))
 
 
 def _compared(job: Job, needs: Needs) -> list[list[str]]:
-    """The taps that are compared, where they are not this package's own under their own names."""
+    """The taps that are compared; empty if all are this package's own under their own names."""
     sides = [(job.student_taps, needs.student)]
     if job.pairing:
         sides.append((job.pairing.teacher, needs.teacher))
-    found = [(net, net.tap(name)) for net, names in sides for name in sorted(names)]
-    if not any(tap.source or is_foreign(net.name) for net, tap in found):
+    taps = [(net, net.tap(name)) for net, names in sides for name in sorted(names)]
+    if not any(tap.source or is_foreign(net.name) for net, tap in taps):
         return []
-    return [[net.name, tap.name, tap.module, tap.own] for net, tap in found]
+    return [[net.name, tap.name, tap.module, tap.own] for net, tap in taps]
 
 
 def _versions_of_taps(job: Job, needs: Needs) -> dict[str, int]:
-    """By role, where taps are compared and their names gave other maps before."""
-    given = {"student": (job.student_taps, needs.student)} | ({"teacher": (job.pairing.teacher, needs.teacher)} if job.pairing else {})
-    return {role: net.version for role, (net, names) in given.items() if names and net.version > 1}
+    """By role, the version of the taps that are compared, if their names gave other maps before."""
+    sides = {"student": (job.student_taps, needs.student)} | ({"teacher": (job.pairing.teacher, needs.teacher)} if job.pairing else {})
+    return {role: net.version for role, (net, names) in sides.items() if names and net.version > 1}
 
 
 def _covered(network: NetworkRef, made_of: Sequence[Any]) -> list[Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from .. import advice, methods, models
-from ..checks import UserError
+from ..checks import UserError, as_user_error
 from ..config import RunConfig
 from ..data.dataset import ImageData
 from ..data.splits import trained_positions
@@ -150,16 +150,13 @@ class Job:
         n_train = len(trained_positions(self.data.y_train, self.config.split)) + len(unlabelled)
         spec = replace(self.data.spec, n_train=n_train)
         teacher = replace(self.pairing.teacher, labels=self._labels_of_teacher) if self.pairing else None
-        try:
-            with seeded(self.config.seed, "adapters"):
-                return methods.build(
-                    self.resolved,
-                    student=replace(self.student_taps, labels=self.data.class_names),
-                    teacher=teacher,
-                    data=spec,
-                )
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        with as_user_error(), seeded(self.config.seed, "adapters"):
+            return methods.build(
+                self.resolved,
+                student=replace(self.student_taps, labels=self.data.class_names),
+                teacher=teacher,
+                data=spec,
+            )
 
 
 def other_side(config: RunConfig) -> RunConfig:

@@ -1,4 +1,4 @@
-"""Which stage of the student learns from which of the teacher, where their stages are not the same."""
+"""Which stage of the student learns from which of the teacher, if their stages are not the same."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import NamedTuple
 from ..checks import UserError
 from ..types import DataSpec, NetSpec, TapSpec
 
-MIN_PAIRS = 2  # pairs of one stride, before their number counts for more than their order
+MIN_PAIRS = 2  # pairs of equal stride that are enough to pair by stride
 
 
 class Pairing(NamedTuple):
     """Student and teacher whose stages have the same names.
 
     Attributes:
-        why: how the stages were paired; empty where they are the networks' own.
+        why: how the stages were paired; empty if they are the networks' own.
     """
 
     student: NetSpec
@@ -26,30 +26,30 @@ class Pairing(NamedTuple):
 
 
 def pair(student: NetSpec, teacher: NetSpec, student_data: DataSpec, teacher_data: DataSpec, *, named: bool = False) -> Pairing:
-    """Pair the stages: as many of each in order; else those of equal stride; else, counted from the classifier, the last ones.
+    """Pair the stages: in order if both have as many; else those of equal stride; else the last ones, counted from the classifier.
 
-    A stride is the image's height by the map's, each network's own. Stages of no pair are left out, and the others numbered anew. Where
-    the user ``named`` taps, they are taken as they are.
+    A stride is the height of a network's image divided by the map's. Stages without a partner are left out, and the others numbered anew.
+    If the user ``named`` taps, they are taken as they are.
 
     Raises:
-        UserError: the named stages of the two are not the same, or a network's stages grow.
+        UserError: the user named taps and the stages of the two are not the same, or a network's stages grow.
     """
     for net in (student, teacher):
         _refuse_growing(net)
-    ours, theirs = student.stages, teacher.stages
-    if ours == theirs or not ours or not theirs:
+    student_stages, teacher_stages = student.stages, teacher.stages
+    if student_stages == teacher_stages or not student_stages or not teacher_stages:
         return Pairing(student, teacher)
     if named:
         raise UserError(
             f"the stages of {student.name} ({_listed(student)}) and of {teacher.name} ({_listed(teacher)}) are not named alike; name "
             f"those that belong together stage1, stage2, ... in both tables"
         )
-    at, their_at = _by_stride(student, student_data), _by_stride(teacher, teacher_data)
-    common = [stride for stride in at if stride in their_at]
-    if len(common) >= min(MIN_PAIRS, len(ours), len(theirs)):
-        return _renamed(student, teacher, [(at[stride], their_at[stride]) for stride in common], "by stride")
-    count = min(len(ours), len(theirs))
-    return _renamed(student, teacher, list(zip(ours[-count:], theirs[-count:], strict=True)), "the last ones, in order")
+    student_at, teacher_at = _by_stride(student, student_data), _by_stride(teacher, teacher_data)
+    common = [stride for stride in student_at if stride in teacher_at]
+    if len(common) >= min(MIN_PAIRS, len(student_stages), len(teacher_stages)):
+        return _renamed(student, teacher, [(student_at[stride], teacher_at[stride]) for stride in common], "by stride")
+    count = min(len(student_stages), len(teacher_stages))
+    return _renamed(student, teacher, list(zip(student_stages[-count:], teacher_stages[-count:], strict=True)), "the last ones, in order")
 
 
 def _by_stride(net: NetSpec, data: DataSpec) -> dict[int, str]:
@@ -57,11 +57,11 @@ def _by_stride(net: NetSpec, data: DataSpec) -> dict[int, str]:
 
 
 def _refuse_growing(net: NetSpec) -> None:
-    for one, other in zip(net.stages, net.stages[1:], strict=False):
-        if net.tap(one).height < net.tap(other).height:
+    for stage, later in zip(net.stages, net.stages[1:], strict=False):
+        if net.tap(stage).height < net.tap(later).height:
             raise UserError(
-                f"{net.name}: {other} ({_place(net.tap(other))}) is larger than {one} ({_place(net.tap(one))}) before it; number "
-                f"the stages from the image to the classifier. Its taps: {_listed(net)}"
+                f"{net.name}: {later} ({_described(net.tap(later))}) is larger than {stage} ({_described(net.tap(stage))}) before it; "
+                f"number the stages from the image to the classifier. Its taps: {_listed(net)}"
             )
 
 
@@ -71,7 +71,7 @@ def _renamed(student: NetSpec, teacher: NetSpec, pairs: list[tuple[str, str]], w
 
 
 def _under(net: NetSpec, names: Mapping[str, str]) -> NetSpec:
-    """The network with its stages under other names, and without those that have none; what belongs to a stage goes with it."""
+    """The network with its stages under other names, without those that have none. What belongs to a stage goes with it."""
 
     def taps() -> Iterator[TapSpec]:
         for tap in net.taps:
@@ -85,26 +85,27 @@ def _under(net: NetSpec, names: Mapping[str, str]) -> NetSpec:
 
 
 def compared(pairing: Pairing, student_taps: frozenset[str], teacher_taps: frozenset[str]) -> list[str]:
-    """A line for each tap that a method compares, and one before them."""
+    """A heading, and a line for each tap that a method compares."""
     student, teacher = pairing.student, pairing.teacher
     lines = [f"taps of {student.name} <- {teacher.name}" + (f", stages paired {pairing.why}" if pairing.why else "")]
     for name in sorted(student_taps | teacher_taps):
-        ours, theirs = (net.tap(name) if name in taps else None for net, taps in ((student, student_taps), (teacher, teacher_taps)))
-        lines.append(f"  {name}: {_place(ours)} <- {_place(theirs)}{_differing(ours, theirs)}")
+        student_tap = student.tap(name) if name in student_taps else None
+        teacher_tap = teacher.tap(name) if name in teacher_taps else None
+        lines.append(f"  {name}: {_described(student_tap)} <- {_described(teacher_tap)}{_differing(student_tap, teacher_tap)}")
     return lines
 
 
-def _differing(ours: TapSpec | None, theirs: TapSpec | None) -> str:
-    if ours is None or theirs is None:
+def _differing(student_tap: TapSpec | None, teacher_tap: TapSpec | None) -> str:
+    if student_tap is None or teacher_tap is None:
         return ""
-    channels = f"; channels {ours.channels} <- {theirs.channels}" if ours.channels != theirs.channels else ""
-    one, other = (f"{tap.height}x{tap.width}" for tap in (ours, theirs))
-    return channels + (f"; sizes {one} <- {other}" if one != other else "")
+    channels = f"; channels {student_tap.channels} <- {teacher_tap.channels}" if student_tap.channels != teacher_tap.channels else ""
+    student_size, teacher_size = (f"{tap.height}x{tap.width}" for tap in (student_tap, teacher_tap))
+    return channels + (f"; sizes {student_size} <- {teacher_size}" if student_size != teacher_size else "")
 
 
-def _place(tap: TapSpec | None) -> str:
+def _described(tap: TapSpec | None) -> str:
     return "-" if tap is None else f"{tap.module or tap.own} {tap.shape}"
 
 
 def _listed(net: NetSpec) -> str:
-    return ", ".join(f"{tap.name} {_place(tap)}" for tap in net.taps) or "none"
+    return ", ".join(f"{tap.name} {_described(tap)}" for tap in net.taps) or "none"

@@ -31,16 +31,16 @@ def dry_run(
     """
     with computing(device):
         prepared = prepare(plan(configs, ledger, device), device, engine, workers)
-        return [one for cohort, members in prepared for one in _of_cohort(cohort, members, ledger, device)]
+        return [preview for cohort, members in prepared for preview in _of_cohort(cohort, members, ledger, device)]
 
 
 def duration(previews: Sequence[Mapping[str, Any]]) -> Duration:
-    """How long these runs take: each has its share of its cohort's time."""
-    found = Duration()
-    for one in previews:
-        how = by(one["engine"]["name"], one["config"]["train"]["precision"])
-        found += Duration(one["cohort_seconds"], one["cohort_seconds_eager_fp32"], how) * (1 / one["cohort_size"])
-    return found
+    """How long these runs take. Each has its share of its cohort's time."""
+    total = Duration()
+    for preview in previews:
+        how = by(preview["engine"]["name"], preview["config"]["train"]["precision"])
+        total += Duration(preview["cohort_seconds"], preview["cohort_seconds_eager_fp32"], how) * (1 / preview["cohort_size"])
+    return total
 
 
 def _of_cohort(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -48,13 +48,13 @@ def _of_cohort(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device
     epoch = epoch_of(cohort, members)
     for member in members:
         job = member.job
-        done = before(job, ledger)
+        previous = before(job, ledger)
         teacher = {"model": job.teacher.model, "run": job.teacher.run, "accuracy": member.teacher_accuracy} if job.teacher else None
         yield {
             "config": job.config.model_dump(mode="json"),
-            "finished_run": done.no if done and done.status == "finished" else None,
+            "finished_run": previous.no if previous and previous.status == "finished" else None,
             "teacher": teacher,
-            "taps": {who: {name: spec.tap(name).shape for name in sorted(taps)} for who, spec, taps in _tapped(member)},
+            "taps": {role: {name: spec.tap(name).shape for name in sorted(taps)} for role, spec, taps in _tapped(member)},
             "gradient_relative_to_task": ratios[member.student],
             "device": describe(device),
             "engine": {"name": cohort.engine.name, "why": cohort.engine.why},

@@ -17,16 +17,16 @@ OTHERS = InputSpec(3, 224, 224)
 
 
 def rows(reference: str, runs: Path, *, size: int | None = None, channels: int | None = None, classes: int = 1000) -> list[dict[str, Any]]:
-    """Every tap of a network, then the embedding and the classifier: where it is found, its channels, its size and its stride.
+    """A row for every tap of a network, then for the embedding and the classifier: module, channels, size and stride.
 
     Args:
         reference: a model's name, a run's number, a weights file or MODEL@FILE.
         runs: folder of the ledger that has the run.
-        size, channels, classes: of the images; left out, those that a run, a file or a library declares, else 3x32x32 for the networks
-            of this package and 3x224x224 for others.
+        size, channels, classes: of the images. Default of size and channels: what a run, a file or a library declares, else 3x32x32 for
+            the networks of this package and 3x224x224 for others.
 
     Raises:
-        UserError: no such network, or one that can't take such images.
+        UserError: there is no such network, or it can't take such images.
     """
     network = named(reference) if run_number(reference) is None else resolve(reference, Ledger(runs))
     published = models.declared_input_spec(network.model)
@@ -35,7 +35,7 @@ def rows(reference: str, runs: Path, *, size: int | None = None, channels: int |
     sizes = DataSpec("", 0, classes, input_spec.channels or 0, input_spec.height or 0, input_spec.width or 0)
     data = network.fitted(sizes).seen(sizes)
     spec = models.spec(network.model, data)
-    found: list[dict[str, Any]] = [
+    table: list[dict[str, Any]] = [
         {
             "name": tap.name,
             "module": tap.module,
@@ -45,6 +45,6 @@ def rows(reference: str, runs: Path, *, size: int | None = None, channels: int |
         }
         for tap in spec.taps
     ]
-    found.append({"name": "embedding", "module": f"input of {spec.head}", "channels": spec.embedding, "size": None, "stride": None})
-    found.append({"name": "classifier", "module": spec.head, "channels": spec.classes, "size": None, "stride": None})
-    return found
+    table.append({"name": "embedding", "module": f"input of {spec.head}", "channels": spec.embedding, "size": None, "stride": None})
+    table.append({"name": "classifier", "module": spec.head, "channels": spec.classes, "size": None, "stride": None})
+    return table

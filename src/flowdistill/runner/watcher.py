@@ -30,7 +30,7 @@ class Report:
 
 
 class Watcher:
-    """This one is blind, but for what ``on_epoch`` sees. Nothing here may wait for the device."""
+    """Sees the work while it is done. This one ignores all but what ``on_epoch`` takes. Its methods may not wait for the device."""
 
     on_epoch: Callable[[Report], object] | None = None
 
@@ -38,7 +38,7 @@ class Watcher:
         self.on_epoch = on_epoch
 
     def report(self, report: Report) -> None:
-        """An epoch of a run is on record. What is raised here stops the cohort, which can be gone on with from this epoch."""
+        """An epoch of a run is on record. An exception that is raised here stops the cohort, which can go on from this epoch."""
         if self.on_epoch is not None:
             self.on_epoch(report)
 
@@ -46,7 +46,7 @@ class Watcher:
         """One line of talk."""
 
     def begin(self, title: str, steps: int) -> None:
-        """A cohort starts, with so many steps ahead of it."""
+        """A cohort starts, with ``steps`` steps ahead of it."""
 
     def step(self) -> None:
         """One step of every student is done."""

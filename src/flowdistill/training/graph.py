@@ -183,7 +183,7 @@ class GraphEngine(Engine):
         return self.inner
 
     def _try(self, seed_group: SeedGroup, group: PeerGroup) -> Trial:
-        """Take two steps of one group alone. The first sets up; in the second, waiting for the device is an error, as it is in a capture."""
+        """Take two steps of one group alone: one to set up, and one in which waiting for the device is an error, as it is in a capture."""
         device = seed_group.batches.data.device
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(device)

@@ -24,7 +24,7 @@ from .runner.pairing import pair
 from .runner.plan import refuse_users
 from .training.method_context import of_teacher
 from .training.optim import trainable_parameters
-from .training.step import terms
+from .training.step import loss_terms
 from .training.task import TASK
 from .types import NO_LABEL, Batch, DataSpec, NetSpec, Outputs, Targets
 
@@ -139,7 +139,7 @@ class Distiller(nn.Module):
         number = None if epoch is None else torch.tensor(epoch, device=images.device)
         with torch.autocast(images.device.type, enabled=False):
             known = Batch(targets.labels if targets else None, epoch=number, targets=targets)
-            found = terms(self.method, own, teacher_outputs, known, self.smoothing)
+            found = loss_terms(self.method, own, teacher_outputs, known, self.smoothing)
             loss = torch.stack([weight * found[term] for term, weight in self.weights.items() if term in found]).sum()
         return loss, {term: value.detach() for term, value in found.items()}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -99,7 +99,7 @@ class EpochReport:
     setup_seconds: float
     train_seconds: float
     eval_seconds: float
-    progress: dict[Student, Progress] = field(default_factory=dict)
+    progress: dict[Student, Progress]
 
 
 def train(cohort: Cohort, on_step: Callable[[], None] = lambda: None) -> Iterator[EpochReport]:
@@ -110,16 +110,17 @@ def train(cohort: Cohort, on_step: Callable[[], None] = lambda: None) -> Iterato
     try:
         while cohort.students and cohort.done < cohort.epochs:
             phase, epoch = cohort.position
+            epochs = cohort.phase_epochs[phase]
             if epoch == 0:
                 for student in cohort.students:
                     student.begin_phase(phase)
             setup_seconds = ready(cohort)
             watch = Stopwatch(cohort.data.device)
-            train_epoch(cohort, epoch, cohort.phase_epochs[phase], on_step)
+            train_epoch(cohort, epoch, epochs, on_step)
             watch.lap()
-            report = EpochReport(cohort.done + 1, phase, setup_seconds, train_seconds=0.0, eval_seconds=0.0)
-            report.progress = _measure(cohort, epoch, cohort.phase_epochs[phase])
-            report.train_seconds, report.eval_seconds = watch.stop()
+            progress = _measure(cohort, epoch, epochs)
+            train_seconds, eval_seconds = watch.stop()
+            report = EpochReport(cohort.done + 1, phase, setup_seconds, train_seconds, eval_seconds, progress)
             _dismiss_diverged(cohort, report)
             _choose(cohort, report)
             cohort.done += 1
@@ -166,7 +167,7 @@ def _measure(cohort: Cohort, epoch: int, epochs: int) -> dict[Student, Progress]
     for student, evaluation in zip(students, evaluations, strict=True):
         correct, unanswered, weights = int(next(values)), int(next(values)), bool(next(values))
         means = {name: next(values) / steps for name in student.tally.names}
-        # The tally does not notice -inf. The sum is not finite then, and the last step is as good a guess as any.
+        # The tally does not notice -inf. The sum shows it, though not since when; it is put down to the last step.
         sound = {name: min(int(next(values)), steps if math.isfinite(mean) else steps - 1) for name, mean in means.items()}
         lr = student.learning_rate(epoch, epochs, steps - 1, steps)
         progress[student] = Progress({term: means[term] for term in student.tally.terms}, lr, correct, evaluation)

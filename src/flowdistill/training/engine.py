@@ -43,7 +43,10 @@ class Engine:
         self.precision, self.why = precision, why
 
     def ready(self, seed_groups: Sequence[SeedGroup]) -> Engine:  # noqa: ARG002 (the others look)
-        """Set up what the phase and the students need, before an epoch. Returns the engine to use: itself, or what it falls back to."""
+        """Set up what the phase and the students need, before an epoch.
+
+        Returns the engine to use: itself, or the one that it falls back to, whose ``why`` says why.
+        """
         return self
 
     def epoch(self, seed_groups: Sequence[SeedGroup], number: int, rates: Mapping[Student, Tensor]) -> Iterator[None]:

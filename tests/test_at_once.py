@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flowdistill import models
 from flowdistill.data.sources import read_npz
 from flowdistill.models import MODELS, ImageNetwork
-from flowdistill.training.at_once import cast_at_once, counted_at_once, give
+from flowdistill.training.at_once import cast_at_once, counted_at_once, set_gradients
 from flowdistill.training.engine import EagerEngine
 from flowdistill.types import DataSpec
 
@@ -75,7 +75,7 @@ def test_an_error_puts_weights_and_counters_back() -> None:
 def test_gradients_have_type_and_layout_of_their_weights() -> None:
     weights = [torch.nn.Parameter(torch.zeros(4, 3, 2, 2).to(memory_format=torch.channels_last)) for _ in range(3)]
     values = torch.arange(48.0).reshape(4, 3, 2, 2)
-    give(weights, [values, values.bfloat16(), None])
+    set_gradients(weights, [values, values.bfloat16(), None])
     for weight in weights[:2]:
         assert torch.equal(weight.grad, values)
         assert (weight.grad.dtype, weight.grad.stride()) == (torch.float32, weight.stride())

@@ -25,7 +25,7 @@ from flowdistill.training.cohort import Cohort, Progress, train
 from flowdistill.training.engine import CompiledEngine, EagerEngine, Engine
 from flowdistill.training.evaluate import Evaluation
 from flowdistill.training.gradients import first_gradients
-from flowdistill.training.said import ANSWER, EMBEDDING, MAP
+from flowdistill.training.teacher_sums import ANSWER, EMBEDDING, MAP
 from flowdistill.types import Outputs
 
 CPU = torch.device("cpu")
@@ -84,8 +84,8 @@ def after(cohort: Cohort, name: str, value: float, batch: int) -> Progress:
 
 @pytest.mark.parametrize("method", LEARN_FROM_A_TEACHER)
 def test_what_a_teacher_says_is_named_whatever_the_method_makes_of_it(teacher_outputs: Ledger, small_npz: Path, method: str) -> None:
-    said = prepared(teacher_outputs, small_npz, method).seed_groups[0].teacher.said  # type: ignore[union-attr]
-    for name, value in [*((name, torch.nan) for name in said), *((name, torch.inf) for name in said[:1])]:
+    names = prepared(teacher_outputs, small_npz, method).seed_groups[0].teacher.output_names  # type: ignore[union-attr]
+    for name, value in [*((name, torch.nan) for name in names), *((name, torch.inf) for name in names[:1])]:
         error = after(prepared(teacher_outputs, small_npz, method), name, value, 2).error
         assert error == (f"stopped in epoch 1: the teacher's {name} is not finite on batch 2 of 3; mend the teacher, or choose another")
 
@@ -124,11 +124,11 @@ def test_a_teacher_may_rule_classes_out(teacher_outputs: Ledger, small_npz: Path
     teacher = cohort.seed_groups[0].teacher
     assert teacher is not None
     few = Outputs(torch.tensor([[0.0, -torch.inf], [-torch.inf, 2.0]]), torch.zeros(2, 1))
-    teacher.said = (ANSWER,)
-    assert teacher.measure(few)[ANSWER].isfinite()
+    teacher.output_names = (ANSWER,)
+    assert teacher.output_sums(few)[ANSWER].isfinite()
     for row in ([-torch.inf, -torch.inf], [torch.inf, 0.0], [torch.nan, -torch.inf]):
         broken = few._replace(logits=torch.cat([few.logits, torch.tensor([row])]))
-        assert not teacher.measure(broken)[ANSWER].isfinite()
+        assert not teacher.output_sums(broken)[ANSWER].isfinite()
 
 
 class White(nn.Module):
@@ -261,7 +261,7 @@ def test_a_teacher_that_is_broken_from_the_start(teacher_outputs: Ledger, small_
     cohort = prepared(teacher_outputs, small_npz, "ofd")
     teacher = cohort.seed_groups[0].teacher
     assert teacher is not None
-    teach, name = teacher.teach, teacher.said[0]
+    teach, name = teacher.teach, teacher.output_names[0]
     teacher.teach = lambda images: harmed(teach(images), name, -torch.inf)  # type: ignore[method-assign]
     with pytest.raises(UserError) as caught:
         first_gradients(cohort)

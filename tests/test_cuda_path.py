@@ -28,7 +28,7 @@ from flowdistill.methods.fsp import FSP
 from flowdistill.methods.kd import KD
 from flowdistill.models import MODELS
 from flowdistill.training import graph
-from flowdistill.training.at_once import give
+from flowdistill.training.at_once import set_gradients
 from flowdistill.training.engine import CompiledEngine, EagerEngine, Engine
 from flowdistill.training.evaluate import evaluate_all
 from flowdistill.training.graph import GraphEngine, StaticStep
@@ -258,12 +258,12 @@ def test_twenty_launches_more_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_gradient_that_lies_otherwise_than_its_weight_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def across(parameters: list[Tensor], gradients: list[Tensor]) -> None:
-        give(parameters, gradients)
+        set_gradients(parameters, gradients)
         for parameter in parameters:
             if parameter.dim() == 2:
                 parameter.grad = parameter.grad.transpose(-1, -2).contiguous().transpose(-1, -2)
 
-    monkeypatch.setattr("flowdistill.training.step.give", across)
+    monkeypatch.setattr("flowdistill.training.step.set_gradients", across)
     assert on_a_gpu(["kd"]).step == {"fused SGD: a gradient of another stride": 1}  # that of the classifier
 
 

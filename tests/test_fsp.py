@@ -173,7 +173,7 @@ def test_variant_names_the_preset_and_what_differs_from_it() -> None:
     assert variant(adapter="conv1x1") == "ours, adapter=conv1x1"
     assert variant(preset="paper", reduction="mean") == "paper, reduction=mean, stage_lr=0.01"
     assert variant(preset="kd-zoo", stage_epochs=3) == "kd-zoo, stage_epochs=3"
-    assert resolve("fsp", {}, {"fsp": 30}).variant == "ours, weights.fsp=30"
+    assert resolve_method("fsp", {}, {"fsp": 30}).variant == "ours, weights.fsp=30"
 
 
 def test_options_that_went_through_json_are_the_same() -> None:

@@ -218,7 +218,7 @@ def test_an_evaluation_that_can_not_be_captured_is_plain(data: ImageData, small_
 
 def test_captured_evaluations_of_students_that_left_are_dropped(data: ImageData, small_npz: Path) -> None:
     _, students = a_cohort(data, grid(small_npz)[:2])
-    measured = graphs.Measured()
+    measured = graphs.CapturedEvaluations()
     for student in students:
         assert not measured.warm(student)
         measured.graphs[student] = object()  # type: ignore[assignment]

@@ -186,7 +186,7 @@ def distill(
     with (  # the modes that the caller has on must not change what is trained
         torch.inference_mode(False),
         torch.enable_grad(),
-        torch.autocast(on_device.type, enabled=False),
+        full_precision(on_device),
         trust.code(trust_code),
     ):
         run = run_configs([parsed], ledger, on_device, again=again, engine=engine, workers=workers, watcher=watcher)[0]

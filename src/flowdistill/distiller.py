@@ -15,6 +15,7 @@ from . import methods, models
 from .checks import UserError, as_user_error
 from .config import TrainConfig, parse_as
 from .data.user_loaders import checked, refuse_other_labels
+from .device import full_precision
 from .methods import ResolvedMethod
 from .models import Network
 from .models.foreign import Foreign, refuse_unready, surveyed, uncompiled
@@ -24,7 +25,7 @@ from .runner.pairing import pair
 from .runner.plan import refuse_users
 from .training.method_context import of_teacher
 from .training.optim import trainable_parameters
-from .training.step import terms
+from .training.step import loss_terms
 from .training.task import TASK
 from .types import NO_LABEL, Batch, DataSpec, NetSpec, Outputs, Targets
 
@@ -133,9 +134,9 @@ class Distiller(nn.Module):
         if self.teacher is not None and any(term != TASK for term in self.weights):
             teacher_outputs = self._ask(self.teacher, images)
         number = None if epoch is None else torch.tensor(epoch, device=images.device)
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images.device):
             batch = Batch(targets.labels if targets else None, epoch=number, targets=targets)
-            losses = terms(self.method, student_outputs, teacher_outputs, batch, self.smoothing)
+            losses = loss_terms(self.method, student_outputs, teacher_outputs, batch, self.smoothing)
             loss = torch.stack([weight * losses[term] for term, weight in self.weights.items() if term in losses]).sum()
         return loss, {term: value.detach() for term, value in losses.items()}
 

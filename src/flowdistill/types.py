@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 class Outputs(NamedTuple):
-    """What a network gives for a batch, and all that a method sees of it. Of a teacher only what the method's ``needs`` name is there.
+    """A network's outputs for a batch, which are all that a method sees of it. A teacher gives only those that the method's ``needs`` name.
 
     Attributes:
         logits: [N, K] unnormalised class scores.
         embedding: [N, D] the pooled features that feed the classifier.
-        maps: tap name -> [N, C, H, W], only the taps that were asked for when the network was built.
+        maps: tap name -> [N, C, H, W], only for the taps that were asked for when the network was built.
     """
 
     logits: Tensor
@@ -35,9 +35,9 @@ class TapSpec:
     Attributes:
         name: ``stem``, ``stage1``, ``stage1.first``, ...
         channels, height, width: its size for one image.
-        module: the last module on the way to it, a ReLU after it included; two taps with one path are one tensor.
-        norm: of a map before its ReLU, the batch normalisation that gave it, a shortcut aside; empty where no single one did.
-        source: what the network itself calls it, where pairing or the user gave it another name.
+        module: path of the last module that computes it, a ReLU after it included; two taps with the same path are the same tensor.
+        norm: for a map before its ReLU, path of the batch normalisation that computes it, a shortcut aside; empty if no single one does.
+        source: the network's own name for it, if pairing or the user gave it another; else empty.
     """
 
     name: str
@@ -50,7 +50,7 @@ class TapSpec:
 
     @property
     def own(self) -> str:
-        """What the network itself calls it."""
+        """The network's own name for it."""
         return self.source or self.name
 
     @property
@@ -69,13 +69,13 @@ class NetSpec:
         embedding: D, the width of the pooled features.
         classes: K, the number of logits.
         head: path of the module that turns the embedding into logits.
-        overstepped: path of a convolution whose stride is larger than its map, so that some of its weights meet padding alone; empty
-            where there is none, or nobody looked.
-        labels: the names of those classes, where known.
-        version: of its taps, raised when a name gives another map than before. Where taps are compared and it is above 1, it is part of a
-            run's fingerprint.
+        overstepped: path of a convolution whose stride is larger than its map, so that some of its weights meet padding alone; empty if
+            there is none, or if nobody looked.
+        labels: the names of the classes, if known.
+        version: version of its taps, raised when a name gives another map than before. If taps are compared and it is above 1, it is part
+            of a run's fingerprint.
         altered: why its answer is not the logits that the head gives, or empty.
-        apart: why the head's weights do not make the logits of the embedding, or empty.
+        apart: why the head's weights do not make the logits from the embedding, or empty.
     """
 
     name: str
@@ -90,7 +90,7 @@ class NetSpec:
     apart: str = ""
 
     def tap(self, name: str) -> TapSpec:
-        """One tap by name.
+        """The tap of that name.
 
         Raises:
             ValueError: the network has none of that name; the message lists those it has.
@@ -102,20 +102,20 @@ class NetSpec:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """Names of the stage ends in order: ``stage1``, ``stage2``, ..."""
+        """Names of the stages' last taps in order: ``stage1``, ``stage2``, ..."""
         names = [tap.name for tap in self.taps if re.fullmatch(r"stage\d+", tap.name)]
         return tuple(sorted(names, key=lambda name: int(name.removeprefix("stage"))))
 
     @classmethod
     def of(cls, outputs: Outputs, name: str = "network") -> NetSpec:
-        """The spec of a network seen only through its outputs, for use of a method in one's own loop."""
+        """The spec of a network known only by its outputs, for a method in a loop of one's own."""
         taps = tuple(TapSpec(tap, m.shape[1], m.shape[2], m.shape[3], tap) for tap, m in outputs.maps.items())
         return cls(name, taps, outputs.embedding.shape[1], outputs.logits.shape[1])
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What a method or a model may know of the data: sizes, no images."""
+    """What a method or a model may know about the data: sizes, no images."""
 
     name: str
     n_train: int
@@ -127,13 +127,13 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class MethodContext:
-    """What stands still while students train; a method is told once what its ``needs`` name of it.
+    """What does not change while students train. A method gets it once, before training, and of it only what its ``needs`` name.
 
     Attributes:
         head: the teacher's classifier: weight [K, D] and bias [K].
-        norms: tap before a ReLU -> weight [C] and bias [C] of the teacher's batch normalisation that gave it.
+        norms: tap before a ReLU -> weight [C] and bias [C] of the teacher's batch normalisation that computes it.
         class_means: [K, D] the mean of the teacher's embeddings over the training images of each class, neither cropped nor mirrored.
-        labels: [n] class numbers of the training images, in the order of ``Batch.indices``; ``NO_LABEL`` of those that have none.
+        labels: [n] class numbers of the training images, which ``Batch.indices`` index; ``NO_LABEL`` for an image that has none.
     """
 
     head: tuple[Tensor, Tensor] | None = None
@@ -142,17 +142,17 @@ class MethodContext:
     labels: Tensor | None = None
 
 
-NO_LABEL = -1  # in the place of an unlabelled image's class number
+NO_LABEL = -1  # stands for the class number of an image without a label
 
 
 class Targets(NamedTuple):
-    """What the task is computed with where an image is of no class, or of two. Methods do not see it.
+    """What the task's loss is computed from if images may have no class, or two. Methods do not see it.
 
     Attributes:
-        labels: [N] class numbers, ``NO_LABEL`` where an image has none.
-        counted: scalar, how many have one, 1 at least.
-        partners: [N] those of the images that are mixed in; None where nothing is mixed.
-        share: [1] of each image in its mixture.
+        labels: [N] class numbers, ``NO_LABEL`` for an image that has none.
+        counted: scalar, number of images that have one, 1 at least.
+        partners: [N] class numbers of the images that are mixed in; None if nothing is mixed.
+        share: [1] the share of each image in its mixture; None if nothing is mixed.
     """
 
     labels: Tensor
@@ -163,14 +163,14 @@ class Targets(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step knows beside the images.
+    """What a step knows besides the images.
 
     Attributes:
-        labels: [N] class numbers; None where the images are mixed, or drawn from some that have none.
-        indices: [N] positions in the training set, of a mixed image that of its first; None outside of training.
+        labels: [N] class numbers; None if the images are mixed, or drawn from a set in which some have none.
+        indices: [N] positions in the training set, for a mixed image that of its first; None outside of training.
         epoch: scalar, 0-based epoch of the whole run, on the device; None outside of training.
         peers: outputs of the students that teach this one and are taught by it, in train mode and with their gradients.
-        targets: what the task is computed with in the place of ``labels``; never given to a method.
+        targets: what the task's loss is computed from if ``labels`` are None; never given to a method.
     """
 
     labels: Tensor | None

@@ -65,7 +65,7 @@ def shifted_before_it_is_scaled(self, images):
     return (images + self.shift) * self.scale
 
 
-@bug(step, "drawing", test_dropout.test_a_run_repeats_resumes_and_does_not_depend_on_its_company)
+@bug(step, "layers_seeded", test_dropout.test_a_run_repeats_resumes_and_does_not_depend_on_its_company)
 def dropout_of_the_global_generator(group, epoch, step, device):
     """Masks from whatever the generator holds: no run repeats, and each depends on who trains beside it."""
     return nullcontext()

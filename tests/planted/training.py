@@ -142,14 +142,14 @@ def rate_of_the_epoch_before(self, epoch, epochs, step, steps):
 
 
 @bug(step, "train_step", PLAIN)
-def gradients_of_earlier_steps_kept(group, images, teacher_outputs, batch, *, lr, precision, losses, heard):
+def gradients_of_earlier_steps_kept(group, images, teacher_outputs, batch, *, lr, precision, losses, teacher_sums):
     """No zero_grad."""
     (student,) = group
     (terms,) = losses(group, images, teacher_outputs if student.needs_teacher else None, batch, precision)
     sum(weight * terms[term] for term, weight in student.weights.items()).backward()
     student.optimizer.param_groups[0]["lr"] = lr
     student.optimizer.step()
-    student.tally.add(terms | heard)
+    student.tally.add(terms | teacher_sums)
 
 
 @bug(Student, "begin_phase", PLAIN)
@@ -189,7 +189,7 @@ def student_trained_in_eval_mode(self):
 
 
 @bug(step, "train_step", suite.test_reported_terms_are_unweighted_means_over_the_steps_of_their_epoch)
-def weighted_terms_reported(group, images, teacher_outputs, batch, *, lr, precision, losses, heard):
+def weighted_terms_reported(group, images, teacher_outputs, batch, *, lr, precision, losses, teacher_sums):
     """Curves of two weights can't be compared: most loops print the product."""
     (student,) = group
     (terms,) = losses(group, images, teacher_outputs if student.needs_teacher else None, batch, precision)
@@ -198,7 +198,7 @@ def weighted_terms_reported(group, images, teacher_outputs, batch, *, lr, precis
     sum(terms[term] for term in student.weights).backward()
     student.optimizer.param_groups[0]["lr"] = lr
     student.optimizer.step()
-    student.tally.add(terms | heard)
+    student.tally.add(terms | teacher_sums)
 
 
 @bug(Student, "begin_epoch", suite.test_reported_terms_are_unweighted_means_over_the_steps_of_their_epoch)
@@ -355,10 +355,10 @@ look, fault = Finite.look, blame.fault
 SAID = test_blame.test_what_a_teacher_says_is_named_whatever_the_method_makes_of_it
 
 
-@bug(Teacher, "measure", SAID, {"method": "ofd"})
+@bug(Teacher, "output_sums", SAID, {"method": "ofd"})
 def teachers_map_not_looked_at(self, outputs):
     """A method that compares and masks swallows NaN: the loss stays finite, and the student learns from garbage."""
-    return {name: torch.zeros(()) for name in self.said}
+    return {name: torch.zeros(()) for name in self.output_names}
 
 
 @bug(blame, "fault", SAID, {"method": "kd"})

@@ -1,4 +1,4 @@
-"""What is not finite, and whose fault that is: the teacher's, a term's, the student's; the learning rate's only where it can be."""
+"""What is not finite, and whose fault that is: the teacher's, a term's or the student's; the learning rate's only if it can be."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Seen(NamedTuple):
 
     Attributes:
         epoch: 1-based.
-        steps: of an epoch.
-        sound: of each of its terms, and of each output of the teacher that its method looks at, how many steps it was finite for.
-        weights: whether all are finite after the epoch.
-        images: that it was measured on.
-        unanswered: of these, those for which its logits are not finite.
+        steps: steps of an epoch.
+        sound: how many steps each term, and each output of the teacher that its method uses, was finite for.
+        weights: whether all weights are finite after the epoch.
+        images: number of images that it was measured on.
+        unanswered: number of these for which its logits are not finite.
     """
 
     epoch: int
@@ -38,20 +38,22 @@ class Seen(NamedTuple):
 
 
 def fault(student: Student, seen: Seen, peers: Sequence[Seen] = ()) -> str:
-    """Why a student is given up, in one line; empty where it is not, or where a peer is the cause."""
-    terms, looks_at = student.tally.terms, student.looks_at
-    (heard, said), (first, broken) = (_earliest({name: seen.sound[name] for name in names}, seen.steps) for names in (looks_at, terms))
-    if said and heard <= first:
-        return f"stopped in epoch {seen.epoch}: the teacher's {are(said)} not finite on batch {heard + 1} of {seen.steps}; {MEND}"
+    """Why a student is given up, in one line; empty if it is not, or if a peer is the cause."""
+    terms = student.tally.terms
+    teacher_step, broken_outputs = _earliest({name: seen.sound[name] for name in student.teacher_output_names}, seen.steps)
+    step, broken = _earliest({name: seen.sound[name] for name in terms}, seen.steps)
+    if broken_outputs and teacher_step <= step:
+        batch = f"batch {teacher_step + 1} of {seen.steps}"
+        return f"stopped in epoch {seen.epoch}: the teacher's {are(broken_outputs)} not finite on {batch}; {MEND}"
     if broken:
-        if TASK not in broken and any(peer.sound.get(TASK, seen.steps) <= first for peer in peers):
+        if TASK not in broken and any(peer.sound.get(TASK, seen.steps) <= step for peer in peers):
             return ""
-        if seen.epoch == 1 and first == 0:
+        if seen.epoch == 1 and step == 0:
             return f"stopped in epoch 1: its {are(broken)} not finite on the first batch, before any step; is the student sound?"
         lower = [f"weights.{broken[-1]}", "train.lr"]
         alone = TASK in terms and TASK not in broken
-        what = f"{are(broken)} not finite from batch {first + 1} of {seen.steps} on{', where task still is' * alone}"
-        return f"diverged in epoch {seen.epoch}: {what}; lower {' or '.join(lower if alone else lower[::-1])}"
+        since = f"not finite from batch {step + 1} of {seen.steps} on{', where task still is' * alone}"
+        return f"diverged in epoch {seen.epoch}: {are(broken)} {since}; lower {' or '.join(lower if alone else lower[::-1])}"
     if seen.weights and not seen.unanswered:
         return ""
     answers = f"its logits are not finite for {seen.unanswered:,} of {seen.images:,} images that it is measured on"
@@ -59,21 +61,21 @@ def fault(student: Student, seen: Seen, peers: Sequence[Seen] = ()) -> str:
     return f"diverged in epoch {seen.epoch}: {', '.join(parts)}, though its losses are; lower train.lr or weights.{terms[-1]}"
 
 
-def refuse_first(images: Tensor, teacher: Teacher | None, said: Outputs | None) -> None:
-    """Look at a first batch, and at what a teacher says of it; waits for the device.
+def refuse_first(images: Tensor, teacher: Teacher | None, teacher_outputs: Outputs | None) -> None:
+    """Look at a first batch, and at the teacher's outputs for it; waits for the device.
 
     Raises:
         UserError: not all of it is finite.
     """
     if bad := int((~images.isfinite().flatten(1).all(1)).sum()):
         raise UserError(f"{bad} of {len(images)} images of the first batch hold values that are not finite; mend them, or leave them out")
-    if teacher is not None and said is not None:
-        broken = [name for name, value in teacher.measure(said).items() if not value.isfinite()]
+    if teacher is not None and teacher_outputs is not None:
+        broken = [name for name, value in teacher.output_sums(teacher_outputs).items() if not value.isfinite()]
         if broken:
             raise UserError(f"teacher {teacher.name}: its {are(broken)} not finite on the first batch; {MEND}")
 
 
 def _earliest(sound: Mapping[str, int], steps: int) -> tuple[int, list[str]]:
-    """The first step, 0-based, at which something was not finite, and what; the number of steps and nothing where all was."""
+    """The first step (0-based) at which something was not finite, and what was not; ``steps`` and nothing if all was finite."""
     first = min(sound.values(), default=steps)
     return first, [name for name, count in sound.items() if count == first < steps]

@@ -1,4 +1,4 @@
-"""A cohort between two epochs, on disk: all its students in one file, from which training goes on bit for bit.
+"""A cohort between two epochs on disk: all its students in one file, from which training goes on bit for bit.
 
 Tensors are named ``KEY/net.fc.weight``, ``KEY/momentum.3`` and so on, KEY being the student's; counters stand in the metadata.
 """
@@ -24,14 +24,14 @@ FILE, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was read back.
+    """A checkpoint that was read back.
 
     Attributes:
-        done: epochs behind the cohort.
-        tensors: by student and name.
-        counters: by student.
-        about: what the caller wanted kept.
-        damage: why it is not the newest one, or empty.
+        done: epochs that the cohort had trained.
+        tensors: student's key -> name -> tensor.
+        counters: student's key -> name -> number.
+        about: what the caller of ``save`` added.
+        damage: why this is not the newest one, or empty.
     """
 
     done: int
@@ -42,22 +42,22 @@ class Checkpoint:
 
 
 def save(folder: Path, cohort: Cohort, keys: Mapping[Student, str], about: Mapping[str, Any]) -> None:
-    """Write the cohort's state. The one before is kept beside it until the next is whole.
+    """Write the cohort's state. The checkpoint before it is kept beside it until the next is whole.
 
     Raises:
-        OSError: it could not be written; the one before stands.
+        OSError: it could not be written; the checkpoint before it stays.
     """
     tensors: dict[str, Tensor] = {}
     counters = {}
     for student in cohort.students:
         state, counters[keys[student]] = student.state()
         tensors |= {f"{keys[student]}/{name}": value for name, value in state.items()}
-    known = {"done": cohort.done, "counters": counters, "about": about}
-    save_weights(folder / FILE, tensors, known, keep=folder / PREVIOUS)
+    metadata = {"done": cohort.done, "counters": counters, "about": about}
+    save_weights(folder / FILE, tensors, metadata, keep=folder / PREVIOUS)
 
 
 def load(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole, or None where there is none."""
+    """The newest checkpoint that is whole; None if there is no checkpoint. If all are damaged, an empty one that says so."""
     damage = ""
     for path in (folder / FILE, folder / PREVIOUS):
         try:
@@ -83,7 +83,7 @@ def _read(path: Path, damage: str) -> Checkpoint:
 
 
 def restore(cohort: Cohort, keys: Mapping[Student, str], checkpoint: Checkpoint) -> None:
-    """Put the cohort where the checkpoint stands; each of its students must be in it."""
+    """Put the cohort into the checkpoint's state. Each of the cohort's students must be in it."""
     cohort.done = checkpoint.done
     phase, epoch = cohort.position
     for student in cohort.students:
@@ -92,6 +92,6 @@ def restore(cohort: Cohort, keys: Mapping[Student, str], checkpoint: Checkpoint)
 
 
 def clear(folder: Path) -> None:
-    """Remove the checkpoints, and what a killed writer left of one."""
+    """Remove the checkpoints, and unfinished ones that a killed process left."""
     for path in [*folder.glob("checkpoint*.safetensors"), *folder.glob(".checkpoint*")]:
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Training, whole: a cohort of students, epoch by epoch.
+"""The training loop: a cohort of students, epoch by epoch.
 
 A cohort's students agree on data, split, batch size, recipe and phase boundaries. Students of one seed form a seed group: they
 see the very same batches, and their teacher runs once per batch for all of them. A plain run is a cohort of one.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -28,9 +28,9 @@ class Cohort:
 
     Attributes:
         engine: how its steps are computed.
-        select: a holdout run keeps the weights of its best epoch; else the last epoch's stand.
+        select: whether the weights of the best epoch ship, as in a holdout run; else those of the last epoch do. Default: False.
         phase_epochs: epochs of each phase, equal for all students.
-        done: epochs that are behind it.
+        done: epochs already trained. Default: 0.
     """
 
     data: Supply
@@ -43,7 +43,7 @@ class Cohort:
 
     @property
     def precision(self) -> Precision:
-        """Arithmetic of its networks."""
+        """The arithmetic of its networks."""
         return self.engine.precision
 
     @property
@@ -53,12 +53,12 @@ class Cohort:
 
     @property
     def epochs(self) -> int:
-        """Epochs of all phases."""
+        """Number of epochs of all phases."""
         return sum(self.phase_epochs)
 
     @property
     def steps(self) -> int:
-        """Steps that are ahead of it."""
+        """Number of steps still to train."""
         return (self.epochs - self.done) * self.seed_groups[0].batches.steps
 
     @property
@@ -77,8 +77,9 @@ class Progress:
 
     Attributes:
         terms: mean of each unweighted term over the epoch's steps.
-        evaluation: None when the student diverged.
-        correct: right answers on the epoch's images.
+        lr: the rate of the epoch's last step.
+        correct: number of right answers on the epoch's images.
+        evaluation: None if the student diverged.
         error: why it was given up, or empty.
     """
 
@@ -91,34 +92,35 @@ class Progress:
 
 @dataclass
 class EpochReport:
-    """One epoch of a cohort; ``epoch`` is 1-based over all phases. ``setup_seconds``: captured or compiled before it."""
+    """One epoch of a cohort; ``epoch`` is 1-based over all phases. ``setup_seconds`` is what capturing or compiling took before it."""
 
     epoch: int
     phase: int
     setup_seconds: float
     train_seconds: float
     eval_seconds: float
-    progress: dict[Student, Progress] = field(default_factory=dict)
+    progress: dict[Student, Progress]
 
 
 def train(cohort: Cohort, on_step: Callable[[], None] = lambda: None) -> Iterator[EpochReport]:
-    """Train from where the cohort stands, and report every epoch. Students that diverge leave the cohort; the others go on.
+    """Train the epochs that are not done yet, and report each. Students that diverge leave the cohort; the others go on.
 
     ``on_step`` is called after each step of all students and must not wait for the device.
     """
     try:
         while cohort.students and cohort.done < cohort.epochs:
             phase, epoch = cohort.position
+            epochs = cohort.phase_epochs[phase]
             if epoch == 0:
                 for student in cohort.students:
                     student.begin_phase(phase)
             setup_seconds = ready(cohort)
             watch = Stopwatch(cohort.data.device)
-            train_epoch(cohort, epoch, cohort.phase_epochs[phase], on_step)
+            train_epoch(cohort, epoch, epochs, on_step)
             watch.lap()
-            report = EpochReport(cohort.done + 1, phase, setup_seconds, 0.0, 0.0)
-            report.progress = _measure(cohort, epoch, cohort.phase_epochs[phase])
-            report.train_seconds, report.eval_seconds = watch.stop()
+            progress = _measure(cohort, epoch, epochs)
+            train_seconds, eval_seconds = watch.stop()
+            report = EpochReport(cohort.done + 1, phase, setup_seconds, train_seconds, eval_seconds, progress)
             _dismiss_diverged(cohort, report)
             _choose(cohort, report)
             cohort.done += 1
@@ -129,7 +131,7 @@ def train(cohort: Cohort, on_step: Callable[[], None] = lambda: None) -> Iterato
 
 
 def ready(cohort: Cohort) -> float:
-    """Let the engine set up what is new in this phase, or fall back; the seconds that took."""
+    """Let the engine set up what is new in this phase, or fall back. Returns the seconds that this took."""
     started = time.perf_counter()
     for student in cohort.students:
         student.begin_epoch()
@@ -138,7 +140,7 @@ def ready(cohort: Cohort) -> float:
 
 
 def train_epoch(cohort: Cohort, epoch: int, epochs: int, on_step: Callable[[], None]) -> None:
-    """``epoch`` epochs of this phase of ``epochs`` are done."""
+    """Train one epoch: the one numbered ``epoch`` (0-based) of a phase of ``epochs``."""
     for student in cohort.students:
         student.begin_epoch()
     steps = cohort.seed_groups[0].batches.steps
@@ -151,9 +153,10 @@ def _measure(cohort: Cohort, epoch: int, epochs: int) -> dict[Student, Progress]
     """Evaluate every student, check the teachers, and read all figures in one transfer from the device."""
     students, steps, images = cohort.students, cohort.seed_groups[0].batches.steps, len(cohort.data.epoch_images)
     teachers = [seed_group.teacher for seed_group in cohort.seed_groups if seed_group.teacher is not None]
-    found = cohort.engine.evaluate(students, cohort.data)
+    evaluations = cohort.engine.evaluate(students, cohort.data)
+    # A transfer waits for the device. Therefore all figures go into one tensor, and are read back below in the order in which they went in.
     figures = [teacher.drift() for teacher in teachers]
-    for student, evaluation in zip(students, found, strict=True):
+    for student, evaluation in zip(students, evaluations, strict=True):
         figures += [evaluation.correct, evaluation.unanswered, student.sound(), *student.tally.tensors]
     values = iter(torch.cat([figure.float().reshape(-1) for figure in figures]).tolist())
     for teacher in teachers:
@@ -161,9 +164,10 @@ def _measure(cohort: Cohort, epoch: int, epochs: int) -> dict[Student, Progress]
         if next(values):
             raise RuntimeError("a weight or a buffer of the teacher changed during training")
     progress, seen = {}, {}
-    for student, evaluation in zip(students, found, strict=True):
+    for student, evaluation in zip(students, evaluations, strict=True):
         correct, unanswered, weights = int(next(values)), int(next(values)), bool(next(values))
         means = {name: next(values) / steps for name in student.tally.names}
+        # The tally does not notice -inf. The sum shows it, though not since when; it is put down to the last step.
         sound = {name: min(int(next(values)), steps if math.isfinite(mean) else steps - 1) for name, mean in means.items()}
         lr = student.learning_rate(epoch, epochs, steps - 1, steps)
         progress[student] = Progress({term: means[term] for term in student.tally.terms}, lr, correct, evaluation)
@@ -174,6 +178,7 @@ def _measure(cohort: Cohort, epoch: int, epochs: int) -> dict[Student, Progress]
 
 
 def _dismiss_diverged(cohort: Cohort, report: EpochReport) -> None:
+    """Take diverged students out of the cohort, and their peers with them."""
     for seed_group in cohort.seed_groups:
         for group in seed_group.peer_groups:
             if any(report.progress[student].error for student in group):
@@ -185,7 +190,7 @@ def _dismiss_diverged(cohort: Cohort, report: EpochReport) -> None:
 
 
 def _choose(cohort: Cohort, report: EpochReport) -> None:
-    """The last epoch's weights ship; in a holdout run those of the best epoch on the held-out images, the earliest on ties."""
+    """Choose what ships: the last epoch's weights; in a holdout run those of the best epoch on the held-out images, the first on ties."""
     for student in cohort.students:
         correct = report.progress[student].correct
         if not cohort.select or correct > student.chosen_correct:

@@ -1,4 +1,4 @@
-"""How the steps of a cohort are computed: plainly, or compiled. ``graph.py`` has the third way, ``engine_choice.py`` chooses."""
+"""How the steps of a cohort are computed: plainly or compiled. ``graph.py`` has the third way, ``engine_choice.py`` chooses."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from ..models import Network
 from ..models.state import kept
 from ..types import Batch, Outputs
 from .evaluate import Evaluation, evaluate_all, plainly
-from .step import Objective, drawing, losses, train_step
+from .step import Objective, layers_seeded, losses, train_step
 from .student import PeerGroup, SeedGroup, Student
 from .teacher import Teacher
 
-EVALUATION_COMPILED = ("cuda",)  # kinds of devices on which evaluation is compiled where training is
+EVALUATION_COMPILED = ("cuda",)  # kinds of devices on which evaluation is compiled if training is
 
 
 class Engine:
-    """How the steps of a cohort are computed: operation by operation, unless an engine does a part otherwise.
+    """How the steps of a cohort are computed: operation by operation, unless a subclass does a part otherwise.
 
     Attributes:
-        name: as a run's record has it.
-        why: as a user is told, why it is this one.
+        name: its name in a run's record.
+        why: why it was chosen, as the user is told.
     """
 
     name: str
@@ -43,7 +43,10 @@ class Engine:
         self.precision, self.why = precision, why
 
     def ready(self, seed_groups: Sequence[SeedGroup]) -> Engine:  # noqa: ARG002 (the others look)
-        """Before an epoch: set up what its phase and students need. The engine to use: itself, or what it falls back to, with ``why``."""
+        """Set up what the phase and the students need, before an epoch.
+
+        Returns the engine to use: itself, or the one that it falls back to, whose ``why`` says why.
+        """
         return self
 
     def epoch(self, seed_groups: Sequence[SeedGroup], number: int, rates: Mapping[Student, Tensor]) -> Iterator[None]:
@@ -52,37 +55,37 @@ class Engine:
             for seed_group, (images, batch) in zip(seed_groups, batches, strict=True):
                 with seed_group.teaching(number, step):
                     teacher_outputs = self.teach(seed_group, images)
-                heard = seed_group.heard(teacher_outputs)
+                sums = seed_group.teacher_sums(teacher_outputs)
                 for group in seed_group.peer_groups:
-                    lr = rates[group[0]][step]
-                    with drawing(group, number, step, images.device):
-                        train_step(group, images, teacher_outputs, batch, lr=lr, precision=self.precision, losses=self.losses, heard=heard)
+                    lr, precision, losses = rates[group[0]][step], self.precision, self.losses
+                    with layers_seeded(group, number, step, images.device):
+                        train_step(group, images, teacher_outputs, batch, lr=lr, precision=precision, losses=losses, teacher_sums=sums)
             yield
 
-    def of(self, student: Student) -> str:  # noqa: ARG002 (a graph tells)
-        """The name of the engine that trains a student, as its record has it."""
+    def of(self, student: Student) -> str:  # noqa: ARG002 (a graph looks)
+        """The name of the engine that trains a student, for its record."""
         return self.name
 
-    def draw(self, source: SeedBatches, draws: Draws, shown: Tensor, epoch: Tensor) -> tuple[Tensor, Batch]:
-        """The batch at the places ``shown`` of an epoch that was drawn, as a graph draws it."""
-        return source.batch(draws, shown, epoch)
+    def draw(self, batches: SeedBatches, draws: Draws, shown: Tensor, epoch: Tensor) -> tuple[Tensor, Batch]:
+        """The batch of a graph's step: the images at positions ``shown`` [B] of the epoch's order, augmented as ``draws`` has it."""
+        return batches.batch(draws, shown, epoch)
 
     def teach(self, seed_group: SeedGroup, images: Tensor) -> Outputs | None:
-        """What the teacher says of a batch, once for all students of the seed group."""
+        """The teacher's outputs for a batch, computed once for all students of the seed group; None if no student needs them."""
         return self.ask(seed_group.teacher, images) if seed_group.teacher is not None and seed_group.needs_teacher else None
 
     def ask(self, teacher: Teacher, images: Tensor) -> Outputs:
-        """A teacher's outputs."""
+        """Compute a teacher's outputs."""
         return teacher.teach(images)
 
     def losses(
         self, group: PeerGroup, images: Tensor, teacher_outputs: Outputs | None, batch: Batch, precision: Precision
     ) -> list[dict[str, Tensor]]:
-        """Each student's terms on a batch."""
+        """Compute each student's unweighted terms on a batch."""
         return losses(group, images, teacher_outputs, batch, precision)
 
     def evaluate(self, students: Sequence[Student], data: Supply) -> list[Evaluation]:
-        """Measure students on the epoch's images."""
+        """Measure the students on the epoch's images."""
         return evaluate_all([student.net for student in students], data.epoch_images, self.precision)
 
 
@@ -93,7 +96,7 @@ class EagerEngine(Engine):
 
 
 class CompiledEngine(Engine):
-    """Teacher, forward and losses by torch.compile, in static shapes: once for all students of one architecture and method."""
+    """Teacher, forward pass and losses run by torch.compile, with static shapes: one compiled function per architecture and method."""
 
     name = "compiled"
 
@@ -106,7 +109,7 @@ class CompiledEngine(Engine):
         self._tried: set[Any] = set()
 
     def ready(self, seed_groups: Sequence[SeedGroup]) -> Engine:
-        """Compile what is new, by one step that is taken back."""
+        """Compile what is new, by one step that is taken back: compiling happens at the first call."""
         new = {_kind(group) for seed_group in seed_groups for group in seed_group.peer_groups} | {
             seed_group.teacher for seed_group in seed_groups if seed_group.needs_teacher
         }
@@ -120,40 +123,40 @@ class CompiledEngine(Engine):
         self._tried |= new
         return self
 
-    def draw(self, source: SeedBatches, draws: Draws, shown: Tensor, epoch: Tensor) -> tuple[Tensor, Batch]:
+    def draw(self, batches: SeedBatches, draws: Draws, shown: Tensor, epoch: Tensor) -> tuple[Tensor, Batch]:
         """Compiled once for all seed batches of the same images: gather, crop, flip and normalisation in a few kernels."""
-        kind = (source.data, source.batch_size, source.mixup)
+        kind = (batches.data, batches.batch_size, batches.mixup)
         if kind not in self._batches:
-            self._batches[kind] = _compile(_drawing(source))
+            self._batches[kind] = _compile(_batch_function(batches))
         return self._batches[kind](draws, shown, epoch)
 
     def ask(self, teacher: Teacher, images: Tensor) -> Outputs:
-        """Compiled once a teacher."""
+        """Compiled once per teacher."""
         if teacher not in self._teachers:
-            self._teachers[teacher] = _compile(_teaching(teacher))
+            self._teachers[teacher] = _compile(_teacher_function(teacher))
         return self._teachers[teacher](images)
 
     def losses(
         self, group: PeerGroup, images: Tensor, teacher_outputs: Outputs | None, batch: Batch, precision: Precision
     ) -> list[dict[str, Tensor]]:
-        """Compiled once a kind of student; weights and statistics are its inputs."""
+        """Compiled once per kind of student; a student's weights and statistics are inputs of the function."""
         kind = _kind(group)
         if kind not in self._losses:
-            self._losses[kind] = _compile(_computing(group, precision))
+            self._losses[kind] = _compile(_losses_function(group, precision))
         objective = Objective(group)
         tensors = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
         return self._losses[kind](tensors, images, teacher_outputs, batch)
 
     def evaluate(self, students: Sequence[Student], data: Supply) -> list[Evaluation]:
-        """Compiled as well on a GPU, where plain passes are bound by launches; on a CPU compiling costs more than it saves."""
+        """Compiled on a GPU, where launches bound plain passes; plain on a CPU, where compiling costs more than it saves."""
         ask = self._answer if data.device.type in EVALUATION_COMPILED else plainly
         return evaluate_all([student.net for student in students], data.epoch_images, self.precision, ask)
 
     def _answer(self, net: Network, images: Tensor) -> Outputs:
-        """Compiled once an architecture; plainly where that can't be."""
+        """Compiled once per architecture; computed plainly if it can't be compiled."""
         kind = (type(net), net.spec, net.taps)
         if kind not in self._evaluated:
-            self._evaluated[kind] = None if net.draws_always or net.unsettled else _compile(_answering(net))
+            self._evaluated[kind] = None if net.draws_always or net.unsettled else _compile(_net_function(net))
         compiled = self._evaluated[kind]
         if compiled is not None:
             try:
@@ -165,25 +168,25 @@ class CompiledEngine(Engine):
 
 
 def _kind(group: PeerGroup) -> tuple[Any, ...]:
-    """Students of one kind have one compiled function."""
+    """What students must agree on to share a compiled function."""
     options = tuple((name, repr(option)) for name, option in group[0].resolved.options.items())
     networks = tuple((type(student.net), student.net.spec, student.net.taps) for student in group)
     return networks, options, group[0].needs_teacher
 
 
-def _computing(group: PeerGroup, precision: Precision) -> Callable[..., list[dict[str, Tensor]]]:
-    """``losses`` with the tensors of any students of this kind in the place of these."""
+def _losses_function(group: PeerGroup, precision: Precision) -> Callable[..., list[dict[str, Tensor]]]:
+    """``losses`` as a function that also takes the students' tensors, so that all groups of this kind can use it."""
     objective = _hollow(Objective(group), {})
 
     def compute(tensors: dict[str, Tensor], images: Tensor, teacher_outputs: Outputs | None, batch: Batch) -> list[dict[str, Tensor]]:
-        found: list[dict[str, Tensor]] = functional_call(objective, tensors, (images, teacher_outputs, batch, precision))
-        return found
+        student_terms: list[dict[str, Tensor]] = functional_call(objective, tensors, (images, teacher_outputs, batch, precision))
+        return student_terms
 
     return compute
 
 
-def _answering(net: Network) -> Callable[[dict[str, Tensor], Tensor], Outputs]:
-    """What a network gives, with the tensors of any such network in the place of its own."""
+def _net_function(net: Network) -> Callable[[dict[str, Tensor], Tensor], Outputs]:
+    """The network as a function that also takes its tensors, so that all networks of this architecture can use it."""
     hollow = _hollow(net, {})
 
     def answer(tensors: dict[str, Tensor], images: Tensor) -> Outputs:
@@ -194,15 +197,17 @@ def _answering(net: Network) -> Callable[[dict[str, Tensor], Tensor], Outputs]:
 
 
 def _hollow(module: nn.Module, made: dict[Any, Any]) -> nn.Module:
-    """Such modules whose own tensors hold nothing; their hooks are those of ``module``, and what is shared in it is shared.
+    """A copy of a module whose tensors hold no values; hooks are shared with ``module``, and what is shared inside it stays shared.
 
-    Of a function whose own tensors are also its inputs the compiler makes a version for the first student alone, and another for the rest.
+    The copy is what a compiled function closes over; the values come as inputs. If it closed over the first student's own module, that
+    student's tensors would be both inside the function and among its inputs, and the compiler would make one version for that student
+    and another for the rest.
 
     Args:
-        made: what stands for each module and tensor that was met; empty at first.
+        made: the copy of each module and tensor that was met so far; empty at first.
     """
 
-    def nothing(value: Tensor | None) -> Tensor | None:
+    def without_values(value: Tensor | None) -> Tensor | None:
         if value is not None and value not in made:
             empty = torch.empty_like(value, device="meta", requires_grad=False)
             made[value] = nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
@@ -211,20 +216,20 @@ def _hollow(module: nn.Module, made: dict[Any, Any]) -> nn.Module:
     if module not in made:
         made[module] = hollow = copy.copy(module)
         for tensors in ("_parameters", "_buffers"):
-            setattr(hollow, tensors, {name: nothing(value) for name, value in getattr(module, tensors).items()})
+            setattr(hollow, tensors, {name: without_values(value) for name, value in getattr(module, tensors).items()})
         hollow._modules = {name: None if inner is None else _hollow(inner, made) for name, inner in module._modules.items()}
-    found: nn.Module = made[module]
-    return found
+    copied: nn.Module = made[module]
+    return copied
 
 
-def _drawing(source: SeedBatches) -> Callable[[Draws, Tensor, Tensor], tuple[Tensor, Batch]]:
+def _batch_function(batches: SeedBatches) -> Callable[[Draws, Tensor, Tensor], tuple[Tensor, Batch]]:
     def draw(draws: Draws, shown: Tensor, epoch: Tensor) -> tuple[Tensor, Batch]:
-        return source.batch(draws, shown, epoch)
+        return batches.batch(draws, shown, epoch)
 
     return draw
 
 
-def _teaching(teacher: Teacher) -> Callable[[Tensor], Outputs]:
+def _teacher_function(teacher: Teacher) -> Callable[[Tensor], Outputs]:
     def teach(images: Tensor) -> Outputs:
         return teacher.teach(images)
 
@@ -232,16 +237,24 @@ def _teaching(teacher: Teacher) -> Callable[[Tensor], Outputs]:
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile of a function with a code object of its own: the compiler counts its versions by that, and gives up after eight."""
-    own = types.FunctionType(
+    """torch.compile of a copy of a function that has its own code object.
+
+    The compiler counts compiled versions per code object, and gives up after eight. All functions that one factory above makes share a
+    code object, so that without the copy the ninth kind of student would not be compiled.
+    """
+    copied = types.FunctionType(
         function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
-    return torch.compile(own, fullgraph=True, dynamic=False)
+    return torch.compile(copied, fullgraph=True, dynamic=False)
 
 
 @contextlib.contextmanager
 def restored_after(seed_groups: Sequence[SeedGroup]) -> Iterator[None]:
-    """What is trained inside leaves no trace: every tensor gets its value back in its place, and buffers the shape that they had."""
+    """Training inside leaves no trace: every tensor gets its value back in place, and every buffer its shape.
+
+    Compiling and capturing take real steps; a run must be the same with them as without. Values are copied into the same tensors because
+    a captured graph holds their addresses.
+    """
     students = [student for seed_group in seed_groups for student in seed_group.students]
     modules = nn.ModuleList(module for student in students for module in (student.net, student.method))
     momenta = [value for student in students for name, value in student.state()[0].items() if name.startswith("momentum.")]
@@ -258,7 +271,7 @@ def restored_after(seed_groups: Sequence[SeedGroup]) -> Iterator[None]:
 
 
 def zero_rates(seed_groups: Sequence[SeedGroup]) -> dict[Student, Tensor]:
-    """Rates of 0 for a step or more that is taken back."""
+    """Learning rates of 0 for every step of an epoch: for steps that are taken back."""
     return {
         student: torch.zeros(seed_group.batches.steps, device=seed_group.batches.data.device)
         for seed_group in seed_groups
@@ -268,7 +281,7 @@ def zero_rates(seed_groups: Sequence[SeedGroup]) -> dict[Student, Tensor]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """The compiler's remarks are not the user's."""
+    """Inside, warnings are not shown: what the compiler remarks is of no use to the user."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

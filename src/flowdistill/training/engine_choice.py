@@ -15,13 +15,13 @@ from .graph import GraphEngine
 ENGINES = ("auto", "eager", "compiled", "graph")
 WORTH_COMPILING = {"cpu": 1e9, "cuda": 7e9}
 """Pixels that a student must be shown before compiling pays (docs/PERFORMANCE.md). CPU: ten epochs of CIFAR save what compiling costs,
-and this is twenty. GPU: a prototype's 40 seconds for 0.3 a CIFAR epoch."""
+and this is twenty. GPU: on a prototype compiling took 40 seconds and saved 0.3 per CIFAR epoch."""
 
 
 def choose(wanted: str, device: torch.device, precision: Precision, *, pixels: float, resident: bool = True) -> Engine:
-    """The engine that is wanted, or for ``auto`` the best one; what can't be had falls back, and its ``why`` says so.
+    """The engine that is wanted, or for ``auto`` the best one. If it can't be had, another takes its place, and ``why`` says so.
 
-    Depends on the device, on what is installed and on the length of the run, never on a clock: a run that is repeated gets the same.
+    The choice depends on the device, on what is installed and on the length of the run, never on a clock: a repeated run gets the same.
 
     Args:
         wanted: ``auto``, ``eager``, ``compiled``, ``graph``, or ``graph+compiled`` as a ledger has it.
@@ -53,13 +53,13 @@ def choose(wanted: str, device: torch.device, precision: Precision, *, pixels: f
 def _lacks_compiler(device: torch.device) -> str:
     """Why torch.compile can't work here, or empty.
 
-    On a CPU it needs a C++ compiler. On a GPU it has Triton, which comes with PyTorch and builds its launchers by a C compiler.
+    On a CPU it needs a C++ compiler. On a GPU it uses Triton, which comes with PyTorch and builds its launchers with a C compiler.
     """
     if device.type == "mps":
         return "torch.compile is not used on mps"
     if device.type == "cuda":
-        there = any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "clang"))
-        return "" if there else "there is no C compiler (gcc, clang, or what CC names), which Triton needs"
+        has_compiler = any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "clang"))
+        return "" if has_compiler else "there is no C compiler (gcc, clang, or what CC names), which Triton needs"
     if any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "cl")):
         return ""
     return "there is no C++ compiler (g++, clang++, or what CXX names)"

@@ -19,12 +19,12 @@ from ..types import Outputs
 
 
 class Evaluation(NamedTuple):
-    """What a network says of a set of images.
+    """A network's answers for a set of images.
 
     Attributes:
-        correct: scalar, images whose most probable class is their label; still on the device.
-        classes: [N] most probable class.
-        probabilities: [N] its probability; NaN where the network gave no finite logits, which is never right.
+        correct: scalar, number of images whose most probable class is their label; still on the device.
+        classes: [N] the most probable class.
+        probabilities: [N] its probability; NaN if the image's logits are not finite, which never counts as right.
     """
 
     correct: Tensor
@@ -33,12 +33,12 @@ class Evaluation(NamedTuple):
 
     @property
     def unanswered(self) -> Tensor:
-        """Scalar, images for which the logits are not finite; still on the device."""
+        """Scalar, number of images for which the logits are not finite; still on the device."""
         return (~self.probabilities.isfinite()).sum()
 
 
 def evaluate(net: Network, on: EvalSet, precision: Precision) -> Evaluation:
-    """Measure a network in eval mode on all images, the last partial batch included; its mode is put back after.
+    """Measure a network in eval mode on all images, the last, partial batch included; its mode is put back afterwards.
 
     Raises:
         RuntimeError: not as many answers as images.
@@ -51,47 +51,47 @@ Ask = Callable[[Network, Tensor], Outputs]
 
 
 def plainly(net: Network, images: Tensor) -> Outputs:
-    """By calling it."""
+    """Ask a network by calling it."""
     outputs: Outputs = net(images)
     return outputs
 
 
 def evaluate_all(nets: Sequence[Network], on: EvalSet, precision: Precision, ask: Ask = plainly) -> list[Evaluation]:
     """Measure several networks in one pass over the images."""
-    known: list[Tensor] = []
-    tops: list[list[tuple[Tensor, Tensor]]] = [[] for _ in nets]
-    for answers, labels in predict(nets, on, precision, ask):
-        known.append(labels)
-        for top, logits in zip(tops, answers, strict=True):
+    label_batches: list[Tensor] = []
+    answer_batches: list[list[tuple[Tensor, Tensor]]] = [[] for _ in nets]
+    for net_logits, labels in predict(nets, on, precision, ask):
+        label_batches.append(labels)
+        for answers, logits in zip(answer_batches, net_logits, strict=True):
             probabilities, classes = logits.softmax(1).max(1)
-            top.append((probabilities, classes))
-    truth = torch.cat(known)
-    found = []
-    for top in tops:
-        probabilities, classes = (torch.cat(parts) for parts in zip(*top, strict=True))
-        if not len(classes) == len(truth) == len(on):
+            answers.append((probabilities, classes))
+    all_labels = torch.cat(label_batches)
+    evaluations = []
+    for answers in answer_batches:
+        probabilities, classes = (torch.cat(parts) for parts in zip(*answers, strict=True))
+        if not len(classes) == len(all_labels) == len(on):
             raise RuntimeError(f"evaluation gave {len(classes)} answers for {len(on)} images")
-        right = (classes == truth) & probabilities.isfinite()
-        found.append(Evaluation(right.sum(), classes, probabilities))
-    return found
+        right = (classes == all_labels) & probabilities.isfinite()
+        evaluations.append(Evaluation(right.sum(), classes, probabilities))
+    return evaluations
 
 
 @torch.no_grad()
 def predict(nets: Sequence[Network], on: EvalSet, precision: Precision, ask: Ask = plainly) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Logits float32 [B, K] of each network in eval mode and labels [B], a batch after the other; their modes are put back after.
+    """For each batch: each network's logits, float32 [B, K] in eval mode, and the labels [B]. Modes are put back afterwards.
 
-    What layers draw in eval mode is a function of the batch's number alone: to be measured again gives the same.
+    What layers draw in eval mode is a function of the batch's number alone, so that measuring again gives the same.
     """
     modes = [net.training for net in nets]
     for net in nets:
         net.eval()
     try:
         for step, (images, labels) in enumerate(on.batches()):
-            answers = []
+            net_logits = []
             for net in nets:
                 with answering(net, "evaluation", step, images.device), autocast(images.device, precision):
-                    answers.append(ask(net, images).logits.float())
-            yield answers, labels
+                    net_logits.append(ask(net, images).logits.float())
+            yield net_logits, labels
     finally:
         for net, training in zip(nets, modes, strict=True):
             net.train(training)
@@ -99,7 +99,7 @@ def predict(nets: Sequence[Network], on: EvalSet, precision: Precision, ask: Ask
 
 @contextmanager
 def answering(net: Network, purpose: str, step: int, device: torch.device, *, seed: int = 0, epoch: int = 0) -> Iterator[None]:
-    """A network in eval mode answers inside: what it draws is a function of (seed, purpose, epoch, step) alone, and no buffer moves."""
+    """Inside, a network answers in eval mode: what it draws is a function of (seed, purpose, epoch, step) alone, and no buffer moves."""
     with contextlib.ExitStack() as stack:
         if net.draws_always:
             stack.enter_context(seeded(seed, f"{purpose} {step}", epoch, device))

@@ -1,4 +1,4 @@
-"""Parts of a student that are not trained: no step, no weight decay, and batch normalisations whose statistics stay."""
+"""Parts of a student that are not trained: no step, no weight decay, and fixed statistics of batch normalisation."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ..models import Network
 
 
 def freeze(net: Network, names: Sequence[str]) -> list[nn.Module]:
-    """Freeze what is named, and return the modules that must stay in eval mode: those whose running statistics are among it.
+    """Freeze what is named, and return the modules that must stay in eval mode: those whose running statistics are frozen.
 
-    A name is that of a module, with all that is in it, or of a parameter or buffer, as the state dict has them; ``*`` stands for any
-    letters, ``?`` for one. ``conv1,bn1,layer1`` is the front of a ResNet.
+    A name is that of a module, which stands for all that is in it, or of a parameter or buffer, as in the state dict. ``*`` stands for
+    any letters, ``?`` for one letter. ``conv1,bn1,layer1`` is the front of a ResNet.
 
     Raises:
-        UserError: a name that matches nothing, or nothing is left to train.
+        UserError: a name matches nothing, or nothing is left to train.
     """
     body = net.body
     for name in names:
         if not any(_named(entry, name) for entry in body.state_dict()):
-            there = ", ".join(path for path, _ in body.named_children())
-            raise UserError(f"train.freeze={name}: nothing in {net.spec.name} is so named; it has: {there}, and names below these")
+            children = ", ".join(path for path, _ in body.named_children())
+            raise UserError(f"train.freeze={name}: nothing in {net.spec.name} is so named; it has: {children}, and names below these")
     for entry, parameter in body.named_parameters(remove_duplicate=False):  # a tied one has several names
         if any(_named(entry, name) for name in names):
             parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What a first batch tells before any step: how large each term's gradient is, and what can't be trained."""
+"""What a first batch shows before any step: how large each term's gradient is, and what can't be trained."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..models.state import kept
 from ..types import NO_LABEL, Batch, Outputs
 from .blame import refuse_first
 from .cohort import Cohort
-from .step import Objective, drawing
+from .step import Objective, layers_seeded
 from .student import PeerGroup, Student
 from .task import TASK
 
@@ -27,7 +27,7 @@ def gradient_ratios(
 ) -> dict[Student, dict[str, float]]:
     """The norm of each weighted term's gradient on its network's weights, relative to that of the task at weight 1.
 
-    Leaves the students as they were, batch statistics and what their methods remember included.
+    The students stay as they were, with their batch statistics and what their methods remember.
 
     Raises:
         UserError: a network's own code fails in train mode, something is not finite, or nothing that is trained has a gradient.
@@ -35,18 +35,18 @@ def gradient_ratios(
     objective = Objective(group)
     for student in group:
         student.begin_epoch()
-    with kept(objective), drawing(group, 0, 0, images.device):
+    with kept(objective), layers_seeded(group, 0, 0, images.device):
         with _failures_of(group, images):
-            given = objective.answer(images, precision)
-        for student, outputs in zip(group, given, strict=True):
+            student_outputs = objective.answer(images, precision)
+        for student, outputs in zip(group, student_outputs, strict=True):
             student.net.refuse_cut(outputs, embedding=student.method.needs.embedding)
-        found = objective.compare(given, teacher_outputs, batch)
-        for student, outputs, terms in zip(group, given, found, strict=True):
+        student_terms = objective.compare(student_outputs, teacher_outputs, batch)
+        for student, outputs, terms in zip(group, student_outputs, student_terms, strict=True):
             student.refuse_broken(outputs, terms)
-        return _ratios(group, images, found)
+        return _ratios(group, images, student_terms)
 
 
-def _ratios(group: PeerGroup, images: Tensor, found: Sequence[dict[str, Tensor]]) -> dict[Student, dict[str, float]]:
+def _ratios(group: PeerGroup, images: Tensor, student_terms: Sequence[dict[str, Tensor]]) -> dict[Student, dict[str, float]]:
     """See ``gradient_ratios``, from the terms of each student."""
 
     def norm(value: Tensor, weights: list[nn.Parameter]) -> float:
@@ -58,7 +58,7 @@ def _ratios(group: PeerGroup, images: Tensor, found: Sequence[dict[str, Tensor]]
         return float(torch.stack(norms).norm()) if norms else 0.0  # a term may train the method's own parts alone
 
     ratios = {}
-    for student, terms in zip(group, found, strict=True):
+    for student, terms in zip(group, student_terms, strict=True):
         student.refuse_idle(terms)
         weights = [parameter for parameter in student.net.parameters() if parameter.requires_grad]
         task = max(norm(terms.pop(TASK), weights), 1e-30)
@@ -67,23 +67,22 @@ def _ratios(group: PeerGroup, images: Tensor, found: Sequence[dict[str, Tensor]]
 
 
 def refuse_short(group: PeerGroup, images: Tensor, teacher_outputs: Outputs | None, batch: Batch, precision: Precision, count: int) -> None:
-    """Compute the terms of the first ``count`` images of a batch, as many as the smallest batch to come will have; changes nothing.
+    """Compute the terms of a batch's first ``count`` images, as many as the smallest batch to come has; this changes nothing.
 
     Raises:
         UserError: the students' layers or methods can't take so few.
     """
 
-    def few(value: Tensor | None) -> Any:
+    def first(value: Tensor | None) -> Any:
         return None if value is None else value[:count]
 
-    short = Batch(few(batch.labels), few(batch.indices), batch.epoch)
+    short = Batch(first(batch.labels), first(batch.indices), batch.epoch)
     if teacher_outputs is not None:
-        teacher_outputs = Outputs(
-            few(teacher_outputs.logits), few(teacher_outputs.embedding), {name: few(value) for name, value in teacher_outputs.maps.items()}
-        )
+        maps = {name: first(value) for name, value in teacher_outputs.maps.items()}
+        teacher_outputs = Outputs(first(teacher_outputs.logits), first(teacher_outputs.embedding), maps)
     objective = Objective(group)
     try:
-        with torch.no_grad(), kept(objective), drawing(group, 0, 0, images.device), _failures_of(group, images[:count]):
+        with torch.no_grad(), kept(objective), layers_seeded(group, 0, 0, images.device), _failures_of(group, images[:count]):
             objective(images[:count], teacher_outputs, short, precision)
     except UserError as error:
         raise UserError(f"{error}; so few images has the smallest batch: let the loader drop its last one (drop_last=True)") from None
@@ -91,7 +90,7 @@ def refuse_short(group: PeerGroup, images: Tensor, teacher_outputs: Outputs | No
 
 @contextmanager
 def _failures_of(group: PeerGroup, images: Tensor) -> Iterator[None]:
-    """What the networks' own code raises, in one line."""
+    """Turn what the networks' own code raises into a UserError of one line."""
     try:
         yield
     except UserError:
@@ -103,26 +102,26 @@ def _failures_of(group: PeerGroup, images: Tensor) -> Iterator[None]:
 
 
 def first_gradients(cohort: Cohort) -> dict[Student, dict[str, float]]:
-    """Each student's gradient norms relative to the task's, on its first batch with a label; changes nothing.
+    """Each student's gradient norms relative to the task's, on its first batch with a label; this changes nothing.
 
     A batch that would be mixed without labels is not mixed, for the task needs them.
 
     Raises:
-        UserError: images, a teacher's answer, a student's or a term is not finite; and what ``gradient_ratios`` refuses.
+        UserError: images, a teacher's or a student's outputs, or a term are not finite; and what ``gradient_ratios`` refuses.
     """
-    found: dict[Student, dict[str, float]] = {}
+    ratios: dict[Student, dict[str, float]] = {}
     for seed_group in cohort.seed_groups:
         images, batch = _first_labelled(seed_group.batches.with_labels())
         with seed_group.teaching(0, 0):
             teacher_outputs = seed_group.teacher.teach(images) if seed_group.teacher else None
         refuse_first(images, seed_group.teacher, teacher_outputs)
         for group in seed_group.peer_groups:
-            found |= gradient_ratios(group, images, teacher_outputs, batch, cohort.precision)
+            ratios |= gradient_ratios(group, images, teacher_outputs, batch, cohort.precision)
             if seed_group.batches.smallest_batch < len(images):
                 refuse_short(group, images, teacher_outputs, batch, cohort.precision, seed_group.batches.smallest_batch)
-    return found
+    return ratios
 
 
 def _first_labelled(batches: Batches) -> tuple[Tensor, Batch]:
-    found = (one for epoch in itertools.count() for one in batches.epoch(epoch))
-    return next(one for one in found if (targets := one[1].targets) is None or bool((targets.labels != NO_LABEL).any()))
+    pairs = (pair for epoch in itertools.count() for pair in batches.epoch(epoch))
+    return next((images, batch) for images, batch in pairs if batch.targets is None or bool((batch.targets.labels != NO_LABEL).any()))

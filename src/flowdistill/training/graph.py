@@ -1,8 +1,9 @@
 """The whole step of a cohort as one CUDA graph: gather, augmentation, teachers, students, backward, optimisers, sums, the step counter.
 
-A graph replays the same kernels on the same memory, so everything that changes from step to step stands in tensors of fixed place: an
-epoch's draws, its rates, and the number of the step, which the graph itself counts up. ``StaticStep`` is that step; it runs on any
-device, and the tests hold it to the eager engine on a CPU. ``GraphEngine`` captures it.
+A graph replays the same kernels on the same memory. It can't read a Python number that changes, nor a tensor that is made anew.
+Therefore all that changes from step to step is in tensors that stay where they are: an epoch's draws, its rates, and the number of the
+step, which the graph itself counts up. ``StaticStep`` is that step; it runs on any device, and the tests hold it to the eager engine on
+a CPU. ``GraphEngine`` captures it.
 """
 
 from __future__ import annotations
@@ -26,65 +27,76 @@ from .evaluate import Evaluation
 from .step import train_step
 from .student import PeerGroup, SeedGroup, Student
 
-WARM_UP = 3  # steps before a capture: libraries set up their workspaces, and compilers compile
-MAX_STREAMS = 8  # 8 and 16 students at once took the same time each on a prototype
-MEMORY_SHARE = 0.7  # of the free memory, for what students hold at the same time
+WARM_UP = 3  # steps before a capture: libraries set up their workspaces and compilers compile, neither of which a capture allows
+MAX_STREAMS = 8  # on a prototype, 16 students at once took as long per student as 8
+MEMORY_SHARE = 0.7  # of the free memory, for the students that compute at the same time
 
 
 class StaticStep:
-    """One step of a cohort on memory of fixed place.
+    """One step of a cohort, on memory that stays in its place.
 
-    Every peer group goes to a stream in turn. A seed group draws its batch and asks its teacher on the stream of its first peer group, so
-    that seed groups compute beside each other. Peer groups of one stream follow each other and share memory.
+    A small network does not fill a GPU, so that peer groups compute beside each other: each goes to a stream in turn. A seed group draws
+    its batch and asks its teacher on the stream of its first peer group. Peer groups on the same stream follow each other and share
+    memory.
+
+    Attributes:
+        inner: the engine that computes teacher and losses.
+        streams: the streams for the peer groups; if there are none, all runs on the current stream.
+        draws, rates: an epoch's, of each seed group and of each student; ``fill`` copies an epoch's values into them.
+        number: scalar, the epoch.
+        counter: [1] the step, which each step raises.
+        positions: [B] 0, 1, ...: a batch's positions in its epoch, counted from its first image.
     """
 
     def __init__(self, inner: Engine, seed_groups: Sequence[SeedGroup], streams: Sequence[torch.cuda.Stream] = ()) -> None:
         self.inner, self.streams = inner, streams
         self.seed_groups = [replace(seed_group, students=list(seed_group.students)) for seed_group in seed_groups if seed_group.students]
         device = seed_groups[0].batches.data.device
-        self.sources = [_drawn(seed_group.batches) for seed_group in self.seed_groups]
-        self.draws = [source.draws(0) for source in self.sources]
+        self.batches = [_seed_batches(seed_group.batches) for seed_group in self.seed_groups]
+        self.draws = [batches.draws(0) for batches in self.batches]
         self.rates = zero_rates(self.seed_groups)
         self.number = torch.zeros((), dtype=torch.int64, device=device)
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
-        self.places = torch.arange(seed_groups[0].batches.batch_size, device=device)
+        self.positions = torch.arange(seed_groups[0].batches.batch_size, device=device)
 
     def fill(self, number: int, rates: Mapping[Student, Tensor]) -> None:
-        """Wind to the start of an epoch."""
-        for source, draws in zip(self.sources, self.draws, strict=True):
-            drawn = source.draws(number)
+        """Go to the start of an epoch: copy its draws and rates to where the graph reads them."""
+        for batches, draws in zip(self.batches, self.draws, strict=True):
+            new_draws = batches.draws(number)
             for field in fields(Draws):
-                if (place := getattr(draws, field.name)) is not None:
-                    place.copy_(getattr(drawn, field.name))
-        for student, place in self.rates.items():
-            place.copy_(rates[student])
+                if (value := getattr(draws, field.name)) is not None:
+                    value.copy_(getattr(new_draws, field.name))
+        for student, value in self.rates.items():
+            value.copy_(rates[student])
         self.number.fill_(number)
         self.counter.zero_()
 
     def step(self) -> None:
-        """The next step of every student."""
-        shown = self.counter * len(self.places) + self.places
+        """Take the next step of every student."""
+        shown = self.counter * len(self.positions) + self.positions
         alive, turn = [], 0
-        for seed_group, source, draws in zip(self.seed_groups, self.sources, self.draws, strict=True):
-            with self._on(turn) as own:
-                images, batch = self.inner.draw(source, draws, shown, self.number)
+        for seed_group, batches, draws in zip(self.seed_groups, self.batches, self.draws, strict=True):
+            with self._on(turn) as first_stream:
+                images, batch = self.inner.draw(batches, draws, shown, self.number)
                 teacher_outputs = self.inner.teach(seed_group, images)
-                heard = seed_group.heard(teacher_outputs)
-            alive.append((images, batch, teacher_outputs, heard))
+                sums = seed_group.teacher_sums(teacher_outputs)
+            alive.append((images, batch, teacher_outputs, sums))
             for group in seed_group.peer_groups:
-                with self._on(turn, after=own):
+                with self._on(turn, after=first_stream):
                     lr = self.rates[group[0]].index_select(0, self.counter).view(())
                     precision, losses = self.inner.precision, self.inner.losses
-                    train_step(group, images, teacher_outputs, batch, lr=lr, precision=precision, losses=losses, heard=heard)
+                    train_step(group, images, teacher_outputs, batch, lr=lr, precision=precision, losses=losses, teacher_sums=sums)
                 turn += 1
-        for stream in self.streams[:turn]:  # a stream that was given nothing is no part of a capture
+        for stream in self.streams[:turn]:  # a stream without work is no part of a capture, and must not be waited for
             torch.cuda.current_stream().wait_stream(stream)
         self.counter += 1
-        del alive  # not before the streams have met: their memory would be given to others
+        # What several streams read is kept until they have met. The allocator knows only the stream that asked for the memory, and would
+        # give it to that stream's next tensor while another stream still reads it.
+        del alive
 
     @contextlib.contextmanager
     def _on(self, turn: int, after: torch.cuda.Stream | None = None) -> Iterator[torch.cuda.Stream | None]:
-        """Inside, work goes to the stream whose turn it is, behind what ``after`` was given, or the current stream."""
+        """Inside, work goes to the stream whose turn it is, after the work given so far to ``after``. Default: the current stream's."""
         if not self.streams:
             yield None
             return
@@ -97,11 +109,11 @@ class StaticStep:
 
 @dataclass
 class Trial:
-    """What a group of students showed in two steps of its own.
+    """What two steps of one group showed.
 
     Attributes:
         hindrance: why its step can't be captured, or empty.
-        memory: bytes that a step of it takes.
+        memory: bytes that its step takes.
     """
 
     hindrance: str
@@ -112,7 +124,8 @@ class GraphEngine(Engine):
     """``StaticStep`` captured once for a phase and a set of students, and replayed. Students that can't be captured are trained beside it.
 
     Attributes:
-        spent: why this process can capture nothing more, or empty. Before PyTorch 2.12 a capture that failed leaves the allocator so.
+        spent: why this process can capture nothing more, or empty. Before PyTorch 2.12, a failed capture leaves the allocator unusable
+            for another.
     """
 
     spent = ""
@@ -125,10 +138,10 @@ class GraphEngine(Engine):
         self._graph: torch.cuda.CUDAGraph | None = None
         self._beside: list[SeedGroup] = []
         self._captured: list[tuple[Student, torch.optim.SGD]] | None = None
-        self._measured = Measured()
+        self._evaluations = CapturedEvaluations()
 
     def ready(self, seed_groups: Sequence[SeedGroup]) -> Engine:
-        """Capture what is new. Groups that can't be captured, or all where none can, are trained by the engine inside."""
+        """Capture what is new. The inner engine trains the groups that can't be captured, or all groups if none can be."""
         if self._captured is not None and self._captured == _students(seed_groups):
             return self
         known = {group: _known_hindrance(seed_group, group) for seed_group in seed_groups for group in seed_group.peer_groups}
@@ -141,6 +154,7 @@ class GraphEngine(Engine):
             self.inner, self.name, self._why = inner, "graph", f"{self._why}; {inner.why}"
         try:
             with restored_after(seed_groups), quiet():
+                # Each group is tried alone, outside of a capture: a capture that fails takes all groups with it, and may be the last.
                 trials = {
                     group: Trial(why) if (why := known[group]) else self._try(seed_group, group)
                     for seed_group in seed_groups
@@ -149,8 +163,8 @@ class GraphEngine(Engine):
                 hindered = {group: trial.hindrance for group, trial in trials.items() if trial.hindrance}
                 if len(hindered) == len(trials):
                     return self._instead(next(iter(hindered.values())))
-                held = [_only(seed_group, lambda group: group not in hindered) for seed_group in seed_groups]
-                self._step, self._graph = self._capture(held, _width(list(trials.values()), seed_groups[0].batches.data.device))
+                capturable = [_only(seed_group, lambda group: group not in hindered) for seed_group in seed_groups]
+                self._step, self._graph = self._capture(capturable, _width(list(trials.values()), seed_groups[0].batches.data.device))
         except Exception as error:  # whatever a model does that a graph can't hold
             return self._instead(f"it can't be captured ({summary(error)})")
         self._beside = [
@@ -163,47 +177,49 @@ class GraphEngine(Engine):
         return self
 
     def _instead(self, why: str) -> Engine:
-        """The engine inside, for all."""
-        self._measured = Measured()
+        """Fall back to the inner engine for all groups."""
+        self._evaluations = CapturedEvaluations()
         self.inner.why = why
         return self.inner
 
     def _try(self, seed_group: SeedGroup, group: PeerGroup) -> Trial:
-        """Two steps of a group alone; in the second, waiting for the device is an error, as it is in a capture."""
+        """Take two steps of one group alone: one to set up, and one in which waiting for the device is an error, as it is in a capture."""
         device = seed_group.batches.data.device
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(device)
         try:
-            tape = StaticStep(self.inner, [replace(seed_group, students=list(group))])
-            tape.step()  # libraries set up their workspaces, compilers compile
-            tape.counter.zero_()
+            static = StaticStep(self.inner, [replace(seed_group, students=list(group))])
+            static.step()  # libraries set up their workspaces and compilers compile, and both may wait for the device
+            static.counter.zero_()
             with _waiting_refused():
-                tape.step()
+                static.step()
         except Exception as error:  # whatever a model does
             return Trial(f"it can't be captured ({summary(error)})")
         return Trial("", max(torch.cuda.memory_reserved(device) - before, 1))
 
     def _capture(self, seed_groups: Sequence[SeedGroup], width: int) -> tuple[StaticStep, torch.cuda.CUDAGraph]:
         device = seed_groups[0].batches.data.device
-        tape = StaticStep(self.inner, seed_groups, [_stream(device) for _ in range(width)])
-        tape.fill(0, zero_rates(seed_groups))
-        aside = _stream(device)
-        aside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(aside):
+        static = StaticStep(self.inner, seed_groups, [_stream(device) for _ in range(width)])
+        static.fill(0, zero_rates(seed_groups))
+        # A library's workspace belongs to a stream. Therefore the warm-up runs on the very streams that are captured, and it begins on a
+        # side stream, as the capture does: the default stream can't be captured.
+        warm_up_stream = _stream(device)
+        warm_up_stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(warm_up_stream):
             for _ in range(WARM_UP):
-                tape.counter.zero_()
-                tape.step()
-        torch.cuda.current_stream(device).wait_stream(aside)
+                static.counter.zero_()
+                static.step()
+        torch.cuda.current_stream(device).wait_stream(warm_up_stream)
         for seed_group in seed_groups:
             for student in seed_group.students:
-                student.optimizer.zero_grad(set_to_none=True)
+                student.optimizer.zero_grad(set_to_none=True)  # frees the warm-up's gradients; the capture makes its own
         graph = torch.cuda.CUDAGraph()
         with capturing(graph, device):
-            tape.step()
-        return tape, graph
+            static.step()
+        return static, graph
 
     def epoch(self, seed_groups: Sequence[SeedGroup], number: int, rates: Mapping[Student, Tensor]) -> Iterator[None]:
-        """One replay a step, and a step of those beside it."""
+        """Replay the graph once per step, and let the inner engine take a step of the groups beside it."""
         assert self._step is not None
         assert self._graph is not None
         self._step.fill(number, rates)
@@ -214,36 +230,36 @@ class GraphEngine(Engine):
             yield
 
     def of(self, student: Student) -> str:
-        """That of the engine inside for those beside the graph."""
+        """The inner engine's name for a student beside the graph, its own for the others."""
         return self.inner.name if any(student in seed_group.students for seed_group in self._beside) else self.name
 
     def evaluate(self, students: Sequence[Student], data: Supply) -> list[Evaluation]:
-        """One by one, each captured at the second time: the first, which is plain, warms up."""
-        self._measured.keep(students)
+        """Measure one student after the other. Each is captured at its second evaluation; the first is plain and warms up."""
+        self._evaluations.keep(students)
         return [self._evaluate(student, data) for student in students]
 
     def _evaluate(self, student: Student, data: Supply) -> Evaluation:
-        measured = self._measured
-        if GraphEngine.spent or measured.failed or student.net.draws_always or student.net.unsettled or not measured.warm(student):
+        captured = self._evaluations
+        if GraphEngine.spent or captured.failed or student.net.draws_always or student.net.unsettled or not captured.warm(student):
             return self.inner.evaluate([student], data)[0]
-        if student not in measured.graphs:
+        if student not in captured.graphs:
             try:
                 graph = torch.cuda.CUDAGraph()
-                with capturing(graph, data.device, measured.pool()):
-                    (found,) = self.inner.evaluate([student], data)
-                measured.graphs[student] = graph, found
+                with capturing(graph, data.device, captured.pool()):
+                    (evaluation,) = self.inner.evaluate([student], data)
+                captured.graphs[student] = graph, evaluation
             except Exception as error:  # no memory, or a network that waits in eval mode
-                measured.give_up()
+                captured.give_up()
                 remark = f"; evaluation is not captured ({summary(error)})"
                 self.why, self._why = self.why + remark, self._why + remark
                 return self.inner.evaluate([student], data)[0]
-        graph, found = measured.graphs[student]
+        graph, evaluation = captured.graphs[student]
         graph.replay()
-        return Evaluation(*(value.clone() for value in found))
+        return Evaluation(*(value.clone() for value in evaluation))  # the next replay overwrites those of the graph
 
 
-class Measured:
-    """The captured evaluations of students. They share their memory, for they are replayed one after the other."""
+class CapturedEvaluations:
+    """The captured evaluations of students. Their graphs share memory, for they are replayed one after the other."""
 
     def __init__(self) -> None:
         self.graphs: dict[Student, tuple[torch.cuda.CUDAGraph, Evaluation]] = {}
@@ -252,32 +268,34 @@ class Measured:
         self._pool: Any = None
 
     def keep(self, students: Sequence[Student]) -> None:
-        """Let go of those that left."""
-        self.graphs = {student: found for student, found in self.graphs.items() if student in students}
+        """Drop the graphs of students that are not among these."""
+        self.graphs = {student: captured for student, captured in self.graphs.items() if student in students}
         self._warm &= set(students)
 
     def warm(self, student: Student) -> bool:
-        """Whether this one was measured before; from now on it was."""
-        known = student in self._warm
+        """Whether this student was measured before; from now on it counts as measured."""
+        measured_before = student in self._warm
         self._warm.add(student)
-        return known
+        return measured_before
 
     def pool(self) -> Any:
-        """Where the graphs have their memory."""
+        """The memory pool that the graphs share."""
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         return self._pool
 
     def give_up(self) -> None:
-        """Nothing more is captured here."""
+        """Drop all graphs, and capture no more."""
         self.graphs, self.failed = {}, True
 
 
 @contextlib.contextmanager
 def capturing(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = None) -> Iterator[None]:
-    """What the device is given inside is captured, on a stream of that device.
+    """Inside, work for the device is captured and not run, on a new stream of that device.
+
+    ``torch.cuda.graph`` alone would use one stream for all its captures, which it makes on the GPU that is current at the first.
 
     Raises:
-        Exception: what ended the capture, which PyTorch's own error hides. The current stream is what it was.
+        Exception: what ended the capture, which PyTorch's own error hides. The current stream is put back.
     """
     before = torch.cuda.current_stream(device)
     try:
@@ -295,7 +313,7 @@ def capturing(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = Non
 
 
 def _known_hindrance(seed_group: SeedGroup, group: PeerGroup) -> str:
-    """Why a group's step can't be captured, as far as its networks tell; else empty."""
+    """Why a group's step can't be captured, as far as its networks show that; else empty."""
     if any(student.net.layer_seed is not None for student in group):
         return "a student's layers draw random numbers (dropout), which would not be those of its seed in a graph"
     teacher = seed_group.teacher.original if seed_group.teacher is not None and any(student.needs_teacher for student in group) else None
@@ -307,12 +325,12 @@ def _known_hindrance(seed_group: SeedGroup, group: PeerGroup) -> str:
 
 
 def _students(seed_groups: Sequence[SeedGroup]) -> list[tuple[Student, torch.optim.SGD]]:
-    """What a graph is captured for; every phase has optimisers of its own."""
+    """What a graph is captured for. The optimisers are part of it because every phase has new ones."""
     return [(student, student.optimizer) for seed_group in seed_groups for student in seed_group.students]
 
 
 def _only(seed_group: SeedGroup, wanted: Callable[[PeerGroup], bool]) -> SeedGroup:
-    """A seed group with those of its peer groups."""
+    """The seed group with only those peer groups that are wanted."""
     return replace(seed_group, students=[student for group in seed_group.peer_groups if wanted(group) for student in group])
 
 
@@ -321,15 +339,15 @@ def _named(group: PeerGroup) -> str:
 
 
 def _width(trials: Sequence[Trial], device: torch.device) -> int:
-    """How many groups may compute at the same time: what the free memory holds of the largest."""
-    held = [trial.memory for trial in trials if not trial.hindrance]
+    """How many groups may compute at the same time: as many of the largest as the free memory holds, 1 at least."""
+    memories = [trial.memory for trial in trials if not trial.hindrance]
     torch.cuda.empty_cache()
-    return int(max(1, min(len(held), MAX_STREAMS, MEMORY_SHARE * free_memory(device) / max(held))))
+    return int(max(1, min(len(memories), MAX_STREAMS, MEMORY_SHARE * free_memory(device) / max(memories))))
 
 
 @contextlib.contextmanager
 def _waiting_refused() -> Iterator[None]:
-    """Inside, an operation after which the host waits for the device is an error."""
+    """Inside, an operation that makes the host wait for the device is an error."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -342,8 +360,8 @@ def _version() -> tuple[int, ...]:
     return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
 
-def _drawn(batches: Batches) -> SeedBatches:
-    """A graph draws its batches itself, which those of images on the device allow."""
+def _seed_batches(batches: Batches) -> SeedBatches:
+    """The same batches. A graph draws its batches itself, which only those of images on the device allow."""
     assert isinstance(batches, SeedBatches)
     return batches
 

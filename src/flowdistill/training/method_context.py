@@ -19,21 +19,21 @@ from .teacher import teach
 
 
 def gather(needs: Needs, teacher: Network | None, data: Supply, precision: Precision) -> MethodContext:
-    """The parts of the context that are needed; of a teacher only if there is one.
+    """The parts of the context that are needed; without a teacher, only those that need none.
 
     Raises:
-        UserError: the teacher's classifier is no linear layer, or what it tells is not finite.
+        UserError: the teacher's classifier is no linear layer, or a part that comes from the teacher is not finite.
     """
     labels = data.labels if "labels" in needs.context else None
     if teacher is None:
         return MethodContext(labels=labels)
     means = class_means(teacher, data, precision) if "class_means" in needs.context else None
     context = replace(of_teacher(needs, teacher), class_means=means, labels=labels)
-    told = {"classifier": context.head or (), "mean embedding of a class": () if means is None else (means,)}
-    told |= {f"batch normalisation before the ReLU of {tap.removesuffix('.pre')}": pair for tap, pair in context.norms.items()}
-    for what, tensors in told.items():
+    parts = {"classifier": context.head or (), "mean embedding of a class": () if means is None else (means,)}
+    parts |= {f"batch normalisation before the ReLU of {tap.removesuffix('.pre')}": pair for tap, pair in context.norms.items()}
+    for part, tensors in parts.items():
         if not all(tensor.isfinite().all() for tensor in tensors):
-            raise UserError(f"teacher {teacher.spec.name}: its {what} is not finite; mend the teacher, or choose another")
+            raise UserError(f"teacher {teacher.spec.name}: its {part} is not finite; mend the teacher, or choose another")
     return context
 
 
@@ -58,13 +58,13 @@ def _norms(teacher: Network, needs: Needs) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _affine(module: Any) -> tuple[Tensor, Tensor]:
-    """Copies: a teacher in bf16 casts its own. A weight may be computed of others, and no bias is one of 0."""
+    """Copies of a module's weight (which may be computed from others) and bias (0 if it has none). A teacher in bf16 casts its own."""
     weight = module.weight.detach().clone()
     return weight, torch.zeros_like(weight[:, 0]) if module.bias is None else module.bias.detach().clone()
 
 
 def class_means(teacher: Network, data: Supply, precision: Precision) -> Tensor:
-    """[K, D] the mean of the teacher's embeddings over each class's training images, in eval mode, neither cropped nor mirrored."""
+    """[K, D] the mean of the teacher's embeddings over each class's training images, in eval mode, without cropping or mirroring."""
     assert not teacher.training
     sums = torch.zeros(data.spec.classes, teacher.spec.embedding, device=data.device)
     counts = torch.zeros_like(sums[:, 0], dtype=torch.int64)

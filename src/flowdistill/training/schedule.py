@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of where training stands, so that any step can be taken up again from its number."""
+"""The learning rate as a pure function of the step's number, so that training can go on from any step."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def lr_factor(kind: str, *, step: int, steps: int, epoch_share: float, milestone
     Args:
         kind: ``step`` (tenfold lower at each milestone), ``cosine`` (to 0) or ``one-cycle`` (from 1/25 up to 1 over the first 30 %,
             then down to 1/250,000; both on a cosine, as torch's OneCycleLR).
-        step, steps: 0-based step of the phase, and how many it has.
-        epoch_share: whole epochs done over the phase's epochs; ``step`` changes only between epochs.
-        milestones: shares of the phase.
+        step, steps: 0-based step of the phase, and the phase's number of steps.
+        epoch_share: completed epochs over the phase's epochs, by which the kind ``step`` goes: it changes only between epochs.
+        milestones: shares of the phase, for the kind ``step``. Default: a half and three quarters.
     """
     if kind == "cosine":
         return _cosine(1, 0, step / steps)

@@ -1,4 +1,4 @@
-"""One step of one student: forward, named losses, backward, optimiser."""
+"""One step of a student, or of peers: forward, named losses, backward, optimiser."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from ..device import Precision, autocast
 from ..methods import Method
 from ..randomness import seeded
 from ..types import Batch, Outputs
-from .at_once import cast_at_once, counted_at_once, give
+from .at_once import cast_at_once, counted_at_once, set_gradients
 from .student import PeerGroup
 from .task import TASK, task_loss
 
 
-def terms(method: Method, own: Outputs, teacher_outputs: Outputs | None, batch: Batch, smoothing: float) -> dict[str, Tensor]:
-    """Every unweighted term of a network's outputs, float32 scalars. Without labels there is no task."""
-    task = task_loss(own.logits, batch, smoothing)
-    found = {} if task is None else {TASK: task}
+def loss_terms(method: Method, outputs: Outputs, teacher_outputs: Outputs | None, batch: Batch, smoothing: float) -> dict[str, Tensor]:
+    """Every unweighted loss term of a network's outputs, float32 scalars by name. Without labels there is no task."""
+    task = task_loss(outputs.logits, batch, smoothing)
+    terms = {} if task is None else {TASK: task}
     if teacher_outputs is not None or not method.uses_teacher:
-        found |= method(own, teacher_outputs, Batch(batch.labels, batch.indices, batch.epoch, batch.peers))
-    return found
+        # A method gets the batch without ``targets``: those are for the task alone.
+        terms |= method(outputs, teacher_outputs, Batch(batch.labels, batch.indices, batch.epoch, batch.peers))
+    return terms
 
 
 class Objective(nn.Module):
@@ -41,31 +42,31 @@ class Objective(nn.Module):
         return self.compare(self.answer(images, precision), teacher_outputs, batch)
 
     def answer(self, images: Tensor, precision: Precision) -> list[Outputs]:
-        """What each network gives."""
+        """Each network's outputs."""
         with autocast(images.device, precision):
             return [net(images) for net in self.nets]
 
-    def compare(self, given: Sequence[Outputs], teacher_outputs: Outputs | None, batch: Batch) -> list[dict[str, Tensor]]:
-        """Every unweighted term of each student, of what all gave."""
-        found = []
-        for number, (own, method) in enumerate(zip(given, self.methods, strict=True)):
+    def compare(self, outputs: Sequence[Outputs], teacher_outputs: Outputs | None, batch: Batch) -> list[dict[str, Tensor]]:
+        """Every unweighted term of each student, computed from the outputs of all."""
+        student_terms = []
+        for number, (student_outputs, method) in enumerate(zip(outputs, self.methods, strict=True)):
             assert isinstance(method, Method)
-            peers = (*given[:number], *given[number + 1 :])
-            told = Batch(batch.labels, batch.indices, batch.epoch, peers, batch.targets)
-            found.append(terms(method, own, teacher_outputs, told, self.smoothing))
-        return found
+            peers = (*outputs[:number], *outputs[number + 1 :])
+            student_batch = Batch(batch.labels, batch.indices, batch.epoch, peers, batch.targets)
+            student_terms.append(loss_terms(method, student_outputs, teacher_outputs, student_batch, self.smoothing))
+        return student_terms
 
 
 def losses(
     group: PeerGroup, images: Tensor, teacher_outputs: Outputs | None, batch: Batch, precision: Precision
 ) -> list[dict[str, Tensor]]:
-    """Every unweighted term of this phase, of each student."""
-    found: list[dict[str, Tensor]] = Objective(group)(images, teacher_outputs, batch, precision)
-    return found
+    """Every unweighted term of each student in this phase."""
+    student_terms: list[dict[str, Tensor]] = Objective(group)(images, teacher_outputs, batch, precision)
+    return student_terms
 
 
-def drawing(group: PeerGroup, epoch: int, step: int, device: torch.device) -> AbstractContextManager[None]:
-    """What layers of these students draw inside, as dropout does, is a function of (seed, epoch, step) alone."""
+def layers_seeded(group: PeerGroup, epoch: int, step: int, device: torch.device) -> AbstractContextManager[None]:
+    """Inside, what layers of these students draw (dropout) is a function of (seed, epoch, step) alone."""
     seeds = [student.net.layer_seed for student in group if student.net.layer_seed is not None]
     return seeded(seeds[0], f"layers {step}", epoch, device) if seeds else nullcontext()
 
@@ -82,24 +83,35 @@ def train_step(
     lr: Tensor,
     precision: Precision,
     losses: Losses = losses,
-    heard: Mapping[str, Tensor] = {},
+    teacher_sums: Mapping[str, Tensor] = {},
 ) -> None:
     """Move the students of a group by one step, and add their terms to their sums. Nothing here waits for the device.
 
-    ``lr`` is a scalar on the device, ``heard`` says whether what the teacher said is finite. Gradients are asked for, not accumulated, so
-    that a graph may hold this step on any stream. No term has a gradient for another student's weights, so that one backward pass of the
-    sum serves all.
+    Args:
+        group: a single student, or peers that teach each other.
+        lr: scalar on the device, so that a captured step can read another rate at each replay.
+        losses: computes the terms; an engine may pass a compiled function.
+        teacher_sums: of each of the teacher's outputs, not finite if the output is not. The tally counts them beside the terms.
     """
+    # Forward: each student's outputs, and from these its named losses.
     nets = [student.net for student in group]
     with counted_at_once(nets), cast_at_once(nets, precision) as casts:
-        found = losses(group, images, teacher_outputs if group[0].needs_teacher else None, batch, precision)
-    weighted = [student.weighted(terms) for student, terms in zip(group, found, strict=True)]
-    total = functools.reduce(torch.add, weighted)
+        student_terms = losses(group, images, teacher_outputs if group[0].needs_teacher else None, batch, precision)
+
+    # One backward pass of the sum serves all peers, because no student's terms have a gradient for another student's weights.
+    loss = functools.reduce(torch.add, [student.weighted(terms) for student, terms in zip(group, student_terms, strict=True)])
+
+    # Backward. ``loss.backward()`` would accumulate into ``.grad``, which belongs to the stream that made it; ``autograd.grad`` returns new
+    # gradients, so that a graph may hold this step on any stream, and nothing has to be set to zero before.
     parameters = [parameter for student in group for parameter in student.trainable_parameters()]
-    asked = [casts.get(parameter, parameter) for parameter in parameters]
-    give(parameters, torch.autograd.grad(total, asked, allow_unused=True))
-    for student, terms in zip(group, found, strict=True):
+    used = [casts.get(parameter, parameter) for parameter in parameters]  # under bf16 the forward pass used a cast weight
+    set_gradients(parameters, torch.autograd.grad(loss, used, allow_unused=True))
+
+    # Training on several devices would all-reduce the gradients here: all of them are there, and no optimiser has moved yet.
+
+    # Optimiser.
+    for student, terms in zip(group, student_terms, strict=True):
         for param_group in student.optimizer.param_groups:
             param_group["lr"] = lr
         student.optimizer.step()
-        student.tally.add({**terms, **heard})
+        student.tally.add({**terms, **teacher_sums})

@@ -18,18 +18,18 @@ from ..types import Outputs
 from .evaluate import answering
 from .freeze import freeze
 from .optim import build_optimizer, trainable_parameters
-from .said import looked_at
 from .schedule import WARMUP, lr_factor
 from .tally import Tally, are
 from .task import TASK
 from .teacher import Teacher
+from .teacher_sums import output_names
 
 
 class Student:
     """A network in training: its weights, its method, its optimiser, and the sums of its losses over the epoch.
 
     Attributes:
-        peers: the students that it teaches and is taught by, where its method is mutual.
+        peers: the students that it teaches and is taught by, if its method is mutual.
     """
 
     def __init__(self, net: Network, method: Method, resolved: ResolvedMethod, train: TrainConfig) -> None:
@@ -48,7 +48,7 @@ class Student:
 
     @property
     def _frozen(self) -> str:
-        """What holds parts of it, as messages name it."""
+        """Why parts of it are not trained, as messages say it."""
         return f"train.freeze={','.join(self.train.freeze)}" if self.train.freeze else f"requires_grad=False in {self.net.spec.name}"
 
     def refuse_idle(self, terms: Mapping[str, Tensor]) -> None:
@@ -61,8 +61,8 @@ class Student:
             if not any(terms[term].requires_grad for term in self.resolved.counted(phase) if term in terms):
                 raise UserError(f"{self._frozen} leaves nothing to train that a loss of phase {phase.name!r} depends on; freeze less")
 
-    def refuse_broken(self, own: Outputs, terms: Mapping[str, Tensor]) -> None:
-        """Look at its weights before any step, at its outputs of a batch that is finite, and at the terms; waits for the device.
+    def refuse_broken(self, outputs: Outputs, terms: Mapping[str, Tensor]) -> None:
+        """Look at its weights before any step, at its outputs for a batch that is finite, and at the terms; waits for the device.
 
         Raises:
             UserError: something is not finite, though the teacher's outputs are.
@@ -70,7 +70,7 @@ class Student:
         name, when = self.net.spec.name, "on the first batch, before any step"
         if not self.sound():
             raise UserError(f"student {name}: its {self.broken_parts()[0]} is not finite; is its file whole?")
-        if not own.logits.detach().amax(1).isfinite().all():  # one may rule classes out by -inf
+        if not outputs.logits.detach().amax(1).isfinite().all():  # one may rule classes out by -inf
             raise UserError(f"student {name}: its logits are not finite {when}, though its weights are; mend it, or choose another")
         if broken := [term for term, value in terms.items() if not value.isfinite()]:
             whose = "what teacher and student give is" if self.method.uses_teacher else "its logits are"
@@ -78,7 +78,7 @@ class Student:
             raise UserError(f"{self.resolved.name} {name}: {are(broken)} not finite {when}, though {whose}; {cure}")
 
     def choose(self, epoch: int, correct: int, *, keep: bool) -> None:
-        """This epoch's weights are to ship; with ``keep`` a copy outlives the epochs to come."""
+        """Choose this epoch's weights to ship. With ``keep``, a copy of them outlives the epochs to come."""
         self.chosen_epoch, self.chosen_correct = epoch, correct
         self._chosen = {name: value.clone() for name, value in self.net.state_dict().items()} if keep else None
 
@@ -88,18 +88,18 @@ class Student:
             self.net.take(self._chosen)
 
     def begin_phase(self, number: int) -> None:
-        """A fresh optimiser, and the weights of the terms that count."""
+        """Start a phase: a fresh optimiser, and the weights of the terms that count in it."""
         self.phase: Phase = self.resolved.phases[number]
         self.optimizer = build_optimizer(self.net, self.method, self.phase, self.train)
         self.weights = self.resolved.counted(self.phase)
         task = () if self.train.mixup is True else (TASK,)
         terms = (*task, *self.method.terms) if self.needs_teacher or not self.method.uses_teacher else task
-        self.tally = Tally(terms, self.looks_at, next(self.net.parameters()).device)
+        self.tally = Tally(terms, self.teacher_output_names, next(self.net.parameters()).device)
 
     @property
-    def looks_at(self) -> tuple[str, ...]:
-        """What of the teacher's outputs its method looks at in this phase."""
-        return looked_at(self.method.needs) if self.needs_teacher else ()
+    def teacher_output_names(self) -> tuple[str, ...]:
+        """Names of the teacher's outputs that its method uses in this phase."""
+        return output_names(self.method.needs) if self.needs_teacher else ()
 
     @property
     def sums(self) -> dict[str, Tensor]:
@@ -107,7 +107,7 @@ class Student:
         return dict(zip(self.tally.names, self.tally.totals, strict=False))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """All that the epochs to come depend on, between two epochs: tensors and counters. The tensors are not copies."""
+        """All that the epochs to come depend on: tensors and counters, to be read between two epochs. The tensors are not copies."""
         tensors = {f"net.{name}": value for name, value in self.net.state_dict().items()}
         tensors |= {f"method.{name}": value for name, value in self.method.state_dict().items()}
         tensors |= {f"chosen.{name}": value for name, value in (self._chosen or {}).items()}
@@ -118,10 +118,7 @@ class Student:
         return tensors, {"chosen_epoch": self.chosen_epoch, "chosen_correct": self.chosen_correct}
 
     def load(self, tensors: Mapping[str, Tensor], counters: Mapping[str, int], *, phase: int | None) -> None:
-        """Put a state back. ``phase`` is the one that it was taken in the midst of, None between two phases.
-
-        A momentum takes the memory layout of its parameter: SGD's fused form computes wrong updates from another, silently.
-        """
+        """Put a state back. ``phase`` is the phase in whose midst it was taken, None if between two phases."""
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -136,11 +133,12 @@ class Student:
         self.begin_phase(phase)
         for number, parameter in enumerate(self.trainable_parameters()):
             if f"momentum.{number}" in tensors:
+                # In the parameter's memory layout: from another, SGD's fused form computes wrong updates, silently.
                 momentum = torch.empty_like(parameter, requires_grad=False)
                 self.optimizer.state[parameter]["momentum_buffer"] = momentum.copy_(tensors[f"momentum.{number}"])
 
     def sound(self) -> Tensor:
-        """Whether its weights are finite: a broken one need not show in the logits, behind a ReLU. A scalar that stays on the device."""
+        """Whether its weights are finite; a scalar that stays on the device. Behind a ReLU, a broken weight may not show in the logits."""
         return torch.stack([parameter.detach().isfinite().all() for parameter in self.net.parameters()]).all()
 
     def broken_parts(self) -> list[str]:
@@ -148,13 +146,13 @@ class Student:
 
         Waits for the device.
         """
-        places = (self.net.body, self.net)  # the names of the body are the user's own
-        weights = (f"weight {name}" for it in places for name, value in it.named_parameters() if not value.isfinite().all())
-        buffers = (f"buffer {name}" for it in places for name, value in it.named_buffers() if not (value < torch.inf).all())
-        return [found for found in (next(weights, ""), next(buffers, "")) if found]
+        modules = (self.net.body, self.net)  # the body first: its names are the user's own
+        weights = (f"weight {name}" for module in modules for name, value in module.named_parameters() if not value.isfinite().all())
+        buffers = (f"buffer {name}" for module in modules for name, value in module.named_buffers() if not (value < torch.inf).all())
+        return [part for part in (next(weights, ""), next(buffers, "")) if part]
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """What the optimiser moves in this phase."""
+        """The parameters that the optimiser moves in this phase."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     @property
@@ -164,7 +162,7 @@ class Student:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of the terms that count in this phase."""
+        """The weight of each term that counts in this phase."""
         return self._weights
 
     @weights.setter
@@ -173,11 +171,11 @@ class Student:
         self._factors = torch.tensor([*values.values()], device=next(self.net.parameters()).device)
 
     def weighted(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """What it minimises: the weighted sum of the terms that count, a scalar."""
+        """Its loss: the weighted sum of the terms that count, a scalar."""
         return torch.dot(torch.stack([terms[term] for term in self.weights]), self._factors)
 
     def begin_epoch(self) -> None:
-        """Train mode, but for what is frozen, and sums at zero."""
+        """Start an epoch: train mode, except for frozen modules, and sums at 0."""
         self.net.train()
         for module in self._still:
             module.eval()
@@ -185,7 +183,7 @@ class Student:
         self.tally.reset()
 
     def learning_rate(self, epoch: int, epochs: int, step: int, steps: int) -> float:
-        """The rate of a step; ``epoch`` and ``step`` are 0-based within the phase and the epoch."""
+        """The rate of a step; ``epoch`` counts from 0 within the phase, ``step`` from 0 within the epoch."""
         if epoch < self.train.warmup_epochs and not self.phase.milestones:
             return (self.phase.lr or self.train.lr) * WARMUP
         kind = "step" if self.phase.milestones else self.train.schedule
@@ -200,7 +198,7 @@ class Student:
 
 
 PeerGroup = tuple[Student, ...]
-"""Students that one step moves: a single one, or those that teach each other."""
+"""Students that one step moves together: a single one, or those that teach each other."""
 
 
 @dataclass
@@ -213,25 +211,25 @@ class SeedGroup:
 
     @property
     def peer_groups(self) -> list[PeerGroup]:
-        """The students, those that teach each other together."""
-        found: dict[Student, PeerGroup] = {}
+        """The students in groups: those that teach each other are one group, any other student is alone in one."""
+        groups: dict[Student, PeerGroup] = {}
         for student in self.students:
-            if student not in found:
+            if student not in groups:
                 group = (student, *student.peers)
-                found |= dict.fromkeys(group, group)
-        return list(dict.fromkeys(found.values()))
+                groups |= dict.fromkeys(group, group)
+        return list(dict.fromkeys(groups.values()))
 
     @property
     def needs_teacher(self) -> bool:
         """Whether a student needs the teacher in this phase."""
         return self.teacher is not None and any(student.needs_teacher for student in self.students)
 
-    def heard(self, teacher_outputs: Outputs | None) -> dict[str, Tensor]:
-        """Whether what the teacher said is finite, a scalar for each output, once for all students."""
-        return {} if teacher_outputs is None or self.teacher is None else self.teacher.measure(teacher_outputs)
+    def teacher_sums(self, teacher_outputs: Outputs | None) -> dict[str, Tensor]:
+        """The sum of each of the teacher's outputs, once for all students; it is not finite if the output is not."""
+        return {} if teacher_outputs is None or self.teacher is None else self.teacher.output_sums(teacher_outputs)
 
     def teaching(self, epoch: int, step: int) -> contextlib.AbstractContextManager[None]:
-        """Its teacher answers inside: what that draws is a function of (seed, epoch, step) alone, and nothing of it moves."""
+        """Inside, the teacher answers: what it draws is a function of (seed, epoch, step) alone, and no buffer of it moves."""
         if self.teacher is None:
             return contextlib.nullcontext()
         return answering(self.teacher.original, "teacher", step, self.batches.data.device, seed=self.batches.seed, epoch=epoch)

@@ -13,33 +13,34 @@ from ..checks import joined
 class Tally:
     """Sums of a student's terms over the steps of an epoch, and how many steps went by before each was no longer finite.
 
-    A sum that is not finite stays so, so that counting needs no number of the step. The same is counted of what it looks at of its
-    teacher, whose sums mean nothing else. All is on the device, in fixed places, as a graph wants it.
+    A sum that is not finite stays so; therefore counting needs no step number. The sums of the teacher's outputs are counted in the same
+    way, and mean nothing else. All tensors are on the device and keep their memory, as a graph needs it.
 
     Attributes:
-        names: the terms, then what is looked at.
-        totals: float32, one a name.
-        sound: float32, how many steps each total was finite for; of -inf it knows nothing.
+        terms: names of the loss terms.
+        names: the terms, then the teacher's outputs.
+        totals: float32 [names], the sum of each.
+        sound: float32 [names], how many steps each total was finite for; it does not notice -inf.
     """
 
-    def __init__(self, terms: Sequence[str], looked_at: Sequence[str], device: torch.device) -> None:
-        self.terms, self.names = tuple(terms), (*terms, *looked_at)
+    def __init__(self, terms: Sequence[str], output_names: Sequence[str], device: torch.device) -> None:
+        self.terms, self.names = tuple(terms), (*terms, *output_names)
         self.totals = torch.zeros(len(self.names), device=device)
         self.sound = torch.zeros_like(self.totals)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """What a step moves."""
+        """What a step changes."""
         return self.totals, self.sound
 
     def reset(self) -> None:
-        """No step was taken."""
+        """Start an epoch: all sums and counts are 0."""
         for value in self.tensors:
             value.zero_()
 
     @torch.no_grad()
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """A step's scalars."""
+        """Add a step's scalars."""
         if self.names:
             self.totals.add_(torch.stack([values[name] for name in self.names]))
             self.sound.add_(self.totals < torch.inf)

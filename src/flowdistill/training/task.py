@@ -14,9 +14,10 @@ TASK = "task"  # the cross-entropy with the labels
 def task_loss(logits: Tensor, batch: Batch, smoothing: float = 0.0) -> Tensor | None:
     """The cross-entropy of logits [N, K] with the labels: L(y) = -mean_n sum_k q_nk log p_nk, q_nk = (1 - e) [k = y_n] + e / K.
 
-    e is ``smoothing``: label smoothing, Szegedy et al. 2016 (Rethinking the Inception Architecture), section 7, with uniform u(k). Of mixed
-    images with targets: share L(own) + (1 - share) L(partner's), Zhang et al., ICLR 2018, the authors' code. The mean is over the images
-    that have a label, 0 where none of the batch has one; None where the step knows no labels at all. Computed in at least float32.
+    e is ``smoothing``: label smoothing, Szegedy et al. 2016 (Rethinking the Inception Architecture), section 7, with uniform u(k). For
+    mixed images with targets it is share L(own) + (1 - share) L(partner's), Zhang et al., ICLR 2018, the authors' code. The mean is over
+    the images that have a label; it is 0 if none of the batch has one. None if the step knows no labels at all. Computed in at least
+    float32.
     """
 
     def summed(labels: Tensor, reduction: str = "sum") -> Tensor:
@@ -24,8 +25,8 @@ def task_loss(logits: Tensor, batch: Batch, smoothing: float = 0.0) -> Tensor | 
 
     if batch.targets is None:
         return None if batch.labels is None else summed(batch.labels, "mean")
-    own, counted, other, share = batch.targets
-    total = summed(own)
-    if other is not None and share is not None:
-        total = (share * total + (1 - share) * summed(other)).squeeze()
+    labels, counted, partners, share = batch.targets
+    total = summed(labels)
+    if partners is not None and share is not None:
+        total = (share * total + (1 - share) * summed(partners)).squeeze()
     return total / counted

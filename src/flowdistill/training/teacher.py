@@ -15,25 +15,25 @@ from ..device import Precision, autocast
 from ..methods import Needs
 from ..models import Network
 from ..types import Outputs
-from .said import looked_at, measure
+from .teacher_sums import output_names, output_sums
 
 
 class Teacher:
     """A frozen network in eval mode whose tensors are known, so that a drift can't pass unseen.
 
-    What runs is ``net``: the network that was given, less what no method needs, with every batch normalisation that follows a
+    What runs is ``net``: the given network without the parts that no method needs, with every batch normalisation that follows a
     convolution folded into it, and under bf16 with the weights of its convolutions and linear layers cast once.
 
     Attributes:
         original: the network that was given.
         whole: why it could not be made cheaper, or empty.
         name: its model's.
-        said: what of its outputs methods look at, as messages name it: its maps in the order in which it computes them, then the rest.
+        output_names: its outputs that methods use, as messages name them: its maps in the order in which it computes them, then the rest.
     """
 
     def __init__(self, net: Network, needs: Needs, precision: Precision) -> None:
         self.original, self.precision, self.whole = net, precision, ""
-        self.name, self.said = net.spec.name, looked_at(needs, [tap.name for tap in net.spec.taps])
+        self.name, self.output_names = net.spec.name, output_names(needs, [tap.name for tap in net.spec.taps])
         net.eval().requires_grad_(False)
         self.net: nn.Module = net
         try:
@@ -50,12 +50,12 @@ class Teacher:
         self._kept = {name: value.clone() for name, value in self.net.state_dict().items()}
 
     def teach(self, images: Tensor) -> Outputs:
-        """Its outputs for images [N, C, H, W]; None for logits and embedding that no method needs."""
+        """Its outputs for images [N, C, H, W]. Logits and embedding are None if no method needs them."""
         return teach(self.net, images, self.precision)
 
-    def measure(self, outputs: Outputs) -> dict[str, Tensor]:
-        """A scalar for each of ``said``, not finite where a value of that output is not. Nothing waits for the device."""
-        return measure(outputs, self.said)
+    def output_sums(self, outputs: Outputs) -> dict[str, Tensor]:
+        """A scalar for each of ``output_names``, not finite if a value of that output is not. Nothing waits for the device."""
+        return output_sums(outputs, self.output_names)
 
     def check_mode(self) -> None:
         """Raise RuntimeError if the teacher left eval mode or is no longer frozen."""
@@ -65,29 +65,29 @@ class Teacher:
             raise RuntimeError("the teacher is no longer frozen")
 
     def drift(self) -> Tensor:
-        """How many of its tensors changed; a scalar that stays on the device. What is no number and was none did not."""
+        """How many of its tensors changed; a scalar that stays on the device. NaN that was NaN before is no change."""
         pairs = [(value, self._kept[name]) for name, value in self.net.state_dict().items()]
         return torch.stack([((value != kept) & ((value == value) | (kept == kept))).any() for value, kept in pairs]).sum()
 
 
 class _Tracer(fx.Tracer):
-    """Forward hooks of layers are called as well, which the plain one leaves out: the taps of a foreign network are such."""
+    """A tracer that calls the forward hooks of layers too, which the plain one leaves out: a foreign network's taps are such hooks."""
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         output: Any = super().call_module(m, forward, args, kwargs)
         if self.is_leaf_module(m, self.path_of_module(m)):
             for number, hook in m._forward_hooks.items():
-                given = (args, kwargs) if number in m._forward_hooks_with_kwargs else (args,)
-                if (changed := hook(m, *given, output)) is not None:
+                inputs = (args, kwargs) if number in m._forward_hooks_with_kwargs else (args,)
+                if (changed := hook(m, *inputs, output)) is not None:
                     output = changed
         return output
 
 
 def trim(net: Network, needs: Needs) -> fx.GraphModule:
-    """The network without what leads to no output that is needed. Shares its modules with the network.
+    """The network without the parts that lead to no needed output. It shares its modules with ``net``.
 
     Raises:
-        Exception: of the tracer, where the network's own control flow depends on its input.
+        Exception: the tracer's own, if the network's control flow depends on its input.
     """
     traced = fx.GraphModule(net, _Tracer().trace(net))
     (outputs,) = (node for node in traced.graph.nodes if node.op == "call_function" and node.target is Outputs)

@@ -13,9 +13,9 @@ from .evaluate import evaluate
 
 
 def seconds_per_epoch(cohort: Cohort, steps: int = 5) -> float:
-    """An epoch's time by the cohort's engine, from the median of a few steps and one evaluation batch a student.
+    """An epoch's time by the cohort's engine, from the median of a few steps and one evaluation batch per student.
 
-    The students' weights move. Neither what the engine sets up nor the first step is counted. Of several phases the first is measured.
+    The students' weights move. The engine's set-up and the first step are not counted. If there are several phases, the first is measured.
     """
     for student in cohort.students:
         student.begin_phase(0)
@@ -42,7 +42,7 @@ def seconds_per_epoch(cohort: Cohort, steps: int = 5) -> float:
 
 
 def _evaluation_seconds(cohort: Cohort) -> float:
-    """What evaluating every student takes, from a second batch of each; the first warms up."""
+    """Seconds to evaluate every student on all images, from its second batch; the first warms up."""
     data, started = cohort.data, 0.0
     part = First(data.epoch_images, at_once(data.spec.height, data.spec.width, data.device))
     for _ in range(2):

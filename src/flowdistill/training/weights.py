@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors with what is needed to use them again, written whole or not at all."""
+"""Weights on disk: safetensors files that hold what is needed to use them again, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .fitting import misfit, named_as_in
 from .weight_files import chosen, located, read
 
 Weights = Mapping[str, Tensor]
-SEAL, SEALED = "sha256", "sealed"  # metadata: the hash of all content, and that there is one, so that no single bit takes it away
+SEAL, SEALED = "sha256", "sealed"  # metadata: the hash of all content, and that there is a hash, so that no single changed bit removes it
 
 
 def write_whole(path: Path, content: bytes, keep: Path | None = None) -> None:
-    """Write to a neighbour, sync, rename: a reader sees the old file or the new one, never a part.
+    """Write to a file beside it, sync and rename: a reader sees the old file or the new one, never a part of one.
 
-    With ``keep`` the old file is not lost but gets that name.
+    With ``keep``, the old file gets that name; else it is lost.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
@@ -44,7 +44,7 @@ def write_whole(path: Path, content: bytes, keep: Path | None = None) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """A rename outlives a power cut only when its folder is synced too."""
+    """Sync a folder: a rename outlives a power cut only if its folder is synced too."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -53,7 +53,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def save_weights(path: Path, weights: Weights, about: Mapping[str, Any], keep: Path | None = None) -> None:
-    """A safetensors file whose metadata hold ``about`` as JSON under ``flowdistill``; ``keep`` as in ``write_whole``."""
+    """Write a safetensors file whose metadata hold ``about`` as JSON under ``flowdistill``; ``keep`` as in ``write_whole``."""
     write_whole(path, serialised(weights, about), keep)
 
 
@@ -66,26 +66,26 @@ def serialised(weights: Weights, about: Mapping[str, Any], beside: Mapping[str, 
 
 def seal(weights: Weights, metadata: Mapping[str, str]) -> str:
     """SHA-256 over all weights and all metadata but the seal itself."""
-    told = json.dumps({key: value for key, value in metadata.items() if key != SEAL}, sort_keys=True)
-    return hashlib.sha256(f"{hash_weights(weights)}\n{told}".encode()).hexdigest()
+    text = json.dumps({key: value for key, value in metadata.items() if key != SEAL}, sort_keys=True)
+    return hashlib.sha256(f"{hash_weights(weights)}\n{text}".encode()).hexdigest()
 
 
 def is_whole(weights: Weights, metadata: Mapping[str, str]) -> bool:
-    """Whether a file holds what was written; true of one without a seal, whose content nobody recorded in it."""
+    """Whether a file holds what was written. True for a file without a seal, which has no record of its content."""
     return not {SEAL, SEALED} & metadata.keys() or metadata.get(SEAL) == json.dumps(seal(weights, metadata))
 
 
 def load_weights(path: Path, changes: Changes | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights in a file, or in the part of it that ``FILE#KEY`` names; and what a file of ours says of the whole of it, else nothing.
+    """The weights in a file, or in the part that ``FILE#KEY`` names; and what was saved as ``about`` with a whole file of ours, else {}.
 
     Raises:
         UserError: as ``weight_files``; or its content is not what was written, and such ``changes`` are not accepted.
     """
     file, key = located(path)
-    found = read(file)
-    if not is_whole(found.tables.get("", {}), found.metadata):
+    content = read(file)
+    if not is_whole(content.tables.get("", {}), content.metadata):
         (changes or Changes()).meet(f"weights file {file}: its content is not what was written into it", "put a sound copy there")
-    return chosen(found.tables, key, file), {} if key else _about(found.metadata, file)
+    return chosen(content.tables, key, file), {} if key else _about(content.metadata, file)
 
 
 def _about(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def refuse_misfit(net: Network, weights: Weights, origin: str) -> None:
 
 
 def fill(net: Network, weights: Weights, origin: str) -> None:
-    """Put weights into a network, by its names where wrappers put more into theirs.
+    """Put weights into a network. What wrappers added to their names is left out.
 
     Raises:
         UserError: as ``refuse_misfit``.
@@ -124,13 +124,13 @@ def fill(net: Network, weights: Weights, origin: str) -> None:
 
 def _fitted(net: Network, weights: Weights, origin: str) -> Weights:
     fitting = named_as_in(net, weights)
-    if told := misfit(net, fitting, origin):
-        raise UserError(told)
+    if message := misfit(net, fitting, origin):
+        raise UserError(message)
     return fitting
 
 
 def hash_weights(weights: Weights) -> str:
-    """SHA-256 over names, shapes and values, whatever the memory layout."""
+    """SHA-256 over names, types, shapes and values; the memory layout does not matter."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         value = weights[name].detach().to("cpu", copy=True).contiguous()  # numpy keeps what it sees from being resized, as observers are

@@ -19,7 +19,7 @@ from . import trust
 from .checks import MAX_WORKERS, Changes, UserError, did_you_mean, first_line
 from .config import NETWORKS, validate
 from .data import user_loaders
-from .device import resolve_device
+from .device import full_precision, resolve_device
 from .ledger import STUDENT_FILE, Ledger, Run
 from .models import Network
 from .models.code import contents

@@ -4,76 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .. import models, trust
 from ..checks import Changes, UserError
-from ..config import DataConfig, parse_as
+from ..config import parse_as
 from ..data.batches import eval_set
 from ..data.dataset import ImageData
 from ..data.normalisation import Normalisation
 from ..data.sources import load
-from ..data.user_loaders import UserLoaderData
 from ..device import Precision, computing, describe, resolve_precision
 from ..env import processor
 from ..ledger import STUDENT_FILE, Ledger
 from ..models import Network
-from ..models.input_adapter import InputSpec, input_adapter
+from ..models.input_adapter import input_adapter
 from ..talk import Remarks
 from ..training.evaluate import evaluate as measure
+from ..training.student_file import StudentMetadata, trained_network
 from ..training.weights import fill, load_weights, refuse_misfit
-from ..types import DataSpec
-from .integrity import made, meet_changes, meet_damage, newer
+from .integrity import meet_changes, meet_damage, newer
 from .references import run_number
-
-Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
-
-
-class Taken(BaseModel):
-    """Images that are taken: channels, height and width, and the mean and standard deviation of each channel in 0..1."""
-
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
-
-    input: tuple[Count, Count, Count]
-    mean: tuple[float, ...]
-    std: tuple[Annotated[float, Field(gt=0)], ...]
-
-    @model_validator(mode="after")
-    def _a_value_a_channel(self) -> Self:
-        if not len(self.mean) == len(self.std) == self.input[0]:
-            raise ValueError(f"mean and std must have {self.input[0]} values, one a channel")
-        return self
-
-    @property
-    def input_spec(self) -> InputSpec:
-        """The same as a network sees them."""
-        return InputSpec(*self.input, self.mean, self.std)
-
-
-class About(Taken):
-    """What a student's file must say of it to be measured again; ``record._about`` writes it, with more.
-
-    ``input_adapter`` are the images that the network itself takes, where they are not the data's.
-    """
-
-    model: str
-    classes: Count
-    labels: tuple[str, ...] = ()  # the classes' names in the order of the logits; data without names has none
-    front: Taken | None = None
-    data: DataConfig
-    data_hash: str
-    precision: Literal["bf16", "fp32"]
-    correct: int = Field(ge=0, strict=True)
-    images: Count
-
-    @model_validator(mode="after")
-    def _a_name_a_class(self) -> Self:
-        if self.labels and len(self.labels) != self.classes:
-            raise ValueError(f"labels must have {self.classes} names, one a class")
-        return self
 
 
 class Measured(NamedTuple):
@@ -119,7 +71,7 @@ def weights_path(target: str, runs: Path, changes: Changes | None = None) -> Nam
     return Named(ledger.run_folder(run.no) / STUDENT_FILE, changed)
 
 
-def load_network(path: Path, changes: Changes | None = None) -> tuple[Network, About]:
+def load_network(path: Path, changes: Changes | None = None) -> tuple[Network, StudentMetadata]:
     """A student from its file alone, in eval mode, with what the file says of it.
 
     Raises:
@@ -128,34 +80,34 @@ def load_network(path: Path, changes: Changes | None = None) -> tuple[Network, A
     """
     changes = changes or Changes()
     weights, told = load_weights(path, changes)
-    if not {name for name, field in About.model_fields.items() if field.is_required()} <= told.keys():
+    if not StudentMetadata.required() <= told.keys():
         raise UserError(f"weights file {path} does not say its model and data; evaluate a run's student.safetensors or a run's number")
     try:
-        about = parse_as(About, told)
+        about = parse_as(StudentMetadata, told)
         trust.came_from(about.model, "it")
         models.canonical(about.model)
     except UserError as error:
         raise UserError(f"weights file {path}: {error}") from None
-    own = about.front or about
-    spec = DataSpec("", 0, about.classes, *own.input)
+    spec = about.sizes
     with torch.device("meta"):  # a file that claims a trillion classes is refused before they have a place in memory
         refuse_misfit(models.build(about.model, spec), weights, str(path))
     net = models.build(about.model, spec)
     fill(net, weights, str(path))
-    net.input_adapter = input_adapter(about.input_spec, own.input_spec)
+    net.input_adapter = input_adapter(about.input_spec, about.own_images.input_spec)
     net.about = told
     net.changed = meet_changes(str(path), about.model, spec, weights, told, changes)
     return net.eval(), about
 
 
-def load_fitting(path: Path, about: About, dataset: str | None, remarks: Remarks) -> ImageData:
+def load_fitting(path: Path, about: StudentMetadata, dataset: str | None, remarks: Remarks) -> ImageData:
     """The data that a student was trained on, or others of that shape.
 
     Raises:
         UserError: the data can't be read, or have other sizes, classes or names of classes.
     """
-    data = load(about.data.model_copy(update={"name": dataset or about.data.name}), remarks)
-    if isinstance(data, UserLoaderData):
+    config = about.data.model_copy(update={"name": dataset or about.data.name})
+    data = load(config, remarks)
+    if config.user_loaders:
         raise UserError(f"{path} was trained on a loader's images, which only training reads; Result.module() gives its network to Python")
     shape = (data.spec.channels, data.spec.height, data.spec.width)
     if (*shape, data.classes) != (*about.input, about.classes):
@@ -221,7 +173,7 @@ def _verdict(points: float, why: str, *, verified: bool) -> str:
     return "as recorded" if verified else "as recorded (its code and answers are not verified: no record of them)"
 
 
-def _others(about: About, told: Mapping[str, Any], device: torch.device, precision: Precision, changed: str) -> Iterator[str]:
+def _others(about: StudentMetadata, told: Mapping[str, Any], device: torch.device, precision: Precision, changed: str) -> Iterator[str]:
     """What may be why a student is measured otherwise than it was."""
     if changed:
         yield changed
@@ -231,5 +183,5 @@ def _others(about: About, told: Mapping[str, Any], device: torch.device, precisi
         yield f"another device: {describe(device)}, was {told['device']}"
     if told.get("processor", processor()) != processor():
         yield f"another processor: {processor()}, was {told['processor']}"
-    if (network := made(told, "the file")) and (other := newer(network.versions)):
+    if (network := trained_network(told, "the file")) and (other := newer(network.versions)):
         yield other.removeprefix("; ")

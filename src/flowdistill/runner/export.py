@@ -24,8 +24,9 @@ from ..data.normalisation import Normalisation
 from ..data.splits import stratified
 from ..models import Network
 from ..training.evaluate import answering
+from ..training.student_file import StudentMetadata
 from ..training.weights import refuse_misfit, serialised, write_whole
-from .evaluate import About, load_fitting, load_network
+from .evaluate import load_fitting, load_network
 
 IMAGES = 64  # test images that a file is compared on, all at once and one by one
 TOLERANCE = 1e-4  # of the largest logit's size
@@ -136,7 +137,7 @@ def export(
     return Exported(str(out), to, about.model, len(content), len(images), difference, allowed, *accuracies)
 
 
-def metadata(net: Network, about: About) -> dict[str, str]:
+def metadata(net: Network, about: StudentMetadata) -> dict[str, str]:
     """What every file says of itself, each value as JSON: model, classes, input (channels, height, width), mean and std of pixels in
     0..1, the test accuracy of the run in percent, its data, and the classes' names where the student's file has them.
     """

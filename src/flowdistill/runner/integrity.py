@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import Any, Literal, NamedTuple
 
 from .. import models
 from ..checks import Changes, UserError
@@ -17,6 +15,7 @@ from ..ledger import DAMAGED, EXPORTS, NAME, PREDICTIONS, RECORD, STUDENT_FILE, 
 from ..models.code import file_hash
 from ..models.probe import Answers, difference, probe
 from ..training import checkpoint
+from ..training.student_file import trained_network
 from ..training.weights import Weights, fill, hash_weights, load_weights, write_whole
 from ..types import DataSpec
 
@@ -184,30 +183,6 @@ def made_with(model: str, sizes: DataSpec, weights: Weights) -> dict[str, Any]:
     return {"code": dict(models.own_code(model)), "answers": answers(model, sizes, weights), "versions": versions()}
 
 
-class Made(BaseModel):
-    """What a file says of the network whose weights it holds; ``made_with`` gives it."""
-
-    model_config = ConfigDict(frozen=True)
-
-    code: dict[str, str]
-    answers: dict[str, Annotated[list[float], Field(min_length=1)]]
-    versions: dict[str, str]
-
-
-def made(told: Mapping[str, Any], origin: str) -> Made | None:
-    """What a file's metadata say of its network; None where they say nothing, as those of version 0.1.0 and of others.
-
-    Raises:
-        UserError: it is not what this package writes.
-    """
-    if "network" not in told:
-        return None
-    try:
-        return Made.model_validate(told["network"])
-    except ValidationError:
-        raise UserError(f"{origin}: what its metadata say of its network is not as a run writes it; take the run's own file") from None
-
-
 def meet_changes(origin: str, model: str, sizes: DataSpec, weights: Weights, told: Mapping[str, Any], changes: Changes) -> str:
     """Hold a network against what its file says of it. How it differs, where that is accepted; else empty.
 
@@ -216,7 +191,7 @@ def meet_changes(origin: str, model: str, sizes: DataSpec, weights: Weights, tol
     Raises:
         UserError: it answers otherwise, and that is not accepted.
     """
-    then = made(told, origin)
+    then = trained_network(told, origin)
     if then is None:
         return ""
     changed = ", ".join(changed_files(then.code, models.own_code(model)))

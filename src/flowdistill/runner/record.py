@@ -16,13 +16,14 @@ from ..device import describe, peak_memory
 from ..env import processor
 from ..ledger import JOURNAL, PREDICTIONS, STUDENT_FILE, Epoch, Ledger, Run
 from ..models import Network
+from ..models.input_adapter import InputSpec
 from ..training.cohort import Cohort, EpochReport
 from ..training.evaluate import Evaluation, evaluate
+from ..training.student_file import InputImages, StudentMetadata
 from ..training.weights import hash_weights, save_weights, write_whole
 from .cohorts import Member
 from .integrity import listed, made_with, write_record
 from .job import Job
-from .references import sizes_of
 from .watcher import Report, Watcher
 
 
@@ -99,10 +100,7 @@ def finish(member: Member, cohort: Cohort, ledger: Ledger, device: torch.device)
     final = evaluate(student.net, data.test, cohort.precision) if cohort.select or last is None else last
     weights = student.net.state_dict()
     folder = ledger.run_folder(member.no)
-    about = _about(job, data, int(final.correct)) | _own_input(student.net)
-    sizes = sizes_of(about)
-    assert sizes is not None, "it was just written"
-    about |= {"network": made_with(job.shipped_model, sizes, weights), "device": describe(device), "processor": processor()}
+    about = _metadata(job, student.net, data, int(final.correct), device).record
     save_weights(folder / STUDENT_FILE, weights, about)
     write_whole(folder / PREDICTIONS, _predictions(final))
     images = cohort.seed_groups[0].batches.steps * job.config.train.batch_size * sum(job.phase_epochs)
@@ -137,33 +135,35 @@ def told(run: Run) -> str:
     )
 
 
-def _about(job: Job, data: Supply, correct: int) -> dict[str, Any]:
-    """What travels in the student's file: enough to build it, feed it and measure it again."""
-    return {
-        "model": job.shipped_model,
-        "classes": data.spec.classes,
-        "labels": job.data.class_names,
-        "input": [data.spec.channels, data.spec.height, data.spec.width],
-        "mean": data.normalisation.mean,
-        "std": data.normalisation.std,
-        "data": job.config.data.without_unlabelled.model_dump(mode="json"),
-        "data_hash": job.data_hash,
-        "split": job.config.split,
-        "precision": job.precision,
-        "correct": correct,
-        "images": len(data.test),
-        "init_hash": job.init_hash,
-        "fingerprint": job.fingerprint,
-        "seed": job.config.seed,
-    }
+def _metadata(job: Job, net: Network, data: Supply, correct: int, device: torch.device) -> StudentMetadata:
+    """What travels in the student's file."""
+    adapter = net.input_adapter
+    metadata = StudentMetadata(
+        model=job.shipped_model,
+        classes=data.spec.classes,
+        labels=job.data.class_names,
+        input=(data.spec.channels, data.spec.height, data.spec.width),
+        mean=data.normalisation.mean,
+        std=data.normalisation.std,
+        data=job.config.data.without_unlabelled,
+        data_hash=job.data_hash,
+        split=job.config.split,
+        precision=job.precision,
+        correct=correct,
+        images=len(data.test),
+        init_hash=job.init_hash,
+        fingerprint=job.fingerprint,
+        seed=job.config.seed,
+        front=None if adapter is None else _images_of(adapter.target),
+        device=describe(device),
+        processor=processor(),
+    )
+    return metadata.model_copy(update={"network": made_with(job.shipped_model, metadata.sizes, net.state_dict())})
 
 
-def _own_input(net: Network) -> dict[str, Any]:
+def _images_of(spec: InputSpec) -> InputImages:
     """The images that the network itself takes, where they are not the data's."""
-    if net.input_adapter is None:
-        return {}
-    own = net.input_adapter.target
-    return {"front": {"input": [own.channels, own.height, own.width], "mean": own.mean, "std": own.std}}
+    return InputImages(input=(spec.channels, spec.height, spec.width), mean=spec.mean, std=spec.std)
 
 
 def _predictions(evaluation: Evaluation) -> bytes:

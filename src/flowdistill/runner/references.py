@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,18 +22,11 @@ from ..models import Network
 from ..models.foreign import is_foreign
 from ..models.input_adapter import InputSpec, input_adapter
 from ..training.fitting import named_as_in, registered
+from ..training.student_file import Statement, TrainedOn
 from ..training.weight_files import located
 from ..training.weights import fill, hash_weights, load_weights
 from ..types import DataSpec, NetSpec
 from .integrity import meet_changes, meet_damage
-
-
-class TrainedOn(NamedTuple):
-    """The images that a network was trained on: of which data set, under which split, and the hash of all."""
-
-    dataset: str
-    split: str
-    data_hash: str
 
 
 @dataclass(frozen=True)
@@ -190,74 +183,46 @@ def _of_weights(reference: str) -> tuple[str | None, Path | None]:
 
 
 def _from_file(path: Path, model: str | None, changes: Changes, otherwise: str | None = None) -> NetworkRef:
-    weights, about = load_weights(path, changes)
-    named = model or about.get("model") or otherwise
+    weights, metadata = load_weights(path, changes)
+    stated = Statement(metadata)
+    named = model or stated.model or otherwise
     if not model:
-        trust.came_from(about.get("model"), f"weights file {path}")
+        trust.came_from(stated.model, f"weights file {path}")
     if not isinstance(named, str) or not named:
         cure = f"write MODEL@{path} with one of: {', '.join(models.MODELS)}, timm:NAME, torchvision:NAME, FILE.py:FUNCTION"
         if alike := registered(weights):
             cure = f"its weights are those of a {alike}: write {shlex.quote(f'{alike}@{path}')}"
         raise UserError(f"weights file {path} does not say its model; {cure}")
-    if about.get("model") == named and (sizes := sizes_of(about)) is not None:
-        meet_changes(str(path), named, sizes, weights, about, changes)
+    if stated.model == named and (sizes := stated.sizes) is not None:
+        meet_changes(str(path), named, sizes, weights, metadata, changes)
     return NetworkRef(
         model=models.canonical(named),
         weights=weights,
         fingerprint=f"file:{hash_weights(weights)}",
-        init_hash=str(about.get("init_hash", "")),
-        trained_on=_trained_on(about),
-        labels=_labels(about),
+        init_hash=stated.init_hash,
+        trained_on=stated.trained_on,
+        labels=stated.labels,
         origin=str(path),
-        input_spec=_input_spec(about) or models.declared_input_spec(models.canonical(named)),
+        input_spec=stated.input_spec or models.declared_input_spec(models.canonical(named)),
     )
-
-
-def _trained_on(about: Mapping[str, Any]) -> TrainedOn | None:
-    """What a file says of the images that its network was trained on; a foreign file says nothing."""
-    data = about.get("data")
-    name = data.get("name") if isinstance(data, dict) else None
-    return TrainedOn(str(name), str(about.get("split")), str(about["data_hash"])) if name and "data_hash" in about else None
-
-
-def _input_spec(about: Mapping[str, Any]) -> InputSpec | None:
-    """What a file says of the images that its network was made for; None where it does not."""
-    own = about.get("front", about)
-    try:
-        channels, height, width = map(int, own["input"])
-        return InputSpec(channels, height, width, tuple(map(float, own["mean"])), tuple(map(float, own["std"])))
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return None
-
-
-def sizes_of(about: Mapping[str, Any]) -> DataSpec | None:
-    """The sizes of the images and the classes that a file's network itself takes; None where it does not say."""
-    input_spec, classes = _input_spec(about), about.get("classes")
-    if input_spec is None or not isinstance(classes, int):
-        return None
-    return DataSpec("", 0, classes, input_spec.channels or 0, input_spec.height or 0, input_spec.width or 0)
-
-
-def _labels(about: Mapping[str, Any]) -> tuple[str, ...]:
-    labels = about.get("labels")
-    return tuple(map(str, labels)) if isinstance(labels, list) else ()
 
 
 def _of_run(run: Run, ledger: Ledger, fingerprint: str) -> NetworkRef:
     if run.status != "finished":
         raise UserError(f"run {run.no} is {run.status}, not finished; choose a finished one ({advice.list_runs(ledger.folder)})")
     damage = meet_damage(run, ledger)
-    weights, about = load_weights(ledger.run_folder(run.no) / STUDENT_FILE, ledger.changes)
-    model, sizes = about.get("model"), sizes_of(about)
+    weights, metadata = load_weights(ledger.run_folder(run.no) / STUDENT_FILE, ledger.changes)
+    stated = Statement(metadata)
+    model, sizes = stated.model, stated.sizes
     if not isinstance(model, str):
         raise UserError(f"run {run.no}: its {STUDENT_FILE} does not say its model; put the file there that the run wrote")
     trust.came_from(model, f"run {run.no} of {ledger.path}")
-    other = meet_changes(f"run {run.no}", models.canonical(model), sizes, weights, about, ledger.changes) if sizes is not None else ""
+    other = meet_changes(f"run {run.no}", models.canonical(model), sizes, weights, metadata, ledger.changes) if sizes is not None else ""
     if damage or other:  # it was accepted, and is not the network whose fingerprint that is
         fingerprint = f"file:{hash_weights(weights)}/{other}"
     trained_on = TrainedOn(run.config["data"]["name"], run.split, run.data_hash)
-    labels, origin, input_spec = _labels(about), f"run {run.no}", _input_spec(about) or InputSpec()
-    return NetworkRef(model, weights, run.no, fingerprint, run.init_hash, trained_on, labels, origin, input_spec=input_spec)
+    input_spec = stated.input_spec or InputSpec()
+    return NetworkRef(model, weights, run.no, fingerprint, run.init_hash, trained_on, stated.labels, f"run {run.no}", input_spec=input_spec)
 
 
 def first_weights(config: RunConfig, ledger: Ledger) -> NetworkRef:

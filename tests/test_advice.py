@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command import Said, command
+from helpers.command import Said, command
 
 import flowdistill
 from flowdistill import advice, demo

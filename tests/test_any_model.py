@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from command import command
+from helpers.command import command
 from PIL import Image
 from test_resume import cut_off, outcome
 

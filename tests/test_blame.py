@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import config
+from helpers.small import config
 from test_training import a_cohort
 from torch import Tensor, nn
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import Said, assert_refused, command
-from rows import row
+from helpers.command import Said, assert_refused, command
+from helpers.rows import row
 from test_advice import as_shell_reads
 
 from flowdistill.checks import UserError

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from command import command
+from helpers.command import command
 
 import flowdistill
 from flowdistill.env import version

@@ -13,8 +13,8 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from fake_capture import CaptureError, Machine, fake_capture
-from fake_cuda import Watch, fake_cuda, fused_sgd_faults
+from helpers.fake_capture import CaptureError, Machine, fake_capture
+from helpers.fake_cuda import Watch, fake_cuda, fused_sgd_faults
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 

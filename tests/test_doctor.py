@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command import command
+from helpers.command import command
+from helpers.small import config
 from PIL import Image
-from small import config
 from test_tap_table import FILE
 from torch import Tensor
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command import command
-from small import config
+from helpers.command import command
+from helpers.small import config
 from torch import Tensor, nn
 
 from flowdistill import UserError, models

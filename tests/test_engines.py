@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import config
+from helpers.small import config
 from test_methods import forgetful, method_context
 from test_training import a_cohort, weights_of
 

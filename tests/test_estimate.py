@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import config
+from helpers.small import config
 
 from flowdistill import UserError
 from flowdistill.config import RunConfig

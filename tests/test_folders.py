@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms as tv
-from command import assert_refused, command
+from helpers.command import assert_refused, command
+from helpers.small import config
 from PIL import Image
 from sklearn.datasets import load_digits
-from small import config
 from test_resume import cut_off
 
 from flowdistill.checks import UserError

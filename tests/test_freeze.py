@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import command
-from small import config
+from helpers.command import command
+from helpers.small import config
 from test_engines import Taped, trained
 from test_resume import cut_off
 from test_training import a_cohort, a_student, data

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import config
+from helpers.small import config
 from test_resume import Cut, Scissors
 from torch import nn
 

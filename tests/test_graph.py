@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import config
+from helpers.small import config
 from test_engines import GRID, grid, trained
 from test_training import a_cohort, weights_of
 

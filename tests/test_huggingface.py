@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from command import assert_refused, command
+from helpers.command import assert_refused, command
 from PIL import Image
 
 from flowdistill.checks import UserError

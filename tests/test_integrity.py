@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import command
-from small import NET, Interrupt, config
+from helpers.command import command
+from helpers.small import NET, Interrupt, config
 
 from flowdistill.checks import Changes, UserError
 from flowdistill.config import read_file, validate

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from rows import row
+from helpers.rows import row
 
 from flowdistill.ledger import Epoch, Ledger
 

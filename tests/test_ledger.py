@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rows import row, run
+from helpers.rows import row, run
 
 from flowdistill.checks import UserError
 from flowdistill.ledger import COLUMNS, MIGRATIONS, Epoch, Ledger, newest

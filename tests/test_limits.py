@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from pairs import PAIRS, network
+from helpers.pairs import PAIRS, network
 from test_methods import ALL, Scene, both, gradients, label, make, scene, total, wanted, widest
 from torch import Tensor
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from pairs import FIVE, PAIRS, SEVEN, TINY_PAIRS, TWO_STAGES, USUAL
+from helpers.pairs import FIVE, PAIRS, SEVEN, TINY_PAIRS, TWO_STAGES, USUAL
 from torch import Tensor
 
 from flowdistill import models

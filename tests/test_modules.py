@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from command import command
+from helpers.command import command
 from torch import Tensor, nn
 from torch.ao import quantization
 from torch.ao.quantization.quantize_fx import prepare_qat_fx

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small import config
+from helpers.small import config
 from test_engines import Taped
 from test_resume import STEPS, cut_off, outcome
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from pairs import network
+from helpers.pairs import network
 
 from flowdistill import models
 from flowdistill.checks import UserError

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from keys import CHANGED, every_key, put
+from helpers.keys import CHANGED, every_key, put
 from PIL import Image
 
 from flowdistill import methods, models

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import command
+from helpers.command import command
 
 from flowdistill.checks import UserError
 from flowdistill.config import validate

@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 import torch
-from command import Said, command
-from rows import row
-from small import NET, Interrupt, config
+from helpers.command import Said, command
+from helpers.rows import row
+from helpers.small import NET, Interrupt, config
 
 from flowdistill.checks import UserError
 from flowdistill.ledger import Epoch, Ledger, compare, rows
@@ -498,7 +498,7 @@ def test_a_row_that_was_rewritten_is_told_by_check(work: Path) -> None:
 EACH = """
 import json, subprocess, sys
 from pathlib import Path
-from command import command
+from helpers.command import command
 
 for words in json.loads(sys.argv[1]):
     subprocess.run(words, check=True) if words[0] == "mount" else print(json.dumps(command(Path(), *words)))

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import Said, command
+from helpers.command import Said, command
+from helpers.rows import run
 from PIL import Image
-from rows import run
 from test_tables import LOG
 
 from flowdistill import models

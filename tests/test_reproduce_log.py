@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from command import command
-from rows import run
+from helpers.command import command
+from helpers.rows import run
 from test_reproduce import accuracies, section
 
 from flowdistill import reproduce as study

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import config
+from helpers.small import config
 from test_modules import Tied
 from test_tap_table import FILE
 

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2 as tv
-from command import command
+from helpers.command import command
+from helpers.small import config
 from PIL import Image
-from small import config
 from test_folders import NAMES, csv_data, digits, folder_data, on, write
 from test_resume import Cut, Scissors, outcome
 from torch.utils.data._utils import signal_handling

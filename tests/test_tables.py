@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from keys import CHANGED, every_key, put
-from rows import run
+from helpers.keys import CHANGED, every_key, put
+from helpers.rows import run
 
 from flowdistill import stats
 from flowdistill.checks import UserError

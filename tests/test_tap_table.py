@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import command
+from helpers.command import command
+from helpers.small import config
 from safetensors.torch import save_file
-from small import config
 
 from flowdistill.checks import UserError
 from flowdistill.config import read_taps, validate

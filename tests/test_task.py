@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small import config
+from helpers.small import config
 from test_engines import Taped, trained
 from test_training import a_cohort, weights_of
 

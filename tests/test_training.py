@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from command import command
-from small import config
+from helpers.command import command
+from helpers.small import config
 from torch import Tensor
 
 from flowdistill import methods, models

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command import command
-from small import config
+from helpers.command import command
+from helpers.small import config
 from test_resume import cut_off
 from torch import Tensor
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from command import command
+from helpers.command import command
+from helpers.small import config
 from safetensors import safe_open
 from safetensors.torch import save_file
-from small import config
 
 import flowdistill
 from flowdistill import UserError, trust

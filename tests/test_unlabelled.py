@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.small import config
 from PIL import Image
 from sklearn.datasets import load_digits
-from small import config
 from test_task import STILL, answers, first_epoch, slow_task
 from test_training import a_cohort
 

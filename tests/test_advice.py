@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import os
 import re
 import signal
 import subprocess
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.command import Said, command
+from helpers.command import Said, as_shell_reads, command
 
 import flowdistill
 from flowdistill import advice, demo
@@ -33,17 +32,6 @@ SOURCE = Path(__file__).parents[1] / "src" / "flowdistill"
 RUNS = "my runs #1@x 'y' \\z"
 DATA = "npz:my data@ #1.npz"
 SHORT = ("--epochs", "1", "--batch-size", "64", "--set", "data.pad=1", "--precision", "fp32")
-
-
-def as_shell_reads(line: str) -> list[str]:
-    """The words of a command after its first, by a shell."""
-    name, *_ = line.split(" ")
-    assert name == "flowdistill", line
-    shown = subprocess.run(
-        ["bash", "-c", f"flowdistill() {{ printf '%s\\0' \"$@\"; }}; {line}"], capture_output=True, check=True, timeout=60
-    )
-    assert shown.stderr == b""
-    return [os.fsdecode(word) for word in shown.stdout.split(b"\0")[:-1]]
 
 
 def follow(folder: Path, said: str, pattern: str, *more: str) -> Said:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.command import command
+from helpers.interruptions import cut_off, outcome
 from PIL import Image
-from test_resume import cut_off, outcome
 
 from flowdistill.config import RunConfig, validate
 from flowdistill.ledger import Ledger

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_engines import grid, trained
-from test_training import a_cohort, weights_of
+from helpers.cohorts import a_cohort, grid, train_with, weights_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowdistill import models
@@ -25,10 +24,10 @@ IMAGES = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
 def test_training_is_the_same_bit_for_bit(small_npz: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = read_npz(small_npz)
     cohort, ours = a_cohort(data, grid(small_npz), precision)
-    terms = trained(cohort, EagerEngine(precision, ""))
+    terms = train_with(cohort, EagerEngine(precision, ""))
     monkeypatch.setattr(ImageNetwork, "each_once", False)
     layer_by_layer, theirs = a_cohort(data, grid(small_npz), precision)
-    expected = trained(layer_by_layer, EagerEngine(precision, ""))
+    expected = train_with(layer_by_layer, EagerEngine(precision, ""))
     for one, other in zip(ours, theirs, strict=True):
         assert weights_of(one) == weights_of(other)
         assert [epoch[one] for epoch in terms] == [epoch[other] for epoch in expected]

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.cohorts import a_cohort
 from helpers.small import config
-from test_training import a_cohort
 from torch import Tensor, nn
 
 import flowdistill
 from flowdistill.checks import UserError
 from flowdistill.data.dataset import ImageData
-from flowdistill.data.sources import read_npz
 from flowdistill.ledger import Ledger
 from flowdistill.methods import METHODS
 from flowdistill.runner import run
@@ -114,11 +113,6 @@ def test_students_that_do_not_look_at_it_go_on(data: ImageData, small_npz: Path)
     assert cohort.students == [base, kd]
 
 
-@pytest.fixture(scope="module")
-def data(small_npz: Path) -> ImageData:
-    return read_npz(small_npz)
-
-
 def test_a_teacher_may_rule_classes_out(teacher_outputs: Ledger, small_npz: Path) -> None:
     cohort = prepared(teacher_outputs, small_npz, "at")
     teacher = cohort.seed_groups[0].teacher
@@ -146,7 +140,7 @@ class White(nn.Module):
 
 @pytest.mark.usefixtures("no_kernels")
 def test_engines_name_the_same_batch(data: ImageData, small_npz: Path) -> None:
-    from test_engines import Taped
+    from helpers.cohorts import Taped
 
     images = data.x_train.copy()
     images[17] = 255

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.command import Said, assert_refused, command
+from helpers.command import Said, as_shell_reads, assert_refused, command
 from helpers.rows import row
-from test_advice import as_shell_reads
 
 from flowdistill.checks import UserError
 from flowdistill.ledger import Epoch, Ledger, exported

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from helpers.command import command
+from helpers.networks import TWO_STAGE_NET
 from helpers.small import config
 from PIL import Image
-from test_tap_table import FILE
 from torch import Tensor
 
 from flowdistill import UserError, models
@@ -240,7 +240,7 @@ def test_mistake_a_missing_tap(look: Look) -> None:
 
 def test_mistake_a_method_that_wants_what_a_foreign_network_lacks(look: Look, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(work)
-    Path("nets.py").write_text(FILE)
+    Path("nets.py").write_text(TWO_STAGE_NET)
     torch.save(models.build("nets.py:Tiny", DIGITS).state_dict(), "tiny.pt")
     found = look(student="nets.py:Tiny", method="ofd")
     assert wrong(found) == ["ofd: taps"]

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.cohorts import Taped, a_cohort, grid, train_with, weights_of
+from helpers.method_cases import forgetful, method_context
 from helpers.small import config
-from test_methods import forgetful, method_context
-from test_training import a_cohort, weights_of
 
 from flowdistill import methods, models
 from flowdistill.checks import UserError
 from flowdistill.data.batches import DeviceData, SeedBatches
 from flowdistill.data.dataset import ImageData
-from flowdistill.data.sources import read_npz
 from flowdistill.device import _cpu_computes_bf16 as of_this_processor
 from flowdistill.device import keep_freed_memory, resolve_precision, sensible_threads
 from flowdistill.ledger import Ledger
@@ -26,9 +25,8 @@ from flowdistill.methods import METHODS, Needs
 from flowdistill.runner import resume, run
 from flowdistill.training import engine_choice
 from flowdistill.training.cohort import Cohort, train
-from flowdistill.training.engine import CompiledEngine, EagerEngine, Engine
+from flowdistill.training.engine import CompiledEngine, EagerEngine
 from flowdistill.training.engine_choice import choose
-from flowdistill.training.graph import StaticStep
 from flowdistill.training.student import Student
 from flowdistill.training.teacher import Teacher, fold, teach, trim
 from flowdistill.types import Batch, DataSpec
@@ -38,43 +36,11 @@ CIFAR = DataSpec("cifar", 50_000, 10, 3, 32, 32)
 TAPS = ("stem", "stage1", "stage2", "stage3")
 
 
-@pytest.fixture(scope="module")
-def data(small_npz: Path) -> ImageData:
-    return read_npz(small_npz)
-
-
-class Taped(EagerEngine):
-    """What a CUDA graph would replay, run step by step."""
-
-    name = "taped"
-
-    def epoch(self, seed_groups, number, rates):
-        tape = StaticStep(self, seed_groups)
-        tape.fill(number, rates)
-        for _ in range(seed_groups[0].batches.steps):
-            tape.step()
-            yield
-
-
-def trained(cohort: Cohort, engine: Engine) -> list[dict[Student, dict[str, float]]]:
-    """The terms of every epoch."""
-    cohort.engine = engine
-    return [{student: progress.terms for student, progress in report.progress.items()} for report in train(cohort)]
-
-
-GRID = [("base", 0), ("fsp", 0), ("at+kd", 0), ("fsp", 1), ("base", 1), ("crd", 0)]
-
-
-def grid(small_npz: Path, grid: list[tuple[str, int]] = GRID) -> list:
-    calm = {"at+kd": {"weights": {"at": 20.0}}, "crd": {"options": {"crd": {"negatives": 50, "dim": 8}}}}  # what suits maps of 8x8
-    return [config(small_npz, method=method, teacher="-", seed=seed, **calm.get(method, {})) for method, seed in grid]
-
-
 def test_the_step_that_a_graph_holds_is_the_eager_one_bit_for_bit(data: ImageData, small_npz: Path) -> None:
     for precision in ("fp32", "bf16"):
         plain, ours = a_cohort(data, grid(small_npz), precision)
         taped, theirs = a_cohort(data, grid(small_npz), precision)
-        expected, found = trained(plain, EagerEngine(precision, "")), trained(taped, Taped(precision, ""))
+        expected, found = train_with(plain, EagerEngine(precision, "")), train_with(taped, Taped(precision, ""))
         for one, other in zip(ours, theirs, strict=True):
             assert weights_of(one) == weights_of(other)
             assert [epoch[one] for epoch in expected] == [epoch[other] for epoch in found]
@@ -88,7 +54,7 @@ def test_so_it_is_with_resized_and_mixed_images(data: ImageData, small_npz: Path
     runs = [config(small_npz, method=method, seed=seed, crop="resized", **MIXED) for method, seed in (("kd", 0), ("sp", 0), ("kd", 1))]
     plain, ours = a_cohort(cropped, runs)
     taped, theirs = a_cohort(cropped, runs)
-    expected, found = trained(plain, EagerEngine("fp32", "")), trained(taped, Taped("fp32", ""))
+    expected, found = train_with(plain, EagerEngine("fp32", "")), train_with(taped, Taped("fp32", ""))
     for one, other in zip(ours, theirs, strict=True):
         assert weights_of(one) == weights_of(other)
         assert [epoch[one] for epoch in expected] == [epoch[other] for epoch in found]
@@ -99,7 +65,7 @@ def test_so_it_is_with_resized_and_mixed_images(data: ImageData, small_npz: Path
 def compiled(data: ImageData, small_npz: Path) -> tuple[Cohort, list[Student], list, CompiledEngine]:
     cohort, students = a_cohort(data, grid(small_npz))
     engine = CompiledEngine("fp32", "")
-    terms = trained(cohort, engine)
+    terms = train_with(cohort, engine)
     assert cohort.engine is engine, cohort.engine.why
     return cohort, students, terms, engine
 
@@ -143,7 +109,7 @@ def test_a_compiled_cohort_of_k_is_k_separate_runs_bit_for_bit(data: ImageData, 
     _, students, _, engine = compiled
     for run_, student in list(zip(grid(small_npz), students, strict=True))[1:4:2]:
         alone, (single,) = a_cohort(data, [run_])
-        trained(alone, engine)
+        train_with(alone, engine)
         assert weights_of(single) == weights_of(student)
 
 
@@ -164,10 +130,10 @@ def test_what_can_not_be_compiled_is_trained_eagerly_and_told(data: ImageData, s
         raise RuntimeError("no such compiler\nand more")
 
     plain, (one,) = a_cohort(data, grid(small_npz)[1:2])
-    trained(plain, EagerEngine("fp32", ""))
+    train_with(plain, EagerEngine("fp32", ""))
     cohort, (other,) = a_cohort(data, grid(small_npz)[1:2])
     monkeypatch.setattr("flowdistill.training.engine._compile", lambda function: refuses)
-    trained(cohort, CompiledEngine("fp32", ""))
+    train_with(cohort, CompiledEngine("fp32", ""))
     assert (cohort.engine.name, cohort.engine.why) == ("eager", "compiling failed (RuntimeError: no such compiler)")
     assert weights_of(one) == weights_of(other)
 
@@ -220,7 +186,7 @@ def test_a_compiled_run_is_recorded_as_such_and_resumes_bit_for_bit(small_npz: P
     for cut in (False, True):
         ledger = Ledger(tmp_path / str(cut), create=True)
         if cut:
-            from test_resume import Cut, Scissors
+            from helpers.interruptions import Cut, Scissors
 
             with pytest.raises(Cut):
                 run([config(small_npz)], ledger, CPU, engine="compiled", watcher=Scissors(6))

@@ -18,52 +18,23 @@ import pytest
 import torch
 import torchvision.transforms as tv
 from helpers.command import assert_refused, command
+from helpers.image_files import NAMES, csv_data, digits, folder_data, on, write
+from helpers.interruptions import cut_off
 from helpers.small import config
 from PIL import Image
-from sklearn.datasets import load_digits
-from test_resume import cut_off
 
 from flowdistill.checks import UserError
-from flowdistill.config import DataConfig, RunConfig, validate
 from flowdistill.data import image_files
 from flowdistill.data.batches import DeviceData
 from flowdistill.data.dataset import ImageData
-from flowdistill.data.sources import load
 from flowdistill.env import memory
 from flowdistill.ledger import Ledger
 from flowdistill.report.card import page
 from flowdistill.runner import load_network, resume, run
 from flowdistill.runner.card import measure
 from flowdistill.runner.evaluate import evaluate
-from flowdistill.talk import Remarks
 
 CPU = torch.device("cpu")
-NAMES = ("ant", "bee", "cat")
-
-
-def digits(n: int, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Real digits 0 to 2 of 8x8 and their labels, in the order in which files sorted by class are read."""
-    bunch = load_digits(n_class=3)
-    order = start + np.argsort(bunch.target[start : start + n], kind="stable")
-    return (bunch.images * 15).astype(np.uint8)[order], bunch.target[order].astype(np.int64)
-
-
-def write(folder: Path, images: np.ndarray, labels: np.ndarray, kind: str = "png") -> list[Path]:
-    """``FOLDER/CLASS/0007.png`` for each image."""
-    paths = []
-    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-        paths.append(folder / NAMES[label] / f"{number:04}.{kind}")
-        paths[-1].parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(paths[-1])
-    return paths
-
-
-def folder_data(place: Path, **keys: Any) -> ImageData:
-    return load(DataConfig.model_validate({"name": f"folder:{place}", "pad": 1} | keys), Remarks())
-
-
-def csv_data(place: Path, **keys: Any) -> ImageData:
-    return load(DataConfig.model_validate({"name": f"csv:{place}", "pad": 1} | keys), Remarks())
 
 
 @pytest.fixture
@@ -658,17 +629,6 @@ def test_a_long_thin_image_takes_no_memory(small: Path) -> None:
 
 
 # Training
-
-
-def on(name: str, **keys: Any) -> RunConfig:
-    return validate(
-        {
-            "student": "resnet8",
-            "data": {"name": name, "pad": 1, "flip": False} | keys.pop("data", {}),
-            "train": {"epochs": 1, "batch_size": 30, "lr": 0.05, "precision": "fp32"},
-            **keys,
-        }
-    )
 
 
 @pytest.mark.parametrize("split", ["full", "holdout"])

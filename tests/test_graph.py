@@ -12,23 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.cohorts import GRID, a_cohort, grid, train_with, weights_of
 from helpers.small import config
-from test_engines import GRID, grid, trained
-from test_training import a_cohort, weights_of
 
 from flowdistill.data.batches import DeviceData, SeedBatches
 from flowdistill.data.dataset import ImageData
-from flowdistill.data.sources import read_npz
 from flowdistill.methods.fsp import FSP
 from flowdistill.training import engine as engines
 from flowdistill.training import graph as graphs
 from flowdistill.training.engine import CompiledEngine, EagerEngine
 from flowdistill.training.graph import GraphEngine, StaticStep
-
-
-@pytest.fixture(scope="module")
-def data(small_npz: Path) -> ImageData:
-    return read_npz(small_npz)
 
 
 class Recorded:
@@ -87,9 +80,9 @@ def test_what_waits_is_trained_beside_the_graph_and_named(
 ) -> None:
     plain, ours = a_cohort(data, grid(small_npz))
     beside, theirs = a_cohort(data, grid(small_npz))
-    expected = trained(plain, EagerEngine("fp32", ""))
+    expected = train_with(plain, EagerEngine("fp32", ""))
     waits(monkeypatch)
-    found = trained(beside, GraphEngine(EagerEngine("fp32", ""), "bound by launches"))
+    found = train_with(beside, GraphEngine(EagerEngine("fp32", ""), "bound by launches"))
     for one, other in zip(ours, theirs, strict=True):
         assert weights_of(one) == weights_of(other)
         assert [epoch[one] for epoch in expected] == [epoch[other] for epoch in found]
@@ -107,7 +100,7 @@ def test_where_all_wait_the_engine_inside_trains(
 ) -> None:
     waits(monkeypatch)
     cohort, _ = a_cohort(data, grid(small_npz)[1:2])
-    trained(cohort, GraphEngine(EagerEngine("fp32", ""), ""))
+    train_with(cohort, GraphEngine(EagerEngine("fp32", ""), ""))
     assert (type(cohort.engine), replaying) == (EagerEngine, [])
     assert cohort.engine.why == "it can't be captured (RuntimeError: called a synchronizing CUDA operation)"
 
@@ -116,7 +109,7 @@ def test_a_lane_without_students_does_not_hinder(data: ImageData, small_npz: Pat
     cohort, students = a_cohort(data, grid(small_npz))
     gone = cohort.seed_groups[0].students[:]
     cohort.seed_groups[0].students.clear()
-    trained(cohort, GraphEngine(EagerEngine("fp32", ""), ""))
+    train_with(cohort, GraphEngine(EagerEngine("fp32", ""), ""))
     assert cohort.engine.name == "graph", cohort.engine.why
     assert replaying == [len(students) - len(gone)]
 
@@ -125,7 +118,7 @@ def test_streams_are_counted_by_group(data: ImageData, small_npz: Path, replayin
     """Two that teach each other are moved by one step, on one stream."""
     cohort, (first, second, _) = a_cohort(data, [config(small_npz), config(small_npz), config(small_npz, method="fsp", teacher="-")])
     first.peers, second.peers = (second,), (first,)
-    trained(cohort, GraphEngine(EagerEngine("fp32", ""), ""))
+    train_with(cohort, GraphEngine(EagerEngine("fp32", ""), ""))
     assert replaying == [2]
 
 
@@ -180,7 +173,7 @@ def test_a_capture_that_fails_tells_its_cause_and_puts_the_stream_back(
 def test_after_such_a_failure_nothing_is_captured(data: ImageData, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GraphEngine, "spent", "an earlier capture failed")
     cohort, _ = a_cohort(data, grid(small_npz)[:1])
-    trained(cohort, GraphEngine(EagerEngine("fp32", ""), ""))
+    train_with(cohort, GraphEngine(EagerEngine("fp32", ""), ""))
     assert (type(cohort.engine), cohort.engine.why) == (EagerEngine, "an earlier capture failed")
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.command import command
-from helpers.small import NET, Interrupt, config
+from helpers.networks import NET
+from helpers.small import Interrupt, config
 
 from flowdistill.checks import Changes, UserError
 from flowdistill.config import read_file, validate

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.method_cases import ALL, label, make, wanted, widest
 from helpers.pairs import PAIRS, network
-from test_methods import ALL, Scene, both, gradients, label, make, scene, total, wanted, widest
+from helpers.scenes import Scene, both, gradients, scene, total
 from torch import Tensor
 
 from flowdistill import models

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.command import command
+from helpers.networks import Tied
 from torch import Tensor, nn
 from torch.ao import quantization
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
@@ -21,22 +22,6 @@ from flowdistill import UserError, models
 from flowdistill.models import foreign
 from flowdistill.training.weights import hash_weights
 from flowdistill.types import DataSpec
-
-
-class Tied(nn.Module):
-    """A network for 8x8 digits whose two inner convolutions have one weight."""
-
-    def __init__(self, width: int = 4, seed: int = 0) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
-            self.first, self.second = (nn.Conv2d(width, width, 3, 2, 1, bias=False) for _ in range(2))
-            self.second.weight = self.first.weight
-            self.fc = nn.Linear(width, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.fc(self.second(self.first(self.stem(images)).relu()).relu().mean((2, 3)))
 
 
 @pytest.fixture

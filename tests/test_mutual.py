@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.cohorts import Taped
+from helpers.interruptions import STEPS, cut_off, outcome
 from helpers.small import config
-from test_engines import Taped
-from test_resume import STEPS, cut_off, outcome
 
 from flowdistill.checks import UserError
 from flowdistill.config import RunConfig

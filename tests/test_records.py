@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 import torch
 from helpers.command import Said, command
+from helpers.networks import NET
 from helpers.rows import row
-from helpers.small import NET, Interrupt, config
+from helpers.small import Interrupt, config
 
 from flowdistill.checks import UserError
 from flowdistill.ledger import Epoch, Ledger, compare, rows

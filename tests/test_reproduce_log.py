@@ -13,8 +13,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from helpers.command import command
+from helpers.fsp_log import accuracies, section
 from helpers.rows import run
-from test_reproduce import accuracies, section
 
 from flowdistill import reproduce as study
 from flowdistill.checks import UserError

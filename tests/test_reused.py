@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.networks import TWO_STAGE_NET, Tied
 from helpers.small import config
-from test_modules import Tied
-from test_tap_table import FILE
 
 import flowdistill
 from flowdistill import models
@@ -96,7 +95,7 @@ def test_networks_of_others_are_refused(
     student: str, teacher: str, foreign: str, taught: Ledger, small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("nets.py").write_text(FILE)
+    Path("nets.py").write_text(TWO_STAGE_NET)
     with pytest.raises(UserError) as caught:
         plan([config(small_npz, method="simkd", student=student, teacher=teacher)], taught, CPU, stand_in=True)
     cure = "name two that flowdistill models lists, or choose another method"

@@ -19,10 +19,10 @@ import pytest
 import torch
 import torchvision.transforms.v2 as tv
 from helpers.command import command
+from helpers.image_files import NAMES, csv_data, digits, folder_data, on, write
+from helpers.interruptions import Cut, Scissors, outcome
 from helpers.small import config
 from PIL import Image
-from test_folders import NAMES, csv_data, digits, folder_data, on, write
-from test_resume import Cut, Scissors, outcome
 from torch.utils.data._utils import signal_handling
 
 from flowdistill.checks import UserError

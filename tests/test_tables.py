@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from helpers.fsp_log import LOG
 from helpers.keys import CHANGED, every_key, put
 from helpers.rows import run
 
@@ -22,12 +23,6 @@ from flowdistill.report import pages, tables
 from flowdistill.report.tables import summary_rows
 
 IMAGES = 9_984  # the reference log dropped the last partial batch of 10,000 test images
-LOG = {
-    ("resnet20", "cifar10"): ([91.95713, 91.89703, 92.28766], [195, 187, 193]),
-    ("resnet20", "cifar100"): ([68.00881, 67.96875, 68.11899], [126, 155, 166]),
-    ("resnet110", "cifar10"): ([92.19752, 92.47797, 93.46955], [198, 172, 178]),
-    ("resnet110", "cifar100"): ([73.27724, 73.36739, 71.90505], [166, 167, 154]),
-}
 ACCURACIES = [accuracy for accuracies, _ in LOG.values() for accuracy in accuracies]
 EPOCHS = [epoch for _, epochs in LOG.values() for epoch in epochs]
 # The log averaged its batches in float32, whose steps are 7.6e-6 at 92: two of its twelve are 1e-5 off the fraction of whole

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.command import command
+from helpers.networks import TWO_STAGE_NET
 from helpers.small import config
 from safetensors.torch import save_file
 
@@ -150,7 +151,7 @@ def test_what_two_students_compare_is_told_of_each(taught, small_npz, tmp_path, 
     """Alike to the letter, but for the name."""
     monkeypatch.chdir(tmp_path)
     for name in ("one.py", "two.py"):
-        Path(name).write_text(FILE)
+        Path(name).write_text(TWO_STAGE_NET)
     watcher, keys = Lines(), {"method": "at", "teacher": 1, "weights": {"at": 0.01}, "train": {"epochs": 1}}
     run([config(small_npz, student=f"{name}.py:Tiny", **keys) for name in ("one", "two")], taught, CPU, watcher=watcher)
     lines = [line.split(":")[0].strip() for line in watcher.said if line.startswith(("taps", "  stage"))]
@@ -174,21 +175,9 @@ def test_networks_with_other_stages_are_paired(taught, small_npz):
     assert "taps of resnet18 <- resnet14, stages paired by stride" in watcher.said
 
 
-FILE = """
-from torch import nn
-class Tiny(nn.Module):
-    def __init__(self, classes, channels):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(channels, 4, 3, 2, 1), nn.Conv2d(4, 8, 3, 2, 1)
-        self.out = nn.Linear(8, classes)
-    def forward(self, x):
-        return self.out(self.b(self.a(x).relu()).relu().mean((2, 3)))
-"""
-
-
 def test_a_file_of_ones_own_is_trained_resumed_taught_by_and_evaluated(taught, small_npz, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("nets.py").write_text(FILE)
+    Path("nets.py").write_text(TWO_STAGE_NET)
     (own,) = run([config(small_npz, student="nets.py:Tiny", method="fsp", teacher=1, options={"fsp": {"adapter": "conv1x1"}})], taught, CPU)
     assert (own.status, own.student) == ("finished", "nets.py:Tiny")
     net, about = load_network(taught.run_folder(own.no) / "student.safetensors")
@@ -197,7 +186,7 @@ def test_a_file_of_ones_own_is_trained_resumed_taught_by_and_evaluated(taught, s
     (pupil,) = run([config(small_npz, method="kd", teacher=own.no)], taught, CPU)
     assert pupil.teacher_accuracy == own.accuracy
     before = plan([config(small_npz, student="nets.py:Tiny", method="base")], taught, CPU)[0].fingerprint
-    Path("nets.py").write_text(FILE + "# changed\n")
+    Path("nets.py").write_text(TWO_STAGE_NET + "# changed\n")
     assert plan([config(small_npz, student="nets.py:Tiny", method="base")], taught, CPU)[0].fingerprint != before
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.command import command
+from helpers.interruptions import cut_off
 from helpers.small import config
-from test_resume import cut_off
 from torch import Tensor
 
 from flowdistill import UserError, distill, models, train

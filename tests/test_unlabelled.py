@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.cohorts import a_cohort
 from helpers.small import config
+from helpers.task import STILL, answers, first_epoch, slow_task
 from PIL import Image
 from sklearn.datasets import load_digits
-from test_task import STILL, answers, first_epoch, slow_task
-from test_training import a_cohort
 
 from flowdistill import models
 from flowdistill.checks import UserError
@@ -21,7 +21,7 @@ from flowdistill.config import DataConfig, RunConfig, validate
 from flowdistill.data import image_files
 from flowdistill.data.batches import DeviceData, SeedBatches
 from flowdistill.data.dataset import ImageData, Unlabelled
-from flowdistill.data.sources import load, load_unlabelled, read_npz
+from flowdistill.data.sources import load, load_unlabelled
 from flowdistill.ledger import Ledger
 from flowdistill.methods.kd import kd_loss
 from flowdistill.report import tables
@@ -40,11 +40,6 @@ CPU = torch.device("cpu")
 def digits(n: int = 120) -> np.ndarray:
     """Real digits of 8x8 that the small data set has not."""
     return (load_digits().images[500 : 500 + n] * 15).astype(np.uint8)
-
-
-@pytest.fixture(scope="module")
-def data(small_npz: Path) -> ImageData:
-    return read_npz(small_npz)
 
 
 @pytest.fixture(scope="module")

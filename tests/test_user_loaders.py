@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.command import command
-from test_modules import Tied
+from helpers.networks import Tied
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset, WeightedRandomSampler
 

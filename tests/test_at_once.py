@@ -82,7 +82,7 @@ def test_gradients_have_type_and_layout_of_their_weights() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_networks_that_run_each_layer_once_do(name: str) -> None:
+def test_networks_marked_each_once_run_each_layer_once(name: str) -> None:
     """So that one operation may count the batches of all their normalisations."""
     spec = DataSpec("images", 100, 10, 3, 32, 32)
     with torch.device("meta"):

@@ -101,7 +101,7 @@ def test_the_first_of_several_maps_is_named_with_those_that_break_with_it(data: 
     assert error.startswith(f"stopped in epoch 1: the teacher's {what} not finite on batch 1 of 4; ")
 
 
-def test_students_that_do_not_look_at_it_go_on(data: ImageData, small_npz: Path) -> None:
+def test_students_that_do_not_use_the_broken_map_go_on(data: ImageData, small_npz: Path) -> None:
     runs = [config(small_npz, method=method, teacher="-", train={"epochs": 1}) for method in ("base", "kd", "at")]
     cohort, (base, kd, at) = a_cohort(data, runs)
     teacher = cohort.seed_groups[0].teacher
@@ -198,7 +198,7 @@ def test_the_first_term_is_named(data: ImageData, small_npz: Path, step: int, te
 
 
 @pytest.mark.parametrize(("harm", "what"), [("fc.bias", "weight fc.bias"), ("bn1.running_var", "buffer bn1.running_var")])
-def test_a_student_whose_losses_were_finite(
+def test_a_student_that_breaks_after_finite_losses_is_named(
     data: ImageData, small_npz: Path, harm: str, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cohort, (student,) = a_cohort(data, [config(small_npz, method="base", teacher="-")])
@@ -214,7 +214,7 @@ def test_a_student_whose_losses_were_finite(
     assert report.progress[student].error == f"diverged in epoch 1: {what}, though its losses are; lower train.lr or weights.task"
 
 
-def test_a_peer_that_broke_is_the_one_that_is_told(teacher_outputs: Ledger, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_the_peer_that_broke(teacher_outputs: Ledger, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flowdistill.runner.cohorts.choose", lambda *_, **__: Harmed(2, ("task", "dml"), of=1))
     run([config(small_npz, method="dml", **FEW)], teacher_outputs, CPU)
     one, other = [found for found in teacher_outputs.runs() if found.method == "dml"]
@@ -226,7 +226,7 @@ def test_a_peer_that_broke_is_the_one_that_is_told(teacher_outputs: Ledger, smal
 
 
 @pytest.mark.parametrize("method", ["base", "kd"])
-def test_a_student_that_is_broken_from_the_start(data: ImageData, small_npz: Path, method: str) -> None:
+def test_a_student_that_is_broken_from_the_start_is_named(data: ImageData, small_npz: Path, method: str) -> None:
     for harm, line in (
         ("layer1.0.conv1.weight", "student resnet8: its weight layer1.0.conv1.weight is not finite; is its file whole?"),
         ("", "student resnet8: its logits are not finite on the first batch, before any step, though its weights are; mend it"),
@@ -241,7 +241,7 @@ def test_a_student_that_is_broken_from_the_start(data: ImageData, small_npz: Pat
         assert str(caught.value).startswith(line)
 
 
-def test_a_term_that_is_broken_from_the_start(data: ImageData, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_term_that_is_broken_from_the_start_is_named(data: ImageData, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cohort, (student,) = a_cohort(data, [config(small_npz, method="kd", teacher="-")])
     original = type(student.method).forward
     monkeypatch.setattr(type(student.method), "forward", lambda *args: {"kd": original(*args)["kd"] * torch.inf})
@@ -251,7 +251,7 @@ def test_a_term_that_is_broken_from_the_start(data: ImageData, small_npz: Path, 
         first_gradients(cohort)
 
 
-def test_a_teacher_that_is_broken_from_the_start(teacher_outputs: Ledger, small_npz: Path) -> None:
+def test_a_teacher_that_is_broken_from_the_start_is_named(teacher_outputs: Ledger, small_npz: Path) -> None:
     cohort = prepared(teacher_outputs, small_npz, "ofd")
     teacher = cohort.seed_groups[0].teacher
     assert teacher is not None

@@ -49,7 +49,7 @@ def test_the_step_that_a_graph_holds_is_the_eager_one_bit_for_bit(data: ImageDat
 MIXED = {"teacher": "-", "weights": {"task": 0.0}, "train": {"mixup": True}}
 
 
-def test_so_it_is_with_resized_and_mixed_images(data: ImageData, small_npz: Path) -> None:
+def test_the_step_that_a_graph_holds_is_the_eager_one_on_resized_and_mixed_images(data: ImageData, small_npz: Path) -> None:
     cropped = replace(data, crop="resized", pad=0)
     runs = [config(small_npz, method=method, seed=seed, crop="resized", **MIXED) for method, seed in (("kd", 0), ("sp", 0), ("kd", 1))]
     plain, ours = a_cohort(cropped, runs)
@@ -176,7 +176,7 @@ def test_the_choice_and_its_reason(
     assert why in found.why
 
 
-def test_an_engine_that_there_is_not_is_refused() -> None:
+def test_an_unknown_engine_is_refused() -> None:
     with pytest.raises(UserError, match="engine 'compile': did you mean 'compiled'"):
         choose("compile", CPU, "fp32", pixels=LONG)
 

@@ -188,7 +188,7 @@ def test_images_are_turned_as_exif_says(tmp_path: Path, orientation: int, kind: 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "webp", "tif"])
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_where_all_are_turned_streamed_are_as_held(tmp_path: Path, orientation: int, kind: str) -> None:
+def test_turned_images_are_streamed_as_they_are_held(tmp_path: Path, orientation: int, kind: str) -> None:
     """The header's size is that of the image as it is seen."""
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -245,14 +245,14 @@ def test_folders_below_a_class_belong_to_it(small: Path) -> None:
     assert folder_data(small).hash() == before.hash()
 
 
-def test_of_test_and_val_test_is_read(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_test_folder_is_read_and_val_is_not(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = folder_data(small)
     (small / "val" / "dodo").mkdir(parents=True)
     assert folder_data(small).hash() == before.hash()
     assert capsys.readouterr().err == f"folder:{small}: test is read, val is not\n"
 
 
-def test_of_test_and_val_rows_test_is_read(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_test_rows_are_read_and_val_rows_are_not(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = folder_data(small)
     rows = [f"{p.relative_to(small)},{p.parent.name},{p.parts[-3]}" for p in sorted(small.rglob("*.png"))]
     shutil.copy(small / "test" / "ant" / "0000.png", small / "more.png")

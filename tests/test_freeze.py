@@ -92,7 +92,7 @@ def test_resumed_is_the_straight_run(ledger: Ledger, small_npz: Path, tmp_path: 
     assert not torch.equal(weights["layer2.0.bn1.running_mean"], fresh["layer2.0.bn1.running_mean"])
 
 
-def test_frozen_or_not_are_two_fingerprints_and_no_order_of_names_is_a_third(ledger: Ledger, small_npz: Path) -> None:
+def test_freezing_changes_the_fingerprint_and_the_order_of_names_does_not(ledger: Ledger, small_npz: Path) -> None:
     plain = config(small_npz, train={"weight_decay": 0.01})
     first, second = run([plain, frozen(small_npz, method="base", teacher=None)], ledger, CPU)
     assert first.fingerprint != second.fingerprint

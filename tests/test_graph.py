@@ -95,7 +95,7 @@ def test_what_waits_is_trained_beside_the_graph_and_named(
     assert replaying == [len(GRID) - 2]
 
 
-def test_where_all_wait_the_engine_inside_trains(
+def test_a_cohort_that_can_not_be_captured_is_trained_by_the_inner_engine(
     data: ImageData, small_npz: Path, replaying: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits(monkeypatch)
@@ -105,7 +105,7 @@ def test_where_all_wait_the_engine_inside_trains(
     assert cohort.engine.why == "it can't be captured (RuntimeError: called a synchronizing CUDA operation)"
 
 
-def test_a_lane_without_students_does_not_hinder(data: ImageData, small_npz: Path, replaying: list[int]) -> None:
+def test_a_seed_group_without_students_does_not_hinder_the_capture(data: ImageData, small_npz: Path, replaying: list[int]) -> None:
     cohort, students = a_cohort(data, grid(small_npz))
     gone = cohort.seed_groups[0].students[:]
     cohort.seed_groups[0].students.clear()
@@ -170,14 +170,14 @@ def test_a_capture_that_fails_tells_its_cause_and_puts_the_stream_back(
     assert GraphEngine.spent == (told if spent else "")
 
 
-def test_after_such_a_failure_nothing_is_captured(data: ImageData, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_failed_capture_nothing_is_captured(data: ImageData, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GraphEngine, "spent", "an earlier capture failed")
     cohort, _ = a_cohort(data, grid(small_npz)[:1])
     train_with(cohort, GraphEngine(EagerEngine("fp32", ""), ""))
     assert (type(cohort.engine), cohort.engine.why) == (EagerEngine, "an earlier capture failed")
 
 
-def test_what_was_captured_before_such_a_failure_is_still_replayed(
+def test_a_step_captured_before_a_failed_capture_is_still_replayed(
     data: ImageData, small_npz: Path, replaying: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A capture of the evaluation may fail after that of the step."""

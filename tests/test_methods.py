@@ -311,7 +311,7 @@ def test_a_teacher_of_other_classes_teaches_or_is_refused_by_both_numbers(name: 
     assert all(value.shape == () and value.isfinite() for value in terms.values())
 
 
-def test_who_takes_a_teacher_of_other_classes() -> None:
+def test_methods_that_compare_classes_refuse_a_teacher_of_other_classes() -> None:
     """Those that compare logits or class maps do not."""
     pair = models.spec("resnet8", DATA), models.spec("resnet14", TEN)
     takes = {name for name in METHODS if name not in ("base", "simkd") and not refused(name, {}, pair)}
@@ -319,7 +319,7 @@ def test_who_takes_a_teacher_of_other_classes() -> None:
     assert set(METHODS) - takes == logits | {"base", "simkd", "cat_kd", "irg"}
 
 
-def test_who_takes_a_teacher_of_as_many_classes_in_another_order() -> None:
+def test_methods_that_compare_classes_refuse_another_order_of_them() -> None:
     """Those that take one of another number; where one side has no names nobody can know."""
 
     def refusals(ours: str, theirs: str) -> dict[str, str]:
@@ -339,7 +339,7 @@ def test_logits_on_the_embedding_takes_a_teacher_of_other_classes() -> None:
     assert refused("logits", {"on": "embedding"}, pair) == ""
 
 
-def test_what_logits_compares_is_dumped_where_it_is_not_the_logits() -> None:
+def test_the_option_on_of_logits_is_dumped_where_it_is_not_the_default() -> None:
     """A run that was recorded before there was a choice keeps its fingerprint."""
     plain, embedded = (resolve("logits", {"logits": given}, {}) for given in ({"on": "logits"}, {"on": "embedding"}))
     assert (plain.options["logits"].model_dump(), plain.variant) == ({}, "")

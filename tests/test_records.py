@@ -225,7 +225,7 @@ def test_a_ledger_is_never_begun_at_1_beside_folders_of_runs(work: Path, small_n
     assert contents(work / "runs") == files
 
 
-def test_after_a_rebuild_all_goes_on(made: Path, work: Path, small_npz: Path) -> None:
+def test_after_a_rebuild_tables_are_the_same_and_runs_go_on(made: Path, work: Path, small_npz: Path) -> None:
     with opened(work / "runs") as ledger:
         table = tables.log_table(ledger.runs(), "last", "md")
     (work / "runs/ledger.db").unlink()

@@ -462,7 +462,7 @@ def test_resume_by_command(taught: Ledger, small_npz: Path, tmp_path: Path) -> N
     assert again.err.startswith("nothing was cut off")
 
 
-def test_a_dead_run_is_shown_so(taught: Ledger, small_npz: Path, tmp_path: Path) -> None:
+def test_a_dead_run_is_shown_as_dead(taught: Ledger, small_npz: Path, tmp_path: Path) -> None:
     (interrupted,) = cut_off([config(small_npz)], taught, STEPS + 1)
     taught.update(interrupted.no, status="running")
     assert command(tmp_path, "runs").out.splitlines()[2].startswith("2   dead")

@@ -289,7 +289,7 @@ def test_what_does_not_fit_is_streamed_and_never_held(tmp_path: Path, monkeypatc
     assert min(peaks) < taken / 3
 
 
-def test_it_is_told_and_recorded_and_goes_on_so_where_memory_is_larger(
+def test_a_run_that_memory_made_streamed_stays_streamed_where_memory_is_larger(
     small: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
@@ -329,7 +329,7 @@ def test_the_hash_is_of_names_sizes_and_classes(small: Path) -> None:
     assert folder_data(small, stream=True).hash() != before
 
 
-def test_a_fifth_is_chosen_by_the_names(tmp_path: Path) -> None:
+def test_without_a_split_the_streamed_fifth_is_chosen_by_the_names(tmp_path: Path) -> None:
     shown, labels = digits(60)
     write(tmp_path / "a", shown, labels)
     before = folder_data(tmp_path / "a", stream=True).x_test[:]

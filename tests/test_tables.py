@@ -230,7 +230,7 @@ def test_seeds_are_one_group_and_recipes_are_not() -> None:
         ("nets.py:Small", "resnet20", "ResNet20>>nets.py:Small"),
     ],
 )
-def test_pair(student: str, teacher: str, shown: str) -> None:
+def test_a_pair_is_printed_student_behind_teacher(student: str, teacher: str, shown: str) -> None:
     method = "base" if teacher == "-" else "fsp"
     assert tables.pair(run(student=student, teacher=teacher, method=method)) == shown
 
@@ -286,7 +286,7 @@ def test_no_two_headings_are_the_same() -> None:
     assert len(set(found)) == 3, found
 
 
-def test_what_is_alike_is_not_said() -> None:
+def test_headings_leave_out_what_is_alike() -> None:
     assert headings(numbered([{"lr": 0.1, "seed": 0}, {"lr": 0.05, "seed": 3}])) == [
         "ResNet20>>20/Cifar10 train.lr=0.1 (92.0)",
         "ResNet20>>20/Cifar10 train.lr=0.05 (92.0)",
@@ -381,7 +381,7 @@ def test_the_base_may_come_last() -> None:
     ("teacher_runs", "told"),
     [([1, 1, 1], "one teacher"), ([1, 2, 3], "3 teachers"), ([1, 2, 1], "2 teachers"), ([None] * 3, "one teacher")],
 )
-def test_number_of_teachers(teacher_runs: list[int | None], told: str) -> None:
+def test_the_number_of_teachers_is_told(teacher_runs: list[int | None], told: str) -> None:
     runs = numbered([row | {"teacher_run": number} for row, number in zip(seeds(FSP), teacher_runs, strict=True)])
     assert tables.summary_rows(runs, "last")[0]["teachers"] == told
     assert f"; {told}" in tables.log_table(runs, "last", "md").splitlines()[2]

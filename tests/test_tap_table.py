@@ -43,7 +43,7 @@ def test_the_table_of_a_network(tmp_path):
     ]
 
 
-def test_its_options(tmp_path):
+def test_taps_takes_size_channels_and_classes(tmp_path):
     rows = printed(tmp_path, "resnet20", "--size", "16", "--channels", "1", "--classes", "7")
     found = {row["name"]: row for row in rows}
     assert found["stage3"]["size"] == "4x4"
@@ -62,7 +62,7 @@ def test_what_is_printed_is_read_back(tmp_path, format_):
 
 
 @pytest.mark.parametrize("content", ["", "name,path\nstage1,layer1\n", "[1, 2]", '[{"name": 1, "module": "a"}]', "\0\n\0"])
-def test_no_table(tmp_path, content):
+def test_a_file_that_is_no_table_is_refused(tmp_path, content):
     path = tmp_path / "t.csv"
     path.write_text(content)
     with pytest.raises(UserError, match=r"no table with the columns name and module; write one with flowdistill taps MODEL --format csv"):
@@ -78,7 +78,7 @@ def test_no_table(tmp_path, content):
         '[{"name": "stage1", "module": "a"}, {"name": "stage2", "module": "b"}, {"name": "stage1", "module": "c"}]',
     ],
 )
-def test_a_tap_that_is_named_twice(tmp_path, content):
+def test_a_tap_that_is_named_twice_is_refused(tmp_path, content):
     path = tmp_path / "t.csv"
     path.write_text(content)
     with pytest.raises(UserError, match=r"t\.csv: tap stage1 is named twice, as a and as c; keep one of the rows$"):
@@ -142,7 +142,7 @@ def test_tables_say_which_images_and_taps_were_given(taught, small_npz):
 
 
 @pytest.mark.parametrize("given", [{"inputs": {"student": {"size": 12}}}, {"taps": {"student": {"stage1": "stage1"}}}])
-def test_a_method_that_builds_another_network_takes_neither(taught, small_npz, given):
+def test_simkd_refuses_taps_and_inputs_of_the_student(taught, small_npz, given):
     with pytest.raises(UserError, match="simkd trains another network than resnet8; leave taps and inputs of the student out"):
         plan([config(small_npz, method="simkd", teacher=1, **given)], taught, CPU)
 
@@ -229,6 +229,6 @@ def test_a_student_of_another_size_ships_with_it(taught, small_npz):
         ({"student": {"sise": 3}}, "did you mean 'size'?"),
     ],
 )
-def test_inputs_that_are_none(inputs, words):
+def test_wrong_inputs_are_refused(inputs, words):
     with pytest.raises(UserError, match=words.replace("?", r"\?")):
         validate({"inputs": inputs})

@@ -203,5 +203,5 @@ def test_broken_files_are_refused_or_skipped_even_if_all_are(tmp_path: Path, dat
     assert "1 of 2 images can't be read: a.png" in capsys.readouterr().err
 
 
-def test_the_data_set_is_loaded_without_them(small_npz: Path) -> None:
+def test_loading_a_data_set_leaves_out_its_unlabelled_images(small_npz: Path) -> None:
     assert load(DataConfig(name=f"npz:{small_npz}", unlabelled="npz:none.npz")).unlabelled is None

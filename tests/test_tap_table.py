@@ -193,7 +193,7 @@ def test_a_file_of_ones_own_is_trained_resumed_taught_by_and_evaluated(taught, s
 def test_a_teacher_sees_what_it_was_trained_on(ledger, small_npz, tmp_path):
     """The same weights, told to expect pixels from 0 to 1, answer the same only where that is undone."""
     with_a_teacher(ledger, small_npz)
-    no = plan([config(small_npz, method="kd", teacher=1)], ledger, CPU)[0]
+    job = plan([config(small_npz, method="kd", teacher=1)], ledger, CPU)[0]
     about = load_network(ledger.run_folder(1) / "student.safetensors")[1]
     weights = dict(load_network(ledger.run_folder(1) / "student.safetensors")[0].state_dict())
     save_file(weights, tmp_path / "bare.safetensors")
@@ -204,7 +204,7 @@ def test_a_teacher_sees_what_it_was_trained_on(ledger, small_npz, tmp_path):
         for keys in ({"teacher": 1}, {"teacher": foreign}, {"teacher": foreign, "inputs": inputs})
     ]
     assert accuracies[0] == accuracies[1] != accuracies[2]
-    assert no.teacher.view.mean == about.mean
+    assert job.teacher.input_spec.mean == about.mean
 
 
 def test_a_student_of_another_size_ships_with_it(taught, small_npz):

@@ -23,14 +23,14 @@ IMAGES = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_is_the_same_bit_for_bit(small_npz: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = read_npz(small_npz)
-    cohort, ours = a_cohort(data, grid(small_npz), precision)
+    cohort, students = a_cohort(data, grid(small_npz), precision)
     terms = train_with(cohort, EagerEngine(precision, ""))
     monkeypatch.setattr(ImageNetwork, "each_once", False)
-    layer_by_layer, theirs = a_cohort(data, grid(small_npz), precision)
+    layer_by_layer, plain_students = a_cohort(data, grid(small_npz), precision)
     expected = train_with(layer_by_layer, EagerEngine(precision, ""))
-    for one, other in zip(ours, theirs, strict=True):
-        assert weights_of(one) == weights_of(other)
-        assert [epoch[one] for epoch in terms] == [epoch[other] for epoch in expected]
+    for student, plain_student in zip(students, plain_students, strict=True):
+        assert weights_of(student) == weights_of(plain_student)
+        assert [epoch[student] for epoch in terms] == [epoch[plain_student] for epoch in expected]
 
 
 class Casts(TorchDispatchMode):

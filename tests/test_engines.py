@@ -38,12 +38,12 @@ TAPS = ("stem", "stage1", "stage2", "stage3")
 
 def test_the_step_that_a_graph_holds_is_the_eager_one_bit_for_bit(data: ImageData, small_npz: Path) -> None:
     for precision in ("fp32", "bf16"):
-        plain, ours = a_cohort(data, grid(small_npz), precision)
-        taped, theirs = a_cohort(data, grid(small_npz), precision)
+        plain, plain_students = a_cohort(data, grid(small_npz), precision)
+        taped, taped_students = a_cohort(data, grid(small_npz), precision)
         expected, found = train_with(plain, EagerEngine(precision, "")), train_with(taped, Taped(precision, ""))
-        for one, other in zip(ours, theirs, strict=True):
-            assert weights_of(one) == weights_of(other)
-            assert [epoch[one] for epoch in expected] == [epoch[other] for epoch in found]
+        for student, taped_student in zip(plain_students, taped_students, strict=True):
+            assert weights_of(student) == weights_of(taped_student)
+            assert [epoch[student] for epoch in expected] == [epoch[taped_student] for epoch in found]
 
 
 MIXED = {"teacher": "-", "weights": {"task": 0.0}, "train": {"mixup": True}}
@@ -52,12 +52,12 @@ MIXED = {"teacher": "-", "weights": {"task": 0.0}, "train": {"mixup": True}}
 def test_the_step_that_a_graph_holds_is_the_eager_one_on_resized_and_mixed_images(data: ImageData, small_npz: Path) -> None:
     cropped = replace(data, crop="resized", pad=0)
     runs = [config(small_npz, method=method, seed=seed, crop="resized", **MIXED) for method, seed in (("kd", 0), ("sp", 0), ("kd", 1))]
-    plain, ours = a_cohort(cropped, runs)
-    taped, theirs = a_cohort(cropped, runs)
+    plain, plain_students = a_cohort(cropped, runs)
+    taped, taped_students = a_cohort(cropped, runs)
     expected, found = train_with(plain, EagerEngine("fp32", "")), train_with(taped, Taped("fp32", ""))
-    for one, other in zip(ours, theirs, strict=True):
-        assert weights_of(one) == weights_of(other)
-        assert [epoch[one] for epoch in expected] == [epoch[other] for epoch in found]
+    for student, taped_student in zip(plain_students, taped_students, strict=True):
+        assert weights_of(student) == weights_of(taped_student)
+        assert [epoch[student] for epoch in expected] == [epoch[taped_student] for epoch in found]
     assert [list(terms) for terms in expected[0].values()] == [["kd"], ["sp"], ["kd"]]
 
 
@@ -72,26 +72,26 @@ def compiled(data: ImageData, small_npz: Path) -> tuple[Cohort, list[Student], l
 
 def test_each_compiled_step_is_the_eager_one_within_rounding(data: ImageData, small_npz: Path, compiled: tuple) -> None:
     """From the same weights and momenta; over many steps a rounding that turns a ReLU grows, in eager with two threads as well."""
-    plain, ours = a_cohort(data, grid(small_npz))
-    other, theirs = a_cohort(data, grid(small_npz))
+    plain, eager_students = a_cohort(data, grid(small_npz))
+    compiled_cohort, compiled_students = a_cohort(data, grid(small_npz))
     eager, engine, steps = EagerEngine("fp32", ""), compiled[3], plain.seed_groups[0].batches.steps
-    for student in (*ours, *theirs):
+    for student in (*eager_students, *compiled_students):
         student.begin_phase(0)
         student.begin_epoch()
     for epoch in range(2):
-        rates = [{student: student.rates(epoch, 2, steps) for student in students} for students in (ours, theirs)]
-        expected, found = eager.epoch(plain.seed_groups, epoch, rates[0]), engine.epoch(other.seed_groups, epoch, rates[1])
+        rates = [{student: student.rates(epoch, 2, steps) for student in students} for students in (eager_students, compiled_students)]
+        expected, found = eager.epoch(plain.seed_groups, epoch, rates[0]), engine.epoch(compiled_cohort.seed_groups, epoch, rates[1])
         for _ in range(steps):
-            stood = {one: [value.clone() for value in _moving(one)] for one in ours}
-            for one, again in zip(ours, theirs, strict=True):
-                for value, copied in zip(_moving(one), _moving(again), strict=True):
+            stood = {eager_student: [value.clone() for value in _moving(eager_student)] for eager_student in eager_students}
+            for eager_student, compiled_student in zip(eager_students, compiled_students, strict=True):
+                for value, copied in zip(_moving(eager_student), _moving(compiled_student), strict=True):
                     copied.copy_(value)
             next(expected)
             next(found)
-            for one, again in zip(ours, theirs, strict=True):
-                for term, value in one.sums.items():
-                    assert float(again.sums[term]) == pytest.approx(float(value), rel=1e-5, abs=1e-6), (epoch, term)
-                for before, value, computed in zip(stood[one], _moving(one), _moving(again), strict=True):
+            for eager_student, compiled_student in zip(eager_students, compiled_students, strict=True):
+                for term, value in eager_student.sums.items():
+                    assert float(compiled_student.sums[term]) == pytest.approx(float(value), rel=1e-5, abs=1e-6), (epoch, term)
+                for before, value, computed in zip(stood[eager_student], _moving(eager_student), _moving(compiled_student), strict=True):
                     off, moved = (computed - value).double().norm(), (value - before).double().norm()
                     assert off <= 1e-2 * moved  # 0.6 % where a rounding turns a ReLU; eager with two threads: 0.9 %
 
@@ -309,12 +309,12 @@ def test_images_kept_in_host_memory_give_the_same_batches(data: ImageData, monke
     fetched = DeviceData(data, "full", CPU)
     assert (resident.resident, fetched.resident) == (True, False)
     streams = [SeedBatches(images, 3, 64, mixup=mixed) for images in (resident, fetched)]
-    for (ours, known), (theirs, told) in zip(*(stream.epoch(2) for stream in streams), strict=True):
-        assert torch.equal(ours, theirs)
-        assert (known.labels is None, told.labels is None) == (mixed, mixed)
-        assert mixed or torch.equal(known.labels, told.labels)
-        assert torch.equal(known.indices, told.indices)
-        assert int(told.epoch) == 2
+    for (resident_images, resident_batch), (fetched_images, fetched_batch) in zip(*(stream.epoch(2) for stream in streams), strict=True):
+        assert torch.equal(resident_images, fetched_images)
+        assert (resident_batch.labels is None, fetched_batch.labels is None) == (mixed, mixed)
+        assert mixed or torch.equal(resident_batch.labels, fetched_batch.labels)
+        assert torch.equal(resident_batch.indices, fetched_batch.indices)
+        assert int(fetched_batch.epoch) == 2
 
 
 def test_memory_does_not_grow_over_fifty_epochs(data: ImageData, small_npz: Path) -> None:

@@ -215,10 +215,10 @@ def test_images_of_several_sizes_are_resized_as_torchvision_does(tmp_path: Path,
         for number, image in enumerate(own):
             Image.fromarray(image).save(tmp_path / split / NAMES[label] / f"{number}.png")
     data = folder_data(tmp_path, size=size)
-    theirs = tv.Compose([tv.Resize(size), tv.CenterCrop(size)])
-    for split, ours in (("train", data.x_train), ("test", data.x_test)):
-        want = [np.asarray(theirs(Image.fromarray(image))) for label in range(3) for image in images[split, label]]
-        np.testing.assert_array_equal(ours, np.stack(want))
+    torchvisions = tv.Compose([tv.Resize(size), tv.CenterCrop(size)])
+    for split, images_read in (("train", data.x_train), ("test", data.x_test)):
+        want = [np.asarray(torchvisions(Image.fromarray(image))) for label in range(3) for image in images[split, label]]
+        np.testing.assert_array_equal(images_read, np.stack(want))
 
 
 def test_what_is_hidden_is_ignored_and_what_is_no_image_is_told(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -636,10 +636,10 @@ def test_training_is_that_on_the_same_arrays_bit_for_bit(small: Path, ledger: Le
     (x_train, y_train), (x_test, y_test) = digits(90), digits(30, 90)
     np.savez(small.parent / "same.npz", x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
     names = (f"folder:{small}", f"npz:{small.parent / 'same.npz'}")
-    ours, theirs = (run([on(name, split=split)], ledger, CPU, again=True)[0] for name in names)
-    assert (ours.data_hash, ours.weights_hash) == (theirs.data_hash, theirs.weights_hash)
-    assert (ours.correct, ours.images, ours.dataset) == (theirs.correct, 30, "birds")
-    assert [run([on(name, split=split)], ledger, CPU)[0].no for name in names] == [ours.no, theirs.no], "one has names"
+    of_folder, of_arrays = (run([on(name, split=split)], ledger, CPU, again=True)[0] for name in names)
+    assert (of_folder.data_hash, of_folder.weights_hash) == (of_arrays.data_hash, of_arrays.weights_hash)
+    assert (of_folder.correct, of_folder.images, of_folder.dataset) == (of_arrays.correct, 30, "birds")
+    assert [run([on(name, split=split)], ledger, CPU)[0].no for name in names] == [of_folder.no, of_arrays.no], "one has names"
 
 
 def test_classes_under_other_names_are_trained_anew_and_not_gone_on_with(small: Path, ledger: Ledger) -> None:

@@ -78,16 +78,16 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_waits_is_trained_beside_the_graph_and_named(
     data: ImageData, small_npz: Path, replaying: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, ours = a_cohort(data, grid(small_npz))
-    beside, theirs = a_cohort(data, grid(small_npz))
+    plain, plain_students = a_cohort(data, grid(small_npz))
+    beside, students = a_cohort(data, grid(small_npz))
     expected = train_with(plain, EagerEngine("fp32", ""))
     waits(monkeypatch)
     found = train_with(beside, GraphEngine(EagerEngine("fp32", ""), "bound by launches"))
-    for one, other in zip(ours, theirs, strict=True):
-        assert weights_of(one) == weights_of(other)
-        assert [epoch[one] for epoch in expected] == [epoch[other] for epoch in found]
+    for plain_student, beside_student in zip(plain_students, students, strict=True):
+        assert weights_of(plain_student) == weights_of(beside_student)
+        assert [epoch[plain_student] for epoch in expected] == [epoch[beside_student] for epoch in found]
     assert beside.engine.name == "graph"
-    assert [beside.engine.of(student) for student in theirs] == ["eager" if method == "fsp" else "graph" for method, _ in GRID]
+    assert [beside.engine.of(student) for student in students] == ["eager" if method == "fsp" else "graph" for method, _ in GRID]
     cause = "it can't be captured (RuntimeError: called a synchronizing CUDA operation)"
     assert beside.engine.why == "; ".join(["bound by launches", *[f"fsp resnet8 beside it, eager: {cause}"] * 2])
     captured = {student.resolved.name for seed_group in beside.engine._step.seed_groups for student in seed_group.students}  # type: ignore[attr-defined]

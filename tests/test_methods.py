@@ -322,8 +322,11 @@ def test_methods_that_compare_classes_refuse_a_teacher_of_other_classes() -> Non
 def test_methods_that_compare_classes_refuse_another_order_of_them() -> None:
     """Those that take one of another number; where one side has no names nobody can know."""
 
-    def refusals(ours: str, theirs: str) -> dict[str, str]:
-        pair = replace(models.spec("resnet8", DATA), labels=tuple(ours)), replace(models.spec("resnet14", DATA), labels=tuple(theirs))
+    def refusals(student_labels: str, teacher_labels: str) -> dict[str, str]:
+        pair = (
+            replace(models.spec("resnet8", DATA), labels=tuple(student_labels)),
+            replace(models.spec("resnet14", DATA), labels=tuple(teacher_labels)),
+        )
         found = {name: refused(name, {}, pair) for name in METHODS if name not in ("base", "simkd")}
         return {name: line for name, line in found.items() if line}
 

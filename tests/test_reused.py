@@ -113,10 +113,10 @@ def test_simkd_refuses_modules(small_npz: Path, tmp_path: Path) -> None:
 def test_the_body_begins_with_the_weights_of_the_plain_student(small_npz: Path, taught: Ledger) -> None:
     jobs = plan([config(small_npz, method=method, teacher="1", seed=3) for method in ("simkd", "kd")], taught, CPU)
     ((_, (reused, plain)),) = prepare(jobs, CPU)
-    ours, theirs = reused.student.net, plain.student.net
-    assert isinstance(ours, Reused)
-    own = {name: value for name, value in theirs.state_dict().items() if not name.startswith("fc.")}
-    found = ours.student.state_dict()
+    reused_net, plain_net = reused.student.net, plain.student.net
+    assert isinstance(reused_net, Reused)
+    own = {name: value for name, value in plain_net.state_dict().items() if not name.startswith("fc.")}
+    found = reused_net.student.state_dict()
     assert found.keys() == own.keys()
     assert all(torch.equal(found[name], value) for name, value in own.items())
     assert jobs[0].init_hash == jobs[1].init_hash

@@ -131,11 +131,11 @@ def test_every_engine_gives_the_eager_losses(
         request.getfixturevalue("no_kernels")
     runs = [config(small_npz, method="kd", teacher="-", seed=seed, train={"lr": 1e-6, **train}) for seed in (0, 1)]
     data = replace(data, unlabelled=unlabelled)
-    plain, ours = a_cohort(data, runs)
-    other, theirs = a_cohort(data, runs)
+    plain, eager_students = a_cohort(data, runs)
+    other, students = a_cohort(data, runs)
     expected, found = train_with(plain, EagerEngine("fp32", "")), train_with(other, engine("fp32", ""))
     assert type(other.engine) is engine, other.engine.why
-    for one, again in zip(ours, theirs, strict=True):
-        assert engine is CompiledEngine or weights_of(one) == weights_of(again)
+    for eager_student, student in zip(eager_students, students, strict=True):
+        assert engine is CompiledEngine or weights_of(eager_student) == weights_of(student)
         for before, after in zip(expected, found, strict=True):
-            assert after[again] == (pytest.approx(before[one], rel=1e-5) if engine is CompiledEngine else before[one])
+            assert after[student] == (pytest.approx(before[eager_student], rel=1e-5) if engine is CompiledEngine else before[eager_student])

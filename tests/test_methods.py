@@ -29,8 +29,6 @@ from flowdistill.training.teacher import teach
 from flowdistill.types import Batch, DataSpec, NetSpec, Outputs
 
 TEN = replace(DATA, classes=10)
-
-
 CIFAR100 = DataSpec("cifar100", n_train=50_000, classes=100, channels=3, height=32, width=32)
 CRD_PAIRS = [  # teacher, student: Tian et al. 2020, tables 1 and 2
     ("wrn-40-2", "wrn-16-2"),

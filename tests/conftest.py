@@ -14,11 +14,13 @@ import torch
 from sklearn.datasets import load_digits
 
 from flowdistill import trust
+from flowdistill.data.dataset import ImageData
+from flowdistill.data.sources import read_npz
 from flowdistill.ledger import Ledger
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: as many workers as cores are busy already
-pytest.register_assert_rewrite("command")
+pytest.register_assert_rewrite("helpers")
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +31,12 @@ def small_npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "small.npz"
     np.savez(path, x_train=images[:300], y_train=labels[:300], x_test=images[300:450], y_test=labels[300:450])
     return path
+
+
+@pytest.fixture(scope="module")
+def data(small_npz: Path) -> ImageData:
+    """What a run reads from that file."""
+    return read_npz(small_npz)
 
 
 @pytest.fixture

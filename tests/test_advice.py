@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import os
 import re
 import signal
 import subprocess
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command import Said, command
+from helpers.command import Said, as_shell_reads, command
 
 import flowdistill
 from flowdistill import advice, demo
@@ -33,17 +32,6 @@ SOURCE = Path(__file__).parents[1] / "src" / "flowdistill"
 RUNS = "my runs #1@x 'y' \\z"
 DATA = "npz:my data@ #1.npz"
 SHORT = ("--epochs", "1", "--batch-size", "64", "--set", "data.pad=1", "--precision", "fp32")
-
-
-def as_shell_reads(line: str) -> list[str]:
-    """The words of a command after its first, by a shell."""
-    name, *_ = line.split(" ")
-    assert name == "flowdistill", line
-    shown = subprocess.run(
-        ["bash", "-c", f"flowdistill() {{ printf '%s\\0' \"$@\"; }}; {line}"], capture_output=True, check=True, timeout=60
-    )
-    assert shown.stderr == b""
-    return [os.fsdecode(word) for word in shown.stdout.split(b"\0")[:-1]]
 
 
 def follow(folder: Path, said: str, pattern: str, *more: str) -> Said:
@@ -96,7 +84,7 @@ def test_a_shell_reads_back_every_word(word: str) -> None:
     assert as_shell_reads(line) == ["show", "1", word, "--runs", f"r {word}"]
 
 
-def test_the_folder_of_runs_is_left_out_where_it_is_the_default() -> None:
+def test_commands_leave_out_the_default_folder_of_runs() -> None:
     assert advice.resume(3, Path("runs")) == "flowdistill resume 3"
     assert advice.list_runs("x/runs") == "flowdistill runs --runs x/runs"
 
@@ -136,7 +124,9 @@ def test_an_unfinished_run_leads_to_the_list(folder: Path) -> None:
     assert "diverged" in follow(folder, said.err, r"choose a finished one \((flowdistill .*)\)").out
 
 
-def test_what_is_stopped_is_gone_on_with(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stopped_run_is_resumed_by_the_advised_command(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(folder)
 
     def stop(_: object) -> None:
@@ -151,7 +141,7 @@ def test_what_is_stopped_is_gone_on_with(folder: Path, monkeypatch: pytest.Monke
     assert Ledger(Path("cut off")).run(1).status == "finished"
 
 
-def test_where_no_ledger_is_the_demo_makes_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_that_is_advised_without_a_ledger_makes_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TEACHER", "STUDENT"):
         values = getattr(demo, name)
         monkeypatch.setattr(demo, name, values | {"student": "resnet8", "train": values["train"] | {"epochs": 1}})
@@ -247,7 +237,7 @@ def test_the_reproduced_log_shows_its_runs(folder: Path, monkeypatch: pytest.Mon
     assert follow(folder, text, r"`(flowdistill reproduce .*?)` trained", "--help").code == 0
 
 
-def test_other_commands_are_there(folder: Path) -> None:
+def test_other_advised_commands_exist(folder: Path) -> None:
     assert follow(folder, command(folder, "trian").err, r"\((flowdistill .*)\)").code == 0
     said = command(folder, "train", "--set", "teacher=1").err
     assert follow(folder, said, r"use (flowdistill .*), or", "--help").code == 0
@@ -311,7 +301,7 @@ def test_a_command_in_a_message_is_seen(text: str) -> None:
     assert advised(text)
 
 
-def test_the_helps_of_commands_name_none() -> None:
+def test_docstrings_of_commands_name_no_command() -> None:
     """Their docstrings are printed."""
     assert not re.search(r"flowdistill [a-z-]", "\n".join(re.findall(r'"""(.*?)"""', (SOURCE / "cli.py").read_text(), re.DOTALL)))
 

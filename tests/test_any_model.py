@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from command import command
+from helpers.command import command
+from helpers.interruptions import cut_off, outcome
 from PIL import Image
-from test_resume import cut_off, outcome
 
 from flowdistill.config import RunConfig, validate
 from flowdistill.ledger import Ledger
@@ -119,11 +119,11 @@ class TestLibraryToLibrary:
         assert [row["status"] for row in runs] == ["finished"] * 4
         assert [row["method"] for row in runs] == list(METHODS)
 
-    def test_their_table(self, work, runs):
+    def test_the_summary_has_every_method(self, work, runs):
         said = command(work, "table", "--summary", "--student", "timm:mobilenetv3_small_050", "--format", "json")
         assert {row["method"] for row in json.loads(said.out)} == set(METHODS)
 
-    def test_a_file_that_answers_as_it_does(self, work, runs):
+    def test_the_onnx_file_answers_as_the_student_does(self, work, runs):
         """Compared in fp32, then quantised; what it says of itself."""
         import onnxruntime
 

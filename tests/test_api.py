@@ -138,7 +138,7 @@ def test_a_mistake_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("to", [None, 3, ["onnx"]])
-def test_a_format_that_is_none(keys: dict[str, Any], to: Any) -> None:
+def test_an_unknown_export_format_is_refused(keys: dict[str, Any], to: Any) -> None:
     result = flowdistill.Result(run=None, folder=keys["runs"])  # type: ignore[arg-type]
     with pytest.raises(flowdistill.UserError) as error:
         result.export(to)

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_engines import grid, trained
-from test_training import a_cohort, weights_of
+from helpers.cohorts import a_cohort, grid, train_with, weights_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowdistill import models
@@ -24,14 +23,14 @@ IMAGES = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_is_the_same_bit_for_bit(small_npz: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = read_npz(small_npz)
-    cohort, ours = a_cohort(data, grid(small_npz), precision)
-    terms = trained(cohort, EagerEngine(precision, ""))
+    cohort, students = a_cohort(data, grid(small_npz), precision)
+    terms = train_with(cohort, EagerEngine(precision, ""))
     monkeypatch.setattr(ImageNetwork, "each_once", False)
-    layer_by_layer, theirs = a_cohort(data, grid(small_npz), precision)
-    expected = trained(layer_by_layer, EagerEngine(precision, ""))
-    for one, other in zip(ours, theirs, strict=True):
-        assert weights_of(one) == weights_of(other)
-        assert [epoch[one] for epoch in terms] == [epoch[other] for epoch in expected]
+    layer_by_layer, plain_students = a_cohort(data, grid(small_npz), precision)
+    expected = train_with(layer_by_layer, EagerEngine(precision, ""))
+    for student, plain_student in zip(students, plain_students, strict=True):
+        assert weights_of(student) == weights_of(plain_student)
+        assert [epoch[student] for epoch in terms] == [epoch[plain_student] for epoch in expected]
 
 
 class Casts(TorchDispatchMode):
@@ -83,7 +82,7 @@ def test_gradients_have_type_and_layout_of_their_weights() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_networks_that_run_each_layer_once_do(name: str) -> None:
+def test_networks_marked_each_once_run_each_layer_once(name: str) -> None:
     """So that one operation may count the batches of all their normalisations."""
     spec = DataSpec("images", 100, 10, 3, 32, 32)
     with torch.device("meta"):

@@ -137,11 +137,11 @@ def test_crops_and_flips_have_torchvisions_distribution():
     ours = crop_and_flip(
         reflect_pad(image[None], PAD), torch.zeros(number, dtype=torch.long), drawn.rows, drawn.columns, drawn.flips, (32, 32)
     )
-    theirs = Compose([RandomCrop(32, padding=PAD, padding_mode="reflect"), RandomHorizontalFlip()])
+    torchvisions = Compose([RandomCrop(32, padding=PAD, padding_mode="reflect"), RandomHorizontalFlip()])
     channels_first = image.permute(2, 0, 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(6)
-        shown = torch.stack([theirs(channels_first) for _ in range(number)]).permute(0, 2, 3, 1)
+        shown = torch.stack([torchvisions(channels_first) for _ in range(number)]).permute(0, 2, 3, 1)
     counts = np.stack([cell(*recovered(ours)), cell(*recovered(shown))])
     assert counts.shape == (2, 162)
     assert counts.sum(1).tolist() == [number, number]

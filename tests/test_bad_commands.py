@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import typer
-from command import assert_refused, command
+from helpers.command import assert_refused, command
 
 from flowdistill.cli import app
 from flowdistill.methods import METHODS

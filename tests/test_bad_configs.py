@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from command import assert_refused
+from helpers.command import assert_refused
 
 DEEP, LONG = 100_000, 500_000
 KEYS = "student, teacher, init_from, peer, side, seed, split, data, train, method, options, weights, taps, inputs"

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command import Evil, assert_refused
+from helpers.command import Evil, assert_refused
 
 from flowdistill.data.sources import read_npz
 from flowdistill.env import memory

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import assert_refused, command
-from rows import row
+from helpers.command import assert_refused, command
+from helpers.rows import row
 
 from flowdistill.ledger import MIGRATIONS, Ledger
 from flowdistill.ledger import store as ledger_module

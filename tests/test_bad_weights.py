@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command import Evil, assert_refused, command
+from helpers.command import Evil, assert_refused, command
 from safetensors.torch import save
 
 from flowdistill import models

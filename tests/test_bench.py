@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command import command
+from helpers.command import command
 
 from flowdistill.bench import bench, measure, report
 from flowdistill.bench.measure import Contender, Work

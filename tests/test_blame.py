@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from small import config
-from test_training import a_cohort
+from helpers.cohorts import a_cohort
+from helpers.small import config
 from torch import Tensor, nn
 
 import flowdistill
 from flowdistill.checks import UserError
 from flowdistill.data.dataset import ImageData
-from flowdistill.data.sources import read_npz
 from flowdistill.ledger import Ledger
 from flowdistill.methods import METHODS
 from flowdistill.runner import run
@@ -102,7 +101,7 @@ def test_the_first_of_several_maps_is_named_with_those_that_break_with_it(data: 
     assert error.startswith(f"stopped in epoch 1: the teacher's {what} not finite on batch 1 of 4; ")
 
 
-def test_students_that_do_not_look_at_it_go_on(data: ImageData, small_npz: Path) -> None:
+def test_students_that_do_not_use_the_broken_map_go_on(data: ImageData, small_npz: Path) -> None:
     runs = [config(small_npz, method=method, teacher="-", train={"epochs": 1}) for method in ("base", "kd", "at")]
     cohort, (base, kd, at) = a_cohort(data, runs)
     teacher = cohort.seed_groups[0].teacher
@@ -112,11 +111,6 @@ def test_students_that_do_not_look_at_it_go_on(data: ImageData, small_npz: Path)
     progress = next(train(cohort)).progress
     assert [progress[student].error.partition(":")[0] for student in (base, kd, at)] == ["", "", "stopped in epoch 1"]
     assert cohort.students == [base, kd]
-
-
-@pytest.fixture(scope="module")
-def data(small_npz: Path) -> ImageData:
-    return read_npz(small_npz)
 
 
 def test_a_teacher_may_rule_classes_out(teacher_outputs: Ledger, small_npz: Path) -> None:
@@ -146,7 +140,7 @@ class White(nn.Module):
 
 @pytest.mark.usefixtures("no_kernels")
 def test_engines_name_the_same_batch(data: ImageData, small_npz: Path) -> None:
-    from test_engines import Taped
+    from helpers.cohorts import Taped
 
     images = data.x_train.copy()
     images[17] = 255
@@ -204,7 +198,7 @@ def test_the_first_term_is_named(data: ImageData, small_npz: Path, step: int, te
 
 
 @pytest.mark.parametrize(("harm", "what"), [("fc.bias", "weight fc.bias"), ("bn1.running_var", "buffer bn1.running_var")])
-def test_a_student_whose_losses_were_finite(
+def test_a_student_that_breaks_after_finite_losses_is_named(
     data: ImageData, small_npz: Path, harm: str, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cohort, (student,) = a_cohort(data, [config(small_npz, method="base", teacher="-")])
@@ -220,7 +214,7 @@ def test_a_student_whose_losses_were_finite(
     assert report.progress[student].error == f"diverged in epoch 1: {what}, though its losses are; lower train.lr or weights.task"
 
 
-def test_a_peer_that_broke_is_the_one_that_is_told(teacher_outputs: Ledger, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_the_peer_that_broke(teacher_outputs: Ledger, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flowdistill.runner.cohorts.choose", lambda *_, **__: Harmed(2, ("task", "dml"), of=1))
     run([config(small_npz, method="dml", **FEW)], teacher_outputs, CPU)
     one, other = [found for found in teacher_outputs.runs() if found.method == "dml"]
@@ -232,7 +226,7 @@ def test_a_peer_that_broke_is_the_one_that_is_told(teacher_outputs: Ledger, smal
 
 
 @pytest.mark.parametrize("method", ["base", "kd"])
-def test_a_student_that_is_broken_from_the_start(data: ImageData, small_npz: Path, method: str) -> None:
+def test_a_student_that_is_broken_from_the_start_is_named(data: ImageData, small_npz: Path, method: str) -> None:
     for harm, line in (
         ("layer1.0.conv1.weight", "student resnet8: its weight layer1.0.conv1.weight is not finite; is its file whole?"),
         ("", "student resnet8: its logits are not finite on the first batch, before any step, though its weights are; mend it"),
@@ -247,7 +241,7 @@ def test_a_student_that_is_broken_from_the_start(data: ImageData, small_npz: Pat
         assert str(caught.value).startswith(line)
 
 
-def test_a_term_that_is_broken_from_the_start(data: ImageData, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_term_that_is_broken_from_the_start_is_named(data: ImageData, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cohort, (student,) = a_cohort(data, [config(small_npz, method="kd", teacher="-")])
     original = type(student.method).forward
     monkeypatch.setattr(type(student.method), "forward", lambda *args: {"kd": original(*args)["kd"] * torch.inf})
@@ -257,7 +251,7 @@ def test_a_term_that_is_broken_from_the_start(data: ImageData, small_npz: Path, 
         first_gradients(cohort)
 
 
-def test_a_teacher_that_is_broken_from_the_start(teacher_outputs: Ledger, small_npz: Path) -> None:
+def test_a_teacher_that_is_broken_from_the_start_is_named(teacher_outputs: Ledger, small_npz: Path) -> None:
     cohort = prepared(teacher_outputs, small_npz, "ofd")
     teacher = cohort.seed_groups[0].teacher
     assert teacher is not None

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import Said, assert_refused, command
-from rows import row
-from test_advice import as_shell_reads
+from helpers.command import Said, as_shell_reads, assert_refused, command
+from helpers.rows import row
 
 from flowdistill.checks import UserError
 from flowdistill.ledger import Epoch, Ledger, exported
@@ -63,14 +62,14 @@ def test_a_row_has_mean_interval_and_every_cost(filled: Ledger) -> None:
     assert (teacher["teacher_seconds"], teacher["all_seconds"]) == (0.0, 330.0)
 
 
-def test_to_keeps_what_reaches_it_the_fastest_in_all_first(filled: Ledger) -> None:
+def test_to_keeps_the_rows_that_reach_it_the_fastest_first(filled: Ledger) -> None:
     assert [one["mean"] for one in rows_of(filled, to=92.0)] == pytest.approx([92.1, 93.0])
     assert [one["mean"] for one in rows_of(filled, to=90.5)] == pytest.approx([90.5, 92.1, 93.0])
     assert [one["mean"] for one in rows_of(filled, to=92.2)] == pytest.approx([93.0])
     assert rows_of(filled, to=93.5) == []
 
 
-def test_what_is_not_on_record_is_not_counted_as_nothing(filled: Ledger) -> None:
+def test_an_unknown_cost_is_not_counted_as_zero(filled: Ledger) -> None:
     filled.update(LONGER, teacher_run=None)
     filled.update(STUDENT, student_fingerprint="some weights")
     by_mean = {round(one["mean"], 1): one for one in rows_of(filled)}
@@ -84,7 +83,7 @@ def test_times_of_other_hardware_are_not_averaged(filled: Ledger) -> None:
     assert [(one["n"], one["seconds"]) for one in rows_of(filled, method="fsp") if one["epochs"] == 2] == [(2, 210.0), (1, 60.0)]
 
 
-def test_of_a_run_in_two_ledgers_the_newest_counts_once(filled: Ledger, tmp_path: Path) -> None:
+def test_a_run_in_two_ledgers_counts_once_by_its_newest_figures(filled: Ledger, tmp_path: Path) -> None:
     other = Ledger(tmp_path / "other", create=True)
     again = {name: value for name, value in vars(filled.run(STUDENT)).items() if name != "no"}
     other.register([again | {"correct": 9500, "started": "2022-01-01T00:00:00", "teacher_run": None}])
@@ -177,7 +176,7 @@ def test_a_file_that_bench_did_not_print_is_told_in_one_line(filled: Ledger, tex
 
 
 @pytest.mark.parametrize("pace", [0, -1, "fast", None, float("nan")])
-def test_a_pace_that_is_none_is_refused(tmp_path: Path, pace: Any) -> None:
+def test_a_pace_that_is_no_positive_number_is_refused(tmp_path: Path, pace: Any) -> None:
     rows = [{"loop": "plain loop, 0 workers: fsp", "images/s": pace, "set-up s": 0.5}]
     with pytest.raises(UserError, match="not what flowdistill bench --json prints"):
         board.paces(bench_file(tmp_path, pairs=[{"pair": "a <- b", "rows": rows}]))
@@ -204,7 +203,7 @@ def test_a_file_gives_what_its_ledger_gives(filled: Ledger, file: Path) -> None:
     exported.refuse_other(file, filled)
 
 
-def test_what_is_no_result_is_left_out_and_what_diverged_is_in(filled: Ledger, tmp_path: Path) -> None:
+def test_an_export_leaves_out_interrupted_runs_and_keeps_diverged_ones(filled: Ledger, tmp_path: Path) -> None:
     filled.update(LONGER, status="interrupted")
     filled.update(STUDENT, status="failed", error="diverged", correct=None)
     filled.add_epochs({STUDENT: Epoch(3, "joint", 0.1, {"task": float("nan")}, None, 10_000, 1.0)})
@@ -264,7 +263,7 @@ def test_figures_that_contradict_each_other_are_refused_though_sealed(file: Path
 
 
 @pytest.mark.parametrize("change", [list.clear, lambda one: one, lambda ones: ones.append({}), lambda ones: ones.append({"run": 3})])
-def test_lines_that_are_no_runs(file: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
+def test_lines_that_are_no_runs_are_refused(file: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
     sealed_again(file, change)
     lines = file.read_text().count("\n")
     if lines == 7:
@@ -353,7 +352,7 @@ def test_the_command_of_a_row_trains_its_runs(small_npz: Path, tmp_path: Path) -
     assert float(next(one["seconds"] for one in rows if one["method"] == "fsp")) == pytest.approx(statistics.fmean(seconds))
 
 
-def test_nothing_finished_is_said(ledger: Ledger) -> None:
+def test_record_says_that_no_run_is_finished(ledger: Ledger) -> None:
     ledger.register([row(status="failed")])
     assert command(ledger.folder.parent, "record").err == "no finished runs here for --protocol last and these filters\n"
     assert command(ledger.folder.parent, "record", "--format", "json").out == "[]\n"

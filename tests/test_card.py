@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command import assert_refused, command
-from small import config
+from helpers.command import assert_refused, command
+from helpers.small import config
 
 from flowdistill import models
 from flowdistill.checks import UserError

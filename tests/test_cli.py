@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from command import command
+from helpers.command import command
 
 import flowdistill
 from flowdistill.env import version
@@ -114,7 +114,7 @@ def test_evaluate_by_number_and_by_file_agree(work: Path) -> None:
     assert by_number["precision"] == "fp32"
 
 
-def test_a_runs_own_record_repeats_it(work: Path) -> None:
+def test_the_record_of_a_run_is_a_config_that_repeats_it(work: Path) -> None:
     said = command(work, "distill", "--config", "runs/5/run.json")
     assert said.code == 0
     assert "run 5 has it already" in said.err
@@ -156,7 +156,7 @@ def test_version_and_the_card_of_a_method(tmp_path: Path) -> None:
     assert "options.fsp.pairing" in card
 
 
-def test_a_diverged_run_ends_with_one(work: Path, small_npz: Path) -> None:
+def test_a_diverged_run_exits_with_code_1(work: Path, small_npz: Path) -> None:
     words = ("--model", "resnet8", "--dataset", f"npz:{small_npz}", *SHORT, "--lr", "1e30", "--runs", "wild")
     said = command(work, "train", *words)
     assert said.code == 1

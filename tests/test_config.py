@@ -33,7 +33,7 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 # Defaults
 
 
-def test_defaults() -> None:
+def test_an_empty_config_has_the_defaults() -> None:
     config = validate({})
     assert config.model_dump() == {
         "student": "resnet20",
@@ -79,7 +79,7 @@ def test_part_of_a_table_keeps_the_other_defaults() -> None:
          "options, weights, taps, inputs"),
     ],
 )  # fmt: skip
-def test_unknown_key(key: str, answer: str) -> None:
+def test_an_unknown_key_is_told_with_what_is_allowed(key: str, answer: str) -> None:
     assert complaint(validate, nested(key, 1)) == answer
 
 
@@ -162,7 +162,7 @@ def test_a_value_of_many_lines_gives_one_line() -> None:
 
 
 @pytest.mark.parametrize(("table", "key"), [(None, "seed"), ("train", "lr"), ("data", "name")])
-def test_frozen(table: str | None, key: str) -> None:
+def test_a_config_is_frozen(table: str | None, key: str) -> None:
     config = validate({})
     with pytest.raises(ValidationError, match="frozen"):
         setattr(getattr(config, table) if table else config, key, 1)
@@ -178,7 +178,7 @@ def test_validating_does_not_share_or_change_the_given_values() -> None:
     assert config.options == {"fsp": {"pool": "avg"}}
 
 
-def test_did_you_mean_without_a_close_name() -> None:
+def test_did_you_mean_lists_all_names_if_none_is_close() -> None:
     assert did_you_mean("q", ["left", "right"]) == "choose from: left, right"
 
 
@@ -229,7 +229,7 @@ def test_round_trip_through_json(values: dict[str, Any]) -> None:
         ("student=", {"student": ""}),
     ],
 )
-def test_assign(assignment: str, expected: dict[str, Any]) -> None:
+def test_assign_sets_a_key_to_a_typed_value(assignment: str, expected: dict[str, Any]) -> None:
     values: dict[str, Any] = {}
     assign(values, assignment)
     assert values == expected
@@ -244,7 +244,7 @@ def test_assign_overrides_and_keeps_the_rest() -> None:
 
 
 @pytest.mark.parametrize("assignment", ["train.lr", "=1", ".lr=1", "train.=1", "train..lr=1", "", "="])
-def test_assign_bad_form(assignment: str) -> None:
+def test_an_assignment_without_key_or_value_is_told(assignment: str) -> None:
     values: dict[str, Any] = {"seed": 1}
     assert complaint(assign, values, assignment) == (
         f"--set {assignment!r}: write key=value, such as train.lr=0.05 or options.fsp.pool=avg"
@@ -252,7 +252,7 @@ def test_assign_bad_form(assignment: str) -> None:
     assert values == {"seed": 1}
 
 
-def test_assign_below_a_single_value() -> None:
+def test_assign_refuses_a_key_below_a_single_value() -> None:
     line = complaint(assign, {"seed": 1}, "seed.x.y=2")
     assert line == "seed.x.y=2: 'seed' is a single value here and has no keys below it; write a table of keys"
 
@@ -260,7 +260,7 @@ def test_assign_below_a_single_value() -> None:
 # --config
 
 
-def test_read_toml(tmp_path: Path) -> None:
+def test_a_toml_file_is_read(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('student = "resnet8"\n[train]\nlr = 0.05\n[options.fsp]\npool = "avg"\n', encoding="utf-8")
     assert read_file(file) == {"student": "resnet8", "train": {"lr": 0.05}, "options": {"fsp": {"pool": "avg"}}}
@@ -271,7 +271,7 @@ def test_read_toml(tmp_path: Path) -> None:
     ['{"seed": 4, "train": {"lr": 0.05}}', '\n  {"no": 3, "accuracy": 91.5, "config": {"seed": 4, "train": {"lr": 0.05}}}'],
     ids=["config alone", "run.json"],
 )
-def test_read_json(tmp_path: Path, content: str) -> None:
+def test_a_json_file_is_read(tmp_path: Path, content: str) -> None:
     file = tmp_path / "run.json"
     file.write_text(content, encoding="utf-8")
     assert read_file(file) == {"seed": 4, "train": {"lr": 0.05}}
@@ -292,7 +292,7 @@ def test_keys_that_came_later_are_dumped_where_they_are_not_the_default() -> Non
     assert [validate(config.model_dump(mode="json")) for config in (plain, mixed)] == [plain, mixed]
 
 
-def test_so_are_what_a_student_begins_from_and_what_of_it_is_frozen() -> None:
+def test_init_from_and_freeze_are_dumped_where_they_are_not_the_default() -> None:
     plain, begun = validate({}), validate({"init_from": 3, "train": {"freeze": "layer1, conv1,conv1"}})
     assert ("init_from" in plain.model_dump(), "freeze" in plain.model_dump()["train"]) == (False, False)
     assert (begun.model_dump()["init_from"], begun.model_dump(mode="json")["train"]["freeze"]) == ("3", ["conv1", "layer1"])
@@ -343,12 +343,12 @@ def test_a_resized_crop_has_no_border() -> None:
     assert complaint(validate, {"data": {"crop": "resized", "pad": 4}}) == "data: pad=4 belongs to crop=shift; leave one of them out"
 
 
-def test_read_missing_file(tmp_path: Path) -> None:
+def test_a_missing_config_file_is_told(tmp_path: Path) -> None:
     file = tmp_path / "none.toml"
     assert complaint(read_file, file) == f"--config {file}: no such file"
 
 
-def test_read_folder(tmp_path: Path) -> None:
+def test_a_folder_is_refused_as_a_config_file(tmp_path: Path) -> None:
     assert complaint(read_file, tmp_path) == f"--config {tmp_path}: a folder, not a file; name a regular file"
 
 
@@ -366,7 +366,7 @@ def test_read_folder(tmp_path: Path) -> None:
     ],
     ids=["binary", "zeros", "broken TOML", "key twice", "broken JSON", "a list", "config a number", "config a list"],
 )
-def test_read_bad_file(tmp_path: Path, content: bytes, reason: str) -> None:
+def test_a_broken_config_file_is_told(tmp_path: Path, content: bytes, reason: str) -> None:
     file = tmp_path / "run.toml"
     file.write_bytes(content)
     assert complaint(read_file, file).startswith(f"--config {file}: {reason}")
@@ -379,7 +379,7 @@ def test_read_bad_file(tmp_path: Path, content: bytes, reason: str) -> None:
     ("text", "seeds"),
     [("0", [0]), ("0-2,5", [0, 1, 2, 5]), ("3-3", [3]), (" 1 , 4-5 ", [1, 4, 5]), ("7,2", [7, 2]), ("100-102", [100, 101, 102])],
 )
-def test_seeds(text: str, seeds: list[int]) -> None:
+def test_seeds_are_read_from_numbers_and_ranges(text: str, seeds: list[int]) -> None:
     assert parse_seeds(text) == seeds
 
 
@@ -398,7 +398,7 @@ def test_seeds(text: str, seeds: list[int]) -> None:
         ("0-3,2", "names a seed twice"),
     ],
 )
-def test_bad_seeds(text: str, reason: str) -> None:
+def test_wrong_seeds_are_told(text: str, reason: str) -> None:
     line = complaint(parse_seeds, text)
     assert line.startswith(f"--seeds {text!r}")
     assert reason in line

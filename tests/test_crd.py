@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_methods import PAIRS, method_context, scene
+from helpers.method_cases import method_context
+from helpers.pairs import PAIRS
+from helpers.scenes import scene
 from torch import Tensor
 
 from flowdistill.methods.crd import CRD

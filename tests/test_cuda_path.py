@@ -13,8 +13,8 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from fake_capture import CaptureError, Machine, fake_capture
-from fake_cuda import Watch, fake_cuda, fused_sgd_faults
+from helpers.fake_capture import CaptureError, Machine, fake_capture
+from helpers.fake_cuda import Watch, fake_cuda, fused_sgd_faults
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -138,7 +138,7 @@ def test_every_family_of_networks_learns_and_teaches_on_its_gpu(name: str) -> No
     assert all(found.fused)
 
 
-def test_so_does_a_network_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_of_another_library_learns_and_teaches_on_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("timm")
 
     def really(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -160,7 +160,7 @@ def test_so_does_a_network_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("crop", "mixup"), [("shift", 0.2), ("resized", False), ("resized", True)])
-def test_so_do_images_that_are_resized_and_mixed(crop: str, mixup: float, precision: str) -> None:
+def test_resized_and_mixed_images_stay_on_their_gpu(crop: str, mixup: float, precision: str) -> None:
     with fake_cuda() as watch:
         held = images(crop=crop, pad=4 if crop == "shift" else 0)
         data = DeviceData(held, "full", watch.device)
@@ -352,13 +352,13 @@ def test_a_cohort_of_one_to_ten_groups_keeps_the_rules_of_a_capture(groups: int)
     assert {stream.device.index for stream in one.members} == {0}
 
 
-def test_ten_lanes_keep_them() -> None:
+def test_a_cohort_of_ten_seeds_keeps_the_rules_of_a_capture() -> None:
     found = captured(["base"], seeds=10, warm_up=1)
     assert isinstance(found.engine, GraphEngine), found.engine.why
 
 
 @pytest.mark.parametrize(("names", "seeds"), [(["dml"], 1), (["dml"], 2), (["base", "dml"], 1)])
-def test_students_that_teach_each_other_keep_them(names: list[str], seeds: int) -> None:
+def test_students_that_teach_each_other_keep_the_rules_of_a_capture(names: list[str], seeds: int) -> None:
     found = captured(names, seeds=seeds)
     assert isinstance(found.engine, GraphEngine), found.engine.why
 

@@ -61,7 +61,7 @@ def test_an_error_inside_puts_everything_back(current: list[torch.device]) -> No
     assert (current, settings(SECOND), of_products()) == ([], *before)
 
 
-def test_a_processor_has_none_of_these_settings(current: list[torch.device]) -> None:
+def test_computing_on_a_cpu_sets_nothing(current: list[torch.device]) -> None:
     with computing(CPU, cores=1):
         assert (current, settings(CPU)) == ([], {})
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_modules import Tied
+from helpers.networks import Tied
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
@@ -122,14 +122,14 @@ def test_modules_of_others_are_trained_in_place_and_left_bare() -> None:
         distiller(*batch())
 
 
-def test_what_nobody_holds_any_more_is_closed() -> None:
+def test_a_distiller_that_nobody_holds_removes_its_hooks() -> None:
     teacher, student = Tied(8), Tied()
     Distiller(teacher, student, "kd", images=SIZE)
     gc.collect()
     assert not any(module._forward_hooks for net in (student, teacher) for module in net.modules())
 
 
-def test_modes() -> None:
+def test_train_and_eval_switch_the_student_alone() -> None:
     teacher, student = nets()
     distiller = Distiller(teacher, student, "kd", images=SIZE)
     assert distiller.training
@@ -144,7 +144,7 @@ def test_modes() -> None:
     assert not any(module.training for module in teacher.modules())
 
 
-def test_images_without_labels() -> None:
+def test_images_without_labels_give_no_task_term() -> None:
     distiller = Distiller(*nets(), "at+kd", images=SIZE)
     images, labels = batch()
     loss, terms = distiller(images)
@@ -175,7 +175,7 @@ WANTED = "it must give (images float [B, C, H, W], labels integer [B])"
     ],
     ids=["one-hot", "column", "float", "bool", "short", "list", "beyond", "ignored"],
 )
-def test_labels_that_are_none(labels: Any, line: str) -> None:
+def test_wrong_labels_are_told_in_one_line(labels: Any, line: str) -> None:
     with pytest.raises(UserError) as caught:
         Distiller(*nets(), "kd", images=SIZE)(batch()[0], labels)
     assert str(caught.value) == line
@@ -212,7 +212,7 @@ def test_an_image_without_a_label_is_not_in_the_task() -> None:
         assert str(caught.value) == f"label -1: this image has none, but method '{user}' learns from labels; {cure}"
 
 
-def test_mixed_precision_is_the_callers() -> None:
+def test_the_callers_autocast_is_used_and_losses_are_float32() -> None:
     distiller = Distiller(*nets(), "fsp+kd", images=SIZE)
     plain, _ = distiller(*batch())
     seen: list[torch.dtype] = []
@@ -256,7 +256,7 @@ def test_its_state_goes_into_a_checkpoint_and_back() -> None:
     assert other(*batch())[0].item() == one(*batch())[0].item()
 
 
-def test_label_smoothing_and_frozen_parts() -> None:
+def test_labels_are_smoothed_and_frozen_parts_are_not_trained() -> None:
     student = Tied()
     student.stem.requires_grad_(False)
     distiller = Distiller(Tied(8), student, "kd", images=SIZE, label_smoothing=0.1)
@@ -298,7 +298,7 @@ def test_stages_are_paired_as_a_run_pairs_them() -> None:
         ("fps", "unknown method 'fps': did you mean 'fsp'?"),
     ],
 )
-def test_what_needs_the_whole_of_training(name: str, line: str) -> None:
+def test_methods_that_need_a_whole_run_are_refused(name: str, line: str) -> None:
     with pytest.raises(UserError) as caught:
         Distiller(*nets(), name, images=SIZE)
     assert str(caught.value) == line
@@ -348,7 +348,7 @@ def test_phases_are_numbered() -> None:
         distiller(batch()[0])
 
 
-def test_it_is_there() -> None:
+def test_the_package_exports_distiller() -> None:
     assert flowdistill.Distiller is Distiller
     assert "Distiller" in dir(flowdistill)
 
@@ -384,7 +384,7 @@ def test_probabilities_are_not_taken_for_logits(mode: bool | None) -> None:
     assert Distiller(altered, Tied(), "at", images=SIZE)(*batch())[1]["at"] > 0, "its maps are its maps"
 
 
-def test_a_teacher_whose_logits_its_classifier_alone_does_not_make() -> None:
+def test_srrl_refuses_a_teacher_whose_classifier_alone_does_not_make_its_logits() -> None:
     class Cold(Tied):
         def forward(self, images: Tensor) -> Tensor:
             return 4 * super().forward(images)
@@ -445,7 +445,7 @@ class Observing(Tied):
         return super().forward(images)
 
 
-def test_nothing_of_a_teacher_moves_that_moves_by_itself() -> None:
+def test_teaching_changes_no_state_of_the_teacher() -> None:
     teacher = Observing()
     distiller = Distiller(teacher, Tied(seed=2), "kd", images=SIZE)
     distiller(*batch())
@@ -519,7 +519,7 @@ def test_no_batch_is_held(owner: str) -> None:
     assert distiller.student.seen == {}
 
 
-def test_a_student_that_is_compiled_in_place_afterwards() -> None:
+def test_a_student_may_be_compiled_in_place_afterwards() -> None:
     """The compiler does not look at hooks again: what its owner called first serves the Distiller too."""
     student = Tied(seed=2)
     distiller = Distiller(Tied(8, seed=1), student, "at+kd", images=SIZE)
@@ -556,7 +556,7 @@ def test_hooks_of_the_owner_are_left_and_obey_it() -> None:
     assert _bare(student)
 
 
-def test_images_of_another_size() -> None:
+def test_images_of_another_size_are_refused_where_maps_are_compared() -> None:
     """Refused where maps are compared; logits go with any size that the networks take."""
     larger = torch.randn(2, 1, 16, 16), torch.tensor([1, 2])
     for name in ("at", "fsp", "at+kd"):
@@ -634,7 +634,7 @@ class Headless(Tied):
         return self.fc(self.second(self.first(self.stem(images)).relu()).relu().mean((2, 3)).detach())
 
 
-def test_an_embedding_that_is_cut_off() -> None:
+def test_an_embedding_without_a_gradient_is_refused() -> None:
     with pytest.raises(UserError, match=r"^the embedding: Headless gives it without a gradient, though stem.0.weight before it is trained"):
         Distiller(Tied(4), Headless(), "rkd", images=SIZE)(*batch())
     student = Tied()

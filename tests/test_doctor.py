@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command import command
+from helpers.command import command
+from helpers.networks import TWO_STAGE_NET
+from helpers.small import config
 from PIL import Image
-from small import config
-from test_tap_table import FILE
 from torch import Tensor
 
 from flowdistill import UserError, models
@@ -240,7 +240,7 @@ def test_mistake_a_missing_tap(look: Look) -> None:
 
 def test_mistake_a_method_that_wants_what_a_foreign_network_lacks(look: Look, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(work)
-    Path("nets.py").write_text(FILE)
+    Path("nets.py").write_text(TWO_STAGE_NET)
     torch.save(models.build("nets.py:Tiny", DIGITS).state_dict(), "tiny.pt")
     found = look(student="nets.py:Tiny", method="ofd")
     assert wrong(found) == ["ofd: taps"]
@@ -321,14 +321,14 @@ def test_an_untrained_teacher_is_not_renamed(seed: int) -> None:
     assert another_order(answers(labels, said, 10), ()) == ""
 
 
-def test_of_uneven_classes_the_commonest_is_not_the_meaning_of_all_answers() -> None:
+def test_one_answer_to_all_images_is_not_taken_for_the_commonest_class() -> None:
     labels = np.array([0] * 180 + [1] * 20)
     assert another_order(answers(labels, np.ones(200, dtype=int), 2), ()) == ""
 
 
 @pytest.mark.parametrize(("classes", "each", "accuracy"), [(100, 4, 0.9), (100, 5, 0.6), (10, 20, 0.7), (2, 100, 0.95)])
 @pytest.mark.parametrize("cyclic", [False, True])
-def test_a_teacher_of_another_order_is(classes: int, each: int, accuracy: float, cyclic: bool) -> None:
+def test_a_teacher_of_another_class_order_is_renamed(classes: int, each: int, accuracy: float, cyclic: bool) -> None:
     generator = np.random.default_rng(0)
     labels = np.arange(classes * each) % classes if cyclic else np.arange(classes).repeat(each)
     said = np.where(generator.random(len(labels)) < accuracy, (labels + 1) % classes, generator.integers(classes, size=len(labels)))
@@ -383,7 +383,7 @@ def test_a_file_that_does_not_fit(look: Look, work: Path, weights: dict[str, Ten
     assert told(found, "student")[0] == told(found, "data")[0] == "ok"
 
 
-def test_without_a_teacher(look: Look) -> None:
+def test_base_is_looked_at_without_a_teacher(look: Look) -> None:
     assert [finding.check for finding in look(method="base", teacher=None)] == ["data", "student", "base: cost"]
 
 
@@ -392,7 +392,7 @@ def test_the_teacher_is_looked_at_whichever_method_stands_first(look: Look, smal
     assert [finding.check for finding in found] == ["data", "student", "teacher", "answers", "base: cost", "kd: kd", "kd: cost"]
 
 
-def test_two_that_teach_each_other(look: Look) -> None:
+def test_two_that_teach_each_other_are_sound(look: Look) -> None:
     found = look(method="dml", teacher=None)
     assert [finding.check for finding in found] == ["data", "student", "dml: dml", "dml: dml", "dml: cost"]
     assert wrong(found) == []
@@ -408,13 +408,13 @@ def test_a_teacher_that_is_still_to_be_trained(look: Look, small_npz: Path) -> N
     assert checks == ["data", "at, kd: set-up", "student", "teacher", "at: taps", "at: cost", "kd: cost", "base: cost"]
 
 
-def test_a_teacher_that_is_not_there(look: Look) -> None:
+def test_a_missing_teacher_is_told(look: Look) -> None:
     found = look(teacher="7")
     assert [finding.check for finding in found] == ["data", "kd: set-up", "student"]
     assert told(found, "kd: set-up")[1].startswith("no run 7 in ")
 
 
-def test_a_method_that_can_not_be_beside_one_that_can(look: Look, small_npz: Path) -> None:
+def test_an_unknown_method_does_not_hide_the_findings_of_another(look: Look, small_npz: Path) -> None:
     found = look(*(config(small_npz, method=method, teacher="1") for method in ("kdd", "kd")))
     assert told(found, "kdd: set-up") == ("wrong", "unknown method 'kdd': did you mean 'kd'?")
     assert told(found, "kd: kd")[0] == "ok"
@@ -433,7 +433,7 @@ def test_a_batch_of_more_than_all_images(look: Look) -> None:
     assert wrong(found) == ["kd: start"]
 
 
-def test_uneven_classes(look: Look, small_npz: Path, tmp_path: Path) -> None:
+def test_uneven_classes_are_told(look: Look, small_npz: Path, tmp_path: Path) -> None:
     with np.load(small_npz) as whole:
         kept = np.flatnonzero((whole["y_train"] == 0) | (np.arange(300) < 30))
         parts = {name: whole[name][kept] if "train" in name else whole[name] for name in whole.files}
@@ -463,7 +463,7 @@ def test_a_holdout_run_is_looked_at_on_what_it_holds_out(look: Look, work: Path,
     assert re.search(r"of 3\d held-out images", told(found, "answers")[1])
 
 
-def test_what_a_network_sees(look: Look) -> None:
+def test_the_inputs_that_a_teacher_sees_are_told(look: Look) -> None:
     found = look(teacher="resnet20", inputs={"teacher": {"channels": 3, "size": 12, "mean": [0.5] * 3, "std": [0.25] * 3}})
     assert told(found, "teacher")[1].endswith("sees 3x12x12 made of 1x8x8, its own mean [0.5,0.5,0.5] and std [0.25,0.25,0.25]")
 

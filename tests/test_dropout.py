@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command import command
-from small import config
+from helpers.command import command
+from helpers.small import config
 from torch import Tensor, nn
 
 from flowdistill import UserError, models
@@ -45,12 +45,12 @@ def named() -> str:
 
 
 @pytest.mark.parametrize(("model", "draws"), [("timm:resnet10t", False), ("torchvision:mobilenet_v2", True), ("resnet8", False)])
-def test_who_draws(model, draws):
+def test_networks_with_dropout_have_a_layer_seed(model, draws):
     data = DataSpec("images", 100, 10, 3, 32, 32)
     assert models.build(model, data, seed=5).layer_seed == (5 if draws else None)
 
 
-def test_the_look_leaves_statistics_and_generator():
+def test_building_leaves_statistics_and_generator_alone():
     name = named()
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -59,7 +59,7 @@ def test_the_look_leaves_statistics_and_generator():
     assert net.body[1].num_batches_tracked == 0
 
 
-def test_no_dropout_no_draws():
+def test_dropout_of_zero_draws_nothing():
     assert models.build(adopt(dropping(0.0), "still"), DATA).layer_seed is None
 
 

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import config
-from test_methods import forgetful, method_context
-from test_training import a_cohort, weights_of
+from helpers.cohorts import Taped, a_cohort, grid, train_with, weights_of
+from helpers.method_cases import forgetful, method_context
+from helpers.small import config
 
 from flowdistill import methods, models
 from flowdistill.checks import UserError
 from flowdistill.data.batches import DeviceData, SeedBatches
 from flowdistill.data.dataset import ImageData
-from flowdistill.data.sources import read_npz
 from flowdistill.device import _cpu_computes_bf16 as of_this_processor
 from flowdistill.device import keep_freed_memory, resolve_precision, sensible_threads
 from flowdistill.ledger import Ledger
@@ -26,9 +25,8 @@ from flowdistill.methods import METHODS, Needs
 from flowdistill.runner import resume, run
 from flowdistill.training import engine_choice
 from flowdistill.training.cohort import Cohort, train
-from flowdistill.training.engine import CompiledEngine, EagerEngine, Engine
+from flowdistill.training.engine import CompiledEngine, EagerEngine
 from flowdistill.training.engine_choice import choose
-from flowdistill.training.graph import StaticStep
 from flowdistill.training.student import Student
 from flowdistill.training.teacher import Teacher, fold, teach, trim
 from flowdistill.types import Batch, DataSpec
@@ -38,60 +36,28 @@ CIFAR = DataSpec("cifar", 50_000, 10, 3, 32, 32)
 TAPS = ("stem", "stage1", "stage2", "stage3")
 
 
-@pytest.fixture(scope="module")
-def data(small_npz: Path) -> ImageData:
-    return read_npz(small_npz)
-
-
-class Taped(EagerEngine):
-    """What a CUDA graph would replay, run step by step."""
-
-    name = "taped"
-
-    def epoch(self, seed_groups, number, rates):
-        tape = StaticStep(self, seed_groups)
-        tape.fill(number, rates)
-        for _ in range(seed_groups[0].batches.steps):
-            tape.step()
-            yield
-
-
-def trained(cohort: Cohort, engine: Engine) -> list[dict[Student, dict[str, float]]]:
-    """The terms of every epoch."""
-    cohort.engine = engine
-    return [{student: progress.terms for student, progress in report.progress.items()} for report in train(cohort)]
-
-
-GRID = [("base", 0), ("fsp", 0), ("at+kd", 0), ("fsp", 1), ("base", 1), ("crd", 0)]
-
-
-def grid(small_npz: Path, grid: list[tuple[str, int]] = GRID) -> list:
-    calm = {"at+kd": {"weights": {"at": 20.0}}, "crd": {"options": {"crd": {"negatives": 50, "dim": 8}}}}  # what suits maps of 8x8
-    return [config(small_npz, method=method, teacher="-", seed=seed, **calm.get(method, {})) for method, seed in grid]
-
-
 def test_the_step_that_a_graph_holds_is_the_eager_one_bit_for_bit(data: ImageData, small_npz: Path) -> None:
     for precision in ("fp32", "bf16"):
-        plain, ours = a_cohort(data, grid(small_npz), precision)
-        taped, theirs = a_cohort(data, grid(small_npz), precision)
-        expected, found = trained(plain, EagerEngine(precision, "")), trained(taped, Taped(precision, ""))
-        for one, other in zip(ours, theirs, strict=True):
-            assert weights_of(one) == weights_of(other)
-            assert [epoch[one] for epoch in expected] == [epoch[other] for epoch in found]
+        plain, plain_students = a_cohort(data, grid(small_npz), precision)
+        taped, taped_students = a_cohort(data, grid(small_npz), precision)
+        expected, found = train_with(plain, EagerEngine(precision, "")), train_with(taped, Taped(precision, ""))
+        for student, taped_student in zip(plain_students, taped_students, strict=True):
+            assert weights_of(student) == weights_of(taped_student)
+            assert [epoch[student] for epoch in expected] == [epoch[taped_student] for epoch in found]
 
 
 MIXED = {"teacher": "-", "weights": {"task": 0.0}, "train": {"mixup": True}}
 
 
-def test_so_it_is_with_resized_and_mixed_images(data: ImageData, small_npz: Path) -> None:
+def test_the_step_that_a_graph_holds_is_the_eager_one_on_resized_and_mixed_images(data: ImageData, small_npz: Path) -> None:
     cropped = replace(data, crop="resized", pad=0)
     runs = [config(small_npz, method=method, seed=seed, crop="resized", **MIXED) for method, seed in (("kd", 0), ("sp", 0), ("kd", 1))]
-    plain, ours = a_cohort(cropped, runs)
-    taped, theirs = a_cohort(cropped, runs)
-    expected, found = trained(plain, EagerEngine("fp32", "")), trained(taped, Taped("fp32", ""))
-    for one, other in zip(ours, theirs, strict=True):
-        assert weights_of(one) == weights_of(other)
-        assert [epoch[one] for epoch in expected] == [epoch[other] for epoch in found]
+    plain, plain_students = a_cohort(cropped, runs)
+    taped, taped_students = a_cohort(cropped, runs)
+    expected, found = train_with(plain, EagerEngine("fp32", "")), train_with(taped, Taped("fp32", ""))
+    for student, taped_student in zip(plain_students, taped_students, strict=True):
+        assert weights_of(student) == weights_of(taped_student)
+        assert [epoch[student] for epoch in expected] == [epoch[taped_student] for epoch in found]
     assert [list(terms) for terms in expected[0].values()] == [["kd"], ["sp"], ["kd"]]
 
 
@@ -99,33 +65,33 @@ def test_so_it_is_with_resized_and_mixed_images(data: ImageData, small_npz: Path
 def compiled(data: ImageData, small_npz: Path) -> tuple[Cohort, list[Student], list, CompiledEngine]:
     cohort, students = a_cohort(data, grid(small_npz))
     engine = CompiledEngine("fp32", "")
-    terms = trained(cohort, engine)
+    terms = train_with(cohort, engine)
     assert cohort.engine is engine, cohort.engine.why
     return cohort, students, terms, engine
 
 
 def test_each_compiled_step_is_the_eager_one_within_rounding(data: ImageData, small_npz: Path, compiled: tuple) -> None:
     """From the same weights and momenta; over many steps a rounding that turns a ReLU grows, in eager with two threads as well."""
-    plain, ours = a_cohort(data, grid(small_npz))
-    other, theirs = a_cohort(data, grid(small_npz))
+    plain, eager_students = a_cohort(data, grid(small_npz))
+    compiled_cohort, compiled_students = a_cohort(data, grid(small_npz))
     eager, engine, steps = EagerEngine("fp32", ""), compiled[3], plain.seed_groups[0].batches.steps
-    for student in (*ours, *theirs):
+    for student in (*eager_students, *compiled_students):
         student.begin_phase(0)
         student.begin_epoch()
     for epoch in range(2):
-        rates = [{student: student.rates(epoch, 2, steps) for student in students} for students in (ours, theirs)]
-        expected, found = eager.epoch(plain.seed_groups, epoch, rates[0]), engine.epoch(other.seed_groups, epoch, rates[1])
+        rates = [{student: student.rates(epoch, 2, steps) for student in students} for students in (eager_students, compiled_students)]
+        expected, found = eager.epoch(plain.seed_groups, epoch, rates[0]), engine.epoch(compiled_cohort.seed_groups, epoch, rates[1])
         for _ in range(steps):
-            stood = {one: [value.clone() for value in _moving(one)] for one in ours}
-            for one, again in zip(ours, theirs, strict=True):
-                for value, copied in zip(_moving(one), _moving(again), strict=True):
+            stood = {eager_student: [value.clone() for value in _moving(eager_student)] for eager_student in eager_students}
+            for eager_student, compiled_student in zip(eager_students, compiled_students, strict=True):
+                for value, copied in zip(_moving(eager_student), _moving(compiled_student), strict=True):
                     copied.copy_(value)
             next(expected)
             next(found)
-            for one, again in zip(ours, theirs, strict=True):
-                for term, value in one.sums.items():
-                    assert float(again.sums[term]) == pytest.approx(float(value), rel=1e-5, abs=1e-6), (epoch, term)
-                for before, value, computed in zip(stood[one], _moving(one), _moving(again), strict=True):
+            for eager_student, compiled_student in zip(eager_students, compiled_students, strict=True):
+                for term, value in eager_student.sums.items():
+                    assert float(compiled_student.sums[term]) == pytest.approx(float(value), rel=1e-5, abs=1e-6), (epoch, term)
+                for before, value, computed in zip(stood[eager_student], _moving(eager_student), _moving(compiled_student), strict=True):
                     off, moved = (computed - value).double().norm(), (value - before).double().norm()
                     assert off <= 1e-2 * moved  # 0.6 % where a rounding turns a ReLU; eager with two threads: 0.9 %
 
@@ -143,7 +109,7 @@ def test_a_compiled_cohort_of_k_is_k_separate_runs_bit_for_bit(data: ImageData, 
     _, students, _, engine = compiled
     for run_, student in list(zip(grid(small_npz), students, strict=True))[1:4:2]:
         alone, (single,) = a_cohort(data, [run_])
-        trained(alone, engine)
+        train_with(alone, engine)
         assert weights_of(single) == weights_of(student)
 
 
@@ -164,10 +130,10 @@ def test_what_can_not_be_compiled_is_trained_eagerly_and_told(data: ImageData, s
         raise RuntimeError("no such compiler\nand more")
 
     plain, (one,) = a_cohort(data, grid(small_npz)[1:2])
-    trained(plain, EagerEngine("fp32", ""))
+    train_with(plain, EagerEngine("fp32", ""))
     cohort, (other,) = a_cohort(data, grid(small_npz)[1:2])
     monkeypatch.setattr("flowdistill.training.engine._compile", lambda function: refuses)
-    trained(cohort, CompiledEngine("fp32", ""))
+    train_with(cohort, CompiledEngine("fp32", ""))
     assert (cohort.engine.name, cohort.engine.why) == ("eager", "compiling failed (RuntimeError: no such compiler)")
     assert weights_of(one) == weights_of(other)
 
@@ -210,7 +176,7 @@ def test_the_choice_and_its_reason(
     assert why in found.why
 
 
-def test_an_engine_that_there_is_not_is_refused() -> None:
+def test_an_unknown_engine_is_refused() -> None:
     with pytest.raises(UserError, match="engine 'compile': did you mean 'compiled'"):
         choose("compile", CPU, "fp32", pixels=LONG)
 
@@ -220,7 +186,7 @@ def test_a_compiled_run_is_recorded_as_such_and_resumes_bit_for_bit(small_npz: P
     for cut in (False, True):
         ledger = Ledger(tmp_path / str(cut), create=True)
         if cut:
-            from test_resume import Cut, Scissors
+            from helpers.interruptions import Cut, Scissors
 
             with pytest.raises(Cut):
                 run([config(small_npz)], ledger, CPU, engine="compiled", watcher=Scissors(6))
@@ -343,12 +309,12 @@ def test_images_kept_in_host_memory_give_the_same_batches(data: ImageData, monke
     fetched = DeviceData(data, "full", CPU)
     assert (resident.resident, fetched.resident) == (True, False)
     streams = [SeedBatches(images, 3, 64, mixup=mixed) for images in (resident, fetched)]
-    for (ours, known), (theirs, told) in zip(*(stream.epoch(2) for stream in streams), strict=True):
-        assert torch.equal(ours, theirs)
-        assert (known.labels is None, told.labels is None) == (mixed, mixed)
-        assert mixed or torch.equal(known.labels, told.labels)
-        assert torch.equal(known.indices, told.indices)
-        assert int(told.epoch) == 2
+    for (resident_images, resident_batch), (fetched_images, fetched_batch) in zip(*(stream.epoch(2) for stream in streams), strict=True):
+        assert torch.equal(resident_images, fetched_images)
+        assert (resident_batch.labels is None, fetched_batch.labels is None) == (mixed, mixed)
+        assert mixed or torch.equal(resident_batch.labels, fetched_batch.labels)
+        assert torch.equal(resident_batch.indices, fetched_batch.indices)
+        assert int(fetched_batch.epoch) == 2
 
 
 def test_memory_does_not_grow_over_fifty_epochs(data: ImageData, small_npz: Path) -> None:

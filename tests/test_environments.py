@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command import command
+from helpers.command import command
+from helpers.small import config
 from PIL import Image
-from small import config
 
 from flowdistill import env
 from flowdistill.checks import UserError, shortage

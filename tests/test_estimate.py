@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import config
+from helpers.small import config
 
 from flowdistill import UserError
 from flowdistill.config import RunConfig
@@ -54,7 +54,7 @@ def test_one_seed_of_each_method_is_measured_and_scaled(ledger: Ledger, small_np
     assert [(len(cohort.seed_groups), len(cohort.students)) for cohort in measured[2:]] == [(1, 2), (1, 2)]
 
 
-def test_it_measures_what_would_train_and_beside_it_the_plain_way(
+def test_the_engine_that_would_train_is_measured_beside_the_plain_one(
     ledger: Ledger, small_npz: Path, measured: list[Cohort], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A long run is compiled, and so is what is measured for it; the plain way is the eager engine in fp32."""
@@ -69,7 +69,7 @@ def test_it_measures_what_would_train_and_beside_it_the_plain_way(
     assert str(short + long) == both
 
 
-def test_what_is_plain_anyway_is_measured_once(ledger: Ledger, small_npz: Path, measured: list[Cohort]) -> None:
+def test_a_plain_run_is_measured_once(ledger: Ledger, small_npz: Path, measured: list[Cohort]) -> None:
     found = estimate(base(small_npz, 0, precision="fp32"), ledger, CPU)
     assert found.seconds == found.plainly == SECONDS * 2 * SLOWER
     assert len(measured) == 1
@@ -123,7 +123,9 @@ def test_a_refusal_comes_before_training(ledger: Ledger, small_npz: Path) -> Non
         estimate(taught(small_npz, 0), ledger, CPU)
 
 
-def test_it_measures_a_batch_a_student_and_counts_all_images(ledger: Ledger, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_is_measured_on_a_batch_and_counted_for_all_images(
+    ledger: Ledger, small_npz: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen, clock = [], iter(range(1000))
 
     def evaluate(net: object, on: EvalSet, *rest: object) -> Evaluation:

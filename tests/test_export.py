@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command import assert_refused, command
+from helpers.command import assert_refused, command
 from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor

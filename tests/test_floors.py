@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = "flowdistill"
-SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
+TESTS = Path(__file__).parent
+SOURCE = TESTS.parent / "src" / PACKAGE
 
 ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "ground": (0, ("advice", "checks", "registry", "randomness", "device", "env", "interrupt", "lock", "talk", "trust")),
@@ -36,6 +37,9 @@ TORCH_FREE = (
     *("report", "report.card", "report.pages", "report.reference", "report.tables", "stats", "talk"),
 )
 """Modules that must not bring torch in when they are imported."""
+
+RUN_OTHERS = {"test_adding.py", "test_planted.py"}
+"""Test files that run the tests of others: on the example of a new method, and on planted bugs. The rest share ``tests/helpers``."""
 
 HEAVY = ("torch", "torchvision", "safetensors.torch")
 SHARED_WORDS = {"at", "base", "logits"}  # words of English or of the vocabulary: refused only where they are the whole string
@@ -192,6 +196,11 @@ def mentioned(text: str, names: set[str]) -> set[str]:
     return found
 
 
+def suites_imported(text: str) -> set[str]:
+    """The test files that a text imports, wherever in it."""
+    return {entry.module for entry in imports("", text, {}) if entry.module.startswith("test_")}
+
+
 MODULES = sources()
 
 
@@ -226,6 +235,11 @@ def test_only_a_folder_imports_by_name() -> None:
     """A module imported by a computed name would escape this file; a folder gathering its own files may, and what runs a user's code."""
     dynamic = {module for module, text in MODULES.items() if "import_module(" in text or "__import__(" in text}
     assert dynamic <= {"", "methods", "models", "models.loading"}
+
+
+def test_no_test_file_imports_from_another() -> None:
+    texts = {path.name: path.read_text(encoding="utf-8") for path in TESTS.rglob("*.py") if path.parent.name != "planted"}
+    assert {name for name, text in texts.items() if suites_imported(text)} == RUN_OTHERS
 
 
 # The test, tested: each bad module must be seen
@@ -268,6 +282,20 @@ def test_a_good_import_is_left_alone(text: str) -> None:
     changed = {**MODULES, "ledger": text}
     assert wrong_imports(changed) == []
     assert brings_torch("ledger", changed) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import test_cli",
+        "import test_cli as suite",
+        "from test_cli import x",
+        "def f():\n    from test_cli import x",
+        "import os, test_cli",
+    ],
+)
+def test_an_import_of_a_test_file_is_seen(text: str) -> None:
+    assert suites_imported(f"import torch\nfrom helpers.small import config\n{text}") == {"test_cli"}
 
 
 def test_the_other_branch_of_type_checking_counts() -> None:

@@ -17,53 +17,24 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms as tv
-from command import assert_refused, command
+from helpers.command import assert_refused, command
+from helpers.image_files import NAMES, csv_data, digits, folder_data, on, write
+from helpers.interruptions import cut_off
+from helpers.small import config
 from PIL import Image
-from sklearn.datasets import load_digits
-from small import config
-from test_resume import cut_off
 
 from flowdistill.checks import UserError
-from flowdistill.config import DataConfig, RunConfig, validate
 from flowdistill.data import image_files
 from flowdistill.data.batches import DeviceData
 from flowdistill.data.dataset import ImageData
-from flowdistill.data.sources import load
 from flowdistill.env import memory
 from flowdistill.ledger import Ledger
 from flowdistill.report.card import page
 from flowdistill.runner import load_network, resume, run
 from flowdistill.runner.card import measure
 from flowdistill.runner.evaluate import evaluate
-from flowdistill.talk import Remarks
 
 CPU = torch.device("cpu")
-NAMES = ("ant", "bee", "cat")
-
-
-def digits(n: int, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Real digits 0 to 2 of 8x8 and their labels, in the order in which files sorted by class are read."""
-    bunch = load_digits(n_class=3)
-    order = start + np.argsort(bunch.target[start : start + n], kind="stable")
-    return (bunch.images * 15).astype(np.uint8)[order], bunch.target[order].astype(np.int64)
-
-
-def write(folder: Path, images: np.ndarray, labels: np.ndarray, kind: str = "png") -> list[Path]:
-    """``FOLDER/CLASS/0007.png`` for each image."""
-    paths = []
-    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-        paths.append(folder / NAMES[label] / f"{number:04}.{kind}")
-        paths[-1].parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(paths[-1])
-    return paths
-
-
-def folder_data(place: Path, **keys: Any) -> ImageData:
-    return load(DataConfig.model_validate({"name": f"folder:{place}", "pad": 1} | keys), Remarks())
-
-
-def csv_data(place: Path, **keys: Any) -> ImageData:
-    return load(DataConfig.model_validate({"name": f"csv:{place}", "pad": 1} | keys), Remarks())
 
 
 @pytest.fixture
@@ -217,7 +188,7 @@ def test_images_are_turned_as_exif_says(tmp_path: Path, orientation: int, kind: 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "webp", "tif"])
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_where_all_are_turned_streamed_are_as_held(tmp_path: Path, orientation: int, kind: str) -> None:
+def test_turned_images_are_streamed_as_they_are_held(tmp_path: Path, orientation: int, kind: str) -> None:
     """The header's size is that of the image as it is seen."""
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -244,10 +215,10 @@ def test_images_of_several_sizes_are_resized_as_torchvision_does(tmp_path: Path,
         for number, image in enumerate(own):
             Image.fromarray(image).save(tmp_path / split / NAMES[label] / f"{number}.png")
     data = folder_data(tmp_path, size=size)
-    theirs = tv.Compose([tv.Resize(size), tv.CenterCrop(size)])
-    for split, ours in (("train", data.x_train), ("test", data.x_test)):
-        want = [np.asarray(theirs(Image.fromarray(image))) for label in range(3) for image in images[split, label]]
-        np.testing.assert_array_equal(ours, np.stack(want))
+    torchvisions = tv.Compose([tv.Resize(size), tv.CenterCrop(size)])
+    for split, images_read in (("train", data.x_train), ("test", data.x_test)):
+        want = [np.asarray(torchvisions(Image.fromarray(image))) for label in range(3) for image in images[split, label]]
+        np.testing.assert_array_equal(images_read, np.stack(want))
 
 
 def test_what_is_hidden_is_ignored_and_what_is_no_image_is_told(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -274,14 +245,14 @@ def test_folders_below_a_class_belong_to_it(small: Path) -> None:
     assert folder_data(small).hash == before.hash
 
 
-def test_of_test_and_val_test_is_read(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_test_folder_is_read_and_val_is_not(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = folder_data(small)
     (small / "val" / "dodo").mkdir(parents=True)
     assert folder_data(small).hash == before.hash
     assert capsys.readouterr().err == f"folder:{small}: test is read, val is not\n"
 
 
-def test_of_test_and_val_rows_test_is_read(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_test_rows_are_read_and_val_rows_are_not(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = folder_data(small)
     rows = [f"{p.relative_to(small)},{p.parent.name},{p.parts[-3]}" for p in sorted(small.rglob("*.png"))]
     shutil.copy(small / "test" / "ant" / "0000.png", small / "more.png")
@@ -660,26 +631,15 @@ def test_a_long_thin_image_takes_no_memory(small: Path) -> None:
 # Training
 
 
-def on(name: str, **keys: Any) -> RunConfig:
-    return validate(
-        {
-            "student": "resnet8",
-            "data": {"name": name, "pad": 1, "flip": False} | keys.pop("data", {}),
-            "train": {"epochs": 1, "batch_size": 30, "lr": 0.05, "precision": "fp32"},
-            **keys,
-        }
-    )
-
-
 @pytest.mark.parametrize("split", ["full", "holdout"])
 def test_training_is_that_on_the_same_arrays_bit_for_bit(small: Path, ledger: Ledger, split: str) -> None:
     (x_train, y_train), (x_test, y_test) = digits(90), digits(30, 90)
     np.savez(small.parent / "same.npz", x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
     names = (f"folder:{small}", f"npz:{small.parent / 'same.npz'}")
-    ours, theirs = (run([on(name, split=split)], ledger, CPU, again=True)[0] for name in names)
-    assert (ours.data_hash, ours.weights_hash) == (theirs.data_hash, theirs.weights_hash)
-    assert (ours.correct, ours.images, ours.dataset) == (theirs.correct, 30, "birds")
-    assert [run([on(name, split=split)], ledger, CPU)[0].no for name in names] == [ours.no, theirs.no], "one has names"
+    of_folder, of_arrays = (run([on(name, split=split)], ledger, CPU, again=True)[0] for name in names)
+    assert (of_folder.data_hash, of_folder.weights_hash) == (of_arrays.data_hash, of_arrays.weights_hash)
+    assert (of_folder.correct, of_folder.images, of_folder.dataset) == (of_arrays.correct, 30, "birds")
+    assert [run([on(name, split=split)], ledger, CPU)[0].no for name in names] == [of_folder.no, of_arrays.no], "one has names"
 
 
 def test_classes_under_other_names_are_trained_anew_and_not_gone_on_with(small: Path, ledger: Ledger) -> None:

@@ -212,7 +212,7 @@ def test_images_are_left_as_they_came(untidy):
     assert torch.equal(given, images(DATA))
 
 
-def test_memory_is_contiguous_where_channels_last_does_not_do(untidy):
+def test_a_network_that_channels_last_breaks_stays_contiguous(untidy):
     net, answer = untidy
     assert net.body.first.weight.is_contiguous()
     with pytest.raises(RuntimeError, match="view size"):
@@ -264,7 +264,7 @@ def nets(tmp_path):
 
 
 @pytest.mark.parametrize("function", ["small", "Small"])
-def test_a_function_or_class_of_a_file(nets, function):
+def test_a_function_or_class_of_a_file_makes_a_network(nets, function):
     name = f"{nets}:{function}"
     assert models.canonical(name) == name
     spec = models.spec(name, GREY)
@@ -281,7 +281,7 @@ def test_a_changed_file_is_another_network(nets, tmp_path):
     assert models.own_code("timm:resnet18") == {} == models.own_code("resnet20")
 
 
-def test_a_function_of_a_package(nets, monkeypatch):
+def test_a_function_of_a_package_makes_a_network(nets, monkeypatch):
     monkeypatch.syspath_prepend(str(nets.parent))
     assert models.spec("nets:small", GREY).classes == 7
 
@@ -352,7 +352,7 @@ class Skipping(nn.Module):
         return x.repeat(1, 2)[:, :7] if self.skipped == "fc" else self.fc(input=x)
 
 
-def test_what_is_not_called_is_named():
+def test_a_module_that_is_not_called_is_named():
     net = models.build(adopt(Skipping(), "skips"), DATA, taps=("stage1",))
     assert net(images(DATA)).maps["stage1"].shape == (4, 4, 16, 16)
     net.body.skipped = "second"
@@ -382,7 +382,7 @@ def test_a_function_gives_the_classes_that_are_wanted_and_a_module_those_that_it
 class TestTables:
     """Taps that the user names."""
 
-    def test_paths_and_wildcards(self):
+    def test_taps_are_named_by_paths_and_wildcards(self):
         spec = models.spec("timm:resnet18", DATA, {"first": "conv1", "stage": "layer?", "deep": "stage4"})
         assert [(tap.name, tap.module) for tap in spec.taps] == [
             ("first", "conv1"),
@@ -397,11 +397,11 @@ class TestTables:
         assert [tap.module for tap in models.spec("timm:resnet18", DATA, {"b": "layer1.*"}).taps] == ["layer1.0", "layer1.1"]
 
     @pytest.mark.parametrize("path", ["layer9", "fc", "global_pool"])
-    def test_what_gives_no_map(self, path):
+    def test_a_path_that_gives_no_map_is_refused(self, path):
         with pytest.raises(UserError, match=f"tap a={path}: timm:resnet18 has no such module that gives a map; "):
             models.spec("timm:resnet18", DATA, {"a": path})
 
-    def test_of_a_registered_network(self):
+    def test_taps_of_a_registered_network_are_renamed(self):
         spec = models.spec("resnet20", DATA, {"stage1": "stage2", "stage2": "stage3"})
         assert spec.stages == ("stage1", "stage2")
         net = models.build("resnet20", DATA, taps=("stage1",), spec=spec).eval()

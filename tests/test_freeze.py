@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import command
-from small import config
-from test_engines import Taped, trained
-from test_resume import cut_off
-from test_training import a_cohort, a_student, data
+from helpers.cohorts import Taped, a_cohort, a_student, train_with
+from helpers.command import command
+from helpers.interruptions import cut_off
+from helpers.small import config
 from torch import Tensor, nn
 
 from flowdistill import models
@@ -29,7 +28,6 @@ from flowdistill.training.student import Student
 from flowdistill.training.weights import load_weights
 from flowdistill.types import DataSpec
 
-__all__ = ["data"]  # a fixture
 CPU = torch.device("cpu")
 DATA = DataSpec("tiny", 30, 4, 1, 8, 8)
 FRONT = "conv1,bn1,layer1"
@@ -46,7 +44,7 @@ def state(student: Student) -> dict[str, Tensor]:
 
 def assert_the_front_stays_and_the_rest_moves(cohort: Cohort, students: list[Student], engine: Engine) -> None:
     before = [state(student) for student in students]
-    trained(cohort, engine)
+    train_with(cohort, engine)
     assert type(cohort.engine) is type(engine), cohort.engine.why
     for then, student in zip(before, students, strict=True):
         for name, value in student.net.state_dict().items():
@@ -62,7 +60,7 @@ def test_what_is_frozen_stays_to_the_bit_and_all_else_moves(engine: type[Engine]
 
 def test_frozen_parts_get_no_gradient_and_no_momentum(data: ImageData, small_npz: Path) -> None:
     cohort, (student,) = a_cohort(data, [frozen(small_npz, method="base", teacher=None)])
-    trained(cohort, EagerEngine("fp32", ""))
+    train_with(cohort, EagerEngine("fp32", ""))
     still = [p for name, p in student.net.named_parameters() if name.startswith(("conv1.", "bn1.", "layer1."))]
     assert still
     assert all(p.grad is None and p not in student.optimizer.state for p in still)
@@ -74,7 +72,7 @@ def test_the_step_that_a_graph_holds_is_the_eager_one(data: ImageData, small_npz
     ends = []
     for engine in (EagerEngine, Taped):
         cohort, students = a_cohort(data, runs)
-        trained(cohort, engine("fp32", ""))
+        train_with(cohort, engine("fp32", ""))
         ends.append([state(student) for student in students])
     for one, other in zip(*ends, strict=True):
         assert all(torch.equal(value, other[name]) for name, value in one.items())
@@ -94,7 +92,7 @@ def test_resumed_is_the_straight_run(ledger: Ledger, small_npz: Path, tmp_path: 
     assert not torch.equal(weights["layer2.0.bn1.running_mean"], fresh["layer2.0.bn1.running_mean"])
 
 
-def test_frozen_or_not_are_two_fingerprints_and_no_order_of_names_is_a_third(ledger: Ledger, small_npz: Path) -> None:
+def test_freezing_changes_the_fingerprint_and_the_order_of_names_does_not(ledger: Ledger, small_npz: Path) -> None:
     plain = config(small_npz, train={"weight_decay": 0.01})
     first, second = run([plain, frozen(small_npz, method="base", teacher=None)], ledger, CPU)
     assert first.fingerprint != second.fingerprint

@@ -121,7 +121,7 @@ PRESETS: list[tuple[str, dict[str, str], float, tuple[Phase, ...]]] = [
 
 
 @pytest.mark.parametrize(("preset", "options", "weight", "phases"), PRESETS, ids=[p[0] for p in PRESETS])
-def test_preset(preset: str, options: dict[str, str], weight: float, phases: tuple[Phase, ...]) -> None:
+def test_a_preset_sets_options_weight_and_phases(preset: str, options: dict[str, str], weight: float, phases: tuple[Phase, ...]) -> None:
     resolved = resolve(preset=preset)
     dumped = resolved.options["fsp"].model_dump()
     assert {key: dumped[key] for key in options} == options
@@ -130,7 +130,7 @@ def test_preset(preset: str, options: dict[str, str], weight: float, phases: tup
     assert resolved.phases == phases
 
 
-def test_left_out_is_ours() -> None:
+def test_the_default_preset_is_ours() -> None:
     assert resolve().options == resolve(preset="ours").options
 
 
@@ -182,7 +182,7 @@ def test_options_that_went_through_json_are_the_same() -> None:
         assert FSPOptions(**options.model_dump()) == options
 
 
-def test_pairs() -> None:
+def test_pairs_are_those_of_the_pairing() -> None:
     def taps(**options: Any) -> list[tuple[str, str]]:
         return get("fsp")(options, student=network(), teacher=network()).pairs
 

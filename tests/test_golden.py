@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden.inputs import INPUTS
-from test_methods import SHEETS as FILES
+from helpers.method_cases import SHEETS as FILES
 from torch import Tensor
 
 from flowdistill.methods.attention import attention_loss

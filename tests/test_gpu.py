@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import config
-from test_resume import Cut, Scissors
+from helpers.interruptions import Cut, Scissors
+from helpers.small import config
 from torch import nn
 
 from flowdistill.device import resolve_precision

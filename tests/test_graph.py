@@ -12,23 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import config
-from test_engines import GRID, grid, trained
-from test_training import a_cohort, weights_of
+from helpers.cohorts import GRID, a_cohort, grid, train_with, weights_of
+from helpers.small import config
 
 from flowdistill.data.batches import DeviceData, SeedBatches
 from flowdistill.data.dataset import ImageData
-from flowdistill.data.sources import read_npz
 from flowdistill.methods.fsp import FSP
 from flowdistill.training import engine as engines
 from flowdistill.training import graph as graphs
 from flowdistill.training.engine import CompiledEngine, EagerEngine
 from flowdistill.training.graph import GraphEngine, StaticStep
-
-
-@pytest.fixture(scope="module")
-def data(small_npz: Path) -> ImageData:
-    return read_npz(small_npz)
 
 
 class Recorded:
@@ -85,16 +78,16 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_waits_is_trained_beside_the_graph_and_named(
     data: ImageData, small_npz: Path, replaying: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, ours = a_cohort(data, grid(small_npz))
-    beside, theirs = a_cohort(data, grid(small_npz))
-    expected = trained(plain, EagerEngine("fp32", ""))
+    plain, plain_students = a_cohort(data, grid(small_npz))
+    beside, students = a_cohort(data, grid(small_npz))
+    expected = train_with(plain, EagerEngine("fp32", ""))
     waits(monkeypatch)
-    found = trained(beside, GraphEngine(EagerEngine("fp32", ""), "bound by launches"))
-    for one, other in zip(ours, theirs, strict=True):
-        assert weights_of(one) == weights_of(other)
-        assert [epoch[one] for epoch in expected] == [epoch[other] for epoch in found]
+    found = train_with(beside, GraphEngine(EagerEngine("fp32", ""), "bound by launches"))
+    for plain_student, beside_student in zip(plain_students, students, strict=True):
+        assert weights_of(plain_student) == weights_of(beside_student)
+        assert [epoch[plain_student] for epoch in expected] == [epoch[beside_student] for epoch in found]
     assert beside.engine.name == "graph"
-    assert [beside.engine.of(student) for student in theirs] == ["eager" if method == "fsp" else "graph" for method, _ in GRID]
+    assert [beside.engine.of(student) for student in students] == ["eager" if method == "fsp" else "graph" for method, _ in GRID]
     cause = "it can't be captured (RuntimeError: called a synchronizing CUDA operation)"
     assert beside.engine.why == "; ".join(["bound by launches", *[f"fsp resnet8 beside it, eager: {cause}"] * 2])
     captured = {student.resolved.name for seed_group in beside.engine._step.seed_groups for student in seed_group.students}  # type: ignore[attr-defined]
@@ -102,21 +95,21 @@ def test_what_waits_is_trained_beside_the_graph_and_named(
     assert replaying == [len(GRID) - 2]
 
 
-def test_where_all_wait_the_engine_inside_trains(
+def test_a_cohort_that_can_not_be_captured_is_trained_by_the_inner_engine(
     data: ImageData, small_npz: Path, replaying: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits(monkeypatch)
     cohort, _ = a_cohort(data, grid(small_npz)[1:2])
-    trained(cohort, GraphEngine(EagerEngine("fp32", ""), ""))
+    train_with(cohort, GraphEngine(EagerEngine("fp32", ""), ""))
     assert (type(cohort.engine), replaying) == (EagerEngine, [])
     assert cohort.engine.why == "it can't be captured (RuntimeError: called a synchronizing CUDA operation)"
 
 
-def test_a_lane_without_students_does_not_hinder(data: ImageData, small_npz: Path, replaying: list[int]) -> None:
+def test_a_seed_group_without_students_does_not_hinder_the_capture(data: ImageData, small_npz: Path, replaying: list[int]) -> None:
     cohort, students = a_cohort(data, grid(small_npz))
     gone = cohort.seed_groups[0].students[:]
     cohort.seed_groups[0].students.clear()
-    trained(cohort, GraphEngine(EagerEngine("fp32", ""), ""))
+    train_with(cohort, GraphEngine(EagerEngine("fp32", ""), ""))
     assert cohort.engine.name == "graph", cohort.engine.why
     assert replaying == [len(students) - len(gone)]
 
@@ -125,7 +118,7 @@ def test_streams_are_counted_by_group(data: ImageData, small_npz: Path, replayin
     """Two that teach each other are moved by one step, on one stream."""
     cohort, (first, second, _) = a_cohort(data, [config(small_npz), config(small_npz), config(small_npz, method="fsp", teacher="-")])
     first.peers, second.peers = (second,), (first,)
-    trained(cohort, GraphEngine(EagerEngine("fp32", ""), ""))
+    train_with(cohort, GraphEngine(EagerEngine("fp32", ""), ""))
     assert replaying == [2]
 
 
@@ -177,14 +170,14 @@ def test_a_capture_that_fails_tells_its_cause_and_puts_the_stream_back(
     assert GraphEngine.spent == (told if spent else "")
 
 
-def test_after_such_a_failure_nothing_is_captured(data: ImageData, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_failed_capture_nothing_is_captured(data: ImageData, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GraphEngine, "spent", "an earlier capture failed")
     cohort, _ = a_cohort(data, grid(small_npz)[:1])
-    trained(cohort, GraphEngine(EagerEngine("fp32", ""), ""))
+    train_with(cohort, GraphEngine(EagerEngine("fp32", ""), ""))
     assert (type(cohort.engine), cohort.engine.why) == (EagerEngine, "an earlier capture failed")
 
 
-def test_what_was_captured_before_such_a_failure_is_still_replayed(
+def test_a_step_captured_before_a_failed_capture_is_still_replayed(
     data: ImageData, small_npz: Path, replaying: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A capture of the evaluation may fail after that of the step."""

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from command import assert_refused, command
+from helpers.command import assert_refused, command
 from PIL import Image
 
 from flowdistill.checks import UserError
@@ -59,7 +59,7 @@ def small(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_it_gives_the_pixels_and_classes_that_were_put_in(tmp_path: Path, channels: int, stream: bool) -> None:
+def test_the_pixels_and_classes_that_were_put_in_come_out(tmp_path: Path, channels: int, stream: bool) -> None:
     parts = {split: table(pixels(12, seed, channels), [number % 3 for number in range(12)]) for seed, split in enumerate(("train", "test"))}
     data = read(save(tmp_path / "a", **parts), stream=stream)
     assert (data.streamed, data.name, data.classes, data.class_names) == (stream, "a", 3, tuple(NAMES))
@@ -93,7 +93,7 @@ def test_validation_stands_in_for_test(tmp_path: Path, split: str) -> None:
 
 
 @pytest.mark.parametrize("hidden", [False, True])
-def test_of_test_and_validation_one_is_read(tmp_path: Path, hidden: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_validation_is_read_only_if_the_labels_of_test_are_hidden(tmp_path: Path, hidden: bool, capsys: pytest.CaptureFixture[str]) -> None:
     parts = {name: table(pixels(6, seed), [0, 1, 2] * 2) for seed, name in enumerate(("train", "validation", "unlabelled"))}
     parts["test"] = table(pixels(6, 3), [-1] * 6 if hidden else [0, 1, 2] * 2)
     np.testing.assert_array_equal(read(save(tmp_path / "a", **parts)).x_test, pixels(6, 1 if hidden else 3))
@@ -103,7 +103,7 @@ def test_of_test_and_validation_one_is_read(tmp_path: Path, hidden: bool, capsys
 
 
 @pytest.mark.parametrize("single", [False, True])
-def test_of_train_alone_a_fifth_is_test_however_it_is_held(tmp_path: Path, single: bool) -> None:
+def test_without_a_test_split_a_fifth_of_train_is_test_held_or_streamed(tmp_path: Path, single: bool) -> None:
     whole = table(pixels(30), [number % 3 for number in range(30)])
     if single:
         whole.save_to_disk(str(tmp_path / "a"))
@@ -149,7 +149,7 @@ def test_a_test_split_without_the_column_of_classes_is_one_whose_labels_are_hidd
     np.testing.assert_array_equal(read(save(tmp_path / "a", **parts)).x_test, pixels(6, 1))
 
 
-def test_of_two_kinds_of_classes_one_is_named(tmp_path: Path) -> None:
+def test_one_of_two_columns_of_classes_is_chosen_by_name(tmp_path: Path) -> None:
     """As CIFAR-100 has them."""
     datasets.ClassLabel(names=["x", "y"])
     whole = table(
@@ -310,7 +310,7 @@ def test_a_wrong_place_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.M
     assert_refused(tmp_path, ["train", "--dataset", "hf:x"], "hf:x: hf:NAME needs datasets, which is not installed: pip install datasets")
 
 
-def test_it_trains(small: Path) -> None:
+def test_a_streamed_data_set_trains_by_command(small: Path) -> None:
     words = "train --model resnet8 --dataset hf:animals --set data.stream=true --set data.size=8 --epochs 1 --batch-size 8 --workers 1"
     said = command(small.parent, *words.split(), "--precision", "fp32")
     assert (said.code, "animals" in said.out, "finished" in said.out) == (0, True, True), said.err

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from command import command
-from small import config
+from helpers.command import command
+from helpers.small import config
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import command
-from small import NET, Interrupt, config
+from helpers.command import command
+from helpers.networks import NET
+from helpers.small import Interrupt, config
 
 from flowdistill.checks import Changes, UserError
 from flowdistill.config import read_file, validate

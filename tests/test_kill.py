@@ -16,7 +16,7 @@ import pytest
 from flowdistill.ledger import Ledger, Run
 from flowdistill.training.weights import load_weights
 
-KILL = Path(__file__).with_name("kill.py")
+KILL = Path(__file__).parent / "helpers" / "kill.py"
 RANDOM_KILLS = 20
 MOMENTS = 18
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from rows import row
+from helpers.rows import row
 
 from flowdistill.ledger import Epoch, Ledger
 
@@ -87,6 +87,6 @@ print(json.dumps([found, dir(flowdistill), sorted(flowdistill.__all__)]))
     assert (found["methods"], found["train"], found["UserError"]) == ("module", "function", "type")
 
 
-def test_a_name_that_is_not_there() -> None:
+def test_an_unknown_name_is_an_attribute_error() -> None:
     printed, _ = python("import flowdistill\ntry:\n    flowdistill.nothing\nexcept AttributeError as error:\n    print(error)")
     assert printed.strip() == "module 'flowdistill' has no attribute 'nothing'"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rows import row, run
+from helpers.rows import row, run
 
 from flowdistill.checks import UserError
 from flowdistill.ledger import COLUMNS, MIGRATIONS, Epoch, Ledger, newest
@@ -146,7 +146,7 @@ def test_a_ledger_of_the_first_schema_is_migrated_and_keeps_its_runs(tmp_path: P
     ledger.close()
 
 
-def test_runs_by_columns(ledger: Ledger) -> None:
+def test_runs_are_filtered_by_columns(ledger: Ledger) -> None:
     ledger.register([row(), row(method="base"), row(method="base", seed=1), row(method="base", status="failed")])
     assert [found.no for found in ledger.runs(method="base")] == [2, 3, 4]
     assert [found.no for found in ledger.runs(method="base", status="finished", seed=1)] == [3]
@@ -156,7 +156,7 @@ def test_runs_by_columns(ledger: Ledger) -> None:
 @pytest.mark.parametrize(
     ("correct", "images", "accuracy"), [(9_200, 10_000, 92.0), (0, 10_000, 0.0), (None, 10_000, None), (5, None, None), (0, 0, None)]
 )
-def test_accuracy_in_percent(correct: int | None, images: int | None, accuracy: float | None) -> None:
+def test_accuracy_is_in_percent_or_none(correct: int | None, images: int | None, accuracy: float | None) -> None:
     assert run(correct=correct, images=images).accuracy == accuracy
 
 
@@ -256,7 +256,7 @@ def test_nothing_is_written_before_the_first_run(tmp_path: Path) -> None:
     ledger.close()
 
 
-def test_run_folder(ledger: Ledger) -> None:
+def test_the_folder_of_a_run_is_its_number(ledger: Ledger) -> None:
     assert ledger.run_folder(7) == ledger.folder / "7"
 
 
@@ -315,7 +315,7 @@ def test_a_ledger_can_be_made_by_eight_at_once_again_and_again(tmp_path: Path) -
 # What is no ledger
 
 
-def test_folder_without_a_ledger(tmp_path: Path) -> None:
+def test_a_folder_without_a_ledger_is_told_and_not_made(tmp_path: Path) -> None:
     folder = tmp_path / "nothing"
     assert (
         complaint(folder)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from pairs import PAIRS, network
-from test_methods import ALL, Scene, both, gradients, label, make, scene, total, wanted, widest
+from helpers.method_cases import ALL, label, make, wanted, widest
+from helpers.pairs import PAIRS, network
+from helpers.scenes import Scene, both, gradients, scene, total
 from torch import Tensor
 
 from flowdistill import models
@@ -56,7 +57,7 @@ NO_ONE = replace(scene(EVEN).batch, labels=torch.tensor([0, 2, 3]))
 
 
 @pytest.mark.parametrize("name", ["dkd", "nkd", "kd", "wsld", "mlkd", "wttm"])
-def test_a_teacher_that_says_one_class_only(name: str) -> None:
+def test_a_teacher_that_says_one_class_only_gives_finite_losses_and_gradients(name: str) -> None:
     """What the others are among themselves is not defined where they have nothing; it counts for nothing."""
     given = masked(scene(EVEN), [1, 2, 3, 4], -torch.inf)
     given = given._replace(batch=replace(given.batch, labels=torch.zeros(3, dtype=torch.long)))
@@ -152,7 +153,9 @@ RELATIONS = [case for case in ALL if case[0] in ("rkd", "pkt", "cc", "irg", "itr
 @pytest.mark.parametrize("who", ["student", "teacher", "both"])
 @pytest.mark.parametrize("spread", [1e-3, 1e-5])
 @pytest.mark.parametrize(("name", "options"), RELATIONS, ids=[label(*case) for case in RELATIONS])
-def test_samples_that_are_nearly_alike(name: str, options: dict[str, Any], spread: float, who: str) -> None:
+def test_samples_nearly_alike_give_in_float32_what_they_give_in_float64(
+    name: str, options: dict[str, Any], spread: float, who: str
+) -> None:
     """As two copies of an image are, one of which has a pixel off by 1/255: float32 gives what float64 gives of the same numbers."""
     given = scene(EVEN, n=8)
     if who != "teacher":
@@ -240,7 +243,7 @@ def test_a_single_class_is_refused_when_the_method_is_built(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("base", *PROBABILITIES, "dml", "tf_kd", "crd")])
-def test_who_works_with_a_single_class(name: str) -> None:
+def test_methods_without_probabilities_take_a_single_class(name: str) -> None:
     pair = tuple(replace(spec, classes=1, taps=tuple(replace(t, channels=1) if t.name == "cam" else t for t in spec.taps)) for spec in EVEN)
     given = scene(pair)
     given = given._replace(batch=replace(given.batch, labels=torch.zeros(3, dtype=torch.long)))

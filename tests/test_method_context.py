@@ -9,8 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_methods import PAIRS, make, method_context
-from test_training import CPU, data
+from helpers.cohorts import CPU
+from helpers.method_cases import make, method_context
+from helpers.pairs import PAIRS
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -24,7 +25,6 @@ from flowdistill.methods.ofd import margins
 from flowdistill.training.method_context import gather
 from flowdistill.types import MethodContext, NetSpec
 
-__all__ = ["data"]  # a fixture
 SPEC = NetSpec("net", (), 4, 4)
 ALL = Needs(teacher=frozenset({"stage1.pre", "stage2"}), context=frozenset({"head", "norms", "class_means", "labels"}))
 

@@ -7,40 +7,28 @@ A new method needs a file ``tests/reference/<name>.py``: the formula as slow loo
 from __future__ import annotations
 
 import contextlib
-import importlib
 import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from pairs import FIVE, PAIRS, SEVEN, TINY_PAIRS, TWO_STAGES, USUAL
+from helpers.method_cases import ALL, DATA, NAMES, REFERENCES, WRAPPED, by_part, label, make, pairs_for, wanted, widest
+from helpers.pairs import FIVE, PAIRS, SEVEN, TINY_PAIRS, TWO_STAGES
+from helpers.scenes import Scene, both, each_tensor, gradients, rows, scene, tensors, terms_and_gradients, total, trainable
 from torch import Tensor
 
 from flowdistill import models
 from flowdistill.checks import UserError
-from flowdistill.methods import METHODS, Composed, Method, build, get, parts, resolve
+from flowdistill.methods import METHODS, Composed, Method, get, parts, resolve
 from flowdistill.methods.standardise import standardise
-from flowdistill.randomness import seeded
 from flowdistill.training.teacher import teach
-from flowdistill.types import Batch, DataSpec, MethodContext, NetSpec, Outputs
+from flowdistill.types import Batch, DataSpec, NetSpec, Outputs
 
-COMPOSITION = "at+kd"
-SHEETS = {
-    path.stem: importlib.import_module(f"reference.{path.stem}") for path in sorted((Path(__file__).parent / "reference").glob("[!_]*.py"))
-}
-REFERENCES = {name: found for stem, module in SHEETS.items() for name, found in getattr(module, "WRAPPED", {stem: module}).items()}
-WRAPPED = sorted(name for module in SHEETS.values() for name in getattr(module, "WRAPPED", ()))
-
-NAMES = [*(name for name in METHODS if name != "base"), *WRAPPED, COMPOSITION]
-DATA = DataSpec("tiny", n_train=30, classes=4, channels=3, height=8, width=8)
 TEN = replace(DATA, classes=10)
-
-
 CIFAR100 = DataSpec("cifar100", n_train=50_000, classes=100, channels=3, height=32, width=32)
 CRD_PAIRS = [  # teacher, student: Tian et al. 2020, tables 1 and 2
     ("wrn-40-2", "wrn-16-2"),
@@ -59,39 +47,11 @@ CRD_PAIRS = [  # teacher, student: Tian et al. 2020, tables 1 and 2
 ]
 
 
-class Scene(NamedTuple):
-    """What a step hands to a method."""
-
-    student: Outputs
-    teacher: Outputs
-    batch: Batch
-
-
-def by_part(name: str, options: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return options if "+" in name else {name: options}
-
-
-def pairs_for(name: str, options: dict[str, Any]) -> list[str]:
-    """The pairs that a method is tried on with these options: the usual ones, unless its reference says otherwise."""
-    return next(
-        (REFERENCES[part].pairs(given) for part, given in by_part(name, options).items() if hasattr(REFERENCES[part], "pairs")), list(USUAL)
-    )
-
-
-def cases(name: str) -> list[dict[str, Any]]:
-    return [{}, {"at": {"mode": "paper"}, "kd": {"T": 2.0}}] if name == COMPOSITION else REFERENCES[name].CASES
-
-
 def bf16_bound(name: str) -> float:
     """How far the loss may move (relative) when its inputs are rounded to bfloat16 (0.2 % a number) and summed in float32 after that."""
     return max(REFERENCES[cls.name].BF16 for cls in parts(name))
 
 
-def label(name: str, options: dict[str, Any]) -> str:
-    return "-".join([name, *(f"{k}={v}" for part in by_part(name, options).values() for k, v in part.items())])
-
-
-ALL = [(name, options) for name in NAMES for options in cases(name)]
 each_case_of_defaults = pytest.mark.parametrize(
     ("name", "options"), [pytest.param(*case, id=label(*case), marks=[pytest.mark.long] if case[1] else []) for case in ALL]
 )
@@ -108,49 +68,6 @@ def promising(promise: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("name", "options"), [pytest.param(*case, id=label(*case)) for case in kept])
 
 
-def make(name: str, options: dict[str, Any], pair: tuple[NetSpec, NetSpec], classes: int | None = None) -> Method:
-    """The method, told of a teacher with this number of classes in the data, or with as many as the teacher's own."""
-    with seeded(0, "adapters"):
-        method = build(resolve(name, by_part(name, options), {}), student=pair[0], teacher=pair[1], data=DATA)
-    method.setup(method_context(pair[1], classes=classes))
-    return forgetful(method)
-
-
-def forgetful(method: Method) -> Method:
-    """Each call begins with the buffers as they are now: what a method remembers does not come between two calls that are compared."""
-    forward = method.forward
-    statistics = ("running_mean", "running_var", "num_batches_tracked")  # of batch normalisation, which a training forward does not read
-    kept = {name: buffer.clone() for name, buffer in method.named_buffers() if not name.endswith(statistics)}
-
-    def recall() -> None:
-        with torch.no_grad():
-            for name, before in kept.items():
-                buffer = method.get_buffer(name)
-                if torch.compiler.is_compiling() or not torch.equal(buffer, before.to(buffer.dtype)):
-                    buffer.copy_(before)
-
-    def once(*given: Any) -> dict[str, Tensor]:
-        recall()
-        return forward(*given)
-
-    if kept:
-        method.forward, method.recall = once, recall  # type: ignore[method-assign, assignment]
-    return method
-
-
-def method_context(teacher: NetSpec, images: int = DATA.n_train, classes: int | None = None) -> MethodContext:
-    """Of a teacher known by its spec: drawn numbers. ``classes``: of the data, where they are not the teacher's."""
-    generator = torch.Generator().manual_seed(3)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    norms = {tap.name: (normal(tap.channels), normal(tap.channels)) for tap in teacher.taps if tap.norm}
-    head = normal(teacher.classes, teacher.embedding), normal(teacher.classes)
-    classes = classes or teacher.classes
-    return MethodContext(head, norms, normal(classes, teacher.embedding), torch.arange(images) % classes)
-
-
 def refused(name: str, options: dict[str, Any], pair: tuple[NetSpec, NetSpec]) -> str:
     """Why this pair is nothing for the method, or empty."""
     try:
@@ -164,91 +81,6 @@ def real(name: str, options: dict[str, Any], student: str, teacher: str, data: D
     """What is trained by the method, and the teacher, as specs."""
     trained = resolve(name, by_part(name, options), {}).shipped_model(student, teacher)
     return models.spec(trained, data), models.spec(teacher, data)
-
-
-def widest(name: str, options: dict[str, Any]) -> tuple[NetSpec, NetSpec]:
-    """The pair with the most in it: adapters, where the case has any."""
-    return PAIRS[pairs_for(name, options)[-1]]
-
-
-def draw(spec: NetSpec, seed: int, n: int, *, relu: bool = True) -> Outputs:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    after_relu = (tap for tap in spec.taps if tap.name not in ("cam", "projected") and not tap.name.endswith(".pre"))
-    before = {tap.name: normal(n, tap.channels, tap.height, tap.width) + 0.3 for tap in after_relu}
-    maps = {tap: m.clamp(min=0) if relu else m for tap, m in before.items()} | {f"{stage}.pre": before[stage] for stage in spec.stages}
-    logits, embedding = 2 * normal(n, spec.classes), normal(n, spec.embedding)
-    cam, projected, last = spec.tap("cam"), spec.tap("projected"), spec.stages[-1]
-    maps["cam"] = normal(n, cam.channels, cam.height, cam.width)
-    own = projected.shape == spec.tap(last).shape  # as a teacher's is
-    maps["projected"] = maps[last] if own else normal(n, projected.channels, projected.height, projected.width).clamp(min=0)
-    return Outputs(logits, embedding, maps)
-
-
-def scene(pair: tuple[NetSpec, NetSpec], n: int = 3, *, relu: bool = True) -> Scene:
-    teacher = draw(pair[1], 2, n, relu=relu)
-    return Scene(draw(pair[0], 1, n, relu=relu), teacher, Batch(torch.arange(n) % 5, torch.arange(n) * 3, torch.tensor(4), (teacher,)))
-
-
-def each_tensor(outputs: Outputs, change: Callable[[Tensor], Tensor]) -> Outputs:
-    return Outputs(change(outputs.logits), change(outputs.embedding), {tap: change(m) for tap, m in outputs.maps.items()})
-
-
-def both(given: Scene, change: Callable[[Tensor], Tensor]) -> Scene:
-    peers = tuple(each_tensor(peer, change) for peer in given.batch.peers)
-    return Scene(each_tensor(given.student, change), each_tensor(given.teacher, change), replace(given.batch, peers=peers))
-
-
-def rows(given: Scene, index: list[int]) -> Scene:
-    picked = both(given, lambda x: x[index])
-    return picked._replace(batch=replace(picked.batch, labels=given.batch.labels[index], indices=given.batch.indices[index]))
-
-
-def tensors(outputs: Outputs) -> dict[str, Tensor]:
-    return {"logits": outputs.logits, "embedding": outputs.embedding, **outputs.maps}
-
-
-def trainable(given: Scene) -> Scene:
-    """Leaves that take gradients for the student and its peers; the teacher detached from leaves of its own, as in training."""
-
-    def leaves(outputs: Outputs) -> Outputs:
-        return each_tensor(outputs, lambda x: x.clone().requires_grad_())
-
-    teacher = each_tensor(leaves(given.teacher), Tensor.detach)
-    return Scene(leaves(given.student), teacher, replace(given.batch, peers=tuple(map(leaves, given.batch.peers))))
-
-
-def total(terms: dict[str, Tensor]) -> Tensor:
-    return torch.stack(list(terms.values())).sum()
-
-
-def wanted(method: Method) -> set[str]:
-    """What of the student a method pulls at: the taps that it requests, and ``PULLS`` of its reference (logits, embedding)."""
-    pulled: set[str] = set()
-    for part in method.methods if isinstance(method, Composed) else [method]:
-        sheet = REFERENCES[part.name]
-        pulled |= part.needs.student
-        pulled |= sheet.pulls(part.options.model_dump()) if hasattr(sheet, "pulls") else getattr(sheet, "PULLS", set())
-    return pulled
-
-
-def gradients(method: Method, given: Scene) -> dict[str, Tensor]:
-    """Of everything that the method pulls at, and of its parameters."""
-    return terms_and_gradients(method, given, method)[1]
-
-
-def terms_and_gradients(
-    method: Method, given: Scene, call: Callable[..., dict[str, Tensor]]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What ``call`` gives, which stands in for the method, and the gradients of its sum."""
-    given = trainable(given)
-    leaves = {name: x for name, x in tensors(given.student).items() if name in wanted(method)} | dict(method.named_parameters())
-    terms = call(*given)
-    found = torch.autograd.grad(total(terms), list(leaves.values()))
-    return {name: term.detach() for name, term in terms.items()}, dict(zip(leaves, found, strict=True))
 
 
 def as_numpy(outputs: Outputs) -> SimpleNamespace:
@@ -477,7 +309,7 @@ def test_a_teacher_of_other_classes_teaches_or_is_refused_by_both_numbers(name: 
     assert all(value.shape == () and value.isfinite() for value in terms.values())
 
 
-def test_who_takes_a_teacher_of_other_classes() -> None:
+def test_methods_that_compare_classes_refuse_a_teacher_of_other_classes() -> None:
     """Those that compare logits or class maps do not."""
     pair = models.spec("resnet8", DATA), models.spec("resnet14", TEN)
     takes = {name for name in METHODS if name not in ("base", "simkd") and not refused(name, {}, pair)}
@@ -485,11 +317,14 @@ def test_who_takes_a_teacher_of_other_classes() -> None:
     assert set(METHODS) - takes == logits | {"base", "simkd", "cat_kd", "irg"}
 
 
-def test_who_takes_a_teacher_of_as_many_classes_in_another_order() -> None:
+def test_methods_that_compare_classes_refuse_another_order_of_them() -> None:
     """Those that take one of another number; where one side has no names nobody can know."""
 
-    def refusals(ours: str, theirs: str) -> dict[str, str]:
-        pair = replace(models.spec("resnet8", DATA), labels=tuple(ours)), replace(models.spec("resnet14", DATA), labels=tuple(theirs))
+    def refusals(student_labels: str, teacher_labels: str) -> dict[str, str]:
+        pair = (
+            replace(models.spec("resnet8", DATA), labels=tuple(student_labels)),
+            replace(models.spec("resnet14", DATA), labels=tuple(teacher_labels)),
+        )
         found = {name: refused(name, {}, pair) for name in METHODS if name not in ("base", "simkd")}
         return {name: line for name, line in found.items() if line}
 
@@ -505,7 +340,7 @@ def test_logits_on_the_embedding_takes_a_teacher_of_other_classes() -> None:
     assert refused("logits", {"on": "embedding"}, pair) == ""
 
 
-def test_what_logits_compares_is_dumped_where_it_is_not_the_logits() -> None:
+def test_the_option_on_of_logits_is_dumped_where_it_is_not_the_default() -> None:
     """A run that was recorded before there was a choice keeps its fingerprint."""
     plain, embedded = (resolve("logits", {"logits": given}, {}) for given in ({"on": "logits"}, {"on": "embedding"}))
     assert (plain.options["logits"].model_dump(), plain.variant) == ({}, "")

@@ -151,7 +151,7 @@ def test_embedding_is_the_mean_of_the_last_stage():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_stage_before_its_relu(name):
+def test_a_pre_tap_is_its_stage_before_the_relu(name):
     """Bottlenecks of MobileNetV2 are linear: they have no ReLU to be before."""
     spec = models.spec(name, CIFAR)
     net = lived(models.build(name, CIFAR, taps=tuple(tap.name for tap in spec.taps)))
@@ -176,7 +176,7 @@ def test_a_stage_that_is_seen_is_the_stage_that_goes_on(name):
 
 
 @pytest.mark.parametrize(("alias", "name"), [("resnet_32_20", "resnet20"), ("resnet_32_110", "resnet110"), ("resnet20", "resnet20")])
-def test_aliases(alias, name):
+def test_an_alias_names_the_same_model(alias, name):
     assert models.canonical(alias) == name
     assert models.spec(alias, CIFAR) == models.spec(name, CIFAR)
 
@@ -195,7 +195,7 @@ def test_alias_builds_the_same_network():
     ],
 )
 @pytest.mark.parametrize("call", [models.canonical, lambda name: models.build(name, CIFAR), lambda name: models.spec(name, CIFAR)])
-def test_unknown_name(call, name, words):
+def test_an_unknown_model_is_told_in_one_line(call, name, words):
     with pytest.raises(UserError) as caught:
         call(name)
     assert str(caught.value).startswith(words)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from command import command
+from helpers.command import command
+from helpers.networks import Tied
 from torch import Tensor, nn
 from torch.ao import quantization
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
@@ -21,22 +22,6 @@ from flowdistill import UserError, models
 from flowdistill.models import foreign
 from flowdistill.training.weights import hash_weights
 from flowdistill.types import DataSpec
-
-
-class Tied(nn.Module):
-    """A network for 8x8 digits whose two inner convolutions have one weight."""
-
-    def __init__(self, width: int = 4, seed: int = 0) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
-            self.first, self.second = (nn.Conv2d(width, width, 3, 2, 1, bias=False) for _ in range(2))
-            self.second.weight = self.first.weight
-            self.fc = nn.Linear(width, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.fc(self.second(self.first(self.stem(images)).relu()).relu().mean((2, 3)))
 
 
 @pytest.fixture
@@ -110,7 +95,7 @@ def test_a_module_that_cannot_be_used_yet(keys: dict[str, Any], module: Any, lin
         assert len(str(caught.value).splitlines()) == 1
 
 
-def test_the_cures_of_modules(keys: dict[str, Any]) -> None:
+def test_the_cures_that_refusals_name_work(keys: dict[str, Any]) -> None:
     """What the lines say to do works; a buffer may be of any precision."""
     ready = lazy()
     ready(torch.zeros(2, 1, 8, 8))
@@ -138,7 +123,7 @@ def test_the_plain_module_comes_back_trained(keys: dict[str, Any]) -> None:
         assert torch.equal(module(images), result.student()(images).logits)
 
 
-def test_of_a_network_of_this_package_the_module_is_itself(keys: dict[str, Any]) -> None:
+def test_the_module_of_a_registered_model_has_its_class(keys: dict[str, Any]) -> None:
     assert type(flowdistill.train("resnet8", **keys).module()) is type(models.build("resnet8", DataSpec("", 0, 10, 1, 8, 8)))
 
 
@@ -152,14 +137,14 @@ def test_what_was_trained_teaches_and_goes_on(keys: dict[str, Any]) -> None:
     assert again.run.init_hash == teacher.run.weights_hash
 
 
-def test_of_a_compiled_module_what_was_compiled_is_taken(keys: dict[str, Any]) -> None:
+def test_a_compiled_module_counts_as_the_one_that_was_compiled(keys: dict[str, Any]) -> None:
     plain, compiled = (flowdistill.train(module, **keys) for module in (Tied(), torch.compile(Tied())))
     assert compiled.run.no == plain.run.no == 1
     assert type(flowdistill.distill(torch.compile(Tied(8)), torch.compile(Tied(seed=2)), method="kd", **keys).module()) is Tied
 
 
 @pytest.mark.parametrize("around", [torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)], ids=type)
-def test_what_is_on_around_the_call_stays_outside(keys: dict[str, Any], around: Any) -> None:
+def test_modes_around_the_call_change_nothing(keys: dict[str, Any], around: Any) -> None:
     plain = flowdistill.train(Tied(), **keys)
     with around:
         inside = flowdistill.train(Tied(), **keys, again=True)
@@ -191,7 +176,7 @@ def test_students_that_teach_each_other_begin_from_fresh_weights(keys: dict[str,
         flowdistill.distill(None, Tied(), method="dml", **keys)
 
 
-def test_a_module_that_cannot_be_copied(keys: dict[str, Any]) -> None:
+def test_a_module_that_cannot_be_copied_is_refused(keys: dict[str, Any]) -> None:
     module = Tied()
     module.seen = (torch.ones(2, requires_grad=True) * 2).sum()
     with pytest.raises(
@@ -256,7 +241,7 @@ def test_compiled_equals_eager_with_tied_weights(keys: dict[str, Any]) -> None:
     assert compiled.first.weight is compiled.second.weight
 
 
-def test_first_weights_of_a_named_student(keys: dict[str, Any]) -> None:
+def test_a_module_gives_a_named_student_its_first_weights(keys: dict[str, Any]) -> None:
     import timm
 
     begun = timm.create_model("resnet18", num_classes=10, in_chans=1)
@@ -267,7 +252,7 @@ def test_first_weights_of_a_named_student(keys: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("words", [["evaluate"], ["card"], ["export", "--to", "safetensors"], ["distill", "--method", "kd", "--teacher"]])
-def test_another_process_does_not_have_it(keys: dict[str, Any], another_process: Any, words: list[str]) -> None:
+def test_another_process_does_not_have_the_module(keys: dict[str, Any], another_process: Any, words: list[str]) -> None:
     result = flowdistill.train(Tied(), **keys)
     another_process()
     data = ["--student", "resnet8", "--dataset", keys["data"]["name"]] if "--teacher" in words else []
@@ -313,7 +298,7 @@ class Extra(Tied):
         (Tied, "a class, not a network; call it: Tied(...)"),
     ],
 )
-def test_what_is_no_classifier(keys: dict[str, Any], network: Any, line: str) -> None:
+def test_what_is_no_classifier_is_refused_in_one_line(keys: dict[str, Any], network: Any, line: str) -> None:
     with pytest.raises(flowdistill.UserError) as caught:
         flowdistill.train(network, **keys)
     assert line in str(caught.value)
@@ -471,7 +456,7 @@ FEW = (
 
 
 @pytest.mark.parametrize("kind", ["rest", "list", "sampler", "dropped", "even"])
-def test_a_last_batch_that_its_layers_can_not_take(tmp_path: Path, kind: str) -> None:
+def test_a_last_batch_that_the_layers_can_not_take_is_told_before_training(tmp_path: Path, kind: str) -> None:
     """Told before training; a loader that drops it, or has none, trains."""
     chance = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.randn(33, 1, 8, 8, generator=chance), torch.arange(33) % 10)
@@ -499,7 +484,7 @@ def test_a_last_batch_that_its_layers_can_not_take(tmp_path: Path, kind: str) ->
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("part", [False, True])
-def test_torchscript_is_told_so(keys: dict[str, Any], part: bool) -> None:
+def test_torchscript_is_refused_with_the_cure(keys: dict[str, Any], part: bool) -> None:
     traced = torch.jit.trace(Tied(), torch.zeros(1, 1, 8, 8))
     given = nn.Sequential(traced) if part else traced
     with pytest.raises(

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small import config
-from test_engines import Taped
-from test_resume import STEPS, cut_off, outcome
+from helpers.cohorts import Taped
+from helpers.interruptions import STEPS, cut_off, outcome
+from helpers.small import config
 
 from flowdistill.checks import UserError
 from flowdistill.config import RunConfig
@@ -91,7 +91,7 @@ def test_the_other_students_of_a_cohort_do_not_matter(ledger: Ledger, small_npz:
     assert beside[3].weights_hash != alone[0].weights_hash
 
 
-def test_both_or_none_are_known(ledger: Ledger, small_npz: Path) -> None:
+def test_a_pair_is_skipped_only_if_both_are_finished(ledger: Ledger, small_npz: Path) -> None:
     trained = run([pair(small_npz)], ledger, CPU)
     assert [one.no for one in run([pair(small_npz)], ledger, CPU)] == [one.no for one in trained]
     ledger.update(trained[1].no, status="failed", error="lost")

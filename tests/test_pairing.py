@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from pairs import network
+from helpers.pairs import network
 
 from flowdistill import models
 from flowdistill.checks import UserError
@@ -42,7 +42,7 @@ def test_a_stride_is_of_the_networks_own_images():
     assert stages(pairing.student) == [("stage1", "stage2", 8), ("stage2", "stage3", 4), ("stage3", "stage4", 2)]
 
 
-def test_else_the_last_ones_are_paired():
+def test_other_stages_are_paired_from_the_last():
     pairing = pair(net("a", 64, 32), net("b", 8, 4, 2), LARGE, LARGE)
     assert pairing.why == "the last ones, in order"
     assert [own for _, own, _ in stages(pairing.teacher)] == ["stage2", "stage3"]
@@ -88,7 +88,7 @@ def test_without_stages_the_method_says_so():
     assert pair(bare, net("b", 16, 8), LARGE, LARGE).student == bare
 
 
-def test_what_is_told():
+def test_the_lines_name_paired_taps_and_what_differs():
     pairing = pair(net("a", 32, 16, 8), net("b", 16, 8), LARGE, LARGE)
     assert compared(pairing, frozenset({"stage1", "stage2", "stem"}), frozenset({"stage1", "stage2"})) == [
         "taps of a <- b, stages paired by stride",
@@ -115,7 +115,7 @@ def normalised(pixels, view):
     return (pixels - mean) / std
 
 
-def test_nothing_where_nothing_differs():
+def test_equal_inputs_need_no_adapter():
     assert input_adapter(GIVEN, InputSpec()) is None
     assert input_adapter(GIVEN, GIVEN) is None
 
@@ -127,14 +127,14 @@ def test_another_normalisation():
 
 
 @pytest.mark.parametrize("size", [5, 20])
-def test_another_size(size):
+def test_images_are_resized_to_the_networks_size(size):
     own = InputSpec(height=size, width=size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     found = input_adapter(GIVEN, own)(normalised(pixels(), GIVEN))
     expected = F.interpolate(pixels(), (size, size), mode="bilinear", antialias=True)
     torch.testing.assert_close(found, expected)
 
 
-def test_grey_for_three_channels():
+def test_grey_images_are_repeated_for_three_channels():
     grey, own = InputSpec(1, 8, 8, (0.5,), (0.25,)), InputSpec(3, mean=(0.1, 0.2, 0.9), std=(0.5, 0.25, 1.0))
     found = input_adapter(grey, own)(normalised(pixels(1), grey))
     torch.testing.assert_close(found, normalised(pixels(1).expand(-1, 3, -1, -1), own))
@@ -147,10 +147,10 @@ def test_grey_for_three_channels():
         (InputSpec(mean=(0.5, 0.5)), "inputs: mean has 2 values for 3 channels; give one for each"),
     ],
 )
-def test_images_that_a_network_can_not_take(own, words):
+def test_images_that_a_network_can_not_take_are_refused(own, words):
     with pytest.raises(UserError, match=words):
         input_adapter(GIVEN, own)
 
 
-def test_it_leaves_no_weights():
+def test_an_input_adapter_has_no_weights():
     assert input_adapter(GIVEN, InputSpec(height=4, width=4)).state_dict() == {}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from keys import CHANGED, every_key, put
+from helpers.keys import CHANGED, every_key, put
 from PIL import Image
 
 from flowdistill import methods, models
@@ -318,7 +318,7 @@ def test_no_two_of_these_share_a_fingerprint(planned: Planner) -> None:
     ],
     ids=lambda changes: str(changes).replace(" ", "") if isinstance(changes, dict) else "",
 )
-def test_a_default_that_is_said_changes_nothing(planned: Planner, said: dict[str, Any]) -> None:
+def test_a_default_that_is_given_keeps_the_fingerprint(planned: Planner, said: dict[str, Any]) -> None:
     assert planned(**said).fingerprint == planned().fingerprint
 
 
@@ -445,7 +445,7 @@ def test_every_job_is_in_one_cohort(planned: Planner, teachers: dict[str, str]) 
     ],
     ids=lambda changes: str(changes).replace(" ", "") if isinstance(changes, dict) else "",
 )
-def test_refused(planned: Planner, changes: dict[str, Any], answer: str) -> None:
+def test_a_wrong_plan_is_refused(planned: Planner, changes: dict[str, Any], answer: str) -> None:
     assert complaint(planned, **changes) == answer
 
 

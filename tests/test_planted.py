@@ -18,15 +18,13 @@ import test_identity
 import test_integrity
 import test_plan
 import test_resume
-import test_training
 from planted import BUGS, Bug
 
 from flowdistill.ledger import Ledger
 
 pytestmark = pytest.mark.usefixtures("own_code")
 
-data = test_training.data  # fixtures of the checks
-made, work, nets = test_integrity.made, test_integrity.work, test_identity.nets
+made, work, nets = test_integrity.made, test_integrity.work, test_identity.nets  # fixtures of the checks
 digits, teachers, planned = test_plan.digits, test_plan.teachers, test_plan.planned
 replaying, current = test_graph.replaying, test_device.current
 _a_checkpoint_every_epoch = test_resume._a_checkpoint_every_epoch

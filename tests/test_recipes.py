@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import command
+from helpers.command import command
 
 from flowdistill.checks import UserError
 from flowdistill.config import validate
@@ -116,7 +116,7 @@ def test_what_is_set_for_a_pair_is_valid(method: str, teacher: str, student: str
     assert {canonical(teacher), canonical(student)} == {teacher, student}
 
 
-def test_they_are_listed(tmp_path: Path) -> None:
+def test_the_command_lists_every_recipe(tmp_path: Path) -> None:
     rows = json.loads(command(tmp_path, "recipes", "--format", "json").out)
     assert [row["name"] for row in rows] == list(RECIPES)
     assert "lr=0.05" in next(row["values"] for row in rows if row["name"] == "crd")

@@ -19,9 +19,10 @@ from typing import Any
 
 import pytest
 import torch
-from command import Said, command
-from rows import row
-from small import NET, Interrupt, config
+from helpers.command import Said, command
+from helpers.networks import NET
+from helpers.rows import row
+from helpers.small import Interrupt, config
 
 from flowdistill.checks import UserError
 from flowdistill.ledger import Epoch, Ledger, compare, rows
@@ -224,7 +225,7 @@ def test_a_ledger_is_never_begun_at_1_beside_folders_of_runs(work: Path, small_n
     assert contents(work / "runs") == files
 
 
-def test_after_a_rebuild_all_goes_on(made: Path, work: Path, small_npz: Path) -> None:
+def test_after_a_rebuild_tables_are_the_same_and_runs_go_on(made: Path, work: Path, small_npz: Path) -> None:
     with opened(work / "runs") as ledger:
         table = tables.log_table(ledger.runs(), "last", "md")
     (work / "runs/ledger.db").unlink()
@@ -498,7 +499,7 @@ def test_a_row_that_was_rewritten_is_told_by_check(work: Path) -> None:
 EACH = """
 import json, subprocess, sys
 from pathlib import Path
-from command import command
+from helpers.command import command
 
 for words in json.loads(sys.argv[1]):
     subprocess.run(words, check=True) if words[0] == "mount" else print(json.dumps(command(Path(), *words)))

@@ -36,7 +36,7 @@ def test_iteration_is_in_order_of_registration(tools: Registry[str]) -> None:
     assert list(tools) == ["hammer", "anvil", "tongs"]
 
 
-def test_contains(tools: Registry[str]) -> None:
+def test_only_registered_names_are_in_it(tools: Registry[str]) -> None:
     assert "tongs" in tools
     assert "tong" not in tools
     assert 3 not in tools

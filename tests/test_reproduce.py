@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import Said, command
+from helpers.command import Said, command
+from helpers.fsp_log import LOG, accuracies, section
+from helpers.rows import run
 from PIL import Image
-from rows import run
-from test_tables import LOG
 
 from flowdistill import models
 from flowdistill import reproduce as study
@@ -61,14 +61,6 @@ def done(small_npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
     said = command(folder, *words(small_npz))
     assert said.code == 0, said.err
     return Done(folder, said)
-
-
-def section(text: str, title: str) -> str:
-    return text.split(f"\n{title}\n")[1].split("\n## ")[0]
-
-
-def accuracies(runs: Sequence[Run], method: str) -> list[float]:
-    return [one.accuracy for one in runs if one.method == method and one.accuracy is not None]
 
 
 # The smoke version

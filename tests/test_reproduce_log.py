@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from command import command
-from rows import run
-from test_reproduce import accuracies, section
+from helpers.command import command
+from helpers.fsp_log import accuracies, section
+from helpers.rows import run
 
 from flowdistill import reproduce as study
 from flowdistill.checks import UserError
@@ -180,15 +180,17 @@ def test_the_document_has_every_section_and_the_rows_of_the_ledger(done: Done) -
 
 def test_the_figures_are_the_ledgers_beside_the_references(done: Done) -> None:
     teachers = {one.no: one for one in done.runs if one.method == "base"}
-    for _, _, method, theirs, best, last, reach, seconds, teacher, nepoch in cells(done.text, BESIDE):
+    for _, _, method, reference, best, last, reach, seconds, teacher, nepoch in cells(done.text, BESIDE):
         own = [one for one in done.runs if one.method == method]
-        ours = accuracies(own, method)
-        assert theirs == (f"{MEANS[method][0]:.1f} (3)" if method in MEANS else "-")
-        assert best == f"{statistics.fmean(ours):.2f} ({len(ours)})", "one epoch is the best"
-        expected = interval(ours)
+        values = accuracies(own, method)
+        assert reference == (f"{MEANS[method][0]:.1f} (3)" if method in MEANS else "-")
+        assert best == f"{statistics.fmean(values):.2f} ({len(values)})", "one epoch is the best"
+        expected = interval(values)
         assert reach == (f"{expected[0]:.2f} to {expected[1]:.2f}" if expected else "-")
-        whole = f"{statistics.fmean(ours):.2f} +- {statistics.stdev(ours):.2f}" if len(ours) > 2 else " ".join(f"{v:.2f}" for v in ours)
-        assert (last, nepoch) == (f"{whole} ({len(ours)})", "1")
+        whole = (
+            f"{statistics.fmean(values):.2f} +- {statistics.stdev(values):.2f}" if len(values) > 2 else " ".join(f"{v:.2f}" for v in values)
+        )
+        assert (last, nepoch) == (f"{whole} ({len(values)})", "1")
         spent = [(one.train_seconds or 0) + (one.eval_seconds or 0) for one in own]
         assert seconds == f"{statistics.fmean(spent):.0f}"
         assert (teacher == "-") == (not any(one.teacher_run for one in own))

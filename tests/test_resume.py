@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import os
 import sqlite3
@@ -16,41 +15,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command import command
-from small import config
+from helpers.command import command
+from helpers.interruptions import STEPS, Cut, Scissors, cut_off, outcome
+from helpers.small import config
 
 from flowdistill import UserError
-from flowdistill.config import RunConfig
-from flowdistill.ledger import Ledger, Run
+from flowdistill.ledger import Ledger
 from flowdistill.methods import METHODS, Method, Needs
 from flowdistill.methods.base import Paper
-from flowdistill.runner import Watcher, execute, resume, run
+from flowdistill.runner import execute, resume, run
 from flowdistill.training import checkpoint, student
 from flowdistill.training import cohort as engine
 from flowdistill.training.cohort import train
 from flowdistill.types import Batch, NetSpec, Outputs
 
 CPU = torch.device("cpu")
-
-
-class Cut(BaseException):
-    """What cuts a run off here; no code expects it."""
-
-
-class Scissors(Watcher):
-    """Listens, and cuts off at a step."""
-
-    def __init__(self, at: int = -1) -> None:
-        self.lines: list[str] = []
-        self.left = at
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-    def step(self) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise Cut("cut")
 
 
 class Learned(Method):
@@ -90,19 +69,6 @@ def with_teacher(ledger: Ledger, data: Path) -> Ledger:
     return ledger
 
 
-def cut_off(configs: list[RunConfig], ledger: Ledger, steps: int) -> list[Run]:
-    """Runs that were cut off after so many steps of the cohort."""
-    with pytest.raises(Cut):
-        run(configs, ledger, CPU, watcher=Scissors(steps))
-    return [one for one in ledger.runs() if one.status == "interrupted"]
-
-
-def outcome(one: Run, ledger: Ledger) -> tuple[Any, ...]:
-    curve = [dataclasses.replace(epoch, seconds=0) for epoch in ledger.epochs(one.no)]
-    return one.status, one.correct, one.epoch, one.best_correct, one.weights_hash, curve
-
-
-STEPS = 300 // 64
 KINDS: dict[str, dict[str, Any]] = {
     "base": {"method": "base", "teacher": None},
     "an adapter and a memory": {"method": "learned"},
@@ -496,7 +462,7 @@ def test_resume_by_command(taught: Ledger, small_npz: Path, tmp_path: Path) -> N
     assert again.err.startswith("nothing was cut off")
 
 
-def test_a_dead_run_is_shown_so(taught: Ledger, small_npz: Path, tmp_path: Path) -> None:
+def test_a_dead_run_is_shown_as_dead(taught: Ledger, small_npz: Path, tmp_path: Path) -> None:
     (interrupted,) = cut_off([config(small_npz)], taught, STEPS + 1)
     taught.update(interrupted.no, status="running")
     assert command(tmp_path, "runs").out.splitlines()[2].startswith("2   dead")

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import config
-from test_modules import Tied
-from test_tap_table import FILE
+from helpers.networks import TWO_STAGE_NET, Tied
+from helpers.small import config
 
 import flowdistill
 from flowdistill import models
@@ -35,7 +34,7 @@ def taught(ledger: Ledger, small_npz: Path) -> Ledger:
     return ledger
 
 
-def test_it_has_the_parameters_of_its_parts() -> None:
+def test_a_reused_network_has_the_parameters_of_its_parts() -> None:
     net = models.build("reused(resnet20,resnet56,2)", CIFAR)
     body = 278_324 - 65 * 100  # ResNet-20 on 100 classes without its classifier
     projector = 64 * 32 + 2 * 32 + 32 * 32 * 9 + 2 * 32 + 32 * 64 + 2 * 64
@@ -96,14 +95,14 @@ def test_networks_of_others_are_refused(
     student: str, teacher: str, foreign: str, taught: Ledger, small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("nets.py").write_text(FILE)
+    Path("nets.py").write_text(TWO_STAGE_NET)
     with pytest.raises(UserError) as caught:
         plan([config(small_npz, method="simkd", student=student, teacher=teacher)], taught, CPU, stand_in=True)
     cure = "name two that flowdistill models lists, or choose another method"
     assert str(caught.value) == f"simkd needs registered models as student and teacher, {foreign} is none; {cure}"
 
 
-def test_modules_are_refused(small_npz: Path, tmp_path: Path) -> None:
+def test_simkd_refuses_modules(small_npz: Path, tmp_path: Path) -> None:
     modules = Tied(8, seed=1), Tied(seed=2)
     runs = tmp_path / "runs"
     with pytest.raises(UserError, match=r"^simkd needs registered models as student and teacher, module:Tied-[0-9a-f]{8} is none; "):
@@ -111,13 +110,13 @@ def test_modules_are_refused(small_npz: Path, tmp_path: Path) -> None:
     assert not (runs / "ledger.db").exists()
 
 
-def test_its_body_begins_where_the_plain_student_of_its_seed_does(small_npz: Path, taught: Ledger) -> None:
+def test_the_body_begins_with_the_weights_of_the_plain_student(small_npz: Path, taught: Ledger) -> None:
     jobs = plan([config(small_npz, method=method, teacher="1", seed=3) for method in ("simkd", "kd")], taught, CPU)
     ((_, (reused, plain)),) = prepare(jobs, CPU)
-    ours, theirs = reused.student.net, plain.student.net
-    assert isinstance(ours, Reused)
-    own = {name: value for name, value in theirs.state_dict().items() if not name.startswith("fc.")}
-    found = ours.student.state_dict()
+    reused_net, plain_net = reused.student.net, plain.student.net
+    assert isinstance(reused_net, Reused)
+    own = {name: value for name, value in plain_net.state_dict().items() if not name.startswith("fc.")}
+    found = reused_net.student.state_dict()
     assert found.keys() == own.keys()
     assert all(torch.equal(found[name], value) for name, value in own.items())
     assert jobs[0].init_hash == jobs[1].init_hash

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.small import config
 from safetensors import safe_open
-from small import config
 
 from flowdistill import UserError, models
 from flowdistill.data.sources import read_npz

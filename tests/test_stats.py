@@ -33,12 +33,12 @@ GROUPS = [
 @pytest.mark.filterwarnings("ignore:Precision loss occurred:RuntimeWarning")  # scipy's, of a group whose values are all the same
 @pytest.mark.parametrize(("values", "reference"), GROUPS)
 def test_welch_is_scipys_interval(values: Sequence[float], reference: Sequence[float]) -> None:
-    ours = welch(values, reference)
-    theirs = scipy_stats.ttest_ind(values, reference, equal_var=False).confidence_interval(0.95)
-    assert ours is not None
-    assert ours.value == pytest.approx(statistics.fmean(values) - statistics.fmean(reference), rel=1e-12, abs=1e-12)
-    assert ours.low == pytest.approx(theirs.low, rel=1e-9, abs=1e-9)
-    assert ours.high == pytest.approx(theirs.high, rel=1e-9, abs=1e-9)
+    difference = welch(values, reference)
+    scipys = scipy_stats.ttest_ind(values, reference, equal_var=False).confidence_interval(0.95)
+    assert difference is not None
+    assert difference.value == pytest.approx(statistics.fmean(values) - statistics.fmean(reference), rel=1e-12, abs=1e-12)
+    assert difference.low == pytest.approx(scipys.low, rel=1e-9, abs=1e-9)
+    assert difference.high == pytest.approx(scipys.high, rel=1e-9, abs=1e-9)
 
 
 @pytest.mark.parametrize(("values", "reference"), GROUPS)
@@ -71,8 +71,8 @@ def test_a_difference_that_is_seen_and_one_that_is_not() -> None:
 
 @pytest.mark.parametrize("values", [values for group in GROUPS for values in group if statistics.stdev(values)])
 def test_the_interval_of_a_mean_is_scipys(values: Sequence[float]) -> None:
-    theirs = scipy_stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=scipy_stats.sem(values))
-    assert interval(values) == pytest.approx(theirs, rel=1e-9)
+    expected = scipy_stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=scipy_stats.sem(values))
+    assert interval(values) == pytest.approx(expected, rel=1e-9)
 
 
 def test_there_is_no_interval_of_a_mean_below_three() -> None:

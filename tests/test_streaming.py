@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2 as tv
-from command import command
+from helpers.command import command
+from helpers.image_files import NAMES, csv_data, digits, folder_data, on, write
+from helpers.interruptions import Cut, Scissors, outcome
+from helpers.small import config
 from PIL import Image
-from small import config
-from test_folders import NAMES, csv_data, digits, folder_data, on, write
-from test_resume import Cut, Scissors, outcome
 from torch.utils.data._utils import signal_handling
 
 from flowdistill.checks import UserError
@@ -91,11 +91,15 @@ def test_images_are_evaluated_as_they_are_in_memory(mixed: Path) -> None:
     np.testing.assert_array_equal(streamed.x_train[:], held.x_train)
     np.testing.assert_array_equal(streamed.x_test[np.array([3, 1])], held.x_test[[3, 1]])
     for split in ("full", "holdout"):
-        ours, theirs = to_device(streamed, split, CPU, 0), to_device(held, split, CPU)
-        assert (ours.normalisation, ours.spec) == (theirs.normalisation, theirs.spec)
-        for one, other in ((ours.test, theirs.test), (ours.epoch_images, theirs.epoch_images), (ours.train_eval, theirs.train_eval)):
-            assert same(list(one.batches()), list(other.batches()))
-            assert len(one) == len(other)
+        streamed_data, held_data = to_device(streamed, split, CPU, 0), to_device(held, split, CPU)
+        assert (streamed_data.normalisation, streamed_data.spec) == (held_data.normalisation, held_data.spec)
+        for streamed_set, held_set in (
+            (streamed_data.test, held_data.test),
+            (streamed_data.epoch_images, held_data.epoch_images),
+            (streamed_data.train_eval, held_data.train_eval),
+        ):
+            assert same(list(streamed_set.batches()), list(held_set.batches()))
+            assert len(streamed_set) == len(held_set)
 
 
 def test_evaluation_goes_by_batches_that_cover_all_images_once(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,13 +235,15 @@ def test_unlabelled_images_are_augmented_beside_the_labelled(small_npz: Path, cr
     whole = replace(read_npz(small_npz), pad=0, flip=False, crop=crop, randaugment=9)
     some = replace(whole, x_train=whole.x_train[:200], y_train=whole.y_train[:200])
     both = replace(some, unlabelled=Unlabelled("more", whole.x_train[200:]))
-    ours, alone, theirs = (to_device(data, "full", CPU, 0) for data in (both, some, whole))
-    assert ours.normalisation == alone.normalisation != theirs.normalisation
-    assert same(list(ours.train_eval.batches()), list(alone.train_eval.batches()))
+    with_unlabelled, labelled, all_labelled = (to_device(data, "full", CPU, 0) for data in (both, some, whole))
+    assert with_unlabelled.normalisation == labelled.normalisation != all_labelled.normalisation
+    assert same(list(with_unlabelled.train_eval.batches()), list(labelled.train_eval.batches()))
     labels = torch.from_numpy(whole.y_train)
     labels[200:] = NO_LABEL
-    theirs.normalise = ours.normalise
-    for (shown, batch), (wanted, known) in zip(SeedBatches(ours, 3, 20).epoch(1), SeedBatches(theirs, 3, 20).epoch(1), strict=True):
+    all_labelled.normalise = with_unlabelled.normalise
+    for (shown, batch), (wanted, known) in zip(
+        SeedBatches(with_unlabelled, 3, 20).epoch(1), SeedBatches(all_labelled, 3, 20).epoch(1), strict=True
+    ):
         assert torch.equal(shown, wanted)
         assert torch.equal(batch.indices, known.indices)
         assert (batch.labels, batch.targets.labels.tolist()) == (None, labels[batch.indices].tolist())
@@ -289,7 +295,7 @@ def test_what_does_not_fit_is_streamed_and_never_held(tmp_path: Path, monkeypatc
     assert min(peaks) < taken / 3
 
 
-def test_it_is_told_and_recorded_and_goes_on_so_where_memory_is_larger(
+def test_a_run_that_memory_made_streamed_stays_streamed_where_memory_is_larger(
     small: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
@@ -329,7 +335,7 @@ def test_the_hash_is_of_names_sizes_and_classes(small: Path) -> None:
     assert folder_data(small, stream=True).hash != before
 
 
-def test_a_fifth_is_chosen_by_the_names(tmp_path: Path) -> None:
+def test_without_a_split_the_streamed_fifth_is_chosen_by_the_names(tmp_path: Path) -> None:
     shown, labels = digits(60)
     write(tmp_path / "a", shown, labels)
     before = folder_data(tmp_path / "a", stream=True).x_test[:]

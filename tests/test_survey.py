@@ -95,11 +95,11 @@ def test_a_block_that_widens_before_it_shrinks():
     }
 
 
-def test_functions_between_modules():
+def test_stages_are_found_with_functions_between_modules():
     assert found(Functional()) == {"stem": ("a", "4x32x32"), "stage1": ("c", "8x16x16")}
 
 
-def test_blocks_of_one_size_are_spread():
+def test_four_stages_are_spread_over_blocks_of_one_size():
     taps = found(Tokens())
     assert taps.pop("stem") == ("patches", "12x8x8")
     assert taps == {f"stage{number}": (f"blocks.{block}", "12x8x8") for number, block in enumerate((1, 2, 4, 5), 1)}
@@ -115,7 +115,7 @@ def test_maps_of_one_position_are_left_out():
 
 
 @pytest.mark.parametrize(("size", "path"), [(4, ""), (2, "blocks.2.1.0")])
-def test_a_stride_that_is_larger_than_its_map(size, path):
+def test_a_stride_that_is_larger_than_its_map_is_seen(size, path):
     assert survey(Expanding(), 3, size, size).overstepped == path
 
 
@@ -211,7 +211,7 @@ class Bare(nn.Module):
         (lambda images: images.mean((2, 3)), "its 3 logits are not those of a linear layer on a vector"),
     ],
 )
-def test_what_is_no_classifier(answer, words):
+def test_what_is_no_classifier_is_refused(answer, words):
     with pytest.raises(ValueError) as caught:
         survey(Bare(answer), 3, 8, 8)
     assert words in str(caught.value)
@@ -292,12 +292,12 @@ ALLOWED = {
 
 @pytest.mark.parametrize("size", [1e-2, 1.0, 30.0])
 @pytest.mark.parametrize("become", ALLOWED.values(), ids=ALLOWED)
-def test_what_may_become_of_logits(become, size):
+def test_harmless_changes_of_logits_are_allowed(become, size):
     found = survey(Answering(become, size=size), 3, 8, 8)
     assert (found.head, found.altered) == ("fc", "")
 
 
-def test_eight_bits_that_hold_these_logits_and_no_larger_ones():
+def test_logits_in_eight_bits_are_allowed():
     found = survey(Answering(lambda z: torch.fake_quantize_per_tensor_affine(z, 0.01, 0, -128, 127)), 3, 8, 8)
     assert (found.head, found.altered) == ("fc", "")
 
@@ -337,7 +337,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("size", [1e-2, 1.0, 30.0])
 @pytest.mark.parametrize(("become", "gives"), REFUSED.values(), ids=REFUSED)
-def test_what_is_no_longer_logits(become, gives, size):
+def test_changes_that_leave_no_logits_are_seen(become, gives, size):
     """However small the logits are: a softmax of numbers near 0 is a factor and a shift, but for what training makes of it."""
     found = survey(Answering(become, size=size), 3, 8, 8)
     assert found.head == "fc"
@@ -371,7 +371,7 @@ def test_the_layers_own_hooks_come_first():
         assert (found.head, found.altered, found.apart) == ("fc", "", "")
 
 
-def test_logits_that_its_weights_do_not_make():
+def test_logits_that_the_weights_do_not_make_are_seen():
     assert survey(Answering(lambda z: z.half().float()), 3, 8, 8).apart == ""
     for become in (lambda z: 2 * z, lambda z: z.log_softmax(1)):
         assert "make of the embedding" in survey(Answering(become), 3, 8, 8).apart
@@ -417,7 +417,7 @@ class Crops(nn.Module):
         return (one + other) / 2
 
 
-def test_the_mean_of_two_crops():
+def test_the_mean_of_two_crops_is_allowed():
     found = survey(Crops(), 3, 8, 8)
     assert (found.head, found.altered) == ("fc", "")
 
@@ -448,7 +448,7 @@ DRAWING = {
 
 
 @pytest.mark.parametrize(("draw", "draws"), [(draw, name != "nothing") for name, draw in DRAWING.items()], ids=DRAWING)
-def test_who_draws_in_eval_mode(draw, draws):
+def test_a_network_that_draws_in_eval_mode_is_seen(draw, draws):
     net = Answering(lambda z: z)
     net.norm.register_forward_hook(lambda _m, _i, x: draw(x))
     before = states()
@@ -475,7 +475,7 @@ class Counting(nn.Module):
         return self.fc(x)
 
 
-def test_buffers_that_take_another_shape():
+def test_buffers_that_take_another_shape_are_seen():
     net = Counting()
     seen = net.seen
     assert survey(net, 3, 8, 8).grown == {"seen", "later"}
@@ -538,7 +538,7 @@ def test_a_batch_that_is_too_small_to_train_on_is_not_judged():
         ((2, 5), None),
     ],
 )
-def test_layouts(shape, expected):
+def test_the_layout_of_an_output_is_known(shape, expected):
     output = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     assert layout_of(output, nn.Identity(), 32, 32) == expected
     if expected is not None:
@@ -552,6 +552,6 @@ def test_tokens_keep_their_places():
     assert all(torch.equal(image[:, :, y, x], tokens[:, 1 + 3 * y + x]) for y in range(2) for x in range(3))
 
 
-def test_sides_that_differ():
+def test_the_layout_of_images_that_are_not_square_is_known():
     assert layout_of(torch.zeros(2, 7, 8, 12), nn.Identity(), 32, 48) == Layout("nchw", 7, 8, 12)
     assert layout_of(torch.zeros(2, 97, 7), nn.Identity(), 32, 48) == Layout("tokens", 7, 8, 12, 1)

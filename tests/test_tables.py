@@ -12,8 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from keys import CHANGED, every_key, put
-from rows import run
+from helpers.fsp_log import LOG
+from helpers.keys import CHANGED, every_key, put
+from helpers.rows import run
 
 from flowdistill import stats
 from flowdistill.checks import UserError
@@ -22,12 +23,6 @@ from flowdistill.report import pages, tables
 from flowdistill.report.tables import summary_rows
 
 IMAGES = 9_984  # the reference log dropped the last partial batch of 10,000 test images
-LOG = {
-    ("resnet20", "cifar10"): ([91.95713, 91.89703, 92.28766], [195, 187, 193]),
-    ("resnet20", "cifar100"): ([68.00881, 67.96875, 68.11899], [126, 155, 166]),
-    ("resnet110", "cifar10"): ([92.19752, 92.47797, 93.46955], [198, 172, 178]),
-    ("resnet110", "cifar100"): ([73.27724, 73.36739, 71.90505], [166, 167, 154]),
-}
 ACCURACIES = [accuracy for accuracies, _ in LOG.values() for accuracy in accuracies]
 EPOCHS = [epoch for _, epochs in LOG.values() for epoch in epochs]
 # The log averaged its batches in float32, whose steps are 7.6e-6 at 92: two of its twelve are 1e-5 off the fraction of whole
@@ -235,7 +230,7 @@ def test_seeds_are_one_group_and_recipes_are_not() -> None:
         ("nets.py:Small", "resnet20", "ResNet20>>nets.py:Small"),
     ],
 )
-def test_pair(student: str, teacher: str, shown: str) -> None:
+def test_a_pair_is_printed_student_behind_teacher(student: str, teacher: str, shown: str) -> None:
     method = "base" if teacher == "-" else "fsp"
     assert tables.pair(run(student=student, teacher=teacher, method=method)) == shown
 
@@ -291,7 +286,7 @@ def test_no_two_headings_are_the_same() -> None:
     assert len(set(found)) == 3, found
 
 
-def test_what_is_alike_is_not_said() -> None:
+def test_headings_leave_out_what_is_alike() -> None:
     assert headings(numbered([{"lr": 0.1, "seed": 0}, {"lr": 0.05, "seed": 3}])) == [
         "ResNet20>>20/Cifar10 train.lr=0.1 (92.0)",
         "ResNet20>>20/Cifar10 train.lr=0.05 (92.0)",
@@ -386,7 +381,7 @@ def test_the_base_may_come_last() -> None:
     ("teacher_runs", "told"),
     [([1, 1, 1], "one teacher"), ([1, 2, 3], "3 teachers"), ([1, 2, 1], "2 teachers"), ([None] * 3, "one teacher")],
 )
-def test_number_of_teachers(teacher_runs: list[int | None], told: str) -> None:
+def test_the_number_of_teachers_is_told(teacher_runs: list[int | None], told: str) -> None:
     runs = numbered([row | {"teacher_run": number} for row, number in zip(seeds(FSP), teacher_runs, strict=True)])
     assert tables.summary_rows(runs, "last")[0]["teachers"] == told
     assert f"; {told}" in tables.log_table(runs, "last", "md").splitlines()[2]

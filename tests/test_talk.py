@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command import command
+from helpers.command import command
 from PIL import Image
 
 import flowdistill

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import command
+from helpers.command import command
+from helpers.networks import TWO_STAGE_NET
+from helpers.small import config
 from safetensors.torch import save_file
-from small import config
 
 from flowdistill.checks import UserError
 from flowdistill.config import read_taps, validate
@@ -42,7 +43,7 @@ def test_the_table_of_a_network(tmp_path):
     ]
 
 
-def test_its_options(tmp_path):
+def test_taps_takes_size_channels_and_classes(tmp_path):
     rows = printed(tmp_path, "resnet20", "--size", "16", "--channels", "1", "--classes", "7")
     found = {row["name"]: row for row in rows}
     assert found["stage3"]["size"] == "4x4"
@@ -61,7 +62,7 @@ def test_what_is_printed_is_read_back(tmp_path, format_):
 
 
 @pytest.mark.parametrize("content", ["", "name,path\nstage1,layer1\n", "[1, 2]", '[{"name": 1, "module": "a"}]', "\0\n\0"])
-def test_no_table(tmp_path, content):
+def test_a_file_that_is_no_table_is_refused(tmp_path, content):
     path = tmp_path / "t.csv"
     path.write_text(content)
     with pytest.raises(UserError, match=r"no table with the columns name and module; write one with flowdistill taps MODEL --format csv"):
@@ -77,7 +78,7 @@ def test_no_table(tmp_path, content):
         '[{"name": "stage1", "module": "a"}, {"name": "stage2", "module": "b"}, {"name": "stage1", "module": "c"}]',
     ],
 )
-def test_a_tap_that_is_named_twice(tmp_path, content):
+def test_a_tap_that_is_named_twice_is_refused(tmp_path, content):
     path = tmp_path / "t.csv"
     path.write_text(content)
     with pytest.raises(UserError, match=r"t\.csv: tap stage1 is named twice, as a and as c; keep one of the rows$"):
@@ -141,7 +142,7 @@ def test_tables_say_which_images_and_taps_were_given(taught, small_npz):
 
 
 @pytest.mark.parametrize("given", [{"inputs": {"student": {"size": 12}}}, {"taps": {"student": {"stage1": "stage1"}}}])
-def test_a_method_that_builds_another_network_takes_neither(taught, small_npz, given):
+def test_simkd_refuses_taps_and_inputs_of_the_student(taught, small_npz, given):
     with pytest.raises(UserError, match="simkd trains another network than resnet8; leave taps and inputs of the student out"):
         plan([config(small_npz, method="simkd", teacher=1, **given)], taught, CPU)
 
@@ -150,7 +151,7 @@ def test_what_two_students_compare_is_told_of_each(taught, small_npz, tmp_path, 
     """Alike to the letter, but for the name."""
     monkeypatch.chdir(tmp_path)
     for name in ("one.py", "two.py"):
-        Path(name).write_text(FILE)
+        Path(name).write_text(TWO_STAGE_NET)
     watcher, keys = Lines(), {"method": "at", "teacher": 1, "weights": {"at": 0.01}, "train": {"epochs": 1}}
     run([config(small_npz, student=f"{name}.py:Tiny", **keys) for name in ("one", "two")], taught, CPU, watcher=watcher)
     lines = [line.split(":")[0].strip() for line in watcher.said if line.startswith(("taps", "  stage"))]
@@ -174,21 +175,9 @@ def test_networks_with_other_stages_are_paired(taught, small_npz):
     assert "taps of resnet18 <- resnet14, stages paired by stride" in watcher.said
 
 
-FILE = """
-from torch import nn
-class Tiny(nn.Module):
-    def __init__(self, classes, channels):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(channels, 4, 3, 2, 1), nn.Conv2d(4, 8, 3, 2, 1)
-        self.out = nn.Linear(8, classes)
-    def forward(self, x):
-        return self.out(self.b(self.a(x).relu()).relu().mean((2, 3)))
-"""
-
-
 def test_a_file_of_ones_own_is_trained_resumed_taught_by_and_evaluated(taught, small_npz, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("nets.py").write_text(FILE)
+    Path("nets.py").write_text(TWO_STAGE_NET)
     (own,) = run([config(small_npz, student="nets.py:Tiny", method="fsp", teacher=1, options={"fsp": {"adapter": "conv1x1"}})], taught, CPU)
     assert (own.status, own.student) == ("finished", "nets.py:Tiny")
     net, about = load_network(taught.run_folder(own.no) / "student.safetensors")
@@ -197,14 +186,14 @@ def test_a_file_of_ones_own_is_trained_resumed_taught_by_and_evaluated(taught, s
     (pupil,) = run([config(small_npz, method="kd", teacher=own.no)], taught, CPU)
     assert pupil.teacher_accuracy == own.accuracy
     before = plan([config(small_npz, student="nets.py:Tiny", method="base")], taught, CPU)[0].fingerprint
-    Path("nets.py").write_text(FILE + "# changed\n")
+    Path("nets.py").write_text(TWO_STAGE_NET + "# changed\n")
     assert plan([config(small_npz, student="nets.py:Tiny", method="base")], taught, CPU)[0].fingerprint != before
 
 
 def test_a_teacher_sees_what_it_was_trained_on(ledger, small_npz, tmp_path):
     """The same weights, told to expect pixels from 0 to 1, answer the same only where that is undone."""
     with_a_teacher(ledger, small_npz)
-    no = plan([config(small_npz, method="kd", teacher=1)], ledger, CPU)[0]
+    job = plan([config(small_npz, method="kd", teacher=1)], ledger, CPU)[0]
     about = load_network(ledger.run_folder(1) / "student.safetensors")[1]
     weights = dict(load_network(ledger.run_folder(1) / "student.safetensors")[0].state_dict())
     save_file(weights, tmp_path / "bare.safetensors")
@@ -215,7 +204,7 @@ def test_a_teacher_sees_what_it_was_trained_on(ledger, small_npz, tmp_path):
         for keys in ({"teacher": 1}, {"teacher": foreign}, {"teacher": foreign, "inputs": inputs})
     ]
     assert accuracies[0] == accuracies[1] != accuracies[2]
-    assert no.teacher.view.mean == about.mean
+    assert job.teacher.input_spec.mean == about.mean
 
 
 def test_a_student_of_another_size_ships_with_it(taught, small_npz):
@@ -240,6 +229,6 @@ def test_a_student_of_another_size_ships_with_it(taught, small_npz):
         ({"student": {"sise": 3}}, "did you mean 'size'?"),
     ],
 )
-def test_inputs_that_are_none(inputs, words):
+def test_wrong_inputs_are_refused(inputs, words):
     with pytest.raises(UserError, match=words.replace("?", r"\?")):
         validate({"inputs": inputs})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,54 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small import config
-from test_engines import Taped, trained
-from test_training import a_cohort, weights_of
+from helpers.cohorts import Taped, a_cohort, train_with, weights_of
+from helpers.small import config
+from helpers.task import STILL, answers, first_epoch, slow_task
 
 from flowdistill.data.batches import SeedBatches
 from flowdistill.data.dataset import ImageData, Unlabelled
-from flowdistill.data.sources import read_npz
 from flowdistill.methods.kd import kd_loss
-from flowdistill.training.cohort import Cohort, train
+from flowdistill.training.cohort import train
 from flowdistill.training.engine import CompiledEngine, EagerEngine, Engine
 from flowdistill.training.gradients import first_gradients
-from flowdistill.training.student import Student
 from flowdistill.training.task import task_loss
 from flowdistill.types import Batch, Targets
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def data(small_npz: Path) -> ImageData:
-    return read_npz(small_npz)
-
-
-def slow_task(logits: np.ndarray, labels: list[int], smoothing: float = 0.0) -> float:
-    """-1/N sum_n sum_k q_nk log p_nk with q = (1 - e) [k = y] + e / K over the images that have a label; 0 where none has."""
-    total, counted = 0.0, 0
-    for row, label in zip(logits.tolist(), labels, strict=True):
-        if label < 0:
-            continue
-        counted += 1
-        for k, value in enumerate(row):
-            q = (1 - smoothing) * (k == label) + smoothing / len(row)
-            total -= q * (value - math.log(sum(math.exp(other) for other in row)))
-    return total / counted if counted else 0.0
-
-
-STILL = {"lr": 1e-12}  # the student does not move
-
-
-@torch.no_grad()
-def answers(student: Student, images: torch.Tensor) -> np.ndarray:
-    """Its logits of a training batch; they depend on the batch's own statistics, not on the running ones."""
-    return student.net.train()(images).logits.double().numpy()
-
-
-def first_epoch(cohort: Cohort, student: Student) -> dict[str, float]:
-    """The terms of an epoch."""
-    return next(train(cohort)).progress[student].terms
 
 
 LOGITS = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
@@ -166,11 +131,11 @@ def test_every_engine_gives_the_eager_losses(
         request.getfixturevalue("no_kernels")
     runs = [config(small_npz, method="kd", teacher="-", seed=seed, train={"lr": 1e-6, **train}) for seed in (0, 1)]
     data = replace(data, unlabelled=unlabelled)
-    plain, ours = a_cohort(data, runs)
-    other, theirs = a_cohort(data, runs)
-    expected, found = trained(plain, EagerEngine("fp32", "")), trained(other, engine("fp32", ""))
+    plain, eager_students = a_cohort(data, runs)
+    other, students = a_cohort(data, runs)
+    expected, found = train_with(plain, EagerEngine("fp32", "")), train_with(other, engine("fp32", ""))
     assert type(other.engine) is engine, other.engine.why
-    for one, again in zip(ours, theirs, strict=True):
-        assert engine is CompiledEngine or weights_of(one) == weights_of(again)
+    for eager_student, student in zip(eager_students, students, strict=True):
+        assert engine is CompiledEngine or weights_of(eager_student) == weights_of(student)
         for before, after in zip(expected, found, strict=True):
-            assert after[again] == (pytest.approx(before[one], rel=1e-5) if engine is CompiledEngine else before[one])
+            assert after[student] == (pytest.approx(before[eager_student], rel=1e-5) if engine is CompiledEngine else before[eager_student])

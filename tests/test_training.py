@@ -9,74 +9,27 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from command import command
-from small import config
+from helpers.cohorts import a_cohort, a_student, a_teacher, weights_of
+from helpers.command import command
+from helpers.small import config
 from torch import Tensor
 
 from flowdistill import methods, models
 from flowdistill.checks import UserError
-from flowdistill.config import RunConfig, TrainConfig
+from flowdistill.config import TrainConfig
 from flowdistill.data.batches import DeviceData, SeedBatches
 from flowdistill.data.dataset import ImageData
-from flowdistill.data.sources import read_npz
 from flowdistill.ledger import Ledger
-from flowdistill.methods import Needs
 from flowdistill.models import Network
-from flowdistill.randomness import seeded
 from flowdistill.training import cohort as engine
 from flowdistill.training import teacher as teaching
-from flowdistill.training.cohort import Cohort, train
-from flowdistill.training.engine import EagerEngine
+from flowdistill.training.cohort import train
 from flowdistill.training.gradients import first_gradients, gradient_ratios
-from flowdistill.training.method_context import gather
-from flowdistill.training.student import SeedGroup, Student
-from flowdistill.training.teacher import Teacher, teach
+from flowdistill.training.student import Student
+from flowdistill.training.teacher import teach
 from flowdistill.training.weights import hash_weights
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def data(small_npz: Path) -> ImageData:
-    return read_npz(small_npz)
-
-
-def a_teacher(data: DeviceData, precision: str = "fp32") -> Teacher:
-    net = models.build(
-        "resnet14", data.spec, taps=("stem", "stage1", "stage2", "stage3", "stage1.first", "stage2.first", "stage3.first"), seed=9
-    )
-    with torch.no_grad():  # batch statistics as of a trained network
-        for _ in range(3):
-            net(data.normalise(data.test.images))
-    return Teacher(net, Needs(teacher=frozenset(net.taps), logits=True, embedding=True), precision)
-
-
-def a_student(run: RunConfig, data: DeviceData, wider: int = 0) -> Student:
-    """For a teacher whose maps are ``wider`` channels wider than a ResNet's."""
-    resolved = methods.resolve(run.method, run.options, run.weights)
-    ours, theirs = models.spec(run.student, data.spec), models.spec("resnet14", data.spec)
-    theirs = replace(theirs, taps=tuple(replace(tap, channels=tap.channels + wider) for tap in theirs.taps))
-    with seeded(run.seed, "adapters"):
-        method = methods.build(resolved, student=ours, teacher=theirs, data=data.spec)
-    method.setup(gather(method.needs, None, data, "fp32"))
-    return Student(models.build(run.student, data.spec, taps=tuple(method.needs.student), seed=run.seed), method, resolved, run.train)
-
-
-def a_cohort(data: ImageData, runs: list[RunConfig], precision: str = "fp32", split: str = "full") -> tuple[Cohort, list[Student]]:
-    on_device = DeviceData(data, split, CPU)
-    seed_groups: dict[int, SeedGroup] = {}
-    students = []
-    for run in runs:
-        stream = SeedBatches(on_device, run.seed, run.train.batch_size, mixup=run.train.mixup)
-        seed_group = seed_groups.setdefault(run.seed, SeedGroup(stream, a_teacher(on_device, precision), []))
-        seed_group.students.append(a_student(run, on_device))
-        students.append(seed_group.students[-1])
-    phases = [phase.epochs or runs[0].train.epochs for phase in students[0].resolved.phases]
-    return Cohort(on_device, list(seed_groups.values()), runs[0].train, phases, EagerEngine(precision, ""), split == "holdout"), students  # type: ignore[arg-type]
-
-
-def weights_of(student: Student) -> str:
-    return hash_weights(student.net.state_dict())
 
 
 def sgd(parameters: Iterable[Tensor], train: TrainConfig) -> torch.optim.SGD:

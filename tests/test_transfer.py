@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command import command
-from small import config
-from test_resume import cut_off
+from helpers.command import command
+from helpers.interruptions import cut_off
+from helpers.small import config
 from torch import Tensor
 
 from flowdistill import UserError, distill, models, train
@@ -179,13 +179,15 @@ def test_a_teacher_of_other_classes_teaches_by_its_features(method: str, options
 
 
 @pytest.mark.parametrize("method", ["kd", "simkd", "cat_kd", "at+kd"])
-def test_a_method_that_compares_classes_refuses_it(method: str, taught: Ledger, few: Path) -> None:
+def test_a_method_that_compares_classes_refuses_a_teacher_of_others(method: str, taught: Ledger, few: Path) -> None:
     line = refusal(config(few, method=method, teacher="2"), taught)
     assert "4 classes, resnet14 10" in line
     assert len(taught.runs()) == 2
 
 
-def test_the_card_compares_its_cost_alone(taught: Ledger, few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_card_compares_only_the_cost_with_a_teacher_of_other_classes(
+    taught: Ledger, few: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(runner_card, "WARM_UP", 1)
     monkeypatch.setattr(runner_card, "PASSES", 2)
     run([config(few, train={"batch_size": 32}), config(few, method="fsp", teacher="2", train={"batch_size": 32})], taught, CPU)
@@ -222,7 +224,7 @@ def test_other_names_of_as_many_classes_are_told(taught: Ledger, few: Path, tmp_
 
 
 @pytest.mark.parametrize("method", ["kd", "simkd", "cat_kd", "at+kd", "fsp"])
-def test_who_compares_classes_refuses_those_in_another_order(
+def test_methods_that_compare_classes_refuse_another_order_of_them(
     method: str, taught: Ledger, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file in whose training the classes were numbered otherwise; one that was trained on the data themselves knows them by any name."""
@@ -257,7 +259,7 @@ def test_the_head_of_the_same_classes_is_kept(taught: Ledger, small_npz: Path) -
     assert all(torch.equal(value, begun[name]) for name, value in weights(taught.run(1), taught).items())
 
 
-def test_it_is_said_shown_and_part_of_the_fingerprint(taught: Ledger, few: Path, small_npz: Path, tmp_path: Path) -> None:
+def test_first_weights_are_told_shown_and_part_of_the_fingerprint(taught: Ledger, few: Path, small_npz: Path, tmp_path: Path) -> None:
     shutil.copy(taught.run_folder(1) / "student.safetensors", tmp_path / "it.safetensors")
     watcher = Listening()
     keys: dict[str, Any] = {"train": {"batch_size": 32}}
@@ -284,7 +286,7 @@ def test_a_table_compares_it_with_the_student_of_fresh_weights(taught: Ledger, f
     assert (begun["variant"], held["variant"]) == ("init=run 1", "init=run 1, freeze=conv1")
 
 
-def test_nobody_is_taught_by_it_unless_it_is_named(taught: Ledger, small_npz: Path) -> None:
+def test_a_student_of_given_weights_teaches_only_if_it_is_named(taught: Ledger, small_npz: Path) -> None:
     run([config(small_npz, init_from="1", train={"epochs": 5})], taught, CPU)
     (job,) = plan([config(small_npz, method="fsp", teacher="resnet8")], taught, CPU)
     assert job.teacher is not None
@@ -322,11 +324,11 @@ def test_a_holdout_run_does_not_begin_from_what_saw_its_images(taught: Ledger, f
          "resnet8 --init-from 1"),
     ],
 )  # fmt: skip
-def test_refused(keys: dict[str, Any], line: str, taught: Ledger, few: Path) -> None:
+def test_wrong_first_weights_are_refused(keys: dict[str, Any], line: str, taught: Ledger, few: Path) -> None:
     assert refusal(config(few, **keys), taught).startswith(line)
 
 
-def test_by_command_and_in_python(taught: Ledger, few: Path, tmp_path: Path) -> None:
+def test_first_weights_are_given_by_command_and_in_python(taught: Ledger, few: Path, tmp_path: Path) -> None:
     common = ("--dataset", f"npz:{few}", "--set", "data.pad=1", "--batch-size", "32", "--epochs", "1", "--precision", "fp32")
     said = command(tmp_path, "train", "--model", "resnet8", *common, "--init-from", "1", "--freeze", "conv1,bn1")
     assert said.code == 0, said.err

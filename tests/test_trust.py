@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from command import command
+from helpers.command import command
+from helpers.small import config
 from safetensors import safe_open
 from safetensors.torch import save_file
-from small import config
 
 import flowdistill
 from flowdistill import UserError, trust
@@ -274,7 +274,7 @@ def test_where_the_records_lie(monkeypatch: pytest.MonkeyPatch, given: dict[str,
     assert trust.state_folder() == Path(folder)
 
 
-def test_python_is_asked_too(work: Path) -> None:
+def test_python_functions_refuse_untrusted_code_too(work: Path) -> None:
     data = json.loads((work / "runs/1/run.json").read_bytes())["config"]["data"]["name"]
     train: dict[str, Any] = {"epochs": 1, "batch_size": 64, "precision": "fp32"}
     with pytest.raises(UserError, match=r"names code: nets\.py:Tiny would run"):
@@ -316,7 +316,7 @@ def test_odd_metadata_are_one_line(plain: Path, kind: str) -> None:
         assert (said.code, said.out, said.err.count("\n")) == (2, "", 1), said
 
 
-def test_a_library_s_networks_are_no_code(work: Path) -> None:
+def test_networks_of_libraries_are_no_code(work: Path) -> None:
     """Which networks timm and torchvision have is theirs to say; nothing else of them can be named so."""
     for name in ("timm:resnet18", "torchvision:resnet18"):
         assert command(work, "taps", name, "--size", "32").code == 0

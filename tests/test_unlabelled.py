@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.cohorts import a_cohort
+from helpers.small import config
+from helpers.task import STILL, answers, first_epoch, slow_task
 from PIL import Image
 from sklearn.datasets import load_digits
-from small import config
-from test_task import STILL, answers, first_epoch, slow_task
-from test_training import a_cohort
 
 from flowdistill import models
 from flowdistill.checks import UserError
@@ -21,7 +21,7 @@ from flowdistill.config import DataConfig, RunConfig, validate
 from flowdistill.data import image_files
 from flowdistill.data.batches import DeviceData, SeedBatches
 from flowdistill.data.dataset import ImageData, Unlabelled
-from flowdistill.data.sources import load, load_unlabelled, read_npz
+from flowdistill.data.sources import load, load_unlabelled
 from flowdistill.ledger import Ledger
 from flowdistill.methods.kd import kd_loss
 from flowdistill.report import tables
@@ -40,11 +40,6 @@ CPU = torch.device("cpu")
 def digits(n: int = 120) -> np.ndarray:
     """Real digits of 8x8 that the small data set has not."""
     return (load_digits().images[500 : 500 + n] * 15).astype(np.uint8)
-
-
-@pytest.fixture(scope="module")
-def data(small_npz: Path) -> ImageData:
-    return read_npz(small_npz)
 
 
 @pytest.fixture(scope="module")
@@ -208,5 +203,5 @@ def test_broken_files_are_refused_or_skipped_even_if_all_are(tmp_path: Path, dat
     assert "1 of 2 images can't be read: a.png" in capsys.readouterr().err
 
 
-def test_the_data_set_is_loaded_without_them(small_npz: Path) -> None:
+def test_loading_a_data_set_leaves_out_its_unlabelled_images(small_npz: Path) -> None:
     assert load(DataConfig(name=f"npz:{small_npz}", unlabelled="npz:none.npz")).unlabelled is None

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from command import command
-from test_modules import Tied
+from helpers.command import command
+from helpers.networks import Tied
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset, WeightedRandomSampler
 
@@ -64,7 +64,7 @@ def keys(tmp_path: Path) -> dict[str, Any]:
     return {"runs": tmp_path / "runs", "train": TRAIN, "progress": False}
 
 
-def test_two_lines(loaders: Any, keys: dict[str, Any]) -> None:
+def test_two_lines_train_and_distil_from_loaders(loaders: Any, keys: dict[str, Any]) -> None:
     teacher = flowdistill.train(Tied(8), *loaders(), **keys)
     result = flowdistill.distill(teacher, Tied(), *loaders(), method="kd", **keys)
     run = result.run
@@ -232,7 +232,7 @@ def test_a_teacher_of_other_images_gets_these_as_they_come(loaders: Any, keys: d
     assert result.run.teacher_accuracy == pytest.approx(100 * correct / 150)
 
 
-def test_classes(sets: Any, keys: dict[str, Any]) -> None:
+def test_classes_are_counted_or_named_or_given(sets: Any, keys: dict[str, Any]) -> None:
     few = [index for index, (_, label) in enumerate(sets[1]) if label < 3]
     val = DataLoader(Subset(sets[1], few[:20]), 10)
     assert user_loaders.adopt(DataLoader(sets[0], 10), DataLoader(sets[1], 10)).classes == 10
@@ -364,7 +364,7 @@ def test_the_name_follows_what_is_known_of_the_images(sets: Any) -> None:
     assert name(val=TensorDataset(images + 1, labels)) != first
 
 
-def test_another_process_does_not_have_them(loaders: Any, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_process_does_not_have_the_loaders(loaders: Any, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(report: flowdistill.Report) -> None:
         raise KeyboardInterrupt
 
@@ -417,7 +417,7 @@ IMAGES, LABELS = torch.zeros(2, 1, 8, 8), torch.tensor([0, 1])
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
-def test_what_is_no_loader_of_images(loaders: Any, keys: dict[str, Any], train: Any, line: str) -> None:
+def test_what_is_no_loader_of_images_is_told_in_one_line(loaders: Any, keys: dict[str, Any], train: Any, line: str) -> None:
     with pytest.raises(UserError) as caught:
         flowdistill.train("resnet8", train, loaders()[1], **keys)
     assert line in str(caught.value)
@@ -513,7 +513,7 @@ class Waning(list[Any]):
         return iter(self[:] if self.passes == 1 else self[: self.kept])
 
 
-def test_a_loader_that_can_be_gone_through_once(loaders: Any, keys: dict[str, Any]) -> None:
+def test_a_loader_that_can_be_gone_through_once_is_refused(loaders: Any, keys: dict[str, Any]) -> None:
     train, val = loaders()
     for given_, line in [
         ((iter(list(train)), val), "train_loader: list_iterator is an iterator, gone through once; "),

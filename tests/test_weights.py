@@ -312,7 +312,7 @@ def test_weights_that_do_not_fit_are_told_in_one_line_and_change_nothing(change,
     assert hash_weights(net.state_dict()) == before
 
 
-def test_filling_copies():
+def test_filling_a_network_copies_the_values():
     net, state = a_net(), dict(a_net(seed=1).state_dict())
     fill(net, state, "it")
     state["fc.bias"].add_(1)
@@ -369,7 +369,7 @@ class Inner(nn.Module):
         self.model = nn.ModuleDict({"module": nn.Linear(3, 2)})
 
 
-def test_what_a_network_itself_calls_so_stays():
+def test_prefixes_of_the_networks_own_names_stay():
     inner = Inner()
     inner.spec, inner.grown = models.spec("resnet8", DATA), frozenset()
     state = inner.state_dict()
@@ -413,7 +413,7 @@ def test_a_file_that_exists_is_meant_by_its_name(tmp_path, monkeypatch, name):
     assert named("./resnet14").model == "resnet8"
 
 
-def test_a_table_that_holds_itself_ends(tmp_path):
+def test_a_file_whose_table_holds_itself_is_read(tmp_path):
     state: dict[str, object] = {"model": dict(a_net().state_dict())}
     state["me"] = [state]
     torch.save(state, tmp_path / "it.pt")

@@ -49,7 +49,7 @@ class Bug:
         original = getattr(self.where, self.attribute)
         patch.setattr(self.where, self.attribute, self.mistake)
         for name, module in list(sys.modules.items()):
-            if name.startswith(("flowdistill", "test_")) and vars(module).get(self.attribute) is original:
+            if name.startswith(("flowdistill", "helpers.", "test_")) and vars(module).get(self.attribute) is original:
                 patch.setattr(module, self.attribute, self.mistake)
 
 

@@ -5,7 +5,7 @@ s: a convolution without padding or bias and a batch normalisation on the studen
 
 import torch
 from golden.inputs import INPUTS
-from pairs import FIVE, OTHER_STAGES, TWO_STAGES
+from helpers.pairs import FIVE, OTHER_STAGES, TWO_STAGES
 
 from flowdistill.methods.ab import ab_loss, boundary_loss
 

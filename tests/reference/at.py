@@ -5,7 +5,7 @@ code: 1/(N H W) sum (q_s - q_t)^2.  paper: 1/N sum_n ||q_s - q_t||.  The larger 
 
 import math
 
-from pairs import FIVE, OTHER_STAGES, TWO_STAGES
+from helpers.pairs import FIVE, OTHER_STAGES, TWO_STAGES
 
 from .fsp import pool
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 from golden.inputs import INPUTS
-from pairs import FIVE, SEVEN, complete
+from helpers.pairs import FIVE, SEVEN, complete
 
 from flowdistill.methods.cat_kd import cat_loss
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 from golden.inputs import INPUTS
-from pairs import FIVE
+from helpers.pairs import FIVE
 
 from flowdistill.methods.cc import correlation_loss
 

@@ -8,7 +8,7 @@ import math
 
 import torch
 from golden.inputs import INPUTS
-from pairs import FIVE, SEVEN, network
+from helpers.pairs import FIVE, SEVEN, network
 
 from flowdistill.methods.ctkd import CTKD, ctkd_loss
 from flowdistill.types import Batch, Outputs

@@ -6,7 +6,7 @@ The larger map is average-pooled to the smaller, and a 1x1 convolution makes the
 import math
 
 from golden.inputs import INPUTS
-from pairs import FIVE, OTHER_STAGES, TWO_STAGES
+from helpers.pairs import FIVE, OTHER_STAGES, TWO_STAGES
 
 from flowdistill.methods.cwd import cwd_loss
 

@@ -7,7 +7,7 @@ rho(a, b) = <a - mean a, b - mean b> / (||a - mean a|| ||b - mean b|| + 1e-8).
 import math
 
 from golden.inputs import INPUTS
-from pairs import FIVE, SEVEN
+from helpers.pairs import FIVE, SEVEN
 
 from flowdistill.methods.dist import dist_loss, relations
 

@@ -6,7 +6,7 @@ p = softmax(z / T), b = (p[y], 1 - p[y]), q[k] = p[k] / (1 - p[y]) for the class
 import math
 
 from golden.inputs import INPUTS
-from pairs import FIVE, SEVEN
+from helpers.pairs import FIVE, SEVEN
 
 from flowdistill.methods.dkd import decoupled, dkd_loss
 

@@ -5,7 +5,7 @@ r: where the shapes differ, a convolution without padding or bias, batch normali
 
 import numpy as np
 from golden.inputs import INPUTS
-from pairs import FIVE, OTHER_STAGES, TWO_STAGES
+from helpers.pairs import FIVE, OTHER_STAGES, TWO_STAGES
 
 from flowdistill.methods.fitnets import hint_loss
 

@@ -4,7 +4,7 @@ sum: 1/N sum over pairs, n, i, j of (G_t - G_s)^2.  mean: 1/P sum over pairs of 
 """
 
 import numpy as np
-from pairs import FIVE, ONE_BLOCK, OTHER_STAGES, TWO_STAGES, WIDER_STAGE2
+from helpers.pairs import FIVE, ONE_BLOCK, OTHER_STAGES, TWO_STAGES, WIDER_STAGE2
 
 PAIRS = {
     "cross": [("stem", "stage1"), ("stage1", "stage2"), ("stage2", "stage3")],

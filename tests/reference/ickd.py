@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 from golden.inputs import INPUTS
-from pairs import FIVE, OTHER_STAGES, TWO_STAGES
+from helpers.pairs import FIVE, OTHER_STAGES, TWO_STAGES
 
 from flowdistill.methods.ickd import ickd_loss
 

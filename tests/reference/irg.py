@@ -8,7 +8,7 @@ and sizes of both.
 from dataclasses import replace
 
 from golden.inputs import INPUTS
-from pairs import FIVE, OTHER_STAGES, SEVEN, TWO_STAGES
+from helpers.pairs import FIVE, OTHER_STAGES, SEVEN, TWO_STAGES
 
 from flowdistill.methods.irg import edge_loss, transformation_loss, vertex_loss
 

@@ -8,7 +8,7 @@ import math
 from dataclasses import replace
 
 import numpy as np
-from pairs import FIVE
+from helpers.pairs import FIVE
 
 from .srd import projected
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from golden.inputs import INPUTS
-from pairs import FIVE, OTHER_STAGES, TWO_STAGES, WIDER_STAGE2
+from helpers.pairs import FIVE, OTHER_STAGES, TWO_STAGES, WIDER_STAGE2
 
 from flowdistill.methods.kdsvd import kdsvd_loss
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from golden.inputs import INPUTS
-from pairs import FIVE, SEVEN
+from helpers.pairs import FIVE, SEVEN
 
 from flowdistill.methods.logits import logits_loss
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 from golden.inputs import INPUTS
-from pairs import FIVE, SEVEN, network
+from helpers.pairs import FIVE, SEVEN, network
 
 from flowdistill.methods.dkd import dkd_loss
 from flowdistill.methods.kd import kd_loss

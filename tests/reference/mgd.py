@@ -6,7 +6,7 @@ h(h(h(salt + e) + i) + c) / 2^32 < ratio, else 1, and h is the finaliser of Murm
 
 import numpy as np
 from golden.inputs import INPUTS
-from pairs import FIVE, OTHER_STAGES, TWO_STAGES
+from helpers.pairs import FIVE, OTHER_STAGES, TWO_STAGES
 
 from flowdistill.methods.mgd import generation_loss
 

@@ -1,7 +1,7 @@
 """mlkd: sum over T in 2, 3, base, 5, 6 of kd(T) + 1/K ||P_t' P_t - P_s' P_s||_F^2 + 1/N ||P_t P_t' - P_s P_s'||_F^2, P = softmax(z / T)."""
 
 from golden.inputs import INPUTS
-from pairs import FIVE, SEVEN
+from helpers.pairs import FIVE, SEVEN
 
 from flowdistill.methods.mlkd import batch_loss, class_loss, mlkd_loss
 

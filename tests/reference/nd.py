@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 
 from golden.inputs import INPUTS
-from pairs import FIVE, USUAL
+from helpers.pairs import FIVE, USUAL
 
 from flowdistill.methods.nd import nd_loss
 

@@ -6,7 +6,7 @@ p = softmax(z); q = softmax of z / T over the classes k != y.
 import math
 
 from golden.inputs import INPUTS
-from pairs import FIVE, SEVEN
+from helpers.pairs import FIVE, SEVEN
 
 from flowdistill.methods.nkd import nkd_loss
 

@@ -6,7 +6,7 @@ Mean over the batch, sum over the stages. The larger feature map is average-pool
 import math
 
 from golden.inputs import INPUTS
-from pairs import FIVE, OTHER_STAGES, TWO_STAGES
+from helpers.pairs import FIVE, OTHER_STAGES, TWO_STAGES
 
 from flowdistill.methods.nst import nst_loss
 

@@ -8,7 +8,7 @@ where that is as rare as 0.001.
 from dataclasses import replace
 
 from golden.inputs import INPUTS
-from pairs import FIVE, OTHER_STAGES, TWO_STAGES, complete
+from helpers.pairs import FIVE, OTHER_STAGES, TWO_STAGES, complete
 
 from flowdistill.methods.ofd import margins, ofd_loss, partial_distance
 

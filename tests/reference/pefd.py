@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 from golden.inputs import INPUTS
-from pairs import FIVE
+from helpers.pairs import FIVE
 
 from flowdistill.methods.pefd import direction_loss, ensemble
 

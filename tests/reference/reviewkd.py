@@ -11,7 +11,7 @@ import math
 import numpy as np
 import torch
 from golden.inputs import INPUTS
-from pairs import FIVE, OTHER_STAGES, TWO_STAGES
+from helpers.pairs import FIVE, OTHER_STAGES, TWO_STAGES
 
 from flowdistill.methods.reviewkd import hierarchical_context_loss
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from golden.inputs import INPUTS
-from pairs import FIVE
+from helpers.pairs import FIVE
 
 from flowdistill.methods.rkd import angle_loss, distance_loss
 

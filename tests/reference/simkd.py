@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 from golden.inputs import INPUTS
-from pairs import FIVE, PAIRS, SEVEN, network
+from helpers.pairs import FIVE, PAIRS, SEVEN, network
 
 from flowdistill.methods.simkd import projection_loss
 

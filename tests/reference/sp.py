@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 from golden.inputs import INPUTS
-from pairs import FIVE, OTHER_STAGES, TWO_STAGES
+from helpers.pairs import FIVE, OTHER_STAGES, TWO_STAGES
 
 from flowdistill.methods.sp import similarity_loss
 

@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from pairs import FIVE
+from helpers.pairs import FIVE
 
 
 def batch_normalised(rows):

@@ -6,7 +6,7 @@ g: a 1x1 convolution without bias, batch normalisation and ReLU on the student's
 from dataclasses import replace
 
 from golden.inputs import INPUTS
-from pairs import FIVE, USUAL
+from helpers.pairs import FIVE, USUAL
 
 from flowdistill.methods.srrl import srrl_loss
 

@@ -7,7 +7,7 @@ import math
 
 import torch.nn.functional as F
 from golden.inputs import INPUTS
-from pairs import FIVE, network
+from helpers.pairs import FIVE, network
 
 from flowdistill.methods.tf_kd import tf_kd_loss
 

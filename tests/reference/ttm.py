@@ -2,7 +2,7 @@
 
 import math
 
-from pairs import FIVE, SEVEN
+from helpers.pairs import FIVE, SEVEN
 
 from .kd import log_probabilities
 

@@ -6,7 +6,7 @@ w = 1 - exp(-max(c_s / (c_t + 1e-7), 0)), c = -log softmax(z)[y].
 import math
 
 from golden.inputs import INPUTS
-from pairs import FIVE, SEVEN
+from helpers.pairs import FIVE, SEVEN
 
 from flowdistill.methods.wsld import wsld_loss
 

@@ -1,6 +1,6 @@
 """wttm: 1/N sum_n (sum_j p[j]^(1/T)) KL(p_T || q), p of the teacher, p_T and q as ttm has them."""
 
-from pairs import FIVE, SEVEN
+from helpers.pairs import FIVE, SEVEN
 
 from .ttm import divergence, transformed
 

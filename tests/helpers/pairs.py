@@ -29,7 +29,7 @@ def complete(spec: NetSpec, teacher: NetSpec) -> NetSpec:
 
 
 def completed(pairs: dict[str, tuple[NetSpec, NetSpec]]) -> dict[str, tuple[NetSpec, NetSpec]]:
-    return {name: (complete(ours, theirs), complete(theirs, theirs)) for name, (ours, theirs) in pairs.items()}
+    return {name: (complete(student, teacher), complete(teacher, teacher)) for name, (student, teacher) in pairs.items()}
 
 
 PAIRS = completed(

@@ -1,7 +1,7 @@
 """Train in child processes, kill them with SIGKILL, resume, and tell what became of it.
 
-python tests/kill.py DATA.npz FOLDER moments      # at every moment that has a name, each in a ledger of its own
-python tests/kill.py DATA.npz FOLDER random 20    # at so many random moments of one run
+python tests/helpers/kill.py DATA.npz FOLDER moments      # at every moment that has a name, each in a ledger of its own
+python tests/helpers/kill.py DATA.npz FOLDER random 20    # at so many random moments of one run
 
 Children are forked from this process, which has imported everything and computed nothing, so that a start costs no seconds.
 The last line is JSON: folder -> how it went.

@@ -14,11 +14,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from fake_cuda import MEMORY, launches, waits
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from helpers.fake_cuda import MEMORY, launches, waits
 
 
 class CaptureError(RuntimeError):

@@ -9,21 +9,6 @@ from flowdistill import trust
 from flowdistill.config import RunConfig, validate
 from flowdistill.runner.watcher import Report, Watcher
 
-NET = """
-import torch
-from torch import nn
-
-
-class Tiny(nn.Module):
-    def __init__(self, classes, channels):
-        super().__init__()
-        self.a, self.fc = nn.Conv2d(channels, 4, 3, 2, 1), nn.Linear(4, classes)
-
-    def forward(self, x):
-        return self.fc(torch.relu(self.a(x)).mean((2, 3)))
-"""
-"""A file of code with a network that a step takes milliseconds."""
-
 
 class Interrupt(Watcher):
     """Ctrl-C after the first epoch."""

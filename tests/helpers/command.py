@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import resource
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,3 +81,14 @@ def _limited(seconds: int) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+def as_shell_reads(line: str) -> list[str]:
+    """The words of a command after its first, by a shell."""
+    name, *_ = line.split(" ")
+    assert name == "flowdistill", line
+    shown = subprocess.run(
+        ["bash", "-c", f"flowdistill() {{ printf '%s\\0' \"$@\"; }}; {line}"], capture_output=True, check=True, timeout=60
+    )
+    assert shown.stderr == b""
+    return [os.fsdecode(word) for word in shown.stdout.split(b"\0")[:-1]]

@@ -22,6 +22,7 @@ from flowdistill.ledger import Ledger
 from flowdistill.methods import Needs, Phase
 from flowdistill.models.wide_resnet import WideResNet
 from flowdistill.runner.fingerprint import fingerprint as fingerprinted
+from flowdistill.runner.identity import Identities
 from flowdistill.runner.job import Job
 from flowdistill.runner.plan import cohorts, plan
 from flowdistill.runner.references import NetworkRef
@@ -219,15 +220,18 @@ def test_a_crop_without_a_border_is_not_the_resized_one(planned: Planner) -> Non
         ),
     ],
 )
-def test_recorded_runs_keep_their_fingerprint(values: dict[str, Any], fingerprint: str, digits: ImageData) -> None:
+def test_recorded_runs_keep_their_fingerprint(values: dict[str, Any], fingerprint: str, digits: ImageData, ledger: Ledger) -> None:
     """As they were before data.crop and train.mixup: what a ledger has is neither trained again nor refused."""
     config = validate(values)
     resolved = methods.resolve(config.method, config.options, config.weights)
     options = {name: option.model_dump() for name, option in resolved.options.items()}
-    resolved = config.model_copy(update={"options": options, "weights": resolved.weights})
+    full_config = config.model_copy(update={"options": options, "weights": resolved.weights})
     teacher = NetworkRef("resnet20", fingerprint="of the teacher") if config.teacher else None
-    job = Job(resolved, digits, "of the data", resolved, NetworkRef(config.student), teacher, "fp32", "", "")
-    assert fingerprinted(job, Needs(), dict.fromkeys(resolved.options, 1), {"student": [], "teacher": []}) == fingerprint
+    data = replace(digits)
+    job = Job(full_config, data, resolved, NetworkRef(config.student), teacher, "", Identities(ledger))
+    vars(data)["hash"] = "of the data"
+    vars(job)["needs_and_versions"] = Needs(), dict.fromkeys(resolved.options, 1)
+    assert fingerprinted(job, {"student": [], "teacher": []}) == fingerprint
 
 
 @pytest.mark.parametrize(("method", "changes"), [("at", True), ("fsp", True), ("kd", False), ("base", False)])

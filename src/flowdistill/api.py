@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import trust
 from .checks import MAX_WORKERS, Changes, UserError, did_you_mean, first_line
-from .config import NETWORKS, validate
+from .config import BASELINE, NETWORKS, validate
 from .data import user_loaders
 from .device import full_precision, resolve_device
 from .ledger import STUDENT_FILE, Ledger, Run
@@ -217,7 +217,7 @@ def _signature_of(call: Callable[Concatenate[None, P], Result]) -> Callable[[Cal
 @_signature_of(distill)  # type: ignore[arg-type]  # mypy fears a second ``teacher`` in ``**config``
 def train(student: Named, data: Data, val_loader: Any = None, **keywords: Any) -> Result:
     """Train a network on the labels alone. It takes what ``distill`` takes, but for a teacher and a method."""
-    return distill(None, student, data, val_loader, method="base", **keywords)
+    return distill(None, student, data, val_loader, method=BASELINE, **keywords)
 
 
 def _images(data: Data, val_loader: Any, classes: int | None, train: Any) -> dict[str, Any]:

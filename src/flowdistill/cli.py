@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from . import advice, recipes, talk, trust
 from .checks import INTERRUPTED, MAX_WORKERS, Changes, UserError, did_you_mean, obstacle, parse_seeds, shortage
 from .cli_errors import complain, failure, refuse_empty, usage
-from .config import NETWORKS, RunConfig, assign, model_name, one_line, put, read_file, read_taps, validate
+from .config import BASELINE, NETWORKS, RunConfig, assign, model_name, one_line, put, read_file, read_taps, validate
 from .env import version
 from .interrupt import stop
 from .ledger import Ledger, Run, exported, stored
@@ -207,7 +207,7 @@ def _described(
     student, teacher = (model_name(str(values.get(key) or "")) for key in ("student", "teacher"))
     if chosen_recipe:
         values = recipes.over(chosen_recipe.of(student or RunConfig().student), values)
-    if methods == "base" and values.get("teacher"):
+    if methods == BASELINE and values.get("teacher"):
         cure = f"use {advice.command('distill')}, or leave it out"
         raise UserError(f"teacher={values['teacher']!r}: training on the labels alone has none; {cure}")
     names = [name.strip() for name in (str(values.get("method", "fsp")) if methods is None else methods).split(",")]
@@ -278,7 +278,7 @@ def train(
 ) -> int:
     """Train networks on the labels alone: teachers and baselines."""
     launching = _split(given, _launch)
-    return _launch(_described({"student": model, "method": "base"}, "base", **given), **launching)
+    return _launch(_described({"student": model, "method": BASELINE}, BASELINE, **given), **launching)
 
 
 def _pair(
@@ -783,7 +783,7 @@ def bench(
 
     found = measure(
         _listed("--pairs", pairs),
-        ["base", *(name for name in METHODS if name != "base")] if methods == "all" else _listed("--methods", methods),
+        [BASELINE, *(name for name in METHODS if name != BASELINE)] if methods == "all" else _listed("--methods", methods),
         resolve_device(device),
         engines=_listed("--engines", engines) if engines is not None else (),
         precisions=_listed("--precisions", precisions),  # type: ignore[arg-type]

@@ -29,6 +29,8 @@ SEAL = "seal"  # key of a run.json
 NETWORKS = ("student", "teacher", "init_from", "peer")  # keys that name one
 LOADER = "loader"  # scheme of loaders that were given from Python; the hash of both follows
 
+BASELINE = "base"  # the method that learns from the labels alone, with which others are compared
+
 Crop = Literal["shift", "resized"]
 Role = Literal["student", "teacher"]
 
@@ -272,7 +274,7 @@ class RunConfig(Frozen):
     split: Literal["full", "holdout"] = "full"
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
-    method: str = "base"
+    method: str = BASELINE
     options: dict[str, dict[str, Any]] = {}
     weights: dict[str, float] = {}
     taps: dict[Role, dict[str, str]] = Field({}, exclude_if=lambda taps: not taps)

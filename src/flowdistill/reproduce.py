@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .checks import UserError, did_you_mean, obstacle
-from .config import RunConfig, validate
+from .config import BASELINE, RunConfig, validate
 from .device import describe
 from .ledger import Ledger, Run, baseline_key
 from .methods import parts, resolve
@@ -70,7 +70,7 @@ class Order:
 
     def teachers(self, setting: Setting) -> list[RunConfig]:
         """The baselines, which are also the teachers."""
-        return [self.config(setting, "base", seed) for seed in self.baselines]
+        return [self.config(setting, BASELINE, seed) for seed in self.baselines]
 
     def students(self, setting: Setting) -> list[RunConfig]:
         """Students of the same architecture as their teachers, row by row."""
@@ -81,7 +81,7 @@ class Order:
         data = {"name": self.sources[setting.data], "limit_train": self.limit_train}
         values: dict[str, Any] = {"student": setting.model, "method": method, "seed": seed, "train": dict(self.train or {})}
         values["data"] = {key: value for key, value in data.items() if value is not None}
-        if method != "base":
+        if method != BASELINE:
             values |= {"teacher": setting.model} | as_the_reference(method)
         if self.recipe:
             for below in (self.recipe.of(setting.model), *self.recipe.of_run(method, setting.model, setting.model)):
@@ -129,7 +129,7 @@ def rows(study: Study, names: str | None) -> tuple[str, ...]:
             raise UserError(f"--methods {names} names {resolved.name} twice; each row is trained once")
         methods.append(resolved.name)
     study_rows = [method for method in study.rows if method in methods]
-    return (*study_rows, *(method for method in methods if method not in (*study_rows, "base")))
+    return (*study_rows, *(method for method in methods if method not in (*study_rows, BASELINE)))
 
 
 def by_recipe(name: str | None, chosen: Iterable[Setting]) -> Recipe | None:

@@ -21,7 +21,7 @@ import torch
 
 from .. import methods, models
 from ..checks import UserError, as_user_error, did_you_mean
-from ..config import validate
+from ..config import BASELINE, validate
 from ..data.batches import DeviceData, SeedBatches
 from ..data.dataset import ImageData
 from ..device import Precision, computing, describe, keep_freed_memory, synchronize
@@ -258,7 +258,7 @@ def _engine_loops(
     """Each method alone; all together; the first with several seeds. Methods evaluate alike, so the first does it for all."""
     alone = {name: _contender(work, [name], 1, engine, precision, name) for name in names}
     for contender in alone.values():
-        contender.base = alone.get("base")
+        contender.base = alone.get(BASELINE)
     for name in names[1:]:
         alone[name].evaluate = None
     grouped = [_contender(work, names, 1, engine, precision, f"{len(names)} methods together")] if together and len(names) > 1 else []

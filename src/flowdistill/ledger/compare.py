@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..checks import UserError
-from ..config import validate
+from ..config import BASELINE, validate
 from .rows import Run
 
 
@@ -57,7 +57,7 @@ def is_baseline(run: Run) -> bool:
     """Whether other runs are compared with this one: it trained all weights, from fresh ones, on the labels alone, with weight 1."""
     config = run.config
     plain = config.get("init_from") is None and not config["train"].get("freeze") and config.get("weights", {}).get("task", 1.0) == 1.0
-    return run.method == "base" and plain
+    return run.method == BASELINE and plain
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

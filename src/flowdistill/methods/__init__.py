@@ -9,10 +9,23 @@ import importlib
 import pkgutil
 
 from .base import METHODS, Method, MethodOptions, Needs, Phase
-from .compose import Composed, ResolvedMethod, build, get, parts, resolve
+from .compose import Composed, ResolvedMethod, build, get, mutual_names, parts, resolve
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 METHODS.sort()
 
-__all__ = ["METHODS", "Composed", "Method", "MethodOptions", "Needs", "Phase", "ResolvedMethod", "build", "get", "parts", "resolve"]
+__all__ = [
+    "METHODS",
+    "Composed",
+    "Method",
+    "MethodOptions",
+    "Needs",
+    "Phase",
+    "ResolvedMethod",
+    "build",
+    "get",
+    "mutual_names",
+    "parts",
+    "resolve",
+]

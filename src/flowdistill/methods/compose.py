@@ -48,6 +48,11 @@ def parts(name: str) -> list[type[Method]]:
     return classes
 
 
+def mutual_names() -> list[str]:
+    """The methods whose students teach each other."""
+    return [name for name in base.METHODS if base.METHODS[name].mutual]
+
+
 @dataclass(frozen=True)
 class ResolvedMethod:
     """A method with every option and weight filled in: what a run records, and what its fingerprint covers beside the versions."""

@@ -67,6 +67,10 @@ class Network(nn.Module):
         """The module whose parameters and modules have the names that the spec and a weights file give them."""
         return self
 
+    def take_over(self, student: Network, teacher: Network) -> None:
+        """Take weights from the networks that a method builds this one of; other networks have none of these."""
+        raise NotImplementedError
+
     def refuse_cut(self, outputs: Outputs, *, embedding: bool) -> None:
         """Refuse outputs from which no gradient goes where it should; of a network made here one goes."""
 
@@ -146,11 +150,13 @@ class Factory(Protocol):
         about: what it is, in a few words.
         code: SHA-256 of each file of own code that it needs, by name; of this package's and a library's networks nothing.
         file_code: SHA-256 of the file that was named alone, as runs of version 0.1.0 recorded it, or empty.
+        in_memory: whether it is a module that was given from Python, which no command can name.
     """
 
     about: str
     code: Mapping[str, str]
     file_code: str
+    in_memory: bool
 
     def made_of(self, data: DataSpec) -> str:
         """The hash of all that its numbers depend on beside its name, where its code is own code; else empty."""
@@ -186,6 +192,7 @@ class ImageFactory:
 
     code: Mapping[str, str] = {}
     file_code = ""
+    in_memory = False
 
     def __init__(self, name: str, about: str, make: Callable[[int, int], ImageNetwork]) -> None:
         self.name, self.about, self.make = name, about, make
@@ -313,6 +320,11 @@ def build(name: str, data: DataSpec, *, taps: tuple[str, ...] = (), seed: int = 
         net = made.build(data, offered, taps)
     net.layer_seed = seed if made.draws(data) else None
     return net
+
+
+def from_python(name: str) -> bool:
+    """Whether the name stands for a module that was given from Python, and that no command can name."""
+    return factory(name).in_memory
 
 
 def declared_input_spec(name: str) -> InputSpec:

@@ -32,7 +32,8 @@ from .loading import Neighbours, of_file, of_package
 from .survey import LARGE, Survey, survey, takes_channels_last
 
 WRITTEN = re.compile(r"(?P<where>timm|torchvision|module|[^@]+\.py|[A-Za-z_][\w.]*):(?P<name>[^:@]+)")
-LIBRARIES = ("timm", "torchvision", "module")
+MODULE = "module"  # before the name of one that was given from Python
+LIBRARIES = ("timm", "torchvision", MODULE)
 HEAD = "classifier"  # its row in a table of taps
 SIZES = {
     "classes": ("classes", "num_classes"),
@@ -214,7 +215,7 @@ class ForeignFactory:
     def __init__(self, name: str, code: Mapping[str, str]) -> None:
         written = WRITTEN.fullmatch(name)
         assert written is not None
-        self.name, self.in_memory, self.code = name, written["where"] == "module", code
+        self.name, self.in_memory, self.code = name, written["where"] == MODULE, code
         self.file_code = next((hashed for label, hashed in code.items() if label == _label(written["where"])), "")
         self.make, self.about, self.neighbours = _maker(written["where"], written["name"])
         self._surveys: dict[tuple[int, ...], Survey] = {}
@@ -328,9 +329,9 @@ def _maker(where: str, name: str) -> tuple[Make, str, Neighbours]:
         return _timm(name), f"{name} of timm", Neighbours()
     if where == "torchvision":
         return _torchvision(name), f"{name} of torchvision", Neighbours()
-    if where == "module":
+    if where == MODULE:
         if name not in IN_MEMORY:
-            raise UserError(f"module:{name} was given from Python, and is in no file; give it from Python again")
+            raise UserError(f"{MODULE}:{name} was given from Python, and is in no file; give it from Python again")
         return lambda _: deepcopy(IN_MEMORY[name]), f"{name}, a module given from Python", Neighbours()
     module, neighbours = of_file(Path(where)) if where.endswith(".py") else (of_package(where), Neighbours())
     function = getattr(module, name, None)
@@ -459,4 +460,4 @@ def adopt(module: nn.Module, key: str) -> str:
     """Keep a module in memory; returns its name as a model's. The key tells it from other modules."""
     name = f"{type(module).__name__}-{key}"
     IN_MEMORY[name] = module
-    return f"module:{name}"
+    return f"{MODULE}:{name}"

@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import advice
 from ..checks import UserError, regular_file
-from ..config import LOADER, RunConfig
+from ..config import BASELINE, LOADER, RunConfig
 from ..ledger import Run, flattened, newest
 from ..ledger.exported import Export, Folder
 from ..stats import CONFIDENCE, MIN_N, interval
@@ -237,7 +237,7 @@ def paces(path: Path) -> list[Pace]:
 
 def _worked_on(pair: str, method: str) -> str:
     """A pair as runs have it: a baseline has no teacher, whatever pair it was timed in."""
-    return f"{pair.partition(' <- ')[0]} <- -" if method == "base" else pair
+    return f"{pair.partition(' <- ')[0]} <- -" if method == BASELINE else pair
 
 
 def _times(row: Mapping[str, Any]) -> tuple[float, float]:
@@ -265,7 +265,7 @@ def _command(runs: Sequence[Run]) -> str:
     more = {key: value for key, value in sorted(flattened(config).items()) if key not in covered and value != defaults.get(key)}
     teacher = ["--teacher", config["teacher"]] if config.get("teacher") else []
     words = ["distill", "--method", first.method, "--student", config["student"], *teacher]
-    if first.method == "base":
+    if first.method == BASELINE:
         words = ["train", "--model", config["student"]]
     words += [
         "--dataset",

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..config import BASELINE
 from ..ledger import Ledger, Run
 from ..methods import get
 from ..stats import CONFIDENCE, MIN_N, welch
@@ -127,9 +128,9 @@ def _singles(finished: Finished) -> str:
 
 
 def _papers() -> str:
-    papers = {method: get(method).paper for method in PAGES if method != "base" and "+" not in method}
+    papers = {method: get(method).paper for method in PAGES if method != BASELINE and "+" not in method}
     lines = [f"{name}: {p.authors}: *{p.title}*. {p.venue} {p.year}. {p.url}" for name, p in papers.items()]
     return "\n".join(f"- {line}" for line in [f"The log: {SOURCE}", *lines])
 
 
-STUDY = Study("log", "The reference log, reproduced", ABOUT, tuple(page for page in PAGES if page != "base"), sections, free=True)
+STUDY = Study("log", "The reference log, reproduced", ABOUT, tuple(page for page in PAGES if page != BASELINE), sections, free=True)

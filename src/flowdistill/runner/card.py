@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..advice import train as train_command
 from ..checks import UserError
-from ..config import RunConfig, validate
+from ..config import BASELINE, RunConfig, validate
 from ..data.batches import eval_set
 from ..data.dataset import ImageData, part
 from ..data.normalisation import Normalisation
@@ -191,7 +191,7 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
                 other_classes=other_classes[role],
             )
         )
-    advice = "" if alone or run.method == "base" else _advice(config, ledger)
+    advice = "" if alone or run.method == BASELINE else _advice(config, ledger)
     class_images = tuple(np.bincount(labels, minlength=data.classes).tolist())
     class_names = data.class_names or tuple(map(str, range(data.classes)))
     return Card(run, tuple(columns), class_images, class_names, device_name, processor(), torch.__version__, advice, ledger.folder)
@@ -199,10 +199,12 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
 
 def baseline(run: Run, ledger: Ledger) -> Run | None:
     """The newest finished ``base`` run of the same student, data, split and recipe whose file is there; None for a ``base`` run itself."""
-    if run.method == "base":
+    if run.method == BASELINE:
         return None
     baselines = [
-        other for other in ledger.runs(status="finished", method="base") if is_baseline(other) and baseline_key(other) == baseline_key(run)
+        other
+        for other in ledger.runs(status="finished", method=BASELINE)
+        if is_baseline(other) and baseline_key(other) == baseline_key(run)
     ]
     return next((other for other in reversed(baselines) if (ledger.run_folder(other.no) / STUDENT_FILE).is_file()), None)
 

@@ -18,7 +18,6 @@ from ..data.interfaces import Supply
 from ..data.normalisation import Normalisation
 from ..device import Precision, keep_freed_memory
 from ..models import Network
-from ..models.reused import Reused
 from ..training.cohort import Cohort, Progress
 from ..training.engine_choice import choose
 from ..training.evaluate import evaluate
@@ -110,7 +109,6 @@ def _network(job: Job, taps: tuple[str, ...], normalisation: Normalisation) -> N
     if job.shipped_model == job.student.model:
         return job.student.build(spec, taps=taps, seed=seed, spec=job.student_taps, given=normalisation)
     net = models.build(job.shipped_model, spec, taps=taps, seed=seed, spec=job.student_taps)
-    assert isinstance(net, Reused)
     assert job.teacher is not None
     net.take_over(job.student.build(spec, seed=seed), job.teacher.build(spec))
     return net

@@ -12,7 +12,7 @@ import torch
 
 from .. import models
 from ..checks import UserError
-from ..config import RunConfig
+from ..config import BASELINE, RunConfig
 from ..data.batches import DeviceData, to_device
 from ..data.dataset import ImageData
 from ..device import computing, describe, peak_memory
@@ -23,7 +23,6 @@ from ..training.gradients import first_gradients
 from ..training.timing import seconds_per_epoch
 from .cohorts import GRADIENT_LIMIT
 from .estimate import unmeasured
-from .identity import Identities
 from .job import Job
 from .pairing import compared
 from .plan import checked, drafts
@@ -74,7 +73,7 @@ def _findings(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device
         yield from _noted("teacher", _of_teacher(first, teacher, data))
     for name, group in _by_method(jobs).items():
         watcher.say(f"{name}: taps, gradients, cost")
-        yield from _noted(f"{name}: start", _of_method(group, ledger, data))
+        yield from _noted(f"{name}: start", _of_method(group, data))
 
 
 def _noted(check: str, looking: Iterable[Finding]) -> Iterator[Finding]:
@@ -105,7 +104,7 @@ def _drafted(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device)
 
 def _alone(config: RunConfig) -> RunConfig:
     """The config that trains the student on the labels alone."""
-    plain: dict[str, Any] = {"method": "base", "teacher": None, "options": {}, "weights": {}, "peer": None, "side": 1}
+    plain: dict[str, Any] = {"method": BASELINE, "teacher": None, "options": {}, "weights": {}, "peer": None, "side": 1}
     train = config.train.model_copy(update={"mixup": False})
     return config.model_copy(update={**plain, "data": config.data.without_unlabelled, "train": train})
 
@@ -192,14 +191,14 @@ def _of_answers(net: Network, teacher: NetworkRef, job: Job, data: DeviceData) -
     return Finding("answers", "look" if answers.accuracy < min(2 * answers.chance, answers.halfway) else "ok", summary)
 
 
-def _of_method(group: Sequence[Job], ledger: Ledger, data: DeviceData) -> Iterator[Finding]:
+def _of_method(group: Sequence[Job], data: DeviceData) -> Iterator[Finding]:
     """A method's taps, the first gradient of its terms, and what training would take."""
     job, name = group[0], group[0].resolved.name
     try:
         needs, pairing = job.method().needs, job.pairing
         if pairing and needs.student:
             yield Finding(f"{name}: taps", "ok", "; ".join(line.strip() for line in compared(pairing, needs.student, needs.teacher)))
-        ready = [checked(draft, Identities(ledger)) for draft in group]
+        ready = [checked(draft) for draft in group]
     except UserError as error:
         yield Finding(f"{name}: taps", "wrong", str(error))
         return

@@ -100,7 +100,7 @@ def epoch_of(cohort: Cohort, members: Sequence[Member]) -> Duration:
     how = by(cohort.engine.name, cohort.precision)
     if how == PLAINLY:
         return Duration(seconds, seconds, how)
-    jobs = [replace(member.job, precision="fp32") for member in members]
+    jobs = [member.job.in_precision("fp32") for member in members]
     plain, _ = unmeasured(jobs, cohort.data, cohort.data.device, "eager")
     return Duration(seconds, seconds_per_epoch(plain), how)
 

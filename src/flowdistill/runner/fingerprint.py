@@ -6,23 +6,25 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import models
 from ..methods import Needs
 from ..models.foreign import is_foreign
 from ..models.input_adapter import InputSpec
-from .job import Job
 from .references import NetworkRef
 
+if TYPE_CHECKING:
+    from .job import Job
 
-def fingerprint(job: Job, needs: Needs, versions: Mapping[str, int], made_of: Mapping[str, list[Any]]) -> str:
+
+def fingerprint(job: Job, made_of: Mapping[str, list[Any]]) -> str:
     """What a run's numbers depend on, without the seed.
 
     Args:
-        needs, versions: of the method, for this pair.
         made_of: by role, what a network's name and weights do not say of it.
     """
+    needs, versions = job.needs_and_versions
     config, student, teacher, unlabelled = job.config, job.student, job.teacher, job.data.unlabelled
     covered: dict[str, Any] = {
         "student": _covered(student, made_of["student"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .. import advice, methods, models
@@ -12,11 +12,12 @@ from ..config import RunConfig
 from ..data.dataset import ImageData
 from ..data.splits import trained_positions
 from ..device import Precision
-from ..methods import Method, ResolvedMethod
+from ..methods import Method, Needs, ResolvedMethod
 from ..models.foreign import is_foreign
 from ..randomness import derive, seeded
 from ..types import NetSpec
-from .identity import Identity
+from .fingerprint import fingerprint
+from .identity import Identities, Identity
 from .pairing import Pairing, pair
 from .references import NetworkRef
 
@@ -28,20 +29,64 @@ class Job:
     Attributes:
         config: with every default filled in.
         init_hash: of the student's initial weights.
-        fingerprint: what the run's numbers depend on, without the seed.
-        networks: student and teacher, by role, as they are now.
+        identities: says what its networks are.
+        former_fingerprint: what an earlier version called the same run; a run that is resumed keeps it.
     """
 
     config: RunConfig
     data: ImageData
-    data_hash: str
     resolved: ResolvedMethod
     student: NetworkRef
     teacher: NetworkRef | None
-    precision: Precision
     init_hash: str
-    fingerprint: str
-    networks: Mapping[str, Identity] = field(default_factory=dict)
+    identities: Identities
+    former_fingerprint: str = ""
+
+    @property
+    def data_hash(self) -> str:
+        """Of the labelled images."""
+        return self.data.hash
+
+    @property
+    def precision(self) -> Precision:
+        """Arithmetic of its networks."""
+        precision = self.config.train.precision
+        assert precision != "auto", "the config has every default filled in"
+        return precision
+
+    def in_precision(self, precision: Precision) -> Job:
+        """The same run in another arithmetic, as estimates compare it."""
+        train = self.config.train.model_copy(update={"precision": precision})
+        return replace(self, config=self.config.model_copy(update={"train": train}))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What the run's numbers depend on, without the seed."""
+        if self.former_fingerprint:
+            return self.former_fingerprint
+        made_of = {role: network.covered for role, network in self.networks.items()}
+        if self.config.peer is not None:
+            peer = models.made_of(self.config.peer, self.student.seen(self.data.spec))
+            made_of["peer"] = [peer] if peer else []
+        return fingerprint(self, made_of)
+
+    @cached_property
+    def networks(self) -> Mapping[str, Identity]:
+        """Student and teacher, by role, as they are now."""
+        networks = {"student": self.identities(self.student, self.data.spec, trains=True)}
+        if self.teacher is not None:
+            networks["teacher"] = self.identities(self.teacher, self.data.spec, trains=False)
+        return networks
+
+    @cached_property
+    def needs_and_versions(self) -> tuple[Needs, Mapping[str, int]]:
+        """What its method needs of the networks, and the version of each of its parts, for this pair.
+
+        Raises:
+            UserError: student and teacher can't be paired.
+        """
+        method = self.method()
+        return method.needs, method.versions
 
     @property
     def phase_epochs(self) -> tuple[int, ...]:

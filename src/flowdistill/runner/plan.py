@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import methods, models, trust
-from ..checks import UserError
+from ..checks import UserError, joined
 from ..config import DataConfig, Role, RunConfig, validate
 from ..data.dataset import ImageData
 from ..data.sources import load, load_unlabelled
@@ -31,12 +31,11 @@ def plan(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device, *, 
     Raises:
         UserError: the first config that can't be run.
     """
-    known = Identities(ledger)
-    return [checked(job, known) for job in drafts(configs, ledger, device, stand_in=stand_in)]
+    return [checked(job) for job in drafts(configs, ledger, device, stand_in=stand_in)]
 
 
 def drafts(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device, *, stand_in: bool = False) -> list[Job]:
-    """The jobs, before student and teacher were held together; they have no fingerprint.
+    """The jobs, before student and teacher were held together.
 
     Raises:
         UserError: a network or the data can't be had.
@@ -50,9 +49,9 @@ def drafts(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device, *
             students[config.student, config.init_from] = first = first_weights(config, ledger)
             if resolved.mutual and first.weights is not None:
                 raise UserError(f"student={config.student}: the students of {resolved.name!r} begin from fresh weights; name a model")
-    load_once = _Loader(ledger.changes)
+    load_once, identities = _Loader(ledger.changes), Identities(ledger)
     return [
-        _planned(config, resolved, students[config.student, config.init_from], *load_once(config.data), ledger, device, stand_in)
+        _planned(config, resolved, students[config.student, config.init_from], load_once(config.data), ledger, identities, device, stand_in)
         for config, resolved in cheap
     ]
 
@@ -65,8 +64,9 @@ def _with_peers(given: Sequence[tuple[RunConfig, ResolvedMethod]]) -> list[tuple
     """
     found: list[tuple[RunConfig, ResolvedMethod]] = []
     for config, resolved in given:
+        cure = f"use {joined(methods.mutual_names(), 'or')}"
         if not resolved.mutual and (config.peer is not None or config.side != 1):
-            raise UserError(f"peer={config.peer}: the students of {resolved.name!r} do not teach each other; use dml, or leave peer out")
+            raise UserError(f"peer={config.peer}: the students of {resolved.name!r} do not teach each other; {cure}, or leave peer out")
         sides = [config]
         if resolved.mutual and config.init_from is not None:
             raise UserError(
@@ -87,14 +87,14 @@ def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[
     Raises:
         UserError: something that the numbers depend on has changed since.
     """
-    load_once, known = _Loader(ledger.changes), Identities(ledger)
+    load_once, identities = _Loader(ledger.changes), Identities(ledger)
     jobs = []
     for run in runs:
         config = validate(run.config)
         for reference in config.networks:
             trust.came_from(reference, f"run {run.no} of {ledger.path}")
         try:
-            data, data_hash = load_once(config.data)
+            data = load_once(config.data)
         except UserError as error:
             if config.data.user_loaders:
                 raise
@@ -102,18 +102,17 @@ def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[
                 f"run {run.no} can't be resumed: {error}; data that were moved must be put back, and a relative path is seen from the "
                 f"folder in which the run began"
             ) from None
-        if data_hash != run.data_hash:
+        if data.hash != run.data_hash:
             raise UserError(
-                f"run {run.no} can't be resumed: {config.data.name} is not the data that it began with (hash {data_hash[:8]}, was "
+                f"run {run.no} can't be resumed: {config.data.name} is not the data that it began with (hash {data.hash[:8]}, was "
                 f"{run.data_hash[:8]}); put the old data back, or train anew"
             )
         student = as_configured(first_weights(config, ledger), config, "student", data.spec).on(data)
         teacher = recorded_teacher(run, ledger, data.spec)
-        job = checked(
-            _job(config, _resolve_method(config), student, teacher, data, data_hash, _initial(student, data, config), device), known
-        )
+        init_hash = _initial(student, data, config)
+        job = checked(_job(config, _resolve_method(config), student, teacher, data, init_hash, identities, device))
         if run.fingerprint != job.fingerprint and run.networks is None and run.fingerprint == _as_recorded(job):
-            job = replace(job, fingerprint=run.fingerprint)
+            job = replace(job, former_fingerprint=run.fingerprint)
         if job.fingerprint != run.fingerprint:
             raise UserError(
                 f"run {run.no} can't be resumed: {_what_changed(job, run)}; train it anew with the command that began it and --again"
@@ -123,18 +122,18 @@ def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[
 
 
 class _Loader:
-    """Each data set is read and hashed once."""
+    """Each data set is read once, and so hashed once."""
 
     def __init__(self, remarks: Remarks) -> None:
         self._remarks = remarks
-        self._loaded: dict[DataConfig, tuple[ImageData, str]] = {}
+        self._loaded: dict[DataConfig, ImageData] = {}
 
-    def __call__(self, config: DataConfig) -> tuple[ImageData, str]:
+    def __call__(self, config: DataConfig) -> ImageData:
         if config not in self._loaded:
             data = load(config, self._remarks)
             if config.unlabelled is not None:
                 data = replace(data, unlabelled=load_unlabelled(config, data, self._remarks))
-            self._loaded[config] = data, data.hash
+            self._loaded[config] = data
         return self._loaded[config]
 
 
@@ -188,21 +187,21 @@ def _planned(
     resolved: ResolvedMethod,
     student: NetworkRef,
     data: ImageData,
-    data_hash: str,
     ledger: Ledger,
+    identities: Identities,
     device: torch.device,
     stand_in: bool,
 ) -> Job:
     student = as_configured(student, config, "student", data.spec).on(data)
     init_hash = _initial(student, data, config)
     recipe = config.train.model_dump(mode="json") | {"precision": _precision(config, student, data, device)}
-    query = TeacherQuery(config.data.without_unlabelled, data_hash, config.split, config.seed, init_hash, recipe, str(ledger.folder))
+    query = TeacherQuery(config.data.without_unlabelled, data.hash, config.split, config.seed, init_hash, recipe, str(ledger.folder))
     refuse_contaminated(student, query)
     teacher = None
     if resolved.uses_teacher and config.teacher is not None:
         found = choose_teacher(config.teacher, query, ledger, stand_in=stand_in)
         teacher = as_configured(found, config, "teacher", data.spec)
-    return _job(config, resolved, student, teacher, data, data_hash, init_hash, device)
+    return _job(config, resolved, student, teacher, data, init_hash, identities, device)
 
 
 def _precision(config: RunConfig, student: NetworkRef, data: ImageData, device: torch.device) -> Precision:
@@ -211,13 +210,13 @@ def _precision(config: RunConfig, student: NetworkRef, data: ImageData, device: 
     Raises:
         UserError: that is what is wanted.
     """
-    query = config.train.precision
-    precision = resolve_precision(query, device)
+    asked = config.train.precision
+    precision = resolve_precision(asked, device)
     if device.type != "cpu" or precision == "fp32":
         return precision
     peers = [models.spec(config.peer, student.seen(data.spec))] if config.peer else []
     over = next((f"{net.name}'s {net.overstepped}" for net in (student.spec(data.spec), *peers) if net.overstepped), "")
-    if over and query == "bf16":
+    if over and asked == "bf16":
         raise UserError(
             f"train.precision=bf16: the stride of {over} is larger than the map that it is given, where a CPU's bf16 gradients are not "
             f"sound; use fp32, or larger images"
@@ -231,51 +230,42 @@ def _job(
     student: NetworkRef,
     teacher: NetworkRef | None,
     data: ImageData,
-    data_hash: str,
     init_hash: str,
+    identities: Identities,
     device: torch.device,
 ) -> Job:
-    precision = _precision(config, student, data, device)
     full_config = config.model_copy(
         update={
             "method": resolved.name,
             "teacher": config.teacher if teacher else None,
             **({} if teacher else {key: _of_student(getattr(config, key)) for key in ("taps", "inputs")}),
             "data": config.data.model_copy(update=_resolved(data)),
-            "train": config.train.model_copy(update={"precision": precision}),
+            "train": config.train.model_copy(update={"precision": _precision(config, student, data, device)}),
             "options": {name: options.model_dump() for name, options in resolved.options.items()},
             "weights": resolved.weights,
         }
     )
-    return Job(full_config, data, data_hash, resolved, student, teacher, precision, init_hash, "")
+    return Job(full_config, data, resolved, student, teacher, init_hash, identities)
 
 
-def checked(job: Job, known: Identities) -> Job:
-    """The job with its fingerprint, and without the taps that nothing looks at.
+def checked(job: Job) -> Job:
+    """The job once its networks were looked at, without the taps that nothing looks at.
 
     Raises:
         UserError: its method can't work with this pair.
     """
-    method = job.method()
-    needs = method.needs
-    if not (needs.student or needs.teacher):
+    needs, _ = job.needs_and_versions
+    if job.config.taps and not (needs.student or needs.teacher):
         job = replace(job, config=job.config.model_copy(update={"taps": {}}))
-    networks = {"student": known(job.student, job.data.spec, trains=True)}
-    if job.teacher is not None:
-        networks["teacher"] = known(job.teacher, job.data.spec, trains=False)
-    covered = {role: network.covered for role, network in networks.items()}
-    if job.config.peer is not None:
-        made_of = models.made_of(job.config.peer, job.student.seen(job.data.spec))
-        covered["peer"] = [made_of] if made_of else []
-    return replace(job, networks=networks, fingerprint=fingerprint(job, needs, method.versions, covered))
+    _ = job.fingerprint  # computed here, so that what can't be fingerprinted is refused before anything is trained
+    return job
 
 
 def _as_recorded(job: Job) -> str:
     """The fingerprint that version 0.1.0 gave this job: of code it knew the file that was named alone."""
     named = {"student": job.student.model, "teacher": job.teacher and job.teacher.model, "peer": job.config.peer}
     files = {role: models.factory(model).file_code for role, model in named.items() if model}
-    method = job.method()
-    return fingerprint(job, method.needs, method.versions, {role: [code] if code else [] for role, code in files.items()})
+    return fingerprint(job, {role: [code] if code else [] for role, code in files.items()})
 
 
 def _what_changed(job: Job, run: Run) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import advice, models, trust
 from ..checks import Changes, UserError, is_there
-from ..config import DataConfig, InputConfig, Role, RunConfig, model_name, validate
+from ..config import BASELINE, DataConfig, InputConfig, Role, RunConfig, model_name, validate
 from ..data.dataset import ImageData
 from ..data.normalisation import Normalisation
 from ..ledger import STUDENT_FILE, Ledger, Run, newest
@@ -109,7 +109,7 @@ class NetworkRef:
         if other := self.other_classes(data):
             again = ("--student", self.model, "--init-from", self.run or self.origin)
             cure = f"begin from its weights with a fresh classifier: {advice.options(*again)}"
-            if self.model.startswith("module:"):
+            if models.from_python(self.model):
                 cure = "give a module with a classifier of the data's"
             raise UserError(f"student {self.model} ({self.origin}): {other}; {cure}")
         return self
@@ -352,7 +352,7 @@ def _named_teacher(reference: str, query: TeacherQuery, ledger: Ledger) -> Netwo
 
 def _trained(model: str, query: TeacherQuery, ledger: Ledger) -> list[Run]:
     same = {"data_hash": query.data_hash, "split": query.split, "student_fingerprint": "", "variant": ""}
-    runs = newest(ledger.runs(status="finished", method="base", student=model, **same))
+    runs = newest(ledger.runs(status="finished", method=BASELINE, student=model, **same))
     if not runs:
         return []
     most = max(run.nepoch for run in runs)

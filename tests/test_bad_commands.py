@@ -576,6 +576,7 @@ WRONG = [
     ("models resnet20", "Got unexpected extra argument(s) (resnet20) (flowdistill --help)"),
     ("models --format pdf", "--format='pdf': not one of 'table', 'md', 'csv', 'json'"),
     ("datasets --format pdf", "--format='pdf': not one of 'table', 'md', 'csv', 'json'"),
+    ("models resnut*", "models 'resnut*': no network has such a name; did you mean 'resnet8'?"),
     ("taps", "Missing argument 'model' (flowdistill --help)"),
     ("taps resnt20", "unknown model 'resnt20': did you mean 'resnet20'?"),
     ("taps resnet20 --size 0", "--size='0': input should be greater than or equal to 1"),
@@ -632,7 +633,7 @@ WRONG = [
     ("export", "Missing argument 'RUN|FILE' (flowdistill --help)"),
     ("export --to onnx none.safetensors", "weights file none.safetensors: no such file"),
     ("export --runs taught 1", "Missing option '--to'. Choose from: safetensors, torch-export, onnx (flowdistill --help)"),
-    ("export --runs taught 1 --to tflite", "--to='tflite': not one of 'safetensors', 'torch-export', 'onnx'"),
+    ("export --runs taught 1 --to tflite", "unknown export format 'tflite': choose from: safetensors, torch-export, onnx"),
     ("export --runs taught --to onnx 7", "no run 7 in taught/ledger.db: the last is 2; flowdistill runs --runs taught lists them"),
     ("export --runs taught --to onnx 2", "weights file taught/2/student.safetensors: no such file"),
     (

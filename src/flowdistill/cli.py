@@ -8,9 +8,9 @@ import os
 import signal
 import sqlite3
 import sys
-from enum import StrEnum
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from pydantic import ValidationError
@@ -18,10 +18,24 @@ from pydantic import ValidationError
 from . import advice, recipes, talk, trust
 from .checks import INTERRUPTED, MAX_WORKERS, Changes, UserError, did_you_mean, obstacle, parse_seeds, shortage
 from .cli_errors import complain, failure, refuse_empty, usage
-from .config import BASELINE, NETWORKS, RunConfig, assign, model_name, one_line, put, read_file, read_taps, validate
+from .config import (
+    BASELINE,
+    NETWORKS,
+    EngineName,
+    PrecisionName,
+    RunConfig,
+    assign,
+    model_name,
+    one_line,
+    put,
+    read_file,
+    read_taps,
+    validate,
+)
 from .env import version
 from .interrupt import stop
 from .ledger import Ledger, Run, exported, stored
+from .registry import Registry
 from .report import board, pages, tables
 
 if TYPE_CHECKING:
@@ -40,59 +54,10 @@ app = typer.Typer(
 LAST = 100  # runs that are listed unless more are asked for
 
 
-class TableFormat(StrEnum):
-    """How a listing is printed."""
-
-    table = "table"
-    md = "md"
-    csv = "csv"
-    json = "json"
-
-
-class ProtocolName(StrEnum):
-    """Which accuracy a table reads."""
-
-    last = "last"
-    best = "best"
-    holdout = "holdout"
-
-
-class PrecisionName(StrEnum):
-    """Arithmetic of the networks."""
-
-    auto = "auto"
-    bf16 = "bf16"
-    fp32 = "fp32"
-
-
-class EngineName(StrEnum):
-    """How steps are computed."""
-
-    auto = "auto"
-    eager = "eager"
-    compiled = "compiled"
-    graph = "graph"
-
-
-class PageFormat(StrEnum):
-    """How a page is written."""
-
-    md = "md"
-    html = "html"
-
-
-class ExportFormat(StrEnum):
-    """What a student is exported to."""
-
-    safetensors = "safetensors"
-    torch_export = "torch-export"
-    onnx = "onnx"
-
-
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the ledger and of every run's files.")]
 SourceOption = Annotated[Path, typer.Option("--runs", help=f"A folder of runs, or a file of {advice.command('ledger', 'export')}.")]
-ProtocolOption = Annotated[ProtocolName, typer.Option(help="Which accuracy: last epoch, best on test, or the holdout's choice.")]
-FormatOption = Annotated[TableFormat, typer.Option("--format", help="How to print.")]
+ProtocolOption = Annotated[tables.Protocol, typer.Option(help="Which accuracy: last epoch, best on test, or the holdout's choice.")]
+FormatOption = Annotated[tables.Format, typer.Option("--format", help="How to print.")]
 DatasetOption = Annotated[
     str | None, typer.Option(help="digits, cifar10, cifar100, fashion_mnist, npz:PATH, folder:PATH, csv:FILE or hf:NAME.")
 ]
@@ -200,7 +165,7 @@ def _described(
 ) -> list[RunConfig]:
     """What the options describe: a run for each method and seed."""
     chosen |= {"data.name": dataset, "train.epochs": epochs, "train.lr": lr, "train.batch_size": batch_size}
-    chosen |= {"train.label_smoothing": label_smoothing, "train.precision": precision.value if precision else None}
+    chosen |= {"train.label_smoothing": label_smoothing, "train.precision": precision}
     chosen |= {"split": "holdout" if holdout else None, "init_from": init_from, "train.freeze": freeze}
     values = _values(config, set_, chosen)
     chosen_recipe = recipes.recipe(recipe) if recipe is not None else None
@@ -224,7 +189,7 @@ def _launch(
     configs: list[RunConfig],
     *,
     device: DeviceOption = "auto",
-    engine: EngineOption = EngineName.auto,
+    engine: EngineOption = "auto",
     workers: WorkersOption = None,
     deterministic: DeterministicOption = False,
     again: AgainOption = False,
@@ -242,13 +207,13 @@ def _launch(
     where, ledger = resolve_device(device), Ledger(runs, create=True, changes=Changes(accept_changes))
     if dry_run:
         with trust.code(trust_code):
-            found = preview(configs, ledger, where, engine.value, workers)
+            found = preview(configs, ledger, where, engine, workers)
         talk.answer(tables.render(found, "json", ()))
         todo = [one for one in found if again or not one["finished_run"]]
         talk.say(f"{len(todo)} runs to do, about {duration(todo)} (h:mm:ss) on {found[0]['device']}")
         return 0
     with trust.code(trust_code):
-        done = run(configs, ledger, where, deterministic=deterministic, again=again, engine=engine.value, workers=workers, watcher=Bars())
+        done = run(configs, ledger, where, deterministic=deterministic, again=again, engine=engine, workers=workers, watcher=Bars())
     return _print_done(done)
 
 
@@ -312,7 +277,7 @@ def doctor(
     device: DeviceOption = "auto",
     accept_changes: AcceptOption = False,
     trust_code: TrustOption = False,
-    format_: FormatOption = TableFormat.table,
+    format_: FormatOption = "table",
     runs: RunsOption = Path("runs"),
     **given: Any,
 ) -> int:
@@ -324,7 +289,7 @@ def doctor(
     ledger = Ledger(runs, create=True, changes=Changes(accept_changes))
     with trust.code(trust_code):
         findings = examine(_pair(**given), ledger, resolve_device(device), Bars())
-    talk.answer(tables.render([finding._asdict() for finding in findings], format_.value, Finding._fields))
+    talk.answer(tables.render([finding._asdict() for finding in findings], format_, Finding._fields))
     return 1 if any(finding.verdict == "wrong" for finding in findings) else 0
 
 
@@ -413,12 +378,12 @@ def _seeded(values: dict[str, Any], seeds: str | None) -> list[RunConfig]:
 @app.command()
 def demo(
     runs: Annotated[Path | None, typer.Option("--runs", help="Keep the runs in this folder; else a fresh temporary one.")] = None,
-    format_: FormatOption = TableFormat.md,
+    format_: FormatOption = "md",
 ) -> int:
     """The main job on real digits in about a minute: a teacher, students alone, with AT and with FSP; then the tables."""
     from .demo import demo as run_demo
 
-    talk.answer(run_demo(runs, format_.value))
+    talk.answer(run_demo(runs, format_))
     return 0
 
 
@@ -458,7 +423,7 @@ def reproduce(
     own = {"--methods": methods, "--recipe": recipe, "--seeds": seeds, "--baselines": baselines}
     if not chosen.free and (option := next((option for option, value in own.items() if value is not None), "")):
         raise UserError(f"{option} belongs to the study log, and {study} has rows, recipe and seeds of its own; leave it out")
-    given = {"epochs": epochs, "precision": precision.value if precision else None}
+    given = {"epochs": epochs, "precision": precision}
     settings = again.settings(chosen, only)
     order = again.Order(
         chosen,
@@ -510,8 +475,8 @@ def _filters(
 @_with_options_of(_filters)
 def table(
     summary: Annotated[bool, typer.Option("--summary", help="One row a method: mean, spread, difference to base.")] = False,
-    protocol: ProtocolOption = ProtocolName.last,
-    format_: FormatOption = TableFormat.md,
+    protocol: ProtocolOption = "last",
+    format_: FormatOption = "md",
     runs: SourceOption = Path("runs"),
     **given: Any,
 ) -> int:
@@ -520,13 +485,13 @@ def table(
     gc.freeze()  # a hundred thousand rows are no garbage, and looking through them again and again takes as long as the rest
     only = _filters(listed, **given)
     found = [run for run in listed if all(getattr(run, key) == value for key, value in only.items())]
-    if not any(tables.read(run, protocol.value) for run in found) and format_.value in ("table", "md"):
-        talk.say(f"no finished runs here for --protocol {protocol.value} and these filters; {advice.list_runs(runs)} lists all")
+    if not any(tables.read(run, protocol) for run in found) and format_ in ("table", "md"):
+        talk.say(f"no finished runs here for --protocol {protocol} and these filters; {advice.list_runs(runs)} lists all")
         return 0
     if summary:
-        talk.answer(tables.summary_table(listed, protocol.value, format_.value, only))
+        talk.answer(tables.summary_table(listed, protocol, format_, only))
     else:
-        talk.answer(tables.log_table(found, protocol.value, format_.value))
+        talk.answer(tables.log_table(found, protocol, format_))
     return 0
 
 
@@ -560,8 +525,8 @@ def record(
         typer.Option(help=f"What {advice.command('bench', '--json')} printed: adds what the loop of a user would take, by its pace there."),
     ] = None,
     check: Annotated[Path | None, typer.Option(help="Print nothing; refuse this file where it is not what would be printed.")] = None,
-    protocol: ProtocolOption = ProtocolName.last,
-    format_: FormatOption = TableFormat.md,
+    protocol: ProtocolOption = "last",
+    format_: FormatOption = "md",
     runs: Annotated[list[Path] | None, typer.Option(help="As of table; may be given several times. Left out, runs.")] = None,
     **given: Any,
 ) -> int:
@@ -570,13 +535,13 @@ def record(
     paces = [pace for path in plain or [] for pace in board.paces(path)]
     listed = [run for source in sources for run in source.listing()]
     only = _filters(listed, **given)
-    found = board.rows(sources, protocol.value, only, paces, to)
+    found = board.rows(sources, protocol, only, paces, to)
     if paces and not any(row["times"] != "measured" for row in found):
         talk.say("--plain: no row here has its pair, method, batch size, images of 32x32 and hardware, so it gives no row")
-    if not found and format_.value in ("table", "md") and check is None:
-        talk.say(f"no finished runs here for --protocol {protocol.value} and these filters")
+    if not found and format_ in ("table", "md") and check is None:
+        talk.say(f"no finished runs here for --protocol {protocol} and these filters")
         return 0
-    text = board.table(found, protocol.value, format_.value, to)
+    text = board.table(found, protocol, format_, to)
     if check is not None:
         board.refuse_other(check, text)
         talk.say(f"{check} is what the ledger gives")
@@ -589,13 +554,13 @@ def record(
 def runs_(
     last: Annotated[int, typer.Option(min=1, help="How many, the newest.")] = LAST,
     all_: Annotated[bool, typer.Option("--all", help="All there are.")] = False,
-    format_: FormatOption = TableFormat.table,
+    format_: FormatOption = "table",
     runs: RunsOption = Path("runs"),
 ) -> int:
     """The last runs of the ledger, whatever became of them."""
     ledger = Ledger(runs)
     there, listed = ledger.count(), ledger.listing(None if all_ else last)
-    talk.answer(pages.runs_list(listed, format_.value))
+    talk.answer(pages.runs_list(listed, format_))
     if there > len(listed):
         talk.say(f"the last {len(listed):,} of {there:,} runs; --last N shows more, --all all")
     return 0
@@ -606,13 +571,13 @@ app.add_typer(ledger_app, name="ledger")
 
 
 @ledger_app.command()
-def rebuild(format_: FormatOption = TableFormat.table, runs: RunsOption = Path("runs")) -> int:
+def rebuild(format_: FormatOption = "table", runs: RunsOption = Path("runs")) -> int:
     """Make a ledger that is gone or damaged again, from the folders of its runs. The old file is kept beside it."""
     from .ledger.rebuild import Entered
     from .ledger.rebuild import rebuild as make_again
 
     entered, kept = make_again(runs)
-    talk.answer(tables.render([one._asdict() for one in entered], format_.value, Entered._fields))
+    talk.answer(tables.render([one._asdict() for one in entered], format_, Entered._fields))
     if kept:
         talk.say(f"the old ledger is kept as {kept}")
     return 1 if any(one.status == "left alone" for one in entered) else 0
@@ -643,12 +608,12 @@ def export_ledger(
 @app.command()
 def show(
     run: Annotated[int, typer.Argument(help="A run's number.")],
-    format_: FormatOption = TableFormat.table,
+    format_: FormatOption = "table",
     runs: RunsOption = Path("runs"),
 ) -> int:
     """One run: its config, its curve, what it was made with."""
     ledger = Ledger(runs)
-    talk.answer(pages.run_page(ledger.run(run), ledger.epochs(run), format_.value))
+    talk.answer(pages.run_page(ledger.run(run), ledger.epochs(run), format_))
     return 0
 
 
@@ -661,7 +626,7 @@ def evaluate(
     workers: WorkersOption = None,
     accept_changes: AcceptOption = False,
     trust_code: TrustOption = False,
-    format_: FormatOption = TableFormat.table,
+    format_: FormatOption = "table",
     runs: RunsOption = Path("runs"),
 ) -> int:
     """Measure a student again, from its file alone; verdict: whether that is what was recorded."""
@@ -671,18 +636,18 @@ def evaluate(
 
     changes = Changes(accept_changes)
     path, changed = weights_path(target, runs, changes)
-    told = precision.value if precision else None
+    told = precision
     given: dict[str, Any] = {"dataset": dataset, "precision": told, "workers": workers, "changed": changed, "changes": changes}
     with trust.code(trust_code):
         measured = measure(path, resolve_device(device), **given)
-    talk.answer(tables.render([measured._asdict()], format_.value, measured._fields))
+    talk.answer(tables.render([measured._asdict()], format_, measured._fields))
     return 0
 
 
 @app.command()
 def check(
     run: Annotated[int | None, typer.Argument(help="A run's number; left out, all that finished or were cut off.")] = None,
-    format_: FormatOption = TableFormat.table,
+    format_: FormatOption = "table",
     runs: RunsOption = Path("runs"),
 ) -> int:
     """Whether every file of the runs is the one that was written: size and SHA-256 against the record, and that against the ledger."""
@@ -694,14 +659,14 @@ def check(
     found = [finding for one in wanted for finding in examine(one, ledger)]
     if run is None:
         found += [Finding(no, NAME, "gone", "a folder of a run, and no row") for no in ledger.strangers()]
-    talk.answer(tables.render([finding._asdict() for finding in found], format_.value, Finding._fields))
+    talk.answer(tables.render([finding._asdict() for finding in found], format_, Finding._fields))
     return 0 if all(finding.sound for finding in found) else 1
 
 
 @app.command()
 def card(
     run: Annotated[int, typer.Argument(help="A run's number.")],
-    format_: Annotated[PageFormat, typer.Option("--format", help="How to write it.")] = PageFormat.md,
+    format_: Annotated[Literal["md", "html"], typer.Option("--format", help="How to write it.")] = "md",
     out: Annotated[Path | None, typer.Option(help="Write it to this file; else it is printed.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Images of the second latency; the first is of one image.")] = 64,
     device: DeviceOption = "auto",
@@ -719,7 +684,7 @@ def card(
         raise UserError(f"{out}: the card cannot be written there ({hindrance}); name another file with --out")
     ledger = Ledger(runs, changes=Changes(accept_changes))
     with trust.code(trust_code):
-        text = page(measure(run, ledger, resolve_device(device), batch_size=batch_size), format_.value)
+        text = page(measure(run, ledger, resolve_device(device), batch_size=batch_size), format_)
     if out:
         write_whole(out, f"{text}\n".encode())
     else:
@@ -730,32 +695,36 @@ def card(
 @app.command()
 def export(
     target: Annotated[str, typer.Argument(metavar="RUN|FILE", help="A run's number or a student's file.")],
-    to: Annotated[ExportFormat, typer.Option(help="safetensors: weights; torch-export, onnx: a program with the normalisation in it.")],
+    to: Annotated[
+        str | None, typer.Option(help="safetensors: weights; torch-export, onnx: a program with the normalisation in it.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The file to write; else beside the student's.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Images of other data than it was trained on, to compare it on.")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Quantise ONNX after training, calibrated on training images.")] = False,
     accept_changes: AcceptOption = False,
     trust_code: TrustOption = False,
-    format_: FormatOption = TableFormat.table,
+    format_: FormatOption = "table",
     runs: RunsOption = Path("runs"),
 ) -> int:
     """Write a student in a format for use elsewhere, once it answers test images as the network does."""
     from .runner import export as write
     from .runner.evaluate import weights_path
-    from .runner.export import DeviationError
+    from .runner.export import FORMATS, DeviationError
     from .runner.integrity import enlist
     from .runner.references import run_number
 
+    if to is None:
+        raise UserError(f"Missing option '--to'. Choose from: {', '.join(FORMATS)} ({advice.usage()})")
     changes = Changes(accept_changes)
     try:
         with trust.code(trust_code):
-            written = write(weights_path(target, runs, changes).path, to.value, out=out, dataset=dataset, int8=int8, changes=changes)
+            written = write(weights_path(target, runs, changes).path, to, out=out, dataset=dataset, int8=int8, changes=changes)
     except DeviationError as error:
         return complain(str(error), 1)
     if (no := run_number(target)) is not None:
         enlist(no, Ledger(runs), Path(written.file))
     told = {key: value for key, value in written._asdict().items() if value is not None}
-    talk.answer(tables.render([told], format_.value, tuple(told)))
+    talk.answer(tables.render([told], format_, tuple(told)))
     return 0
 
 
@@ -815,24 +784,38 @@ def _number(option: str, given: str) -> int:
 @app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method: its options, defaults and paper.")] = None,
-    format_: FormatOption = TableFormat.table,
+    format_: FormatOption = "table",
 ) -> int:
     """The distillation methods there are."""
     from .methods import METHODS, get
     from .methods.standardise import BY_AUTHORS, PREFIX
 
     listed = [*METHODS, *(PREFIX + wrapped for wrapped in BY_AUTHORS)]
-    talk.answer(pages.method_card(get(name), format_.value) if name else pages.methods_list([get(key) for key in listed], format_.value))
+    _tell_failures(METHODS)
+    talk.answer(pages.method_card(get(name), format_) if name else pages.methods_list([get(key) for key in listed], format_))
     return 0
 
 
 @app.command()
-def models(format_: FormatOption = TableFormat.table) -> int:
+def models(
+    pattern: Annotated[str | None, typer.Argument(help="Names with * and ?, such as 'resnet*'; left out, all.")] = None,
+    format_: FormatOption = "table",
+) -> int:
     """The networks there are."""
     from .models import MODELS
 
-    talk.answer(tables.render([{"name": name, "about": MODELS[name].about} for name in MODELS], format_.value, ("name", "about")))
+    names = [name for name in MODELS if pattern is None or fnmatchcase(name, pattern)]
+    if not names:
+        raise UserError(f"models {pattern!r}: no network has such a name; {did_you_mean(pattern or '', MODELS)}")
+    _tell_failures(MODELS)
+    talk.answer(tables.render([{"name": name, "about": MODELS[name].about} for name in names], format_, ("name", "about")))
     return 0
+
+
+def _tell_failures(registry: Registry[Any]) -> None:
+    """What could not be loaded of what other packages add."""
+    for line in registry.failures:
+        talk.say(line)
 
 
 @app.command()
@@ -842,7 +825,7 @@ def taps(
     channels: Annotated[int | None, typer.Option(min=1, help="Of the images; left out, 3.")] = None,
     classes: Annotated[int, typer.Option(min=2, help="Of the classifier, where it is fresh.")] = 1000,
     trust_code: TrustOption = False,
-    format_: FormatOption = TableFormat.table,
+    format_: FormatOption = "table",
     runs: RunsOption = Path("runs"),
 ) -> int:
     """Where a network's stages end, found by a dry run: a table to edit (--format csv) and to give back to distill."""
@@ -851,28 +834,29 @@ def taps(
     trust.name(model)
     with trust.code(trust_code):
         found = rows(model, runs, size=size, channels=channels, classes=classes)
-    talk.answer(tables.render(found, format_.value, COLUMNS))
+    talk.answer(tables.render(found, format_, COLUMNS))
     return 0
 
 
 @app.command(name="recipes")
-def list_recipes(format_: FormatOption = TableFormat.table) -> int:
+def list_recipes(format_: FormatOption = "table") -> int:
     """The recipes there are."""
     rows = [
         {"name": name, "values": ", ".join(f"{k}={v}" for table in one.values.values() for k, v in table.items()), "source": one.source}
         for name, one in recipes.RECIPES.items()
     ]
-    talk.answer(tables.render(rows, format_.value, ("name", "values", "source")))
+    talk.answer(tables.render(rows, format_, ("name", "values", "source")))
     return 0
 
 
 @app.command()
-def datasets(format_: FormatOption = TableFormat.table) -> int:
+def datasets(format_: FormatOption = "table") -> int:
     """The data sets there are."""
     from .config import written_schemes
     from .data.sources import SOURCES
 
     rows = [{"name": name, "about": SOURCES[name].about} for name in SOURCES]
     rows += [{"name": name, "about": about} for name, about in written_schemes().items()]
-    talk.answer(tables.render(rows, format_.value, ("name", "about")))
+    _tell_failures(SOURCES)
+    talk.answer(tables.render(rows, format_, ("name", "about")))
     return 0

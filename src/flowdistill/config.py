@@ -31,6 +31,8 @@ LOADER = "loader"  # scheme of loaders that were given from Python; the hash of 
 
 BASELINE = "base"  # the method that learns from the labels alone, with which others are compared
 
+PrecisionName = Literal["auto", "bf16", "fp32"]
+EngineName = Literal["auto", "eager", "compiled", "graph"]
 Crop = Literal["shift", "resized"]
 Role = Literal["student", "teacher"]
 
@@ -69,7 +71,7 @@ class Scheme:
         return f"{self.name}:{self.where}"
 
 
-SCHEMES: Registry[Scheme] = Registry("data scheme")
+SCHEMES: Registry[Scheme] = Registry("data scheme", "flowdistill.data")
 for _row in (
     Scheme(
         *("npz", "PATH", "your images: x_train, y_train, x_test, y_test; uint8 NHWC or NHW, labels from 0; with --unlabelled: x alone"),
@@ -193,7 +195,7 @@ class TrainConfig(Frozen):
     schedule: Literal["step", "cosine", "one-cycle"] = "step"
     milestones: tuple[float, ...] = (0.5, 0.75)  # shares of the run after which step lowers the rate tenfold; reference log
     warmup_epochs: int = Field(0, ge=0, strict=True)  # at a tenth of the rate first; He et al. 2016, section 4.2: ResNet-110 alone
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: PrecisionName = "auto"
     mixup: bool | float = Field(False, exclude_if=lambda mixup: not mixup)  # true: without labels, Beyer et al. 2022; alpha: with them
     freeze: tuple[str, ...] = Field((), exclude_if=lambda freeze: not freeze)  # modules or parameters, * and ? allowed; not trained
     label_smoothing: float = Field(0.0, ge=0, lt=1, strict=True, exclude_if=lambda smoothing: smoothing == 0)  # of the task alone

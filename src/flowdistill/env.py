@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+from .registry import PLUGINS
+
 PACKAGES = ("flowdistill", "torch", "torchvision", "numpy")
 LIBRARIES = ("timm",)  # of networks; they change a number only where they are used
 
@@ -58,7 +60,7 @@ def versions() -> dict[str, str]:
             facts[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             facts[package] = "not installed"
-    return facts
+    return facts | PLUGINS
 
 
 def circumstances() -> dict[str, str]:

@@ -1,21 +1,34 @@
-"""Names for things: one registry for methods, one for models, one for data sets."""
+"""Names for things: registries of methods, networks, data sets and export formats. Other packages can add to them by entry points."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
-from .checks import UserError, did_you_mean
+from .checks import UserError, did_you_mean, summary
 
 T = TypeVar("T")
 
+PLUGINS: dict[str, str] = {}
+"""Packages whose entry points were loaded, with their versions; a run's record has them."""
+
 
 class Registry(Generic[T]):
-    """A table from name to entry that answers a wrong name with the right one."""
+    """A table from name to entry that answers a wrong name with the right one.
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    Attributes:
+        kind: what an entry is, as messages name it.
+        group: of the entry points that other packages add entries by. Each names a module, which registers them when it is imported. That
+            is done when a name is not known otherwise, or when all names are asked for. Default: none.
+        failures: why entry points could not be loaded, a line each.
+    """
+
+    def __init__(self, kind: str, group: str = "") -> None:
+        self.kind, self.group, self.failures = kind, group, list[str]()
         self._entries: dict[str, T] = {}
+        self._loaded = not group
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that files an entry under ``name``.
@@ -32,17 +45,47 @@ class Registry(Generic[T]):
 
         return file
 
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """What is registered inside is gone after."""
+        before = dict(self._entries)
+        try:
+            yield
+        finally:
+            self._entries = before
+
     def sort(self) -> None:
         """Put the names in alphabetical order, whatever order their files were imported in."""
         self._entries = dict(sorted(self._entries.items()))
 
+    def load_plugins(self) -> None:
+        """Import what other packages add, once. A package that can't be imported costs its own entries alone."""
+        if self._loaded:
+            return
+        self._loaded = True  # at first, for a module that is imported here may ask again
+        for point in entry_points(group=self.group):
+            package = point.dist.name if point.dist else point.value
+            try:
+                point.load()
+            except Exception as error:  # another package's code may raise anything
+                self.failures.append(
+                    f"package {package}: its entry point {point.name} = {point.value} of {self.group} can't be loaded "
+                    f"({summary(error)}); mend the package, or uninstall it"
+                )
+            else:
+                PLUGINS[package] = point.dist.version if point.dist else ""
+
     def __getitem__(self, name: str) -> T:
-        if name not in self._entries:
-            raise UserError(f"unknown {self.kind} {name!r}: {did_you_mean(name, self._entries)}")
+        if name not in self:
+            cause = "".join(f"; {failure}" for failure in self.failures)
+            raise UserError(f"unknown {self.kind} {name!r}: {did_you_mean(name, self._entries)}{cause}")
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:
+        if name not in self._entries:
+            self.load_plugins()
         return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
+        self.load_plugins()
         return iter(self._entries)

@@ -220,7 +220,7 @@ class LogitMethod(Method):
         self.needs = Needs(logits=True)
 
 
-METHODS: Registry[type[Method]] = Registry("method")
+METHODS: Registry[type[Method]] = Registry("method", "flowdistill.methods")
 
 
 def register(cls: type[Method]) -> type[Method]:

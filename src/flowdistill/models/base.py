@@ -265,7 +265,7 @@ class ImageFactory:
         return net
 
 
-MODELS: Registry[Factory] = Registry("model")
+MODELS: Registry[Factory] = Registry("model", "flowdistill.models")
 FORMS: dict[re.Pattern[str], Callable[[str], Factory]] = {}
 """How the names of networks that are not registered are written -> their factory from the whole name."""
 

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from rich.cells import cell_len, set_cell_size
 
@@ -24,6 +24,9 @@ from ..talk import printable
 Row = Mapping[str, Any]
 
 LOG_COLUMNS = ("no", "method", "dataset", "student", "teacher", "start_time", "acc", "epoch", "nepoch", "lr", "batch_size")
+Protocol = Literal["last", "best", "holdout"]
+Format = Literal["table", "md", "csv", "json"]
+
 PROTOCOLS: dict[str, str] = {
     "last": "last epoch of full runs on test; nothing is selected",
     "best": "best epoch of full runs on test, chosen by looking at test; only to compare with papers that did so",

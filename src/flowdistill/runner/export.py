@@ -23,6 +23,7 @@ from ..data.dataset import ImageData, Images
 from ..data.normalisation import Normalisation
 from ..data.splits import stratified
 from ..models import Network
+from ..registry import Registry
 from ..training.evaluate import answering
 from ..training.student_file import StudentMetadata
 from ..training.weights import refuse_misfit, serialised, write_whole
@@ -333,8 +334,7 @@ def _accuracy(answer: Answer, data: ImageData) -> float:
     return 100 * correct / len(test)
 
 
-FORMATS = {
-    "safetensors": Format(".export.safetensors", _write_safetensors, _read_safetensors),
-    "torch-export": Format(".pt2", _write_torch_export, _read_torch_export),
-    "onnx": Format(".onnx", _write_onnx, _read_onnx, ("onnx", "onnxscript", "onnxruntime")),
-}
+FORMATS: Registry[Format] = Registry("export format", "flowdistill.exporters")
+FORMATS.register("safetensors")(Format(".export.safetensors", _write_safetensors, _read_safetensors))
+FORMATS.register("torch-export")(Format(".pt2", _write_torch_export, _read_torch_export))
+FORMATS.register("onnx")(Format(".onnx", _write_onnx, _read_onnx, ("onnx", "onnxscript", "onnxruntime")))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+from typing import get_args
 
 import torch
 
 from ..checks import UserError, did_you_mean
+from ..config import EngineName
 from ..device import Precision
 from .engine import CompiledEngine, EagerEngine, Engine
 from .graph import GraphEngine
 
-ENGINES = ("auto", "eager", "compiled", "graph")
+ENGINES = get_args(EngineName)
 WORTH_COMPILING = {"cpu": 1e9, "cuda": 7e9}
 """Pixels that a student must be shown before compiling pays (docs/PERFORMANCE.md). CPU: ten epochs of CIFAR save what compiling costs,
 and this is twenty. GPU: on a prototype compiling took 40 seconds and saved 0.3 per CIFAR epoch."""

@@ -20,7 +20,7 @@ class Source:
     about: str
 
 
-SOURCES: Registry[Source] = Registry("data set")
+SOURCES: Registry[Source] = Registry("data set", "flowdistill.data")
 
 READERS: Registry[Callable[[DataConfig, Remarks], ImageData]] = Registry("data scheme")
 """Scheme -> what reads such data; ``config.SCHEMES`` has a row for each."""

@@ -179,9 +179,9 @@ def _described(
     validate(values | {"method": names[0]})
     shares = _for_methods(values, names)
     if chosen_recipe:
-        for place, share in enumerate(shares):
+        for index, share in enumerate(shares):
             for below in chosen_recipe.of_run(_in_full(share["method"]), teacher, student):
-                shares[place] = recipes.over(below, shares[place])
+                shares[index] = recipes.over(below, shares[index])
     return [parsed for share in shares for parsed in _seeded(share, seeds)]
 
 
@@ -207,10 +207,10 @@ def _launch(
     where, ledger = resolve_device(device), Ledger(runs, create=True, changes=Changes(accept_changes))
     if dry_run:
         with trust.code(trust_code):
-            found = preview(configs, ledger, where, engine, workers)
-        talk.answer(tables.render(found, "json", ()))
-        todo = [one for one in found if again or not one["finished_run"]]
-        talk.say(f"{len(todo)} runs to do, about {duration(todo)} (h:mm:ss) on {found[0]['device']}")
+            previews = preview(configs, ledger, where, engine, workers)
+        talk.answer(tables.render(previews, "json", ()))
+        todo = [planned for planned in previews if again or not planned["finished_run"]]
+        talk.say(f"{len(todo)} runs to do, about {duration(todo)} (h:mm:ss) on {previews[0]['device']}")
         return 0
     with trust.code(trust_code):
         done = run(configs, ledger, where, deterministic=deterministic, again=again, engine=engine, workers=workers, watcher=Bars())
@@ -220,30 +220,30 @@ def _launch(
 def _with_options_of(*functions: Callable[..., Any]) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """A command with options of its own, and those of these functions, which it gets in a mapping."""
 
-    def command(own: Callable[..., int]) -> Callable[..., int]:
-        named = [p for p in inspect.signature(own, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    def command(body: Callable[..., int]) -> Callable[..., int]:
+        named = [p for p in inspect.signature(body, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
         for function in functions:
             named += [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.kind is p.KEYWORD_ONLY]
         parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in named]
-        own.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        own.__annotations__ = {p.name: p.annotation for p in parameters}
-        return app.command()(own)
+        body.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        body.__annotations__ = {p.name: p.annotation for p in parameters}
+        return app.command()(body)
 
     return command
 
 
-def _split(given: dict[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
-    """Of the options those of a function, which are taken out."""
-    return {name: given.pop(name) for name in inspect.signature(function).parameters if name in given}
+def _split(options: dict[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
+    """Take a function's options out of these."""
+    return {name: options.pop(name) for name in inspect.signature(function).parameters if name in options}
 
 
 @_with_options_of(_described, _launch)
 def train(
-    model: Annotated[str | None, typer.Option(help=f"A model's name; {advice.command('models')} lists them.")] = None, **given: Any
+    model: Annotated[str | None, typer.Option(help=f"A model's name; {advice.command('models')} lists them.")] = None, **options: Any
 ) -> int:
     """Train networks on the labels alone: teachers and baselines."""
-    launching = _split(given, _launch)
-    return _launch(_described({"student": model, "method": BASELINE}, BASELINE, **given), **launching)
+    launching = _split(options, _launch)
+    return _launch(_described({"student": model, "method": BASELINE}, BASELINE, **options), **launching)
 
 
 def _pair(
@@ -257,19 +257,19 @@ def _pair(
         str | None,
         typer.Option(help="Images without labels to learn from the teacher on: folder:PATH, files in any folders, or npz:PATH with key x."),
     ] = None,
-    **given: Any,
+    **options: Any,
 ) -> list[RunConfig]:
     """A student with a teacher, and what else the options describe."""
     tables = {"taps.student": student_taps, "taps.teacher": teacher_taps}
     taps = {key: read_taps(path) for key, path in tables.items() if path is not None}
-    return _described({"student": student, "teacher": teacher, "data.unlabelled": unlabelled, **taps}, method, **given)
+    return _described({"student": student, "teacher": teacher, "data.unlabelled": unlabelled, **taps}, method, **options)
 
 
 @_with_options_of(_pair, _described, _launch)
-def distill(**given: Any) -> int:
+def distill(**options: Any) -> int:
     """Train students with a teacher: one run for each method and seed."""
-    launching = _split(given, _launch)
-    return _launch(_pair(**given), **launching)
+    launching = _split(options, _launch)
+    return _launch(_pair(**options), **launching)
 
 
 @_with_options_of(_pair, _described)
@@ -279,7 +279,7 @@ def doctor(
     trust_code: TrustOption = False,
     format_: FormatOption = "table",
     runs: RunsOption = Path("runs"),
-    **given: Any,
+    **options: Any,
 ) -> int:
     """Before hours of training, in seconds: the teacher's answers, taps, gradients, time and memory, and what looks wrong."""
     from .device import resolve_device
@@ -288,7 +288,7 @@ def doctor(
 
     ledger = Ledger(runs, create=True, changes=Changes(accept_changes))
     with trust.code(trust_code):
-        findings = examine(_pair(**given), ledger, resolve_device(device), Bars())
+        findings = examine(_pair(**options), ledger, resolve_device(device), Bars())
     talk.answer(tables.render([finding._asdict() for finding in findings], format_, Finding._fields))
     return 1 if any(finding.verdict == "wrong" for finding in findings) else 0
 
@@ -321,16 +321,16 @@ def _print_done(done: Sequence[Run]) -> int:
 
 def _values(config: Path | None, assignments: Sequence[str] | None, chosen: dict[str, Any]) -> dict[str, Any]:
     """A config file, overridden by --set, overridden by the options that were given."""
-    values, given = read_file(config) if config else {}, dict[str, Any]()
+    values, command_line = read_file(config) if config else {}, dict[str, Any]()
     for key in NETWORKS:
         trust.came_from(values.get(key), f"--config {config}")
-    for table in (values, given):
+    for table in (values, command_line):
         for assignment in assignments or ():
             assign(table, assignment)
         for key, value in chosen.items():
             if value is not None:
                 put(table, key, value)
-    trust.name(*(given.get(key) for key in NETWORKS))
+    trust.name(*(command_line.get(key) for key in NETWORKS))
     return values
 
 
@@ -358,14 +358,14 @@ def _for_methods(values: dict[str, Any], names: Sequence[str]) -> list[dict[str,
     }
     shares = [values | {"method": name} for name in names]
     for key, allowed in taken.items():
-        given = values.get(key, {})
-        unknown = [name for name in given if not any(name in own for own in allowed)]
+        table = values.get(key, {})
+        unknown = [name for name in table if not any(name in accepted for accepted in allowed)]
         if unknown:
             raise UserError(
                 f"{key}.{unknown[0]}: none of {', '.join(names)} has it; {did_you_mean(unknown[0], sorted(set().union(*allowed)))}"
             )
-        for share, own in zip(shares, allowed, strict=True):
-            share[key] = {name: value for name, value in given.items() if name in own}
+        for share, accepted in zip(shares, allowed, strict=True):
+            share[key] = {name: value for name, value in table.items() if name in accepted}
     return shares
 
 
@@ -420,10 +420,10 @@ def reproduce(
     from .device import resolve_device
 
     chosen = again.choose(study)
-    own = {"--methods": methods, "--recipe": recipe, "--seeds": seeds, "--baselines": baselines}
-    if not chosen.free and (option := next((option for option, value in own.items() if value is not None), "")):
+    study_options = {"--methods": methods, "--recipe": recipe, "--seeds": seeds, "--baselines": baselines}
+    if not chosen.free and (option := next((option for option, value in study_options.items() if value is not None), "")):
         raise UserError(f"{option} belongs to the study log, and {study} has rows, recipe and seeds of its own; leave it out")
-    given = {"epochs": epochs, "precision": precision}
+    recipe_options = {"epochs": epochs, "precision": precision}
     settings = again.settings(chosen, only)
     order = again.Order(
         chosen,
@@ -431,7 +431,7 @@ def reproduce(
         again.rows(chosen, methods),
         {"cifar10": cifar10, "cifar100": cifar100},
         limit_train,
-        {key: value for key, value in given.items() if value is not None},
+        {key: value for key, value in recipe_options.items() if value is not None},
         again.by_recipe(recipe, settings),
         again.STUDENT_SEEDS if seeds is None else parse_seeds(seeds),
         again.BASELINE_SEEDS if baselines is None else parse_seeds(baselines, "--baselines"),
@@ -443,10 +443,17 @@ def reproduce(
     if dry_run:
         talk.answer(again.plan_table(order))
         return 0
-    sources = {f"--{name}": place for name, place in order.sources.items() if place != name}
-    words = {"--only": only, **own, **sources, "--epochs": epochs, "--limit-train": limit_train, "--precision": given["precision"]}
-    told = [word for option, value in words.items() if value is not None for word in (option, value)]
-    document, sound = again.reproduce(order, ledger, where, folder, advice.command("reproduce", study, *told, runs=runs))
+    sources = {f"--{name}": source for name, source in order.sources.items() if source != name}
+    command_options = {
+        "--only": only,
+        **study_options,
+        **sources,
+        "--epochs": epochs,
+        "--limit-train": limit_train,
+        "--precision": recipe_options["precision"],
+    }
+    words = [word for option, value in command_options.items() if value is not None for word in (option, value)]
+    document, sound = again.reproduce(order, ledger, where, folder, advice.command("reproduce", study, *words, runs=runs))
     talk.answer(str(document))
     return 0 if sound else 1
 
@@ -478,20 +485,20 @@ def table(
     protocol: ProtocolOption = "last",
     format_: FormatOption = "md",
     runs: SourceOption = Path("runs"),
-    **given: Any,
+    **options: Any,
 ) -> int:
     """The log of finished runs, or their summary."""
     listed = exported.opened(runs).listing()
     gc.freeze()  # a hundred thousand rows are no garbage, and looking through them again and again takes as long as the rest
-    only = _filters(listed, **given)
-    found = [run for run in listed if all(getattr(run, key) == value for key, value in only.items())]
-    if not any(tables.read(run, protocol) for run in found) and format_ in ("table", "md"):
+    only = _filters(listed, **options)
+    filtered = [run for run in listed if all(getattr(run, key) == value for key, value in only.items())]
+    if not any(tables.read(run, protocol) for run in filtered) and format_ in ("table", "md"):
         talk.say(f"no finished runs here for --protocol {protocol} and these filters; {advice.list_runs(runs)} lists all")
         return 0
     if summary:
         talk.answer(tables.summary_table(listed, protocol, format_, only))
     else:
-        talk.answer(tables.log_table(found, protocol, format_))
+        talk.answer(tables.log_table(filtered, protocol, format_))
     return 0
 
 
@@ -528,20 +535,20 @@ def record(
     protocol: ProtocolOption = "last",
     format_: FormatOption = "md",
     runs: Annotated[list[Path] | None, typer.Option(help="As of table; may be given several times. Left out, runs.")] = None,
-    **given: Any,
+    **options: Any,
 ) -> int:
     """The time-to-accuracy board: what accuracy was had by what, and how long it took, on which hardware, by which command."""
     sources = [exported.opened(source) for source in runs or [Path("runs")]]
     paces = [pace for path in plain or [] for pace in board.paces(path)]
     listed = [run for source in sources for run in source.listing()]
-    only = _filters(listed, **given)
-    found = board.rows(sources, protocol, only, paces, to)
-    if paces and not any(row["times"] != "measured" for row in found):
+    only = _filters(listed, **options)
+    rows = board.rows(sources, protocol, only, paces, to)
+    if paces and not any(row["times"] != "measured" for row in rows):
         talk.say("--plain: no row here has its pair, method, batch size, images of 32x32 and hardware, so it gives no row")
-    if not found and format_ in ("table", "md") and check is None:
+    if not rows and format_ in ("table", "md") and check is None:
         talk.say(f"no finished runs here for --protocol {protocol} and these filters")
         return 0
-    text = board.table(found, protocol, format_, to)
+    text = board.table(rows, protocol, format_, to)
     if check is not None:
         board.refuse_other(check, text)
         talk.say(f"{check} is what the ledger gives")
@@ -577,10 +584,10 @@ def rebuild(format_: FormatOption = "table", runs: RunsOption = Path("runs")) ->
     from .ledger.rebuild import rebuild as make_again
 
     entered, kept = make_again(runs)
-    talk.answer(tables.render([one._asdict() for one in entered], format_, Entered._fields))
+    talk.answer(tables.render([entry._asdict() for entry in entered], format_, Entered._fields))
     if kept:
         talk.say(f"the old ledger is kept as {kept}")
-    return 1 if any(one.status == "left alone" for one in entered) else 0
+    return 1 if any(entry.status == "left alone" for entry in entered) else 0
 
 
 @ledger_app.command("export")
@@ -636,10 +643,10 @@ def evaluate(
 
     changes = Changes(accept_changes)
     path, changed = weights_path(target, runs, changes)
-    told = precision
-    given: dict[str, Any] = {"dataset": dataset, "precision": told, "workers": workers, "changed": changed, "changes": changes}
     with trust.code(trust_code):
-        measured = measure(path, resolve_device(device), **given)
+        measured = measure(
+            path, resolve_device(device), dataset=dataset, precision=precision, workers=workers, changed=changed, changes=changes
+        )
     talk.answer(tables.render([measured._asdict()], format_, measured._fields))
     return 0
 
@@ -655,12 +662,12 @@ def check(
     from .runner.integrity import Finding, examine
 
     ledger = Ledger(runs)
-    wanted = ledger.listing() if run is None else [ledger.run(run)]
-    found = [finding for one in wanted for finding in examine(one, ledger)]
+    chosen = ledger.listing() if run is None else [ledger.run(run)]
+    findings = [finding for run_ in chosen for finding in examine(run_, ledger)]
     if run is None:
-        found += [Finding(no, NAME, "gone", "a folder of a run, and no row") for no in ledger.strangers()]
-    talk.answer(tables.render([finding._asdict() for finding in found], format_, Finding._fields))
-    return 0 if all(finding.sound for finding in found) else 1
+        findings += [Finding(no, NAME, "gone", "a folder of a run, and no row") for no in ledger.strangers()]
+    talk.answer(tables.render([finding._asdict() for finding in findings], format_, Finding._fields))
+    return 0 if all(finding.sound for finding in findings) else 1
 
 
 @app.command()
@@ -723,8 +730,8 @@ def export(
         return complain(str(error), 1)
     if (no := run_number(target)) is not None:
         enlist(no, Ledger(runs), Path(written.file))
-    told = {key: value for key, value in written._asdict().items() if value is not None}
-    talk.answer(tables.render([told], format_, tuple(told)))
+    row = {key: value for key, value in written._asdict().items() if value is not None}
+    talk.answer(tables.render([row], format_, tuple(row)))
     return 0
 
 
@@ -750,7 +757,7 @@ def bench(
     from .device import resolve_device
     from .methods import METHODS
 
-    found = measure(
+    measured = measure(
         _listed("--pairs", pairs),
         [BASELINE, *(name for name in METHODS if name != BASELINE)] if methods == "all" else _listed("--methods", methods),
         resolve_device(device),
@@ -763,22 +770,22 @@ def bench(
         workers=workers,
         together=methods != "all",
     )
-    talk.answer(tables.as_json(found) if json else report(found, lambda rows, columns: tables.render(rows, "md", columns)))
+    talk.answer(tables.as_json(measured) if json else report(measured, lambda rows, columns: tables.render(rows, "md", columns)))
     return 0
 
 
-def _listed(option: str, given: str) -> list[str]:
+def _listed(option: str, text: str) -> list[str]:
     """Names with commas between them."""
-    names = [name.strip() for name in given.split(",")]
+    names = [name.strip() for name in text.split(",")]
     if "" in names:
-        raise UserError(f"{option} {given!r} names nothing between two commas; write a,b")
+        raise UserError(f"{option} {text!r} names nothing between two commas; write a,b")
     return names
 
 
-def _number(option: str, given: str) -> int:
-    if not given.isdecimal():
-        raise UserError(f"{option} {given!r}: write numbers with commas, such as 3,8")
-    return int(given)
+def _number(option: str, text: str) -> int:
+    if not text.isdecimal():
+        raise UserError(f"{option} {text!r}: write numbers with commas, such as 3,8")
+    return int(text)
 
 
 @app.command()
@@ -833,8 +840,8 @@ def taps(
 
     trust.name(model)
     with trust.code(trust_code):
-        found = rows(model, runs, size=size, channels=channels, classes=classes)
-    talk.answer(tables.render(found, format_, COLUMNS))
+        tap_rows = rows(model, runs, size=size, channels=channels, classes=classes)
+    talk.answer(tables.render(tap_rows, format_, COLUMNS))
     return 0
 
 
@@ -842,8 +849,12 @@ def taps(
 def list_recipes(format_: FormatOption = "table") -> int:
     """The recipes there are."""
     rows = [
-        {"name": name, "values": ", ".join(f"{k}={v}" for table in one.values.values() for k, v in table.items()), "source": one.source}
-        for name, one in recipes.RECIPES.items()
+        {
+            "name": name,
+            "values": ", ".join(f"{k}={v}" for table in listed.values.values() for k, v in table.items()),
+            "source": listed.source,
+        }
+        for name, listed in recipes.RECIPES.items()
     ]
     talk.answer(tables.render(rows, format_, ("name", "values", "source")))
     return 0

@@ -329,16 +329,16 @@ def one_line(error: ValidationError, model: type[BaseModel], where: str = "") ->
     message = str(first.get("ctx", {}).get("error") or first["msg"]).removeprefix(f"{value!r} is ").rstrip(".")
     if first["type"] in ("dict_type", "model_type"):
         message = "must be a table of keys"
-    given = f"{key}={value!r}: " if not isinstance(value, dict) and first["type"] != "missing" else f"{key}: " if key else ""
-    return f"{given}{message[0].lower()}{message[1:]}"
+    shown = f"{key}={value!r}: " if not isinstance(value, dict) and first["type"] != "missing" else f"{key}: " if key else ""
+    return f"{shown}{message[0].lower()}{message[1:]}"
 
 
 def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
     for part in path:
         if part not in model.model_fields:  # a key of a table
             continue
-        found = model.model_fields[part].annotation
-        inner = next((arg for arg in (found, *get_args(found)) if isinstance(arg, type) and issubclass(arg, BaseModel)), None)
+        annotation = model.model_fields[part].annotation
+        inner = next((arg for arg in (annotation, *get_args(annotation)) if isinstance(arg, type) and issubclass(arg, BaseModel)), None)
         if inner is None:
             return []
         model = inner
@@ -351,12 +351,12 @@ def read_file(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, too large, empty, or neither TOML nor JSON.
     """
-    found = regular_file(path, f"--config {path}")
-    size = found.stat().st_size
+    source = regular_file(path, f"--config {path}")
+    size = source.stat().st_size
     if size > LARGEST_FILE:
         raise UserError(f"--config {path}: {size:,} bytes; a config has at most {LARGEST_FILE:,}")
     try:
-        text = found.read_text(encoding="utf-8-sig")
+        text = source.read_text(encoding="utf-8-sig")
         values = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
     except RecursionError:
         raise UserError(f"--config {path}: nested too deeply; a config has three levels") from None
@@ -370,15 +370,15 @@ def read_file(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: it is not what its run wrote; take the run's own run.json, or write a table of keys")
     config = values.get("config", values)
     if not isinstance(config, dict) or not config:
-        what = "has no keys" if config in ({}, None) else f"'config' is {config!r}"
-        raise UserError(f"--config {path}: {what}; write a table of keys, such as student, data, train")
+        kind = "has no keys" if config in ({}, None) else f"'config' is {config!r}"
+        raise UserError(f"--config {path}: {kind}; write a table of keys, such as student, data, train")
     return config
 
 
 def record_seal(record: Mapping[str, Any]) -> str:
     """SHA-256 over all that a ``run.json`` says but the seal itself; ``files``, which only a sealed one has, says that there is one."""
-    told = {key: value for key, value in json.loads(json.dumps(record)).items() if key != SEAL}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    sealed_values = {key: value for key, value in json.loads(json.dumps(record)).items() if key != SEAL}
+    return hashlib.sha256(json.dumps(sealed_values, sort_keys=True).encode()).hexdigest()
 
 
 def read_taps(path: Path) -> dict[str, str]:
@@ -387,8 +387,8 @@ def read_taps(path: Path) -> dict[str, str]:
     Raises:
         UserError: no such file, or no such table.
     """
-    what = f"taps {path}"
-    text = regular_file(path, what).read_text(encoding="utf-8-sig", errors="replace")
+    source = f"taps {path}"
+    text = regular_file(path, source).read_text(encoding="utf-8-sig", errors="replace")
     try:
         if text.lstrip().startswith("["):
             pairs = [(row["name"].strip(), row["module"].strip()) for row in json.loads(text)]
@@ -398,11 +398,11 @@ def read_taps(path: Path) -> dict[str, str]:
             raise ValueError("no row")
     except (AttributeError, KeyError, TypeError, ValueError, csv.Error):
         cure = advice.command("taps", "MODEL", "--format", "csv")
-        raise UserError(f"{what}: no table with the columns name and module; write one with {cure}") from None
+        raise UserError(f"{source}: no table with the columns name and module; write one with {cure}") from None
     table: dict[str, str] = {}
     for name, module in pairs:
         if name in table:
-            raise UserError(f"{what}: tap {name} is named twice, as {table[name]} and as {module}; keep one of the rows")
+            raise UserError(f"{source}: tap {name} is named twice, as {table[name]} and as {module}; keep one of the rows")
         table[name] = module
     return {name: module for name, module in table.items() if name not in ("embedding", "classifier")}
 

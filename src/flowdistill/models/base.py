@@ -235,9 +235,9 @@ class ImageFactory:
             return at[0] if at else whole.tap(source)
 
         with as_user_error():
-            found = {name: own(name, source) for name, source in table.items()}
+            taps_by_name = {name: own(name, source) for name, source in table.items()}
         return replace(
-            whole, taps=tuple(replace(tap, name=name, source="" if name == tap.name else tap.name) for name, tap in found.items())
+            whole, taps=tuple(replace(tap, name=name, source="" if name == tap.name else tap.name) for name, tap in taps_by_name.items())
         )
 
     def made_of(self, data: DataSpec) -> str:  # noqa: ARG002 (others look)

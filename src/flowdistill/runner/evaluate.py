@@ -79,24 +79,24 @@ def load_network(path: Path, changes: Changes | None = None) -> tuple[Network, S
             is not accepted.
     """
     changes = changes or Changes()
-    weights, told = load_weights(path, changes)
-    if not StudentMetadata.required() <= told.keys():
+    weights, metadata = load_weights(path, changes)
+    if not StudentMetadata.required() <= metadata.keys():
         raise UserError(f"weights file {path} does not say its model and data; evaluate a run's student.safetensors or a run's number")
     try:
-        about = parse_as(StudentMetadata, told)
-        trust.came_from(about.model, "it")
-        models.canonical(about.model)
+        student = parse_as(StudentMetadata, metadata)
+        trust.came_from(student.model, "it")
+        models.canonical(student.model)
     except UserError as error:
         raise UserError(f"weights file {path}: {error}") from None
-    spec = about.sizes
+    spec = student.sizes
     with torch.device("meta"):  # a file that claims a trillion classes is refused before they have a place in memory
-        refuse_misfit(models.build(about.model, spec), weights, str(path))
-    net = models.build(about.model, spec)
+        refuse_misfit(models.build(student.model, spec), weights, str(path))
+    net = models.build(student.model, spec)
     fill(net, weights, str(path))
-    net.input_adapter = input_adapter(about.input_spec, about.own_images.input_spec)
-    net.about = told
-    net.changed = meet_changes(str(path), about.model, spec, weights, told, changes)
-    return net.eval(), about
+    net.input_adapter = input_adapter(student.input_spec, student.own_images.input_spec)
+    net.about = metadata
+    net.changed = meet_changes(str(path), student.model, spec, weights, metadata, changes)
+    return net.eval(), student
 
 
 def load_fitting(path: Path, about: StudentMetadata, dataset: str | None, remarks: Remarks) -> ImageData:
@@ -116,8 +116,12 @@ def load_fitting(path: Path, about: StudentMetadata, dataset: str | None, remark
             f"{'x'.join(map(str, shape))} of {data.classes}; choose a data set of that shape"
         )
     if about.labels and data.class_names and about.labels != data.class_names:
-        trained, other = next((own, theirs) for own, theirs in zip(about.labels, data.class_names, strict=True) if own != theirs)
-        raise UserError(f"{path} was trained on other classes than {data.name} has ({trained!r} where that has {other!r}); name them alike")
+        trained_label, other_label = next(
+            (recorded, theirs) for recorded, theirs in zip(about.labels, data.class_names, strict=True) if recorded != theirs
+        )
+        raise UserError(
+            f"{path} was trained on other classes than {data.name} has ({trained_label!r} where that has {other_label!r}); name them alike"
+        )
     return data
 
 
@@ -147,10 +151,10 @@ def evaluate(
     test = eval_set(data.x_test, data.y_test, Normalisation(about.mean, about.std).on(device), device, workers)
     arithmetic, images = resolve_precision(precision or about.precision, device), len(test)
     with computing(device):
-        found = measure(net, test, arithmetic)
-    if broken := int(found.unanswered):
+        evaluation = measure(net, test, arithmetic)
+    if broken := int(evaluation.unanswered):
         raise UserError(f"{path}: its logits are not finite for {broken:,} of {images:,} test images; is the file whole?")
-    correct = int(found.correct)
+    correct = int(evaluation.correct)
     same = data.hash == about.data_hash
     accuracy, recorded = 100 * correct / images, 100 * about.correct / about.images
     why = ", ".join(_others(about, net.about, device, arithmetic, changed or net.changed))
@@ -173,15 +177,15 @@ def _verdict(points: float, why: str, *, verified: bool) -> str:
     return "as recorded" if verified else "as recorded (its code and answers are not verified: no record of them)"
 
 
-def _others(about: StudentMetadata, told: Mapping[str, Any], device: torch.device, precision: Precision, changed: str) -> Iterator[str]:
+def _others(about: StudentMetadata, metadata: Mapping[str, Any], device: torch.device, precision: Precision, changed: str) -> Iterator[str]:
     """What may be why a student is measured otherwise than it was."""
     if changed:
         yield changed
     if precision != about.precision:
         yield f"{precision}, was {about.precision}"
-    if told.get("device", describe(device)) != describe(device):
-        yield f"another device: {describe(device)}, was {told['device']}"
-    if told.get("processor", processor()) != processor():
-        yield f"another processor: {processor()}, was {told['processor']}"
-    if (network := trained_network(told, "the file")) and (other := newer(network.versions)):
+    if metadata.get("device", describe(device)) != describe(device):
+        yield f"another device: {describe(device)}, was {metadata['device']}"
+    if metadata.get("processor", processor()) != processor():
+        yield f"another processor: {processor()}, was {metadata['processor']}"
+    if (network := trained_network(metadata, "the file")) and (other := newer(network.versions)):
         yield other.removeprefix("; ")

@@ -57,7 +57,7 @@ def examine(run: Run, ledger: Ledger, only: Sequence[str] = ()) -> list[Finding]
     """Every file of a run: of a finished one those that ``run.json`` lists, or ``only`` some of them; of one that was cut off its
     checkpoint.
     """
-    return [found for found in _examined(run, ledger.run_folder(run.no), ledger, only) if not only or found.file in only]
+    return [finding for finding in _examined(run, ledger.run_folder(run.no), ledger, only) if not only or finding.file in only]
 
 
 def _examined(run: Run, folder: Path, ledger: Ledger, only: Sequence[str]) -> Iterator[Finding]:
@@ -74,18 +74,18 @@ def _examined(run: Run, folder: Path, ledger: Ledger, only: Sequence[str]) -> It
     if run.record_hash is None or not record.is_file():
         yield from _unlisted(run, folder)
         return
-    if (found := file_hash(record)) != run.record_hash:
-        yield Finding(run.no, RECORD, "changed", f"SHA-256 {found[:8]}, recorded {run.record_hash[:8]}")
+    if (record_hash := file_hash(record)) != run.record_hash:
+        yield Finding(run.no, RECORD, "changed", f"SHA-256 {record_hash[:8]}, recorded {run.record_hash[:8]}")
         yield from _unlisted(run, folder)
         return
     yield Finding(run.no, RECORD, "as written")
-    told, exports = sealed(record), folder / EXPORTS
-    if told is not None and (apart := _apart(run, told)):
+    contents, exports = sealed(record), folder / EXPORTS
+    if contents is not None and (apart := _apart(run, contents)):
         yield Finding(run.no, NAME, "changed", apart)
     exported = sealed(exports) if exports.is_file() else None
     if exports.is_file():
         yield Finding(run.no, EXPORTS, "changed", "its seal") if exported is None else Finding(run.no, EXPORTS, "as written")
-    for name, known in (files_of(told) | files_of(exported)).items():
+    for name, known in (files_of(contents) | files_of(exported)).items():
         if (not only or name in only) and ((folder / name).is_file() or name not in OWN):
             yield _compared(run, folder, name, known)
 
@@ -96,16 +96,18 @@ def _compared(run: Run, folder: Path, name: str, known: Any) -> Finding:
     now = listed(folder, [name])[name]
     if now == known:
         return Finding(run.no, name, "as written")
-    told = f"{now['size']:,} bytes, SHA-256 {now['sha256'][:8]}"
+    size_and_hash = f"{now['size']:,} bytes, SHA-256 {now['sha256'][:8]}"
     if isinstance(known, Mapping) and isinstance(known.get("size"), int):
-        told += f", recorded {known['size']:,}, {str(known.get('sha256'))[:8]}"
-    return Finding(run.no, name, "changed", told)
+        size_and_hash += f", recorded {known['size']:,}, {str(known.get('sha256'))[:8]}"
+    return Finding(run.no, name, "changed", size_and_hash)
 
 
-def _apart(run: Run, told: Mapping[str, Any]) -> str:
+def _apart(run: Run, contents: Mapping[str, Any]) -> str:
     """In what figures a row of the ledger is not what the run's record says; else empty."""
     names = ("fingerprint", "seed", "correct", "images", "epoch", "best_correct", "best_epoch", "weights_hash")
-    return ", ".join(f"{name} {getattr(run, name)}, {RECORD} says {told[name]}" for name in names if told.get(name) != getattr(run, name))
+    return ", ".join(
+        f"{name} {getattr(run, name)}, {RECORD} says {contents[name]}" for name in names if contents.get(name) != getattr(run, name)
+    )
 
 
 def _unlisted(run: Run, folder: Path) -> Iterator[Finding]:
@@ -140,18 +142,18 @@ def meet_damage(run: Run, ledger: Ledger) -> str:
     Raises:
         UserError: it differs, and that is not accepted.
     """
-    for found in examine(run, ledger, (STUDENT_FILE, RECORD)):
-        if not found.sound and (found.file, found.verdict) != (STUDENT_FILE, "gone"):  # whoever reads it tells that
-            what = "is gone" if found.verdict == "gone" else f"is not the file that it wrote ({found.found})"
-            ledger.changes.meet(f"run {run.no}: {found.file} {what}", "put a sound copy there, train it again with --again")
-            return f"{found.file} of run {run.no} changed"
+    for finding in examine(run, ledger, (STUDENT_FILE, RECORD)):
+        if not finding.sound and (finding.file, finding.verdict) != (STUDENT_FILE, "gone"):  # whoever reads it tells that
+            damage = "is gone" if finding.verdict == "gone" else f"is not the file that it wrote ({finding.found})"
+            ledger.changes.meet(f"run {run.no}: {finding.file} {damage}", "put a sound copy there, train it again with --again")
+            return f"{finding.file} of run {run.no} changed"
     return ""
 
 
 def missing(run: Run, ledger: Ledger) -> str:
     """Why a finished run is as good as not there: a file of its own is gone or changed; else empty."""
-    found = next((one for one in examine(run, ledger, OWN) if not one.sound), None)
-    return f"{found.file} is {'gone' if found.verdict == 'gone' else 'not what it wrote'}" if found else ""
+    broken = next((finding for finding in examine(run, ledger, OWN) if not finding.sound), None)
+    return f"{broken.file} is {'gone' if broken.verdict == 'gone' else 'not what it wrote'}" if broken else ""
 
 
 def enlist(no: int, ledger: Ledger, file: Path) -> None:
@@ -183,7 +185,7 @@ def made_with(model: str, sizes: DataSpec, weights: Weights) -> dict[str, Any]:
     return {"code": dict(models.own_code(model)), "answers": answers(model, sizes, weights), "versions": versions()}
 
 
-def meet_changes(origin: str, model: str, sizes: DataSpec, weights: Weights, told: Mapping[str, Any], changes: Changes) -> str:
+def meet_changes(origin: str, model: str, sizes: DataSpec, weights: Weights, metadata: Mapping[str, Any], changes: Changes) -> str:
     """Hold a network against what its file says of it. How it differs, where that is accepted; else empty.
 
     Code that changed, and answers as it did, is told.
@@ -191,7 +193,7 @@ def meet_changes(origin: str, model: str, sizes: DataSpec, weights: Weights, tol
     Raises:
         UserError: it answers otherwise, and that is not accepted.
     """
-    then = trained_network(told, origin)
+    then = trained_network(metadata, origin)
     if then is None:
         return ""
     changed = ", ".join(changed_files(then.code, models.own_code(model)))

@@ -125,7 +125,7 @@ class Job:
         if self.config.train.freeze:
             notes.append(f"freeze={','.join(self.config.train.freeze)}")
         tables = {
-            "inputs": {role: own.model_dump(mode="json", exclude_none=True) for role, own in self.config.inputs.items()},
+            "inputs": {role: input_config.model_dump(mode="json", exclude_none=True) for role, input_config in self.config.inputs.items()},
             "taps": self.config.taps,
         }
         for name, table in tables.items():

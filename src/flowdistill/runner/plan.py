@@ -56,14 +56,14 @@ def drafts(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device, *
     ]
 
 
-def _with_peers(given: Sequence[tuple[RunConfig, ResolvedMethod]]) -> list[tuple[RunConfig, ResolvedMethod]]:
+def _with_peers(resolved_configs: Sequence[tuple[RunConfig, ResolvedMethod]]) -> list[tuple[RunConfig, ResolvedMethod]]:
     """Each config of a mutual method is followed by that of the other student, unless that is given too.
 
     Raises:
         UserError: a peer for a method that has none, or two students that would begin alike.
     """
-    found: list[tuple[RunConfig, ResolvedMethod]] = []
-    for config, resolved in given:
+    pairs: list[tuple[RunConfig, ResolvedMethod]] = []
+    for config, resolved in resolved_configs:
         cure = f"use {joined(methods.mutual_names(), 'or')}"
         if not resolved.mutual and (config.peer is not None or config.side != 1):
             raise UserError(f"peer={config.peer}: the students of {resolved.name!r} do not teach each other; {cure}, or leave peer out")
@@ -73,12 +73,12 @@ def _with_peers(given: Sequence[tuple[RunConfig, ResolvedMethod]]) -> list[tuple
                 f"init_from={config.init_from}: the students of {resolved.name!r} would both begin from it, alike; leave it out"
             )
         if resolved.mutual:
-            own = config.model_copy(update={"peer": config.peer or config.student})
-            sides = [own, other_side(own)]
+            first_side = config.model_copy(update={"peer": config.peer or config.student})
+            sides = [first_side, other_side(first_side)]
         for side in sides:
-            if (side, resolved) not in found:
-                found.append((side, resolved))
-    return found
+            if (side, resolved) not in pairs:
+                pairs.append((side, resolved))
+    return pairs
 
 
 def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[Job]:
@@ -163,23 +163,23 @@ def _refuse_labels(config: RunConfig) -> None:
     if config.data.unlabelled is not None:
         refuse_users(users, f"data.unlabelled={config.data.unlabelled}: these images have no labels", "leave unlabelled out")
     if mixup is True:
-        given, cure = "train.mixup=true: mixed images have no labels", "set train.mixup=false"
-        refuse_users(users, given, cure)
+        images, cure = "train.mixup=true: mixed images have no labels", "set train.mixup=false"
+        refuse_users(users, images, cure)
         if task := methods.resolve(config.method, config.options, config.weights).weights["task"]:
-            raise UserError(f"{given}, but weights.task={task:g}; set weights.task=0, or {cure}")
+            raise UserError(f"{images}, but weights.task={task:g}; set weights.task=0, or {cure}")
     elif mixup:
-        given = f"train.mixup={mixup:g}: mixed images have two labels each"
-        refuse_users([cls for cls in users if cls.terms], given, "set train.mixup=false")
+        images = f"train.mixup={mixup:g}: mixed images have two labels each"
+        refuse_users([cls for cls in users if cls.terms], images, "set train.mixup=false")
 
 
-def refuse_users(users: Sequence[type[Method]], given: str, cure: str) -> None:
+def refuse_users(users: Sequence[type[Method]], images: str, cure: str) -> None:
     """Refuse the methods that look at labels, where there are none to look at.
 
     Raises:
         UserError: there is such a method; the first of them.
     """
     if users:
-        raise UserError(f"{given}, but method {users[0].name!r} learns from labels; choose one that does not, such as kd, or {cure}")
+        raise UserError(f"{images}, but method {users[0].name!r} learns from labels; choose one that does not, such as kd, or {cure}")
 
 
 def _planned(
@@ -199,8 +199,8 @@ def _planned(
     refuse_contaminated(student, query)
     teacher = None
     if resolved.uses_teacher and config.teacher is not None:
-        found = choose_teacher(config.teacher, query, ledger, stand_in=stand_in)
-        teacher = as_configured(found, config, "teacher", data.spec)
+        chosen = choose_teacher(config.teacher, query, ledger, stand_in=stand_in)
+        teacher = as_configured(chosen, config, "teacher", data.spec)
     return _job(config, resolved, student, teacher, data, init_hash, identities, device)
 
 

@@ -79,13 +79,15 @@ class NetworkRef:
             weights = named_as_in(models.build(self.model, self._sized(data)), self.weights)
         if weights is self.weights:
             return self
-        found, made_of = replace(self, weights=dict(weights)), f"file:{hash_weights(weights)}"
-        return replace(found, init=made_of) if self.init else replace(found, fingerprint=made_of)
+        renamed, made_of = replace(self, weights=dict(weights)), f"file:{hash_weights(weights)}"
+        return replace(renamed, init=made_of) if self.init else replace(renamed, fingerprint=made_of)
 
     def _sized(self, data: DataSpec) -> DataSpec:
         """The data in the sizes that the network was made for."""
-        own = self.input_spec
-        return replace(data, channels=own.channels or data.channels, height=own.height or data.height, width=own.width or data.width)
+        made_for = self.input_spec
+        return replace(
+            data, channels=made_for.channels or data.channels, height=made_for.height or data.height, width=made_for.width or data.width
+        )
 
     def spec(self, data: DataSpec) -> NetSpec:
         """What the network offers for such data."""
@@ -93,8 +95,8 @@ class NetworkRef:
 
     def other_classes(self, data: ImageData) -> str:
         """How its classes differ from those of the data, by number or by name; empty where they do not, or nobody knows."""
-        if (own := replace(self, head=True).seen(data.spec).classes) != data.classes:
-            return f"{own} classes, the data has {data.classes}"
+        if (classes := replace(self, head=True).seen(data.spec).classes) != data.classes:
+            return f"{classes} classes, the data has {data.classes}"
         both = zip(self.labels, data.class_names, strict=False)
         return next((f"class {ours!r} where the data has {theirs!r}" for ours, theirs in both if ours != theirs), "")
 
@@ -234,15 +236,15 @@ def first_weights(config: RunConfig, ledger: Ledger) -> NetworkRef:
     student = replace(resolve(config.student, ledger), input_spec=InputSpec())
     if config.init_from is None:
         return student
-    source, given = resolve(config.init_from, ledger, student.model), f"init_from={config.init_from}"
+    source, setting = resolve(config.init_from, ledger, student.model), f"init_from={config.init_from}"
     if source.weights is None:
-        raise UserError(f"{given}: a model's name has no weights; name a run or a weights file")
+        raise UserError(f"{setting}: a model's name has no weights; name a run or a weights file")
     if student.weights is not None:
         alone = advice.options("--student", student.model)
-        raise UserError(f"{given}: student={config.student} has weights of its own; name its model alone: {alone}")
+        raise UserError(f"{setting}: student={config.student} has weights of its own; name its model alone: {alone}")
     if source.model != student.model:
         raise UserError(
-            f"{given} is a {source.model}, the student a {student.model}; begin from a {student.model}, or train a {source.model}"
+            f"{setting} is a {source.model}, the student a {student.model}; begin from a {student.model}, or train a {source.model}"
         )
     return replace(
         student,
@@ -257,9 +259,9 @@ def first_weights(config: RunConfig, ledger: Ledger) -> NetworkRef:
 
 def as_configured(network: NetworkRef, config: RunConfig, role: Role, data: DataSpec) -> NetworkRef:
     """The network with the taps and the images that a config gives it in this role, its weights by the names that it has on these data."""
-    own = config.inputs.get(role, InputConfig())
+    input_config = config.inputs.get(role, InputConfig())
     declared = InputSpec() if config.data.user_loaders else network.input_spec  # a loader's images are taken as they come
-    input_spec = InputSpec(own.channels, own.size, own.size, own.mean, own.std).over(declared)
+    input_spec = InputSpec(input_config.channels, input_config.size, input_config.size, input_config.mean, input_config.std).over(declared)
     return replace(network, taps=config.taps.get(role, {}), input_spec=input_spec).fitted(data)
 
 
@@ -286,12 +288,12 @@ def refuse_contaminated(network: NetworkRef, query: TeacherQuery) -> None:
         return
     same = network.trained_on.data_hash == query.data_hash
     if same and network.trained_on.split == "full":
-        what = "all of train, the held-out images among them"
+        cause = "all of train, the held-out images among them"
     elif not same and network.trained_on.dataset == query.data.name:
-        what = f"other images of {query.data.name}, the held-out ones may be among them"
+        cause = f"other images of {query.data.name}, the held-out ones may be among them"
     else:
         return
-    raise UserError(f"{network.origin} was trained on {what}; a holdout run takes networks of holdout runs (train one with --holdout)")
+    raise UserError(f"{network.origin} was trained on {cause}; a holdout run takes networks of holdout runs (train one with --holdout)")
 
 
 def choose_teacher(reference: str, query: TeacherQuery, ledger: Ledger, *, stand_in: bool = False) -> NetworkRef:
@@ -309,18 +311,18 @@ def choose_teacher(reference: str, query: TeacherQuery, ledger: Ledger, *, stand
     if not _by_name(reference):
         return _named_teacher(reference, query, ledger)
     model = models.canonical(reference)
-    found = _trained(model, query, ledger)
-    for offset in range(len(found)):
-        run = found[(query.seed + 1 + offset) % len(found)]
+    runs = _trained(model, query, ledger)
+    for offset in range(len(runs)):
+        run = runs[(query.seed + 1 + offset) % len(runs)]
         if run.init_hash != query.student_init:
             return _of_run(run, ledger, run.fingerprint)
     if stand_in:
         return NetworkRef(model, fingerprint="untrained", origin=f"an untrained {model}")
-    if not found:
+    if not runs:
         cure = _train_command(model, query)
         raise UserError(f"no {model} was trained on {query.data.name} ({query.split} split) yet; train one: {cure}")
     raise UserError(
-        f"the only {model} to choose (run {found[0].no}) began from the initial weights of the student of seed {query.seed}, which "
+        f"the only {model} to choose (run {runs[0].no}) began from the initial weights of the student of seed {query.seed}, which "
         f"may flatter it; train another teacher: {_train_command(model, query)}"
     )
 

@@ -66,9 +66,9 @@ def _read_arrays(path: Path, keys: Sequence[str]) -> dict[str, npt.NDArray[Any]]
     Raises:
         UserError: the file is missing or no npz, a key is missing, or the arrays are too large.
     """
-    found = regular_file(path, f"npz:{path}")
+    file = regular_file(path, f"npz:{path}")
     try:
-        with zipfile.ZipFile(found) as archive:
+        with zipfile.ZipFile(file) as archive:
             return _arrays(path, archive, keys)
     except UserError:
         raise

@@ -26,8 +26,8 @@ class Network(nn.Module):
     """A network as training sees it: called on images [N, C, H, W] it gives Outputs with the taps it was built for.
 
     Attributes:
-        front: turns images as the data gives them into those that the network was made for; None where they are that already.
-        draws_from: the seed of what its layers draw in train mode, as dropout does; None where they draw nothing.
+        input_adapter: turns images as the data gives them into those that the network was made for; None if they are that already.
+        layer_seed: the seed of what its layers draw in train mode, as dropout does; None if they draw nothing.
         draws_always: whether they draw in eval mode too.
         unsettled: whether a pass in eval mode moves its buffers, as observers of quantisation do.
         grown: names of the buffers that take another shape, or are there at all, after the first pass.

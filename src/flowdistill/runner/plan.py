@@ -35,16 +35,16 @@ def plan(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device, *, 
 
 
 def drafts(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device, *, stand_in: bool = False) -> list[Job]:
-    """The jobs, before student and teacher were held together.
+    """The jobs, before it was checked that student and teacher go together.
 
     Raises:
         UserError: a network or the data can't be had.
     """
-    cheap = _with_peers(
-        [(config, _resolve_method(config)) for config in configs]
-    )  # refused before the data, which may have to be downloaded
+    # What costs least is checked first, and for all configs: a wrong option is refused before a weights file is read, and a missing file
+    # before data are downloaded.
+    resolved_configs = _with_peers([(config, _resolve_method(config)) for config in configs])
     students: dict[object, NetworkRef] = {}
-    for config, resolved in cheap:
+    for config, resolved in resolved_configs:
         if (config.student, config.init_from) not in students:
             students[config.student, config.init_from] = first = first_weights(config, ledger)
             if resolved.mutual and first.weights is not None:
@@ -52,20 +52,20 @@ def drafts(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device, *
     load_once, identities = _Loader(ledger.changes), Identities(ledger)
     return [
         _planned(config, resolved, students[config.student, config.init_from], load_once(config.data), ledger, identities, device, stand_in)
-        for config, resolved in cheap
+        for config, resolved in resolved_configs
     ]
 
 
 def _with_peers(resolved_configs: Sequence[tuple[RunConfig, ResolvedMethod]]) -> list[tuple[RunConfig, ResolvedMethod]]:
-    """Each config of a mutual method is followed by that of the other student, unless that is given too.
+    """The configs, each of a mutual method followed by that of the other student, unless that is there too.
 
     Raises:
         UserError: a peer for a method that has none, or two students that would begin alike.
     """
     pairs: list[tuple[RunConfig, ResolvedMethod]] = []
     for config, resolved in resolved_configs:
-        cure = f"use {joined(methods.mutual_names(), 'or')}"
         if not resolved.mutual and (config.peer is not None or config.side != 1):
+            cure = f"use {joined(methods.mutual_names(), 'or')}"
             raise UserError(f"peer={config.peer}: the students of {resolved.name!r} do not teach each other; {cure}, or leave peer out")
         sides = [config]
         if resolved.mutual and config.init_from is not None:
@@ -82,7 +82,7 @@ def _with_peers(resolved_configs: Sequence[tuple[RunConfig, ResolvedMethod]]) ->
 
 
 def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[Job]:
-    """The jobs that these runs began, to be gone on with: same data, same teacher, same everything.
+    """The jobs of these runs, to go on with: with the data, the teacher and the first weights that they began with.
 
     Raises:
         UserError: something that the numbers depend on has changed since.
@@ -111,6 +111,7 @@ def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[
         teacher = recorded_teacher(run, ledger, data.spec)
         init_hash = _initial(student, data, config)
         job = checked(_job(config, _resolve_method(config), student, teacher, data, init_hash, identities, device))
+        # A run without a record of its networks is of version 0.1.0, whose fingerprints covered less of a network's code.
         if run.fingerprint != job.fingerprint and run.networks is None and run.fingerprint == _as_recorded(job):
             job = replace(job, former_fingerprint=run.fingerprint)
         if job.fingerprint != run.fingerprint:
@@ -158,7 +159,7 @@ def _resolve_method(config: RunConfig) -> ResolvedMethod:
 
 
 def _refuse_labels(config: RunConfig) -> None:
-    """An image that is mixed or unlabelled is of no class that a method could look up; of two labels the task alone is mixed."""
+    """Refuse a method that looks up labels where images have none (mixed without labels, unlabelled) or two (mixed with them)."""
     mixup, users = config.train.mixup, [cls for cls in methods.parts(config.method) if cls.uses_labels]
     if config.data.unlabelled is not None:
         refuse_users(users, f"data.unlabelled={config.data.unlabelled}: these images have no labels", "leave unlabelled out")
@@ -205,10 +206,11 @@ def _planned(
 
 
 def _precision(config: RunConfig, student: NetworkRef, data: ImageData, device: torch.device) -> Precision:
-    """As wanted, but no bf16 on a CPU where a stride is larger than the map: such a weight's gradient is memory that nobody wrote.
+    """The precision that is asked for, but fp32 on a CPU if a stride is larger than its map: in bf16 the gradient of some weights would be
+    memory that nobody wrote.
 
     Raises:
-        UserError: that is what is wanted.
+        UserError: bf16 is asked for all the same.
     """
     asked = config.train.precision
     precision = resolve_precision(asked, device)
@@ -239,7 +241,7 @@ def _job(
             "method": resolved.name,
             "teacher": config.teacher if teacher else None,
             **({} if teacher else {key: _of_student(getattr(config, key)) for key in ("taps", "inputs")}),
-            "data": config.data.model_copy(update=_resolved(data)),
+            "data": config.data.model_copy(update=_decided_by(data)),
             "train": config.train.model_copy(update={"precision": _precision(config, student, data, device)}),
             "options": {name: options.model_dump() for name, options in resolved.options.items()},
             "weights": resolved.weights,
@@ -280,21 +282,24 @@ def _what_changed(job: Job, run: Run) -> str:
 
 
 def _of_student(table: Mapping[Role, Any]) -> dict[Role, Any]:
-    """Of a table by role what a run without a teacher uses."""
+    """What a run without a teacher uses of a table by role."""
     return {role: value for role, value in table.items() if role == "student"}
 
 
-def _resolved(data: ImageData) -> dict[str, Any]:
-    """Keys of the config that the data decide. What is streamed now is streamed when it goes on, even where it fits into memory."""
+def _decided_by(data: ImageData) -> dict[str, Any]:
+    """The keys of a config that the data decide. What is streamed now is streamed when it is resumed, even if memory could hold it then."""
     crop = data.crop if data.streamed or data.crop != "shift" else None
     return {"pad": data.pad, "flip": data.flip, "crop": crop} | ({"stream": True} if data.streamed else {})
 
 
 def cohorts(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Jobs that can be trained together: equal data, split, recipe, precision, phase boundaries, and teacher model and taps or none."""
+    """Jobs that can be trained together: equal data, split, recipe, precision, phase boundaries, and teacher model and taps or none.
+
+    A job without a teacher joins the first cohort that it fits, so that baselines share the batches of the students beside them.
+    """
     shared = [(job.data_hash, job.config.data, job.config.split, job.config.train, job.phase_epochs) for job in jobs]
-    taught_by = {key: job.pairing.teacher for key, job in zip(shared, jobs, strict=True) if job.pairing}
+    teacher_of = {key: job.pairing.teacher for key, job in zip(shared, jobs, strict=True) if job.pairing}
     groups: dict[object, list[Job]] = {}
     for key, job in zip(shared, jobs, strict=True):
-        groups.setdefault((key, job.pairing.teacher if job.pairing else taught_by.get(key)), []).append(job)
+        groups.setdefault((key, job.pairing.teacher if job.pairing else teacher_of.get(key)), []).append(job)
     return list(groups.values())

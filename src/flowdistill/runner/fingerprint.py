@@ -6,19 +6,52 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from .. import models
+from ..config import RunConfig
+from ..data.dataset import ImageData
 from ..methods import Needs
 from ..models.foreign import is_foreign
 from ..models.input_adapter import InputSpec
+from ..types import NetSpec
+from .pairing import Pairing
 from .references import NetworkRef
 
-if TYPE_CHECKING:
-    from .job import Job
+
+class Planned(Protocol):
+    """What of a job its fingerprint covers."""
+
+    @property
+    def config(self) -> RunConfig:
+        """With every default filled in."""
+
+    @property
+    def data(self) -> ImageData:
+        """The images, with their hash."""
+
+    @property
+    def student(self) -> NetworkRef:
+        """As it begins."""
+
+    @property
+    def teacher(self) -> NetworkRef | None:
+        """None without one."""
+
+    @property
+    def student_taps(self) -> NetSpec:
+        """What is trained, its stages named as those of the teacher that they learn from."""
+
+    @property
+    def pairing(self) -> Pairing | None:
+        """Student and teacher, their stages named alike."""
+
+    @property
+    def needs_and_versions(self) -> tuple[Needs, Mapping[str, int]]:
+        """What its method needs, and the version of each of the method's parts."""
 
 
-def fingerprint(job: Job, made_of: Mapping[str, list[Any]]) -> str:
+def fingerprint(job: Planned, made_of: Mapping[str, list[Any]]) -> str:
     """What a run's numbers depend on, without the seed.
 
     Args:
@@ -29,7 +62,7 @@ def fingerprint(job: Job, made_of: Mapping[str, list[Any]]) -> str:
     covered: dict[str, Any] = {
         "student": _covered(student, made_of["student"]),
         "teacher": _covered(teacher, made_of["teacher"]) if teacher else None,
-        "data": [job.data_hash, config.data.pad, config.data.flip, *config.data.model_dump(include={"crop", "randaugment"}).values()],
+        "data": [job.data.hash, config.data.pad, config.data.flip, *config.data.model_dump(include={"crop", "randaugment"}).values()],
         "method": versions,
         "options": config.options,
         "weights": config.weights,
@@ -38,7 +71,7 @@ def fingerprint(job: Job, made_of: Mapping[str, list[Any]]) -> str:
     }
     if student.init:
         covered["init_from"] = student.init
-    if teacher and (sees := _other_images(teacher, job.data_hash, config.split)):
+    if teacher and (sees := _other_images(teacher, job.data.hash, config.split)):
         covered["sees"] = sees
     if config.inputs:
         covered["inputs"] = {role: images.model_dump() for role, images in config.inputs.items()}
@@ -61,7 +94,7 @@ def _other_images(teacher: NetworkRef, data_hash: str, split: str) -> list[Any]:
     return [] if same or teacher.input_spec == InputSpec() else list(astuple(teacher.input_spec))
 
 
-def _compared(job: Job, needs: Needs) -> list[list[str]]:
+def _compared(job: Planned, needs: Needs) -> list[list[str]]:
     """The taps that are compared; empty if all are this package's own under their own names."""
     sides = [(job.student_taps, needs.student)]
     if job.pairing:
@@ -72,7 +105,7 @@ def _compared(job: Job, needs: Needs) -> list[list[str]]:
     return [[net.name, tap.name, tap.module, tap.own] for net, tap in taps]
 
 
-def _versions_of_taps(job: Job, needs: Needs) -> dict[str, int]:
+def _versions_of_taps(job: Planned, needs: Needs) -> dict[str, int]:
     """By role, the version of the taps that are compared, if their names gave other maps before."""
     sides = {"student": (job.student_taps, needs.student)} | ({"teacher": (job.pairing.teacher, needs.teacher)} if job.pairing else {})
     return {role: net.version for role, (net, names) in sides.items() if names and net.version > 1}

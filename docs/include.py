@@ -1,4 +1,5 @@
 """Put committed results into README.md and docs/*.md: what stands between ``<!-- include FILE -->`` and ``<!-- end -->`` is FILE, whole.
+Code stands there as a block of its language.
 
 python docs/include.py           # rewrite
 python docs/include.py --check   # exit 1 when something is stale
@@ -12,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LANGUAGES = {".py": "python", ".toml": "toml"}
 BLOCK = re.compile(r"<!-- include (?P<file>\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -19,7 +21,10 @@ def included(text: str) -> str:
     """The text with every block filled from its file."""
 
     def fill(block: re.Match[str]) -> str:
-        return f"<!-- include {block['file']} -->\n{(ROOT / block['file']).read_text().strip()}\n<!-- end -->"
+        file = ROOT / block["file"]
+        text, language = file.read_text().strip(), LANGUAGES.get(file.suffix)
+        shown = f"```{language}\n{text}\n```" if language else text
+        return f"<!-- include {block['file']} -->\n{shown}\n<!-- end -->"
 
     return BLOCK.sub(fill, text)
 

@@ -43,8 +43,7 @@ def module(name: str, source: str, path: Path) -> ModuleType:
 
 @pytest.fixture
 def added(tmp_path: Path) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(METHODS, "_entries", dict(METHODS._entries))
+    with METHODS.restored(), pytest.MonkeyPatch.context() as patch:
         module("flowdistill.methods.cosine", SOURCE, tmp_path / "cosine.py")
         patch.setitem(suite.REFERENCES, "cosine", module("reference.cosine", REFERENCE, tmp_path / "reference.py"))
         yield

@@ -53,7 +53,8 @@ INCLUDE = runpy.run_path(str(ROOT / "docs" / "include.py"))
 @pytest.mark.parametrize("page", INCLUDE["PAGES"], ids=lambda page: page.name)
 def test_the_figures_are_those_of_the_committed_results(page: Path) -> None:
     text = page.read_text()
-    assert text.count("<!-- include") == text.count("<!-- end -->") >= {"README.md": 3, "VERIFICATION.md": 2}.get(page.name, 0)
+    least = {"README.md": 3, "VERIFICATION.md": 2, "PLUGINS.md": 5}.get(page.name, 0)
+    assert text.count("<!-- include") == text.count("<!-- end -->") >= least
     assert INCLUDE["included"](text) == text, "python docs/include.py"
 
 

@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,14 @@ def _a_checkpoint_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def learned() -> Iterator[None]:
+    """The method can be named."""
+    with METHODS.restored():
+        METHODS.register("learned")(Learned)
+        yield
+
+
+@pytest.fixture
 def taught(ledger: Ledger, small_npz: Path) -> Ledger:
     return with_teacher(ledger, small_npz)
 
@@ -87,10 +95,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_resumed_is_straight_bit_for_bit(
-    taught: Ledger, small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    monkeypatch.setitem(METHODS._entries, "learned", Learned)
+def test_resumed_is_straight_bit_for_bit(taught: Ledger, small_npz: Path, tmp_path: Path, learned: None, kind: str) -> None:
     keys = {"method": "fsp", "teacher": "1", **KINDS[kind]}
     epochs, more = {"train": {"epochs": 4, **keys.pop("train", {})}}, keys.pop("unlabelled", None)
     configs = [config(small_npz, seed=seed, **keys, **epochs) for seed in (0, 1)]

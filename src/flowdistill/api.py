@@ -93,7 +93,7 @@ class Result:
             UserError: as ``student``; or a package is missing, torch.export can't trace it, or the run's images came from a loader.
         """
         if str(to) not in FORMATS:
-            raise UserError(f"export to {to!r}: {did_you_mean(str(to), FORMATS)}")
+            raise UserError(f"export to {to!r}: {did_you_mean(str(to), FORMATS)}{FORMATS.causes}")
         changes = self._changes(False)
         path, _ = weights_path(str(self.run.no), self.folder.parent, changes)
         file = Path(export(path, to, out=None if out is None else Path(out), int8=int8, changes=changes).file)

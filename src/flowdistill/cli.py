@@ -517,7 +517,7 @@ def _refuse_unknown(key: str, value: str, here: set[str]) -> None:
     if key == "method":
         parts(value)
     elif key == "dataset" and value not in SOURCES:
-        raise UserError(f"--dataset {value!r}: no run here has it; {did_you_mean(value, sorted({*here, *SOURCES}))}")
+        raise UserError(f"--dataset {value!r}: no run here has it; {did_you_mean(value, sorted({*here, *SOURCES}))}{SOURCES.causes}")
     elif key in ("student", "teacher"):
         canonical(value)
 
@@ -797,9 +797,12 @@ def methods(
     from .methods import METHODS, get
     from .methods.standardise import BY_AUTHORS, PREFIX
 
+    if name is not None:
+        talk.answer(pages.method_card(get(name), format_))
+        return 0
     listed = [*METHODS, *(PREFIX + wrapped for wrapped in BY_AUTHORS)]
     _tell_failures(METHODS)
-    talk.answer(pages.method_card(get(name), format_) if name else pages.methods_list([get(key) for key in listed], format_))
+    talk.answer(pages.methods_list([get(key) for key in listed], format_))
     return 0
 
 
@@ -813,7 +816,7 @@ def models(
 
     names = [name for name in MODELS if pattern is None or fnmatchcase(name, pattern)]
     if not names:
-        raise UserError(f"models {pattern!r}: no network has such a name; {did_you_mean(pattern or '', MODELS)}")
+        raise UserError(f"models {pattern!r}: no network has such a name; {did_you_mean(pattern or '', MODELS)}{MODELS.causes}")
     _tell_failures(MODELS)
     talk.answer(tables.render([{"name": name, "about": MODELS[name].about} for name in names], format_, ("name", "about")))
     return 0

@@ -7,12 +7,15 @@ from contextlib import contextmanager
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
-from .checks import UserError, did_you_mean, summary
+from .checks import FAILURES, UserError, did_you_mean, summary
 
 T = TypeVar("T")
 
 PLUGINS: dict[str, str] = {}
 """Packages whose entry points were loaded, with their versions; a run's record has them."""
+
+_FAILURES: dict[str, list[str]] = {}
+"""Groups whose entry points were loaded -> why some could not be, a line each. Registries may share a group."""
 
 
 class Registry(Generic[T]):
@@ -22,13 +25,21 @@ class Registry(Generic[T]):
         kind: what an entry is, as messages name it.
         group: of the entry points that other packages add entries by. Each names a module, which registers them when it is imported. That
             is done when a name is not known otherwise, or when all names are asked for. Default: none.
-        failures: why entry points could not be loaded, a line each.
     """
 
     def __init__(self, kind: str, group: str = "") -> None:
-        self.kind, self.group, self.failures = kind, group, list[str]()
+        self.kind, self.group = kind, group
         self._entries: dict[str, T] = {}
-        self._loaded = not group
+
+    @property
+    def failures(self) -> list[str]:
+        """Why entry points could not be loaded, a line each."""
+        return _FAILURES.get(self.group, [])
+
+    @property
+    def causes(self) -> str:
+        """The failures, as the end of a line that refuses a name; empty if there are none."""
+        return "".join(f"; {failure}" for failure in self.failures)
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that files an entry under ``name``.
@@ -47,8 +58,9 @@ class Registry(Generic[T]):
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """What is registered inside is gone after."""
-        before = dict(self._entries)
+        """What is registered inside is gone after; what other packages add is loaded before."""
+        self.load_plugins()
+        before, self._entries = self._entries, dict(self._entries)
         try:
             yield
         finally:
@@ -60,15 +72,17 @@ class Registry(Generic[T]):
 
     def load_plugins(self) -> None:
         """Import what other packages add, once. A package that can't be imported costs its own entries alone."""
-        if self._loaded:
+        if not self.group or self.group in _FAILURES:
             return
-        self._loaded = True  # at first, for a module that is imported here may ask again
+        failures = _FAILURES[self.group] = []  # at first, for a module that is imported here may ask again
         for point in entry_points(group=self.group):
-            package = point.dist.name if point.dist else point.value
+            package, before = point.dist.name if point.dist else point.value, len(self._entries)
             try:
                 point.load()
-            except Exception as error:  # another package's code may raise anything
-                self.failures.append(
+            except FAILURES as error:
+                for name in list(self._entries)[before:]:
+                    del self._entries[name]
+                failures.append(
                     f"package {package}: its entry point {point.name} = {point.value} of {self.group} can't be loaded "
                     f"({summary(error)}); mend the package, or uninstall it"
                 )
@@ -77,8 +91,7 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         if name not in self:
-            cause = "".join(f"; {failure}" for failure in self.failures)
-            raise UserError(f"unknown {self.kind} {name!r}: {did_you_mean(name, self._entries)}{cause}")
+            raise UserError(f"unknown {self.kind} {name!r}: {did_you_mean(name, self._entries)}{self.causes}")
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:

@@ -38,7 +38,8 @@ def load(config: DataConfig, remarks: Remarks | None = None) -> ImageData:
     elif config.name in SOURCES:
         data = SOURCES[config.name].read(config.root.expanduser())
     else:
-        raise UserError(f"unknown data set {config.name!r}: {did_you_mean(config.name, [*SOURCES, *written_schemes()])}")
+        known = [*SOURCES, *written_schemes()]
+        raise UserError(f"unknown data set {config.name!r}: {did_you_mean(config.name, known)}{SOURCES.causes}")
     crop = config.crop or ("resized" if data.streamed and config.pad is None else "shift")
     pad = 0 if crop == "resized" else data.pad if config.pad is None else config.pad
     smallest = min(data.spec.height, data.spec.width)

@@ -22,8 +22,8 @@ class Source:
 
 SOURCES: Registry[Source] = Registry("data set", "flowdistill.data")
 
-READERS: Registry[Callable[[DataConfig, Remarks], ImageData]] = Registry("data scheme")
+READERS: Registry[Callable[[DataConfig, Remarks], ImageData]] = Registry("data scheme", "flowdistill.data")
 """Scheme -> what reads such data; ``config.SCHEMES`` has a row for each."""
 
-UNLABELLED_READERS: Registry[Callable[[DataConfig, Remarks], Unlabelled]] = Registry("scheme of unlabelled data")
+UNLABELLED_READERS: Registry[Callable[[DataConfig, Remarks], Unlabelled]] = Registry("scheme of unlabelled data", "flowdistill.data")
 """Scheme -> what reads unlabelled images; the config's ``name`` is theirs."""

@@ -1,0 +1,1 @@
+"""What flowdistill's tests install to see that another package can add to it."""

@@ -573,7 +573,7 @@ WRONG = [
     ("methods fspp", "unknown method 'fspp': did you mean 'fsp'?"),
     ("methods fsp+kd", "unknown method 'fsp+kd': did you mean 'fsp'?"),
     ("methods --format pdf", "--format='pdf': not one of 'table', 'md', 'csv', 'json'"),
-    ("models resnet20", "Got unexpected extra argument(s) (resnet20) (flowdistill --help)"),
+    ("models resnet20 resnet8", "Got unexpected extra argument(s) (resnet8) (flowdistill --help)"),
     ("models --format pdf", "--format='pdf': not one of 'table', 'md', 'csv', 'json'"),
     ("datasets --format pdf", "--format='pdf': not one of 'table', 'md', 'csv', 'json'"),
     ("models resnut*", "models 'resnut*': no network has such a name; did you mean 'resnet8'?"),

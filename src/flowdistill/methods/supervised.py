@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import BASELINE
 from ..types import Batch, Outputs
 from .base import Method, Paper, register
 
@@ -15,7 +14,7 @@ from .base import Method, Paper, register
 class Supervised(Method):
     """No term of its own: the task's cross-entropy is all."""
 
-    name = BASELINE
+    name = "base"
     paper = Paper(
         "K. He, X. Zhang, S. Ren, J. Sun", "Deep Residual Learning for Image Recognition", "CVPR", 2016, "https://arxiv.org/abs/1512.03385"
     )

@@ -21,6 +21,7 @@ from flowdistill.ledger import Ledger
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: as many workers as cores are busy already
 pytest.register_assert_rewrite("helpers")
+pytest_plugins = ["helpers.affected"]
 
 
 @pytest.fixture(scope="session")

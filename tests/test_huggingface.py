@@ -16,10 +16,9 @@ from PIL import Image
 
 from flowdistill.checks import UserError
 from flowdistill.config import DataConfig
-from flowdistill.data import huggingface
 from flowdistill.data.batches import SeedBatches, to_device
 from flowdistill.data.dataset import ImageData
-from flowdistill.data.sources import load
+from flowdistill.data.sources import huggingface, load
 from flowdistill.talk import Remarks
 
 CPU = torch.device("cpu")

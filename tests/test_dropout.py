@@ -233,7 +233,7 @@ def test_class_means_and_the_doctor_of_what_always_draws(small_npz, tmp_path: Pa
 def test_a_graph_does_not_hold_what_a_teacher_draws(nets: Path):
 
     class Taught:
-        net, teacher_outputs, peers = models.build("resnet8", DATA), True, ()
+        net, needs_teacher, peers = models.build("resnet8", DATA), True, ()
 
     teacher = Teacher(models.build(f"{nets}:Torch", DATA, seed=7).eval(), Needs(logits=True), "fp32")
     engine = GraphEngine(EagerEngine("fp32", "inside"), "outside").ready([SeedGroup(None, teacher, [Taught()])])

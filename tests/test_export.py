@@ -294,7 +294,7 @@ def test_a_wrong_file_is_an_error_and_nothing_is_left(work: Path, to: str, wrong
             net.fc.weight.data[3] *= 1.01
         return form.write(Program(net, Normalisation(about.mean, (1.0,) if wrong == "normalisation" else about.std)), image, told)
 
-    monkeypatch.setitem(FORMATS, to, form._replace(write=write))
+    monkeypatch.setitem(FORMATS._entries, to, form._replace(write=write))
     before = files(work)
     said = command(work, "export", "1", "--to", to, "--out", "wrong/it")
     assert (said.code, said.out) == (1, "")

@@ -363,7 +363,7 @@ def test_a_method_name_in_training_is_seen(text: str, name: str) -> None:
     [
         '"""The fsp of kd."""\nx = 1',
         "error = 'looked at the base learning rate'",
-        "from ..methods.base import full",
+        "from ..methods.base import at_least_float32",
         "loss = outputs.logits",
         "x = 'fspace'",
     ],

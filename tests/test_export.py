@@ -272,6 +272,11 @@ def test_an_int8_export_that_fails_leaves_nothing(work: Path, monkeypatch: pytes
     assert files(work) == before
 
 
+def test_help_names_every_format_of_this_package(work: Path) -> None:
+    shown = command(work, "export", "--help").out
+    assert [name for name in FORMATS if name not in shown] == []
+
+
 # What does not answer as the network does is not written
 
 

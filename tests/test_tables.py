@@ -9,7 +9,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from helpers.fsp_log import LOG
@@ -494,6 +494,11 @@ def test_unknown_format() -> None:
     with pytest.raises(UserError) as error:
         tables.render([], "xml", ())
     assert str(error.value) == "--format 'xml': choose from table, md, csv, json"
+
+
+def test_the_command_line_offers_every_format_and_protocol_there_is() -> None:
+    assert get_args(tables.Format) == tuple(tables.FORMATS)
+    assert get_args(tables.Protocol) == tuple(tables.PROTOCOLS)
 
 
 # Listings

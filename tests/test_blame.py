@@ -34,18 +34,16 @@ OPTIONS = {"crd": {"negatives": 20, "dim": 8}}
 
 
 @pytest.fixture(scope="module")
-def teacher_outputs(small_npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Ledger:
+def taught(small_npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Ledger:
     """Run 1 is a teacher."""
     ledger = Ledger(tmp_path_factory.mktemp("blame") / "runs", create=True)
     run([config(small_npz, student="resnet14", seed=9, **FEW)], ledger, CPU)
     return ledger
 
 
-def prepared(teacher_outputs: Ledger, small_npz: Path, method: str, **keys: Any) -> Cohort:
+def prepared(taught: Ledger, small_npz: Path, method: str, **keys: Any) -> Cohort:
     options = {method: OPTIONS[method]} if method in OPTIONS else {}
-    ((cohort, _),) = prepare(
-        plan([config(small_npz, method=method, teacher="1", options=options, **FEW | keys)], teacher_outputs, CPU), CPU
-    )
+    ((cohort, _),) = prepare(plan([config(small_npz, method=method, teacher="1", options=options, **FEW | keys)], taught, CPU), CPU)
     return cohort
 
 
@@ -82,10 +80,10 @@ def after(cohort: Cohort, name: str, value: float, batch: int) -> Progress:
 
 
 @pytest.mark.parametrize("method", LEARN_FROM_A_TEACHER)
-def test_what_a_teacher_says_is_named_whatever_the_method_makes_of_it(teacher_outputs: Ledger, small_npz: Path, method: str) -> None:
-    names = prepared(teacher_outputs, small_npz, method).seed_groups[0].teacher.output_names  # type: ignore[union-attr]
+def test_what_a_teacher_says_is_named_whatever_the_method_makes_of_it(taught: Ledger, small_npz: Path, method: str) -> None:
+    names = prepared(taught, small_npz, method).seed_groups[0].teacher.output_names  # type: ignore[union-attr]
     for name, value in [*((name, torch.nan) for name in names), *((name, torch.inf) for name in names[:1])]:
-        error = after(prepared(teacher_outputs, small_npz, method), name, value, 2).error
+        error = after(prepared(taught, small_npz, method), name, value, 2).error
         assert error == (f"stopped in epoch 1: the teacher's {name} is not finite on batch 2 of 3; mend the teacher, or choose another")
 
 
@@ -113,8 +111,8 @@ def test_students_that_do_not_use_the_broken_map_go_on(data: ImageData, small_np
     assert cohort.students == [base, kd]
 
 
-def test_a_teacher_may_rule_classes_out(teacher_outputs: Ledger, small_npz: Path) -> None:
-    cohort = prepared(teacher_outputs, small_npz, "at")
+def test_a_teacher_may_rule_classes_out(taught: Ledger, small_npz: Path) -> None:
+    cohort = prepared(taught, small_npz, "at")
     teacher = cohort.seed_groups[0].teacher
     assert teacher is not None
     few = Outputs(torch.tensor([[0.0, -torch.inf], [-torch.inf, 2.0]]), torch.zeros(2, 1))
@@ -214,10 +212,10 @@ def test_a_student_that_breaks_after_finite_losses_is_named(
     assert report.progress[student].error == f"diverged in epoch 1: {what}, though its losses are; lower train.lr or weights.task"
 
 
-def test_the_error_names_the_peer_that_broke(teacher_outputs: Ledger, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_the_peer_that_broke(taught: Ledger, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flowdistill.runner.cohorts.choose", lambda *_, **__: Harmed(2, ("task", "dml"), of=1))
-    run([config(small_npz, method="dml", **FEW)], teacher_outputs, CPU)
-    one, other = [found for found in teacher_outputs.runs() if found.method == "dml"]
+    run([config(small_npz, method="dml", **FEW)], taught, CPU)
+    one, other = [found for found in taught.runs() if found.method == "dml"]
     assert one.error == "its peer diverged in epoch 1"
     assert other.error.startswith("diverged in epoch 1: task and dml are not finite from batch 2 of 3 on; ")
 
@@ -251,8 +249,8 @@ def test_a_term_that_is_broken_from_the_start_is_named(data: ImageData, small_np
         first_gradients(cohort)
 
 
-def test_a_teacher_that_is_broken_from_the_start_is_named(teacher_outputs: Ledger, small_npz: Path) -> None:
-    cohort = prepared(teacher_outputs, small_npz, "ofd")
+def test_a_teacher_that_is_broken_from_the_start_is_named(taught: Ledger, small_npz: Path) -> None:
+    cohort = prepared(taught, small_npz, "ofd")
     teacher = cohort.seed_groups[0].teacher
     assert teacher is not None
     teach, name = teacher.teach, teacher.output_names[0]

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("own_code")
 made, work, nets = test_integrity.made, test_integrity.work, test_identity.nets  # fixtures of the checks
 digits, teachers, planned = test_plan.digits, test_plan.teachers, test_plan.planned
 replaying, current = test_graph.replaying, test_device.current
-_a_checkpoint_every_epoch = test_resume._a_checkpoint_every_epoch
+_a_checkpoint_every_epoch, learned = test_resume._a_checkpoint_every_epoch, test_resume.learned
 passed: set[str] = set()
 
 

@@ -33,10 +33,10 @@ def what_must_agree_listed_by_hand(run):
 
 
 @bug(plan, "fingerprint", test_plan.test_every_key_changes_the_fingerprint_or_says_why_not, {"key": "train.weight_decay"})
-def a_key_left_out_of_the_fingerprint(job, needs, versions, made_of):
+def a_key_left_out_of_the_fingerprint(job, made_of):
     """A recipe's key that no hash has: the run of another value is given back."""
     train = job.config.train.model_copy(update={"weight_decay": 0.0})
-    return fingerprint(plan.replace(job, config=job.config.model_copy(update={"train": train})), needs, versions, made_of)
+    return fingerprint(plan.replace(job, config=job.config.model_copy(update={"train": train})), made_of)
 
 
 @bug(plan, "_of_student", test_plan.test_what_a_base_run_does_not_use_is_dropped, {"key": "inputs.teacher.size"})

@@ -100,7 +100,7 @@ def teacher_draws_as_it_comes(net, purpose, step, device, *, seed=0, epoch=0):
 
 @bug(
     distiller.Distiller,
-    "_taught",
+    "_ask",
     test_distiller.test_the_teacher_teaches_in_eval_mode_whatever_its_owner_does,
     {"foreign": True, "compiled": False},
 )

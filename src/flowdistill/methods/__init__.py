@@ -9,7 +9,7 @@ import importlib
 import pkgutil
 
 from .base import METHODS, Method, MethodOptions, Needs, Phase
-from .compose import Composed, ResolvedMethod, build, get, mutual_names, parts, resolve
+from .compose import WITHOUT_LABELS, Composed, ResolvedMethod, build, get, mutual_names, parts, resolve
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -17,6 +17,7 @@ METHODS.sort()
 
 __all__ = [
     "METHODS",
+    "WITHOUT_LABELS",
     "Composed",
     "Method",
     "MethodOptions",

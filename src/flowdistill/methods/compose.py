@@ -20,6 +20,8 @@ from . import base
 from .base import Method, MethodOptions, Phase
 from .standardise import PREFIX, standardised
 
+WITHOUT_LABELS = "kd"  # a method that looks at no labels, as messages name one
+
 
 def get(name: str) -> type[Method]:
     """A method's class; that of ``ls:kd`` is made from kd's.

@@ -34,6 +34,7 @@ from .survey import LARGE, Survey, survey, takes_channels_last
 WRITTEN = re.compile(r"(?P<where>timm|torchvision|module|[^@]+\.py|[A-Za-z_][\w.]*):(?P<name>[^:@]+)")
 MODULE = "module"  # before the name of one that was given from Python
 LIBRARIES = ("timm", "torchvision", MODULE)
+FOREIGN_NAMES = ("timm:NAME", "torchvision:NAME", "FILE.py:FUNCTION")  # as messages name them
 HEAD = "classifier"  # its row in a table of taps
 SIZES = {
     "classes": ("classes", "num_classes"),

@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import advice
 from ..checks import UserError, regular_file
-from ..config import BASELINE, LOADER, RunConfig
+from ..config import BASELINE, RunConfig, scheme_of
 from ..ledger import Run, flattened, newest
 from ..ledger.exported import Export, Folder
 from ..stats import CONFIDENCE, MIN_N, interval
@@ -257,7 +257,7 @@ def _command(runs: Sequence[Run]) -> str:
     first, config = runs[0], dict(runs[0].config)
     if config.get("side") == 2:  # the two are trained by one command, the first's
         config |= {"student": config["peer"], "peer": config["student"]}
-    if config["data"]["name"].startswith(f"{LOADER}:"):
+    if (scheme := scheme_of(config["data"]["name"])) is not None and scheme.from_python:
         return ""
     config |= _beside_defaults(first)
     covered = {"student", "teacher", "method", "seed", "split", "side", "data.name"}

@@ -180,7 +180,8 @@ def refuse_users(users: Sequence[type[Method]], images: str, cure: str) -> None:
         UserError: there is such a method; the first of them.
     """
     if users:
-        raise UserError(f"{images}, but method {users[0].name!r} learns from labels; choose one that does not, such as kd, or {cure}")
+        other = f"choose one that does not, such as {methods.WITHOUT_LABELS}"
+        raise UserError(f"{images}, but method {users[0].name!r} learns from labels; {other}, or {cure}")
 
 
 def _planned(

@@ -19,7 +19,7 @@ from ..data.dataset import ImageData
 from ..data.normalisation import Normalisation
 from ..ledger import STUDENT_FILE, Ledger, Run, newest
 from ..models import Network
-from ..models.foreign import is_foreign
+from ..models.foreign import FOREIGN_NAMES, is_foreign
 from ..models.input_adapter import InputSpec, input_adapter
 from ..training.fitting import named_as_in, registered
 from ..training.student_file import Statement, TrainedOn
@@ -191,7 +191,7 @@ def _from_file(path: Path, model: str | None, changes: Changes, otherwise: str |
     if not model:
         trust.came_from(stated.model, f"weights file {path}")
     if not isinstance(named, str) or not named:
-        cure = f"write MODEL@{path} with one of: {', '.join(models.MODELS)}, timm:NAME, torchvision:NAME, FILE.py:FUNCTION"
+        cure = f"write MODEL@{path} with one of: {', '.join((*models.MODELS, *FOREIGN_NAMES))}"
         if alike := registered(weights):
             cure = f"its weights are those of a {alike}: write {shlex.quote(f'{alike}@{path}')}"
         raise UserError(f"weights file {path} does not say its model; {cure}")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -129,3 +132,18 @@ def test_a_gpu_that_can_not_compute_is_told_in_one_line(error: Exception, count:
 )
 def test_images_that_are_measured_at_once_go_by_their_pixels(size: int, device: str, images: int) -> None:
     assert at_once(size, size, torch.device(device)) == images
+
+
+LIBRARY = re.compile(r"GOMP_SPINCOUNT = '(\d+)'")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch's threads are GCC's on Linux alone")
+@pytest.mark.parametrize(
+    ("set_by_user", "turns"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")], ids=str
+)
+def test_threads_that_wait_soon_sleep_unless_the_user_says_otherwise(set_by_user: dict[str, str], turns: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    environment |= {"OMP_DISPLAY_ENV": "verbose", **set_by_user}
+    command = [sys.executable, "-c", "import flowdistill.device"]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120).stderr
+    assert LIBRARY.findall(told) == [turns]

@@ -5,7 +5,14 @@ Everything here is loaded when first used, so that ``import flowdistill`` and th
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# OpenMP, which computes PyTorch's operations on a CPU, reads this once, as PyTorch is imported. A thread that waits for the others turns
+# round so often before it sleeps. GCC's default of 300,000 keeps a core from the very thread that is waited for, if another process
+# wants it too: a step then took four times as long. With 10,000 an idle machine is as fast as before (docs/PERFORMANCE.md).
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 if TYPE_CHECKING:
     from . import methods, models

@@ -57,6 +57,11 @@ def rebuild(runs: Folder) -> str:
     return command("ledger", "rebuild", runs=runs)
 
 
+def merge(folder: Folder, into: Folder) -> str:
+    """Copies the runs of all ledgers below a folder into one."""
+    return f"{options('flowdistill', 'ledger', 'merge', os.fspath(folder))}/* {options('--into', os.fspath(into))}"
+
+
 def demo(runs: Folder) -> str:
     """Trains the demo's runs into a folder. Default of the command: a temporary one."""
     return command("demo", "--runs", os.fspath(runs))

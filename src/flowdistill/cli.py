@@ -34,7 +34,7 @@ from .config import (
 )
 from .env import version
 from .interrupt import stop
-from .ledger import Ledger, Run, exported, stored
+from .ledger import Ledger, Run, exported, shard_plan, stored
 from .registry import Registry
 from .report import board, pages, tables
 
@@ -84,6 +84,10 @@ AcceptOption = Annotated[
 ]
 TrustOption = Annotated[
     bool, typer.Option("--trust-code", help="Run code that files name as a network, though this command and your trainings did not.")
+]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(help="Train part i of n of the same plan, such as 2/5, into RUNS/shards/2-of-5; slurm: the part of this array task."),
 ]
 AgainOption = Annotated[bool, typer.Option("--again", help="Train even what the ledger has already.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config, the taps and a time estimate; train nothing.")]
@@ -196,24 +200,42 @@ def _launch(
     accept_changes: AcceptOption = False,
     trust_code: TrustOption = False,
     dry_run: DryRunOption = False,
+    shard: ShardOption = None,
     runs: RunsOption = Path("runs"),
 ) -> int:
     """Train these runs."""
-    from .device import resolve_device
+    from .device import describe, resolve_device
     from .report.progress import Bars
     from .runner import dry_run as preview
-    from .runner import duration, run
+    from .runner import duration, run, shards
 
-    where, ledger = resolve_device(device), Ledger(runs, create=True, changes=Changes(accept_changes))
-    if dry_run:
-        with trust.code(trust_code):
-            previews = preview(configs, ledger, where, engine, workers)
-        talk.answer(tables.render(previews, "json", ()))
-        todo = [planned for planned in previews if again or not planned["finished_run"]]
-        talk.say(f"{len(todo)} runs to do, about {duration(todo)} (h:mm:ss) on {previews[0]['device']}")
-        return 0
+    changes, place = Changes(accept_changes), None if shard is None else shards.parse(shard)
+    where, ledger = resolve_device(device), Ledger(runs, create=True, changes=changes)
     with trust.code(trust_code):
-        done = run(configs, ledger, where, deterministic=deterministic, again=again, engine=engine, workers=workers, watcher=Bars())
+        planned = None if place is None else shards.planned(configs, ledger, where, *place)
+        if dry_run:
+            previews = preview(configs, ledger, where, engine, workers, planned)
+        else:
+            if planned is not None:
+                ledger = shards.opened(configs, runs, where, planned, changes)
+            done = run(
+                configs,
+                ledger,
+                where,
+                deterministic=deterministic,
+                again=again,
+                engine=engine,
+                workers=workers,
+                shard=planned,
+                watcher=Bars(),
+            )
+    if dry_run:
+        talk.answer(tables.render(previews, "json", ()))
+        todo = [job for job in previews if again or not job["finished_run"]]
+        talk.say(f"{len(todo)} runs to do, about {duration(todo)} (h:mm:ss) on {describe(where)}")
+        return 0
+    if planned is not None:
+        talk.say(f"{shards.told(planned, done)}; put all shards together with: {advice.merge(runs / shard_plan.FOLDER, runs)}")
     return _print_done(done)
 
 
@@ -588,6 +610,24 @@ def rebuild(format_: FormatOption = "table", runs: RunsOption = Path("runs")) ->
     if kept:
         talk.say(f"the old ledger is kept as {kept}")
     return 1 if any(entry.status == "left alone" for entry in entered) else 0
+
+
+@ledger_app.command("merge")
+def merge_ledgers(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of runs, such as those of shards.")],
+    into: Annotated[Path, typer.Option(help="The folder of runs that they are copied into; a new one is made.")],
+    format_: FormatOption = "table",
+) -> int:
+    """Copy the runs of several ledgers into one. Equal runs are taken once; numbers that are taken are replaced by new ones."""
+    from .ledger.merge import Merged, merge
+
+    merged = merge(folders, into)
+    talk.answer(tables.render([entry._asdict() for entry in merged], format_, Merged._fields))
+    copied = sum(not entry.remark or entry.remark.startswith("takes") for entry in merged)
+    talk.say(f"{copied:,} of {len(merged):,} runs were copied into {into}")
+    if missing := shard_plan.missing(folders):
+        talk.say(missing)
+    return 0
 
 
 @ledger_app.command("export")

@@ -1,7 +1,7 @@
 """The ledger: one SQLite row per run and one per epoch. It does not import torch, so that listing is instant."""
 
 from .compare import MAY_DIFFER, baseline_key, flattened, is_baseline, newest
-from .folders import EXPORTS, JOURNAL, PREDICTIONS, RECORD, STUDENT_FILE, files_of, sealed
+from .folders import EXPORTS, JOURNAL, PREDICTIONS, RECORD, STUDENT_FILE, files_of, sealed, sealing
 from .rows import COLUMNS, DAMAGED, Epoch, Run, stored
 from .schema import MIGRATIONS
 from .store import NAME, Ledger
@@ -26,5 +26,6 @@ __all__ = [
     "is_baseline",
     "newest",
     "sealed",
+    "sealing",
     "stored",
 ]

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,12 @@ def sealed(path: Path) -> dict[str, Any] | None:
     return record
 
 
+def sealing(record: Mapping[str, Any]) -> bytes:
+    """The bytes of a file that ``sealed`` reads back."""
+    values = {key: value for key, value in record.items() if key != SEAL}
+    return (json.dumps(values | {SEAL: record_seal(values)}, indent=2) + "\n").encode()
+
+
 def files_of(record: Mapping[str, Any] | None) -> dict[str, Any]:
     """File name -> what a record says of it. The files lie beside the record."""
     files = (record or {}).get("files")
@@ -80,9 +86,16 @@ def note(folder: Path, **entry: Any) -> None:
     Raises:
         OSError: it can't be written.
     """
-    text = json.dumps(entry)
     with told_by_path(folder / JOURNAL), open(folder / JOURNAL, "ab") as file:
-        file.write(f"\n{zlib.crc32(text.encode()):08x} {text}".encode())
+        file.write(journal([entry]))
+
+
+def journal(entries: Iterable[Mapping[str, Any]]) -> bytes:
+    """The lines of a journal with these entries."""
+    lines = []
+    for text in map(json.dumps, entries):
+        lines.append(f"\n{zlib.crc32(text.encode()):08x} {text}")
+    return "".join(lines).encode()
 
 
 def read_journal(folder: Path) -> Journal:

@@ -8,7 +8,7 @@ import shutil
 import sqlite3
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from .. import advice
 from ..checks import Changes, UserError, obstacle
 from ..lock import Lock, held
-from . import folders
+from . import folders, network_file_system
 from .rows import BRIEF, DAMAGED, DEAD, Brief, Epoch, Run, encoded, epoch_of, insert, run_of, sound_sql
 from .schema import MIGRATIONS, migrate, refuse_foreign, version
 
@@ -71,7 +71,7 @@ class Ledger:
                 with closing(connect(self.path, "ro")) as looked_at:  # read-only: closing it leaves the file as it is
                     refuse_foreign(looked_at, self.path)
             self._db = connect(self.path)
-            _write_ahead(self._db)
+            _set_journal(self._db, "DELETE" if network_file_system.kind(self.folder) else "WAL")
             self._migrate()
             stat = self.path.stat()
             self._file, self._size, self._on_disk = (stat.st_dev, stat.st_ino), stat.st_size, True
@@ -173,7 +173,7 @@ class Ledger:
         try:
             with self._write():
                 first()
-                after = self._last_number()
+                after = self.last_number()
                 for no, row in enumerate(rows, after + 1):
                     values = {"no": no, "status": "running", **row, "cohort": after + 1}
                     self._db.execute(*insert("runs", values))
@@ -188,7 +188,49 @@ class Ledger:
             raise
         return numbers
 
-    def _last_number(self) -> int:
+    def enter(self, runs: Mapping[int, tuple[Run, Sequence[Epoch]]], drafts: Path, after: int, replaced: Collection[int] = ()) -> None:
+        """Enter runs that were recorded elsewhere, all or none.
+
+        Args:
+            runs: number -> row and curve.
+            drafts: holds a folder for each of them, which becomes the run's.
+            after: the largest number here when the runs got theirs.
+            replaced: numbers whose run gives way.
+
+        Raises:
+            UserError: another process has registered a run since.
+            OSError: a folder can't be put in its place.
+        """
+        self.refuse_unwritable()
+        if not self._on_disk:
+            self.close()
+            self._open()
+        old, placed = drafts / "replaced", list[int]()
+        try:
+            with self._write():
+                if self.last_number() != after:
+                    raise UserError(f"another process has begun a run in {self.folder} meanwhile; give the command again")
+                for no in replaced:
+                    self._db.execute("DELETE FROM epochs WHERE run = ?", (no,))
+                    self._db.execute("DELETE FROM runs WHERE no = ?", (no,))
+                    if self.run_folder(no).exists():
+                        old.mkdir(exist_ok=True)
+                        self.run_folder(no).rename(old / str(no))
+                for no, (run, curve) in runs.items():
+                    self._db.execute(*insert("runs", vars(run)))
+                    for epoch in curve:
+                        self._db.execute(*insert("epochs", {"run": no, **vars(epoch)}))
+                    (drafts / str(no)).rename(self.run_folder(no))
+                    placed.append(no)
+        except BaseException:
+            for no in placed:
+                shutil.rmtree(self.run_folder(no), ignore_errors=True)
+            for no in replaced:
+                if (old / str(no)).exists():
+                    (old / str(no)).rename(self.run_folder(no))
+            raise
+
+    def last_number(self) -> int:
         """The largest number that a run had or a folder has."""
         rows = "SELECT max(no) FROM runs UNION ALL SELECT max(CAST(seq AS INTEGER)) FROM sqlite_sequence WHERE name = 'runs'"
         known = [int(no) for (no,) in self._db.execute(rows) if no]
@@ -468,12 +510,15 @@ def _hindrance(path: Path) -> str:
     return "" if os.access(target.parent, os.W_OK | os.X_OK) else f"you may not write in {path.parent}"
 
 
-def _write_ahead(db: sqlite3.Connection) -> None:
-    """Switch to WAL. SQLite's busy timeout does not cover this switch, so that processes which make one ledger at once wait here."""
+def _set_journal(db: sqlite3.Connection, mode: str) -> None:
+    """Choose SQLite's journal: a write-ahead log (WAL), which needs memory that all processes share, or one file for each transaction.
+
+    SQLite's busy timeout does not cover this switch, so that processes which make one ledger at once wait here.
+    """
     until = time.monotonic() + BUSY_SECONDS
     while True:
         try:
-            db.execute("PRAGMA journal_mode=WAL")
+            db.execute(f"PRAGMA journal_mode={mode}")
             return
         except sqlite3.OperationalError as error:
             if "locked" not in str(error) or time.monotonic() > until:

@@ -17,7 +17,8 @@ from ..checks import UserError, first_line
 from ..config import RunConfig
 from ..device import computing, describe, reset_peak_memory, settings
 from ..env import circumstances, versions
-from ..ledger import Ledger, Run
+from ..ledger import Ledger, Run, network_file_system, shard_plan
+from ..ledger.shard_plan import ShardPlan
 from ..models.foreign import own_place
 from ..training import checkpoint
 from ..training.cohort import Cohort, train
@@ -25,6 +26,7 @@ from ..training.student import Student
 from .cohorts import Member, check_start, prepare
 from .integrity import missing
 from .job import Job, other_side
+from .partition import part
 from .plan import plan, recorded
 from .record import finish, now, record_epoch, row, told
 from .watcher import Watcher
@@ -41,18 +43,22 @@ def run(
     again: bool = False,
     engine: str = "auto",
     workers: int | None = None,
+    shard: ShardPlan | None = None,
     watcher: Watcher | None = None,
 ) -> list[Run]:
     """Train what the ledger lacks, go on with what was cut off, and return the run of every config, in order.
 
-    Runs that diverged are among them, as failed.
+    Runs that diverged are among them, as failed. With ``shard`` only that part of the plan is trained and returned.
 
     Raises:
         UserError: a config can't be run; nothing was trained then.
     """
     ledger.refuse_unwritable()
+    refuse_shared(ledger)
     watcher, started = watcher or Watcher(), time.perf_counter()
     jobs = plan(configs, ledger, device)
+    if shard is not None:
+        jobs = part(jobs, shard)
     todo = {job.key: job for job in jobs}
     for line in dict.fromkeys(network.remark for job in jobs for network in job.networks.values() if network.remark):
         watcher.say(line)
@@ -80,11 +86,25 @@ def run(
                 _begin_cohort(cohort, members, ledger, device, watcher, time.perf_counter() - started, again=again)
                 started = time.perf_counter()
     except _TakenError:  # another process began one meanwhile: what it trains is refused, what it finished is skipped
-        how: dict[str, Any] = {"deterministic": deterministic, "engine": engine, "workers": workers, "watcher": watcher}
+        how: dict[str, Any] = {"deterministic": deterministic, "engine": engine, "workers": workers, "shard": shard, "watcher": watcher}
         return run(configs, ledger, device, **how)
     numbers = {key: previous.no for key, previous in known.items()}
     numbers |= {member.job.key: member.no for _, members in prepared for member in members}
     return [ledger.run(numbers[job.key]) for job in jobs]
+
+
+def refuse_shared(ledger: Ledger) -> None:
+    """Refuse to train into a ledger on a network file system, unless it is a shard's, which one process writes.
+
+    Raises:
+        UserError: that is so.
+    """
+    if (kind := network_file_system.kind(ledger.folder)) and not (ledger.folder / shard_plan.FILE).exists():
+        raise UserError(
+            f"--runs {ledger.folder} lies on {kind}, which several machines share; SQLite can't keep a ledger there that more than one "
+            f"process writes. Name a folder on a local disk, or train shards, each with a ledger of its own (--shard 1/1 for a single "
+            f"one), and put them together with: {advice.merge(ledger.folder / shard_plan.FOLDER, ledger.folder)}"
+        )
 
 
 class _TakenError(Exception):
@@ -100,6 +120,7 @@ def resume(
         UserError: that run is not cut off, or something that its numbers depend on has changed since.
     """
     ledger.refuse_unwritable()
+    refuse_shared(ledger)
     watcher = watcher or Watcher()
     runs = [run_ for run_ in ledger.runs() if run_.cut_off] if no is None else [_cut_off(ledger.run(no))]
     homes = dict.fromkeys(run_.home for run_ in runs)
@@ -232,11 +253,14 @@ def _restore(cohort: Cohort, members: Sequence[Member], folder: Path, watcher: W
         watcher.say(f"{saved.damage}; {'the one before it is used' if saved.done else 'there is no other, so it starts again'}")
         (folder / checkpoint.FILE).unlink(missing_ok=True)  # else the next save would keep it as the one before
     if saved is not None and saved.done:
-        for member in members:
-            if saved.about.get(str(member.no), {}).get("key") != list(member.job.key):
+        keys = {}
+        for member in members:  # by what it trains, for a run that came from another ledger had another number there
+            known = next((key for key, about in saved.about.items() if about["key"] == list(member.job.key)), None)
+            if known is None:
                 raise UserError(f"the checkpoint in {folder} is not of run {member.no}; remove it, and resume starts that run again")
-            member.train_seconds, member.eval_seconds = saved.about[str(member.no)]["seconds"]
-        checkpoint.restore(cohort, _keys(members), saved)
+            keys[member.student] = known
+            member.train_seconds, member.eval_seconds = saved.about[known]["seconds"]
+        checkpoint.restore(cohort, keys, saved)
     watcher.say(f"{_numbers(members)}: resumed after epoch {cohort.done} of {cohort.epochs}")
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from .. import models
 from ..checks import Changes, UserError
-from ..config import SEAL, record_seal
 from ..env import versions
-from ..ledger import DAMAGED, EXPORTS, NAME, PREDICTIONS, RECORD, STUDENT_FILE, Ledger, Run, files_of, sealed
+from ..ledger import DAMAGED, EXPORTS, NAME, PREDICTIONS, RECORD, STUDENT_FILE, Ledger, Run, files_of, sealed, sealing
 from ..models.code import file_hash
 from ..models.probe import Answers, difference, probe
 from ..training import checkpoint
@@ -45,12 +43,8 @@ def listed(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def write_record(folder: Path, record: dict[str, Any]) -> str:
     """Write ``run.json`` with a seal, for it is read as a config too; its hash."""
-    _write_sealed(folder / RECORD, record)
+    write_whole(folder / RECORD, sealing(record))
     return file_hash(folder / RECORD)
-
-
-def _write_sealed(path: Path, record: dict[str, Any]) -> None:
-    write_whole(path, (json.dumps(record | {SEAL: record_seal(record)}, indent=2) + "\n").encode())
 
 
 def examine(run: Run, ledger: Ledger, only: Sequence[str] = ()) -> list[Finding]:
@@ -169,7 +163,7 @@ def enlist(no: int, ledger: Ledger, file: Path) -> None:
         before = sealed(folder / EXPORTS) if (folder / EXPORTS).is_file() else {}
         if before is None:
             raise UserError(f"run {no}: {EXPORTS} is not the file that was written, so {file.name} was written and not entered there")
-        _write_sealed(folder / EXPORTS, {"files": files_of(before) | listed(folder, [file.name])})
+        write_whole(folder / EXPORTS, sealing({"files": files_of(before) | listed(folder, [file.name])}))
 
 
 def answers(model: str, sizes: DataSpec, weights: Weights) -> Answers:

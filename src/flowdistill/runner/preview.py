@@ -10,17 +10,24 @@ import torch
 from ..config import RunConfig
 from ..device import computing, describe
 from ..ledger import Ledger
+from ..ledger.shard_plan import ShardPlan
 from ..training.cohort import Cohort
 from ..types import NetSpec
 from .cohorts import Member, check_start, prepare
 from .estimate import Duration, by, epoch_of
 from .execute import before
+from .partition import part
 from .plan import plan
 from .watcher import Watcher
 
 
 def dry_run(
-    configs: Sequence[RunConfig], ledger: Ledger, device: torch.device, engine: str = "auto", workers: int | None = None
+    configs: Sequence[RunConfig],
+    ledger: Ledger,
+    device: torch.device,
+    engine: str = "auto",
+    workers: int | None = None,
+    shard: ShardPlan | None = None,
 ) -> list[dict[str, Any]]:
     """For each config what ``run`` would do: resolved, with taps, gradient ratios and an estimate of its time. Writes nothing.
 
@@ -30,7 +37,8 @@ def dry_run(
         UserError: as ``run``.
     """
     with computing(device):
-        prepared = prepare(plan(configs, ledger, device), device, engine, workers)
+        jobs = plan(configs, ledger, device)
+        prepared = prepare(jobs if shard is None else part(jobs, shard), device, engine, workers)
         return [preview for cohort, members in prepared for preview in _of_cohort(cohort, members, ledger, device)]
 
 

@@ -435,6 +435,7 @@ def reproduce(
     device: DeviceOption = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and a time estimate; train nothing.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the document; else log or fsp-log in the folder of the runs.")] = None,
+    shard: ShardOption = None,
     runs: RunsOption = Path("runs"),
 ) -> int:
     """A published log, trained again: baselines, students, and one document beside its figures. What is trained already is skipped."""
@@ -459,6 +460,8 @@ def reproduce(
         again.BASELINE_SEEDS if baselines is None else parse_seeds(baselines, "--baselines"),
     )
     again.refuse_own_teachers(order.seeds, order.baselines)
+    if shard is not None:
+        return _launch(again.in_shards(order), device=device, dry_run=dry_run, shard=shard, runs=runs)
     where, ledger, folder = resolve_device(device), Ledger(runs, create=True), out or runs / study
     again.refuse_folder(folder, chosen)
     again.tell_time(order, ledger, where)

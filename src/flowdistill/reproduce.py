@@ -208,6 +208,14 @@ def reproduce(order: Order, ledger: Ledger, device: torch.device, folder: Path, 
     return document, all(run_.status == "finished" for runs in by_setting.values() for run_ in runs)
 
 
+def in_shards(order: Order) -> list[RunConfig]:
+    """What shards train: all students, whose teachers the ledger has, or all baselines if the order has no other row. They write no
+    document.
+    """
+    students = [config for setting in order.settings for config in order.students(setting)]
+    return students or [config for setting in order.settings for config in order.teachers(setting)]
+
+
 def _train(order: Order, setting: Setting, ledger: Ledger, device: torch.device) -> list[Run]:
     """Train the teachers first, then all students as one cohort. Return their runs, and what else the ledger has."""
     bars = Bars()

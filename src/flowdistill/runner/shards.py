@@ -28,11 +28,14 @@ def parse(text: str, environment: Mapping[str, str] = os.environ) -> tuple[int, 
         UserError: it is neither, or there is no such shard.
     """
     if text == SLURM:
-        return _of_array(environment)
+        return _within(text, *_of_array(environment))
     numbers = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
     if not numbers:
         raise UserError(f"--shard {text!r} is no shard; write NUMBER/COUNT such as 1/5, or {SLURM} in a job array")
-    number, count = int(numbers[1]), int(numbers[2])
+    return _within(text, int(numbers[1]), int(numbers[2]))
+
+
+def _within(text: str, number: int, count: int) -> tuple[int, int]:
     if not 1 <= number <= count:
         allowed = f"give one of 1/{count} to {count}/{count}" if count else "give one such as 1/5"
         raise UserError(f"--shard {text}: there is no shard {number} of {count}; {allowed}")

@@ -28,6 +28,7 @@ from flowdistill.runner.partition import part, whole
 from flowdistill.runner.plan import plan
 
 CPU = torch.device("cpu")
+SCRIPT = Path(__file__).parents[1] / "docs" / "shard.sbatch"
 
 
 def train_shard(configs: Sequence[RunConfig], runs: Path, number: int, count: int, watcher: Watcher | None = None) -> list[Run]:
@@ -291,9 +292,15 @@ def test_training_into_a_network_file_system_is_refused_with_what_to_do_and_shar
 
 @pytest.mark.long
 def test_a_job_that_is_told_to_end_ends_within_ten_seconds_and_its_requeued_task_goes_on(small_npz: Path, tmp_path: Path) -> None:
-    words = f"train --model resnet20 --dataset npz:{small_npz} --set data.pad=1 --epochs 40 --batch-size 64 --seeds 0-1 --shard slurm"
-    environment = os.environ | {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
-    start = [sys.executable, "-m", "flowdistill", *words.split()]
+    """By the script for a job array; ``scontrol`` is a stand-in that notes what it is asked."""
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    (tmp_path / "flowdistill").write_text(f'#!/bin/sh\nexec {sys.executable} -m flowdistill "$@"\n')
+    for name in ("scontrol", "flowdistill"):
+        (tmp_path / name).chmod(0o755)
+    array = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_JOB_ID": "4711"}
+    environment = os.environ | array | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    words = f"train --model resnet20 --dataset npz:{small_npz} --set data.pad=1 --epochs 40 --batch-size 64 --seeds 0-1".split()
+    start = ["bash", str(SCRIPT), *words]
     job = subprocess.Popen(start, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     journal = tmp_path / "runs/shards/2-of-2/1/journal.jsonl"
     until = time.monotonic() + 120
@@ -307,14 +314,14 @@ def test_a_job_that_is_told_to_end_ends_within_ten_seconds_and_its_requeued_task
     assert time.monotonic() - told < 10
     assert job.returncode == 130
     assert "go on with" in err
+    assert (tmp_path / "asked").read_text() == "requeue 4711\n"
     requeued = subprocess.run(start, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert "resumed after epoch" in requeued.stderr
+    assert (tmp_path / "asked").read_text() == "requeue 4711\n", "a task that is done is not put back"
     own = Ledger(tmp_path / "runs/shards/2-of-2")
     straight = Ledger(tmp_path / "straight", create=True)
-    base = config(small_npz, method="base", student="resnet20", seed=1)
-    recorded = own.run(1)
-    (wanted,) = run([base.model_validate(recorded.config)], straight, CPU)
-    assert outcome(recorded, own) == outcome(wanted, straight)
+    (wanted,) = run([RunConfig.model_validate(own.run(1).config)], straight, CPU)
+    assert outcome(own.run(1), own) == outcome(wanted, straight)
 
 
 def test_a_plan_file_that_is_no_plan_is_told(tmp_path: Path) -> None:

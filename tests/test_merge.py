@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,6 +197,43 @@ def test_a_source_that_is_not_whole_is_refused_and_nothing_is_entered(trained: P
     assert (said.code, said.out) == (2, "")
     assert said.err.startswith(f"flowdistill: {why}")
     assert not list(into.glob("*/*"))
+
+
+@pytest.mark.parametrize("moment", range(1, 6))
+def test_a_merge_that_is_killed_leaves_nothing_that_the_next_does_not_mend(trained: Path, tmp_path: Path, moment: int) -> None:
+    """Killed as the last folder is prepared, and before each of the four folders is put in its place."""
+    into = rows_of(tmp_path / "into", row(seed=50))
+    child = os.fork()
+    if not child:
+        left, rename = [moment], Path.rename
+
+        def killed(self: Path, target: Path) -> Path:
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rename(self, target)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "rename", killed)
+            if moment == 5:
+                patch.setattr(merge, "_carry_checkpoint", lambda entry, *_: entry.run.no == 4 and os.kill(os.getpid(), signal.SIGKILL))
+            merge.merge([trained], into)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert [path.name for path in into.iterdir() if path.name.startswith(".merge-")], "it was killed before it could tidy up"
+    said = command(tmp_path, "ledger", "merge", str(trained), "--into", str(into))
+    if 2 <= moment <= 4:  # a folder is in its place, and its row is not: nothing is lost, and one line says what to do
+        assert (
+            said.err
+            == f"flowdistill: {into / '2'} is the folder of a run that its ledger lacks; enter it first: flowdistill ledger rebuild --runs {into}\n"
+        )
+        assert command(tmp_path, "ledger", "rebuild", "--runs", str(into)).code == 0
+        said = command(tmp_path, "ledger", "merge", str(trained), "--into", str(into))
+    assert said.code == 0
+    ledger = Ledger(into)
+    assert sorted((run_.method, run_.seed) for run_ in ledger.runs()) == [("base", 0), ("base", 1), ("fsp", 50), ("kd", 0), ("kd", 2)]
+    assert [finding for run_ in ledger.runs() if run_.seed != 50 for finding in examine(run_, ledger) if not finding.sound] == []
+    assert not [path.name for path in into.iterdir() if path.name.startswith(".merge-")]
 
 
 def test_a_run_in_training_is_waited_for(trained: Path, tmp_path: Path) -> None:

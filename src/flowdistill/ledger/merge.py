@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +18,12 @@ from typing import Any, NamedTuple
 from .. import advice
 from ..checks import UserError
 from ..config import NETWORKS, SEAL
+from ..lock import Lock, held
 from . import folders, shard_plan
 from .rows import DAMAGED, DEAD, RUN, Epoch, Run
 from .store import Ledger
 
+DRAFTS = ".merge-"  # beginning of the name of a folder in which a merge prepares runs
 ORIGIN = "origin"  # key of a run's versions: the ledger and the number that it had there
 Key = tuple[str, int]
 
@@ -155,14 +158,25 @@ def bring(numbers: Iterable[int], source: Ledger, target: Ledger) -> None:
 def _merge(sources: Sequence[Sequence[_Entry]], target: Ledger) -> list[Merged]:
     plan = _planned(sources, target)
     if plan.taken:
-        target.folder.mkdir(parents=True, exist_ok=True)
-        drafts = Path(tempfile.mkdtemp(prefix=".merge-", dir=target.folder))
-        try:
+        with _drafts(target.folder) as drafts:
             rows = {no: _copied(entry, no, plan, drafts / str(no)) for no, entry in plan.taken.items()}
             target.enter({no: (rows[no], entry.curve) for no, entry in plan.taken.items()}, drafts, plan.last, plan.replaced)
-        finally:
-            shutil.rmtree(drafts, ignore_errors=True)
     return plan.merged
+
+
+@contextmanager
+def _drafts(folder: Path) -> Iterator[Path]:
+    """A folder to prepare runs in, which is gone after that. What a killed merge left is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{DRAFTS}*"):
+        if not held(left / folders.LOCK_FILE):
+            shutil.rmtree(left, ignore_errors=True)
+    drafts = Path(tempfile.mkdtemp(prefix=DRAFTS, dir=folder))
+    try:
+        with Lock(drafts / folders.LOCK_FILE):
+            yield drafts
+    finally:
+        shutil.rmtree(drafts, ignore_errors=True)
 
 
 def _sound(ledger: Ledger) -> list[Run]:

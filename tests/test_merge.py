@@ -223,10 +223,8 @@ def test_a_merge_that_is_killed_leaves_nothing_that_the_next_does_not_mend(train
     assert [path.name for path in into.iterdir() if path.name.startswith(".merge-")], "it was killed before it could tidy up"
     said = command(tmp_path, "ledger", "merge", str(trained), "--into", str(into))
     if 2 <= moment <= 4:  # a folder is in its place, and its row is not: nothing is lost, and one line says what to do
-        assert (
-            said.err
-            == f"flowdistill: {into / '2'} is the folder of a run that its ledger lacks; enter it first: flowdistill ledger rebuild --runs {into}\n"
-        )
+        cure = f"enter it first: flowdistill ledger rebuild --runs {into}"
+        assert said.err == f"flowdistill: {into / '2'} is the folder of a run that its ledger lacks; {cure}\n"
         assert command(tmp_path, "ledger", "rebuild", "--runs", str(into)).code == 0
         said = command(tmp_path, "ledger", "merge", str(trained), "--into", str(into))
     assert said.code == 0

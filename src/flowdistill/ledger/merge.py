@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,6 +102,16 @@ class _Plan:
     taken: dict[int, _Entry] = field(default_factory=dict)
     replaced: set[int] = field(default_factory=set)
     merged: list[Merged] = field(default_factory=list)
+
+    @cached_property
+    def homes(self) -> dict[tuple[Ledger, int], int]:
+        """(source, first run of a cohort there) -> that of the cohort here: the same run, or if it was not taken the smallest number."""
+        homes: dict[tuple[Ledger, int], int] = {}
+        for no, entry in sorted(self.taken.items()):
+            key = entry.ledger, entry.run.home
+            if key not in homes or entry.run.no == entry.run.home:
+                homes[key] = no
+        return homes
 
     def take(self, entry: _Entry, no: int, remark: str = "") -> None:
         """Copy a run, under this number."""
@@ -298,14 +309,10 @@ def _copied(entry: _Entry, no: int, plan: _Plan, draft: Path) -> Run:
                 _put(path, draft / path.name)
     _carry_checkpoint(entry, run, plan, draft)
     row = {name: getattr(run, name) for name in RUN}
-    lines: list[Mapping[str, Any]] = [{"row": row}, {"reopened": 0}, *({"epoch": vars(epoch)} for epoch in entry.curve)]
-    (draft / folders.JOURNAL).write_bytes(folders.journal(lines))
+    (draft / folders.JOURNAL).write_bytes(_journal(source / folders.JOURNAL, entry, row))
     if not (source / folders.RECORD).is_file():
         return run
-    record = folders.sealed(source / folders.RECORD)
-    changed = hashlib.sha256((source / folders.RECORD).read_bytes()).hexdigest() != (entry.run.record_hash or "")
-    if record is None or (changed and entry.run.record_hash):
-        raise UserError(f"{source / folders.RECORD} is not what {entry.name} wrote; {_CURE}")
+    record = _record(source / folders.RECORD, entry)
     record |= {name: value for name, value in row.items() if name in record and name != "record_hash"}
     if SEAL not in record:  # version 0.1.0 listed no files and sealed nothing
         (draft / folders.RECORD).write_text(json.dumps(record, indent=2) + "\n")
@@ -316,6 +323,31 @@ def _copied(entry: _Entry, no: int, plan: _Plan, draft: Path) -> Run:
     content = folders.sealing(record | {"files": files})
     (draft / folders.RECORD).write_bytes(content)
     return dataclasses.replace(run, record_hash=hashlib.sha256(content).hexdigest())
+
+
+def _journal(path: Path, entry: _Entry, row: Mapping[str, Any]) -> bytes:
+    """A run's journal as it is, with the new row after it; made from the curve if there is none."""
+    try:
+        before = path.read_bytes()
+    except FileNotFoundError:
+        before = folders.journal({"epoch": vars(epoch)} for epoch in entry.curve)
+    return before + folders.journal([{"row": row}])
+
+
+def _record(path: Path, entry: _Entry) -> dict[str, Any]:
+    """What a run's record says.
+
+    Raises:
+        UserError: it is not what was written.
+    """
+    content = path.read_bytes()
+    if entry.run.record_hash is None:  # version 0.1.0 kept no hash
+        record = folders.sealed(path)
+    else:
+        record = json.loads(content) if hashlib.sha256(content).hexdigest() == entry.run.record_hash else None
+    if record is None:
+        raise UserError(f"{path} is not what {entry.name} wrote; {_CURE}")
+    return record
 
 
 def _put(path: Path, copy: Path) -> None:
@@ -342,14 +374,12 @@ def _renumbered(entry: _Entry, no: int, plan: _Plan) -> dict[str, Any]:
 
     references = {key: numbers.get(old) for key in NETWORKS if (old := _number(run.config.get(key))) is not None}
     config = run.config | {key: str(value) for key, value in references.items() if value is not None}
-    cohort = [other.run.no for other in plan.taken.values() if other.ledger is entry.ledger and other.run.home == run.home]
-    home = numbers[run.home] if run.home in cohort else min(numbers[other] for other in cohort)
     before = run.versions.get(ORIGIN)
     origin = f"run {run.no} of {entry.ledger.folder}" + (f" ({before})" if before else "")
     return {
         "no": no,
         "status": "interrupted" if run.status == DEAD else run.status,
-        "cohort": None if run.cohort is None else home,
+        "cohort": None if run.cohort is None else plan.homes[entry.ledger, run.home],
         "teacher_run": None if run.teacher_run is None else numbers.get(run.teacher_run),
         "variant": re.sub(r"(\binit=run )(\d+)\b", new, run.variant),
         "config": config,

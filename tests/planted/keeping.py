@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import test_ledger
+import test_merge
 import test_resume as suite
+import test_shards
 import test_weights
 import torch
 
 from flowdistill.config import validate
 from flowdistill.data.batches import SeedBatches
 from flowdistill.device import computing
-from flowdistill.ledger import Ledger
-from flowdistill.runner import execute, plan, references
+from flowdistill.ledger import Ledger, merge
+from flowdistill.runner import execute, partition, plan, references
 from flowdistill.training import checkpoint, weights
 from flowdistill.training.student import Student
 
@@ -138,3 +140,34 @@ def status_believed(self, home):
 def threads_of_this_machine(device, *, deterministic=False, cores=None):
     """As many threads as there are cores today: sums are rounded in another order."""
     return computing(device, deterministic=deterministic)
+
+
+TWO_RESULTS = test_merge.test_a_run_with_two_results_is_refused_and_nothing_is_copied
+ONE_SHARD = test_shards.test_every_run_is_in_one_shard_and_what_shares_a_seed_stays_together
+
+
+@bug(
+    merge,
+    "_refuse_contradiction",
+    TWO_RESULTS,
+    {"changes": {"correct": 9199}, "told": "correct 9199 and 9200", "started": "2022-01-01T00:00:00"},
+)
+def the_second_result_added_beside_the_first(entries, before):
+    """Two ledgers that contradict each other become one in which the newer run wins, without a word."""
+
+
+@bug(
+    merge._Entry,
+    "result",
+    TWO_RESULTS,
+    {"changes": {"weights_hash": "f" * 64}, "told": r"weights ffffffff and \w{8}", "started": "2021-09-01T08:10:43"},
+)
+def equal_by_accuracy(self):
+    """Two students that get the same number of images right are taken for one."""
+    return [self.run.status, self.run.correct]
+
+
+@bug(partition, "_by_seed", ONE_SHARD, {"count": 3})
+def shards_of_single_runs(cohort):
+    """Students of one seed go to several shards: batches and teacher are computed again in each, and peers are torn apart."""
+    return [[job] for job in cohort]

@@ -114,7 +114,7 @@ def main() -> None:
 def _run() -> int:
     try:
         refuse_empty(sys.argv)
-        _refuse_ranks(sys.argv[1:])
+        _begin_ranks(sys.argv[1:])
         code = app(standalone_mode=False)
     except UserError as error:
         return _complain(str(error), 2)
@@ -142,8 +142,8 @@ def _complain(line: str, code: int) -> int:
     return complain(line, code) if ranks.tells() else code
 
 
-def _refuse_ranks(words: Sequence[str]) -> None:
-    """Refuse torchrun for what one process does.
+def _begin_ranks(words: Sequence[str]) -> None:
+    """Before torch is imported: refuse torchrun for what one process does, and what torch remarks on ranks that end is not printed.
 
     Raises:
         UserError: several processes were started for another command than a training.
@@ -151,6 +151,8 @@ def _refuse_ranks(words: Sequence[str]) -> None:
     if ranks.launched().several and not {*words[:1]} & TRAINING:
         given = f" {words[0]}" if words else ""
         raise UserError(f"torchrun starts a training ({joined(sorted(TRAINING), 'or')}); give flowdistill{given} without it")
+    if ranks.launched().several:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def _version(wanted: bool) -> None:

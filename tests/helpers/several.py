@@ -118,9 +118,8 @@ def measured(data: str, names: Sequence[str], ledger: Path) -> Found:
                 for step, _ in zip(range(STEPS), cohort.engine.epoch(cohort.seed_groups, 0, rates), strict=False):
                     for member in members:
                         taken = gradients(member.student)
-                        found.setdefault(name_of(member.job), {}).setdefault(mode, {}).update(
-                            {f"step {step} {part}": value for part, value in taken.items()}
-                        )
+                        values = found.setdefault(name_of(member.job), {}).setdefault(mode, {})
+                        values |= {f"step {step} {part}": value for part, value in taken.items()}
             cohorts._unite(cohort)
             for member in members:
                 losses = {

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # before torch is imported, as the command line does it
+
 import torch
 from torch import Tensor, nn
 

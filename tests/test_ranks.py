@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -156,6 +157,13 @@ def test_a_method_that_is_not_gathered_is_the_mean_of_its_halves(name: str, opti
     )
     assert same or method.whole_batch
     assert not (same and method.whole_batch) or options, "nothing is gathered that need not be"
+
+
+def test_the_page_names_what_is_gathered() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "SCALE.md").read_text()
+    named = re.search("Gathered are: ([^.]*)", page)[1]
+    gathered = {name for name, options in ALL if name in METHODS and make(name, options, widest(name, options)).whole_batch}
+    assert re.findall("`([^`]*)`", named) == sorted(gathered)
 
 
 # Who measures what

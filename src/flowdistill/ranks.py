@@ -70,7 +70,7 @@ class Ranks:
             with _another_may_end():
                 distributed.all_reduce(flat)
             flat /= self.world
-            for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
 
     def least_(self, tensors: Sequence[Tensor]) -> None:
@@ -187,15 +187,15 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         return
     import torch
     from torch import distributed
+    from torch.distributed.rendezvous import rendezvous
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with _another_may_end():
-        _store, rank, world = next(distributed.rendezvous("env://", timeout=PATIENCE))
+        _store, rank, world = next(rendezvous("env://", timeout=PATIENCE))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        distributed.init_process_group(
-            backend, store=distributed.PrefixStore("flowdistill", _store), rank=rank, world_size=world, timeout=PATIENCE
-        )
+        own = distributed.PrefixStore("flowdistill", _store)  # type: ignore[attr-defined]
+        distributed.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=PATIENCE)
     with _as(ranks):
         yield ranks
     distributed.destroy_process_group()  # not after an error: it would wait for ranks that do not come

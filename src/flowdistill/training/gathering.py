@@ -50,7 +50,7 @@ def whole_outputs(outputs: Outputs, ranks: Ranks) -> Outputs:
     def gather(value: Tensor) -> Tensor:
         if value is None or not value.requires_grad:
             return value if value is None else ranks.gathered(value)
-        gathered: Tensor = _Gathered.apply(value, ranks)  # type: ignore[no-untyped-call]
+        gathered: Tensor = _Gathered.apply(value, ranks)
         return gathered
 
     maps = {name: gather(value) for name, value in outputs.maps.items()}

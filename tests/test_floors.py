@@ -15,7 +15,7 @@ TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "src" / PACKAGE
 
 ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "ground": (0, ("advice", "checks", "registry", "randomness", "device", "env", "interrupt", "lock", "talk", "trust")),
+    "ground": (0, ("advice", "checks", "registry", "randomness", "device", "env", "interrupt", "lock", "ranks", "talk", "trust")),
     "vocabulary": (1, ("config", "types")),
     "data": (2, ("data",)),
     "models": (2, ("models",)),
@@ -33,7 +33,7 @@ STRANGERS = {("methods", "models"), ("methods", "data")}
 
 TORCH_FREE = (
     *("", "__main__", "advice", "checks", "cli", "cli_errors", "config", "env", "interrupt", "ledger"),
-    *("lock", "recipes", "registry", "trust"),
+    *("lock", "ranks", "recipes", "registry", "trust"),
     *("report", "report.card", "report.pages", "report.reference", "report.tables", "stats", "talk"),
 )
 """Modules that must not bring torch in when they are imported."""

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from pydantic import ValidationError
 
-from . import advice, recipes, talk, trust
-from .checks import INTERRUPTED, MAX_WORKERS, Changes, UserError, did_you_mean, obstacle, parse_seeds, shortage
+from . import advice, ranks, recipes, talk, trust
+from .checks import INTERRUPTED, MAX_WORKERS, Changes, UserError, did_you_mean, joined, obstacle, parse_seeds, shortage
 from .cli_errors import complain, failure, refuse_empty, usage
 from .config import (
     BASELINE,
@@ -41,6 +41,8 @@ from .report import board, pages, tables
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import torch
+
 
 app = typer.Typer(
     add_completion=False,
@@ -51,6 +53,7 @@ app = typer.Typer(
 )
 
 
+TRAINING = {"train", "distill", "resume"}  # the commands that several processes share, as torchrun starts them
 LAST = 100  # runs that are listed unless more are asked for
 
 
@@ -115,26 +118,45 @@ def main() -> None:
 def _run() -> int:
     try:
         refuse_empty(sys.argv)
+        _begin_ranks(sys.argv[1:])
         code = app(standalone_mode=False)
     except UserError as error:
-        return complain(str(error), 2)
+        return _complain(str(error), 2)
     except ValidationError as error:
-        return complain(one_line(error, RunConfig), 2)
+        return _complain(one_line(error, RunConfig), 2)
     except (OSError, sqlite3.Error) as error:
-        return complain(failure(error), 1)
+        return _complain(failure(error), 1)
     except Exception as error:
         if shortage(error):
-            return complain(failure(error), 1)
+            return _complain(failure(error), 1)
         if not hasattr(error, "format_message"):  # not a usage error of the parser: a bug, shown whole
             raise
         if len(sys.argv) == 1:
             for line in error.format_message().splitlines():  # the help
                 talk.say(line)
             return 2
-        return complain(usage(error), 2)
-    if code == INTERRUPTED:
+        return _complain(usage(error), 2)
+    if code == INTERRUPTED and ranks.launched().leads:
         talk.say("interrupted")  # what was cut off, and how to go on with it, is said where it is known
     return code if isinstance(code, int) else 0
+
+
+def _complain(line: str, code: int) -> int:
+    """Complain, if no other rank of this run does."""
+    return complain(line, code) if ranks.tells() else code
+
+
+def _begin_ranks(words: Sequence[str]) -> None:
+    """Before torch is imported: refuse torchrun for what one process does, and what torch remarks on ranks that end is not printed.
+
+    Raises:
+        UserError: several processes were started for another command than a training.
+    """
+    if ranks.launched().several and not {*words[:1]} & TRAINING:
+        given = f" {words[0]}" if words else ""
+        raise UserError(f"torchrun starts a training ({joined(sorted(TRAINING), 'or')}); give flowdistill{given} without it")
+    if ranks.launched().several:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def _version(wanted: bool) -> None:
@@ -206,37 +228,41 @@ def _launch(
     """Train these runs."""
     from .device import describe, resolve_device
     from .report.progress import Bars
+    from .runner import dismiss, duration, run, shards
     from .runner import dry_run as preview
-    from .runner import duration, run, shards
 
-    changes, place = Changes(accept_changes), None if shard is None else shards.parse(shard)
-    where, ledger = resolve_device(device), Ledger(runs, create=True, changes=changes)
+    place = None if shard is None else shards.parse(shard)
+    where, own = resolve_device(ranks.device_name(device)), runs if place is None else shards.folder(runs, *place)
+    if not ranks.launched().leads:
+        return 0 if dry_run else _follow(where, workers, own, accept_changes=accept_changes, trust_code=trust_code)
+    changes = Changes(accept_changes)
+    ledger = Ledger(runs, create=True, changes=changes)
     with trust.code(trust_code):
-        planned = None if place is None else shards.planned(configs, ledger, where, *place)
+        part = None if place is None else shards.planned(configs, ledger, where, *place)
         if dry_run:
-            previews = preview(configs, ledger, where, engine, workers, planned)
-        else:
-            if planned is not None:
-                ledger = shards.opened(configs, runs, where, planned, changes)
-            done = run(
-                configs,
-                ledger,
-                where,
-                deterministic=deterministic,
-                again=again,
-                engine=engine,
-                workers=workers,
-                shard=planned,
-                watcher=Bars(),
-            )
-    if dry_run:
-        talk.answer(tables.render(previews, "json", ()))
-        todo = [job for job in previews if again or not job["finished_run"]]
-        talk.say(f"{len(todo)} runs to do, about {duration(todo)} (h:mm:ss) on {describe(where)}")
-        return 0
-    if planned is not None:
-        talk.say(f"{shards.told(planned, done)}; put all shards together with: {advice.merge(runs / shard_plan.FOLDER, runs)}")
+            previews = preview(configs, ledger, where, engine, workers, part)
+            talk.answer(tables.render(previews, "json", ()))
+            todo = [planned for planned in previews if again or not planned["finished_run"]]
+            talk.say(f"{len(todo)} runs to do, about {duration(todo)} (h:mm:ss) on {describe(where)}")
+            return 0
+        if part is not None:
+            ledger = shards.opened(configs, runs, where, part, changes)
+        how: dict[str, Any] = {"deterministic": deterministic, "again": again, "engine": engine, "workers": workers, "shard": part}
+        with ranks.joined(where):
+            done = run(configs, ledger, where, **how, watcher=Bars())
+            dismiss()
+    if part is not None:
+        talk.say(f"{shards.told(part, done)}; put all shards together with: {advice.merge(runs / shard_plan.FOLDER, runs)}")
     return _print_done(done)
+
+
+def _follow(device: torch.device, workers: int | None, runs: Path, *, accept_changes: bool | None, trust_code: bool) -> int:
+    """What every process but the first of a torchrun does."""
+    from .runner import follow
+
+    with trust.code(trust_code), ranks.joined(device):
+        follow(lambda: Ledger(runs, changes=Changes(accept_changes, say=lambda _: None)), device, workers)
+    return 0
 
 
 def _with_options_of(*functions: Callable[..., Any]) -> Callable[[Callable[..., int]], Callable[..., int]]:
@@ -326,10 +352,15 @@ def resume(
     """Go on with runs that were cut off (interrupted or dead), from their last checkpoint."""
     from .device import resolve_device
     from .report.progress import Bars
+    from .runner import dismiss
     from .runner import resume as go_on
 
-    with trust.code(trust_code):
-        done = go_on(Ledger(runs, changes=Changes(None)), resolve_device(device), no=run, workers=workers, watcher=Bars())
+    where = resolve_device(ranks.device_name(device))
+    if not ranks.launched().leads:
+        return _follow(where, workers, runs, accept_changes=None, trust_code=trust_code)
+    with trust.code(trust_code), ranks.joined(where):
+        done = go_on(Ledger(runs, changes=Changes(None)), where, no=run, workers=workers, watcher=Bars())
+        dismiss()
     if not done:
         talk.say(f"nothing was cut off; {advice.list_runs(runs)} lists all")
         return 0

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from .checks import UserError
+from .ranks import current
 
 Precision = Literal["bf16", "fp32"]
 KINDS = ("cpu", "cuda", "mps")
@@ -168,10 +169,11 @@ def computing(device: torch.device, *, deterministic: bool = False, cores: int |
 
 
 def settings(device: torch.device) -> dict[str, str]:
-    """The settings of ``computing`` that a run's record gives."""
+    """The settings of ``computing`` that a run's record gives, and how many ranks compute."""
+    ranks = {"ranks": str(current().world), "batch_normalisation": "local to each rank"} if current().several else {}
     if device.type != "cuda":
-        return {}
-    return {"float32": _precision_of(_CONVOLUTIONS), "cudnn.benchmark": str(torch.backends.cudnn.benchmark).lower()}
+        return ranks
+    return {"float32": _precision_of(_CONVOLUTIONS), "cudnn.benchmark": str(torch.backends.cudnn.benchmark).lower()} | ranks
 
 
 @contextmanager
@@ -246,10 +248,11 @@ def synchronize(device: torch.device) -> None:
 
 
 def describe(device: torch.device) -> str:
-    """The device as tables and reports name it: ``cpu (2 threads)`` or the GPU's name."""
+    """The device as tables and reports name it: ``cpu (2 threads)`` or the GPU's name; of several ranks ``cpu (2 ranks of 1 threads)``."""
+    world, threads = current().world, torch.get_num_threads()
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)"
+        return torch.cuda.get_device_name(device) + (f" ({world} ranks)" if world > 1 else "")
+    return f"{device.type} ({f'{world} ranks of ' if world > 1 else ''}{threads} threads)"
 
 
 class Stopwatch:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from types import FrameType
 
-from . import lock
+from . import lock, ranks
 from .checks import INTERRUPTED
 from .talk import say
 
 
 def leave(_: int, __: FrameType | None) -> None:
     """End at once: nothing has begun, and what is half imported may not take an exception."""
-    say("interrupted")
+    if ranks.launched().leads:
+        say("interrupted")
     os._exit(INTERRUPTED)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checks import UserError, some
 from ..device import free_memory
+from ..ranks import current
 from ..types import NO_LABEL, Batch, Targets
 from .augment import Draws, crop_and_flip, draw_boxes, draw_epoch, draw_shares, mix, partners, reflect_pad, resize_and_flip
 from .dataset import ImageData, Images, Labels, Pictures, part
@@ -36,10 +37,10 @@ class ResidentSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, first: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """As ``EvalSet`` says."""
         size = at_once(self.images.shape[1], self.images.shape[2], self.labels.device)
-        for start in range(0, len(self.images), size):
+        for start in range(0, len(self.images), size)[first::every]:
             images = self.images[start : start + size].to(self.labels.device)
             yield self.normalise(images), self.labels[start : start + size]
 
@@ -202,10 +203,13 @@ def to_device(data: ImageData, split: str, device: torch.device, workers: int | 
 
 
 class SeedBatches:
-    """The batches of one seed: every student of that seed sees the same images in the same order, cropped and mixed alike."""
+    """The batches of one seed: every student of that seed sees the same images in the same order, cropped and mixed alike.
+
+    Ranks share each batch out, and this gives a rank's part of it. An epoch's draws are the same on all of them.
+    """
 
     def __init__(self, data: DeviceData, seed: int, batch_size: int, *, mixup: float = False) -> None:
-        self.data, self.seed, self.batch_size, self.mixup = data, seed, batch_size, mixup
+        self.data, self.seed, self.batch_size, self.mixup, self.ranks = data, seed, batch_size, mixup, current()
         self._fetch = None if data.resident else data.fetch(seed)
         self.steps, self.smallest_batch = len(data.labels) // batch_size, batch_size  # the last partial batch is dropped
         if self.steps == 0:
@@ -231,9 +235,15 @@ class SeedBatches:
             draws = replace(draws, shares=draw_shares(n, self.mixup, seed=self.seed, epoch=epoch, device=data.device))
         return draws
 
+    @property
+    def _made_whole(self) -> bool:
+        """Whether the whole batch is made before a rank takes its part: an image's partner or a label to count may be in another's."""
+        return self.ranks.several and (bool(self.mixup) or self.data.num_labelled < len(self.data.labels))
+
     def shown(self, step: int) -> slice:
-        """The positions of a step's images in the epoch's order."""
-        return slice(step * self.batch_size, (step + 1) * self.batch_size)
+        """The positions in the epoch's order of a step's images, as far as they are made here."""
+        start = step * self.batch_size
+        return slice(start, start + self.batch_size) if self._made_whole else self.ranks.own(start, self.batch_size)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Batch]]:
         """Yield the epoch's batches: images float32 [B, C, H, W], and their ``Batch``."""
@@ -249,6 +259,20 @@ class SeedBatches:
 
     def batch(self, draws: Draws, shown: slice | Tensor, epoch: Tensor, padded: Tensor | None = None) -> tuple[Tensor, Batch]:
         """The batch at the positions ``shown`` of a drawn epoch. ``padded`` holds its images if the device does not hold all."""
+        images, batch = self._made(draws, shown, epoch, padded)
+        return self._own(images, batch) if self._made_whole else (images, batch)
+
+    def _own(self, images: Tensor, batch: Batch) -> tuple[Tensor, Batch]:
+        """A rank's part of a whole batch. Its share of the count lets the mean over the ranks be the whole batch's."""
+        own, targets = self.ranks.own(0, self.batch_size), batch.targets
+        if targets is not None:
+            mixed_in = None if targets.partners is None else targets.partners[own]
+            targets = Targets(targets.labels[own], targets.counted / self.ranks.world, mixed_in, targets.share)
+        assert batch.labels is None, "a batch with labels for all is not made whole"
+        assert batch.indices is not None
+        return images[own], Batch(None, batch.indices[own], batch.epoch, targets=targets)
+
+    def _made(self, draws: Draws, shown: slice | Tensor, epoch: Tensor, padded: Tensor | None) -> tuple[Tensor, Batch]:
         indices = draws.order[shown]
         positions = indices if padded is None else torch.arange(len(indices), device=indices.device)
         source = self.data.padded if padded is None else padded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -28,8 +29,11 @@ class EvalSet(Protocol):
     def __len__(self) -> int:
         """How many there are."""
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images float32 [B, C, H, W], as networks take them, and labels [B], on the device. The last batch may be smaller."""
+    def batches(self, first: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images float32 [B, C, H, W], as networks take them, and labels [B], on the device. The last batch may be smaller.
+
+        Of all batches those numbered ``first``, ``first + every`` and so on are given: the part of one of several ranks.
+        """
 
 
 class Supply(Protocol):
@@ -112,8 +116,11 @@ class First:
     def __len__(self) -> int:
         return self.count
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, first: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """As ``EvalSet`` says."""
+        return itertools.islice(self._all(), first, None, every)
+
+    def _all(self) -> Iterator[tuple[Tensor, Tensor]]:
         left = self.count
         for images, labels in self.whole.batches():
             yield images[:left], labels[:left]

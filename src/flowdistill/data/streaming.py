@@ -235,9 +235,9 @@ class StreamedSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, first: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """As ``EvalSet`` says."""
-        starts = range(0, len(self), self._size)
+        starts = range(0, len(self), self._size)[first::every]
         orders = [[Shot(0, position) for position in range(start, min(start + self._size, len(self)))] for start in starts]
         for start, images in zip(starts, self._workers.batches(orders), strict=True):
             yield self.normalise(images), self.labels[start : start + self._size]

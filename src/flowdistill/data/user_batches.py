@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -25,12 +26,15 @@ class UserLoaderSet:
     def __len__(self) -> int:
         return self.data.counts[1]
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """As ``EvalSet`` says.
+    def batches(self, first: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """As ``EvalSet`` says; every batch is drawn all the same.
 
         Raises:
             UserError: the number of images differs from the first pass, or a value is not finite.
         """
+        return itertools.islice(self._all(), first, None, every)
+
+    def _all(self) -> Iterator[tuple[Tensor, Tensor]]:
         count, finite = 0, Finite(VAL)
         for batch in drawn(self.data.val, 0, VAL, 0):
             images, labels = _placed(checked(batch, VAL), self.data, self.device, finite)

@@ -167,6 +167,11 @@ class Method(nn.Module):
         """The version of each part, for this pair: what a fingerprint holds."""
         return {self.name: self.version}
 
+    @property
+    def whole_batch(self) -> bool:
+        """Whether its terms are no means over images, each by itself. Then processes that share a batch out must put it together again."""
+        return self.kind == "relations" or not self.per_sample
+
     @classmethod
     def phases(cls, options: Any) -> tuple[Phase, ...]:
         """The phases of training; one, unless the paper trains in stages."""

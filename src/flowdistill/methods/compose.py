@@ -172,6 +172,11 @@ class Composed(Method):
             versions |= method.versions
         return versions
 
+    @property
+    def whole_batch(self) -> bool:
+        """Whether a part looks at the whole batch."""
+        return any(method.whole_batch for method in self.methods.children() if isinstance(method, Method))
+
     def setup(self, context: MethodContext) -> None:
         """Set up every part."""
         for method in self.methods.children():

@@ -86,6 +86,11 @@ class ND(Method):
         self.needs = Needs(embedding=True, context=frozenset({"class_means"}))
         self.embedder = None if student.embedding == teacher.embedding else Embedder(student.embedding, teacher.embedding)
 
+    @property
+    def whole_batch(self) -> bool:
+        """Its embedder, where it has one, normalises by the batch in either mode."""
+        return self.embedder is not None
+
     @classmethod
     def default_weights(cls, options: Any) -> dict[str, float]:
         """2: the authors' code for resnet56-resnet20 (0.5 to 2 by pair), with kd beside it."""

@@ -139,6 +139,11 @@ class ReviewKD(Method):
         middle, last = min(WIDEST, student.embedding), len(self.stages)
         self.fusions = nn.ModuleList(Fusion(a, middle, b, deepest=i == last) for i, (a, b) in enumerate(zip(ours, theirs, strict=True)))
 
+    @property
+    def whole_batch(self) -> bool:
+        """It normalises by the batch in either mode."""
+        return True
+
     @classmethod
     def default_weights(cls, options: Any) -> dict[str, float]:
         """1: mdistiller. The authors' code on CIFAR-100 has a weight a pair, 0.6 (resnet56-resnet20) to 8 (resnet32x4-shufflenetv2)."""

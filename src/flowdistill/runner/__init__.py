@@ -4,6 +4,7 @@ from .estimate import Duration, estimate
 from .evaluate import Measured, evaluate, load_network
 from .execute import finished, resume, run
 from .export import export
+from .follow import dismiss, follow
 from .preview import dry_run, duration
 from .watcher import Report, Watcher
 
@@ -12,12 +13,14 @@ __all__ = [
     "Measured",
     "Report",
     "Watcher",
+    "dismiss",
     "dry_run",
     "duration",
     "estimate",
     "evaluate",
     "export",
     "finished",
+    "follow",
     "load_network",
     "resume",
     "run",

@@ -20,10 +20,13 @@ from ..env import circumstances, versions
 from ..ledger import Ledger, Run, network_file_system, shard_plan
 from ..ledger.shard_plan import ShardPlan
 from ..models.foreign import own_place
+from ..ranks import apart, current
 from ..training import checkpoint
 from ..training.cohort import Cohort, train
 from ..training.student import Student
 from .cohorts import Member, check_start, prepare
+from .follow import announce
+from .follow import told as told_of_ranks
 from .integrity import missing
 from .job import Job, other_side
 from .partition import part
@@ -77,7 +80,8 @@ def run(
     with computing(device, deterministic=deterministic):
         prepared = prepare([job for key, job in todo.items() if key not in known], device, engine, workers)
         for cohort, members in prepared:
-            check_start(cohort, members, watcher)
+            with apart():  # the other ranks are not there yet
+                check_start(cohort, members, watcher)
     for home in homes:
         _resume_cohort(home, ledger, device, watcher, workers)
     try:
@@ -236,7 +240,7 @@ def _resume_cohort(home: int, ledger: Ledger, device: torch.device, watcher: Wat
             return  # another process was faster
         cores = runs[0].threads or torch.get_num_threads()
         with computing(device, deterministic=bool(runs[0].deterministic), cores=cores):
-            (cohort, members), *others = prepare(recorded(runs, ledger, device), device, runs[0].engine, workers)
+            (cohort, members), *others = prepare(recorded(runs, ledger, device), device, _engine(runs[0]), workers)
             assert not others, "runs of one cohort stay together"
             for member, run_ in zip(members, runs, strict=True):
                 member.no = run_.no
@@ -245,6 +249,12 @@ def _resume_cohort(home: int, ledger: Ledger, device: torch.device, watcher: Wat
                 ledger.reopen([member.no for member in members], cohort.done)
                 _tell_what_changed(runs, ledger, device, watcher)
                 _train(cohort, members, ledger, device, watcher, home)
+
+
+def _engine(run_: Run) -> str:
+    """The engine that a run began with; of a graph what it was of, where several ranks go on with it."""
+    plain = "compiled" if run_.engine.endswith("compiled") else "eager"
+    return plain if current().several and run_.engine.startswith("graph") else run_.engine
 
 
 def _restore(cohort: Cohort, members: Sequence[Member], folder: Path, watcher: Watcher) -> None:
@@ -286,6 +296,9 @@ def _train(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: to
     folder, last_save = ledger.run_folder(home), -math.inf
     name, why = cohort.engine.name, cohort.engine.why
     watcher.say(f"{_numbers(members)}: {name} engine, {cohort.precision}: {why}")
+    if current().several:
+        watcher.say(f"{_numbers(members)}: {told_of_ranks(cohort)}")
+    announce(cohort, members)
     watcher.begin(_title(members), cohort.steps)
     try:
         for report in train(cohort, watcher.step):

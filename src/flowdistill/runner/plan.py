@@ -16,6 +16,7 @@ from ..data.sources import load, load_unlabelled
 from ..device import Precision, resolve_precision
 from ..ledger import Ledger, Run
 from ..methods import Method, ResolvedMethod
+from ..ranks import refuse_uneven
 from ..talk import Remarks
 from ..training.weights import hash_weights
 from .fingerprint import fingerprint
@@ -147,8 +148,9 @@ def _resolve_method(config: RunConfig) -> ResolvedMethod:
 
     Raises:
         UserError: no such method, option or weight, a teacher is needed and none named, labels are and the images are mixed, or a task
-            that has no weight is to be smoothed.
+            that has no weight is to be smoothed; or the ranks can't share the batch out.
     """
+    refuse_uneven(config.train.batch_size)
     _refuse_labels(config)
     resolved = methods.resolve(config.method, config.options, config.weights)
     if resolved.uses_teacher and config.teacher is None:

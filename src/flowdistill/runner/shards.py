@@ -59,13 +59,18 @@ def planned(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device, 
         UserError: a config can't be run, or shards of another plan, or of another number of shards, lie below the ledger.
     """
     own = whole(plan(configs, ledger, device), number, count)
-    for folder in sorted((ledger.folder / shard_plan.FOLDER).glob("*-of-*")):
-        if (other := shard_plan.read(folder)) and (apart := other.difference(own)):
+    for beside in sorted((ledger.folder / shard_plan.FOLDER).glob("*-of-*")):
+        if (other := shard_plan.read(beside)) and (apart := other.difference(own)):
             raise UserError(
-                f"--shard {own.name}: the plan changed since shard {other.name} ran in {folder} ({apart}); give the command that shard "
+                f"--shard {own.name}: the plan changed since shard {other.name} ran in {beside} ({apart}); give the command that shard "
                 f"was given, or merge and remove {ledger.folder / shard_plan.FOLDER}, or name another folder with --runs"
             )
     return own
+
+
+def folder(runs: Path, number: int, count: int) -> Path:
+    """The folder of a shard's ledger."""
+    return runs / shard_plan.FOLDER / f"{number}-of-{count}"
 
 
 def opened(configs: Sequence[RunConfig], runs: Path, device: torch.device, shard: ShardPlan, changes: Changes) -> Ledger:
@@ -74,15 +79,14 @@ def opened(configs: Sequence[RunConfig], runs: Path, device: torch.device, shard
     Raises:
         UserError: it can't be made.
     """
-    folder = runs / shard_plan.FOLDER / f"{shard.number}-of-{shard.count}"
-    own = Ledger(folder, create=True, changes=changes)
+    own = Ledger(folder(runs, shard.number, shard.count), create=True, changes=changes)
     own.refuse_unwritable()
     if not own.count():
         source = Ledger(runs, create=True, changes=changes)
         jobs = plan(configs, source, device)
         done = [run for job in part(jobs, shard) if (run := before(job, source)) is not None and run.status == "finished"]
         merge.bring({*_learnt_from(jobs, source), *(run.no for run in done)}, source, own)
-        shard.write(folder)
+        shard.write(own.folder)
     return own
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -121,8 +122,11 @@ class Part:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, first: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """As ``EvalSet`` says."""
+        return itertools.islice(self._all(), first, None, every)
+
+    def _all(self) -> Iterator[tuple[Tensor, Tensor]]:
         begin = 0
         for images, labels in self.whole.batches():
             inside = self.positions[(self.positions >= begin) & (self.positions < begin + len(labels))] - begin

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..checks import pass_on_shortage
+from ..ranks import Ranks
 from .cohort import Cohort
 from .student import Student
 from .weight_files import read_safetensors
@@ -89,6 +90,21 @@ def restore(cohort: Cohort, keys: Mapping[Student, str], checkpoint: Checkpoint)
     for student in cohort.students:
         key = keys[student]
         student.load(checkpoint.tensors[key], checkpoint.counters[key], phase=phase if epoch else None)
+
+
+def share(cohort: Cohort, ranks: Ranks) -> None:
+    """Give the cohort of every rank the state of rank 0's."""
+    keys = {student: str(number) for number, student in enumerate(cohort.students)}
+    states = {}
+    if ranks.leads:
+        for student in cohort.students:
+            if cohort.done == 0:
+                student.begin_phase(0)
+            states[keys[student]] = student.state()
+    tensors = {key: {name: value.cpu() for name, value in values.items()} for key, (values, _) in states.items()}
+    told = ranks.told(Checkpoint(cohort.done, tensors, {key: counters for key, (_, counters) in states.items()}, {}))
+    if not ranks.leads:
+        restore(cohort, keys, told)
 
 
 def clear(folder: Path) -> None:

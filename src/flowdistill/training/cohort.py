@@ -16,8 +16,9 @@ import torch
 from ..config import TrainConfig
 from ..data.interfaces import Supply
 from ..device import Precision, Stopwatch
+from ..ranks import apart, current
 from .blame import Seen, fault
-from .engine import Engine
+from .engine import EagerEngine, Engine
 from .evaluate import Evaluation
 from .student import SeedGroup, Student
 
@@ -117,6 +118,7 @@ def train(cohort: Cohort, on_step: Callable[[], None] = lambda: None) -> Iterato
             setup_seconds = ready(cohort)
             watch = Stopwatch(cohort.data.device)
             train_epoch(cohort, epoch, epochs, on_step)
+            _unite(cohort)
             watch.lap()
             progress = _measure(cohort, epoch, epochs)
             train_seconds, eval_seconds = watch.stop()
@@ -135,7 +137,11 @@ def ready(cohort: Cohort) -> float:
     started = time.perf_counter()
     for student in cohort.students:
         student.begin_epoch()
-    cohort.engine = cohort.engine.ready(cohort.seed_groups)
+    with apart():  # a rank that can't compile must not leave the others waiting for it
+        engine = cohort.engine.ready(cohort.seed_groups)
+    if len({*current().all(engine.name)}) > 1:
+        engine = EagerEngine(engine.precision, "another process of the run can't compile")
+    cohort.engine = engine
     return time.perf_counter() - started
 
 
@@ -147,6 +153,19 @@ def train_epoch(cohort: Cohort, epoch: int, epochs: int, on_step: Callable[[], N
     rates = {student: student.rates(epoch, epochs, steps) for student in cohort.students}
     for _ in cohort.engine.epoch(cohort.seed_groups, cohort.done, rates):
         on_step()
+
+
+def _unite(cohort: Cohort) -> None:
+    """Give every rank the same network and the same sums after an epoch, so that all measure one network and decide alike.
+
+    What moves by a rank's own images alone, the statistics of batch normalisations, becomes the mean over the ranks.
+    """
+    ranks = current()
+    if ranks.several:
+        modules = [module for student in cohort.students for module in (student.net, student.method)]
+        buffers = [value for module in modules for value in module.buffers() if value.is_floating_point()]
+        ranks.mean_([*buffers, *(student.tally.totals for student in cohort.students)])
+        ranks.least_([student.tally.sound for student in cohort.students])
 
 
 def _measure(cohort: Cohort, epoch: int, epochs: int) -> dict[Student, Progress]:

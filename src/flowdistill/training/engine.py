@@ -17,9 +17,10 @@ from ..checks import summary
 from ..data.augment import Draws
 from ..data.batches import SeedBatches
 from ..data.interfaces import Supply
-from ..device import Precision, synchronize
+from ..device import Precision, autocast, synchronize
 from ..models import Network
 from ..models.state import kept
+from ..ranks import current
 from ..types import Batch, Outputs
 from .evaluate import Evaluation, evaluate_all, plainly
 from .step import Objective, layers_seeded, losses, train_step
@@ -85,8 +86,8 @@ class Engine:
         return losses(group, images, teacher_outputs, batch, precision)
 
     def evaluate(self, students: Sequence[Student], data: Supply) -> list[Evaluation]:
-        """Measure the students on the epoch's images."""
-        return evaluate_all([student.net for student in students], data.epoch_images, self.precision)
+        """Measure the students on the epoch's images, which the ranks share out."""
+        return evaluate_all([student.net for student in students], data.epoch_images, self.precision, ranks=current())
 
 
 class EagerEngine(Engine):
@@ -103,6 +104,7 @@ class CompiledEngine(Engine):
     def __init__(self, precision: Precision, why: str) -> None:
         super().__init__(precision, why)
         self._losses: dict[Any, Callable[..., list[dict[str, Tensor]]]] = {}
+        self._forwards: dict[Any, Callable[[dict[str, Tensor], Tensor], Outputs]] = {}
         self._teachers: dict[Teacher, Callable[[Tensor], Outputs]] = {}
         self._batches: dict[Any, Callable[[Draws, Tensor, Tensor], tuple[Tensor, Batch]]] = {}
         self._evaluated: dict[Any, Callable[[dict[str, Tensor], Tensor], Outputs] | None] = {}
@@ -139,18 +141,31 @@ class CompiledEngine(Engine):
     def losses(
         self, group: PeerGroup, images: Tensor, teacher_outputs: Outputs | None, batch: Batch, precision: Precision
     ) -> list[dict[str, Tensor]]:
-        """Compiled once per kind of student; a student's weights and statistics are inputs of the function."""
-        kind = _kind(group)
+        """Compiled once per kind of student; a student's weights and statistics are inputs of the function.
+
+        Where ranks put the batch together between the networks and the methods, the networks alone are compiled.
+        """
+        kind, objective = _kind(group), Objective(group)
+        if objective.gathers:
+            with autocast(images.device, precision):
+                outputs = [self._forward(student.net, images) for student in group]
+            return objective.compare(outputs, teacher_outputs, batch)
         if kind not in self._losses:
             self._losses[kind] = _compile(_losses_function(group, precision))
-        objective = Objective(group)
         tensors = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
         return self._losses[kind](tensors, images, teacher_outputs, batch)
+
+    def _forward(self, net: Network, images: Tensor) -> Outputs:
+        """A network's outputs in train mode, compiled once per architecture."""
+        kind = (type(net), net.spec, net.taps)
+        if kind not in self._forwards:
+            self._forwards[kind] = _compile(_net_function(net))
+        return self._forwards[kind]({**dict(net.named_parameters()), **dict(net.named_buffers())}, images)
 
     def evaluate(self, students: Sequence[Student], data: Supply) -> list[Evaluation]:
         """Compiled on a GPU, where launches bound plain passes; plain on a CPU, where compiling costs more than it saves."""
         ask = self._answer if data.device.type in EVALUATION_COMPILED else plainly
-        return evaluate_all([student.net for student in students], data.epoch_images, self.precision, ask)
+        return evaluate_all([student.net for student in students], data.epoch_images, self.precision, ask, current())
 
     def _answer(self, net: Network, images: Tensor) -> Outputs:
         """Compiled once per architecture; computed plainly if it can't be compiled."""

@@ -11,6 +11,7 @@ import torch
 from ..checks import UserError, did_you_mean
 from ..config import EngineName
 from ..device import Precision
+from ..ranks import current
 from .engine import CompiledEngine, EagerEngine, Engine
 from .graph import GraphEngine
 
@@ -31,10 +32,13 @@ def choose(wanted: str, device: torch.device, precision: Precision, *, pixels: f
         resident: whether the device holds the training images.
 
     Raises:
-        UserError: no such engine.
+        UserError: no such engine, or a graph for several ranks.
     """
     if wanted not in (*ENGINES, "graph+compiled"):
         raise UserError(f"engine {wanted!r}: {did_you_mean(wanted, ENGINES)}")
+    several = current().several
+    if several and wanted.startswith("graph"):
+        raise UserError(f"--engine {wanted}: a CUDA graph holds the steps of one process, not of {current().world}; use compiled or eager")
     if wanted == "eager":
         return EagerEngine(precision, "asked for")
     lacks = _lacks_compiler(device)
@@ -44,6 +48,7 @@ def choose(wanted: str, device: torch.device, precision: Precision, *, pixels: f
     compiling = not lacks and (long or wanted == "graph+compiled")
     length = "compiled, for the run is long" if compiling else f"not compiled, for {lacks or 'the run is short'}"
     cannot = "" if device.type == "cuda" else f"CUDA graphs need a CUDA GPU, not {device.type}"
+    cannot = cannot or (f"a CUDA graph holds the steps of one process, not of {current().world}" if several else "")
     cannot = cannot or ("" if resident else "the training images do not fit on the device")
     if not cannot:
         inner = CompiledEngine(precision, length) if compiling else EagerEngine(precision, length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from ..device import Precision, autocast
 from ..models import Network
 from ..models.state import kept
 from ..randomness import seeded
+from ..ranks import ALONE, Ranks
 from ..types import Outputs
 
 
@@ -56,15 +58,18 @@ def plainly(net: Network, images: Tensor) -> Outputs:
     return outputs
 
 
-def evaluate_all(nets: Sequence[Network], on: EvalSet, precision: Precision, ask: Ask = plainly) -> list[Evaluation]:
-    """Measure several networks in one pass over the images."""
+def evaluate_all(nets: Sequence[Network], on: EvalSet, precision: Precision, ask: Ask = plainly, ranks: Ranks = ALONE) -> list[Evaluation]:
+    """Measure several networks in one pass over the images. Ranks share the batches out, and each gets the answers for all images."""
     label_batches: list[Tensor] = []
     answer_batches: list[list[tuple[Tensor, Tensor]]] = [[] for _ in nets]
-    for net_logits, labels in predict(nets, on, precision, ask):
+    for net_logits, labels in predict(nets, on, precision, ask, ranks):
         label_batches.append(labels)
         for answers, logits in zip(answer_batches, net_logits, strict=True):
             probabilities, classes = logits.softmax(1).max(1)
             answers.append((probabilities, classes))
+    if ranks.several:
+        device = next(nets[0].parameters()).device
+        label_batches, answer_batches = _put_together(label_batches, answer_batches, ranks, device)
     all_labels = torch.cat(label_batches)
     evaluations = []
     for answers in answer_batches:
@@ -76,9 +81,26 @@ def evaluate_all(nets: Sequence[Network], on: EvalSet, precision: Precision, ask
     return evaluations
 
 
+Answers = list[tuple[Tensor, Tensor]]  # of a network, for each batch: probability and class
+
+
+def _put_together(labels: list[Tensor], answers: list[Answers], ranks: Ranks, device: torch.device) -> tuple[list[Tensor], list[Answers]]:
+    """The batches of all ranks in the order of the set; rank r of R has the batches r, r + R, r + 2 R and so on."""
+    by_rank = ranks.all(([value.cpu() for value in labels], [[(p.cpu(), c.cpu()) for p, c in batches] for batches in answers]))
+    places = [divmod(number, ranks.world) for number in range(sum(len(rank_labels) for rank_labels, _ in by_rank))]
+    all_labels = [by_rank[rank][0][turn].to(device) for turn, rank in places]
+    return all_labels, [
+        [(p.to(device), c.to(device)) for p, c in (by_rank[rank][1][net][turn] for turn, rank in places)] for net in range(len(answers))
+    ]
+
+
 @torch.no_grad()
-def predict(nets: Sequence[Network], on: EvalSet, precision: Precision, ask: Ask = plainly) -> Iterator[tuple[list[Tensor], Tensor]]:
+def predict(
+    nets: Sequence[Network], on: EvalSet, precision: Precision, ask: Ask = plainly, ranks: Ranks = ALONE
+) -> Iterator[tuple[list[Tensor], Tensor]]:
     """For each batch: each network's logits, float32 [B, K] in eval mode, and the labels [B]. Modes are put back afterwards.
+
+    Of several ranks each gets its own batches.
 
     What layers draw in eval mode is a function of the batch's number alone, so that measuring again gives the same.
     """
@@ -86,7 +108,8 @@ def predict(nets: Sequence[Network], on: EvalSet, precision: Precision, ask: Ask
     for net in nets:
         net.eval()
     try:
-        for step, (images, labels) in enumerate(on.batches()):
+        batches = on.batches(ranks.rank, ranks.world) if ranks.several else on.batches()
+        for step, (images, labels) in zip(itertools.count(ranks.rank, ranks.world), batches, strict=False):
             net_logits = []
             for net in nets:
                 with answering(net, "evaluation", step, images.device), autocast(images.device, precision):

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from ..device import Precision, autocast
 from ..methods import Method
 from ..randomness import seeded
+from ..ranks import current
 from ..types import Batch, Outputs
 from .at_once import cast_at_once, counted_at_once, set_gradients
+from .gathering import needed, whole_batch, whole_outputs
 from .student import PeerGroup
 from .task import TASK, task_loss
 
@@ -29,13 +31,18 @@ def loss_terms(method: Method, outputs: Outputs, teacher_outputs: Outputs | None
 
 
 class Objective(nn.Module):
-    """What the students of a group minimise: their networks and methods as one module."""
+    """What the students of a group minimise: their networks and methods as one module.
+
+    Attributes:
+        gathers: whether the ranks put the batch together again before it is compared.
+    """
 
     def __init__(self, group: PeerGroup) -> None:
         super().__init__()
         self.smoothing = group[0].train.label_smoothing
         self.nets = nn.ModuleList(student.net for student in group)
         self.methods = nn.ModuleList(student.method for student in group)
+        self.gathers = needed((student.method for student in group), current())
 
     def forward(self, images: Tensor, teacher_outputs: Outputs | None, batch: Batch, precision: Precision) -> list[dict[str, Tensor]]:
         """Every unweighted term of each student, float32 scalars; the networks run under ``precision``, the losses never in half."""
@@ -48,6 +55,10 @@ class Objective(nn.Module):
 
     def compare(self, outputs: Sequence[Outputs], teacher_outputs: Outputs | None, batch: Batch) -> list[dict[str, Tensor]]:
         """Every unweighted term of each student, computed from the outputs of all."""
+        if self.gathers:
+            ranks = current()
+            outputs, batch = [whole_outputs(student_outputs, ranks) for student_outputs in outputs], whole_batch(batch, ranks)
+            teacher_outputs = None if teacher_outputs is None else whole_outputs(teacher_outputs, ranks)
         student_terms = []
         for number, (student_outputs, method) in enumerate(zip(outputs, self.methods, strict=True)):
             assert isinstance(method, Method)
@@ -66,9 +77,10 @@ def losses(
 
 
 def layers_seeded(group: PeerGroup, epoch: int, step: int, device: torch.device) -> AbstractContextManager[None]:
-    """Inside, what layers of these students draw (dropout) is a function of (seed, epoch, step) alone."""
+    """Inside, what layers of these students draw (dropout) is a function of (seed, epoch, step) alone, on each rank another."""
     seeds = [student.net.layer_seed for student in group if student.net.layer_seed is not None]
-    return seeded(seeds[0], f"layers {step}", epoch, device) if seeds else nullcontext()
+    rank = "" if current().leads else f" of rank {current().rank}"
+    return seeded(seeds[0], f"layers {step}{rank}", epoch, device) if seeds else nullcontext()
 
 
 Losses = Callable[[PeerGroup, Tensor, "Outputs | None", Batch, Precision], list[dict[str, Tensor]]]
@@ -107,7 +119,9 @@ def train_step(
     used = [casts.get(parameter, parameter) for parameter in parameters]  # under bf16 the forward pass used a cast weight
     set_gradients(parameters, torch.autograd.grad(loss, used, allow_unused=True))
 
-    # Training on several devices would all-reduce the gradients here: all of them are there, and no optimiser has moved yet.
+    # Ranks that share the batch out take the mean of their gradients here: all of them are there, and no optimiser has moved yet. Each
+    # has equally many images, so that the mean of their means is that of the whole batch. Without a gradient here, there is none anywhere.
+    current().mean_([parameter.grad for parameter in parameters if parameter.grad is not None])
 
     # Optimiser.
     for student, terms in zip(group, student_terms, strict=True):

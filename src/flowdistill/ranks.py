@@ -1,0 +1,246 @@
+"""The processes that train one run together, as torchrun starts them: which of them this is, and what they send each other.
+
+A process that was not started beside others is alone, and every operation gives back what it was given. Importing this brings no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .checks import UserError, shortage
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+PATIENCE = timedelta(hours=1)  # that one rank waits for another, which may read data or compile; one that ends is noticed at once
+COURTESY = 5.0  # seconds that another rank leaves rank 0 to tell what ended the run
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run, as one of them sees them.
+
+    Attributes:
+        rank: its number, from 0. Rank 0 leads: it alone writes and talks.
+        world: how many there are.
+        apart: whether it works by itself for a while: then its operations leave the others out.
+    """
+
+    rank: int = 0
+    world: int = 1
+    apart: bool = False
+
+    @property
+    def several(self) -> bool:
+        """Whether there are others."""
+        return self.world > 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    @property
+    def _by_itself(self) -> bool:
+        return self.apart or not self.several
+
+    def own(self, start: int, size: int) -> slice:
+        """Its part of the ``size`` positions from ``start`` on, of which every rank has equally many."""
+        share = size // self.world
+        return slice(start + self.rank * share, start + (self.rank + 1) * share)
+
+    def mean_(self, tensors: Sequence[Tensor]) -> None:
+        """Give each tensor its mean over the ranks, in place. All of them travel as one float32 buffer."""
+        if self._by_itself or not tensors:
+            return
+        import torch
+        from torch import distributed
+
+        with torch.no_grad():
+            flat = torch.cat([tensor.detach().reshape(-1).float() for tensor in tensors])
+            with _another_may_end():
+                distributed.all_reduce(flat)
+            flat /= self.world
+            for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
+    def least_(self, tensors: Sequence[Tensor]) -> None:
+        """Give each value of each tensor its minimum over the ranks, in place."""
+        if self._by_itself:
+            return
+        from torch import distributed
+
+        with _another_may_end():
+            for tensor in tensors:
+                distributed.all_reduce(tensor, distributed.ReduceOp.MIN)
+
+    def gathered(self, own: Tensor) -> Tensor:
+        """The rows [N, ...] of all ranks, one rank after the other: [world * N, ...], without a gradient. N is the same on every rank."""
+        if self._by_itself:
+            return own.detach()
+        import torch
+        from torch import distributed
+
+        sent = own.detach().contiguous()
+        as_bytes = sent.view(-1).view(torch.uint8)  # gloo does not know every type
+        parts = [torch.empty_like(as_bytes) for _ in range(self.world)]
+        with _another_may_end():
+            distributed.all_gather(parts, as_bytes)
+        return torch.cat(parts).view(sent.dtype).view(self.world * len(sent), *sent.shape[1:])
+
+    def all(self, value: T) -> list[T]:
+        """The values of all ranks, in their order. They are pickled."""
+        if self._by_itself:
+            return [value]
+        from torch import distributed
+
+        values: list[Any] = [None] * self.world
+        with _another_may_end():
+            distributed.all_gather_object(values, value)
+        return values
+
+    def told(self, value: T) -> T:
+        """The value of rank 0. It is pickled."""
+        if self._by_itself:
+            return value
+        from torch import distributed
+
+        box: list[Any] = [value]
+        with _another_may_end():
+            distributed.broadcast_object_list(box, src=0)
+        told: T = box[0]
+        return told
+
+
+ALONE = Ranks()
+
+_current = ALONE
+_store: Any = None  # where the ranks of this run meet, once they have
+
+
+def current() -> Ranks:
+    """The ranks that this process works with now."""
+    return _current
+
+
+def launched() -> Ranks:
+    """The ranks that torchrun started, as its environment says; alone if it did not."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ALONE
+    return Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def device_name(wanted: str) -> str:
+    """The device of this rank: with several ranks and GPUs, the GPU with the rank's number on its machine.
+
+    Raises:
+        UserError: a GPU is named that all would share, or there are fewer GPUs than ranks.
+    """
+    here = launched()
+    if not here.several or wanted == "cpu":
+        return wanted
+    import torch
+
+    if wanted == "auto" and not torch.cuda.is_available():
+        return "cpu"
+    if wanted not in ("auto", "cuda"):
+        raise UserError(f"--device {wanted}: {here.world} processes can't share it; give --device cuda, where each takes a GPU, or cpu")
+    number, count = int(os.environ.get("LOCAL_RANK", here.rank)), torch.cuda.device_count()
+    if number >= count:
+        started = os.environ.get("LOCAL_WORLD_SIZE", here.world)
+        cure = f"start no more (torchrun --nproc-per-node {count}), or give --device cpu" if count else "give --device cpu"
+        raise UserError(f"--device {wanted}: torchrun started {started} processes on a machine with {count} GPUs; {cure}")
+    return f"cuda:{number}"
+
+
+def refuse_uneven(batch_size: int) -> None:
+    """Refuse a batch that can't be shared out equally.
+
+    Raises:
+        UserError: the number of ranks does not divide it.
+    """
+    world = current().world
+    if batch_size % world:
+        fits = max(batch_size // world, 1) * world
+        raise UserError(
+            f"train.batch_size={batch_size} can't be shared out equally by {world} processes; set --batch-size to a multiple of {world}, "
+            f"such as {fits}, or start another number of them (torchrun --nproc-per-node)"
+        )
+
+
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """Inside, this process works with the others that torchrun started, over gloo, or over NCCL on GPUs."""
+    global _store
+    ranks = launched()
+    if not ranks.several:
+        yield ALONE
+        return
+    import torch
+    from torch import distributed
+    from torch.distributed.rendezvous import rendezvous
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with _another_may_end():
+        _store, rank, world = next(rendezvous("env://", timeout=PATIENCE))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        own = distributed.PrefixStore("flowdistill", _store)  # type: ignore[attr-defined]
+        distributed.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=PATIENCE)
+    with _as(ranks):
+        yield ranks
+    distributed.destroy_process_group()  # not after an error: it would wait for ranks that do not come
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Inside, this process does by itself what the others may not do, or not at the same time. Its part of a batch stays its own."""
+    with _as(replace(_current, apart=True)):
+        yield
+
+
+@contextlib.contextmanager
+def _as(ranks: Ranks) -> Iterator[None]:
+    global _current
+    before, _current = _current, ranks
+    try:
+        yield
+    finally:
+        _current = before
+
+
+@contextlib.contextmanager
+def _another_may_end() -> Iterator[None]:
+    """Inside, the ranks speak with each other.
+
+    Raises:
+        ConnectionError: another rank has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # of gloo, NCCL or the store, each in words of its own
+        if shortage(error):
+            raise
+        raise ConnectionError("another process of this run has ended; see what it said") from error
+
+
+def tells() -> bool:
+    """Whether this process tells what ended the run: rank 0 if it comes to know, else the first of the others. Each is asked once."""
+    here = launched()
+    if _store is None or not here.several:
+        return here.leads
+    with contextlib.suppress(Exception):  # the store may have ended with torchrun
+        deadline = time.monotonic() + (0 if here.leads else COURTESY)
+        while time.monotonic() < deadline and not _store.check(["told"]):
+            time.sleep(0.05)
+        return bool(_store.add("told", 1) == 1)
+    return False

@@ -1,0 +1,72 @@
+"""One run by several processes: rank 0 runs, records and talks as ever; the others train what it announces, and write nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..device import computing
+from ..ledger import Ledger
+from ..ranks import current
+from ..training import checkpoint
+from ..training.cohort import Cohort, train
+from .cohorts import Member, prepare
+from .plan import recorded
+
+
+@dataclass(frozen=True)
+class Announced:
+    """The cohort that comes next, and how it is trained.
+
+    Attributes:
+        runs: numbers of its runs, which are on record by now, in the order of its members.
+    """
+
+    runs: tuple[int, ...]
+    engine: str
+    deterministic: bool
+    threads: int
+
+
+def announce(cohort: Cohort, members: Sequence[Member]) -> None:
+    """Tell the other ranks which cohort comes next, and give them its state. Without others this does nothing."""
+    ranks = current()
+    if ranks.several:
+        runs = tuple(member.no for member in members)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        ranks.told(Announced(runs, cohort.engine.name, deterministic, torch.get_num_threads()))
+        checkpoint.share(cohort, ranks)
+
+
+def told(cohort: Cohort) -> str:
+    """What the user is told of the ranks."""
+    world, size = current().world, cohort.train.batch_size
+    return f"{world} ranks, each with {size // world} of a batch's {size} images, by which alone it normalises where it normalises batches"
+
+
+def dismiss() -> None:
+    """Tell the other ranks that nothing comes any more."""
+    current().told(None)
+
+
+def follow(opened: Callable[[], Ledger], device: torch.device, workers: int | None = None) -> None:
+    """Train what rank 0 announces, until it dismisses this rank. The cohort is made again from its runs' rows, as a resumed one is.
+
+    Args:
+        opened: opens the ledger, which may not be there before rank 0 has registered a run.
+
+    Raises:
+        UserError: the data, the teacher or the code that this process finds are not those that rank 0 put on record.
+    """
+    nothing: Announced | None = None
+    while (announced := current().told(nothing)) is not None:
+        ledger = opened()
+        runs = [ledger.run(no) for no in announced.runs]
+        with computing(device, deterministic=announced.deterministic, cores=announced.threads):
+            (cohort, _), *others = prepare(recorded(runs, ledger, device), device, announced.engine, workers)
+            assert not others, "runs of one cohort stay together"
+            checkpoint.share(cohort, current())
+            for _ in train(cohort):
+                pass

@@ -176,9 +176,9 @@ def test_every_image_is_measured_once(data: ImageData, monkeypatch: pytest.Monke
     alone = evaluate.evaluate(net, on_device.test, "fp32")
     for world in (2, 3, 5):
         sent = [answers_of(Ranks(rank, world), net, on_device) for rank in range(world)]
-        assert sum(len(labels) for part, _ in sent for labels in part) == 150
+        assert sum(len(labels) for part in sent for labels in part[::3]) == 150  # labels, probabilities and classes of each batch
         with monkeypatch.context() as patch:
-            patch.setattr(Ranks, "all", lambda self, _, sent=sent: sent)
+            patch.setattr(Ranks, "tensors_from", lambda self, source, _, sent=sent: sent[source])
             (found,) = evaluate.evaluate_all([net], on_device.test, "fp32", ranks=Ranks(0, world))
         assert torch.equal(found.classes, alone.classes)
         assert torch.equal(found.probabilities, alone.probabilities)
@@ -192,11 +192,11 @@ class SentError(Exception):
 def answers_of(rank: Ranks, net: Network, data: DeviceData) -> Any:
     """What a rank tells the others of the images that it measured."""
 
-    def send(_: Ranks, value: Any) -> None:
-        raise SentError(value)
+    def send(_: Ranks, source: int, tensors: Any) -> None:
+        raise SentError(tensors)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Ranks, "all", send)
+        patch.setattr(Ranks, "tensors_from", send)
         with pytest.raises(SentError) as sent:
             evaluate.evaluate_all([net], data.test, "fp32", ranks=rank)
     return sent.value.args[0]

@@ -6,6 +6,7 @@ A process that was not started beside others is alone, and every operation gives
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -98,27 +99,45 @@ class Ranks:
         return torch.cat(parts).view(sent.dtype).view(self.world * len(sent), *sent.shape[1:])
 
     def all(self, value: T) -> list[T]:
-        """The values of all ranks, in their order. They are pickled."""
-        if self._by_itself:
-            return [value]
-        from torch import distributed
-
-        values: list[Any] = [None] * self.world
-        with _another_may_end():
-            distributed.all_gather_object(values, value)
-        return values
+        """The values of all ranks, in their order. They travel as JSON: what another process sends is never executed."""
+        return [self._from(rank, value) for rank in range(self.world)] if not self._by_itself else [value]
 
     def told(self, value: T) -> T:
-        """The value of rank 0. It is pickled."""
+        """The value of rank 0, as JSON."""
+        return self._from(0, value)
+
+    def _from(self, source: int, value: T) -> T:
         if self._by_itself:
             return value
+        import torch
         from torch import distributed
 
-        box: list[Any] = [value]
+        content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        length = torch.tensor(len(content))
         with _another_may_end():
-            distributed.broadcast_object_list(box, src=0)
-        told: T = box[0]
+            distributed.broadcast(length, source)
+            if self.rank != source:
+                content = torch.empty(int(length), dtype=torch.uint8)
+            distributed.broadcast(content, source)
+        told: T = json.loads(bytes(content.tolist()))
         return told
+
+    def tensors_from(self, source: int, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors of one rank, on the CPU. What the other ranks give does not count."""
+        sent = [tensor.detach().cpu().contiguous() for tensor in tensors]
+        if self._by_itself:
+            return sent
+        import torch
+        from torch import distributed
+
+        shapes = self._from(source, [(list(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for tensor in sent])
+        if self.rank != source:
+            sent = [torch.empty(shape, dtype=getattr(torch, kind)) for shape, kind in shapes]
+        with _another_may_end():
+            for tensor in sent:
+                if tensor.numel():
+                    distributed.broadcast(tensor.view(-1).view(torch.uint8), source)  # gloo does not know every type
+        return sent
 
 
 ALONE = Ranks()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ def announce(cohort: Cohort, members: Sequence[Member]) -> None:
     if ranks.several:
         runs = tuple(member.no for member in members)
         deterministic = torch.are_deterministic_algorithms_enabled()
-        ranks.told(Announced(runs, cohort.engine.name, deterministic, torch.get_num_threads()))
+        ranks.told(asdict(Announced(runs, cohort.engine.name, deterministic, torch.get_num_threads())))
         checkpoint.share(cohort, ranks)
 
 
@@ -60,9 +61,9 @@ def follow(opened: Callable[[], Ledger], device: torch.device, workers: int | No
     Raises:
         UserError: the data, the teacher or the code that this process finds are not those that rank 0 put on record.
     """
-    nothing: Announced | None = None
-    while (announced := current().told(nothing)) is not None:
-        ledger = opened()
+    nothing: dict[str, Any] | None = None
+    while (told_next := current().told(nothing)) is not None:
+        announced, ledger = Announced(**told_next), opened()
         runs = [ledger.run(no) for no in announced.runs]
         with computing(device, deterministic=announced.deterministic, cores=announced.threads):
             (cohort, _), *others = prepare(recorded(runs, ledger, device), device, announced.engine, workers)

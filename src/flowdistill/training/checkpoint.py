@@ -101,10 +101,15 @@ def share(cohort: Cohort, ranks: Ranks) -> None:
             if cohort.done == 0:
                 student.begin_phase(0)
             states[keys[student]] = student.state()
-    tensors = {key: {name: value.cpu() for name, value in values.items()} for key, (values, _) in states.items()}
-    told = ranks.told(Checkpoint(cohort.done, tensors, {key: counters for key, (_, counters) in states.items()}, {}))
+    named = [(key, name, value) for key, (values, _) in states.items() for name, value in values.items()]
+    counters = {key: of_student for key, (_, of_student) in states.items()}
+    told: dict[str, Any] = ranks.told({"done": cohort.done, "counters": counters, "names": [[key, name] for key, name, _ in named]})
+    sent = ranks.tensors_from(0, [value for _, _, value in named])
     if not ranks.leads:
-        restore(cohort, keys, told)
+        tensors: dict[str, dict[str, Tensor]] = {key: {} for key in told["counters"]}
+        for (key, name), value in zip(told["names"], sent, strict=True):
+            tensors[key][name] = value
+        restore(cohort, keys, Checkpoint(told["done"], tensors, told["counters"], {}))
 
 
 def clear(folder: Path) -> None:

@@ -86,12 +86,12 @@ Answers = list[tuple[Tensor, Tensor]]  # of a network, for each batch: probabili
 
 def _put_together(labels: list[Tensor], answers: list[Answers], ranks: Ranks, device: torch.device) -> tuple[list[Tensor], list[Answers]]:
     """The batches of all ranks in the order of the set; rank r of R has the batches r, r + R, r + 2 R and so on."""
-    by_rank = ranks.all(([value.cpu() for value in labels], [[(p.cpu(), c.cpu()) for p, c in batches] for batches in answers]))
-    places = [divmod(number, ranks.world) for number in range(sum(len(rank_labels) for rank_labels, _ in by_rank))]
-    all_labels = [by_rank[rank][0][turn].to(device) for turn, rank in places]
-    return all_labels, [
-        [(p.to(device), c.to(device)) for p, c in (by_rank[rank][1][net][turn] for turn, rank in places)] for net in range(len(answers))
-    ]
+    own = [value for turn, of_batch in enumerate(labels) for value in (of_batch, *(part for batches in answers for part in batches[turn]))]
+    width = 1 + 2 * len(answers)  # tensors of a batch: its labels, and two of each network
+    by_rank = [ranks.tensors_from(rank, own) for rank in range(ranks.world)]
+    places = [divmod(number, ranks.world) for number in range(sum(map(len, by_rank)) // width)]
+    rows = [[value.to(device) for value in by_rank[rank][turn * width : (turn + 1) * width]] for turn, rank in places]
+    return [row[0] for row in rows], [[(row[column], row[column + 1]) for row in rows] for column in range(1, width, 2)]
 
 
 @torch.no_grad()

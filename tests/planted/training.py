@@ -344,9 +344,9 @@ evaluate_all = engine.evaluate_all
 
 
 @bug(engine, "evaluate_all", test_runner.test_a_student_whose_last_step_broke_its_weights_is_failed)
-def logits_that_are_not_finite_unnoticed(nets, on, precision):
+def logits_that_are_not_finite_unnoticed(nets, on, precision, **how):
     """The losses of the epoch were still finite; the weights after its last step are not."""
-    return [found._replace(probabilities=found.probabilities.nan_to_num()) for found in evaluate_all(nets, on, precision)]
+    return [found._replace(probabilities=found.probabilities.nan_to_num()) for found in evaluate_all(nets, on, precision, **how)]
 
 
 # What is not finite, and whose fault it is

@@ -218,8 +218,9 @@ class Ledger:
                         self.run_folder(no).rename(old / str(no))
                 for no, (run, curve) in runs.items():
                     self._db.execute(*insert("runs", vars(run)))
-                    for epoch in curve:
-                        self._db.execute(*insert("epochs", {"run": no, **vars(epoch)}))
+                    epochs = [encoded({"run": no, **vars(epoch)}) for epoch in curve]
+                    if epochs:
+                        self._db.executemany(insert("epochs", epochs[0])[0], epochs)
                     (drafts / str(no)).rename(self.run_folder(no))
                     placed.append(no)
         except BaseException:

@@ -655,7 +655,11 @@ def merge_ledgers(
     """Copy the runs of several ledgers into one. Equal runs are taken once; numbers that are taken are replaced by new ones."""
     from .ledger.merge import Merged, merge
 
-    merged = merge(folders, into)
+    gc.disable()  # all that is read stays until the end, and looking through it again and again takes a part of the time
+    try:
+        merged = merge(folders, into)
+    finally:
+        gc.enable()
     talk.answer(tables.render([entry._asdict() for entry in merged], format_, Merged._fields))
     copied = sum(not entry.remark or entry.remark.startswith("takes") for entry in merged)
     talk.say(f"{copied:,} of {len(merged):,} runs were copied into {into}")

@@ -119,6 +119,17 @@ def test_a_run_with_two_results_is_refused_and_nothing_is_copied(tmp_path: Path,
     assert sorted(path.name for path in into.iterdir() if path.is_dir()) == ["1"]
 
 
+def test_a_teacher_that_is_not_copied_is_named_by_its_file_and_never_by_a_number_of_another_run(tmp_path: Path) -> None:
+    into = rows_of(tmp_path / "into", row(seed=50))
+    other = rows_of(tmp_path / "other", row(seed=1, teacher_run=1, config={"teacher": "1"}))
+    ledger = Ledger(other)
+    ledger._db.execute('UPDATE runs SET teacher_run = 9, config = replace(config, \'"teacher": "1"\', \'"teacher": "9"\')')
+    ledger.close()
+    merge.merge([other], into)
+    moved = Ledger(into).run(2)
+    assert (moved.teacher_run, moved.config["teacher"]) == (None, str(other / "9" / "student.safetensors"))
+
+
 def test_a_ledger_that_repeats_a_run_beside_the_known_result_adds_the_repetition(tmp_path: Path) -> None:
     into = rows_of(tmp_path / "into", row(seed=1))
     other = rows_of(tmp_path / "other", row(seed=1), row(seed=1, correct=9100, started="2022-01-01T00:00:00"))
@@ -260,5 +271,5 @@ def test_a_change_of_a_merged_file_is_found_as_before(trained: Path, tmp_path: P
 def test_the_command_prints_what_became_of_each_run(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "a")
     said = command(tmp_path, "ledger", "merge", "a", "--into", "b", "--format", "json")
-    assert json.loads(said.out)[0] == {"source": "a", "run": 1, "into": 1, "remark": ""}
+    assert json.loads(said.out)[0] == {"source": "a", "run": 1, "into": 1, "copied": True, "remark": ""}
     assert (said.code, said.err) == (0, "4 of 4 runs were copied into b\n")

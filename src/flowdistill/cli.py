@@ -228,8 +228,8 @@ def _launch(
     """Train these runs."""
     from .device import describe, resolve_device
     from .report.progress import Bars
-    from .runner import dismiss, duration, run, shards
     from .runner import dry_run as preview
+    from .runner import duration, leading, run, shards
 
     place = None if shard is None else shards.parse(shard)
     where, own = resolve_device(ranks.device_name(device)), runs if place is None else shards.folder(runs, *place)
@@ -248,9 +248,8 @@ def _launch(
         if part is not None:
             ledger = shards.opened(configs, runs, where, part, changes)
         how: dict[str, Any] = {"deterministic": deterministic, "again": again, "engine": engine, "workers": workers, "shard": part}
-        with ranks.joined(where):
+        with leading(where):
             done = run(configs, ledger, where, **how, watcher=Bars())
-            dismiss()
     if part is not None:
         talk.say(f"{shards.told(part, done)}; put all shards together with: {advice.merge(runs / shard_plan.FOLDER, runs)}")
     return _print_done(done)
@@ -352,15 +351,14 @@ def resume(
     """Go on with runs that were cut off (interrupted or dead), from their last checkpoint."""
     from .device import resolve_device
     from .report.progress import Bars
-    from .runner import dismiss
+    from .runner import leading
     from .runner import resume as go_on
 
     where = resolve_device(ranks.device_name(device))
     if not ranks.launched().leads:
         return _follow(where, workers, runs, accept_changes=None, trust_code=trust_code)
-    with trust.code(trust_code), ranks.joined(where):
+    with trust.code(trust_code), leading(where):
         done = go_on(Ledger(runs, changes=Changes(None)), where, no=run, workers=workers, watcher=Bars())
-        dismiss()
     if not done:
         talk.say(f"nothing was cut off; {advice.list_runs(runs)} lists all")
         return 0
@@ -661,8 +659,7 @@ def merge_ledgers(
     finally:
         gc.enable()
     talk.answer(tables.render([entry._asdict() for entry in merged], format_, Merged._fields))
-    copied = sum(not entry.remark or entry.remark.startswith("takes") for entry in merged)
-    talk.say(f"{copied:,} of {len(merged):,} runs were copied into {into}")
+    talk.say(f"{sum(entry.copied for entry in merged):,} of {len(merged):,} runs were copied into {into}")
     if missing := shard_plan.missing(folders):
         talk.say(missing)
     return 0

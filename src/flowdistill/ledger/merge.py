@@ -35,13 +35,15 @@ class Merged(NamedTuple):
     Attributes:
         run: its number in the ledger that it came from.
         into: the number of this run, or of its equal, in the ledger that it went to. None: it was left out.
-        remark: why it was not copied, or what is missing.
+        copied: whether it was not there before.
+        remark: why it was not copied, or what it took the place of.
     """
 
     source: str
     run: int
     into: int | None
-    remark: str = ""
+    copied: bool
+    remark: str
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,12 @@ class _Plan:
         taken: new number -> the run that gets it.
         replaced: numbers whose run goes on in a source and gives way.
         last: the largest number of the target at first.
+        highest: the largest number so far.
     """
 
     there: dict[int, _Entry]
     last: int
+    highest: int
     numbers: dict[Ledger, dict[int, int]] = field(default_factory=dict)
     taken: dict[int, _Entry] = field(default_factory=dict)
     replaced: set[int] = field(default_factory=set)
@@ -116,20 +120,21 @@ class _Plan:
     def take(self, entry: _Entry, no: int, remark: str = "") -> None:
         """Copy a run, under this number."""
         self.taken[no] = self.there[no] = entry
-        self.note(entry, no, remark)
+        self.highest = max(self.highest, no)
+        self.note(entry, no, remark, copied=True)
 
-    def note(self, entry: _Entry, no: int | None, remark: str) -> None:
+    def note(self, entry: _Entry, no: int | None, remark: str, *, copied: bool = False) -> None:
         """Say what becomes of a run."""
         if no is not None:
             self.numbers.setdefault(entry.ledger, {})[entry.run.no] = no
-        self.merged.append(Merged(str(entry.ledger.folder), entry.run.no, no, remark))
+        self.merged.append(Merged(str(entry.ledger.folder), entry.run.no, no, copied, remark))
 
 
 def merge(sources: Sequence[Path], into: Path) -> list[Merged]:
     """Copy the runs of several ledgers, with their folders, into one.
 
-    A run keeps its number if that is free. A run that is there already, with the same numbers, is taken once. One that was cut off
-    is left out if another run finished what it began. The sources stay as they are.
+    A run keeps its number if that is larger than all that were here. A run that is there already, with the same numbers, is taken once.
+    One that was cut off is left out if another run finished what it began. The sources stay as they are.
 
     Returns:
         What became of each run, source by source.
@@ -219,7 +224,8 @@ def _planned(sources: Sequence[Sequence[_Entry]], target: Ledger) -> _Plan:
         UserError: two runs contradict each other.
     """
     there = {run.no: _entry(target, run) for run in _sound(target)}
-    plan = _Plan(there, target.last_number())
+    last = target.last_number()
+    plan = _Plan(there, last, last)
     finished = {entry.key for entries in ([*there.values()], *sources) for entry in entries if entry.finished}
     for entries in sources:
         before: dict[Key, list[tuple[int, _Entry]]] = {}
@@ -241,7 +247,7 @@ def _planned(sources: Sequence[Sequence[_Entry]], target: Ledger) -> _Plan:
                 plan.note(entry, None, "was cut off, and another run finished it")
             else:
                 free = entry.run.no not in plan.there and entry.run.no > plan.last
-                plan.take(entry, entry.run.no if free else max([plan.last, *plan.there]) + 1)
+                plan.take(entry, entry.run.no if free else plan.highest + 1)
     return plan
 
 
@@ -372,8 +378,9 @@ def _renumbered(entry: _Entry, no: int, plan: _Plan) -> dict[str, Any]:
     def new(text: re.Match[str]) -> str:
         return f"{text[1]}{numbers.get(int(text[2]), '(elsewhere)')}"
 
-    references = {key: numbers.get(old) for key in NETWORKS if (old := _number(run.config.get(key))) is not None}
-    config = run.config | {key: str(value) for key, value in references.items() if value is not None}
+    references = {key: old for key in NETWORKS if (old := _number(run.config.get(key))) is not None}
+    files = {old: entry.ledger.run_folder(old) / folders.STUDENT_FILE for old in references.values()}  # a run that is not copied has a file
+    config = run.config | {key: str(numbers.get(old, files[old])) for key, old in references.items()}
     before = run.versions.get(ORIGIN)
     origin = f"run {run.no} of {entry.ledger.folder}" + (f" ({before})" if before else "")
     return {

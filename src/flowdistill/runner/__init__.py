@@ -4,7 +4,7 @@ from .estimate import Duration, estimate
 from .evaluate import Measured, evaluate, load_network
 from .execute import finished, resume, run
 from .export import export
-from .follow import dismiss, follow
+from .follow import follow, leading
 from .preview import dry_run, duration
 from .watcher import Report, Watcher
 
@@ -13,7 +13,6 @@ __all__ = [
     "Measured",
     "Report",
     "Watcher",
-    "dismiss",
     "dry_run",
     "duration",
     "estimate",
@@ -21,6 +20,7 @@ __all__ = [
     "export",
     "finished",
     "follow",
+    "leading",
     "load_network",
     "resume",
     "run",

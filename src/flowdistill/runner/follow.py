@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from ..device import computing
 from ..ledger import Ledger
-from ..ranks import current
+from ..ranks import current, joined
 from ..training import checkpoint
 from ..training.cohort import Cohort, train
 from .cohorts import Member, prepare
@@ -47,9 +48,12 @@ def told(cohort: Cohort) -> str:
     return f"{world} ranks, each with {size // world} of a batch's {size} images, by which alone it normalises where it normalises batches"
 
 
-def dismiss() -> None:
-    """Tell the other ranks that nothing comes any more."""
-    current().told(None)
+@contextmanager
+def leading(device: torch.device) -> Iterator[None]:
+    """Inside, rank 0 works with the others, which are told after that that nothing comes any more. Without others this does nothing."""
+    with joined(device) as ranks:
+        yield
+        ranks.told(None)
 
 
 def follow(opened: Callable[[], Ledger], device: torch.device, workers: int | None = None) -> None:

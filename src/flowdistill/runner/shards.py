@@ -85,8 +85,8 @@ def opened(configs: Sequence[RunConfig], runs: Path, device: torch.device, shard
         source = Ledger(runs, create=True, changes=changes)
         jobs = plan(configs, source, device)
         done = [run for job in part(jobs, shard) if (run := before(job, source)) is not None and run.status == "finished"]
+        shard.write(own.folder)  # first: a shard that has runs has a plan, whenever it was killed
         merge.bring({*_learnt_from(jobs, source), *(run.no for run in done)}, source, own)
-        shard.write(own.folder)
     return own
 
 

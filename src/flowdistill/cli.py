@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from .runner.remote.driver import Gathered
+
 
 app = typer.Typer(
     add_completion=False,
@@ -91,6 +93,10 @@ TrustOption = Annotated[
 ShardOption = Annotated[
     str | None,
     typer.Option(help="Train part i of n of the same plan, such as 2/5, into RUNS/shards/2-of-5; slurm: the part of this array task."),
+]
+RayOption = Annotated[str | None, typer.Option("--ray", help="Train by the workers of a Ray cluster: local, auto or HOST:PORT.")]
+StorageOption = Annotated[
+    Path | None, typer.Option(help="With --ray: where workers keep what another goes on with, seen by all; left out, RUNS/storage.")
 ]
 AgainOption = Annotated[bool, typer.Option("--again", help="Train even what the ledger has already.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config, the taps and a time estimate; train nothing.")]
@@ -223,6 +229,8 @@ def _launch(
     trust_code: TrustOption = False,
     dry_run: DryRunOption = False,
     shard: ShardOption = None,
+    ray: RayOption = None,
+    storage: StorageOption = None,
     runs: RunsOption = Path("runs"),
 ) -> int:
     """Train these runs."""
@@ -230,8 +238,10 @@ def _launch(
     from .report.progress import Bars
     from .runner import dry_run as preview
     from .runner import duration, leading, run, shards
+    from .runner.remote import driver
 
     place = None if shard is None else shards.parse(shard)
+    gather = _crew(ray, storage, device, runs, shard)
     where, own = resolve_device(ranks.device_name(device)), runs if place is None else shards.folder(runs, *place)
     if not ranks.launched().leads:
         return 0 if dry_run else _follow(where, workers, own, accept_changes=accept_changes, trust_code=trust_code)
@@ -245,6 +255,9 @@ def _launch(
             todo = [planned for planned in previews if again or not planned["finished_run"]]
             talk.say(f"{len(todo)} runs to do, about {duration(todo)} (h:mm:ss) on {describe(where)}")
             return 0
+        if gather is not None:
+            ways = driver.How(engine, deterministic, workers, again, trust_code)
+            return _print_done(driver.run(configs, ledger, where, gather, storage or runs / driver.STORAGE, ways, Bars()))
         if part is not None:
             ledger = shards.opened(configs, runs, where, part, changes)
         how: dict[str, Any] = {"deterministic": deterministic, "again": again, "engine": engine, "workers": workers, "shard": part}
@@ -253,6 +266,29 @@ def _launch(
     if part is not None:
         talk.say(f"{shards.told(part, done)}; put all shards together with: {advice.merge(runs / shard_plan.FOLDER, runs)}")
     return _print_done(done)
+
+
+def _crew(ray: str | None, storage: Path | None, device: str, runs: Path, shard: str | None = None) -> Gathered | None:
+    """What gathers the workers of a Ray cluster; None without one.
+
+    Raises:
+        UserError: options that do not go together, or no address.
+    """
+    from .runner.remote import driver, ray_crew
+
+    if ray is None:
+        if storage is not None:
+            raise UserError(f"--storage {storage} belongs to --ray; give --ray local, auto or HOST:PORT, or leave it out")
+        return None
+    if shard is not None:
+        raise UserError(f"--shard {shard} and --ray {ray} both divide the plan; give one of them")
+    if ranks.launched().several:
+        raise UserError(
+            f"--ray {ray}: torchrun started several processes, and Ray starts workers itself; give the command without torchrun"
+        )
+    ray_crew.parse(ray)
+    words = ["--ray", ray, *([] if storage is None else ["--storage", os.fspath(storage)])]
+    return lambda: ray_crew.connected(ray, device, storage or runs / driver.STORAGE, words)
 
 
 def _follow(device: torch.device, workers: int | None, runs: Path, *, accept_changes: bool | None, trust_code: bool) -> int:
@@ -346,6 +382,8 @@ def resume(
     device: DeviceOption = "auto",
     workers: WorkersOption = None,
     trust_code: TrustOption = False,
+    ray: RayOption = None,
+    storage: StorageOption = None,
     runs: RunsOption = Path("runs"),
 ) -> int:
     """Go on with runs that were cut off (interrupted or dead), from their last checkpoint."""
@@ -353,12 +391,18 @@ def resume(
     from .report.progress import Bars
     from .runner import leading
     from .runner import resume as go_on
+    from .runner.remote import driver
 
     where = resolve_device(ranks.device_name(device))
     if not ranks.launched().leads:
         return _follow(where, workers, runs, accept_changes=None, trust_code=trust_code)
+    gather, ledger = _crew(ray, storage, device, runs), Ledger(runs, changes=Changes(None))
     with trust.code(trust_code), leading(where):
-        done = go_on(Ledger(runs, changes=Changes(None)), where, no=run, workers=workers, watcher=Bars())
+        if gather is None:
+            done = go_on(ledger, where, no=run, workers=workers, watcher=Bars())
+        else:
+            ways = driver.How(workers=workers, trusts_all=trust_code)
+            done = driver.resume(ledger, where, gather, storage or runs / driver.STORAGE, ways, Bars(), no=run)
     if not done:
         talk.say(f"nothing was cut off; {advice.list_runs(runs)} lists all")
         return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 import platform
 import resource
@@ -70,6 +71,15 @@ def circumstances() -> dict[str, str]:
     with contextlib.suppress(OSError):
         return {"load": f"{os.getloadavg()[0]:.2f}", **_commit()}
     return _commit()
+
+
+@functools.cache
+def code_hash(package: Path = Path(__file__).parent) -> str:
+    """SHA-256 over the names and contents of this package's modules: equal on machines that have the same code."""
+    hasher = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        hasher.update(f"{file.relative_to(package).as_posix()}\0".encode() + file.read_bytes())
+    return hasher.hexdigest()
 
 
 @functools.cache

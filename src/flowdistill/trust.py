@@ -33,6 +33,11 @@ def name(*references: object) -> None:
             _named.update((reference, reference.partition("@")[0]))
 
 
+def named() -> frozenset[str]:
+    """What the user wrote so far, as another process that works for the same command is told."""
+    return frozenset(_named)
+
+
 def came_from(reference: object, origin: str) -> None:
     """A name was read in a file; ``origin`` says in which."""
     if isinstance(reference, str):

@@ -17,7 +17,7 @@ from ..training.cohort import Cohort
 from ..training.gradients import first_gradients
 from ..training.timing import seconds_per_epoch
 from .cohorts import Member, assemble
-from .execute import before
+from .due import before
 from .job import Job
 from .plan import cohorts, plan
 

@@ -25,12 +25,10 @@ from ..training import checkpoint
 from ..training.cohort import Cohort, train
 from ..training.student import Student
 from .cohorts import Member, check_start, prepare
+from .due import known, outstanding, unfinished
 from .follow import announce
 from .follow import told as told_of_ranks
-from .integrity import missing
-from .job import Job, other_side
-from .partition import part
-from .plan import plan, recorded
+from .plan import recorded
 from .record import finish, now, record_epoch, row, told
 from .watcher import Watcher
 
@@ -59,30 +57,13 @@ def run(
     ledger.refuse_unwritable()
     refuse_shared(ledger)
     watcher, started = watcher or Watcher(), time.perf_counter()
-    jobs = plan(configs, ledger, device)
-    if shard is not None:
-        jobs = part(jobs, shard)
-    todo = {job.key: job for job in jobs}
-    for line in dict.fromkeys(network.remark for job in jobs for network in job.networks.values() if network.remark):
-        watcher.say(line)
-    known = {} if again else _known(jobs, ledger)
-    for line in [] if again else dict.fromkeys(_lost(job, ledger) for job in jobs if job.key not in known):
-        if line:
-            watcher.say(line)
-    for key, previous in known.items():
-        if previous.status == "running":
-            raise UserError(f"{todo[key].label}: another process trains it as run {previous.no}; wait for that, or repeat it with --again")
-        if previous.status == "finished":
-            watcher.say(f"{todo[key].label}: run {previous.no} has it already, skipped (--again repeats it, in Python again=True)")
-    homes = dict.fromkeys(previous.home for previous in known.values() if previous.cut_off)
-    for home in homes:
-        recorded(_unfinished(home, ledger), ledger, device)  # refuses before anything is trained
+    due = outstanding(configs, ledger, device, watcher, again=again, shard=shard)
     with computing(device, deterministic=deterministic):
-        prepared = prepare([job for key, job in todo.items() if key not in known], device, engine, workers)
+        prepared = prepare(due.fresh, device, engine, workers)
         for cohort, members in prepared:
             with apart():  # the other ranks are not there yet
                 check_start(cohort, members, watcher)
-    for home in homes:
+    for home in due.homes:
         _resume_cohort(home, ledger, device, watcher, workers)
     try:
         with computing(device, deterministic=deterministic):
@@ -92,9 +73,7 @@ def run(
     except _TakenError:  # another process began one meanwhile: what it trains is refused, what it finished is skipped
         how: dict[str, Any] = {"deterministic": deterministic, "engine": engine, "workers": workers, "shard": shard, "watcher": watcher}
         return run(configs, ledger, device, **how)
-    numbers = {key: previous.no for key, previous in known.items()}
-    numbers |= {member.job.key: member.no for _, members in prepared for member in members}
-    return [ledger.run(numbers[job.key]) for job in jobs]
+    return due.runs(ledger, {member.job.key: member.no for _, members in prepared for member in members})
 
 
 def refuse_shared(ledger: Ledger) -> None:
@@ -126,66 +105,28 @@ def resume(
     ledger.refuse_unwritable()
     refuse_shared(ledger)
     watcher = watcher or Watcher()
-    runs = [run_ for run_ in ledger.runs() if run_.cut_off] if no is None else [_cut_off(ledger.run(no))]
+    runs = [run_ for run_ in ledger.runs() if run_.cut_off] if no is None else [cut_off(ledger.run(no))]
     homes = dict.fromkeys(run_.home for run_ in runs)
-    by_home = {home: [run_.no for run_ in _unfinished(home, ledger)] for home in homes}
+    by_home = {home: [run_.no for run_ in unfinished(home, ledger)] for home in homes}
     for home in homes:
-        recorded(_unfinished(home, ledger), ledger, device)
+        recorded(unfinished(home, ledger), ledger, device)
     for home in homes:
         _resume_cohort(home, ledger, device, watcher, workers)
     return [ledger.run(number) for numbers in by_home.values() for number in numbers]
 
 
-def _cut_off(run_: Run) -> Run:
+def cut_off(run_: Run) -> Run:
+    """A run that can be gone on with.
+
+    Raises:
+        UserError: it is another.
+    """
     if run_.status == "running":
         raise UserError(f"run {run_.no} is being trained by another process; there is nothing to resume")
     if not run_.cut_off:
         why = f" ({run_.error})" if run_.error else ""
         raise UserError(f"run {run_.no} is {run_.status}{why}; only what was cut off can be resumed, to repeat it use --again")
     return run_
-
-
-def before(job: Job, ledger: Ledger) -> Run | None:
-    """The newest run that finished this job, or else the newest that began it.
-
-    A failed run does not count, nor does a finished one whose files are gone or are not those that it wrote.
-    """
-    runs = ledger.runs(fingerprint=job.fingerprint, seed=job.config.seed)
-    done = [run_ for run_ in runs if run_.status == "finished" and not missing(run_, ledger)]
-    ranked = done or [run_ for run_ in runs if run_.status not in ("failed", "finished")]
-    return ranked[-1] if ranked else None
-
-
-def finished(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device) -> list[Run]:
-    """The finished runs of these configs, which ``run`` would skip. Nothing is trained.
-
-    Raises:
-        UserError: a config can't be run.
-    """
-    runs = (before(job, ledger) for job in plan(configs, ledger, device))
-    return [run_ for run_ in runs if run_ is not None and run_.status == "finished"]
-
-
-def _lost(job: Job, ledger: Ledger) -> str:
-    """Which run finished this job and why that does not count; empty if none did."""
-    done = ledger.runs(fingerprint=job.fingerprint, seed=job.config.seed, status="finished")
-    return f"run {done[-1].no} finished, but its {missing(done[-1], ledger)}: trained anew" if done else ""
-
-
-def _known(jobs: Sequence[Job], ledger: Ledger) -> dict[tuple[str, int], Run]:
-    """The runs that are skipped or gone on with, by key. Of two students that teach each other it has both or none."""
-    known = {job.key: run_ for job in jobs if (run_ := before(job, ledger))}
-    for job in jobs:
-        if job.resolved.mutual:
-            pair = [other.key for other in jobs if other.config in (job.config, other_side(job.config))]
-            if not known.keys() >= set(pair):
-                known = {key: run_ for key, run_ in known.items() if key not in pair}
-    return known
-
-
-def _unfinished(home: int, ledger: Ledger) -> list[Run]:
-    """The runs of a cohort that are to be gone on with. A student that diverged stays failed."""
-    return [run_ for run_ in ledger.runs() if run_.home == home and run_.status not in ("finished", "failed")]
 
 
 def _begin_cohort(
@@ -208,7 +149,7 @@ def _begin_cohort(
     with contextlib.ExitStack() as stack:
 
         def refuse_taken() -> None:
-            if not again and _known([member.job for member in members], ledger):
+            if not again and known([member.job for member in members], ledger):
                 raise _TakenError
 
         def claim(numbers: Sequence[int]) -> None:
@@ -235,7 +176,7 @@ def _vouch(members: Sequence[Member], ledger: Ledger, watcher: Watcher) -> None:
 def _resume_cohort(home: int, ledger: Ledger, device: torch.device, watcher: Watcher, workers: int | None) -> None:
     """Go on with a cohort from its checkpoint, or from the start if there is none, with as many threads as it began with."""
     with ledger.lock(home):
-        runs = _unfinished(home, ledger)
+        runs = unfinished(home, ledger)
         if not runs:
             return  # another process was faster
         cores = runs[0].threads or torch.get_num_threads()
@@ -340,6 +281,8 @@ def _save(cohort: Cohort, members: Sequence[Member], folder: Path, watcher: Watc
         checkpoint.save(folder, cohort, _keys(members), about)
     except OSError as error:
         watcher.say(f"{_numbers(members)}: no checkpoint of epoch {cohort.done} ({error.strerror}); training goes on with the one before")
+    else:
+        watcher.saved(cohort.done, [member.no for member in members], int(folder.name))
 
 
 @contextlib.contextmanager

@@ -33,11 +33,10 @@ def part(jobs: Sequence[Job], shard: ShardPlan) -> list[Job]:
     """
     if apart := shard.difference(whole(jobs, shard.number, shard.count)):
         raise UserError(f"shard {shard.name}: the plan changed since it began ({apart}); name another folder with --runs")
-    units = [unit for cohort in cohorts(jobs) for unit in _by_seed(cohort)]
-    costs = _Costs()
+    units = [unit for cohort in cohorts(jobs) for unit in by_seed(cohort)]
     loads = [0] * shard.count
     own: set[tuple[str, int]] = set()
-    for cost, unit in sorted(((costs.of(unit), unit) for unit in units), key=lambda weighed: -weighed[0]):
+    for cost, unit in sorted(zip(costs(units), units, strict=True), key=lambda weighed: -weighed[0]):
         lightest = loads.index(min(loads))
         loads[lightest] += cost
         if lightest == shard.number - 1:
@@ -45,11 +44,18 @@ def part(jobs: Sequence[Job], shard: ShardPlan) -> list[Job]:
     return [job for job in jobs if job.key in own]
 
 
-def _by_seed(cohort: Iterable[Job]) -> list[list[Job]]:
+def by_seed(cohort: Iterable[Job]) -> list[list[Job]]:
+    """A cohort in parts that can be trained apart: the students of one seed, who share batches and teacher."""
     seeds: dict[int, list[Job]] = {}
     for job in cohort:
         seeds.setdefault(job.config.seed, []).append(job)
     return list(seeds.values())
+
+
+def costs(units: Iterable[Sequence[Job]]) -> list[int]:
+    """The estimated cost of each unit of jobs, in operations."""
+    counting = _Costs()
+    return [counting.of(unit) for unit in units]
 
 
 class _Costs:

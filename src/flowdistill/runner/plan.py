@@ -133,7 +133,7 @@ class _Loader:
     def __call__(self, config: DataConfig) -> ImageData:
         if config not in self._loaded:
             data = load(config, self._remarks)
-            if config.unlabelled is not None:
+            if config.unlabelled is not None and data.unlabelled is None:
                 data = replace(data, unlabelled=load_unlabelled(config, data, self._remarks))
             self._loaded[config] = data
         return self._loaded[config]

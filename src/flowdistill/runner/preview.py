@@ -14,8 +14,8 @@ from ..ledger.shard_plan import ShardPlan
 from ..training.cohort import Cohort
 from ..types import NetSpec
 from .cohorts import Member, check_start, prepare
+from .due import before
 from .estimate import Duration, by, epoch_of
-from .execute import before
 from .partition import part
 from .plan import plan
 from .watcher import Watcher

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from ..checks import Changes, UserError
-from ..config import BASELINE, RunConfig
+from ..config import RunConfig
 from ..ledger import Ledger, Run, merge, shard_plan
 from ..ledger.shard_plan import ShardPlan
-from .execute import before
-from .job import Job
+from .due import before, learnt_from
 from .partition import part, whole
 from .plan import plan
 
@@ -86,17 +85,8 @@ def opened(configs: Sequence[RunConfig], runs: Path, device: torch.device, shard
         jobs = plan(configs, source, device)
         done = [run for job in part(jobs, shard) if (run := before(job, source)) is not None and run.status == "finished"]
         shard.write(own.folder)  # first: a shard that has runs has a plan, whenever it was killed
-        merge.bring({*_learnt_from(jobs, source), *(run.no for run in done)}, source, own)
+        merge.bring({*learnt_from(jobs, source), *(run.no for run in done)}, source, own)
     return own
-
-
-def _learnt_from(jobs: Iterable[Job], ledger: Ledger) -> set[int]:
-    """The runs that these jobs begin with, and those among which a teacher that is named by its model is chosen."""
-    numbers: set[int] = set()
-    for model, data_hash in {(job.teacher.model, job.data_hash) for job in jobs if job.teacher is not None}:
-        numbers |= {run.no for run in ledger.runs(status="finished", method=BASELINE, student=model, data_hash=data_hash)}
-    networks = [network for job in jobs for network in (job.student, job.teacher) if network is not None]
-    return numbers | {network.run for network in networks if network.run is not None}
 
 
 def told(shard: ShardPlan, done: Sequence[Run]) -> str:

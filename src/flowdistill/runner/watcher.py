@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -53,6 +53,9 @@ class Watcher:
 
     def epoch(self, line: str) -> None:
         """An epoch is done."""
+
+    def saved(self, done: int, runs: Sequence[int], home: int) -> None:
+        """A checkpoint after ``done`` epochs of these runs lies in the folder of run ``home``."""
 
     def end(self) -> None:
         """The cohort is done."""

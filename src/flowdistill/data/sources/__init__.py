@@ -6,6 +6,8 @@ A source is a file here that registers what reads it, and for a scheme a row in 
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 
@@ -20,7 +22,20 @@ from .npz import read_npz
 for _module in pkgutil.iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["READERS", "SOURCES", "UNLABELLED_READERS", "Source", "load", "load_unlabelled", "read_npz"]
+__all__ = ["READERS", "SOURCES", "UNLABELLED_READERS", "Source", "held", "load", "load_unlabelled", "read_npz"]
+
+_held: dict[DataConfig, ImageData] = {}
+
+
+@contextmanager
+def held(data: Mapping[DataConfig, ImageData]) -> Iterator[None]:
+    """Inside, these data are taken as they are, unlabelled images included: another process read them, and sent them here."""
+    _held.update(data)
+    try:
+        yield
+    finally:
+        for config in data:
+            del _held[config]
 
 
 def load(config: DataConfig, remarks: Remarks | None = None) -> ImageData:
@@ -31,6 +46,8 @@ def load(config: DataConfig, remarks: Remarks | None = None) -> ImageData:
     Raises:
         UserError: unknown name, file missing or not valid, no network; in one line.
     """
+    if config in _held:
+        return _held[config]
     if (scheme := scheme_of(config.name)) is not None:
         data = READERS[scheme.name](config, remarks or unheard())
         if scheme.from_python:

@@ -1,0 +1,407 @@
+"""A crew that Ray makes. Placement, retries and the death of nodes are Ray's; what a cluster must be like is checked here."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import re
+import secrets
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ... import advice
+from ...checks import UserError, first_line, joined
+from ...data.dataset import ImageData
+from ...device import usable_cores
+from ...env import code_hash, versions
+from . import storage as storages
+from . import worker
+from .driver import Lost
+from .kit import Kit, Result, Word
+
+LOCAL, AUTO = "local", "auto"
+OLDEST = (2, 52)  # the first Ray that can demand a token
+PATIENCE = 10.0  # seconds that an address has to answer
+RETRIES = 3  # of a cohort whose worker or node died
+SAME = ("flowdistill", "torch", "numpy", "python")  # versions that must be equal on all machines
+TOKEN_MODE = "RAY_AUTH_MODE"
+_HEAD = Path("/tmp/ray/ray_current_cluster")  # where `ray start` notes the address of this machine's cluster
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster, as it sees itself.
+
+    Attributes:
+        code: hash of this package's code there.
+        demands_token: whether its Ray does.
+        sees_storage: whether it reads what the driver wrote there, and can write beside it.
+    """
+
+    id: str
+    name: str
+    versions: Mapping[str, str]
+    code: str
+    demands_token: bool
+    sees_storage: bool
+
+    def other(self, driver: Node) -> str:
+        """In what it differs from the driver's machine, in one phrase; empty if in nothing that matters."""
+        apart = [
+            f"{name} {self.versions[name]}, not {driver.versions[name]}" for name in SAME if self.versions[name] != driver.versions[name]
+        ]
+        if not apart and self.code != driver.code:
+            apart = [f"other code of flowdistill ({self.code[:8]}, not {driver.code[:8]})"]
+        return joined(apart, "and") if apart else ""
+
+
+def here(node: str, storage: str, word: str) -> Node:
+    """This machine."""
+    demands = os.environ.get(TOKEN_MODE, "").lower() == "token"
+    sees = storages.sees_probe(Path(storage), word)
+    return Node(node, socket.gethostname(), {name: versions()[name] for name in SAME}, code_hash(), demands, sees)
+
+
+def parse(address: str) -> str:
+    """``local``, ``auto`` or ``HOST:PORT`` -> the same, ``auto`` as what it means here.
+
+    Raises:
+        UserError: it is none of them, or no cluster runs on this machine.
+    """
+    if address == LOCAL:
+        return address
+    if address == AUTO:
+        with contextlib.suppress(OSError):
+            address = os.environ.get("RAY_ADDRESS") or _HEAD.read_text().strip()
+        if address == AUTO:
+            start = advice.options("ray", "start", "--head")
+            raise UserError(f"--ray auto: no Ray cluster runs on this machine; start one with: {start}, or give --ray local or HOST:PORT")
+    host, colon, port = address.rpartition(":")
+    if not (colon and host and "/" not in host and re.fullmatch(r"[1-9][0-9]{0,4}", port) and int(port) < 2**16):
+        raise UserError(f"--ray {address!r} is no address; give HOST:PORT such as 10.0.0.1:6379, auto, or local")
+    return address
+
+
+def refuse_unanswered(address: str) -> None:
+    """Refuse an address at which nobody listens.
+
+    Raises:
+        UserError: that is so.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), PATIENCE / 2).close()
+    except OSError as error:
+        why = error.strerror or first_line(error)
+        raise UserError(
+            f"--ray {address}: nobody answers there ({why}); start Ray with: {advice.options('ray', 'start', '--head')}"
+        ) from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine alone, by an address that no other machine can reach."""
+    with contextlib.suppress(OSError, ValueError):
+        found = {entry[4][0] for entry in socket.getaddrinfo(host.strip("[]"), None)}
+        return bool(found) and all(ipaddress.ip_address(str(one).partition("%")[0]).is_loopback for one in found)
+    return False
+
+
+def refuse_open(address: str, hosts: Sequence[str], *, demands_token: bool) -> None:
+    """Refuse a cluster that other machines can reach and that asks for no token: whoever reaches it runs code there, and here.
+
+    Raises:
+        UserError: it is one.
+    """
+    outside = [host for host in hosts if not is_loopback(host)]
+    if outside and not demands_token:
+        token = advice.options("ray", "get-auth-token", "--generate")
+        start = f"export {TOKEN_MODE}=token; {advice.options('ray', 'start', '--head')}"
+        raise UserError(
+            f"--ray {address}: other machines can reach {outside[0]}, and whoever reaches a Ray cluster without token authentication runs "
+            f"code on it; make a token with: {token}, copy ~/.ray/auth_token to every node, start Ray there with: {start}, and export "
+            f"{TOKEN_MODE}=token here"
+        )
+
+
+def _ray() -> Any:
+    """Ray.
+
+    Raises:
+        UserError: it is missing or too old.
+    """
+    install = advice.options("pip", "install", "flowdistill[ray]")
+    try:
+        found = metadata.version("ray")
+    except metadata.PackageNotFoundError:
+        raise UserError(f"--ray needs Ray, which is not installed; install it with: {install}") from None
+    if tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < OLDEST:
+        raise UserError(f"--ray needs Ray {'.'.join(map(str, OLDEST))} or newer, here is {found}; install it with: {install}")
+    import ray
+
+    return ray
+
+
+@contextmanager
+def connected(address: str, device: str, storage: Path, option: Sequence[str]) -> Iterator[RayCrew]:
+    """Inside, the workers of a Ray cluster; ``local`` starts one on this machine, on loopback and behind a token of its own.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``, of the workers.
+        storage: the folder in which they keep states.
+        option: the words of the command line that name this crew.
+
+    Raises:
+        UserError: Ray is missing, too old or of another version than the cluster; nobody answers; other machines can reach the cluster,
+            and it asks for no token; a node has other code or does not see the storage.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    place = parse(address)
+    if place == LOCAL:
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # what makes Ray listen on loopback alone; read when it is imported
+        os.environ |= {TOKEN_MODE: "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    ray = _ray()
+    if place != LOCAL:
+        refuse_unanswered(place)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    quietly: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    try:
+        if place == LOCAL:
+            ray.init(num_cpus=usable_cores(), include_dashboard=False, _node_ip_address="127.0.0.1", **quietly)
+        else:
+            _join(ray, place, quietly)
+        for number, handler in before.items():
+            signal.signal(number, handler)  # Ray puts one of its own there
+        with _probe(storage) as word:
+            crew = RayCrew(ray, address, device, storage, word, option)
+            yield crew
+    finally:
+        ray.shutdown()
+
+
+def _join(ray: Any, address: str, quietly: Mapping[str, Any]) -> None:
+    """Connect to a cluster that runs.
+
+    Raises:
+        UserError: it is of another version, or is no Ray cluster, or does not answer in time.
+    """
+    failed: list[BaseException] = []
+
+    def join() -> None:
+        try:
+            ray.init(address=address, **quietly)
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=join, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    if thread.is_alive():
+        raise UserError(f"--ray {address}: what listens there does not answer as a Ray cluster does; give the address of a head node")
+    if failed:
+        why = " ".join(str(failed[0]).split())
+        if "ersion mismatch" in why:
+            raise UserError(
+                f"--ray {address}: the cluster has another version of Ray or Python than this machine ({why}); install the same"
+            )
+        raise UserError(f"--ray {address}: {why}")
+
+
+@contextmanager
+def _probe(storage: Path) -> Iterator[str]:
+    """Inside, something lies in the storage that each node must see."""
+    try:
+        word = storages.leave_probe(storage)
+    except OSError as error:
+        raise UserError(f"--storage {storage} cannot be written ({error.strerror}); name another folder") from None
+    try:
+        yield word
+    finally:
+        storages.remove_probe(storage, word)
+
+
+class Mailbox:
+    """Where workers leave their words until the driver takes them."""
+
+    def __init__(self) -> None:
+        self._words: list[Word] = []
+
+    def post(self, word: Word) -> None:
+        """Leave a word."""
+        self._words.append(word)
+
+    def take(self) -> list[Word]:
+        """All words since the last time."""
+        words, self._words = self._words, []
+        return words
+
+
+def work(kit: Kit, data: ImageData | None, given: bytes, mailbox: Any, driver: Node, probe: str) -> Result | Node:
+    """What Ray runs on a node: a cohort; or nothing, where the node is another than it must be."""
+    import ray
+
+    node = here(ray.get_runtime_context().get_node_id(), kit.storage, probe)
+    if node.other(driver):
+        return node
+    posted: list[Any] = []
+
+    def tell(attempt: str, told: Any) -> None:
+        posted[:] = [mailbox.post.remote(Word(kit.number, attempt, node.name, told))]
+
+    result = worker.train(kit, data, given, node.name, tell)
+    if posted:
+        ray.get(posted[-1])  # the last word comes before the result
+    return result
+
+
+class RayCrew:
+    """The workers of a Ray cluster."""
+
+    def __init__(self, ray: Any, address: str, device: str, storage: Path, probe: str, option: Sequence[str]) -> None:
+        self._ray, self._address, self._probe, self.option = ray, address, probe, option
+        self._storage = storage.absolute()
+        self._driver = here(ray.get_runtime_context().get_node_id(), str(self._storage), probe)
+        self._unfit: dict[str, str] = {}  # id of a node -> what is wrong with it
+        self._told = set[str]()
+        self._check()
+        total = ray.cluster_resources()
+        self.device = ("cuda" if total.get("GPU") else "cpu") if device == AUTO else device
+        if self.device == "cuda" and not total.get("GPU"):
+            raise UserError(f"--device {device}: no node of the Ray cluster has a GPU; give --device cpu")
+        self.threads, self._share = 1, 1.0
+        self.slots = max(1, int(total.get("GPU" if self.device == "cuda" else "CPU", 1)))
+        self._memory = 0
+        self._mailbox = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=self._on(self._driver.id, soft=True)).remote()
+        self._work = ray.remote(work)
+        self._data: dict[str, Any] = {}
+        self._given: tuple[bytes, Any] = b"", None
+        self._tasks: dict[Any, tuple[int, Callable[[], Any]]] = {}
+
+    def _on(self, node: str, *, soft: bool) -> Any:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        return NodeAffinitySchedulingStrategy(node_id=node, soft=soft)
+
+    def _check(self) -> None:
+        """Ask every node what it is.
+
+        Raises:
+            UserError: one is not what it must be.
+        """
+        alive = [node for node in self._ray.nodes() if node["Alive"]]
+        ask = self._ray.remote(num_cpus=0, max_retries=0)(here)
+        asked = {
+            node["NodeID"]: ask.options(scheduling_strategy=self._on(node["NodeID"], soft=False)).remote(
+                node["NodeID"], str(self._storage), self._probe
+            )
+            for node in alive
+        }
+        for node in alive:
+            name = f"--ray {self._address}: node {node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+            try:
+                found: Node = self._ray.get(asked[node["NodeID"]], timeout=120)
+            except Exception as error:
+                if "flowdistill" in str(error):
+                    why = "has no flowdistill, or an older one; install the version of this machine there"
+                else:
+                    why = f"does not work: {_last_line(error)}"
+                raise UserError(f"{name} {why}") from None
+            refuse_open(self._address, [node["NodeManagerAddress"]], demands_token=found.demands_token)
+            if other := found.other(self._driver):
+                raise UserError(f"{name} has {other}; install the same on all machines")
+            if not found.sees_storage:
+                raise UserError(
+                    f"{name} does not see --storage {self._storage}, or can't write there; name a folder that all machines share"
+                )
+
+    def begin(self, kit: Kit, data: ImageData | None, given: bytes) -> None:
+        """As ``Crew`` has it."""
+        data_ref = None
+        if data is not None:
+            if data.hash not in self._data:
+                self._data[data.hash] = self._ray.put(data)
+            data_ref = self._data[data.hash]
+        if self._given[0] is not given:
+            self._given = given, self._ray.put(given)
+        given_ref = self._given[1]
+
+        def submit() -> Any:
+            options: dict[str, Any] = {"num_cpus": self.threads, "max_retries": RETRIES, "name": kit.title}
+            if self.device == "cuda":
+                options["num_gpus"] = self._share
+            if self._memory:
+                options["memory"] = self._memory
+            if self._unfit:
+                options["label_selector"] = {"ray.io/node-id": f"!in({','.join(self._unfit)})"}
+            return self._work.options(**options).remote(kit, data_ref, given_ref, self._mailbox, self._driver, self._probe)
+
+        self._tasks[submit()] = kit.number, submit
+
+    def words(self) -> Sequence[Word]:
+        """As ``Crew`` has it."""
+        taken: list[Word] = self._ray.get(self._mailbox.take.remote())
+        return taken
+
+    def results(self, seconds: float) -> Mapping[int, Result | Lost]:
+        """As ``Crew`` has it."""
+        if not self._tasks:
+            return {}
+        ready, _ = self._ray.wait([*self._tasks], num_returns=1, timeout=seconds)
+        if ready:
+            ready, _ = self._ray.wait([*self._tasks], num_returns=len(self._tasks), timeout=0)
+        ended: dict[int, Result | Lost] = {}
+        for task in ready:
+            number, submit = self._tasks.pop(task)
+            result = self._result(task)
+            if isinstance(result, Node):  # it joined later, and is another than it must be
+                self._unfit[result.id] = result.other(self._driver)
+                self._tasks[submit()] = number, submit
+            else:
+                ended[number] = result
+        return ended
+
+    def _result(self, task: Any) -> Result | Node | Lost:
+        errors = self._ray.exceptions
+        try:
+            result: Result | Node = self._ray.get(task)
+        except errors.TaskCancelledError:
+            return Lost("it was cancelled")
+        except (errors.WorkerCrashedError, errors.NodeDiedError, errors.OutOfMemoryError, errors.ObjectLostError) as error:
+            return Lost(f"its worker died {RETRIES + 1} times, the last time: {first_line(error)}")
+        except errors.RayError as error:
+            return Lost(_last_line(error))
+        return result
+
+    def remarks(self) -> Sequence[str]:
+        """What is to be told of the nodes."""
+        new = [f"node {node[:8]} is left out: it has {why}" for node, why in self._unfit.items() if node not in self._told]
+        self._told |= self._unfit.keys()
+        return new
+
+    def cancel(self, number: int) -> None:
+        """As ``Crew`` has it."""
+        for task, (cohort, _) in [*self._tasks.items()]:
+            if cohort == number:
+                self._ray.cancel(task)
+                del self._tasks[task]
+
+    def stop(self, seconds: float) -> None:
+        """As ``Crew`` has it."""
+        for task in self._tasks:
+            with contextlib.suppress(Exception):
+                self._ray.cancel(task)
+        with contextlib.suppress(Exception):
+            self._ray.wait([*self._tasks], num_returns=max(1, len(self._tasks)), timeout=seconds)
+
+
+def _last_line(error: BaseException) -> str:
+    """What an error of Ray says at its end, where the error of the code stands."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

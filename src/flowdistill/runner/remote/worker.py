@@ -1,0 +1,166 @@
+"""A worker: trains one cohort in a folder of its own, as ``run`` does on one machine, and tells the driver what it enters."""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ... import trust
+from ...checks import Changes, UserError, first_line, shortage
+from ...config import validate
+from ...data import sources
+from ...data.dataset import ImageData
+from ...ledger import PREDICTIONS, RECORD, STUDENT_FILE, Epoch, Ledger, Run
+from ...ledger.folders import JOURNAL
+from ...ledger.rebuild import rebuild
+from ...training import checkpoint
+from ..execute import run
+from ..watcher import Watcher
+from .kit import Alive, Began, Changed, Epochs, Finished, Kit, Result, Said, unpack
+from .storage import States
+
+OWN = 10**9  # a worker numbers its own runs from here on, above those that it was given
+HEARTBEAT = 5.0  # seconds between two signs of life
+
+Tell = Callable[[str, Began | Epochs | Changed | Said | Alive], object]
+"""Gets the name of the attempt and what there is to tell of it."""
+
+
+def train(kit: Kit, data: ImageData | None, given: bytes, node: str, tell: Tell) -> Result:
+    """Train a cohort, or go on with it from the newest state in the storage.
+
+    Args:
+        data: its images; None: they are read here, by their name.
+        given: the ledger and the folders of the runs that it learns from.
+        node: the name of this machine.
+    """
+    attempt = secrets.token_hex(6)
+
+    def told(what: Began | Epochs | Changed | Said | Alive) -> None:
+        tell(attempt, what)
+
+    with tempfile.TemporaryDirectory(prefix="flowdistill-") as place, _signs_of_life(lambda: told(Alive())):
+        try:
+            runs = _trained(kit, data, given, Path(place), States(Path(kit.storage), kit.name, attempt), node, told)
+        except UserError as error:
+            return Result(attempt, node, refused=str(error))
+        except (OSError, RuntimeError) as error:
+            if not shortage(error):
+                raise
+            return Result(attempt, node, refused=f"{first_line(error)}; {shortage(error)}")
+        return Result(attempt, node, runs)
+
+
+def _trained(
+    kit: Kit, data: ImageData | None, given: bytes, folder: Path, states: States, node: str, told: Callable[..., None]
+) -> Mapping[int, Finished]:
+    unpack(given, folder)
+    done, remark = states.bring(folder)
+    if done:
+        rebuild(folder)  # the state has folders alone
+    configs = [validate(dict(config)) for config in kit.configs]
+    trust.name(*kit.trusted)
+    torch.set_num_threads(kit.threads)
+    how: dict[str, Any] = {"deterministic": kit.deterministic, "engine": kit.engine, "workers": kit.decoders}
+    with trust.code(kit.trusts_all), sources.held({} if data is None else {configs[0].data: data}):
+        ledger = _TellingLedger(folder, Changes(kit.accepts_changes, say=lambda _: None), kit, node, remark, told)
+        runs = run(configs, ledger, torch.device(kit.device), **how, watcher=_TellingWatcher(folder, states, told))
+    return {run_.no: _finished(run_, ledger) for run_ in runs}
+
+
+class _TellingLedger(Ledger):
+    """The ledger of a worker. What is entered is told."""
+
+    def __init__(self, folder: Path, changes: Changes, kit: Kit, node: str, remark: str, told: Callable[..., None]) -> None:
+        super().__init__(folder, create=True, changes=changes)
+        self._kit, self._node, self._remark, self._told = kit, node, remark, told
+
+    def last_number(self) -> int:
+        return max(OWN, super().last_number())
+
+    def register(self, rows: Iterable[Mapping[str, Any]], *hooks: Any) -> list[int]:
+        rows = [{**row, "versions": row["versions"] | {"node": self._node}} for row in rows]
+        self._refuse_other({(row["fingerprint"], row["seed"]) for row in rows})
+        numbers = super().register(rows, *hooks)
+        self._tell_begun(numbers)
+        return numbers
+
+    def reopen(self, numbers: Sequence[int], epochs: int) -> None:
+        super().reopen(numbers, epochs)
+        self._tell_begun(numbers)
+
+    def add_epochs(self, epochs: Mapping[int, Epoch]) -> None:
+        super().add_epochs(epochs)
+        self._told(Epochs({no: vars(epoch) for no, epoch in epochs.items()}))
+
+    def update(self, no: int, **values: Any) -> None:
+        super().update(no, **values)
+        self._told(Changed(no, values))
+
+    def _tell_begun(self, numbers: Sequence[int]) -> None:
+        rows = {no: vars(self.run(no)) for no in numbers}
+        self._told(Began(rows, {no: [vars(epoch) for epoch in self.epochs(no)] for no in numbers}, self._remark))
+
+    def _refuse_other(self, found: set[tuple[str, int]]) -> None:
+        if not found <= set(self._kit.keys):
+            raise UserError(
+                f"{self._node} would not train what was planned: the data, the code of a network or a weights file is another there; make "
+                f"these files equal on all machines"
+            )
+
+
+class _TellingWatcher(Watcher):
+    """What a worker says is told, and each checkpoint goes to the storage."""
+
+    def __init__(self, folder: Path, states: States, told: Callable[..., None]) -> None:
+        super().__init__()
+        self._folder, self._states, self._told = folder, states, told
+        self._early, self._lost = True, False
+
+    def say(self, line: str) -> None:
+        self._told(Said(line, self._early))
+
+    def begin(self, *_: object) -> None:
+        self._early = False
+
+    def saved(self, done: int, runs: Sequence[int], home: int) -> None:
+        journals = [self._folder / str(no) / JOURNAL for no in runs]
+        try:
+            self._states.save(done, self._folder, [*journals, self._folder / str(home) / checkpoint.FILE])
+            self._lost = False
+        except OSError as error:
+            if not self._lost:  # once, not after every epoch
+                why = f"{self._states.folder}: {error.strerror or error}"
+                self.say(f"no state is kept ({why}); training goes on, but another worker could not")
+            self._lost = True
+
+
+def _finished(run_: Run, ledger: Ledger) -> Finished:
+    folder, files = ledger.run_folder(run_.no), (STUDENT_FILE, PREDICTIONS, RECORD)
+    contents = {name: (folder / name).read_bytes() for name in files if run_.status == "finished"}
+    return Finished(vars(run_), [vars(epoch) for epoch in ledger.epochs(run_.no)], contents)
+
+
+@contextmanager
+def _signs_of_life(tell: Callable[[], None]) -> Iterator[None]:
+    """Inside, a sign of life is given every few seconds, by a thread, which stands still if the process does."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(HEARTBEAT):
+            tell()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -8,7 +8,7 @@ import json
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -185,10 +185,23 @@ def _trained(
     """Train what is due. Return the numbers of the runs that were begun, by key."""
     if not due.fresh and not due.homes:
         return {}
+    jobs = [*due.fresh, *(job for home in due.homes for job in recorded(unfinished(home, ledger), ledger, device))]
+    given = _packed(learnt_from(jobs, ledger), ledger)
     with gather() as crew:
-        driver = _Driver(ledger, device, crew, storage, how, watcher)
+        driver = _Driver(ledger, device, crew, storage, how, watcher, given)
         driver.train(due)
     return driver.numbers
+
+
+def _packed(numbers: Iterable[int], ledger: Ledger) -> bytes:
+    """Runs with their folders as an archive that unpacks to a ledger."""
+    with tempfile.TemporaryDirectory(prefix="flowdistill-") as place:
+        folder = Path(place, "runs")
+        if wanted := set(numbers):
+            target = Ledger(folder, create=True)
+            merge.bring(wanted, ledger, target)
+            target.close()
+        return packed(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
 
 
 @dataclass
@@ -199,11 +212,11 @@ class _Driver:
     storage: Path
     how: How
     watcher: Watcher
+    given: bytes  # the runs that the cohorts learn from, as of when they were planned
     numbers: dict[tuple[str, int], int] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
     _training: dict[int, _Cohort] = field(default_factory=dict)
     _kinds: set[str] = field(default_factory=set)  # of cohorts whose first lines were shown
-    _given: dict[frozenset[int], bytes] = field(default_factory=dict)  # of the newest cohort: its runs to learn from
     _progress: _Progress | None = None
 
     def train(self, due: Due) -> None:
@@ -235,7 +248,8 @@ class _Driver:
             self.crew.stop(GRACE)
             with contextlib.suppress(Exception):
                 for word in self.crew.words():
-                    self._hear(word)
+                    if not isinstance(word.told, Said):  # that it was stopped is said below
+                        self._hear(word)
             self._give_up(error)
             raise
         if self.refused:
@@ -283,20 +297,7 @@ class _Driver:
         cohort.heard = time.monotonic()
         self._training[cohort.number] = cohort
         data = None if jobs[0].data.streamed else jobs[0].data
-        self.crew.begin(kit, data, self._runs_learnt_from(jobs))
-
-    def _runs_learnt_from(self, jobs: Sequence[Job]) -> bytes:
-        """The ledger and the folders of the runs that a cohort learns from, as one archive."""
-        numbers = frozenset(learnt_from(jobs, self.ledger))
-        if numbers not in self._given:
-            with tempfile.TemporaryDirectory(prefix="flowdistill-") as place:
-                folder = Path(place, "runs")
-                if numbers:
-                    target = Ledger(folder, create=True)
-                    merge.bring(numbers, self.ledger, target)
-                    target.close()
-                self._given = {numbers: packed(folder, sorted(path for path in folder.rglob("*") if path.is_file()))}
-        return self._given[numbers]
+        self.crew.begin(kit, data, self.given)
 
     def _keep_local_state(self, kit: Kit, home: int) -> None:
         """A cohort that was trained on this machine goes on from its checkpoint."""

@@ -164,8 +164,9 @@ def connected(address: str, device: str, storage: Path, option: Sequence[str]) -
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     place = parse(address)
+    if place == LOCAL or is_loopback(place.rpartition(":")[0]):
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # so that Ray keeps to loopback; read when it is imported
     if place == LOCAL:
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # what makes Ray listen on loopback alone; read when it is imported
         os.environ |= {TOKEN_MODE: "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     ray = _ray()
     if place != LOCAL:
@@ -201,8 +202,9 @@ def _join(ray: Any, address: str, quietly: Mapping[str, Any]) -> None:
             failed.append(error)
 
     thread = threading.Thread(target=join, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
+    with _silent():
+        thread.start()
+        thread.join(PATIENCE)
     if thread.is_alive():
         raise UserError(f"--ray {address}: what listens there does not answer as a Ray cluster does; give the address of a head node")
     if failed:
@@ -212,6 +214,20 @@ def _join(ray: Any, address: str, quietly: Mapping[str, Any]) -> None:
                 f"--ray {address}: the cluster has another version of Ray or Python than this machine ({why}); install the same"
             )
         raise UserError(f"--ray {address}: {why}")
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Inside, nothing reaches stderr: Ray's C++ part writes there of what it tries, and what came of that is said in one line."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 @contextmanager

@@ -65,6 +65,13 @@ class Crew(Protocol):
     device: str
     option: Sequence[str]
 
+    def measure(self, kit: Kit, data: ImageData | None, given: bytes) -> str:
+        """Find out by a few steps what a cohort takes, and so how many are trained at the same time. What was found, in a line.
+
+        Raises:
+            UserError: it can't be trained.
+        """
+
     def begin(self, kit: Kit, data: ImageData | None, given: bytes) -> None:
         """Hand a cohort to a worker, as soon as one is free. Equal data travel once."""
 
@@ -228,6 +235,8 @@ class _Driver:
         waiting = deque(self._cohorts(due))
         self._progress = _Progress(len(waiting), sum(cohort.cost for cohort in waiting))
         if waiting:
+            first = waiting[0].jobs  # the most costly one
+            self.watcher.say(self.crew.measure(self._kit(waiting[0]), _sent(first), self.given))
             runs, threads = sum(len(cohort.jobs) for cohort in waiting), self.crew.threads
             at_once = f"{self.crew.slots} at a time on {self.crew.device}, each by {threads} thread{'s' if threads > 1 else ''}"
             self.watcher.say(f"{runs} runs in {len(waiting)} cohorts, {at_once}; their states are kept in {self.storage}")
@@ -265,9 +274,9 @@ class _Driver:
         for number, (cost, (jobs, home)) in enumerate(ordered, 1):
             yield _Cohort(number, jobs, home, cost)
 
-    def _hand_out(self, cohort: _Cohort) -> None:
+    def _kit(self, cohort: _Cohort) -> Kit:
         jobs = cohort.jobs
-        kit = Kit(
+        return Kit(
             cohort.number,
             hashlib.sha256(json.dumps(sorted(job.key for job in jobs)).encode()).hexdigest()[:16],
             title(jobs),
@@ -283,6 +292,9 @@ class _Driver:
             self.how.trusts_all,
             self.ledger.changes.accepted,
         )
+
+    def _hand_out(self, cohort: _Cohort) -> None:
+        jobs, kit = cohort.jobs, self._kit(cohort)
         if self.how.again:
             States(self.storage, kit.name, "").clear()
 
@@ -296,8 +308,7 @@ class _Driver:
             self._keep_local_state(kit, cohort.home)
         cohort.heard = time.monotonic()
         self._training[cohort.number] = cohort
-        data = None if jobs[0].data.streamed else jobs[0].data
-        self.crew.begin(kit, data, self.given)
+        self.crew.begin(kit, _sent(jobs), self.given)
 
     def _keep_local_state(self, kit: Kit, home: int) -> None:
         """A cohort that was trained on this machine goes on from its checkpoint."""
@@ -351,8 +362,9 @@ class _Driver:
     def _say(self, cohort: _Cohort, line: str, *, early: bool) -> None:
         """A worker's line. What each cohort of a kind says before training is shown once."""
         assert cohort.mirror is not None
-        if not early or _kind(cohort.jobs) not in self._kinds:
-            self.watcher.say(cohort.mirror.here(line))
+        shown = cohort.mirror.here(line)
+        if shown and not (early and _kind(cohort.jobs) in self._kinds):
+            self.watcher.say(shown)
 
     def _end(self, cohort: _Cohort, result: Result | Lost) -> None:
         assert cohort.mirror is not None
@@ -401,6 +413,11 @@ class _Driver:
         if stopped:
             command = advice.command("resume", *self.crew.option, runs=self.ledger.folder)
             self.watcher.say(f"stopped {len(stopped)} runs; go on with: {command}")
+
+
+def _sent(jobs: Sequence[Job]) -> ImageData | None:
+    """The images that travel to a worker. Streamed ones are read where they are wanted."""
+    return None if jobs[0].data.streamed else jobs[0].data
 
 
 def title(jobs: Sequence[Job]) -> str:

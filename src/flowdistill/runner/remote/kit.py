@@ -129,6 +129,21 @@ class Result:
     refused: str = ""
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a cohort takes of a machine, by a few steps of it.
+
+    Attributes:
+        memory: bytes of the process.
+        device_share: of a GPU's memory, 0 on a CPU.
+        seconds: of an epoch.
+    """
+
+    memory: int
+    device_share: float
+    seconds: float
+
+
 def packed(root: Path, paths: Iterable[Path]) -> bytes:
     """Files below a folder as one archive, each with a checksum."""
     buffer = io.BytesIO()

@@ -53,8 +53,10 @@ class Mirror:
         return attempt == self._attempt
 
     def here(self, line: str) -> str:
-        """A worker's line with the driver's numbers."""
-        return _WORKERS_NUMBER.sub(lambda found: str(self._here.get(int(found[0]), found[0])), line)
+        """A worker's line with the driver's numbers; empty if it is of a run that the driver does not know yet."""
+        if any(int(found) not in self._here for found in _WORKERS_NUMBER.findall(line)):
+            return ""
+        return _WORKERS_NUMBER.sub(lambda found: str(self._here[int(found[0])]), line)
 
     def began(self, attempt: str, told: Began) -> int:
         """A cohort begins, or goes on from where its worker found it: what was recorded after that is forgotten.

@@ -25,11 +25,13 @@ from ...env import code_hash, versions
 from . import storage as storages
 from . import worker
 from .driver import Lost
-from .kit import Kit, Result, Word
+from .kit import Kit, Measured, Result, Word
 
 LOCAL, AUTO = "local", "auto"
 OLDEST = (2, 52)  # the first Ray that can demand a token
 PATIENCE = 10.0  # seconds that an address has to answer
+ROOM = 1.3  # times what was measured that a cohort may take
+MOST_A_GPU = 8  # cohorts
 RETRIES = 3  # of a cohort whose worker or node died
 SAME = ("flowdistill", "torch", "numpy", "python")  # versions that must be equal on all machines
 TOKEN_MODE = "RAY_AUTH_MODE"
@@ -292,11 +294,11 @@ class RayCrew:
         if self.device == "cuda" and not total.get("GPU"):
             raise UserError(f"--device {device}: no node of the Ray cluster has a GPU; give --device cpu")
         self.threads, self._share = 1, 1.0
-        self.slots = max(1, int(total.get("GPU" if self.device == "cuda" else "CPU", 1)))
         self._memory = 0
+        self.slots = sum(map(self._slots_of, ray.nodes()))
         self._mailbox = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=self._on(self._driver.id, soft=True)).remote()
         self._work = ray.remote(work)
-        self._data: dict[str, Any] = {}
+        self._data: dict[str, Any] = {}  # hash of images -> where Ray keeps them, for all nodes
         self._given: tuple[bytes, Any] = b"", None
         self._tasks: dict[Any, tuple[int, Callable[[], Any]]] = {}
 
@@ -337,16 +339,48 @@ class RayCrew:
                     f"{name} does not see --storage {self._storage}, or can't write there; name a folder that all machines share"
                 )
 
-    def begin(self, kit: Kit, data: ImageData | None, given: bytes) -> None:
-        """As ``Crew`` has it."""
-        data_ref = None
-        if data is not None:
-            if data.hash not in self._data:
-                self._data[data.hash] = self._ray.put(data)
-            data_ref = self._data[data.hash]
+    def measure(self, kit: Kit, data: ImageData | None, given: bytes) -> str:
+        """As ``Crew`` has it. Measured is on one node; all are taken to be like it."""
+        wanted = {"num_gpus": 1} if self.device == "cuda" else {}
+        task = self._ray.remote(worker.measure).options(num_cpus=self.threads, max_retries=1, **wanted)
+        try:
+            measured: Measured = self._ray.get(task.remote(kit, self._put_data(data), self._put_given(given)))
+        except self._ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise
+        except self._ray.exceptions.RayError as error:
+            raise UserError(f"{kit.title}: it can't be trained on this cluster ({_last_line(error)})") from None
+        self._memory = int(ROOM * measured.memory)
+        told = f"{measured.memory / 2**30:.1f} GiB of memory"
+        if self.device == "cuda":
+            at_once = max(1, min(MOST_A_GPU, int(1 / max(ROOM * measured.device_share, 1e-9))))
+            self._share = 1 / at_once
+            told += f", {100 * measured.device_share:.0f} % of a GPU's"
+        self.slots = sum(map(self._slots_of, self._ray.nodes()))
+        if not self.slots:
+            raise UserError(f"{kit.title} takes {told}, more than a node of this cluster has; set a smaller --batch-size")
+        return f"a cohort takes {told} and {measured.seconds:.1f} s an epoch and thread, as measured by a few steps of the eager engine"
+
+    def _slots_of(self, node: Mapping[str, Any]) -> int:
+        """How many cohorts a node trains at the same time."""
+        has = node["Resources"] if node["Alive"] else {}
+        wanted = {"CPU": float(self.threads), "memory": float(self._memory), "GPU": self._share if self.device == "cuda" else 0.0}
+        return min(int(has.get(name, 0.0) / amount + 1e-6) for name, amount in wanted.items() if amount)
+
+    def _put_data(self, data: ImageData | None) -> Any:
+        if data is not None and data.hash not in self._data:
+            self._data[data.hash] = self._ray.put(data)
+        return None if data is None else self._data[data.hash]
+
+    def _put_given(self, given: bytes) -> Any:
         if self._given[0] is not given:
             self._given = given, self._ray.put(given)
-        given_ref = self._given[1]
+        return self._given[1]
+
+    def begin(self, kit: Kit, data: ImageData | None, given: bytes) -> None:
+        """As ``Crew`` has it."""
+        data_ref, given_ref = self._put_data(data), self._put_given(given)
 
         def submit() -> Any:
             options: dict[str, Any] = {"num_cpus": self.threads, "max_retries": RETRIES, "name": kit.title}

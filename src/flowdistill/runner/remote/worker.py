@@ -14,16 +14,21 @@ import torch
 
 from ... import trust
 from ...checks import Changes, UserError, first_line, shortage
-from ...config import validate
+from ...config import RunConfig, validate
 from ...data import sources
+from ...data.batches import to_device
 from ...data.dataset import ImageData
+from ...device import computing, peak_memory, reset_peak_memory
 from ...ledger import PREDICTIONS, RECORD, STUDENT_FILE, Epoch, Ledger, Run
 from ...ledger.folders import JOURNAL
 from ...ledger.rebuild import rebuild
 from ...training import checkpoint
+from ...training.timing import seconds_per_epoch
+from ..estimate import unmeasured
 from ..execute import run
+from ..plan import plan
 from ..watcher import Watcher
-from .kit import Alive, Began, Changed, Epochs, Finished, Kit, Result, Said, unpack
+from .kit import Alive, Began, Changed, Epochs, Finished, Kit, Measured, Result, Said, unpack
 from .storage import States
 
 OWN = 10**9  # a worker numbers its own runs from here on, above those that it was given
@@ -58,6 +63,35 @@ def train(kit: Kit, data: ImageData | None, given: bytes, node: str, tell: Tell)
         return Result(attempt, node, runs)
 
 
+def measure(kit: Kit, data: ImageData | None, given: bytes) -> Measured:
+    """What a cohort takes of this machine, by a few steps of the eager engine, which takes the most memory.
+
+    Raises:
+        UserError: it can't be trained here.
+    """
+    device = torch.device(kit.device)
+    with tempfile.TemporaryDirectory(prefix="flowdistill-") as place, computing(device, cores=kit.threads):
+        unpack(given, Path(place))
+        with _as_the_driver(kit, data) as configs:
+            jobs = plan(configs, Ledger(Path(place), create=True, changes=Changes(kit.accepts_changes, say=lambda _: None)), device)
+            cohort, _ = unmeasured(jobs, to_device(jobs[0].data, jobs[0].config.split, device, kit.decoders), device, "eager")
+            reset_peak_memory(device)
+            seconds = seconds_per_epoch(cohort)
+    if device.type != "cuda":
+        return Measured(peak_memory(device), 0.0, seconds)
+    total = torch.cuda.get_device_properties(device).total_memory
+    return Measured(peak_memory(torch.device("cpu")), peak_memory(device) / total, seconds)
+
+
+@contextmanager
+def _as_the_driver(kit: Kit, data: ImageData | None) -> Iterator[list[RunConfig]]:
+    """Inside, code is trusted and data are there as at the driver's. Gives the configs of the cohort's runs."""
+    configs = [validate(dict(config)) for config in kit.configs]
+    trust.name(*kit.trusted)
+    with trust.code(kit.trusts_all), sources.held({} if data is None else {configs[0].data: data}):
+        yield configs
+
+
 def _trained(
     kit: Kit, data: ImageData | None, given: bytes, folder: Path, states: States, node: str, told: Callable[..., None]
 ) -> Mapping[int, Finished]:
@@ -65,11 +99,9 @@ def _trained(
     done, remark = states.bring(folder)
     if done:
         rebuild(folder)  # the state has folders alone
-    configs = [validate(dict(config)) for config in kit.configs]
-    trust.name(*kit.trusted)
     torch.set_num_threads(kit.threads)
     how: dict[str, Any] = {"deterministic": kit.deterministic, "engine": kit.engine, "workers": kit.decoders}
-    with trust.code(kit.trusts_all), sources.held({} if data is None else {configs[0].data: data}):
+    with _as_the_driver(kit, data) as configs:
         ledger = _TellingLedger(folder, Changes(kit.accepts_changes, say=lambda _: None), kit, node, remark, told)
         runs = run(configs, ledger, torch.device(kit.device), **how, watcher=_TellingWatcher(folder, states, told))
     return {run_.no: _finished(run_, ledger) for run_ in runs}

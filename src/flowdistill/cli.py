@@ -8,6 +8,7 @@ import os
 import signal
 import sqlite3
 import sys
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -509,11 +510,15 @@ def reproduce(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and a time estimate; train nothing.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the document; else log or fsp-log in the folder of the runs.")] = None,
     shard: ShardOption = None,
+    ray: RayOption = None,
+    storage: StorageOption = None,
     runs: RunsOption = Path("runs"),
 ) -> int:
     """A published log, trained again: baselines, students, and one document beside its figures. What is trained already is skipped."""
     from . import reproduce as again
     from .device import resolve_device
+    from .report.progress import Bars
+    from .runner.remote import driver
 
     chosen = again.choose(study)
     study_options = {"--methods": methods, "--recipe": recipe, "--seeds": seeds, "--baselines": baselines}
@@ -534,10 +539,12 @@ def reproduce(
     )
     again.refuse_own_teachers(order.seeds, order.baselines)
     if shard is not None:
-        return _launch(again.in_shards(order), device=device, dry_run=dry_run, shard=shard, runs=runs)
+        return _launch(again.in_shards(order), device=device, dry_run=dry_run, shard=shard, ray=ray, storage=storage, runs=runs)
     where, ledger, folder = resolve_device(device), Ledger(runs, create=True), out or runs / study
+    gather = _crew(ray, storage, device, runs)
     again.refuse_folder(folder, chosen)
-    again.tell_time(order, ledger, where)
+    if gather is None or dry_run:
+        again.tell_time(order, ledger, where)
     if dry_run:
         talk.answer(again.plan_table(order))
         return 0
@@ -551,6 +558,10 @@ def reproduce(
         "--precision": recipe_options["precision"],
     }
     words = [word for option, value in command_options.items() if value is not None for word in (option, value)]
+    if gather is not None:
+        with gather() as crew:
+            for configs in filter(None, again.stages(order)):
+                driver.run(configs, ledger, where, lambda: nullcontext(crew), storage or runs / driver.STORAGE, driver.How(), Bars())
     document, sound = again.reproduce(order, ledger, where, folder, advice.command("reproduce", study, *words, runs=runs))
     talk.answer(str(document))
     return 0 if sound else 1

@@ -208,12 +208,18 @@ def reproduce(order: Order, ledger: Ledger, device: torch.device, folder: Path, 
     return document, all(run_.status == "finished" for runs in by_setting.values() for run_ in runs)
 
 
+def stages(order: Order) -> tuple[list[RunConfig], list[RunConfig]]:
+    """The baselines of all settings, which are the teachers, and the students, which can be trained once those are there."""
+    teachers = [config for setting in order.settings for config in order.teachers(setting)]
+    return teachers, [config for setting in order.settings for config in order.students(setting)]
+
+
 def in_shards(order: Order) -> list[RunConfig]:
     """What shards train: all students, whose teachers the ledger has, or all baselines if the order has no other row. They write no
     document.
     """
-    students = [config for setting in order.settings for config in order.students(setting)]
-    return students or [config for setting in order.settings for config in order.teachers(setting)]
+    teachers, students = stages(order)
+    return students or teachers
 
 
 def _train(order: Order, setting: Setting, ledger: Ledger, device: torch.device) -> list[Run]:

@@ -29,7 +29,8 @@ from .kit import Kit, Measured, Result, Word
 
 LOCAL, AUTO = "local", "auto"
 OLDEST = (2, 52)  # the first Ray that can demand a token
-PATIENCE = 10.0  # seconds that an address has to answer
+PATIENCE = 5.0  # seconds that an address has to answer
+JOINING = 30.0  # seconds that a cluster has to take this process in
 ROOM = 1.3  # times what was measured that a cohort may take
 MOST_A_GPU = 8  # cohorts
 RETRIES = 3  # of a cohort whose worker or node died
@@ -67,9 +68,13 @@ class Node:
 
 def here(node: str, storage: str, word: str) -> Node:
     """This machine."""
-    demands = os.environ.get(TOKEN_MODE, "").lower() == "token"
     sees = storages.sees_probe(Path(storage), word)
-    return Node(node, socket.gethostname(), {name: versions()[name] for name in SAME}, code_hash(), demands, sees)
+    return Node(node, socket.gethostname(), {name: versions()[name] for name in SAME}, code_hash(), _demands_token(), sees)
+
+
+def _demands_token() -> bool:
+    """Whether Ray asks for a token, where this process was started."""
+    return os.environ.get(TOKEN_MODE, "").lower() == "token"
 
 
 def parse(address: str) -> str:
@@ -100,7 +105,7 @@ def refuse_unanswered(address: str) -> None:
     """
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), PATIENCE / 2).close()
+        socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
     except OSError as error:
         why = error.strerror or first_line(error)
         raise UserError(
@@ -172,6 +177,7 @@ def connected(address: str, device: str, storage: Path, option: Sequence[str]) -
         os.environ |= {TOKEN_MODE: "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     ray = _ray()
     if place != LOCAL:
+        refuse_open(address, [place.rpartition(":")[0]], demands_token=_demands_token())
         refuse_unanswered(place)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     quietly: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
@@ -206,7 +212,7 @@ def _join(ray: Any, address: str, quietly: Mapping[str, Any]) -> None:
     thread = threading.Thread(target=join, daemon=True)
     with _silent():
         thread.start()
-        thread.join(PATIENCE)
+        thread.join(JOINING)
     if thread.is_alive():
         raise UserError(f"--ray {address}: what listens there does not answer as a Ray cluster does; give the address of a head node")
     if failed:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,11 +162,10 @@ def _begin_cohort(
         _train(cohort, members, ledger, device, watcher, home)
 
 
-def _vouch(members: Sequence[Member], ledger: Ledger, watcher: Watcher) -> None:
+def vouch(models_named: Iterable[str], ledger: Ledger, watcher: Watcher) -> None:
     """Record that the user's code in this training may run again when its runs are used."""
-    named = {name for member in members for name in member.job.model_names}
     try:
-        for name in sorted(named):
+        for name in sorted(set(models_named)):
             if location := own_place(name):
                 trust.record(name, location, models.own_code(name), ledger.folder)
     except OSError as error:
@@ -233,7 +232,7 @@ def _train(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: to
     enough, unless training stops right after an epoch.
     """
     reset_peak_memory(device)
-    _vouch(members, ledger, watcher)
+    vouch((name for member in members for name in member.job.model_names), ledger, watcher)
     folder, last_save = ledger.run_folder(home), -math.inf
     name, why = cohort.engine.name, cohort.engine.why
     watcher.say(f"{_numbers(members)}: {name} engine, {cohort.precision}: {why}")

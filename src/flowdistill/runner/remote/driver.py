@@ -18,13 +18,13 @@ from typing import Protocol
 import torch
 
 from ... import advice, trust
-from ...checks import UserError
+from ...checks import UserError, first_line
 from ...config import RunConfig
 from ...data.dataset import ImageData
 from ...ledger import JOURNAL, Ledger, Run, merge
 from ...training import checkpoint
 from ..due import Due, known, learnt_from, outstanding, unfinished
-from ..execute import cut_off, refuse_shared
+from ..execute import cut_off, refuse_shared, vouch
 from ..job import Job
 from ..partition import by_seed, costs
 from ..plan import cohorts, recorded
@@ -34,7 +34,7 @@ from .mirror import Mirror
 from .storage import FOLDER as STORAGE
 from .storage import States
 
-__all__ = ["STORAGE", "Crew", "Gathered", "How", "Lost", "resume", "run", "title"]
+__all__ = ["STORAGE", "Crew", "Gathered", "How", "Lost", "resume", "run"]
 
 TURN = 0.2  # seconds that the driver waits for results at a time
 AHEAD = 2  # cohorts that are handed out for each slot, so that no worker waits for the driver
@@ -91,30 +91,62 @@ class Crew(Protocol):
         """End what is in progress, as by Ctrl-C, and wait for so long at most."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Cohort:
     """A cohort that is to be trained.
 
     Attributes:
         home: the run in whose folder its lock lies, of one that was cut off.
-        heard: when its worker gave the last sign of life.
-        done: epochs that are on record.
+        cost: estimated, in operations.
     """
 
     number: int
     jobs: Sequence[Job]
     home: int | None
     cost: float
-    mirror: Mirror | None = None
-    node: str = ""
-    began: float = 0.0
-    heard: float = 0.0
-    silent: bool = False
-    done: int = 0
+
+    @property
+    def kind(self) -> str:
+        """As messages name it, without its seeds."""
+        methods = ",".join(dict.fromkeys(job.resolved.name for job in self.jobs))
+        return f"{methods} {self.jobs[0].student.model} {self.jobs[0].data.name}"
+
+    @property
+    def title(self) -> str:
+        """As messages name it."""
+        return f"{self.kind} seed {','.join(str(seed) for seed in dict.fromkeys(job.config.seed for job in self.jobs))}"
+
+    @property
+    def name(self) -> str:
+        """Of its states in the storage."""
+        return hashlib.sha256(json.dumps(sorted(job.key for job in self.jobs)).encode()).hexdigest()[:16]
 
     @property
     def epochs(self) -> int:
         return sum(self.jobs[0].phase_epochs)
+
+    @property
+    def data(self) -> ImageData | None:
+        """The images that travel to its worker. Streamed ones are read where they are wanted."""
+        return None if self.jobs[0].data.streamed else self.jobs[0].data
+
+
+@dataclass
+class _Training:
+    """A cohort that was handed out.
+
+    Attributes:
+        began: whether a worker has told that it began.
+        heard: when its worker gave the last sign of life.
+        silent: whether the user was told that it gives none.
+    """
+
+    cohort: _Cohort
+    mirror: Mirror
+    node: str = ""
+    began: bool = False
+    heard: float = field(default_factory=time.monotonic)
+    silent: bool = False
 
 
 @dataclass
@@ -222,9 +254,9 @@ class _Driver:
     given: bytes  # the runs that the cohorts learn from, as of when they were planned
     numbers: dict[tuple[str, int], int] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
-    _training: dict[int, _Cohort] = field(default_factory=dict)
+    _training: dict[int, _Training] = field(default_factory=dict)  # by the cohort's number
     _kinds: set[str] = field(default_factory=set)  # of cohorts whose first lines were shown
-    _progress: _Progress | None = None
+    _progress: _Progress = field(default_factory=lambda: _Progress(0, 0.0))
 
     def train(self, due: Due) -> None:
         """Hand out all cohorts, a few more at a time than there are slots, and enter what comes.
@@ -235,8 +267,8 @@ class _Driver:
         waiting = deque(self._cohorts(due))
         self._progress = _Progress(len(waiting), sum(cohort.cost for cohort in waiting))
         if waiting:
-            first = waiting[0].jobs  # the most costly one
-            self.watcher.say(self.crew.measure(self._kit(waiting[0]), _sent(first), self.given))
+            most_costly = waiting[0]
+            self.watcher.say(self.crew.measure(self._kit(most_costly), most_costly.data, self.given))
             runs, threads = sum(len(cohort.jobs) for cohort in waiting), self.crew.threads
             at_once = f"{self.crew.slots} at a time on {self.crew.device}, each by {threads} thread{'s' if threads > 1 else ''}"
             self.watcher.say(f"{runs} runs in {len(waiting)} cohorts, {at_once}; their states are kept in {self.storage}")
@@ -250,8 +282,8 @@ class _Driver:
                 for word in self.crew.words():
                     self._hear(word)
                 for number, result in results.items():
-                    if cohort := self._training.pop(number, None):
-                        self._end(cohort, result)
+                    if number in self._training:
+                        self._end(number, result)
                 self._look_after()
         except BaseException as error:
             self.crew.stop(GRACE)
@@ -278,8 +310,8 @@ class _Driver:
         jobs = cohort.jobs
         return Kit(
             cohort.number,
-            hashlib.sha256(json.dumps(sorted(job.key for job in jobs)).encode()).hexdigest()[:16],
-            title(jobs),
+            cohort.name,
+            cohort.title,
             [job.config.model_dump(mode="json") for job in jobs],
             [job.key for job in jobs],
             str(self.storage.absolute()),
@@ -288,144 +320,114 @@ class _Driver:
             self.how.workers,
             self.crew.device,
             self.crew.threads,
-            trust.named(),
+            trust.named() | {name for job in jobs for name in job.model_names},  # what was trusted here when it was planned
             self.how.trusts_all,
             self.ledger.changes.accepted,
         )
 
     def _hand_out(self, cohort: _Cohort) -> None:
-        jobs, kit = cohort.jobs, self._kit(cohort)
         if self.how.again:
-            States(self.storage, kit.name, "").clear()
+            States(self.storage, cohort.name).clear()
 
         def refuse_taken() -> None:
-            if not self.how.again and (others := known(jobs, self.ledger)):
+            if not self.how.again and (others := known(cohort.jobs, self.ledger)):
                 other = next(iter(others.values()))
-                raise UserError(f"{kit.title}: another process began it meanwhile, as run {other.no}; wait for that")
+                raise UserError(f"another process began it meanwhile, as run {other.no}; wait for that")
 
-        cohort.mirror = Mirror(kit, self.ledger, cohort.home, refuse_taken)
+        kit = self._kit(cohort)
+        self._training[cohort.number] = _Training(cohort, Mirror(kit, self.ledger, cohort.home, refuse_taken))
         if cohort.home is not None:
-            self._keep_local_state(kit, cohort.home)
-        cohort.heard = time.monotonic()
-        self._training[cohort.number] = cohort
-        self.crew.begin(kit, _sent(jobs), self.given)
+            self._keep_local_state(cohort, cohort.home)
+        self.crew.begin(kit, cohort.data, self.given)
 
-    def _keep_local_state(self, kit: Kit, home: int) -> None:
+    def _keep_local_state(self, cohort: _Cohort, home: int) -> None:
         """A cohort that was trained on this machine goes on from its checkpoint."""
         folder = self.ledger.run_folder(home)
         saved = checkpoint.load(folder) if (folder / checkpoint.FILE).exists() else None
         if saved is not None and saved.done:
             journals = [self.ledger.run_folder(run_.no) / JOURNAL for run_ in unfinished(home, self.ledger)]
-            States(self.storage, kit.name, "here").save(saved.done, self.ledger.folder, [*journals, folder / checkpoint.FILE])
+            States(self.storage, cohort.name, "here").save(saved.done, self.ledger.folder, [*journals, folder / checkpoint.FILE])
 
     def _hear(self, word: Word) -> None:
-        cohort = self._training.get(word.cohort)
-        if cohort is None or cohort.mirror is None:
-            return  # it has ended
-        if not isinstance(word.told, Began | Said) and not cohort.mirror.listens_to(word.attempt):
+        """Enter what a worker tells. What is of a cohort that ended, or of an attempt that another took the place of, does not count."""
+        training, told = self._training.get(word.cohort), word.told
+        if training is None or not (isinstance(told, Began | Said) or training.mirror.listens_to(word.attempt)):
             return
-        if cohort.silent:
-            self.watcher.say(f"{cohort.mirror.kit.title}: {cohort.node} is heard again")
-        cohort.heard, cohort.silent, cohort.node = time.monotonic(), False, word.node
-        match word.told:
-            case Began() as told:
-                self._begin(cohort, word, told)
-            case Epochs() as told:
-                cohort.mirror.epochs(told)
-                cohort.done = max(epoch["epoch"] for epoch in told.epochs.values())
-            case Changed() as told:
-                cohort.mirror.changed(told)
-            case Said(line, early):
-                self._say(cohort, line, early=early)
+        if training.silent:
+            self.watcher.say(f"{training.cohort.title}: {training.node} is heard again")
+        training.heard, training.silent, training.node = time.monotonic(), False, word.node
+        match told:
+            case Began():
+                self._begin(training, word.attempt, told)
+            case Epochs():
+                training.mirror.epochs(told)
+            case Changed():
+                training.mirror.changed(told)
+            case Said():
+                shown = training.mirror.here(told.line)
+                if shown and not (told.early and training.cohort.kind in self._kinds):
+                    self.watcher.say(shown)
             case Alive():
                 pass
 
-    def _begin(self, cohort: _Cohort, word: Word, told: Began) -> None:
-        assert cohort.mirror is not None
-        again, cohort.began = bool(cohort.began) or cohort.home is not None, time.monotonic()
+    def _begin(self, training: _Training, attempt: str, told: Began) -> None:
+        """A cohort begins. If it began before, say where it goes on."""
+        cohort, again = training.cohort, training.began or training.cohort.home is not None
         try:
-            cohort.done = cohort.mirror.began(word.attempt, told)
+            done = training.mirror.began(attempt, told)
         except UserError as error:
             self.crew.cancel(cohort.number)
-            self._end(self._training.pop(cohort.number), Lost(str(error)))
+            self._end(cohort.number, Lost(str(error)))
             return
-        self.numbers |= cohort.mirror.numbers
-        self._kinds.add(_kind(cohort.jobs))
+        training.began = True
+        self.numbers |= training.mirror.numbers
+        self._kinds.add(cohort.kind)
+        vouch({name for job in cohort.jobs for name in job.model_names}, self.ledger, self.watcher)
         if told.remark:
-            self.watcher.say(f"{cohort.mirror.kit.title}: {told.remark}")
-        if again and cohort.done:
-            self.watcher.say(f"{cohort.mirror.kit.title}: goes on on {word.node} after epoch {cohort.done} of {cohort.epochs}")
+            self.watcher.say(f"{cohort.title}: {told.remark}")
+        if again and done:
+            self.watcher.say(f"{cohort.title}: goes on on {training.node} after epoch {done} of {cohort.epochs}")
         elif again:
-            where = cohort.mirror.kit.storage
-            self.watcher.say(f"{cohort.mirror.kit.title}: starts again on {word.node}, since {where} has no state of it")
+            self.watcher.say(f"{cohort.title}: starts again on {training.node}, since {self.storage} has no state of it")
 
-    def _say(self, cohort: _Cohort, line: str, *, early: bool) -> None:
-        """A worker's line. What each cohort of a kind says before training is shown once."""
-        assert cohort.mirror is not None
-        shown = cohort.mirror.here(line)
-        if shown and not (early and _kind(cohort.jobs) in self._kinds):
-            self.watcher.say(shown)
-
-    def _end(self, cohort: _Cohort, result: Result | Lost) -> None:
-        assert cohort.mirror is not None
-        title = cohort.mirror.kit.title
-        try:
-            if isinstance(result, Lost) or result.refused:
-                why = result.why if isinstance(result, Lost) else result.refused
-                cohort.mirror.stop(why)
-                self.refused.append(f"{title}: {why}")
-                self.watcher.say(f"{title}: not trained ({why})")
-            else:
-                cohort.mirror.finish(result)
-                self.numbers |= cohort.mirror.numbers
-                States(self.storage, cohort.mirror.kit.name, "").clear()
-        except UserError as error:  # of this cohort alone; the others go on
-            cohort.mirror.stop(str(error))
-            self.refused.append(str(error))
-            self.watcher.say(str(error))
-        finally:
-            cohort.mirror.close()
-        assert self._progress is not None
+    def _end(self, number: int, result: Result | Lost) -> None:
+        training = self._training.pop(number)
+        cohort, why = training.cohort, result.why if isinstance(result, Lost) else result.refused
+        if not why and isinstance(result, Result):
+            try:
+                training.mirror.finish(result)
+                self.numbers |= training.mirror.numbers
+                States(self.storage, cohort.name).clear()
+            except UserError as error:  # of this cohort alone; the others go on
+                why = str(error)
+        if why:
+            training.mirror.stop(why)
+            self.refused.append(f"{cohort.title}: {why}")
+            self.watcher.say(f"{cohort.title}: not trained ({why})")
+        training.mirror.close()
         self._progress.ended(cohort.cost)
-        self.watcher.say(f"{self._progress.told(self._in_training)}: {title}{f' on {cohort.node}' if cohort.node else ''}")
+        self.watcher.say(f"{self._progress.told(self._in_training)}: {cohort.title}{f' on {training.node}' if training.node else ''}")
 
     def _look_after(self) -> None:
         """Tell of workers that are not heard any more, and now and then how far all is."""
-        for cohort in self._training.values():
-            if cohort.began and not cohort.silent and time.monotonic() - cohort.heard > SILENCE:
-                cohort.silent = True
-                assert cohort.mirror is not None
-                self.watcher.say(f"{cohort.mirror.kit.title}: no sign of life from {cohort.node} for {SILENCE:.0f} s; it is waited for")
-        if self._progress is not None and time.monotonic() - self._progress.told_at > REPORT:
+        for training in self._training.values():
+            if training.began and not training.silent and time.monotonic() - training.heard > SILENCE:
+                training.silent = True
+                self.watcher.say(f"{training.cohort.title}: no sign of life from {training.node} for {SILENCE:.0f} s; it is waited for")
+        if time.monotonic() - self._progress.told_at > REPORT:
             self.watcher.say(self._progress.told(self._in_training))
 
     @property
     def _in_training(self) -> int:
-        return sum(1 for cohort in self._training.values() if cohort.began)
+        return sum(1 for training in self._training.values() if training.began)
 
     def _give_up(self, error: BaseException) -> None:
-        why, stopped = str(error) or type(error).__name__, list[int]()
-        for cohort in self._training.values():
-            if cohort.mirror is not None:
-                with contextlib.suppress(Exception):  # what can't be recorded now shows as dead, by its free lock
-                    stopped += cohort.mirror.stop(why)
-                cohort.mirror.close()
+        """Put on record that all was cut off, and say how it goes on."""
+        stopped = list[int]()
+        for training in self._training.values():
+            with contextlib.suppress(Exception):  # what can't be recorded now shows as dead, by its free lock
+                stopped += training.mirror.stop(first_line(error))
+            training.mirror.close()
         if stopped:
             command = advice.command("resume", *self.crew.option, runs=self.ledger.folder)
             self.watcher.say(f"stopped {len(stopped)} runs; go on with: {command}")
-
-
-def _sent(jobs: Sequence[Job]) -> ImageData | None:
-    """The images that travel to a worker. Streamed ones are read where they are wanted."""
-    return None if jobs[0].data.streamed else jobs[0].data
-
-
-def title(jobs: Sequence[Job]) -> str:
-    """A cohort, as messages name it."""
-    return f"{_kind(jobs)} seed {','.join(str(seed) for seed in dict.fromkeys(job.config.seed for job in jobs))}"
-
-
-def _kind(jobs: Sequence[Job]) -> str:
-    """A cohort without its seeds."""
-    methods = ",".join(dict.fromkeys(job.resolved.name for job in jobs))
-    return f"{methods} {jobs[0].student.model} {jobs[0].data.name}"

@@ -24,9 +24,9 @@ PROBE = ".probe"
 
 
 class States:
-    """The states of one cohort, as one attempt at it sees them."""
+    """The states of one cohort, as one attempt at it sees them. Whoever saves none needs no attempt."""
 
-    def __init__(self, storage: Path, name: str, attempt: str) -> None:
+    def __init__(self, storage: Path, name: str, attempt: str = "") -> None:
         self.folder, self._attempt, self._own = storage / name, attempt, list[Path]()
 
     def save(self, done: int, root: Path, paths: Iterable[Path]) -> None:

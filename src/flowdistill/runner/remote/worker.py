@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import tempfile
 import threading
@@ -72,7 +73,7 @@ def measure(kit: Kit, data: ImageData | None, given: bytes) -> Measured:
     device = torch.device(kit.device)
     with tempfile.TemporaryDirectory(prefix="flowdistill-") as place, computing(device, cores=kit.threads):
         unpack(given, Path(place))
-        with _as_the_driver(kit, data) as configs:
+        with _as_the_driver(kit, data, Path(place)) as configs:
             jobs = plan(configs, Ledger(Path(place), create=True, changes=Changes(kit.accepts_changes, say=lambda _: None)), device)
             cohort, _ = unmeasured(jobs, to_device(jobs[0].data, jobs[0].config.split, device, kit.decoders), device, "eager")
             reset_peak_memory(device)
@@ -84,12 +85,18 @@ def measure(kit: Kit, data: ImageData | None, given: bytes) -> Measured:
 
 
 @contextmanager
-def _as_the_driver(kit: Kit, data: ImageData | None) -> Iterator[list[RunConfig]]:
-    """Inside, code is trusted and data are there as at the driver's. Gives the configs of the cohort's runs."""
+def _as_the_driver(kit: Kit, data: ImageData | None, folder: Path) -> Iterator[list[RunConfig]]:
+    """Inside, code is trusted and data are there as at the driver's, which vouches for the code that ran. Gives the configs of the runs."""
     configs = [validate(dict(config)) for config in kit.configs]
     trust.name(*kit.trusted)
-    with trust.code(kit.trusts_all), sources.held({} if data is None else {configs[0].data: data}):
-        yield configs
+    before = os.environ.get(trust.STATE)
+    os.environ[trust.STATE] = str(folder / "trust")
+    try:
+        with trust.code(kit.trusts_all), sources.held({} if data is None else {configs[0].data: data}):
+            yield configs
+    finally:
+        del os.environ[trust.STATE]
+        os.environ |= {} if before is None else {trust.STATE: before}
 
 
 def _trained(
@@ -101,7 +108,7 @@ def _trained(
         rebuild(folder)  # the state has folders alone
     torch.set_num_threads(kit.threads)
     how: dict[str, Any] = {"deterministic": kit.deterministic, "engine": kit.engine, "workers": kit.decoders}
-    with _as_the_driver(kit, data) as configs:
+    with _as_the_driver(kit, data, folder) as configs:
         ledger = _TellingLedger(folder, Changes(kit.accepts_changes, say=lambda _: None), kit, node, remark, told)
         runs = run(configs, ledger, torch.device(kit.device), **how, watcher=_TellingWatcher(folder, states, told))
     return {run_.no: _finished(run_, ledger) for run_ in runs}

@@ -12,19 +12,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.command import Said, command
 from helpers.method_cases import ALL, label, make, widest
 from helpers.scenes import rows, scene
 from helpers.small import Interrupt, config
+from helpers.threads import by_ranks
+from PIL import Image
+from safetensors.torch import load_file
 
 from flowdistill import models, ranks
 from flowdistill.checks import UserError
 from flowdistill.data.batches import DeviceData, SeedBatches, StreamedData, to_device
 from flowdistill.data.dataset import ImageData, Unlabelled
 from flowdistill.device import computing
-from flowdistill.ledger import Ledger, baseline_key
+from flowdistill.ledger import Ledger, Run, baseline_key
 from flowdistill.methods import METHODS
 from flowdistill.models import Network
 from flowdistill.ranks import Ranks
@@ -33,9 +37,9 @@ from flowdistill.runner import resume, run
 from flowdistill.runner.execute import before
 from flowdistill.runner.job import Job
 from flowdistill.runner.plan import plan, recorded
-from flowdistill.training import checkpoint, evaluate
+from flowdistill.training import checkpoint, evaluate, gathering
 from flowdistill.training.engine_choice import choose
-from flowdistill.types import Batch, DataSpec
+from flowdistill.types import Batch, DataSpec, Outputs
 
 CPU = torch.device("cpu")
 SEVERAL = Path(__file__).parent / "helpers" / "several.py"
@@ -174,7 +178,7 @@ def test_the_page_names_what_is_gathered() -> None:
 
 
 @pytest.fixture
-def planned(ledger: Ledger, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Job]:
+def planned_by(ledger: Ledger, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Job]:
     """The job of ``helpers.small.config`` as a number of processes plan it."""
 
     def make(world: int, **keys: Any) -> Job:
@@ -201,44 +205,44 @@ class Bare(torch.nn.Module):
 """
 
 
-def test_the_number_of_processes_is_covered_where_each_normalises_by_itself(planned: Callable[..., Job]) -> None:
-    jobs = [planned(world, method="base") for world in (1, 2, 4)]
+def test_the_number_of_processes_is_covered_where_each_normalises_by_itself(planned_by: Callable[..., Job]) -> None:
+    jobs = [planned_by(world, method="base") for world in (1, 2, 4)]
     assert len({job.fingerprint for job in jobs}) == 3
     assert [job.variant for job in jobs] == ["", "ranks=2", "ranks=4"]
-    together = [planned(world, method="base", train=TOGETHER) for world in (1, 2, 4)]
+    together = [planned_by(world, method="base", train=TOGETHER) for world in (1, 2, 4)]
     assert {job.fingerprint for job in together} == {jobs[0].fingerprint}
     assert {job.variant for job in together} == {""}
-    frozen = [planned(world, method="base", train={"freeze": normalisations("resnet8")}) for world in (1, 2)]
+    frozen = [planned_by(world, method="base", train={"freeze": normalisations("resnet8")}) for world in (1, 2)]
     assert frozen[0].fingerprint == frozen[1].fingerprint != jobs[0].fingerprint
 
 
 def test_a_method_s_own_parts_count_unless_they_are_given_the_whole_batch(
-    planned: Callable[..., Job], tmp_path: Path, own_code: None
+    planned_by: Callable[..., Job], tmp_path: Path, own_code: None
 ) -> None:
     (tmp_path / "bare.py").write_text(BARE)
     for method, covered in {"kd": False, "srrl": True, "at": False, "sp+srrl": False, "dml": False}.items():
         pair = {"student": f"{tmp_path}/bare.py:Bare", "teacher": None if method == "dml" else "resnet8", "method": method}
-        one, two = (planned(world, **pair) for world in (1, 2))
+        one, two = (planned_by(world, **pair) for world in (1, 2))
         assert (one.fingerprint != two.fingerprint) == covered, method
-    peers = [planned(world, student=f"{tmp_path}/bare.py:Bare", peer="resnet8", method="dml") for world in (1, 2)]
+    peers = [planned_by(world, student=f"{tmp_path}/bare.py:Bare", peer="resnet8", method="dml") for world in (1, 2)]
     assert peers[0].fingerprint != peers[1].fingerprint, "its peer normalises"
 
 
 def test_a_run_goes_on_by_another_number_of_processes(
-    ledger: Ledger, small_npz: Path, planned: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+    ledger: Ledger, small_npz: Path, planned_by: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The job keeps the number of processes with which the run began, whoever goes on with it; a new plan does not."""
     with computing(CPU, cores=1), pytest.raises(KeyboardInterrupt):
         run([config(small_npz, method="base")], ledger, CPU, watcher=Interrupt())
     for began in (1, 2, 4):
-        ledger.update(1, fingerprint=planned(began, method="base").fingerprint)
+        ledger.update(1, fingerprint=planned_by(began, method="base").fingerprint)
         for world in (1, 2, 4):
             with monkeypatch.context() as patch:
                 for key, value in environment(0, world).items():
                     patch.setenv(key, value)
                 (job,) = recorded([ledger.run(1)], ledger, CPU)
             assert (job.ranks, job.fingerprint) == (began, ledger.run(1).fingerprint)
-            assert (before(planned(world, method="base"), ledger) is not None) == (world == began)
+            assert (before(planned_by(world, method="base"), ledger) is not None) == (world == began)
 
 
 def test_teachers_of_several_processes_are_teachers(ledger: Ledger, small_npz: Path) -> None:
@@ -253,6 +257,32 @@ def test_teachers_of_several_processes_are_teachers(ledger: Ledger, small_npz: P
     ledger.update(1, status="failed")
     (job,) = plan([wanted], ledger, CPU)
     assert job.teacher.run == 2
+
+
+# What the ranks send each other
+
+
+def test_a_mean_over_the_ranks_is_one() -> None:
+    sent = [[torch.tensor([1.0, 2.0]), torch.tensor(3.0)], [torch.tensor([5.0, 4.0]), torch.tensor(7.0)]]
+    by_ranks(lambda rank: rank.mean_(sent[rank.rank]), 2)
+    assert [[value.tolist() for value in values] for values in sent] == [[[3.0, 3.0], 5.0]] * 2
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_gradient_of_what_is_gathered_is_that_of_the_whole_batch(world: int) -> None:
+    """Of a loss that compares images with each other, by weights that every rank has."""
+    numbers = torch.Generator().manual_seed(0)
+    images, weights = torch.randn(6, 4, generator=numbers), torch.randn(4, 3, generator=numbers).requires_grad_()
+
+    def gradient(answers: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad((answers @ answers.T).tanh().sum(), weights)[0]
+
+    def of_rank(rank: Ranks) -> torch.Tensor:
+        own = images[rank.own(0, 6)] @ weights
+        return gradient(gathering.whole_outputs(Outputs(own, own, {}), rank).logits)
+
+    found = by_ranks(of_rank, world)
+    torch.testing.assert_close(torch.stack(found).mean(0), gradient(images @ weights))
 
 
 # Who measures what
@@ -458,6 +488,85 @@ def test_runs_of_local_normalisation_are_one_group_for_each_number_of_processes(
     assert told in (tmp_path / "err.0.txt").read_text()
     assert (ledger.run(4).versions["batch_normalisation"], ledger.run(4).variant) == ("synchronised", "")
     assert "run 4 has it already, skipped" in command(tmp_path, *small, "--seeds", "2").err
+
+
+CURVE = {"synchronised": 1.0, "local": 1.0}  # how far a loss of an epoch is from one process's, relative to that: MEASURED
+POINTS = {"synchronised": 100.0, "local": 100.0}  # of the final accuracy: MEASURED
+
+
+@pytest.mark.long
+def test_a_curve_of_two_ranks_is_that_of_one_process(tmp_path: Path) -> None:
+    """On the digits, by fsp and kd. It prints the table of docs/SCALE.md."""
+    common = ("--dataset", "digits", "--precision", "fp32", "--device", "cpu", "--engine", "eager")
+    small = ("--student", "resnet8", "--teacher", "1", "--method", "kd,fsp", "--epochs", "4", "--seeds", "0", *common)
+    assert command(tmp_path, "train", "--model", "resnet20", "--epochs", "4", "--seeds", "9", *common).code == 0
+    assert command(tmp_path, "distill", *small).code == 0
+    for how in ("synchronised", "local"):
+        assert several(tmp_path, tmp_path, "command", "distill", *small, "--again", "--set", f"train.batch_norm={how}") == [0, 0]
+    ledger, lines = (
+        Ledger(tmp_path / "runs"),
+        ["| method | batch normalisation | loss of each epoch, off by | accuracy |", "|---|---|---|---|"],
+    )
+    for alone, shared in {2: (4, 6), 3: (5, 7)}.items():
+        expected = ledger.run(alone)
+        lines.append(f"| {expected.method} | one process | | {expected.accuracy:.2f} |")
+        for how, number in zip(("synchronised", "local"), shared, strict=True):
+            found = ledger.run(number)
+            off = [
+                max(abs(after.terms[term] - value) / abs(value) for term, value in before_.terms.items())
+                for before_, after in zip(ledger.epochs(alone), ledger.epochs(number), strict=True)
+            ]
+            lines.append(f"| {found.method} | {how} | {', '.join(f'{value:.1e}' for value in off)} | {found.accuracy:.2f} |")
+            assert max(off) <= CURVE[how]
+            assert abs(found.accuracy - expected.accuracy) <= POINTS[how]
+            assert (found.fingerprint == expected.fingerprint) == (how == "synchronised")
+    print("\n".join(lines))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["streamed", "mixed", "unlabelled"])
+def test_two_processes_are_shown_as_many_images(tmp_path: Path, small_npz: Path, how: str) -> None:
+    """Of every source of batches; the students' weights are finite."""
+    source, extra = f"npz:{small_npz}", []
+    if how == "streamed":
+        source, extra = f"folder:{pictures(tmp_path, small_npz)}", ["--set", "data.stream=true", "--workers", "1"]
+    elif how == "mixed":
+        extra = ["--set", "train.mixup=0.2"]
+    else:
+        np.savez(tmp_path / "more.npz", x=np.load(small_npz)["x_train"][:100])
+        extra = ["--unlabelled", f"npz:{tmp_path}/more.npz"]
+    small = ("--dataset", source, "--batch-size", "64", "--epochs", "1", "--precision", "fp32", "--device", "cpu", "--engine", "eager")
+    words = ("distill", "--method", "kd", "--student", "resnet8", "--teacher", "1", "--seeds", "0", *small, *extra)
+    streamed = extra if how == "streamed" else []
+    assert command(tmp_path, "train", "--model", "resnet8", "--seeds", "9", *small, *streamed).code == 0
+    assert command(tmp_path, *words).code == 0
+    for normalised in ("local", "synchronised"):
+        codes = several(small_npz, tmp_path, "command", *words, "--again", "--set", f"train.batch_norm={normalised}")
+        assert codes == [0, 0], (tmp_path / "err.0.txt").read_text()
+    ledger = Ledger(tmp_path / "runs")
+    alone, *shared = (ledger.run(number) for number in (2, 3, 4))
+    for found in shared:
+        weights = load_file(ledger.run_folder(found.no) / "student.safetensors")
+        assert all(value.isfinite().all() for value in weights.values())
+        assert shown(found) == pytest.approx(shown(alone))
+    (expected,), (synchronised,) = ledger.epochs(2), ledger.epochs(4)
+    assert synchronised.terms == pytest.approx(expected.terms, rel=1e-3)
+
+
+def shown(run_: Run) -> float:
+    """Images that a run was shown."""
+    return run_.images_per_second * run_.train_seconds
+
+
+def pictures(folder: Path, data: Path) -> Path:
+    """The images of an npz file as files."""
+    arrays = np.load(data)
+    for split in ("train", "test"):
+        for number, (image, name) in enumerate(zip(arrays[f"x_{split}"], arrays[f"y_{split}"], strict=True)):
+            place = folder / "pictures" / split / str(name)
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(place / f"{number}.png")
+    return folder / "pictures"
 
 
 def normalisations(model: str) -> list[str]:

@@ -122,9 +122,7 @@ def train_step(
     # gradients, so that a graph may hold this step on any stream, and nothing has to be set to zero before.
     parameters = [parameter for student in group for parameter in student.trainable_parameters()]
     used = [casts.get(parameter, parameter) for parameter in parameters]  # under bf16 the forward pass used a cast weight
-    with together(synchronised.needed(group[0].train, current())):  # a network may run layers again here (activation checkpointing)
-        gradients = torch.autograd.grad(loss, used, allow_unused=True)
-    set_gradients(parameters, gradients)
+    set_gradients(parameters, torch.autograd.grad(loss, used, allow_unused=True))
 
     # Ranks that share the batch out take the mean of their gradients here: all of them are there, and no optimiser has moved yet. Each
     # has equally many images, so that the mean of their means is that of the whole batch. Without a gradient here, there is none anywhere.

@@ -150,6 +150,7 @@ WRONG = [
     ("train --dataset digits --set train.lr=true", "train.lr=True: input should be a valid number"),
     ("train --dataset digits --set train.lr=[0.1]", "train.lr=[0.1]: input should be a valid number"),
     ("train --dataset digits --set train.momentum=1", "train.momentum=1: input should be less than 1"),
+    ("train --dataset digits --set train.batch_norm=sync", "train.batch_norm='sync': input should be 'local' or 'synchronised'"),
     (
         "train --dataset digits --set train.nesterov=true --set train.momentum=0",
         "train: nesterov=true needs a momentum above 0; set train.momentum or leave nesterov out",

@@ -131,6 +131,7 @@ NOT_COVERED = {
     "data.name": "the hash of the data says what they are, wherever they lie",
     "data.root": "likewise",
     "data.skip_broken": "the hash of the data says which files were read",
+    "train.batch_norm": "one process has the whole batch; of several the number is covered, where each normalises by itself",
 }
 """Key of a RunConfig that no fingerprint has -> why."""
 

@@ -12,33 +12,41 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.command import Said, command
 from helpers.method_cases import ALL, label, make, widest
 from helpers.scenes import rows, scene
 from helpers.small import Interrupt, config
+from helpers.threads import by_ranks
+from PIL import Image
+from safetensors.torch import load_file
 
 from flowdistill import models, ranks
 from flowdistill.checks import UserError
 from flowdistill.data.batches import DeviceData, SeedBatches, StreamedData, to_device
 from flowdistill.data.dataset import ImageData, Unlabelled
 from flowdistill.device import computing
-from flowdistill.ledger import Ledger
+from flowdistill.ledger import Ledger, Run, baseline_key
 from flowdistill.methods import METHODS
 from flowdistill.models import Network
 from flowdistill.ranks import Ranks
+from flowdistill.report import tables
 from flowdistill.runner import resume, run
-from flowdistill.training import checkpoint, evaluate
+from flowdistill.runner.execute import before
+from flowdistill.runner.job import Job
+from flowdistill.runner.plan import plan, recorded
+from flowdistill.training import checkpoint, evaluate, gathering
 from flowdistill.training.engine_choice import choose
-from flowdistill.types import Batch, DataSpec
+from flowdistill.types import Batch, DataSpec, Outputs
 
 CPU = torch.device("cpu")
 SEVERAL = Path(__file__).parent / "helpers" / "several.py"
 PLAIN = ("kd", "fsp", "sp")  # the second needs no other images, the third does
 OTHERS = sorted({*METHODS} - {*PLAIN, "base"})
 ROUNDING = 1e-4  # of losses and of a first step's gradients: 6e-5 where a gradient is a single number, 3e-6 elsewhere
-TURNED = 1e-2  # of the gradients of a second step, in which a rounding may turn a ReLU: 2e-3
+TURNED = {"eval": 1e-2, "synchronised": 3e-2}  # of a second step's, in which a rounding may turn a ReLU: 2e-3; and all see it: 9e-3
 LOCAL_LOSS, LOCAL_GRADIENT = 0.05, 0.6  # by a rank's own 64 images of 8x8, from fresh weights: losses 3e-2, gradients 0.55
 
 
@@ -166,6 +174,117 @@ def test_the_page_names_what_is_gathered() -> None:
     assert re.findall("`([^`]*)`", named) == sorted(gathered)
 
 
+# What a fingerprint holds
+
+
+@pytest.fixture
+def planned_by(ledger: Ledger, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Job]:
+    """The job of ``helpers.small.config`` as a number of processes plan it."""
+
+    def make(world: int, **keys: Any) -> Job:
+        with monkeypatch.context() as patch:
+            for key, value in environment(0, world).items():
+                patch.setenv(key, value)
+            (job, *_) = plan([config(small_npz, **keys)], ledger, CPU, stand_in=True)
+            return job
+
+    return make
+
+
+TOGETHER = {"batch_norm": "synchronised"}
+BARE = """
+import torch
+class Bare(torch.nn.Module):
+    def __init__(self, num_classes=10, in_chans=1):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(in_chans, 8, 3, 2, 1)
+        self.conv2 = torch.nn.Conv2d(8, 8, 3, 2, 1)
+        self.fc = torch.nn.Linear(8, num_classes)
+    def forward(self, x):
+        return self.fc(self.conv2(self.conv1(x).relu()).relu().mean((2, 3)))
+"""
+
+
+def test_the_number_of_processes_is_covered_where_each_normalises_by_itself(planned_by: Callable[..., Job]) -> None:
+    jobs = [planned_by(world, method="base") for world in (1, 2, 4)]
+    assert len({job.fingerprint for job in jobs}) == 3
+    assert [job.variant for job in jobs] == ["", "ranks=2", "ranks=4"]
+    together = [planned_by(world, method="base", train=TOGETHER) for world in (1, 2, 4)]
+    assert {job.fingerprint for job in together} == {jobs[0].fingerprint}
+    assert {job.variant for job in together} == {""}
+    frozen = [planned_by(world, method="base", train={"freeze": normalisations("resnet8")}) for world in (1, 2)]
+    assert frozen[0].fingerprint == frozen[1].fingerprint != jobs[0].fingerprint
+
+
+def test_a_method_s_own_parts_count_unless_they_are_given_the_whole_batch(
+    planned_by: Callable[..., Job], tmp_path: Path, own_code: None
+) -> None:
+    (tmp_path / "bare.py").write_text(BARE)
+    for method, covered in {"kd": False, "srrl": True, "at": False, "sp+srrl": False, "dml": False}.items():
+        pair = {"student": f"{tmp_path}/bare.py:Bare", "teacher": None if method == "dml" else "resnet8", "method": method}
+        one, two = (planned_by(world, **pair) for world in (1, 2))
+        assert (one.fingerprint != two.fingerprint) == covered, method
+    peers = [planned_by(world, student=f"{tmp_path}/bare.py:Bare", peer="resnet8", method="dml") for world in (1, 2)]
+    assert peers[0].fingerprint != peers[1].fingerprint, "its peer normalises"
+
+
+def test_a_run_goes_on_by_another_number_of_processes(
+    ledger: Ledger, small_npz: Path, planned_by: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job keeps the number of processes with which the run began, whoever goes on with it; a new plan does not."""
+    with computing(CPU, cores=1), pytest.raises(KeyboardInterrupt):
+        run([config(small_npz, method="base")], ledger, CPU, watcher=Interrupt())
+    for began in (1, 2, 4):
+        ledger.update(1, fingerprint=planned_by(began, method="base").fingerprint)
+        for world in (1, 2, 4):
+            with monkeypatch.context() as patch:
+                for key, value in environment(0, world).items():
+                    patch.setenv(key, value)
+                (job,) = recorded([ledger.run(1)], ledger, CPU)
+            assert (job.ranks, job.fingerprint) == (began, ledger.run(1).fingerprint)
+            assert (before(planned_by(world, method="base"), ledger) is not None) == (world == began)
+
+
+def test_teachers_of_several_processes_are_teachers(ledger: Ledger, small_npz: Path) -> None:
+    """They are chosen by name as others are; where both are there, one is to be named."""
+    with computing(CPU, cores=1):
+        run([config(small_npz, method="base", seed=seed, train={"epochs": 1}) for seed in (1, 2)], ledger, CPU)
+    facts = {"ranks": "2", "batch_normalisation": "local to each rank"}
+    ledger.update(2, fingerprint="of two", variant="ranks=2", versions=ledger.run(2).versions | facts)
+    wanted = config(small_npz, method="kd", teacher="resnet8", train={"epochs": 1})
+    with pytest.raises(UserError, match=r"by several recipes for 1 epochs \(runs 1, 2\); name one"):
+        plan([wanted], ledger, CPU)
+    ledger.update(1, status="failed")
+    (job,) = plan([wanted], ledger, CPU)
+    assert job.teacher.run == 2
+
+
+# What the ranks send each other
+
+
+def test_a_mean_over_the_ranks_is_one() -> None:
+    sent = [[torch.tensor([1.0, 2.0]), torch.tensor(3.0)], [torch.tensor([5.0, 4.0]), torch.tensor(7.0)]]
+    by_ranks(lambda rank: rank.mean_(sent[rank.rank]), 2)
+    assert [[value.tolist() for value in values] for values in sent] == [[[3.0, 3.0], 5.0]] * 2
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_gradient_of_what_is_gathered_is_that_of_the_whole_batch(world: int) -> None:
+    """Of a loss that compares images with each other, by weights that every rank has."""
+    numbers = torch.Generator().manual_seed(0)
+    images, weights = torch.randn(6, 4, generator=numbers), torch.randn(4, 3, generator=numbers).requires_grad_()
+
+    def gradient(answers: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad((answers @ answers.T).tanh().sum(), weights)[0]
+
+    def of_rank(rank: Ranks) -> torch.Tensor:
+        own = images[rank.own(0, 6)] @ weights
+        return gradient(gathering.whole_outputs(Outputs(own, own, {}), rank).logits)
+
+    found = by_ranks(of_rank, world)
+    torch.testing.assert_close(torch.stack(found).mean(0), gradient(images @ weights))
+
+
 # Who measures what
 
 
@@ -274,15 +393,16 @@ def several(data: Path, folder: Path, how: str, *words: str) -> Any:
 
 
 def assert_as_one(data: Path, folder: Path, names: Sequence[str]) -> None:
-    """Two ranks of 64 images compute what one process of 128 computes."""
+    """Two ranks of 64 images compute what one process of 128 computes, unless each normalises by its own."""
     found = several(data, folder, "equal", ",".join(names))
     assert {name.split()[0] for name in found} == {*names}
     for name, modes in found.items():
-        for part, off in modes["eval"].items():
-            assert off <= (TURNED if part.startswith("step 1") else ROUNDING), (name, part, off)
+        for mode in ("eval", "synchronised"):
+            for part, off in modes[mode].items():
+                assert off <= (TURNED[mode] if part.startswith("step 1") else ROUNDING), (name, mode, part, off)
         for part, off in modes["train"].items():
             assert off <= (LOCAL_LOSS if part.startswith("loss") else LOCAL_GRADIENT), (name, part, off)
-        assert max(modes["train"].values()) > ROUNDING, f"{name}: batch normalisations are local"
+        assert max(modes["train"].values()) > ROUNDING, f"{name}: each rank normalises by its own images"
 
 
 def test_two_ranks_compute_what_one_process_does(small_npz: Path, tmp_path: Path) -> None:
@@ -309,13 +429,13 @@ def test_what_ranks_began_one_process_goes_on_with_and_back(small_npz: Path, tmp
 
     assert several(small_npz, tmp_path, "cut", *pair, "--again")[0] == 130
     err = (tmp_path / "err.0.txt").read_text()
-    assert "runs 5, 6: 2 ranks, each with 32 of a batch's 64 images, by which alone it normalises where it normalises batches\n" in err
+    assert "runs 5, 6: 2 ranks, each with 32 of a batch's 64 images\n" in err
     assert err.endswith("runs 5, 6: stopped; go on with: flowdistill resume 5\ninterrupted\n")
     assert [(tmp_path / f"{name}.1.txt").read_text() for name in ("out", "err")] == ["", ""]
     ledger = Ledger(tmp_path / "runs")
     assert [run_.status for run_ in ledger.runs()] == ["finished"] * 4 + ["interrupted"] * 2
     assert ledger.run(5).device == "cpu (2 ranks of 1 threads)"
-    assert (ledger.run(5).versions["ranks"], ledger.run(5).versions["batch_normalisation"]) == ("2", "local to each rank")
+    assert (ledger.run(5).versions["ranks"], ledger.run(5).versions["batch_normalisation"]) == ("2", "none")
     assert checkpoint.load(ledger.run_folder(5)).done == 1
 
     with computing(CPU, cores=1), pytest.raises(KeyboardInterrupt):
@@ -325,6 +445,7 @@ def test_what_ranks_began_one_process_goes_on_with_and_back(small_npz: Path, tmp
     err = (tmp_path / "err.0.txt").read_text()
     assert "runs 5, 6: resumed after epoch 2 of 3\n" in err
     assert "device cpu (1 threads) -> cpu (2 ranks of 1 threads)" in err
+    assert "batch normalisation" not in err, "all of them are frozen"
     assert [run_.status for run_ in ledger.runs()] == ["finished"] * 6
     for alone, shared in ((3, 5), (4, 6)):
         for expected, found in zip(ledger.epochs(alone), ledger.epochs(shared), strict=True):
@@ -332,6 +453,120 @@ def test_what_ranks_began_one_process_goes_on_with_and_back(small_npz: Path, tmp
             assert found.terms == pytest.approx(expected.terms, rel=close)
             assert found.correct == pytest.approx(expected.correct, abs=2)
     assert command(tmp_path, "check").code == 0
+
+
+def test_runs_of_local_normalisation_are_one_group_for_each_number_of_processes(small_npz: Path, tmp_path: Path) -> None:
+    """What two processes finished one process trains again, and what one began goes on by two under the name that it had."""
+    small = ("train", "--model", "resnet8", "--epochs", "2", "--dataset", f"npz:{small_npz}", *SMALL)
+    assert several(small_npz, tmp_path, "command", *small, "--seeds", "0") == [0, 0]
+    err = (tmp_path / "err.0.txt").read_text()
+    assert "run 1: 2 ranks, each with 32 of a batch's 64 images, by which alone it normalises where it normalises batches\n" in err
+    assert command(tmp_path, *small, "--seeds", "0").code == 0
+    ledger = Ledger(tmp_path / "runs")
+    by_two, by_one = ledger.run(1), ledger.run(2)
+    assert by_two.fingerprint != by_one.fingerprint
+    assert (by_two.variant, by_one.variant) == ("ranks=2", "")
+    assert (by_two.versions["ranks"], by_two.versions["batch_normalisation"]) == ("2", "local to each rank")
+    assert baseline_key(by_two) != baseline_key(by_one)
+    assert [[run_.no for run_ in group_.runs] for group_ in tables.group(ledger.runs(), "last")] == [[1], [2]]
+    assert [row["variant"] for row in tables.summary_rows(ledger.runs(), "last")] == ["ranks=2", ""]
+
+    with computing(CPU, cores=1), pytest.raises(KeyboardInterrupt):
+        run([config(small_npz, method="base", seed=1)], ledger, CPU, watcher=Interrupt())
+    began = ledger.run(3).fingerprint
+    assert several(small_npz, tmp_path, "command", "resume", "3", "--device", "cpu") == [0, 0]
+    line = (
+        "begun by 1 process, goes on by 2 processes: batch normalisation sees other parts of a batch now, so it does not go on as it would "
+    )
+    assert f"run 3: {line}have\n" in (tmp_path / "err.0.txt").read_text()
+    assert (ledger.run(3).status, ledger.run(3).fingerprint, ledger.run(3).variant) == ("finished", began, "")
+    assert "ranks" not in ledger.run(3).versions
+
+    synchronised = (*small, "--seeds", "2", "--set", "train.batch_norm=synchronised")
+    assert several(small_npz, tmp_path, "command", *synchronised) == [0, 0]
+    told = "run 4: 2 ranks, each with 32 of a batch's 64 images; where batches are normalised, it is by all ranks together\n"
+    assert told in (tmp_path / "err.0.txt").read_text()
+    assert (ledger.run(4).versions["batch_normalisation"], ledger.run(4).variant) == ("synchronised", "")
+    assert "run 4 has it already, skipped" in command(tmp_path, *small, "--seeds", "2").err
+
+
+CURVE = {"synchronised": 5e-3, "local": 2e-2}  # how far a loss of an epoch is from one process's, relative to that: 6e-4 and 2e-3
+POINTS = {"synchronised": 1.5, "local": 5.0}  # how far the final accuracies are apart, in percent: 0.2 and 1.7
+
+
+@pytest.mark.long
+def test_a_curve_of_two_ranks_is_that_of_one_process(tmp_path: Path) -> None:
+    """On the digits, by fsp and kd. It prints the table of docs/SCALE.md."""
+    common = ("--dataset", "digits", "--precision", "fp32", "--device", "cpu", "--engine", "eager")
+    small = ("--student", "resnet8", "--teacher", "1", "--method", "kd,fsp", "--epochs", "4", "--seeds", "0", "--lr", "0.01", *common)
+    assert command(tmp_path, "train", "--model", "resnet20", "--epochs", "4", "--seeds", "9", *common).code == 0
+    assert command(tmp_path, "distill", *small).code == 0
+    for how in ("synchronised", "local"):
+        assert several(tmp_path, tmp_path, "command", "distill", *small, "--again", "--set", f"train.batch_norm={how}") == [0, 0]
+    ledger, lines = (
+        Ledger(tmp_path / "runs"),
+        ["| method | batch normalisation | loss of each epoch, off by | accuracy |", "|---|---|---|---|"],
+    )
+    for alone, shared in {2: (4, 6), 3: (5, 7)}.items():
+        expected = ledger.run(alone)
+        lines.append(f"| {expected.method} | one process | | {expected.accuracy:.2f} |")
+        for how, number in zip(("synchronised", "local"), shared, strict=True):
+            found = ledger.run(number)
+            off = [
+                max(abs(after.terms[term] - value) / abs(value) for term, value in before_.terms.items())
+                for before_, after in zip(ledger.epochs(alone), ledger.epochs(number), strict=True)
+            ]
+            lines.append(f"| {found.method} | {how} | {', '.join(f'{value:.1e}' for value in off)} | {found.accuracy:.2f} |")
+            assert max(off) <= CURVE[how]
+            assert abs(found.accuracy - expected.accuracy) <= POINTS[how]
+            assert (found.fingerprint == expected.fingerprint) == (how == "synchronised")
+    print("\n".join(lines))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["streamed", "mixed", "unlabelled"])
+def test_two_processes_are_shown_as_many_images(tmp_path: Path, small_npz: Path, how: str) -> None:
+    """Of every source of batches; the students' weights are finite."""
+    source, extra = f"npz:{small_npz}", []
+    if how == "streamed":
+        source, extra = f"folder:{pictures(tmp_path, small_npz)}", ["--set", "data.stream=true", "--workers", "1"]
+    elif how == "mixed":
+        extra = ["--set", "train.mixup=0.2"]
+    else:
+        np.savez(tmp_path / "more.npz", x=np.load(small_npz)["x_train"][:100])
+        extra = ["--unlabelled", f"npz:{tmp_path}/more.npz"]
+    small = ("--dataset", source, "--batch-size", "64", "--epochs", "1", "--precision", "fp32", "--device", "cpu", "--engine", "eager")
+    words = ("distill", "--method", "kd", "--student", "resnet8", "--teacher", "1", "--seeds", "0", *small, *extra)
+    streamed = extra if how == "streamed" else []
+    assert command(tmp_path, "train", "--model", "resnet8", "--seeds", "9", *small, *streamed).code == 0
+    assert command(tmp_path, *words).code == 0
+    for normalised in ("local", "synchronised"):
+        codes = several(small_npz, tmp_path, "command", *words, "--again", "--set", f"train.batch_norm={normalised}")
+        assert codes == [0, 0], (tmp_path / "err.0.txt").read_text()
+    ledger = Ledger(tmp_path / "runs")
+    alone, *shared = (ledger.run(number) for number in (2, 3, 4))
+    for found in shared:
+        weights = load_file(ledger.run_folder(found.no) / "student.safetensors")
+        assert all(value.isfinite().all() for value in weights.values())
+        assert shown(found) == pytest.approx(shown(alone))
+    (expected,), (synchronised,) = ledger.epochs(2), ledger.epochs(4)
+    assert synchronised.terms == pytest.approx(expected.terms, rel=1e-3)
+
+
+def shown(run_: Run) -> float:
+    """Images that a run was shown."""
+    return run_.images_per_second * run_.train_seconds
+
+
+def pictures(folder: Path, data: Path) -> Path:
+    """The images of an npz file as files."""
+    arrays = np.load(data)
+    for split in ("train", "test"):
+        for number, (image, name) in enumerate(zip(arrays[f"x_{split}"], arrays[f"y_{split}"], strict=True)):
+            place = folder / "pictures" / split / str(name)
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(place / f"{number}.png")
+    return folder / "pictures"
 
 
 def normalisations(model: str) -> list[str]:

@@ -34,6 +34,7 @@ BASELINE = "base"  # the method that learns from the labels alone, with which ot
 PrecisionName = Literal["auto", "bf16", "fp32"]
 EngineName = Literal["auto", "eager", "compiled", "graph"]
 Crop = Literal["shift", "resized"]
+BatchNorm = Literal["local", "synchronised"]
 Role = Literal["student", "teacher"]
 
 
@@ -184,6 +185,9 @@ class TrainConfig(Frozen):
     ``mixup`` mixes the images of a batch in pairs by one share. ``true``: the share is uniform in 0 to 1, and the mixtures have no
     labels (Beyer et al. 2022). A number alpha: the share is drawn from Beta(alpha, alpha), and the task is mixed as the images are
     (Zhang et al. 2018).
+
+    ``batch_norm`` says by what several processes of one run normalise a batch: each by the images that it has of it, or all by the
+    whole. One process has the whole batch in either case.
     """
 
     epochs: int = Field(200, ge=1, le=MAX_EPOCHS, strict=True)  # reference log; He et al. 2016, section 4.2: about 164
@@ -199,6 +203,7 @@ class TrainConfig(Frozen):
     mixup: bool | float = Field(False, exclude_if=lambda mixup: not mixup)  # true: without labels, Beyer et al. 2022; alpha: with them
     freeze: tuple[str, ...] = Field((), exclude_if=lambda freeze: not freeze)  # modules or parameters, * and ? allowed; not trained
     label_smoothing: float = Field(0.0, ge=0, lt=1, strict=True, exclude_if=lambda smoothing: smoothing == 0)  # of the task alone
+    batch_norm: BatchNorm = Field("local", exclude_if=lambda batch_norm: batch_norm == "local")  # matters where torchrun starts several
 
     @field_validator("freeze", mode="before")
     @classmethod

@@ -169,11 +169,10 @@ def computing(device: torch.device, *, deterministic: bool = False, cores: int |
 
 
 def settings(device: torch.device) -> dict[str, str]:
-    """The settings of ``computing`` that a run's record gives, and how many ranks compute."""
-    ranks = {"ranks": str(current().world), "batch_normalisation": "local to each rank"} if current().several else {}
+    """The settings of ``computing`` that a run's record gives."""
     if device.type != "cuda":
-        return ranks
-    return {"float32": _precision_of(_CONVOLUTIONS), "cudnn.benchmark": str(torch.backends.cudnn.benchmark).lower()} | ranks
+        return {}
+    return {"float32": _precision_of(_CONVOLUTIONS), "cudnn.benchmark": str(torch.backends.cudnn.benchmark).lower()}
 
 
 @contextmanager

@@ -44,6 +44,7 @@ CHANGED: dict[str, Any] = {
     "train.mixup": 0.2,
     "train.freeze": ["bn1"],
     "train.label_smoothing": 0.1,
+    "train.batch_norm": "synchronised",
     "method": "at",
     "options": {"fsp": {"pool": "avg"}},
     "weights": {"fsp": 10.0},

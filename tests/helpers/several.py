@@ -36,8 +36,9 @@ CPU = torch.device("cpu")
 WORLD = 2
 BATCH = 128
 STEPS = 2
+LITTLE = 1e-3  # ctkd's gradient is a number of 8e-7, what is left of larger ones: weights that differ by 1e-7 move it by a fiftieth
 NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d)
-MODES = ("eval", "train")
+MODES = ("eval", "train", "synchronised")
 
 torch.set_num_threads(1)
 
@@ -92,10 +93,10 @@ def interrupted(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def configs(data: str, names: Sequence[str]) -> list[RunConfig]:
+def configs(data: str, names: Sequence[str], batch_norm: str) -> list[RunConfig]:
     """A run of each method on 256 digits; crd with banks that suit them."""
     images = {"name": f"npz:{data}", "pad": 1, "flip": False}
-    train = {"epochs": 1, "batch_size": BATCH, "lr": 0.01, "precision": "fp32"}
+    train = {"epochs": 1, "batch_size": BATCH, "lr": 0.01, "precision": "fp32", "batch_norm": batch_norm}
     options = {"crd": {"crd": {"negatives": 50, "dim": 8}}}
     common = {"student": "resnet8", "data": images, "train": train}
     return [
@@ -105,10 +106,11 @@ def configs(data: str, names: Sequence[str]) -> list[RunConfig]:
 
 
 def measured(data: str, names: Sequence[str], ledger: Path) -> Found:
-    """Losses and gradients of each method's first steps, with batch normalisations in either mode."""
+    """Losses, gradients and running statistics of each method's first steps, in each mode of the batch normalisations."""
     found: Found = {}
     for mode in MODES:
-        jobs = plan(configs(data, names), Ledger(ledger, create=True), CPU, stand_in=True)
+        batch_norm = "synchronised" if mode == "synchronised" else "local"
+        jobs = plan(configs(data, names, batch_norm), Ledger(ledger, create=True), CPU, stand_in=True)
         for cohort, members in prepare(jobs, CPU, "eager"):
             if mode == "eval":
                 settle(cohort)
@@ -127,7 +129,7 @@ def measured(data: str, names: Sequence[str], ledger: Path) -> Found:
                 losses = {
                     f"loss {term}": value.clone() for term, value in member.student.sums.items() if term in member.student.tally.terms
                 }
-                found[name_of(member.job)][mode] |= losses
+                found[name_of(member.job)][mode] |= losses | statistics(member.student)
     return found
 
 
@@ -151,7 +153,7 @@ def normalising(students: Sequence[Student], mode: str) -> Iterator[None]:
     for student in students:
         for module in (*student.net.modules(), *student.method.modules()):
             if isinstance(module, NORMALISATIONS):
-                module.train(mode == "train")
+                module.train(mode != "eval")
     yield
 
 
@@ -162,6 +164,14 @@ def gradients(student: Student) -> dict[str, Tensor]:
         part: [value.grad.reshape(-1).clone() for value in module.parameters() if value.grad is not None] for part, module in parts.items()
     }
     return {part: torch.cat(values) for part, values in vectors.items() if values}
+
+
+def statistics(student: Student) -> dict[str, Tensor]:
+    """The running means and variances of the network's and the method's batch normalisations, each kind as one vector."""
+    modules = nn.ModuleList([student.net, student.method])
+    buffers = {name: value.clone() for name, value in modules.named_buffers()}
+    kinds = {kind: [value for name, value in buffers.items() if name.endswith(kind)] for kind in ("running_mean", "running_var")}
+    return {kind: torch.cat(values) for kind, values in kinds.items()}
 
 
 def equal(data: str, folder: Path, names: Sequence[str]) -> dict[str, Any]:
@@ -187,8 +197,8 @@ def equal(data: str, folder: Path, names: Sequence[str]) -> dict[str, Any]:
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """How far a value is from the expected one, relative to that."""
-    return float((found - expected).double().norm() / expected.double().norm().clamp(min=1e-12))
+    """How far a value is from the expected one, relative to that. ``LITTLE`` stands for what is less."""
+    return float((found - expected).double().norm() / expected.double().norm().clamp(min=LITTLE))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The ledger: one SQLite row per run and one per epoch. It does not import torch, so that listing is instant."""
 
-from .compare import MAY_DIFFER, baseline_key, flattened, is_baseline, newest
+from .compare import LOCAL, MAY_DIFFER, baseline_key, flattened, is_baseline, newest, ranks_apart
 from .folders import EXPORTS, JOURNAL, PREDICTIONS, RECORD, STUDENT_FILE, files_of, sealed, sealing
 from .rows import COLUMNS, DAMAGED, Epoch, Run, stored
 from .schema import MIGRATIONS
@@ -11,6 +11,7 @@ __all__ = [
     "DAMAGED",
     "EXPORTS",
     "JOURNAL",
+    "LOCAL",
     "MAY_DIFFER",
     "MIGRATIONS",
     "NAME",
@@ -25,6 +26,7 @@ __all__ = [
     "flattened",
     "is_baseline",
     "newest",
+    "ranks_apart",
     "sealed",
     "sealing",
     "stored",

@@ -29,6 +29,7 @@ MAY_DIFFER: Mapping[str, str] = {
     "seed": "means are over seeds",
     "init_from": "what it began from is part of what is compared",
     "train.freeze": "likewise what of it is trained",
+    "train.batch_norm": "with one process it changes nothing; with several, their number is compared where each normalises by itself",
     "data.unlabelled": "images that a base run can't use",
     "data.name": "where the data lie; the hash of the data says what they are",
     "data.root": "likewise",
@@ -41,7 +42,7 @@ _MAY_DIFFER = tuple(f"{key}." for key in MAY_DIFFER)
 
 def baseline_key(run: Run) -> str:
     """A key that a run shares with the ``base`` runs that it is compared with. It holds the resolved config without the keys of
-    ``MAY_DIFFER``, and which student, code and data the run used.
+    ``MAY_DIFFER``, which student, code and data the run used, and how many processes normalised parts of a batch.
     """
     try:
         config = validate(run.config).model_dump(mode="json")  # with the keys that have come since
@@ -50,7 +51,17 @@ def baseline_key(run: Run) -> str:
     alike = {key: value for key, value in flattened(config).items() if not f"{key}.".startswith(_MAY_DIFFER)}
     network = (run.networks or {}).get("student", {})
     made = [run.student, run.student_fingerprint, network.get("made_of", ""), network.get("number", 0)]
-    return json.dumps([made, run.data_hash, alike], sort_keys=True)
+    ranks = [ranks_apart(run)] if ranks_apart(run) > 1 else []
+    return json.dumps([made, run.data_hash, alike, *ranks], sort_keys=True)
+
+
+LOCAL = "local to each rank"  # ``batch_normalisation`` among the versions of a run
+
+
+def ranks_apart(run: Run) -> int:
+    """How many processes shared a run's batches out, if each normalised by its own images; else 1."""
+    ranks = run.versions.get("ranks", "1") if run.versions.get("batch_normalisation") == LOCAL else "1"
+    return int(ranks) if ranks.isdecimal() else 1
 
 
 def is_baseline(run: Run) -> bool:

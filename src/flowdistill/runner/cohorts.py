@@ -99,7 +99,8 @@ def assemble(jobs: Sequence[Job], data: Supply, device: torch.device, engine: st
     select = first.config.split == "holdout"
     groups = list(seed_groups.values())
     pixels = sum(first.phase_epochs) * groups[0].batches.steps * groups[0].batches.batch_size * data.spec.height * data.spec.width
-    chosen = choose(engine, device, first.precision, pixels=pixels, resident=data.resident)
+    synchronised = first.config.train.batch_norm == "synchronised"
+    chosen = choose(engine, device, first.precision, pixels=pixels, resident=data.resident, synchronised=synchronised)
     return Cohort(data, groups, first.config.train, first.phase_epochs, chosen, select), members
 
 

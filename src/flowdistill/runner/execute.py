@@ -29,7 +29,7 @@ from .due import known, outstanding, unfinished
 from .follow import announce
 from .follow import told as told_of_ranks
 from .plan import recorded
-from .record import finish, now, record_epoch, row, told
+from .record import finish, now, of_ranks, record_epoch, row, told
 from .watcher import Watcher
 
 CHECKPOINT_SECONDS = 10.0  # between two checkpoints of a cohort, at least
@@ -145,7 +145,8 @@ def _begin_cohort(
         _TakenError: another process registered one of its runs since they were planned.
     """
     common = {"cohort_size": len(members), "device": describe(device), "threads": torch.get_num_threads(), "setup_seconds": setup_seconds}
-    common |= {"engine": cohort.engine.name, "versions": versions() | circumstances() | settings(device)}
+    common |= {"engine": cohort.engine.name}
+    made_with = versions() | circumstances() | settings(device)
     with contextlib.ExitStack() as stack:
 
         def refuse_taken() -> None:
@@ -158,7 +159,9 @@ def _begin_cohort(
             for member, no in zip(members, numbers, strict=True):
                 member.no = no
 
-        home, *_ = ledger.register([row(member) | common for member in members], claim, refuse_taken)
+        home, *_ = ledger.register(
+            [row(member) | common | {"versions": made_with | of_ranks(member.job)} for member in members], claim, refuse_taken
+        )
         _train(cohort, members, ledger, device, watcher, home)
 
 
@@ -187,7 +190,7 @@ def _resume_cohort(home: int, ledger: Ledger, device: torch.device, watcher: Wat
             _restore(cohort, members, ledger.run_folder(home), watcher)
             with _stops_on_record(members, ledger, watcher):
                 ledger.reopen([member.no for member in members], cohort.done)
-                _tell_what_changed(runs, ledger, device, watcher)
+                _tell_what_changed(runs, members, ledger, device, watcher)
                 _train(cohort, members, ledger, device, watcher, home)
 
 
@@ -214,15 +217,28 @@ def _restore(cohort: Cohort, members: Sequence[Member], folder: Path, watcher: W
     watcher.say(f"{_numbers(members)}: resumed after epoch {cohort.done} of {cohort.epochs}")
 
 
-def _tell_what_changed(runs: Sequence[Run], ledger: Ledger, device: torch.device, watcher: Watcher) -> None:
-    """Say that another machine or version does not go on bit for bit, and record the new one."""
+def _tell_what_changed(runs: Sequence[Run], members: Sequence[Member], ledger: Ledger, device: torch.device, watcher: Watcher) -> None:
+    """Say that another machine, version or number of processes does not go on as this one would have, and record the new machine and
+    version. The number of processes with which a run began stays on record, as it does in its fingerprint.
+    """
     began = {**runs[0].versions, "device": runs[0].device}
     goes_on = {**versions(), "device": describe(device)}
     changed = [f"{name} {began.get(name)} -> {value}" for name, value in goes_on.items() if began.get(name) != value]
     if changed:
         watcher.say(f"not bit for bit what it would have been: it began with other versions or another device ({', '.join(changed)})")
         for run_ in runs:
-            ledger.update(run_.no, device=describe(device), versions=versions() | circumstances() | settings(device))
+            stays = {key: run_.versions[key] for key in ("ranks", "batch_normalisation") if key in run_.versions}
+            ledger.update(run_.no, device=describe(device), versions=versions() | circumstances() | settings(device) | stays)
+    world = current().world
+    if other := [member.job.ranks for member in members if member.job.ranks != world and member.job.normalises_apart]:
+        watcher.say(
+            f"{_numbers(members)}: begun by {_processes(other[0])}, goes on by {_processes(world)}: batch normalisation sees other parts "
+            f"of a batch now, so it does not go on as it would have"
+        )
+
+
+def _processes(count: int) -> str:
+    return f"{count} processes" if count > 1 else "1 process"
 
 
 def _train(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: torch.device, watcher: Watcher, home: int) -> None:
@@ -237,7 +253,7 @@ def _train(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: to
     name, why = cohort.engine.name, cohort.engine.why
     watcher.say(f"{_numbers(members)}: {name} engine, {cohort.precision}: {why}")
     if current().several:
-        watcher.say(f"{_numbers(members)}: {told_of_ranks(cohort)}")
+        watcher.say(f"{_numbers(members)}: {told_of_ranks(cohort, members)}")
     announce(cohort, members)
     watcher.begin(_title(members), cohort.steps)
     try:

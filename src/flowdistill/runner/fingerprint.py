@@ -47,6 +47,10 @@ class Planned(Protocol):
         """Student and teacher, their stages named alike."""
 
     @property
+    def ranks(self) -> int:
+        """How many processes share its batches out, if its numbers depend on that; else 1."""
+
+    @property
     def needs_and_versions(self) -> tuple[Needs, Mapping[str, int]]:
         """What its method needs, and the version of each of the method's parts."""
 
@@ -66,7 +70,7 @@ def fingerprint(job: Planned, made_of: Mapping[str, list[Any]]) -> str:
         "method": versions,
         "options": config.options,
         "weights": config.weights,
-        "train": config.train.model_dump(),
+        "train": config.train.model_dump(exclude={"batch_norm"}),  # alone it changes no number; ``ranks`` says where it does
         "split": config.split,
     }
     if student.init:
@@ -85,6 +89,8 @@ def fingerprint(job: Planned, made_of: Mapping[str, list[Any]]) -> str:
         covered["unlabelled"] = unlabelled.hash
     if list(job.data.class_names) != [str(number) for number in range(len(job.data.class_names))]:
         covered["classes"] = job.data.class_names
+    if job.ranks > 1:
+        covered["ranks"] = job.ranks
     return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
 
 

@@ -42,10 +42,13 @@ def announce(cohort: Cohort, members: Sequence[Member]) -> None:
         checkpoint.share(cohort, ranks)
 
 
-def told(cohort: Cohort) -> str:
+def told(cohort: Cohort, members: Sequence[Member]) -> str:
     """What the user is told of the ranks."""
     world, size = current().world, cohort.train.batch_size
-    return f"{world} ranks, each with {size // world} of a batch's {size} images, by which alone it normalises where it normalises batches"
+    together = "; where batches are normalised, it is by all ranks together" if cohort.train.batch_norm == "synchronised" else ""
+    apart = any(member.job.normalises_apart for member in members)
+    how = ", by which alone it normalises where it normalises batches" if apart else together
+    return f"{world} ranks, each with {size // world} of a batch's {size} images{how}"
 
 
 @contextmanager

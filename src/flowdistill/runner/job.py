@@ -15,6 +15,8 @@ from ..device import Precision
 from ..methods import Method, Needs, ResolvedMethod
 from ..models.foreign import is_foreign
 from ..randomness import derive, seeded
+from ..training.freeze import freeze
+from ..training.synchronised import normalises_apart
 from ..types import NetSpec
 from .fingerprint import fingerprint
 from .identity import Identities, Identity
@@ -31,6 +33,8 @@ class Job:
         init_hash: of the student's initial weights.
         identities: says what its networks are.
         former_fingerprint: what an earlier version called the same run; a run that is resumed keeps it.
+        ranks: how many processes share its batches out, if its numbers depend on that; else 1. A run that is resumed keeps the number
+            with which it began.
     """
 
     config: RunConfig
@@ -41,6 +45,7 @@ class Job:
     init_hash: str
     identities: Identities
     former_fingerprint: str = ""
+    ranks: int = 1
 
     @property
     def data_hash(self) -> str:
@@ -88,6 +93,19 @@ class Job:
         method = self.method()
         return method.needs, method.versions
 
+    @cached_property
+    def normalises_apart(self) -> bool:
+        """Whether its numbers depend on how many processes share its batches out, for each would normalise its own images alone."""
+        spec, train, method = self.data.spec, self.config.train, self.method()
+        ours = self.shipped_model == self.student.model
+        net = (self.student.build(spec) if ours else models.build(self.shipped_model, spec)).train()
+        for module in freeze(net, train.freeze):
+            module.eval()
+        peer = [models.build(self.config.peer, self.student.seen(spec)).train()] if self.config.peer is not None else []
+        teacher = [self.teacher.build(spec).eval()] if self.teacher is not None else []
+        own_parts = [] if method.whole_batch else [method]  # else they are given the whole batch
+        return any(normalises_apart(module, train) for module in (net, *peer, *teacher, *own_parts))
+
     @property
     def phase_epochs(self) -> tuple[int, ...]:
         """Epochs of each phase."""
@@ -111,7 +129,8 @@ class Job:
     @property
     def variant(self) -> str:
         """What differs from the method's defaults, as tables print it; of two that teach each other which one this is, and what ships
-        where that is not the student; what it begins from, what of it is frozen, and which images and taps were given to whom.
+        where that is not the student; what it begins from, what of it is frozen, which images and taps were given to whom, and how many
+        processes normalised parts of a batch, each by itself.
         """
         notes = [self.resolved.variant]
         if self.data.unlabelled is not None:
@@ -130,6 +149,7 @@ class Job:
         }
         for name, table in tables.items():
             notes += [f"{name}.{role}.{key}={value}" for role, values in table.items() for key, value in values.items()]
+        notes += [f"ranks={self.ranks}"] * (self.ranks > 1)
         return ", ".join(note for note in notes if note)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..data.sources import load, load_unlabelled
 from ..device import Precision, resolve_precision
 from ..ledger import Ledger, Run
 from ..methods import Method, ResolvedMethod
-from ..ranks import refuse_uneven
+from ..ranks import launched, refuse_uneven
 from ..talk import Remarks
 from ..training.weights import hash_weights
 from .fingerprint import fingerprint
@@ -112,9 +112,8 @@ def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[
         teacher = recorded_teacher(run, ledger, data.spec)
         init_hash = _initial(student, data, config)
         job = checked(_job(config, _resolve_method(config), student, teacher, data, init_hash, identities, device))
-        # A run without a record of its networks is of version 0.1.0, whose fingerprints covered less of a network's code.
-        if run.fingerprint != job.fingerprint and run.networks is None and run.fingerprint == _as_recorded(job):
-            job = replace(job, former_fingerprint=run.fingerprint)
+        if run.fingerprint != job.fingerprint:
+            job = next((began for began in _as_it_may_have_begun(job, run) if began.fingerprint == run.fingerprint), job)
         if job.fingerprint != run.fingerprint:
             raise UserError(
                 f"run {run.no} can't be resumed: {_what_changed(job, run)}; train it anew with the command that began it and --again"
@@ -262,8 +261,21 @@ def checked(job: Job) -> Job:
     needs, _ = job.needs_and_versions
     if job.config.taps and not (needs.student or needs.teacher):
         job = replace(job, config=job.config.model_copy(update={"taps": {}}))
+    if (world := launched().world) > 1 and job.normalises_apart:
+        job = replace(job, ranks=world)
     _ = job.fingerprint  # computed here, so that what can't be fingerprinted is refused before anything is trained
     return job
+
+
+def _as_it_may_have_begun(job: Job, run: Run) -> Iterator[Job]:
+    """The job of another number of processes, if it depends on that, and as version 0.1.0 called it."""
+    size = job.config.train.batch_size
+    for ranks in [number for number in range(1, size + 1) if size % number == 0] if job.normalises_apart else [job.ranks]:
+        began = replace(job, ranks=ranks)
+        yield began
+        # A run without a record of its networks is of version 0.1.0, whose fingerprints covered less of a network's code.
+        if run.networks is None and run.fingerprint == _as_recorded(began):
+            yield replace(began, former_fingerprint=run.fingerprint)
 
 
 def _as_recorded(job: Job) -> str:

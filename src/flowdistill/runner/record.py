@@ -14,9 +14,10 @@ import torch
 from ..data.interfaces import Supply
 from ..device import describe, peak_memory
 from ..env import processor
-from ..ledger import JOURNAL, PREDICTIONS, STUDENT_FILE, Epoch, Ledger, Run
+from ..ledger import JOURNAL, LOCAL, PREDICTIONS, STUDENT_FILE, Epoch, Ledger, Run
 from ..models import Network
 from ..models.input_adapter import InputSpec
+from ..ranks import current
 from ..training.cohort import Cohort, EpochReport
 from ..training.evaluate import Evaluation, evaluate
 from ..training.student_file import InputImages, StudentMetadata
@@ -55,6 +56,14 @@ def row(member: Member) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in member.student.net.parameters()),
         "started": now(),
     }
+
+
+def of_ranks(job: Job) -> dict[str, str]:
+    """What a run's record says of the processes with which it begins, and how they normalise batches; empty where there is one."""
+    if not current().several:
+        return {}
+    together = "synchronised" if job.config.train.batch_norm == "synchronised" else "none"
+    return {"ranks": str(current().world), "batch_normalisation": LOCAL if job.ranks > 1 else together}
 
 
 def now() -> str:

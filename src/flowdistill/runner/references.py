@@ -17,7 +17,7 @@ from ..checks import Changes, UserError, is_there
 from ..config import BASELINE, DataConfig, InputConfig, Role, RunConfig, model_name, validate
 from ..data.dataset import ImageData
 from ..data.normalisation import Normalisation
-from ..ledger import STUDENT_FILE, Ledger, Run, newest
+from ..ledger import STUDENT_FILE, Ledger, Run, newest, ranks_apart
 from ..models import Network
 from ..models.foreign import FOREIGN_NAMES, is_foreign
 from ..models.input_adapter import InputSpec, input_adapter
@@ -353,8 +353,8 @@ def _named_teacher(reference: str, query: TeacherQuery, ledger: Ledger) -> Netwo
 
 
 def _trained(model: str, query: TeacherQuery, ledger: Ledger) -> list[Run]:
-    same = {"data_hash": query.data_hash, "split": query.split, "student_fingerprint": "", "variant": ""}
-    runs = newest(ledger.runs(status="finished", method=BASELINE, student=model, **same))
+    same = {"data_hash": query.data_hash, "split": query.split, "student_fingerprint": ""}
+    runs = newest(run for run in ledger.runs(status="finished", method=BASELINE, student=model, **same) if _plain(run))
     if not runs:
         return []
     most = max(run.nepoch for run in runs)
@@ -367,8 +367,13 @@ def _trained(model: str, query: TeacherQuery, ledger: Ledger) -> list[Run]:
     return sorted(chosen, key=lambda run: run.seed)
 
 
+def _plain(run: Run) -> bool:
+    """Whether nothing of its method differs from the defaults, however many processes trained it."""
+    return run.variant in ("", f"ranks={ranks_apart(run)}")
+
+
 def _recipe(train: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in train.items() if key not in ("epochs", "freeze")}
+    return {key: value for key, value in train.items() if key not in ("epochs", "freeze", "batch_norm")}
 
 
 def _train_command(model: str, query: TeacherQuery) -> str:

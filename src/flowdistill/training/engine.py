@@ -25,6 +25,7 @@ from ..types import Batch, Outputs
 from .evaluate import Evaluation, evaluate_all, plainly
 from .step import Objective, layers_seeded, losses, train_step
 from .student import PeerGroup, SeedGroup, Student
+from .synchronised import needed, together
 from .teacher import Teacher
 
 EVALUATION_COMPILED = ("cuda",)  # kinds of devices on which evaluation is compiled if training is
@@ -73,7 +74,10 @@ class Engine:
 
     def teach(self, seed_group: SeedGroup, images: Tensor) -> Outputs | None:
         """The teacher's outputs for a batch, computed once for all students of the seed group; None if no student needs them."""
-        return self.ask(seed_group.teacher, images) if seed_group.teacher is not None and seed_group.needs_teacher else None
+        if seed_group.teacher is None or not seed_group.needs_teacher:
+            return None
+        with together(needed(seed_group.students[0].train, current())):  # a teacher without statistics normalises by the batch
+            return self.ask(seed_group.teacher, images)
 
     def ask(self, teacher: Teacher, images: Tensor) -> Outputs:
         """Compute a teacher's outputs."""

@@ -21,7 +21,9 @@ WORTH_COMPILING = {"cpu": 1e9, "cuda": 7e9}
 and this is twenty. GPU: on a prototype compiling took 40 seconds and saved 0.3 per CIFAR epoch."""
 
 
-def choose(wanted: str, device: torch.device, precision: Precision, *, pixels: float, resident: bool = True) -> Engine:
+def choose(
+    wanted: str, device: torch.device, precision: Precision, *, pixels: float, resident: bool = True, synchronised: bool = False
+) -> Engine:
     """The engine that is wanted, or for ``auto`` the best one. If it can't be had, another takes its place, and ``why`` says so.
 
     The choice depends on the device, on what is installed and on the length of the run, never on a clock: a repeated run gets the same.
@@ -30,6 +32,7 @@ def choose(wanted: str, device: torch.device, precision: Precision, *, pixels: f
         wanted: ``auto``, ``eager``, ``compiled``, ``graph``, or ``graph+compiled`` as a ledger has it.
         pixels: height x width x images that each student will be shown.
         resident: whether the device holds the training images.
+        synchronised: whether several ranks would normalise a batch together.
 
     Raises:
         UserError: no such engine, or a graph for several ranks.
@@ -41,7 +44,7 @@ def choose(wanted: str, device: torch.device, precision: Precision, *, pixels: f
         raise UserError(f"--engine {wanted}: a CUDA graph holds the steps of one process, not of {current().world}; use compiled or eager")
     if wanted == "eager":
         return EagerEngine(precision, "asked for")
-    lacks = _lacks_compiler(device)
+    lacks = "synchronised batch normalisations are not compiled" if several and synchronised else _lacks_compiler(device)
     if wanted == "compiled":
         return EagerEngine(precision, f"compiled was asked for, but {lacks}") if lacks else CompiledEngine(precision, "asked for")
     long = pixels >= WORTH_COMPILING.get(device.type, float("inf"))

@@ -14,9 +14,11 @@ from ..methods import Method
 from ..randomness import seeded
 from ..ranks import current
 from ..types import Batch, Outputs
+from . import gathering, synchronised
 from .at_once import cast_at_once, counted_at_once, set_gradients
-from .gathering import needed, whole_batch, whole_outputs
+from .gathering import whole_batch, whole_outputs
 from .student import PeerGroup
+from .synchronised import together
 from .task import TASK, task_loss
 
 
@@ -35,6 +37,7 @@ class Objective(nn.Module):
 
     Attributes:
         gathers: whether the ranks put the batch together again before it is compared.
+        synchronises: whether they normalise it together.
     """
 
     def __init__(self, group: PeerGroup) -> None:
@@ -42,7 +45,8 @@ class Objective(nn.Module):
         self.smoothing = group[0].train.label_smoothing
         self.nets = nn.ModuleList(student.net for student in group)
         self.methods = nn.ModuleList(student.method for student in group)
-        self.gathers = needed((student.method for student in group), current())
+        self.gathers = gathering.needed((student.method for student in group), current())
+        self.synchronises = synchronised.needed(group[0].train, current())
 
     def forward(self, images: Tensor, teacher_outputs: Outputs | None, batch: Batch, precision: Precision) -> list[dict[str, Tensor]]:
         """Every unweighted term of each student, float32 scalars; the networks run under ``precision``, the losses never in half."""
@@ -50,7 +54,7 @@ class Objective(nn.Module):
 
     def answer(self, images: Tensor, precision: Precision) -> list[Outputs]:
         """Each network's outputs."""
-        with autocast(images.device, precision):
+        with autocast(images.device, precision), together(self.synchronises):
             return [net(images) for net in self.nets]
 
     def compare(self, outputs: Sequence[Outputs], teacher_outputs: Outputs | None, batch: Batch) -> list[dict[str, Tensor]]:
@@ -64,7 +68,8 @@ class Objective(nn.Module):
             assert isinstance(method, Method)
             peers = (*outputs[:number], *outputs[number + 1 :])
             student_batch = Batch(batch.labels, batch.indices, batch.epoch, peers, batch.targets)
-            student_terms.append(loss_terms(method, student_outputs, teacher_outputs, student_batch, self.smoothing))
+            with together(self.synchronises and not self.gathers):  # what is gathered is the whole batch already
+                student_terms.append(loss_terms(method, student_outputs, teacher_outputs, student_batch, self.smoothing))
         return student_terms
 
 

@@ -70,15 +70,17 @@ def matrix(told: Told) -> str:
     for found in told["strikes"]:
         by_fault[found["fault"]].append(found)
     cures = {fault.name: fault.cure for fault in FAULTS}
-    rows = ["| fault | strikes | what the user sees | what the user does | epochs lost that were on record | weights and curves bit for bit |"]
-    rows.append("| -- | -- | -- | -- | -- | -- |")
-    for fault, found in by_fault.items():
+    heads = ("fault", "strikes", "what the user sees", "what the user does", "epochs on record trained again", "bit for bit as undisturbed")
+    rows = [f"| {' | '.join(heads)} |", f"|{' -- |' * len(heads)}"]
+    for fault in [fault.name for fault in FAULTS if fault.name in by_fault]:
+        found = by_fault[fault]
         same = sum(not one["differs"] and not one["problem"] for one in found)
         lost = collections.Counter(one["again"] for one in found)
         shown = ", ".join(f"{epochs} ({times} times)" if len(lost) > 1 else str(epochs) for epochs, times in sorted(lost.items()))
         rows.append(f"| {fault} | {len(found)} | {_seen(found)} | {cures[fault]} | {shown} | {same} of {len(found)} |")
     wrong = [one for one in told["strikes"] if one["differs"] or one["problem"]]
-    summary = f"{len(told['strikes'])} strikes, {len(wrong)} of them wrong, in {told['seconds'] / 60:.1f} minutes ({told['machine']}): `{told['command']}`"
+    count, minutes = len(told["strikes"]), told["seconds"] / 60
+    summary = f"{count} strikes, {len(wrong)} of them wrong, in {minutes:.0f} minutes ({told['machine']}): `{told['command']}`"
     return "\n".join([summary, "", *rows]) + "\n"
 
 
@@ -90,9 +92,10 @@ def _seen(found: Sequence[Told]) -> str:
 
 
 def _general(text: str) -> str:
-    text = re.sub(r"(/[\w.-]+)+/(?=runs/|away/)", "", text)
+    text = re.sub(r"^[WE]\d+ \S+ \d+ torch/\S+ ", "torchrun: ", text)
     text = re.sub(r"\bruns? \d+(, \d+)*", "runs N", text)
-    return f"`{re.sub(r'[0-9]+', 'N', text).replace('|', BAR)}`"
+    text = re.sub(r"(?<![-\w.])\d+\b", "N", text)
+    return f"`{text.replace(sys.executable, 'python').replace('|', BAR)}`"
 
 
 def page(out: Path) -> Path:

@@ -14,8 +14,8 @@ if __name__ == "__main__":
     with open(folder / f"rank.{os.environ.get('RANK', 0)}", "a") as numbers:
         numbers.write(f"{os.getpid()}\n")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported, as the command line does it
-    from flowdistill import cli
+    from flowdistill.__main__ import main
     from flowdistill.runner import execute
 
     execute.CHECKPOINT_SECONDS = 0.0
-    cli.main()
+    main()

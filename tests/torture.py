@@ -13,7 +13,9 @@ import argparse
 import collections
 import json
 import multiprocessing
+import random
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -49,9 +51,10 @@ def line(number: int, done: Strike) -> str:
 
 
 def strikes(faults: Sequence[Fault], count: int, seed: int, at_once: int, root: Path) -> list[Strike]:
-    """Each fault in turn, so many strikes in all."""
+    """Each fault in turn, so many strikes in all, in an order that the seed decides."""
     own, done = session(root, faults), list[Strike]()
-    todo = [(FAULTS.index(faults[n % len(faults)]), seed + n, own, n < len(faults)) for n in range(count)]
+    order = random.Random(seed).sample(faults, len(faults))
+    todo = [(FAULTS.index(order[n % len(order)]), seed + n, own, n < len(order) < count / 2) for n in range(count)]
     with multiprocessing.get_context("fork").Pool(at_once) as pool:
         for number, found in enumerate(pool.imap_unordered(_strike, todo), 1):
             print(line(number, found), flush=True)
@@ -60,8 +63,8 @@ def strikes(faults: Sequence[Fault], count: int, seed: int, at_once: int, root: 
 
 
 def _strike(what: tuple[int, int, Any, bool]) -> Strike:
-    index, seed, own, first = what
-    return strike(FAULTS[index], seed, own, first=first)
+    index, seed, own, minute = what
+    return strike(FAULTS[index], seed, own, minute=minute)
 
 
 def matrix(told: Told) -> str:
@@ -131,6 +134,7 @@ def main(words: Sequence[str]) -> int:
     if wrong := [found for found in done if not found.sound]:
         print(f"{len(wrong)} strikes are wrong; their folders stay in {root}")
         return 1
+    shutil.rmtree(root)
     return 0
 
 

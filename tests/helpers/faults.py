@@ -35,7 +35,7 @@ EACH_EPOCH = Path(__file__).parent / "each_epoch.py"
 SCRIPT = Path(__file__).parents[2] / "docs" / "shard.sbatch"
 PATIENCE = 300  # seconds for what takes ten on an idle machine
 GRACE = 10  # seconds between SIGTERM and the end
-MINUTE, STOPPED = 60, 3  # seconds of SIGSTOP: of the first strike of a session, and of the others
+MINUTE, STOPPED = 60, 3  # seconds of SIGSTOP: once in a long session, and else
 DISK = 24 << 20  # bytes of a disk that is filled
 TRIES = 5  # to strike before the work is done
 
@@ -46,7 +46,8 @@ PLAN = ("--method", "base,kd,fsp", "--student", "resnet8", "--teacher", TEACHER,
 STAGES = ("--set", "options.fsp.schedule=two-stage", "--set", "options.fsp.stage_epochs=2")  # so fsp is a second cohort, of 8 epochs
 
 USUAL = re.compile(
-    r"runs? [\d, ]+: \d ranks, |.* has it already, skipped|.*: epoch \d+/\d+, best|run \d+: .* of training|.* engine, |taps of |teacher |  \w+: |.* gradient of "
+    r"runs? [\d, ]+: \d ranks, |.* has it already, skipped|.*: epoch \d+/\d+, best|run \d+: .* of training|.* engine, |taps of |teacher "
+    r"|  \w+: |.* gradient of "
 )
 """What is said while nothing is the matter."""
 
@@ -121,7 +122,7 @@ class Scene:
         folder: the commands are given here; ``runs`` has the teacher.
         words: the command that trains the plan.
         chance: decides the moment, and all else that is open.
-        first: whether it is the first strike of its kind in a session.
+        minute: whether what is stopped is stopped for a minute.
         code: exit code of what was struck.
         on_record: epochs that it had on record at that moment, of all its runs together.
         saw: what the user saw of it.
@@ -132,7 +133,7 @@ class Scene:
     folder: Path
     words: Sequence[str]
     chance: random.Random
-    first: bool = False
+    minute: bool = False
     code: int | None = None
     on_record: int = 0
     saw: list[str] = field(default_factory=list)
@@ -243,7 +244,7 @@ def process_stopped(scene: Scene) -> None:
     work = scene.flowdistill(*scene.words)
     scene.moment(work)
     os.kill(work.number, signal.SIGSTOP)
-    until = time.monotonic() + (MINUTE if scene.first else STOPPED)
+    until = time.monotonic() + (MINUTE if scene.minute else STOPPED)
     if work.ended():
         raise TooLateError
     assert "resumed" not in "".join(scene.cured("resume").lines()), "two processes train one run"
@@ -439,12 +440,12 @@ class Session:
     words: Sequence[str]
     undisturbed: dict[int, Outcome] = field(default_factory=dict)
 
-    def scene(self, name: str, seed: int, *, first: bool = False) -> Scene:
+    def scene(self, name: str, seed: int, *, minute: bool = False) -> Scene:
         """A fresh folder with the teacher."""
         folder = self.root / name
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self.root / "teacher", folder)
-        return Scene(folder, self.words, random.Random(seed), first)
+        return Scene(folder, self.words, random.Random(seed), minute)
 
 
 def session(root: Path, faults: Sequence[Fault]) -> Session:
@@ -469,12 +470,13 @@ def session(root: Path, faults: Sequence[Fault]) -> Session:
     return own
 
 
-def strike(fault: Fault, seed: int, session: Session, *, first: bool = False) -> Strike:
+def strike(fault: Fault, seed: int, session: Session, *, minute: bool = False) -> Strike:
     """Let a fault befall a training at the moment that the seed decides. The folder stays if something is wrong."""
     began, problem, found = time.monotonic(), "", Outcome()
     wanted = session.undisturbed[fault.ranks]
+    name = re.sub(r"\W+", "-", fault.name)
     for attempt in range(TRIES):
-        scene = session.scene(f"{FAULTS.index(fault) + 1}.{seed}.{attempt}", seed + 1000 * attempt, first=first)
+        scene = session.scene(f"{name}.{seed}.{attempt}", seed + 1000 * attempt, minute=minute)
         with scene.stack:
             try:
                 fault.befall(scene)

@@ -1,13 +1,14 @@
-# make demo, make check, make test, make test-long, make gpu: each does all its own set-up in VENV
+# make demo, make check, make test, make test-long, make torture, make gpu: each does all its own set-up in VENV
 # make check is for after every change, a minute: lint, types, and for 40 s the tests that the change can break, nearest first
 # (--maxschedchunk 1: a worker that had many in store would leave out near ones when time is up)
+# make torture strikes a hundred trainings by faults (tests/helpers/faults.py), half an hour, and writes the matrix in docs/SCALE.md
 # make test is for before a commit, 8 minutes: all but what is marked long, which make test-long runs
 # make gpu GPU="--cifar100 npz:cifar100.npz": benchmarks/gpu.py with options; PYTHON_GPU=python3: by that Python, whose torch has CUDA and
 # which has what pyproject.toml lists and pytest, and nothing is installed
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo check test test-long lint gpu
+.PHONY: demo check test test-long torture lint gpu
 demo: $(VENV)/installed
 	$(VENV)/bin/flowdistill demo
 
@@ -19,6 +20,10 @@ test: $(VENV)/installed-dev
 
 test-long: $(VENV)/installed-dev
 	$(VENV)/bin/pytest -n auto --dist worksteal -m long
+
+torture: $(VENV)/installed-dev
+	$(VENV)/bin/python tests/torture.py --count 100 --out results/torture.json
+	$(VENV)/bin/python docs/include.py
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

@@ -364,3 +364,21 @@ def test_before_the_imports_the_handler_is_there(name: str) -> None:
     code += f"try: __main__.main()\nexcept ImportError: os.kill(os.getpid(), signal.{name})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_after_the_command_changes_nothing(name: str) -> None:
+    code = "import atexit, os, signal, sys; from flowdistill import __main__; sys.argv = ['flowdistill', '--version']\n"
+    code += f"atexit.register(lambda: os.kill(os.getpid(), signal.{name})); __main__.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
+
+
+def test_a_signal_while_a_mistake_is_told_ends_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flowdistill.cli.complain", interrupted)
+    monkeypatch.setattr("os._exit", sys.exit)
+    assert command(tmp_path, "show", "1") == Said(130, "", "")

@@ -8,7 +8,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from helpers.small import Interrupt, config
 from helpers.threads import by_ranks
 from PIL import Image
 from safetensors.torch import load_file
+from torch import distributed
 
 from flowdistill import models, ranks
 from flowdistill.checks import UserError
@@ -319,6 +322,50 @@ def answers_of(rank: Ranks, net: Network, data: DeviceData) -> Any:
         with pytest.raises(SentError) as sent:
             evaluate.evaluate_all([net], data.test, "fp32", ranks=rank)
     return sent.value.args[0]
+
+
+# Started again
+
+
+def met(store: distributed.Store, world: int) -> set[str]:
+    """The names that ranks agree on, which look for each other at the same time."""
+    with ThreadPoolExecutor(world) as threads:
+        return set(threads.map(lambda rank: ranks._agreed_name(store, Ranks(rank, world)), reversed(range(world))))
+
+
+@pytest.mark.parametrize("world", [2, 5])
+def test_ranks_that_are_started_again_do_not_meet_those_that_ended(world: int) -> None:
+    """torchrun keeps its store. In it are what the first ones left, and the call of one that ended before anybody answered."""
+    store = distributed.HashStore()
+    (first,) = met(store, world)
+    (second,) = met(store, world)
+    assert first != second
+    store.set("asks/1", "of one that ended")
+    (third,) = met(store, world)
+    assert third not in (first, second)
+
+
+def test_a_rank_that_nobody_joins_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "PATIENCE", timedelta(seconds=0.1))
+    for rank in range(2):
+        with pytest.raises(ConnectionError, match=r"^another process of this run did not begin within 0:00:00.1"):
+            ranks._agreed_name(distributed.HashStore(), Ranks(rank, 2))
+
+
+def test_a_rank_that_is_told_to_end_while_it_waits_for_rank_0_to_speak_speaks_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 was killed, and torchrun ends the others."""
+
+    class Told:
+        def check(self, _: list[str]) -> bool:
+            raise KeyboardInterrupt
+
+        def add(self, _: str, amount: int) -> int:
+            return amount
+
+    for key, value in environment(1).items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(ranks, "_store", Told())
+    assert ranks.tells()
 
 
 # What is refused

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from helpers.interruptions import STEPS, Cut, Scissors, cut_off, outcome
 from helpers.small import config
 
 from flowdistill import UserError
-from flowdistill.ledger import Ledger
+from flowdistill.ledger import Ledger, store
 from flowdistill.methods import METHODS, Method, Needs
 from flowdistill.methods.base import Paper
 from flowdistill.runner import execute, resume, run
@@ -353,6 +354,69 @@ def test_a_full_disk_under_the_ledger_stops_the_run_which_goes_on_when_there_is_
     taught._db.execute("PRAGMA max_page_count=1000000")
     (resumed,) = resume(taught, CPU)
     assert (resumed.status, len(taught.epochs(2))) == ("finished", 120)
+
+
+class MovedAway(Scissors):
+    """The folder of the runs is gone when an epoch is to be recorded, or after it was."""
+
+    def __init__(self, runs: Path) -> None:
+        super().__init__()
+        self.runs = runs
+
+    def epoch(self, line: str) -> None:
+        if not self.lines[-1].endswith("moved"):
+            self.runs.rename(self.runs.with_name("away"))
+            self.lines.append("moved")
+
+
+def test_a_folder_of_runs_that_is_gone_for_a_while_comes_back_with_all(taught: Ledger, small_npz: Path, tmp_path: Path) -> None:
+    """Nothing is written where it was, so that it can come back: a checkpoint would make the run's folder anew."""
+    configs = [config(small_npz, train={"epochs": 4})]
+    ear = MovedAway(taught.folder)
+    with pytest.raises(FileNotFoundError, match=r"2/journal\.jsonl"):
+        run(configs, taught, CPU, watcher=ear)
+    assert "run 2: no checkpoint of epoch 1 (No such file or directory); training goes on with the one before" in ear.lines
+    assert ear.lines[-1].startswith("run 2: stopped; go on with")
+    assert not taught.folder.exists()
+    (tmp_path / "away").rename(taught.folder)
+    (resumed,) = resume(taught, CPU)
+    (straight,) = run(configs, taught, CPU, again=True)
+    assert outcome(resumed, taught) == outcome(straight, taught)
+
+
+def test_a_folder_of_runs_that_goes_while_the_ledger_is_written_is_told(
+    taught: Ledger, small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal has the epoch already, and the ledger, whose file goes on without a name, takes it too."""
+    noted = store.folders.note
+
+    def moved(folder: Path, **entry: Any) -> None:
+        noted(folder, **entry)
+        if "epoch" in entry:
+            taught.folder.rename(tmp_path / "away")
+
+    monkeypatch.setattr(store.folders, "note", moved)
+    line = rf"^{re.escape(str(taught.folder))} is gone, where run 2 was trained; put it back, then flowdistill resume"
+    with pytest.raises(UserError, match=line):
+        run([config(small_npz)], taught, CPU)
+    monkeypatch.undo()
+    assert not taught.folder.exists()
+    (tmp_path / "away").rename(taught.folder)
+    assert resume(taught, CPU)[0].status == "finished"
+
+
+def test_what_stopped_a_run_is_told_even_if_its_journal_has_no_room_for_that(
+    taught: Ledger, small_npz: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(taught, "update", full)
+    ear = Scissors(STEPS + 1)
+    with pytest.raises(Cut):
+        run([config(small_npz)], taught, CPU, watcher=ear)
+    assert ear.lines[-1].startswith("run 2: stopped; go on with: flowdistill resume 2")
+    assert taught.run(2).cut_off
 
 
 LOCKER = """

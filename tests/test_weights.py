@@ -113,6 +113,12 @@ def test_write_whole_makes_the_folder_and_leaves_no_draft(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_write_whole_does_not_make_the_folder_of_a_run(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write_whole(tmp_path / "gone" / "file", b"one", make_folder=False)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch, call):
     """The disk is full before the last byte is safe, or the rename fails: readers still find the old content."""

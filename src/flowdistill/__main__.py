@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-from .interrupt import leave
+from .interrupt import leave, over
 
 
 def main() -> None:
@@ -13,7 +13,12 @@ def main() -> None:
         signal.signal(number, leave)
     from .cli import main as run
 
-    run()
+    try:
+        run()
+    except SystemExit as end:  # Python ends, and what it calls for that may not take an exception either
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, over(end.code if isinstance(end.code, int) else 0))
+        raise
 
 
 if __name__ == "__main__":

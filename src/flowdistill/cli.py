@@ -115,6 +115,8 @@ def main() -> None:
     talk.begin()
     try:
         code = _run()
+    except KeyboardInterrupt:  # while it said what had ended it
+        code = INTERRUPTED
     finally:
         talk.end()
     if code == INTERRUPTED:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from types import FrameType
 
 from . import lock, ranks
@@ -24,6 +25,11 @@ def stop(number: int, frame: FrameType | None) -> None:
     if not lock.any_taken() and _imports(frame):
         leave(number, frame)
     raise KeyboardInterrupt
+
+
+def over(code: int) -> Callable[[int, FrameType | None], None]:
+    """What a signal does when the command is over: the process ends at once, as the command did."""
+    return lambda _, __: os._exit(code)
 
 
 def _imports(frame: FrameType | None) -> bool:

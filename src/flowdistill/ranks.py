@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -211,13 +212,51 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with _another_may_end():
-        _store, rank, world = next(rendezvous("env://", timeout=PATIENCE))
+        store, rank, world = next(rendezvous("env://", timeout=PATIENCE))
+        _store = distributed.PrefixStore(_agreed_name(store, ranks), store)  # type: ignore[attr-defined]
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        own = distributed.PrefixStore("flowdistill", _store)  # type: ignore[attr-defined]
-        distributed.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=PATIENCE)
+        distributed.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=PATIENCE)
     with _as(ranks):
         yield ranks
     distributed.destroy_process_group()  # not after an error: it would wait for ranks that do not come
+
+
+def _agreed_name(store: Any, ranks: Ranks) -> str:
+    """A name that only the ranks which are alive know. When torchrun starts ranks again (``--max-restarts``), its store still has all that
+    the ended ones left there, their addresses among it. Its count of restarts is no such name: machines may count differently.
+
+    Raises:
+        ConnectionError: another rank did not come.
+    """
+    own, others = secrets.token_hex(8), range(1, ranks.world)
+    if not ranks.leads:
+        store.set(f"asks/{ranks.rank}", own)
+        _until(lambda: store.check([f"answer/{own}"]))
+        name = store.get(f"answer/{own}").decode()
+        store.set(f"{name}/{ranks.rank}", "here")
+        return str(name)
+
+    def all_here() -> bool:
+        for rank in others:
+            if store.check([f"asks/{rank}"]):  # perhaps one that has ended, and its successor asks anew
+                store.set(f"answer/{store.get(f'asks/{rank}').decode()}", own)
+        return all(store.check([f"{own}/{rank}"]) for rank in others)
+
+    _until(all_here)
+    return own
+
+
+def _until(met: Callable[[], bool]) -> None:
+    """Wait in Python, which a signal ends, and not in the store, which would not let it through.
+
+    Raises:
+        ConnectionError: it takes longer than one rank waits for another.
+    """
+    deadline = time.monotonic() + PATIENCE.total_seconds()
+    while not met():
+        if time.monotonic() > deadline:
+            raise ConnectionError(f"another process of this run did not begin within {PATIENCE}")
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager
@@ -259,7 +298,8 @@ def tells() -> bool:
         return here.leads
     with contextlib.suppress(Exception):  # the store may have ended with torchrun
         deadline = time.monotonic() + (0 if here.leads else COURTESY)
-        while time.monotonic() < deadline and not _store.check(["told"]):
-            time.sleep(0.05)
+        with contextlib.suppress(KeyboardInterrupt):  # torchrun ends the others, and this one waits no longer
+            while time.monotonic() < deadline and not _store.check(["told"]):
+                time.sleep(0.05)
         return bool(_store.add("told", 1) == 1)
     return False

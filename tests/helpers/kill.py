@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,15 +103,15 @@ def child(folder: Path, words: list[str], plant: Callable[[], None] = lambda: No
     return os.waitstatus_to_exitcode(os.waitpid(start(folder, words, plant), 0)[1])
 
 
-def start(folder: Path, words: list[str], plant: Callable[[], None] = lambda: None) -> int:
-    """The number of a process that runs ``flowdistill WORDS``."""
+def start(folder: Path, words: list[str], plant: Callable[[], None] = lambda: None, log: str = "") -> int:
+    """The number of a process that runs ``flowdistill WORDS``. What it says is added to ``out.txt`` and ``err.txt``, or ``LOG.err.txt``."""
     folder.mkdir(exist_ok=True)
     sys.stdout.flush()
     process = os.fork()
     if process == 0:
         os.chdir(folder)
         for descriptor, name in ((1, "out.txt"), (2, "err.txt")):
-            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+            os.dup2(os.open(f"{log}.{name}" if log else name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
         plant()
         sys.argv = ["flowdistill", *words]
         code = 1
@@ -118,6 +119,8 @@ def start(folder: Path, words: list[str], plant: Callable[[], None] = lambda: No
             cli.main()
         except SystemExit as end:
             code = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             os._exit(code)

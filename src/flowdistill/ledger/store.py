@@ -335,6 +335,9 @@ class Ledger:
             if not lost and not self._stands(epochs):
                 lost = "replaced"
         except FileNotFoundError:
+            if not self.folder.is_dir():
+                cure = f"put it back, then {advice.resume_all(self.folder)} goes on"
+                raise LostError(f"{self.folder} is gone, where run {min(epochs)} was trained; {cure}") from None
             lost = "deleted"
         except sqlite3.Error as error:
             lost = f"damaged ({error})"

@@ -306,7 +306,7 @@ def _stops_on_record(members: Sequence[Member], ledger: Ledger, watcher: Watcher
     try:
         yield
     except BaseException as error:
-        with contextlib.suppress(sqlite3.Error, UserError):
+        with contextlib.suppress(OSError, sqlite3.Error, UserError):
             for member in members:
                 if ledger.run(member.no).status == "running":
                     ledger.update(member.no, status="interrupted", error=first_line(error), finished=now())

@@ -43,7 +43,7 @@ def listed(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def write_record(folder: Path, record: dict[str, Any]) -> str:
     """Write ``run.json`` with a seal, for it is read as a config too; its hash."""
-    write_whole(folder / RECORD, sealing(record))
+    write_whole(folder / RECORD, sealing(record), make_folder=False)
     return file_hash(folder / RECORD)
 
 

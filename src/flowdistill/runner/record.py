@@ -110,8 +110,8 @@ def finish(member: Member, cohort: Cohort, ledger: Ledger, device: torch.device)
     weights = student.net.state_dict()
     folder = ledger.run_folder(member.no)
     about = _metadata(job, student.net, data, int(final.correct), device).record
-    save_weights(folder / STUDENT_FILE, weights, about)
-    write_whole(folder / PREDICTIONS, _predictions(final))
+    save_weights(folder / STUDENT_FILE, weights, about, make_folder=False)
+    write_whole(folder / PREDICTIONS, _predictions(final), make_folder=False)
     images = cohort.seed_groups[0].batches.steps * job.config.train.batch_size * sum(job.phase_epochs)
     values: dict[str, Any] = {
         "epoch": student.chosen_epoch,

@@ -54,7 +54,7 @@ def save(folder: Path, cohort: Cohort, keys: Mapping[Student, str], about: Mappi
         state, counters[keys[student]] = student.state()
         tensors |= {f"{keys[student]}/{name}": value for name, value in state.items()}
     metadata = {"done": cohort.done, "counters": counters, "about": about}
-    save_weights(folder / FILE, tensors, metadata, keep=folder / PREVIOUS)
+    save_weights(folder / FILE, tensors, metadata, keep=folder / PREVIOUS, make_folder=False)
 
 
 def load(folder: Path) -> Checkpoint | None:

@@ -22,12 +22,14 @@ Weights = Mapping[str, Tensor]
 SEAL, SEALED = "sha256", "sealed"  # metadata: the hash of all content, and that there is a hash, so that no single changed bit removes it
 
 
-def write_whole(path: Path, content: bytes, keep: Path | None = None) -> None:
+def write_whole(path: Path, content: bytes, keep: Path | None = None, *, make_folder: bool = True) -> None:
     """Write to a file beside it, sync and rename: a reader sees the old file or the new one, never a part of one.
 
-    With ``keep``, the old file gets that name; else it is lost.
+    With ``keep``, the old file gets that name; else it is lost. ``make_folder``: the folder need not be there. A run's folder must be: if
+    a disk that has gone for a while finds another folder in its place, it can't come back.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if make_folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with told_by_path(path):
@@ -52,9 +54,9 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def save_weights(path: Path, weights: Weights, about: Mapping[str, Any], keep: Path | None = None) -> None:
-    """Write a safetensors file whose metadata hold ``about`` as JSON under ``flowdistill``; ``keep`` as in ``write_whole``."""
-    write_whole(path, serialised(weights, about), keep)
+def save_weights(path: Path, weights: Weights, about: Mapping[str, Any], keep: Path | None = None, *, make_folder: bool = True) -> None:
+    """Write a safetensors file whose metadata hold ``about`` as JSON under ``flowdistill``; the rest as in ``write_whole``."""
+    write_whole(path, serialised(weights, about), keep, make_folder=make_folder)
 
 
 def serialised(weights: Weights, about: Mapping[str, Any], beside: Mapping[str, str] | None = None) -> bytes:

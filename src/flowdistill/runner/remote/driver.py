@@ -97,6 +97,7 @@ class _Cohort:
 
     Attributes:
         home: the run in whose folder its lock lies, of one that was cut off.
+        runs: those that go on.
         heard: when its worker gave the last sign of life.
         done: epochs that are on record.
     """
@@ -105,6 +106,7 @@ class _Cohort:
     jobs: Sequence[Job]
     home: int | None
     cost: float
+    runs: Sequence[int] = ()
     mirror: Mirror | None = None
     node: str = ""
     began: float = 0.0
@@ -243,7 +245,7 @@ class _Driver:
         try:
             while waiting or self._training:
                 while waiting and len(self._training) < AHEAD * self.crew.slots:
-                    self._hand_out(waiting.popleft())
+                    self._try_to_hand_out(waiting.popleft())
                 results = self.crew.results(TURN)
                 for line in self.crew.remarks():
                     self.watcher.say(line)
@@ -266,25 +268,31 @@ class _Driver:
 
     def _cohorts(self, due: Due) -> Iterator[_Cohort]:
         """The students of one seed are a cohort, since they share batches and teacher. The most costly go first."""
-        units: list[tuple[Sequence[Job], int | None]] = []
-        units += [(recorded(unfinished(home, self.ledger), self.ledger, self.device), home) for home in due.homes]
-        units += [(unit, None) for cohort in cohorts(due.fresh) for unit in by_seed(cohort)]
-        estimated = costs(unit for unit, _ in units)
+        units: list[tuple[Sequence[Job], int | None, Sequence[int]]] = []
+        for home in due.homes:
+            runs = unfinished(home, self.ledger)
+            units.append((recorded(runs, self.ledger, self.device), home, [run_.no for run_ in runs]))
+        units += [(unit, None, ()) for cohort in cohorts(due.fresh) for unit in by_seed(cohort)]
+        estimated = costs(unit for unit, _, _ in units)
         ordered = sorted(zip(estimated, units, strict=True), key=lambda weighed: -weighed[0])
-        for number, (cost, (jobs, home)) in enumerate(ordered, 1):
-            yield _Cohort(number, jobs, home, cost)
+        for number, (cost, (jobs, home, numbers)) in enumerate(ordered, 1):
+            yield _Cohort(number, jobs, home, cost, numbers)
 
     def _kit(self, cohort: _Cohort) -> Kit:
-        jobs = cohort.jobs
+        jobs, keys, deterministic = cohort.jobs, [job.key for job in cohort.jobs], self.how.deterministic
+        if cohort.home is not None:  # of its runs, those that failed were in its name
+            runs = [run_ for run_ in self.ledger.runs() if run_.home == cohort.home]
+            keys = [(run_.fingerprint, run_.seed) for run_ in runs]
+            deterministic = deterministic or any(run_.deterministic for run_ in runs)
         return Kit(
             cohort.number,
-            hashlib.sha256(json.dumps(sorted(job.key for job in jobs)).encode()).hexdigest()[:16],
+            hashlib.sha256(json.dumps(sorted(keys)).encode()).hexdigest()[:16],
             title(jobs),
             [job.config.model_dump(mode="json") for job in jobs],
             [job.key for job in jobs],
             str(self.storage.absolute()),
             self.how.engine,
-            self.how.deterministic,
+            deterministic,
             self.how.workers,
             self.crew.device,
             self.crew.threads,
@@ -292,6 +300,15 @@ class _Driver:
             self.how.trusts_all,
             self.ledger.changes.accepted,
         )
+
+    def _try_to_hand_out(self, cohort: _Cohort) -> None:
+        """Hand out a cohort, unless another process was faster with it; the others are trained all the same."""
+        try:
+            self._hand_out(cohort)
+        except UserError as error:
+            if cohort.mirror is not None:
+                cohort.mirror.close()
+            self._refuse(cohort, f"{title(cohort.jobs)}: {error}")
 
     def _hand_out(self, cohort: _Cohort) -> None:
         jobs, kit = cohort.jobs, self._kit(cohort)
@@ -301,10 +318,12 @@ class _Driver:
         def refuse_taken() -> None:
             if not self.how.again and (others := known(jobs, self.ledger)):
                 other = next(iter(others.values()))
-                raise UserError(f"{kit.title}: another process began it meanwhile, as run {other.no}; wait for that")
+                raise UserError(f"another process began it meanwhile, as run {other.no}; wait for that")
 
         cohort.mirror = Mirror(kit, self.ledger, cohort.home, refuse_taken)
-        if cohort.home is not None:
+        if cohort.home is not None:  # its lock is held from here on
+            if {run_.no for run_ in unfinished(cohort.home, self.ledger)} != set(cohort.runs):
+                raise UserError(f"another process went on with it meanwhile, as run {cohort.home}")
             self._keep_local_state(kit, cohort.home)
         cohort.heard = time.monotonic()
         self._training[cohort.number] = cohort
@@ -322,7 +341,7 @@ class _Driver:
         cohort = self._training.get(word.cohort)
         if cohort is None or cohort.mirror is None:
             return  # it has ended
-        if not isinstance(word.told, Began | Said) and not cohort.mirror.listens_to(word.attempt):
+        if not cohort.mirror.listens_to(word.attempt, begins=isinstance(word.told, Began | Said)):
             return
         if cohort.silent:
             self.watcher.say(f"{cohort.mirror.kit.title}: {cohort.node} is heard again")
@@ -368,26 +387,37 @@ class _Driver:
 
     def _end(self, cohort: _Cohort, result: Result | Lost) -> None:
         assert cohort.mirror is not None
-        title = cohort.mirror.kit.title
+        named, refused = cohort.mirror.kit.title, ""
         try:
             if isinstance(result, Lost) or result.refused:
                 why = result.why if isinstance(result, Lost) else result.refused
                 cohort.mirror.stop(why)
-                self.refused.append(f"{title}: {why}")
-                self.watcher.say(f"{title}: not trained ({why})")
+                refused = f"{named}: {why}"
             else:
                 cohort.mirror.finish(result)
                 self.numbers |= cohort.mirror.numbers
                 States(self.storage, cohort.mirror.kit.name, "").clear()
         except UserError as error:  # of this cohort alone; the others go on
             cohort.mirror.stop(str(error))
-            self.refused.append(str(error))
-            self.watcher.say(str(error))
+            refused = f"{named}: {error}"
         finally:
             cohort.mirror.close()
+        if refused:
+            self._refuse(cohort, refused)
+        else:
+            self._tell_ended(cohort)
+
+    def _refuse(self, cohort: _Cohort, why: str) -> None:
+        """Note that a cohort was not trained."""
+        self.refused.append(why)
+        self.watcher.say(f"not trained: {why}")
+        self._tell_ended(cohort)
+
+    def _tell_ended(self, cohort: _Cohort) -> None:
         assert self._progress is not None
         self._progress.ended(cohort.cost)
-        self.watcher.say(f"{self._progress.told(self._in_training)}: {title}{f' on {cohort.node}' if cohort.node else ''}")
+        where = f" on {cohort.node}" if cohort.node else ""
+        self.watcher.say(f"{self._progress.told(self._in_training)}: {title(cohort.jobs)}{where}")
 
     def _look_after(self) -> None:
         """Tell of workers that are not heard any more, and now and then how far all is."""

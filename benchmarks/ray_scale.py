@@ -50,9 +50,11 @@ def recorded_run(folder: Path) -> Finished:
     return Finished(vars(run), [vars(epoch) for epoch in ledger.epochs(run.no)], files)
 
 
-def idle(kit: Kit, data: object, given: bytes, mailbox: Any, node: object, probe: str, pattern: Finished) -> Result:
-    """A worker that trains nothing: every run of the cohort ends as the pattern did."""
+def idle(kit: Kit, *others: Any) -> Result:
+    """A worker that trains nothing, in the place of ``ray_crew.work``: every run of the cohort ends as the pattern did, which comes last."""
     import ray
+
+    _, _, mailbox, _, _, pattern = others
 
     first = 10**9 + 1
     rows = {first + n: {**pattern.row, "no": first + n, "fingerprint": key, "seed": seed} for n, (key, seed) in enumerate(kit.keys)}
@@ -107,10 +109,9 @@ class Memory(Watcher):
 
 def scale(counts: Sequence[int]) -> None:
     """Print a row for each number of runs."""
-    talk.answer(
-        "| runs | planning, ms a run | handed out and recorded, cohorts a second | driver's memory after a tenth, and at the end, MiB | files a run | ledger, KiB a run |"
-    )
-    talk.answer("| --- | --- | --- | --- | --- | --- |")
+    heads = ("runs", "planning, ms a run", "cohorts a second", "driver's MiB after a tenth, at the end", "files a run", "ledger, KiB a run")
+    talk.answer(f"| {' | '.join(heads)} |
+|{' --- |' * len(heads)}")
     with tempfile.TemporaryDirectory() as place:
         pattern = recorded_run(Path(place, "one"))
         with ray_crew.connected("local", "cpu", Path(place, "storage"), []) as crew:

@@ -128,6 +128,20 @@ WRONG = [
         "--shard slurm: SLURM_ARRAY_TASK_ID is not set to a number; start this as a job array (sbatch --array=1-5), or give --shard "
         "NUMBER/COUNT",
     ),
+    (
+        "train --dataset digits --ray 10.0.0.1",
+        "--ray '10.0.0.1' is no address; give HOST:PORT such as 10.0.0.1:6379, auto, or local",
+    ),
+    (
+        "train --dataset digits --ray ray://head:10001",
+        "--ray 'ray://head:10001' is no address; give HOST:PORT such as 10.0.0.1:6379, auto, or local",
+    ),
+    ("train --dataset digits --ray=", "--ray is followed by nothing; give a value, or leave it out"),
+    ("train --dataset digits --shard 1/2 --ray local", "--shard 1/2 and --ray local both divide the plan; give one of them"),
+    (
+        "train --dataset digits --storage shared",
+        "--storage shared belongs to --ray; give --ray local, auto or HOST:PORT, or leave it out",
+    ),
     ("train --dataset digits --again=3", "Option '--again' does not take a value (flowdistill --help)"),
     ("train --dataset digits --dry-run=no", "Option '--dry-run' does not take a value (flowdistill --help)"),
     ("train --dataset digits --config none.toml", "--config none.toml: no such file"),
@@ -332,6 +346,14 @@ WRONG = [
         "Option '--deterministic' does not take a value (flowdistill --help)",
     ),
     ("distill --teacher resnet20 --dataset digits --shard 4/3", "--shard 4/3: there is no shard 4 of 3; give one of 1/3 to 3/3"),
+    (
+        "distill --teacher resnet20 --dataset digits --ray head:0",
+        "--ray 'head:0' is no address; give HOST:PORT such as 10.0.0.1:6379, auto, or local",
+    ),
+    (
+        "distill --teacher resnet20 --dataset digits --storage shared",
+        "--storage shared belongs to --ray; give --ray local, auto or HOST:PORT, or leave it out",
+    ),
     ("distill --teacher resnet20 --dataset digits --again=all", "Option '--again' does not take a value (flowdistill --help)"),
     ("distill --teacher resnet20 --dataset digits --dry-run=1", "Option '--dry-run' does not take a value (flowdistill --help)"),
     (
@@ -708,6 +730,8 @@ WRONG = [
     ("export 1 --to onnx --trust-code=yes", "Option '--trust-code' does not take a value (flowdistill --help)"),
     ("card 1 --trust-code=yes", "Option '--trust-code' does not take a value (flowdistill --help)"),
     ("taps resnet8 --trust-code=yes", "Option '--trust-code' does not take a value (flowdistill --help)"),
+    ("resume --ray head:99999", "--ray 'head:99999' is no address; give HOST:PORT such as 10.0.0.1:6379, auto, or local"),
+    ("resume --storage shared", "--storage shared belongs to --ray; give --ray local, auto or HOST:PORT, or leave it out"),
     ("resume --trust-code=yes", "Option '--trust-code' does not take a value (flowdistill --help)"),
     ("check one", "run='one': input should be a valid integer, unable to parse string as an integer"),
     ("check --runs taught 7", "no run 7 in taught/ledger.db: the last is 2; flowdistill runs --runs taught lists them"),

@@ -97,12 +97,16 @@ class _Cohort:
 
     Attributes:
         home: the run in whose folder its lock lies, of one that was cut off.
+        runs: of one that was cut off, those that go on.
+        name: of its states in the storage: the same for the same runs.
         cost: estimated, in operations.
     """
 
     number: int
     jobs: Sequence[Job]
     home: int | None
+    runs: Sequence[int]
+    name: str
     cost: float
 
     @property
@@ -115,11 +119,6 @@ class _Cohort:
     def title(self) -> str:
         """As messages name it."""
         return f"{self.kind} seed {','.join(str(seed) for seed in dict.fromkeys(job.config.seed for job in self.jobs))}"
-
-    @property
-    def name(self) -> str:
-        """Of its states in the storage."""
-        return hashlib.sha256(json.dumps(sorted(job.key for job in self.jobs)).encode()).hexdigest()[:16]
 
     @property
     def epochs(self) -> int:
@@ -275,7 +274,7 @@ class _Driver:
         try:
             while waiting or self._training:
                 while waiting and len(self._training) < AHEAD * self.crew.slots:
-                    self._hand_out(waiting.popleft())
+                    self._try_to_hand_out(waiting.popleft())
                 results = self.crew.results(TURN)
                 for line in self.crew.remarks():
                     self.watcher.say(line)
@@ -304,10 +303,16 @@ class _Driver:
         estimated = costs(unit for unit, _ in units)
         ordered = sorted(zip(estimated, units, strict=True), key=lambda weighed: -weighed[0])
         for number, (cost, (jobs, home)) in enumerate(ordered, 1):
-            yield _Cohort(number, jobs, home, cost)
+            keys = [job.key for job in jobs]
+            if home is not None:  # those of its runs that failed were in its name, too
+                keys = [(run_.fingerprint, run_.seed) for run_ in self.ledger.runs() if run_.home == home]
+            runs = [] if home is None else [run_.no for run_ in unfinished(home, self.ledger)]
+            name = hashlib.sha256(json.dumps(sorted(keys)).encode()).hexdigest()[:16]
+            yield _Cohort(number, jobs, home, runs, name, cost)
 
     def _kit(self, cohort: _Cohort) -> Kit:
         jobs = cohort.jobs
+        deterministic = self.how.deterministic or any(self.ledger.run(no).deterministic for no in cohort.runs)
         return Kit(
             cohort.number,
             cohort.name,
@@ -316,7 +321,7 @@ class _Driver:
             [job.key for job in jobs],
             str(self.storage.absolute()),
             self.how.engine,
-            self.how.deterministic,
+            deterministic,
             self.how.workers,
             self.crew.device,
             self.crew.threads,
@@ -324,6 +329,13 @@ class _Driver:
             self.how.trusts_all,
             self.ledger.changes.accepted,
         )
+
+    def _try_to_hand_out(self, cohort: _Cohort) -> None:
+        """Hand out a cohort, unless another process was faster with it; the others are trained all the same."""
+        try:
+            self._hand_out(cohort)
+        except UserError as error:
+            self._refuse(cohort, str(error))
 
     def _hand_out(self, cohort: _Cohort) -> None:
         if self.how.again:
@@ -335,9 +347,13 @@ class _Driver:
                 raise UserError(f"another process began it meanwhile, as run {other.no}; wait for that")
 
         kit = self._kit(cohort)
-        self._training[cohort.number] = _Training(cohort, Mirror(kit, self.ledger, cohort.home, refuse_taken))
-        if cohort.home is not None:
+        mirror = Mirror(kit, self.ledger, cohort.home, refuse_taken)
+        if cohort.home is not None:  # its lock is held from here on
+            if {run_.no for run_ in unfinished(cohort.home, self.ledger)} != set(cohort.runs):
+                mirror.close()
+                raise UserError(f"another process went on with it meanwhile, as run {cohort.home}")
             self._keep_local_state(cohort, cohort.home)
+        self._training[cohort.number] = _Training(cohort, mirror)
         self.crew.begin(kit, cohort.data, self.given)
 
     def _keep_local_state(self, cohort: _Cohort, home: int) -> None:
@@ -351,7 +367,7 @@ class _Driver:
     def _hear(self, word: Word) -> None:
         """Enter what a worker tells. What is of a cohort that ended, or of an attempt that another took the place of, does not count."""
         training, told = self._training.get(word.cohort), word.told
-        if training is None or not (isinstance(told, Began | Said) or training.mirror.listens_to(word.attempt)):
+        if training is None or not training.mirror.listens_to(word.attempt, begins=isinstance(told, Began | Said)):
             return
         if training.silent:
             self.watcher.say(f"{training.cohort.title}: {training.node} is heard again")
@@ -402,11 +418,21 @@ class _Driver:
                 why = str(error)
         if why:
             training.mirror.stop(why)
-            self.refused.append(f"{cohort.title}: {why}")
-            self.watcher.say(f"{cohort.title}: not trained ({why})")
         training.mirror.close()
+        if why:
+            self._refuse(cohort, why, training.node)
+        else:
+            self._tell_ended(cohort, training.node)
+
+    def _refuse(self, cohort: _Cohort, why: str, node: str = "") -> None:
+        """Note that a cohort was not trained."""
+        self.refused.append(f"{cohort.title}: {why}")
+        self.watcher.say(f"not trained: {cohort.title}: {why}")
+        self._tell_ended(cohort, node)
+
+    def _tell_ended(self, cohort: _Cohort, node: str) -> None:
         self._progress.ended(cohort.cost)
-        self.watcher.say(f"{self._progress.told(self._in_training)}: {cohort.title}{f' on {training.node}' if training.node else ''}")
+        self.watcher.say(f"{self._progress.told(self._in_training)}: {cohort.title}{f' on {node}' if node else ''}")
 
     def _look_after(self) -> None:
         """Tell of workers that are not heard any more, and now and then how far all is."""

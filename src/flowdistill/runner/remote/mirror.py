@@ -36,7 +36,7 @@ class Mirror:
         self.kit = kit
         self._ledger, self._refuse_taken = ledger, refuse_taken
         self._lock = contextlib.ExitStack()
-        self._attempt = ""
+        self._attempt, self._earlier = "", set[str]()
         self._here: dict[int, int] = {}  # the worker's number of a run -> the driver's
         self._home = home
         self.numbers: dict[Key, int] = {}
@@ -48,9 +48,9 @@ class Mirror:
         """Let the lock go."""
         self._lock.close()
 
-    def listens_to(self, attempt: str) -> bool:
-        """Whether words of this attempt count."""
-        return attempt == self._attempt
+    def listens_to(self, attempt: str, *, begins: bool = False) -> bool:
+        """Whether words of this attempt count. ``begins``: also those of one that was not heard of yet."""
+        return attempt == self._attempt or (begins and attempt not in self._earlier)
 
     def here(self, line: str) -> str:
         """A worker's line with the driver's numbers; empty if it is of a run that the driver does not know yet."""
@@ -67,7 +67,9 @@ class Mirror:
         Raises:
             UserError: another process has begun it meanwhile.
         """
-        self._attempt = attempt
+        if attempt != self._attempt:
+            self._earlier.add(self._attempt)
+            self._attempt = attempt
         done = min(map(len, told.curves.values()), default=0)
         if not self.numbers:
             entered = [{name: row[name] for name in COLUMNS if name not in KEPT} for row in told.rows.values()]
@@ -116,6 +118,7 @@ class Mirror:
         """
         if not self.listens_to(result.attempt):
             self.began(result.attempt, Began({no: run.row for no, run in result.runs.items()}, {}))
+        self._number({no: run.row for no, run in result.runs.items()})
         self._enter({no: run.curve for no, run in result.runs.items()})
         for no, finished in result.runs.items():
             run = self._ledger.run(self._here[no])

@@ -110,8 +110,11 @@ def _trained(
     how: dict[str, Any] = {"deterministic": kit.deterministic, "engine": kit.engine, "workers": kit.decoders}
     with _as_the_driver(kit, data, folder) as configs:
         ledger = _TellingLedger(folder, Changes(kit.accepts_changes, say=lambda _: None), kit, node, remark, told)
-        runs = run(configs, ledger, torch.device(kit.device), **how, watcher=_TellingWatcher(folder, states, told))
-    return {run_.no: _finished(run_, ledger) for run_ in runs}
+        failed = [run_ for run_ in ledger.runs(status="failed") if (run_.fingerprint, run_.seed) in kit.keys]  # in an earlier attempt
+        over = {(run_.fingerprint, run_.seed) for run_ in failed}
+        left = [config for config, key in zip(configs, kit.keys, strict=True) if key not in over]
+        runs = run(left, ledger, torch.device(kit.device), **how, watcher=_TellingWatcher(folder, states, told)) if left else []
+    return {run_.no: _finished(run_, ledger) for run_ in [*failed, *runs]}
 
 
 class _TellingLedger(Ledger):
@@ -133,6 +136,8 @@ class _TellingLedger(Ledger):
 
     def reopen(self, numbers: Sequence[int], epochs: int) -> None:
         super().reopen(numbers, epochs)
+        for no in numbers:
+            super().update(no, versions=self.run(no).versions | {"node": self._node})
         self._tell_begun(numbers)
 
     def add_epochs(self, epochs: Mapping[int, Epoch]) -> None:
@@ -140,6 +145,8 @@ class _TellingLedger(Ledger):
         self._told(Epochs({no: vars(epoch) for no, epoch in epochs.items()}))
 
     def update(self, no: int, **values: Any) -> None:
+        if "versions" in values:
+            values["versions"] = values["versions"] | {"node": self._node}
         super().update(no, **values)
         self._told(Changed(no, values))
 

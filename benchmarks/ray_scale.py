@@ -51,7 +51,7 @@ def recorded_run(folder: Path) -> Finished:
 
 
 def idle(kit: Kit, *others: Any) -> Result:
-    """A worker that trains nothing, in the place of ``ray_crew.work``: every run of the cohort ends as the pattern did, which comes last."""
+    """In the place of ``ray_crew.work``, a worker that trains nothing: every run ends as the pattern did, which comes last."""
     import ray
 
     _, _, mailbox, _, _, pattern = others
@@ -110,8 +110,8 @@ class Memory(Watcher):
 def scale(counts: Sequence[int]) -> None:
     """Print a row for each number of runs."""
     heads = ("runs", "planning, ms a run", "cohorts a second", "driver's MiB after a tenth, at the end", "files a run", "ledger, KiB a run")
-    talk.answer(f"| {' | '.join(heads)} |
-|{' --- |' * len(heads)}")
+    for cells in (heads, ["---"] * len(heads)):
+        talk.answer(f"| {' | '.join(cells)} |")
     with tempfile.TemporaryDirectory() as place:
         pattern = recorded_run(Path(place, "one"))
         with ray_crew.connected("local", "cpu", Path(place, "storage"), []) as crew:

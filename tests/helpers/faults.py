@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -25,11 +26,13 @@ from typing import Any, NoReturn
 import numpy as np
 from sklearn.datasets import load_digits
 
+from flowdistill import env
 from flowdistill.checks import INTERRUPTED
 from flowdistill.ledger import Ledger, Run
 from flowdistill.training.weights import hash_weights, load_weights
 
 from . import kill
+from .ray_nodes import OWN, nodes
 
 EACH_EPOCH = Path(__file__).parent / "each_epoch.py"
 SCRIPT = Path(__file__).parents[2] / "docs" / "shard.sbatch"
@@ -348,6 +351,107 @@ def torchrun(scene: Scene, *options: str) -> Work:
     return scene.program(*launcher, str(EACH_EPOCH), str(scene.folder), *scene.words)
 
 
+# What befalls a plan on Ray
+
+
+def by_ray(scene: Scene, address: str = "local", *more: str, words: Sequence[str] = (), log: str = "struck", **environment: str) -> Work:
+    """``flowdistill`` with the workers of a Ray cluster."""
+    command = (sys.executable, str(EACH_EPOCH), str(scene.folder), *(words or scene.words), "--ray", address, *more)
+    return scene.program(*command, log=log, **environment)
+
+
+def go_on_by_ray(scene: Scene) -> Work:
+    """Resume what was cut off, then train what had not begun."""
+    resumed = by_ray(scene, words=("resume",), log="cure")
+    assert resumed.wait() == 0, resumed.last_lines()
+    rest = by_ray(scene, log="the rest")
+    assert rest.wait() == 0, rest.last_lines()
+    return resumed
+
+
+def below(number: int) -> Iterator[tuple[int, str]]:
+    """The processes that a process began, and those that these began: number and command line."""
+    parents = collections.defaultdict(list)
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            parents[parent].append((int(path.name), (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")))
+    todo = [number]
+    while todo:
+        for child, command in parents[todo.pop()]:
+            yield child, command
+            todo.append(child)
+
+
+def ray_worker_killed(scene: Scene) -> None:
+    work = by_ray(scene)
+    scene.moment(work)
+    at_work = [number for number, command in below(work.number) if command.startswith("ray::") and " seed " in command]
+    if not at_work:
+        raise TooLateError
+    os.kill(scene.chance.choice(at_work), signal.SIGKILL)
+    scene.struck(work, 0)
+
+
+def ray_driver_killed(scene: Scene) -> None:
+    work = by_ray(scene)
+    scene.moment(work)
+    end(scene, work)
+    scene.saw = go_on_by_ray(scene).last_lines()
+
+
+def ray_driver_told_to_end(scene: Scene) -> None:
+    work = by_ray(scene)
+    scene.moment(work)
+    end(scene, work, signal.SIGTERM)
+    assert set(statuses(scene.folder / "runs")) <= {"interrupted", "finished"}
+    go_on_by_ray(scene)
+
+
+def ray_node_killed(scene: Scene) -> None:
+    """One of two nodes."""
+    cluster = scene.stack.enter_context(nodes())
+    work = by_ray(scene, cluster.address, **OWN)
+    scene.moment(work)
+    cluster.kill(1)
+    scene.struck(work, 0)
+
+
+def ray_node_of_another_version(scene: Scene) -> None:
+    """A third node joins, and has other code."""
+    other = scene.folder / "other"
+    shutil.copytree(Path(env.__file__).parent, other / "flowdistill", ignore=shutil.ignore_patterns("__pycache__"))
+    with open(other / "flowdistill" / "stats.py", "a") as file:
+        file.write("# changed\n")
+    cluster = scene.stack.enter_context(nodes())
+    work = by_ray(scene, cluster.address, **OWN)
+    scene.moment(work)
+    cluster.add({"PYTHONPATH": str(other)})
+    scene.struck(work, 0)
+
+
+def ray_storage_vanishes(scene: Scene) -> None:
+    """Another thing is in its place, so that it can't be made anew."""
+    storage = scene.folder / "states"
+    work = by_ray(scene, "local", "--storage", str(storage))
+    scene.moment(work)
+    storage.rename(scene.folder / "away")
+    storage.write_text("")
+    scene.struck(work, 0)
+
+
+def ray_disk_full(scene: Scene) -> None:
+    """Not a byte is left on the disk that the workers train on."""
+    disk, filler = scene.folder / "disk", scene.folder / "disk" / "filler"
+    scene.stack.enter_context(mounted(disk))
+    work = by_ray(scene, TMPDIR=str(disk), RAY_TMPDIR="/tmp")  # Ray's own files stay where they are
+    scene.moment(work)
+    fill(filler)
+    scene.struck(work, 2)
+    filler.unlink()
+    go_on_by_ray(scene)
+
+
 def process_numbers(scene: Scene, rank: int) -> list[int]:
     """The processes that were this rank, the newest last."""
     return [int(number) for number in (scene.folder / f"rank.{rank}").read_text().split()]
@@ -378,6 +482,16 @@ def may_mount() -> bool:
     return os.geteuid() == 0 and subprocess.run(["unshare", "--mount", "true"], check=False, capture_output=True).returncode == 0
 
 
+def has_ray() -> bool:
+    """Whether Ray is installed."""
+    return importlib.util.find_spec("ray") is not None
+
+
+def may_fill_a_workers_disk() -> bool:
+    """Whether this machine lets both happen."""
+    return has_ray() and may_mount()
+
+
 FAULTS = (
     Fault("`kill -9` of the process", "`flowdistill resume`", process_killed),
     Fault("SIGTERM, with 10 s of grace", "`flowdistill resume`", process_told_to_end),
@@ -389,7 +503,18 @@ FAULTS = (
     Fault("a full disk", "room on it, then `flowdistill resume`", disk_full, possible=may_mount),
     Fault("the folder of the runs vanishes", "the folder back, then `flowdistill resume`", folder_vanishes),
     Fault("`kill -9`, and the newest checkpoint is torn", "`flowdistill resume`", power_cut, allowed=2),
-    # Ray's kinds come here: a worker killed, a node, the driver; a full disk at a worker; a node of another version; storage that vanishes
+    Fault("`kill -9` of a Ray worker", "nothing", ray_worker_killed, possible=has_ray),
+    Fault("`kill -9` of the driver of `--ray local`", "`flowdistill resume --ray local`", ray_driver_killed, possible=has_ray),
+    Fault("SIGTERM to the driver, with 10 s of grace", "`flowdistill resume --ray local`", ray_driver_told_to_end, possible=has_ray),
+    Fault("one of two Ray nodes dies", "nothing", ray_node_killed, possible=has_ray),
+    Fault("a Ray node with other code joins", "nothing", ray_node_of_another_version, allowed=0, possible=has_ray),
+    Fault("the storage of `--ray` vanishes", "nothing", ray_storage_vanishes, allowed=0, possible=has_ray),
+    Fault(
+        "a full disk at a Ray worker",
+        "room, then `flowdistill resume --ray local`",
+        ray_disk_full,
+        possible=lambda: has_ray() and may_mount(),
+    ),
 )
 
 

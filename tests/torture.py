@@ -97,7 +97,7 @@ def _seen(found: Sequence[Told]) -> str:
 def _general(text: str) -> str:
     text = re.sub(r"^[WE]\d+ \S+ \d+ torch/\S+ ", "torchrun: ", text)
     text = re.sub(r"\bruns? \d+(, \d+)*", "runs N", text)
-    text = re.sub(r"(?<![-\w.])\d+\b", "N", text)
+    text = re.sub(r"(?<![\w.])(?<!: -)\d+\b", "N", text)
     return f"`{text.replace(sys.executable, 'python').replace('|', BAR)}`"
 
 

@@ -95,13 +95,13 @@ def checkpoint_hash_of_names_alone(tensors):
 
 
 @bug(checkpoint, "save_weights", suite.test_a_damaged_checkpoint_is_told_and_the_one_before_is_used, {"damage": "truncated"})
-def one_checkpoint_alone(path, tensors, about, keep=None):
+def one_checkpoint_alone(path, tensors, about, keep=None, *, make_folder=True):
     """The one before is overwritten: a file that was cut short costs the whole run."""
     save_weights(path, tensors, about)
 
 
 @bug(weights, "write_whole", test_weights.test_a_failing_write_leaves_the_old_file, {"call": "fsync"})
-def written_in_place(path, content, keep=None):
+def written_in_place(path, content, keep=None, *, make_folder=True):
     """open(path, "wb"): a full disk leaves half a file where a whole one was."""
     with path.open("wb") as file:
         file.write(content)

@@ -50,7 +50,7 @@ STAGES = ("--set", "options.fsp.schedule=two-stage", "--set", "options.fsp.stage
 
 USUAL = re.compile(
     r"runs? [\d, ]+: \d ranks, |.* has it already, skipped|.*: epoch \d+/\d+, best|run \d+: .* of training|.* engine, |taps of |teacher "
-    r"|  \w+: |.* gradient of "
+    r"|  \w+: |.* gradient of |\d+ runs in \d+ cohorts, |a cohort takes |\d+ of \d+ cohorts done, "
 )
 """What is said while nothing is the matter."""
 

@@ -2,6 +2,7 @@
 
 python benchmarks/ray_scale.py --runs 100 1000 10000   # workers that train nothing: each gives back one recorded run
 python benchmarks/ray_scale.py --overhead              # runs of about a minute by Ray and by one process, alternating
+python benchmarks/ray_scale.py --grid                  # nothing is trained: the operations of a paper's grid, and of an ImageNet student
 """
 
 from __future__ import annotations
@@ -24,14 +25,16 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["FLOWDISTILL_STATE"] = tempfile.mkdtemp(prefix="flowdistill-state-")
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from flowdistill import talk
+from flowdistill import models, talk
 from flowdistill.config import RunConfig, validate
 from flowdistill.ledger import Ledger
 from flowdistill.runner import run as run_here
 from flowdistill.runner.remote import driver, ray_crew
 from flowdistill.runner.remote.kit import Began, Finished, Kit, Result, Word
 from flowdistill.runner.watcher import Watcher
+from flowdistill.types import DataSpec
 
 CPU = torch.device("cpu")
 DATA = {"name": "digits"}
@@ -162,10 +165,48 @@ def overhead(epochs: int, pairs: int) -> None:
         talk.answer(f"{name}: median {statistics.median(values):.1f} s of {', '.join(f'{value:.1f}' for value in values)}")
 
 
+PAIRS = (  # of Tian et al. 2020 (CRD), tables 1 and 2: student, teacher
+    *(("wrn-16-2", "wrn-40-2"), ("wrn-40-1", "wrn-40-2"), ("resnet20", "resnet56"), ("resnet20", "resnet110"), ("resnet32", "resnet110")),
+    *(("resnet8x4", "resnet32x4"), ("vgg8", "vgg13"), ("mobilenetv2", "vgg13"), ("mobilenetv2", "resnet50"), ("vgg8", "resnet50")),
+    *(("shufflenetv1", "resnet32x4"), ("shufflenetv2", "resnet32x4"), ("shufflenetv1", "wrn-40-2")),
+)
+CRD_METHODS, CRD_SEEDS, CRD_EPOCHS = 14, 5, 240
+IMAGES = 50_000
+LOG_EPOCHS, LOG_SECONDS = 200, 48 * 60  # a run of the reference log, ResNet-20 >> 20, on its GPU
+
+
+def operations(model: str, classes: int = 100, side: int = 32) -> int:
+    """Of the forward pass of one image; a multiplication and an addition are two."""
+    spec = DataSpec("images", IMAGES, classes, 3, side, side)
+    net = models.build(model, spec).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net(torch.zeros(1, 3, side, side))
+    return int(counter.get_total_flops())
+
+
+def grid() -> None:
+    """Print what a grid costs at the rate of the reference's own GPU, and what an ImageNet student asks of its loader."""
+    resnet20 = operations("resnet20")
+    rate = IMAGES * LOG_EPOCHS * 4 * resnet20 / LOG_SECONDS
+    talk.answer(f"the reference log's rate: {rate / 1e12:.2f} T operations/s")
+    images = IMAGES * CRD_EPOCHS
+    students = sum(images * (3 * operations(student) + operations(teacher)) for student, teacher in PAIRS) * CRD_METHODS * CRD_SEEDS
+    teachers = sum(images * 3 * operations(teacher) for teacher in {teacher for _, teacher in PAIRS})
+    runs = len(PAIRS) * CRD_METHODS * CRD_SEEDS
+    all_of_it = (students + teachers) / 1e18
+    hours = all_of_it * 1e18 / rate / 3600
+    networks = f"{runs} students and {len({teacher for _, teacher in PAIRS})} teachers"
+    talk.answer(f"{networks}: {all_of_it:.1f} E operations, {hours:,.0f} hours at that rate")
+    image = 3 * operations("torchvision:resnet18", 1000, 224) + operations("torchvision:resnet34", 1000, 224)
+    ask = f"100 T operations/s ask for {100e12 / image:,.0f} images/s"
+    talk.answer(f"ResNet-18 <- ResNet-34 at 224x224: {image / 1e9:.1f} G operations an image; {ask}")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--runs", type=int, nargs="*", default=[])
     parser.add_argument("--overhead", action="store_true")
+    parser.add_argument("--grid", action="store_true")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--pairs", type=int, default=3)
     given = parser.parse_args()
@@ -173,3 +214,5 @@ if __name__ == "__main__":
         scale(given.runs)
     if given.overhead:
         overhead(given.epochs, given.pairs)
+    if given.grid:
+        grid()

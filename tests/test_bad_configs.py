@@ -45,7 +45,7 @@ WRONG: list[tuple[str | bytes, str]] = [
     (
         "[train.fsp]\npool = 'avg'",
         "unknown key 'train.fsp': choose from: epochs, batch_size, lr, momentum, "
-        "weight_decay, nesterov, schedule, milestones, warmup_epochs, precision, mixup, freeze, label_smoothing",
+        "weight_decay, nesterov, schedule, milestones, warmup_epochs, precision, mixup, freeze, label_smoothing, batch_norm",
     ),
     ("[options.base]\npool = 'avg'", "unknown key 'options.base.pool': there is none to choose from"),
     ("[options.fsp]\npool = 'avg'", "options.fsp: method 'base' has no such part; choose from: base"),

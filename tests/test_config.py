@@ -73,7 +73,7 @@ def test_part_of_a_table_keeps_the_other_defaults() -> None:
         ("studnet", "unknown key 'studnet': did you mean 'student'?"),
         ("train.epoch", "unknown key 'train.epoch': did you mean 'epochs'?"),
         ("train.learning", "unknown key 'train.learning': choose from: epochs, batch_size, lr, momentum, weight_decay, "
-         "nesterov, schedule, milestones, warmup_epochs, precision, mixup, freeze, label_smoothing"),
+         "nesterov, schedule, milestones, warmup_epochs, precision, mixup, freeze, label_smoothing, batch_norm"),
         ("data.nam", "unknown key 'data.nam': did you mean 'name'?"),
         ("zzzz", "unknown key 'zzzz': choose from: student, teacher, init_from, peer, side, seed, split, data, train, method, "
          "options, weights, taps, inputs"),

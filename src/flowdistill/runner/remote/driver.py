@@ -275,8 +275,8 @@ class _Driver:
         units += [(unit, None, ()) for cohort in cohorts(due.fresh) for unit in by_seed(cohort)]
         estimated = costs(unit for unit, _, _ in units)
         ordered = sorted(zip(estimated, units, strict=True), key=lambda weighed: -weighed[0])
-        for number, (cost, (jobs, home, numbers)) in enumerate(ordered, 1):
-            yield _Cohort(number, jobs, home, cost, numbers)
+        for number, (cost, (jobs, its_home, numbers)) in enumerate(ordered, 1):
+            yield _Cohort(number, jobs, its_home, cost, numbers)
 
     def _kit(self, cohort: _Cohort) -> Kit:
         jobs, keys, deterministic = cohort.jobs, [job.key for job in cohort.jobs], self.how.deterministic

@@ -154,18 +154,20 @@ def packed(root: Path, paths: Iterable[Path]) -> bytes:
 
 
 def unpack(archive: bytes, root: Path) -> None:
-    """Put the files of an archive below a folder. Only what ``packed`` makes is taken: plain files with names of two parts at most.
+    """Put the files of an archive below a folder, all or none. Only what ``packed`` makes is taken: plain files with names of two parts
+    at most.
 
     Raises:
         ValueError: it is another archive, or damaged.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(archive)) as opened:
-            for name in opened.namelist():
-                if Path(name).is_absolute() or ".." in Path(name).parts or len(Path(name).parts) > 2:
-                    raise ValueError(f"a file in it is named {name!r}")
-                content = opened.read(name)  # checks its checksum
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
-                (root / name).write_bytes(content)
+            contents = {name: opened.read(name) for name in opened.namelist()}  # checks their checksums
     except zipfile.BadZipFile as error:
         raise ValueError(str(error)) from None
+    for name in contents:
+        if Path(name).is_absolute() or ".." in Path(name).parts or len(Path(name).parts) > 2:
+            raise ValueError(f"a file in it is named {name!r}")
+    for name, content in contents.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)

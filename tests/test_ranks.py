@@ -37,7 +37,7 @@ from flowdistill.models import Network
 from flowdistill.ranks import Ranks
 from flowdistill.report import tables
 from flowdistill.runner import resume, run
-from flowdistill.runner.execute import before
+from flowdistill.runner.due import before
 from flowdistill.runner.job import Job
 from flowdistill.runner.plan import plan, recorded
 from flowdistill.training import checkpoint, evaluate, gathering
@@ -95,6 +95,15 @@ def test_alone_every_operation_gives_back_what_it_was_given() -> None:
 def test_the_parts_of_the_ranks_are_the_whole() -> None:
     positions = list(range(200))
     assert [n for rank in range(4) for n in positions[Ranks(rank, 4).own(24, 8)]] == positions[24:32]
+
+
+def test_python_under_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    for work in (lambda ledger: run([config(tmp_path / "no.npz")], ledger, CPU), lambda ledger: resume(ledger, CPU)):
+        with pytest.raises(UserError, match=r"^torchrun started 2 processes, and from Python each would train the whole run; start this"):
+            work(Ledger(tmp_path / "runs", create=True))
+    assert not (tmp_path / "runs").exists()
 
 
 # What a rank is shown

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from . import advice
 from .checks import UserError, shortage
 
 if TYPE_CHECKING:
@@ -194,6 +195,19 @@ def refuse_uneven(batch_size: int) -> None:
         raise UserError(
             f"train.batch_size={batch_size} can't be shared out equally by {world} processes; set --batch-size to a multiple of {world}, "
             f"such as {fits}, or start another number of them (torchrun --nproc-per-node)"
+        )
+
+
+def refuse_unjoined() -> None:
+    """Refuse to train by oneself where torchrun started several processes, each of which would train the whole run.
+
+    Raises:
+        UserError: that is so.
+    """
+    if launched().several and not current().several:
+        raise UserError(
+            f"torchrun started {launched().world} processes, and from Python each would train the whole run; start this without torchrun, "
+            f"or use the command line: {advice.options('torchrun', '-m', 'flowdistill', 'distill')}"
         )
 
 

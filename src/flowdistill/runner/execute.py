@@ -20,7 +20,7 @@ from ..env import circumstances, versions
 from ..ledger import Ledger, Run, network_file_system, shard_plan
 from ..ledger.shard_plan import ShardPlan
 from ..models.foreign import own_place
-from ..ranks import apart, current
+from ..ranks import apart, current, refuse_unjoined
 from ..training import checkpoint
 from ..training.cohort import Cohort, train
 from ..training.student import Student
@@ -54,6 +54,7 @@ def run(
     Raises:
         UserError: a config can't be run; nothing was trained then.
     """
+    refuse_unjoined()
     ledger.refuse_unwritable()
     refuse_shared(ledger)
     watcher, started = watcher or Watcher(), time.perf_counter()
@@ -102,6 +103,7 @@ def resume(
     Raises:
         UserError: that run is not cut off, or something that its numbers depend on has changed since.
     """
+    refuse_unjoined()
     ledger.refuse_unwritable()
     refuse_shared(ledger)
     watcher = watcher or Watcher()

@@ -287,7 +287,7 @@ def taught(small_npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def distilling(small_npz: Path, *, seeds: str, epochs: int) -> list[str]:
     words = f"distill --method kd --student resnet8 --teacher 1 --dataset npz:{small_npz} --set data.pad=1 --batch-size 64"
-    return [*words.split(), "--engine", "eager", "--epochs", str(epochs), "--seeds", seeds]
+    return [*words.split(), "--engine", "eager", "--precision", "fp32", "--epochs", str(epochs), "--seeds", seeds]
 
 
 def outcomes(folder: Path) -> dict[tuple[str, int], Any]:

@@ -183,7 +183,7 @@ def connected(address: str, device: str, storage: Path, option: Sequence[str]) -
     quietly: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     try:
         if place == LOCAL:
-            ray.init(num_cpus=usable_cores(), include_dashboard=False, _node_ip_address="127.0.0.1", **quietly)
+            ray.init(address="local", num_cpus=usable_cores(), include_dashboard=False, _node_ip_address="127.0.0.1", **quietly)
         else:
             _join(ray, place, quietly)
         for number, handler in before.items():

@@ -22,7 +22,7 @@ import pytest
 import torch
 from helpers.command import command
 from helpers.interruptions import outcome
-from helpers.ray_nodes import OWN, nodes
+from helpers.ray_nodes import OWN, PROMPT, nodes
 from helpers.small import config
 
 import flowdistill
@@ -222,7 +222,7 @@ def test_with_nothing_to_do_no_cluster_is_asked(small_npz: Path, tmp_path: Path)
 
 def environment(**more: str) -> dict[str, str]:
     source = str(Path(flowdistill.__file__).parents[1])
-    return os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1"} | more
+    return os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1"} | PROMPT | more
 
 
 def started(folder: Path, *words: str, **more: str) -> subprocess.Popen[str]:

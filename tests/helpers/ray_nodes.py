@@ -14,6 +14,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+PROMPT = {"RAY_worker_niceness": "0"}
+"""Of a cluster whose workers do not stand behind all else on a machine where other tests run."""
 OWN = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "b" * 64}
 """Of every process: nodes keep to loopback, and ask for a token."""
 
@@ -50,7 +52,7 @@ def nodes(second: Mapping[str, str] | None = None) -> Iterator[Nodes]:
     """Inside, a head and a second node."""
     start = [sys.executable, __file__, json.dumps(second or {})]
     with subprocess.Popen(
-        start, env=os.environ | OWN, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        start, env=os.environ | OWN | PROMPT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
         try:
             yield Nodes(process)

@@ -174,6 +174,7 @@ def connected(address: str, device: str, storage: Path, option: Sequence[str]) -
     if place == LOCAL or is_loopback(place.rpartition(":")[0]):
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # so that Ray keeps to loopback; read when it is imported
     if place == LOCAL:
+        os.environ.setdefault("RAY_worker_niceness", "0")  # the workers do what one process would; Ray's own default is 15
         os.environ |= {TOKEN_MODE: "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     ray = _ray()
     if place != LOCAL:

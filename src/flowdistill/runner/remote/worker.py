@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sqlite3
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -57,7 +58,7 @@ def train(kit: Kit, data: ImageData | None, given: bytes, node: str, tell: Tell)
             runs = _trained(kit, data, given, Path(place), States(Path(kit.storage), kit.name, attempt), node, told)
         except UserError as error:
             return Result(attempt, node, refused=str(error))
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, sqlite3.Error) as error:
             if not shortage(error):
                 raise
             return Result(attempt, node, refused=f"{first_line(error)}; {shortage(error)}")

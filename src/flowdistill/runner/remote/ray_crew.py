@@ -303,7 +303,8 @@ class RayCrew:
         self.threads, self._share = 1, 1.0
         self._memory = 0
         self.slots = sum(map(self._slots_of, ray.nodes()))
-        self._mailbox = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=self._on(self._driver.id, soft=True)).remote()
+        mailbox = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Mailbox)
+        self._mailbox = mailbox.options(scheduling_strategy=self._on(self._driver.id, soft=True)).remote()
         self._work = ray.remote(work)
         self._data: dict[str, Any] = {}  # hash of images -> where Ray keeps them, for all nodes
         self._given: tuple[bytes, Any] = b"", None
@@ -402,8 +403,11 @@ class RayCrew:
         self._tasks[submit()] = kit.number, submit
 
     def words(self) -> Sequence[Word]:
-        """As ``Crew`` has it."""
-        taken: list[Word] = self._ray.get(self._mailbox.take.remote())
+        """As ``Crew`` has it. If the mailbox's node dies, words are lost, but no result: that has all of them."""
+        try:
+            taken: list[Word] = self._ray.get(self._mailbox.take.remote())
+        except self._ray.exceptions.RayActorError:  # Ray begins it again elsewhere
+            return []
         return taken
 
     def results(self, seconds: float) -> Mapping[int, Result | Lost]:

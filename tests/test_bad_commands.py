@@ -596,6 +596,8 @@ WRONG = [
     ("runs --last 0", "--last='0': input should be greater than or equal to 1"),
     ("runs --last many", "--last='many': input should be a valid integer, unable to parse string as an integer"),
     ("runs --all=yes", "Option '--all' does not take a value (flowdistill --help)"),
+    ("reproduce log --ray head:0", "--ray 'head:0' is no address; give HOST:PORT such as 10.0.0.1:6379, auto, or local"),
+    ("reproduce log --storage shared", "--storage shared belongs to --ray; give --ray local, auto or HOST:PORT, or leave it out"),
     ("reproduce log --shard 4/3", "--shard 4/3: there is no shard 4 of 3; give one of 1/3 to 3/3"),
     ("ledger merge --into all", "Missing argument 'DIR...' (flowdistill --help)"),
     ("ledger merge taught", "Missing option '--into' (flowdistill --help)"),

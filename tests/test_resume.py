@@ -503,7 +503,7 @@ def test_other_versions_are_said_and_recorded(taught: Ledger, small_npz: Path) -
     ear = Scissors()
     (resumed,) = resume(taught, CPU, watcher=ear)
     assert any(line.startswith("not bit for bit what it would have been") and "torch 2.9.0 -> " in line for line in ear.lines)
-    assert resumed.versions == interrupted.versions
+    assert {**resumed.versions, "load": ""} == {**interrupted.versions, "load": ""}  # the load is of another moment
 
 
 def test_checkpoints_are_no_more_often_than_every_ten_seconds(taught: Ledger, small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,7 @@ def _general(text: str) -> str:
     text = re.sub(r"^[WE]\d+ \S+ \d+ torch/\S+ ", "torchrun: ", text)
     text = re.sub(r"\bruns? \d+(, \d+)*", "runs N", text)
     text = re.sub(r"(?<![\w.])(?<!: -)\d+\b", "N", text)
-    return f"`{text.replace(sys.executable, 'python').replace('|', BAR)}`"
+    return f"`{text.replace('|', BAR)}`"
 
 
 def page(out: Path) -> Path:

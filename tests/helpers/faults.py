@@ -575,6 +575,7 @@ class Session:
 
 def session(root: Path, faults: Sequence[Fault]) -> Session:
     """Train the teacher, and once what these faults are to be compared with."""
+    kill.begin()
     images, labels = load_digits(return_X_y=True)
     pixels = (images.reshape(-1, 8, 8) * 15).astype(np.uint8)
     root.mkdir(parents=True, exist_ok=True)
@@ -620,7 +621,8 @@ def strike(fault: Fault, seed: int, session: Session, *, minute: bool = False) -
     if again > (allowed := fault.allowed + scene.unsaved) and not problem:
         problem = f"{again} epochs on record were trained again, where {allowed} may be"
     differs = [] if problem else sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-    done = Strike(fault.name, seed, scene.code, scene.saw, scene.on_record, again, differs, problem, round(time.monotonic() - began, 1))
+    saw = [line.replace(f"{scene.folder}/", "").replace(sys.executable, "python") for line in scene.saw]  # equal on every machine
+    done = Strike(fault.name, seed, scene.code, saw, scene.on_record, again, differs, problem, round(time.monotonic() - began, 1))
     if done.sound:
         shutil.rmtree(scene.folder)
     return done

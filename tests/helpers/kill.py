@@ -31,13 +31,16 @@ from flowdistill.runner import execute, record
 from flowdistill.training import checkpoint, engine, weights
 from flowdistill.training.student import Student
 
-execute.CHECKPOINT_SECONDS = 0.0
-torch.use_deterministic_algorithms(False)  # loads what the children would each spend a second on
-torch.set_num_threads(1)
 ALIVE = 99  # the exit code of a child that should have died
 
 STAGES = ("--set", "options.fsp.schedule=two-stage", "--set", "options.fsp.stage_epochs=2")
 SMALL = ("--batch-size", "64", "--set", "data.pad=1", "--lr", "0.05", "--deterministic", "--device", "cpu")
+
+
+def begin() -> None:
+    """Before the first child: load what each of them would spend a second on. They have one thread."""
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(1)
 
 
 def die() -> None:
@@ -112,6 +115,7 @@ def start(folder: Path, words: list[str], plant: Callable[[], None] = lambda: No
         os.chdir(folder)
         for descriptor, name in ((1, "out.txt"), (2, "err.txt")):
             os.dup2(os.open(f"{log}.{name}" if log else name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+        execute.CHECKPOINT_SECONDS = 0.0
         plant()
         sys.argv = ["flowdistill", *words]
         code = 1
@@ -224,4 +228,5 @@ def at_random(data: str, root: Path, kills: int) -> dict[str, int]:
 if __name__ == "__main__":
     source, where, how = str(Path(sys.argv[1]).resolve()), Path(sys.argv[2]), sys.argv[3]
     where.mkdir(parents=True, exist_ok=True)
+    begin()
     print(json.dumps(at_moments(source, where) if how == "moments" else at_random(source, where, int(sys.argv[4]))))

@@ -12,7 +12,7 @@ import test_tables
 import torch
 
 from flowdistill.models import code, foreign, probe
-from flowdistill.runner import execute, identity, plan, references
+from flowdistill.runner import due, identity, plan, references
 from flowdistill.training import checkpoint, weights
 
 from .bug import bug
@@ -104,7 +104,7 @@ def tensors_alone_are_hashed(tensors, metadata):
 
 
 @bug(
-    execute,
+    due,
     "missing",
     test_integrity.test_a_finished_run_whose_files_are_gone_is_trained_anew,
     {"gone": "student.safetensors"},

@@ -167,7 +167,7 @@ def equal_by_accuracy(self):
     return [self.run.status, self.run.correct]
 
 
-@bug(partition, "_by_seed", ONE_SHARD, {"count": 3})
+@bug(partition, "by_seed", ONE_SHARD, {"count": 3})
 def shards_of_single_runs(cohort):
     """Students of one seed go to several shards: batches and teacher are computed again in each, and peers are torn apart."""
     return [[job] for job in cohort]

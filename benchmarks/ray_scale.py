@@ -12,11 +12,9 @@ import contextlib
 import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,11 +63,25 @@ def idle(kit: Kit, *others: Any) -> Result:
     return Result("a", "here", {no: replace(pattern, row=row) for no, row in rows.items()})
 
 
-class Idle:
+class Measured:
+    """A crew that knows already what a cohort takes."""
+
+    def __init__(self, crew: ray_crew.RayCrew) -> None:
+        self._crew = crew
+
+    def measure(self, *_: object) -> str:
+        return "nothing is measured"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._crew, name)
+
+
+class Idle(Measured):
     """A crew whose workers train nothing."""
 
     def __init__(self, crew: ray_crew.RayCrew, pattern: Finished) -> None:
-        self._crew, kept = crew, crew._ray.put(pattern)
+        super().__init__(crew)
+        kept = crew._ray.put(pattern)
         remote = crew._ray.remote(idle)
 
         class Work:
@@ -83,12 +95,6 @@ class Idle:
                 return Submit
 
         crew._work = Work
-
-    def measure(self, *_: object) -> str:
-        return "nothing is measured"
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._crew, name)
 
 
 def memory() -> int:
@@ -143,26 +149,32 @@ def gathered(crew: Any) -> Callable[[], Any]:
 
 
 def overhead(epochs: int, pairs: int) -> None:
-    """Print how much longer a run takes by Ray, and what two workers of one core are to one process of two."""
-    seconds: dict[str, list[float]] = {"one process": [], "Ray": [], "one process, two threads": [], "Ray, two workers": []}
-    with tempfile.TemporaryDirectory() as place:
+    """Print what a run takes longer by Ray, and what two workers of one core are to one process with two threads. Ray and its workers have
+    begun before, as they have from a plan's second cohort on.
+    """
+    seconds: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as place, ray_crew.connected("local", "cpu", Path(place, "storage"), []) as crew:
 
-        def timed(name: str, seeds: str, *more: str, threads: int = 1) -> None:
-            words = ["train", "--model", "resnet8", "--dataset", "digits", "--seeds", seeds, "--epochs", str(epochs), "--precision", "fp32"]
-            folder = Path(place, f"{len(seconds[name])}-{name.replace(' ', '-').replace(',', '')}")
-            environment: Mapping[str, str] = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        def timed(name: str, seeds: Sequence[int], threads: int) -> None:
+            folder = Path(place, f"{name}.{len(seconds.get(name, ()))}".replace(" ", "-"))
+            ledger, watcher = Ledger(folder, create=True), Watcher()
+            torch.set_num_threads(threads)
             started = time.perf_counter()
-            command = [sys.executable, "-m", "flowdistill", *words, "--runs", str(folder), *more]
-            subprocess.run(command, check=True, capture_output=True, env=environment)
-            seconds[name].append(time.perf_counter() - started)
+            if name.startswith("Ray"):
+                due = driver.outstanding(configs(seeds, epochs=epochs), ledger, CPU, watcher, again=False)
+                driver._trained(due, ledger, CPU, gathered(Measured(crew)), Path(place, "storage"), driver.How(), watcher)
+            else:
+                run_here(configs(seeds, epochs=epochs), ledger, CPU)
+            seconds.setdefault(name, []).append(time.perf_counter() - started)
 
+        timed("Ray, to begin", range(2), 1)
         for _ in range(pairs):
-            timed("one process", "0")
-            timed("Ray", "0", "--ray", "local")
-            timed("one process, two threads", "0-3", threads=2)
-            timed("Ray, two workers", "0-3", "--ray", "local")
+            timed("one run, one process", [0], 1)
+            timed("Ray, one run", [0], 1)
+            timed("four runs, one process, two threads", range(4), 2)
+            timed("Ray, four runs, two workers", range(4), 1)
     for name, values in seconds.items():
-        talk.answer(f"{name}: median {statistics.median(values):.1f} s of {', '.join(f'{value:.1f}' for value in values)}")
+        talk.answer(f"{name}: median {statistics.median(values):.2f} s of {', '.join(f'{value:.2f}' for value in values)}")
 
 
 PAIRS = (  # of Tian et al. 2020 (CRD), tables 1 and 2: student, teacher
@@ -207,7 +219,7 @@ if __name__ == "__main__":
     parser.add_argument("--runs", type=int, nargs="*", default=[])
     parser.add_argument("--overhead", action="store_true")
     parser.add_argument("--grid", action="store_true")
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--pairs", type=int, default=3)
     given = parser.parse_args()
     if given.runs:

@@ -279,9 +279,14 @@ def disk_full(scene: Scene) -> None:
     tried = scene.flowdistill("resume", log="tried")
     assert tried.wait() in (0, 1), tried.last_lines()  # 0: nothing was cut off
     assert tried.last_lines(), "nothing was said"
-    scene.unsaved = len({line for line in work.lines() if ": no checkpoint of epoch " in line})
+    scene.unsaved = len(without_checkpoint(work))
     filler.unlink()
     go_on(scene)
+
+
+def without_checkpoint(work: Work) -> set[str]:
+    """The lines in which it said that an epoch has no checkpoint."""
+    return {line for line in work.lines() if ": no checkpoint of epoch " in line}
 
 
 def folder_vanishes(scene: Scene) -> None:
@@ -448,6 +453,7 @@ def ray_disk_full(scene: Scene) -> None:
     scene.moment(work)
     fill(filler)
     scene.struck(work, 2)
+    scene.unsaved = len(without_checkpoint(work))
     filler.unlink()
     go_on_by_ray(scene)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -63,7 +64,7 @@ def _with_peers(resolved_configs: Sequence[tuple[RunConfig, ResolvedMethod]]) ->
     Raises:
         UserError: a peer for a method that has none, or two students that would begin alike.
     """
-    pairs: list[tuple[RunConfig, ResolvedMethod]] = []
+    pairs: dict[str, tuple[RunConfig, ResolvedMethod]] = {}  # by the config's text: thousands are looked up
     for config, resolved in resolved_configs:
         if not resolved.mutual and (config.peer is not None or config.side != 1):
             cure = f"use {joined(methods.mutual_names(), 'or')}"
@@ -77,9 +78,8 @@ def _with_peers(resolved_configs: Sequence[tuple[RunConfig, ResolvedMethod]]) ->
             first_side = config.model_copy(update={"peer": config.peer or config.student})
             sides = [first_side, other_side(first_side)]
         for side in sides:
-            if (side, resolved) not in pairs:
-                pairs.append((side, resolved))
-    return pairs
+            pairs.setdefault(json.dumps(side.model_dump(mode="json")), (side, resolved))
+    return list(pairs.values())
 
 
 def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[Job]:

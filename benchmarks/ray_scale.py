@@ -131,7 +131,7 @@ def scale(counts: Sequence[int]) -> None:
                 due = driver.outstanding(configs(range(count)), ledger, CPU, watcher, again=False)
                 planned = time.perf_counter() - started
                 started = time.perf_counter()
-                driver._trained(due, ledger, CPU, gathered(Idle(crew, pattern)), Path(place, "storage"), driver.How(), watcher)
+                driver.train(due, ledger, gathered(Idle(crew, pattern)), driver.How(), watcher)
                 seconds = time.perf_counter() - started
                 assert ledger.count() == count
                 files = sum(len(files) for _, _, files in os.walk(folder)) / count
@@ -162,7 +162,7 @@ def overhead(epochs: int, pairs: int) -> None:
             started = time.perf_counter()
             if name.startswith("Ray"):
                 due = driver.outstanding(configs(seeds, epochs=epochs), ledger, CPU, watcher, again=False)
-                driver._trained(due, ledger, CPU, gathered(Measured(crew)), Path(place, "storage"), driver.How(), watcher)
+                driver.train(due, ledger, gathered(Measured(crew)), driver.How(), watcher)
             else:
                 run_here(configs(seeds, epochs=epochs), ledger, CPU)
             seconds.setdefault(name, []).append(time.perf_counter() - started)

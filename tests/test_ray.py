@@ -21,14 +21,13 @@ from typing import Any
 import pytest
 import torch
 from helpers.command import command
+from helpers.crew import ledger_of_a_teacher
 from helpers.interruptions import outcome
 from helpers.ray_nodes import OWN, PROMPT, nodes
-from helpers.small import config
 
 import flowdistill
 from flowdistill import UserError
 from flowdistill.ledger import Ledger
-from flowdistill.runner import run
 from flowdistill.runner.remote import ray_crew
 from flowdistill.runner.remote.ray_crew import Node, is_loopback, parse, refuse_open, refuse_unanswered
 
@@ -277,12 +276,7 @@ def test_a_socket_that_others_reach_would_be_seen() -> None:
 
 @pytest.fixture(scope="module")
 def taught(small_npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ledger of a teacher."""
-    folder = tmp_path_factory.mktemp("taught") / "runs"
-    ledger = Ledger(folder, create=True)
-    run([config(small_npz, student="resnet14", seed=9, train={"epochs": 1})], ledger, CPU)
-    ledger.close()
-    return folder
+    return ledger_of_a_teacher(small_npz, tmp_path_factory.mktemp("taught") / "runs")
 
 
 def distilling(small_npz: Path, *, seeds: str, epochs: int) -> list[str]:

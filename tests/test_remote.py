@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.command import command
-from helpers.crew import LocalCrew, at_epoch
+from helpers.crew import LocalCrew, at_epoch, ledger_of_a_teacher
 from helpers.image_files import digits, on, write
 from helpers.interruptions import STEPS, Scissors, cut_off, outcome
 from helpers.small import config
@@ -30,8 +30,9 @@ from flowdistill.runner import execute, run
 from flowdistill.runner.integrity import examine
 from flowdistill.runner.record import told
 from flowdistill.runner.remote import driver
-from flowdistill.runner.remote.driver import STORAGE, How, Lost
+from flowdistill.runner.remote.driver import How, Lost
 from flowdistill.runner.remote.kit import Began, Kit, Result, Word, packed, unpack
+from flowdistill.runner.remote.storage import FOLDER as STORAGE
 from flowdistill.runner.remote.storage import States
 from flowdistill.training import engine
 from flowdistill.training.weights import load_weights
@@ -49,12 +50,7 @@ def _a_state_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def taught(small_npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ledger of a teacher."""
-    folder = tmp_path_factory.mktemp("taught") / "runs"
-    ledger = Ledger(folder, create=True)
-    run([config(small_npz, student="resnet14", seed=9, train={"epochs": 1})], ledger, CPU)
-    ledger.close()
-    return folder
+    return ledger_of_a_teacher(small_npz, tmp_path_factory.mktemp("taught") / "runs")
 
 
 @pytest.fixture
@@ -68,11 +64,11 @@ def ledger(taught: Path, tmp_path: Path) -> Iterator[Ledger]:
 
 def by(crew: LocalCrew, configs: Sequence[RunConfig], ledger: Ledger, heard: Scissors | None = None, **how: Any) -> list[Run]:
     """What ``--ray`` does with another crew."""
-    return driver.run(configs, ledger, CPU, crew.gathered, ledger.folder / STORAGE, How("eager", **how), heard or Scissors())
+    return driver.run(configs, ledger, CPU, crew.gathered(ledger.folder / STORAGE), How("eager", **how), heard or Scissors())
 
 
 def resumed_by(crew: LocalCrew, ledger: Ledger, heard: Scissors | None = None) -> list[Run]:
-    return driver.resume(ledger, CPU, crew.gathered, ledger.folder / STORAGE, How("eager"), heard or Scissors())
+    return driver.resume(ledger, CPU, crew.gathered(ledger.folder / STORAGE), How("eager"), heard or Scissors())
 
 
 def students(small_npz: Path, methods: Sequence[str] = ("base", "kd", "at"), seeds: Sequence[int] = (0, 1), **keys: Any) -> list[RunConfig]:
@@ -641,7 +637,7 @@ def test_streamed_images_are_not_sent(tmp_path: Path) -> None:
     ledger, crew = Ledger(tmp_path / "runs", create=True), LocalCrew()
     trust.name("resnet8")
     made = [on(f"folder:{tmp_path / 'images'}", method="base", data={"stream": True})]
-    (done,) = driver.run(made, ledger, CPU, crew.gathered, tmp_path / "storage", How("eager", workers=0), Scissors())
+    (done,) = driver.run(made, ledger, CPU, crew.gathered(tmp_path / "storage"), How("eager", workers=0), Scissors())
     assert done.status == "finished"
     assert [data for _, data, _ in crew.begun] == [None]
     ledger.close()

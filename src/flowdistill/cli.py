@@ -260,7 +260,7 @@ def _launch(
             return 0
         if gather is not None:
             ways = driver.How(engine, deterministic, workers, again, trust_code)
-            return _print_done(driver.run(configs, ledger, where, gather, storage or runs / driver.STORAGE, ways, Bars()))
+            return _print_done(driver.run(configs, ledger, where, gather, ways, Bars()))
         if part is not None:
             ledger = shards.opened(configs, runs, where, part, changes)
         how: dict[str, Any] = {"deterministic": deterministic, "again": again, "engine": engine, "workers": workers, "shard": part}
@@ -277,7 +277,8 @@ def _crew(ray: str | None, storage: Path | None, device: str, runs: Path, shard:
     Raises:
         UserError: options that do not go together, or no address.
     """
-    from .runner.remote import driver, ray_crew
+    from .runner.remote import ray_crew
+    from .runner.remote import storage as storages
 
     if ray is None:
         if storage is not None:
@@ -291,7 +292,7 @@ def _crew(ray: str | None, storage: Path | None, device: str, runs: Path, shard:
         )
     ray_crew.parse(ray)
     words = ["--ray", ray, *([] if storage is None else ["--storage", os.fspath(storage)])]
-    return lambda: ray_crew.connected(ray, device, storage or runs / driver.STORAGE, words)
+    return lambda: ray_crew.connected(ray, device, storage or runs / storages.FOLDER, words)
 
 
 def _follow(device: torch.device, workers: int | None, runs: Path, *, accept_changes: bool | None, trust_code: bool) -> int:
@@ -405,7 +406,7 @@ def resume(
             done = go_on(ledger, where, no=run, workers=workers, watcher=Bars())
         else:
             ways = driver.How(workers=workers, trusts_all=trust_code)
-            done = driver.resume(ledger, where, gather, storage or runs / driver.STORAGE, ways, Bars(), no=run)
+            done = driver.resume(ledger, where, gather, ways, Bars(), no=run)
     if not done:
         talk.say(f"nothing was cut off; {advice.list_runs(runs)} lists all")
         return 0
@@ -563,7 +564,7 @@ def reproduce(
     if gather is not None:
         with gather() as crew:
             for configs in filter(None, again.stages(order)):
-                driver.run(configs, ledger, where, lambda: nullcontext(crew), storage or runs / driver.STORAGE, driver.How(), Bars())
+                driver.run(configs, ledger, where, lambda: nullcontext(crew), driver.How(), Bars())
     document, sound = again.reproduce(order, ledger, where, folder, advice.command("reproduce", study, *words, runs=runs))
     talk.answer(str(document))
     return 0 if sound else 1

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from flowdistill.data.dataset import ImageData
+from flowdistill.ledger import Ledger
+from flowdistill.runner import run
 from flowdistill.runner.remote import worker
 from flowdistill.runner.remote.driver import Lost
 from flowdistill.runner.remote.kit import Alive, Epochs, Kit, Result, Word
+from helpers.small import config
 
 Dies = Callable[[Kit, int, Any], str]
 """Gets the cohort, the attempt from 1 and what is to be told: ``before`` that or ``after`` it the worker is gone, else it is empty."""
@@ -41,7 +47,7 @@ class LocalCrew:
     threads, device, option = 1, "cpu", ("--ray", "local")
 
     def __init__(self, dies: Dies = lambda *_: "", *, slots: int = 1) -> None:
-        self.slots = slots
+        self.slots, self.storage = slots, Path()
         self.begun: list[tuple[Kit, ImageData | None, bytes]] = []
         self.attempts: dict[int, int] = {}
         self.stopped = self.left = False
@@ -50,11 +56,16 @@ class LocalCrew:
         self._queue: deque[tuple[Kit, ImageData | None, bytes]] = deque()
         self._words: list[Word] = []
 
-    @contextmanager
-    def gathered(self) -> Iterator[LocalCrew]:
-        """As ``driver.run`` takes a crew."""
-        yield self
-        self.left = True
+    def gathered(self, storage: Path) -> Callable[[], AbstractContextManager[LocalCrew]]:
+        """What gathers it, as ``driver.run`` takes that."""
+
+        @contextmanager
+        def gather() -> Iterator[LocalCrew]:
+            self.storage = storage
+            yield self
+            self.left = True
+
+        return gather
 
     def measure(self, kit: Kit, data: ImageData | None, given: bytes) -> str:
         measured = worker.measure(kit, data, given)
@@ -107,3 +118,11 @@ class LocalCrew:
 
     def stop(self, seconds: float) -> None:
         self.stopped = True
+
+
+def ledger_of_a_teacher(small_npz: Path, folder: Path) -> Path:
+    """A ledger in which run 1 is a teacher; its folder."""
+    ledger = Ledger(folder, create=True)
+    run([config(small_npz, student="resnet14", seed=9, train={"epochs": 1})], ledger, torch.device("cpu"))
+    ledger.close()
+    return folder

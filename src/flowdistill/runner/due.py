@@ -21,19 +21,36 @@ Key = tuple[str, int]
 
 
 @dataclass(frozen=True)
+class CutOff:
+    """A cohort that was cut off.
+
+    Attributes:
+        home: the run in whose folder its lock and its checkpoint lie.
+        runs: those that go on.
+        jobs: what these are to do, in the same order.
+        keys: of all its runs, of those that failed, too.
+    """
+
+    home: int
+    runs: Sequence[Run]
+    jobs: Sequence[Job]
+    keys: Sequence[Key]
+
+
+@dataclass(frozen=True)
 class Due:
     """A plan, and what of it is to be done.
 
     Attributes:
         jobs: the whole plan, in order.
         fresh: the jobs that nobody began, each once.
-        homes: the cohorts that were cut off, by the run in whose folder their checkpoint lies.
+        cut_off: the cohorts that go on.
         known: the runs that are skipped or gone on with, by key.
     """
 
     jobs: Sequence[Job]
     fresh: Sequence[Job]
-    homes: Sequence[int]
+    cut_off: Sequence[CutOff]
     known: Mapping[Key, Run]
 
     def runs(self, ledger: Ledger, begun: Mapping[Key, int]) -> list[Run]:
@@ -65,10 +82,42 @@ def outstanding(
             raise UserError(f"{todo[key].label}: another process trains it as run {previous.no}; wait for that, or repeat it with --again")
         if previous.status == "finished":
             watcher.say(f"{todo[key].label}: run {previous.no} has it already, skipped (--again repeats it, in Python again=True)")
-    homes = list(dict.fromkeys(previous.home for previous in there.values() if previous.cut_off))
-    for home in homes:
-        recorded(unfinished(home, ledger), ledger, device)  # refuses before anything is trained
-    return Due(jobs, [job for key, job in todo.items() if key not in there], homes, there)
+    cut_off = _cut_off([previous.home for previous in there.values() if previous.cut_off], ledger, device)
+    return Due(jobs, [job for key, job in todo.items() if key not in there], cut_off, there)
+
+
+def to_resume(ledger: Ledger, device: torch.device, no: int | None = None) -> list[CutOff]:
+    """The cohort of a run that was cut off. Default: all such cohorts.
+
+    Raises:
+        UserError: that run is not cut off, or something that its numbers depend on has changed since.
+    """
+    runs = [run for run in ledger.runs() if run.cut_off] if no is None else [ledger.run(no)]
+    for run in runs:
+        if run.status == "running":
+            raise UserError(f"run {run.no} is being trained by another process; there is nothing to resume")
+        if not run.cut_off:
+            why = f" ({run.error})" if run.error else ""
+            raise UserError(f"run {run.no} is {run.status}{why}; only what was cut off can be resumed, to repeat it use --again")
+    return _cut_off([run.home for run in runs], ledger, device)
+
+
+def _cut_off(homes: Iterable[int], ledger: Ledger, device: torch.device) -> list[CutOff]:
+    """These cohorts, each once. Their data are read once.
+
+    Raises:
+        UserError: as ``recorded``.
+    """
+    by_home: dict[int, list[Run]] = {home: [] for home in homes}
+    for run in ledger.runs():
+        if run.home in by_home:
+            by_home[run.home].append(run)
+    going_on = {home: [run for run in runs if _goes_on(run)] for home, runs in by_home.items()}
+    jobs = iter(recorded([run for runs in going_on.values() for run in runs], ledger, device))
+    return [
+        CutOff(home, runs, [next(jobs) for _ in runs], [(run.fingerprint, run.seed) for run in by_home[home]])
+        for home, runs in going_on.items()
+    ]
 
 
 def before(job: Job, ledger: Ledger) -> Run | None:
@@ -111,7 +160,11 @@ def known(jobs: Sequence[Job], ledger: Ledger) -> dict[tuple[str, int], Run]:
 
 def unfinished(home: int, ledger: Ledger) -> list[Run]:
     """The runs of a cohort that are to be gone on with. A student that diverged stays failed."""
-    return [run_ for run_ in ledger.runs() if run_.home == home and run_.status not in ("finished", "failed")]
+    return [run_ for run_ in ledger.runs() if run_.home == home and _goes_on(run_)]
+
+
+def _goes_on(run: Run) -> bool:
+    return run.status not in ("finished", "failed")
 
 
 def learnt_from(jobs: Iterable[Job], ledger: Ledger) -> set[int]:

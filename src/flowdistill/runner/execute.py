@@ -25,7 +25,7 @@ from ..training import checkpoint
 from ..training.cohort import Cohort, train
 from ..training.student import Student
 from .cohorts import Member, check_start, prepare
-from .due import known, outstanding, unfinished
+from .due import known, outstanding, to_resume, unfinished
 from .follow import announce
 from .follow import told as told_of_ranks
 from .plan import recorded
@@ -64,8 +64,8 @@ def run(
         for cohort, members in prepared:
             with apart():  # the other ranks are not there yet
                 check_start(cohort, members, watcher)
-    for home in due.homes:
-        _resume_cohort(home, ledger, device, watcher, workers)
+    for cut_off in due.cut_off:
+        _resume_cohort(cut_off.home, ledger, device, watcher, workers)
     try:
         with computing(device, deterministic=deterministic):
             for cohort, members in prepared:
@@ -107,28 +107,10 @@ def resume(
     ledger.refuse_unwritable()
     refuse_shared(ledger)
     watcher = watcher or Watcher()
-    runs = [run_ for run_ in ledger.runs() if run_.cut_off] if no is None else [cut_off(ledger.run(no))]
-    homes = dict.fromkeys(run_.home for run_ in runs)
-    by_home = {home: [run_.no for run_ in unfinished(home, ledger)] for home in homes}
-    for home in homes:
-        recorded(unfinished(home, ledger), ledger, device)
-    for home in homes:
-        _resume_cohort(home, ledger, device, watcher, workers)
-    return [ledger.run(number) for numbers in by_home.values() for number in numbers]
-
-
-def cut_off(run_: Run) -> Run:
-    """A run that can be gone on with.
-
-    Raises:
-        UserError: it is another.
-    """
-    if run_.status == "running":
-        raise UserError(f"run {run_.no} is being trained by another process; there is nothing to resume")
-    if not run_.cut_off:
-        why = f" ({run_.error})" if run_.error else ""
-        raise UserError(f"run {run_.no} is {run_.status}{why}; only what was cut off can be resumed, to repeat it use --again")
-    return run_
+    cohorts = to_resume(ledger, device, no)
+    for cohort in cohorts:
+        _resume_cohort(cohort.home, ledger, device, watcher, workers)
+    return [ledger.run(run_.no) for cohort in cohorts for run_ in cohort.runs]
 
 
 def _begin_cohort(

@@ -23,18 +23,15 @@ from ...config import RunConfig
 from ...data.dataset import ImageData
 from ...ledger import JOURNAL, Ledger, Run, merge
 from ...training import checkpoint
-from ..due import Due, known, learnt_from, outstanding, unfinished
-from ..execute import cut_off, refuse_shared, vouch
+from ..due import CutOff, Due, Key, known, learnt_from, outstanding, to_resume, unfinished
+from ..execute import refuse_shared, vouch
 from ..job import Job
 from ..partition import by_seed, costs
-from ..plan import cohorts, recorded
+from ..plan import cohorts
 from ..watcher import Watcher
 from .kit import Alive, Began, Changed, Epochs, Kit, Result, Said, Word, packed
 from .mirror import Mirror
-from .storage import FOLDER as STORAGE
 from .storage import States
-
-__all__ = ["STORAGE", "Crew", "Gathered", "How", "Lost", "resume", "run"]
 
 TURN = 0.2  # seconds that the driver waits for results at a time
 AHEAD = 2  # cohorts that are handed out for each slot, so that no worker waits for the driver
@@ -57,12 +54,14 @@ class Crew(Protocol):
         slots: cohorts that they train at the same time.
         threads: of an operation on a CPU, for each of them.
         device: ``cpu`` or ``cuda``.
+        storage: the folder in which they keep the states of cohorts.
         option: the words of the command line that name this crew.
     """
 
     slots: int
     threads: int
     device: str
+    storage: Path
     option: Sequence[str]
 
     def measure(self, kit: Kit, data: ImageData | None, given: bytes) -> str:
@@ -96,18 +95,20 @@ class _Cohort:
     """A cohort that is to be trained.
 
     Attributes:
-        home: the run in whose folder its lock lies, of one that was cut off.
-        runs: of one that was cut off, those that go on.
-        name: of its states in the storage: the same for the same runs.
+        cut_off: what is on record of it; None for one that nobody began.
         cost: estimated, in operations.
     """
 
     number: int
     jobs: Sequence[Job]
-    home: int | None
-    runs: Sequence[int]
-    name: str
+    cut_off: CutOff | None
     cost: float
+
+    @property
+    def name(self) -> str:
+        """Of its states in the storage: the same for the same runs, of which some may have failed since."""
+        keys = self.cut_off.keys if self.cut_off is not None else [job.key for job in self.jobs]
+        return hashlib.sha256(json.dumps(sorted(keys)).encode()).hexdigest()[:16]
 
     @property
     def kind(self) -> str:
@@ -186,9 +187,7 @@ Gathered = Callable[[], AbstractContextManager[Crew]]
 """Gathers a crew, once it is known that there is something to do."""
 
 
-def run(
-    configs: Sequence[RunConfig], ledger: Ledger, device: torch.device, gather: Gathered, storage: Path, how: How, watcher: Watcher
-) -> list[Run]:
+def run(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device, gather: Gathered, how: How, watcher: Watcher) -> list[Run]:
     """Train what the ledger lacks by a crew, go on with what was cut off, and return the runs that are on record, in the plan's order.
 
     Raises:
@@ -197,12 +196,10 @@ def run(
     ledger.refuse_unwritable()
     refuse_shared(ledger)
     due = outstanding(configs, ledger, device, watcher, again=how.again)
-    return due.runs(ledger, _trained(due, ledger, device, gather, storage, how, watcher))
+    return due.runs(ledger, train(due, ledger, gather, how, watcher))
 
 
-def resume(
-    ledger: Ledger, device: torch.device, gather: Gathered, storage: Path, how: How, watcher: Watcher, *, no: int | None = None
-) -> list[Run]:
+def resume(ledger: Ledger, device: torch.device, gather: Gathered, how: How, watcher: Watcher, *, no: int | None = None) -> list[Run]:
     """Go on with the cohort of one run that was cut off. Default: with all such cohorts. Return their runs as they ended.
 
     Raises:
@@ -210,23 +207,23 @@ def resume(
     """
     ledger.refuse_unwritable()
     refuse_shared(ledger)
-    runs = [run_ for run_ in ledger.runs() if run_.cut_off] if no is None else [cut_off(ledger.run(no))]
-    homes = list(dict.fromkeys(run_.home for run_ in runs))
-    numbers = [run_.no for home in homes for run_ in unfinished(home, ledger)]
-    _trained(Due([], [], homes, {}), ledger, device, gather, storage, how, watcher)
-    return [ledger.run(number) for number in numbers]
+    cut_off = to_resume(ledger, device, no)
+    train(Due([], [], cut_off, {}), ledger, gather, how, watcher)
+    return [ledger.run(run_.no) for cohort in cut_off for run_ in cohort.runs]
 
 
-def _trained(
-    due: Due, ledger: Ledger, device: torch.device, gather: Gathered, storage: Path, how: How, watcher: Watcher
-) -> Mapping[tuple[str, int], int]:
-    """Train what is due. Return the numbers of the runs that were begun, by key."""
-    if not due.fresh and not due.homes:
+def train(due: Due, ledger: Ledger, gather: Gathered, how: How, watcher: Watcher) -> Mapping[Key, int]:
+    """Train what is due. Return the numbers of the runs that were begun, by key.
+
+    Raises:
+        UserError: a cohort was not trained; the others were.
+    """
+    jobs = [*due.fresh, *(job for cohort in due.cut_off for job in cohort.jobs)]
+    if not jobs:
         return {}
-    jobs = [*due.fresh, *(job for home in due.homes for job in recorded(unfinished(home, ledger), ledger, device))]
     given = _packed(learnt_from(jobs, ledger), ledger)
     with gather() as crew:
-        driver = _Driver(ledger, device, crew, storage, how, watcher, given)
+        driver = _Driver(ledger, crew, how, watcher, given)
         driver.train(due)
     return driver.numbers
 
@@ -245,13 +242,11 @@ def _packed(numbers: Iterable[int], ledger: Ledger) -> bytes:
 @dataclass
 class _Driver:
     ledger: Ledger
-    device: torch.device
     crew: Crew
-    storage: Path
     how: How
     watcher: Watcher
     given: bytes  # the runs that the cohorts learn from, as of when they were planned
-    numbers: dict[tuple[str, int], int] = field(default_factory=dict)
+    numbers: dict[Key, int] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
     _training: dict[int, _Training] = field(default_factory=dict)  # by the cohort's number
     _kinds: set[str] = field(default_factory=set)  # of cohorts whose first lines were shown
@@ -270,7 +265,7 @@ class _Driver:
             self.watcher.say(self.crew.measure(self._kit(most_costly), most_costly.data, self.given))
             runs, threads = sum(len(cohort.jobs) for cohort in waiting), self.crew.threads
             at_once = f"{self.crew.slots} at a time on {self.crew.device}, each by {threads} thread{'s' if threads > 1 else ''}"
-            self.watcher.say(f"{runs} runs in {len(waiting)} cohorts, {at_once}; their states are kept in {self.storage}")
+            self.watcher.say(f"{runs} runs in {len(waiting)} cohorts, {at_once}; their states are kept in {self.crew.storage}")
         try:
             while waiting or self._training:
                 while waiting and len(self._training) < AHEAD * self.crew.slots:
@@ -297,29 +292,23 @@ class _Driver:
 
     def _cohorts(self, due: Due) -> Iterator[_Cohort]:
         """The students of one seed are a cohort, since they share batches and teacher. The most costly go first."""
-        units: list[tuple[Sequence[Job], int | None]] = []
-        units += [(recorded(unfinished(home, self.ledger), self.ledger, self.device), home) for home in due.homes]
+        units: list[tuple[Sequence[Job], CutOff | None]] = [(cohort.jobs, cohort) for cohort in due.cut_off]
         units += [(unit, None) for cohort in cohorts(due.fresh) for unit in by_seed(cohort)]
-        estimated = costs(unit for unit, _ in units)
+        estimated = costs(jobs for jobs, _ in units)
         ordered = sorted(zip(estimated, units, strict=True), key=lambda weighed: -weighed[0])
-        for number, (cost, (jobs, home)) in enumerate(ordered, 1):
-            keys = [job.key for job in jobs]
-            if home is not None:  # those of its runs that failed were in its name, too
-                keys = [(run_.fingerprint, run_.seed) for run_ in self.ledger.runs() if run_.home == home]
-            runs = [] if home is None else [run_.no for run_ in unfinished(home, self.ledger)]
-            name = hashlib.sha256(json.dumps(sorted(keys)).encode()).hexdigest()[:16]
-            yield _Cohort(number, jobs, home, runs, name, cost)
+        for number, (cost, (jobs, cut_off)) in enumerate(ordered, 1):
+            yield _Cohort(number, jobs, cut_off, cost)
 
     def _kit(self, cohort: _Cohort) -> Kit:
         jobs = cohort.jobs
-        deterministic = self.how.deterministic or any(self.ledger.run(no).deterministic for no in cohort.runs)
+        deterministic = self.how.deterministic or bool(cohort.cut_off and cohort.cut_off.runs[0].deterministic)
         return Kit(
             cohort.number,
             cohort.name,
             cohort.title,
             [job.config.model_dump(mode="json") for job in jobs],
             [job.key for job in jobs],
-            str(self.storage.absolute()),
+            str(self.crew.storage.absolute()),
             self.how.engine,
             deterministic,
             self.how.workers,
@@ -339,7 +328,7 @@ class _Driver:
 
     def _hand_out(self, cohort: _Cohort) -> None:
         if self.how.again:
-            States(self.storage, cohort.name).clear()
+            States(self.crew.storage, cohort.name).clear()
 
         def refuse_taken() -> None:
             if not self.how.again and (others := known(cohort.jobs, self.ledger)):
@@ -347,22 +336,23 @@ class _Driver:
                 raise UserError(f"another process began it meanwhile, as run {other.no}; wait for that")
 
         kit = self._kit(cohort)
-        mirror = Mirror(kit, self.ledger, cohort.home, refuse_taken)
-        if cohort.home is not None:  # its lock is held from here on
-            if {run_.no for run_ in unfinished(cohort.home, self.ledger)} != set(cohort.runs):
+        mirror = Mirror(kit, self.ledger, cohort.cut_off.home if cohort.cut_off else None, refuse_taken)
+        if cohort.cut_off is not None:  # its lock is held from here on
+            home, runs = cohort.cut_off.home, cohort.cut_off.runs
+            if {run_.no for run_ in unfinished(home, self.ledger)} != {run_.no for run_ in runs}:
                 mirror.close()
-                raise UserError(f"another process went on with it meanwhile, as run {cohort.home}")
-            self._keep_local_state(cohort, cohort.home)
+                raise UserError(f"another process went on with it meanwhile, as run {home}")
+            self._keep_local_state(cohort.name, home, [run_.no for run_ in runs])
         self._training[cohort.number] = _Training(cohort, mirror)
         self.crew.begin(kit, cohort.data, self.given)
 
-    def _keep_local_state(self, cohort: _Cohort, home: int) -> None:
+    def _keep_local_state(self, name: str, home: int, runs: Sequence[int]) -> None:
         """A cohort that was trained on this machine goes on from its checkpoint."""
         folder = self.ledger.run_folder(home)
         saved = checkpoint.load(folder) if (folder / checkpoint.FILE).exists() else None
         if saved is not None and saved.done:
-            journals = [self.ledger.run_folder(run_.no) / JOURNAL for run_ in unfinished(home, self.ledger)]
-            States(self.storage, cohort.name, "here").save(saved.done, self.ledger.folder, [*journals, folder / checkpoint.FILE])
+            journals = [self.ledger.run_folder(no) / JOURNAL for no in runs]
+            States(self.crew.storage, name, "here").save(saved.done, self.ledger.folder, [*journals, folder / checkpoint.FILE])
 
     def _hear(self, word: Word) -> None:
         """Enter what a worker tells. What is of a cohort that ended, or of an attempt that another took the place of, does not count."""
@@ -388,7 +378,7 @@ class _Driver:
 
     def _begin(self, training: _Training, attempt: str, told: Began) -> None:
         """A cohort begins. If it began before, say where it goes on."""
-        cohort, again = training.cohort, training.began or training.cohort.home is not None
+        cohort, again = training.cohort, training.began or training.cohort.cut_off is not None
         try:
             done = training.mirror.began(attempt, told)
         except UserError as error:
@@ -404,7 +394,7 @@ class _Driver:
         if again and done:
             self.watcher.say(f"{cohort.title}: goes on on {training.node} after epoch {done} of {cohort.epochs}")
         elif again:
-            self.watcher.say(f"{cohort.title}: starts again on {training.node}, since {self.storage} has no state of it")
+            self.watcher.say(f"{cohort.title}: starts again on {training.node}, since {self.crew.storage} has no state of it")
 
     def _end(self, number: int, result: Result | Lost) -> None:
         training = self._training.pop(number)
@@ -413,7 +403,7 @@ class _Driver:
             try:
                 training.mirror.finish(result)
                 self.numbers |= training.mirror.numbers
-                States(self.storage, cohort.name).clear()
+                States(self.crew.storage, cohort.name).clear()
             except UserError as error:  # of this cohort alone; the others go on
                 why = str(error)
         if why:

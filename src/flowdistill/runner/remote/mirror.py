@@ -137,7 +137,7 @@ class Mirror:
         for name, content in contents.items():
             if files_of(record)[name]["sha256"] != hashlib.sha256(content).hexdigest():
                 raise UserError(f"run {run.no}: {name} is not what its worker wrote; train it again")
-            write_whole(folder / name, content)
+            write_whole(folder / name, content, make_folder=False)
         values = {name: finished.row[name] for name in COLUMNS if name not in KEPT}
         record |= values | {name: getattr(run, name) for name in ("no", "cohort", "resumed")} | {"status": "finished"}
         record |= {"files": listed(folder, (*contents, JOURNAL))}

@@ -291,8 +291,8 @@ class RayCrew:
 
     def __init__(self, ray: Any, address: str, device: str, storage: Path, probe: str, option: Sequence[str]) -> None:
         self._ray, self._address, self._probe, self.option = ray, address, probe, option
-        self._storage = storage.absolute()
-        self._driver = here(ray.get_runtime_context().get_node_id(), str(self._storage), probe)
+        self.storage = storage.absolute()
+        self._driver = here(ray.get_runtime_context().get_node_id(), str(self.storage), probe)
         self._unfit: dict[str, str] = {}  # id of a node -> what is wrong with it
         self._told = set[str]()
         self._check()
@@ -325,7 +325,7 @@ class RayCrew:
         ask = self._ray.remote(num_cpus=0, max_retries=0)(here)
         asked = {
             node["NodeID"]: ask.options(scheduling_strategy=self._on(node["NodeID"], soft=False)).remote(
-                node["NodeID"], str(self._storage), self._probe
+                node["NodeID"], str(self.storage), self._probe
             )
             for node in alive
         }
@@ -344,7 +344,7 @@ class RayCrew:
                 raise UserError(f"{name} has {other}; install the same on all machines")
             if not found.sees_storage:
                 raise UserError(
-                    f"{name} does not see --storage {self._storage}, or can't write there; name a folder that all machines share"
+                    f"{name} does not see --storage {self.storage}, or can't write there; name a folder that all machines share"
                 )
 
     def measure(self, kit: Kit, data: ImageData | None, given: bytes) -> str:

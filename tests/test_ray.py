@@ -28,8 +28,9 @@ from helpers.ray_nodes import OWN, PROMPT, nodes
 import flowdistill
 from flowdistill import UserError
 from flowdistill.ledger import Ledger
-from flowdistill.runner.remote import ray_crew
-from flowdistill.runner.remote.ray_crew import Node, is_loopback, parse, refuse_open, refuse_unanswered
+from flowdistill.runner.remote import ray_cluster, ray_crew, storage
+from flowdistill.runner.remote.ray_cluster import is_loopback, parse, refuse_open, refuse_unanswered
+from flowdistill.runner.remote.ray_crew import Node
 
 CPU = torch.device("cpu")
 
@@ -40,7 +41,7 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("RAY_ADDRESS", "RAY_USAGE_STATS_ENABLED", *OWN):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    monkeypatch.setattr(ray_crew, "_HEAD", tmp_path / "ray_current_cluster")
+    monkeypatch.setattr(ray_cluster, "_HEAD", tmp_path / "ray_current_cluster")
 
 
 @pytest.mark.parametrize("address", ["local", "10.0.0.1:6379", "head.example:1", "[::1]:65535", "127.0.0.1:6379"])
@@ -165,13 +166,13 @@ def test_in_what_a_node_differs_is_told(changes: dict[str, Any], other: str) -> 
 
 
 def test_this_machine_is_not_another(tmp_path: Path) -> None:
-    word = ray_crew.storages.leave_probe(tmp_path)
+    word = storage.leave_probe(tmp_path)
     found = ray_crew.here("a", str(tmp_path), word)
     assert found.sees_storage
     assert found.other(ray_crew.here("b", str(tmp_path / "elsewhere"), word)) == ""
     assert not ray_crew.here("b", str(tmp_path / "elsewhere"), word).sees_storage
     assert not ray_crew.here("a", str(tmp_path), "another word").sees_storage
-    ray_crew.storages.remove_probe(tmp_path, word)
+    storage.remove_probe(tmp_path, word)
     assert [*tmp_path.iterdir()] == []
 
 

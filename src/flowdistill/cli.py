@@ -277,7 +277,7 @@ def _crew(ray: str | None, storage: Path | None, device: str, runs: Path, shard:
     Raises:
         UserError: options that do not go together, or no address.
     """
-    from .runner.remote import ray_crew
+    from .runner.remote import ray_cluster, ray_crew
     from .runner.remote import storage as storages
 
     if ray is None:
@@ -290,7 +290,7 @@ def _crew(ray: str | None, storage: Path | None, device: str, runs: Path, shard:
         raise UserError(
             f"--ray {ray}: torchrun started several processes, and Ray starts workers itself; give the command without torchrun"
         )
-    ray_crew.parse(ray)
+    ray_cluster.parse(ray)
     words = ["--ray", ray, *([] if storage is None else ["--storage", os.fspath(storage)])]
     return lambda: ray_crew.connected(ray, device, storage or runs / storages.FOLDER, words)
 

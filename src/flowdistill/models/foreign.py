@@ -42,6 +42,7 @@ SIZES = {
     "size": ("size", "image_size", "img_size"),
 }
 """What a user's function may want to know -> the names of its parameters for it."""
+WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")  # of torchvision
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of every torchvision network
 
 Make = Callable[[DataSpec], nn.Module]
@@ -345,13 +346,23 @@ def _maker(where: str, name: str) -> tuple[Make, str, Neighbours]:
         raise UserError(f"{where}:{name}: does not say what its parameters are; write a function or class in Python") from None
 
 
-def _timm(name: str) -> Make:
+def timm_library(name: str) -> Any:
+    """timm, which has this model.
+
+    Raises:
+        UserError: it is not installed, or has no such model.
+    """
     try:
         import timm
     except ImportError:
         raise UserError(f"timm:{name}: timm is not installed; pip install timm") from None
     if not timm.is_model(name):
         raise UserError(f"unknown model 'timm:{name}': {did_you_mean(name, timm.list_models())}")
+    return timm
+
+
+def _timm(name: str) -> Make:
+    timm = timm_library(name)
 
     def make(data: DataSpec) -> nn.Module:
         configured = _configured(name)
@@ -369,20 +380,29 @@ def _configured(name: str) -> Any:
     return timm.get_pretrained_cfg(name)
 
 
-def _torchvision(name: str) -> Make:
+def torchvision_library(name: str) -> Any:
+    """The models of torchvision, which have this one.
+
+    Raises:
+        UserError: they do not.
+    """
     from torchvision import models as library
 
     names = library.list_models(module=library)
     if name not in names:
         raise UserError(f"unknown model 'torchvision:{name}': {did_you_mean(name, names)}")
+    return library
+
+
+def _torchvision(name: str) -> Make:
+    library = torchvision_library(name)
 
     def make(data: DataSpec) -> nn.Module:
         if data.channels != 3:
             raise UserError(f"torchvision:{name} takes 3 channels, the images have {data.channels}; set data.channels=3, or use timm:")
-        quiet: dict[str, Any] = {"image_size": data.height} if name.startswith("vit_") else {}
-        if name in ("googlenet", "inception_v3"):
-            quiet = {"aux_logits": False, "init_weights": True}
-        net: nn.Module = library.get_model(name, weights=None, num_classes=data.classes, **quiet)
+        sized: dict[str, Any] = {"image_size": data.height} if name.startswith("vit_") else {}
+        quiet = {"aux_logits": False, "init_weights": True} if name in WITH_AUXILIARY_HEADS else {}
+        net: nn.Module = library.get_model(name, weights=None, num_classes=data.classes, **sized, **quiet)
         return net
 
     return make

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,10 @@ from ..checks import UserError
 
 @dataclass(frozen=True)
 class InputSpec:
-    """The images that a network sees: their channels and size, and mean and standard deviation of each channel in 0..1.
+    """The images that a network sees: their channels and size, mean and standard deviation of each channel in 0..1, and how images of
+    another size are resized to these (``bilinear``, ``bicubic``).
 
-    A field that is None is not known, or is as in the data.
+    A field that is None is not known, or is as in the data; of ``interpolation`` it means bilinear.
     """
 
     channels: int | None = None
@@ -24,6 +25,7 @@ class InputSpec:
     width: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    interpolation: str | None = None
 
     def over(self, below: InputSpec) -> InputSpec:
         """This spec, with the values of ``below`` in the fields that are None here."""
@@ -32,11 +34,11 @@ class InputSpec:
 
 
 class InputAdapter(nn.Module):
-    """(x s + m - m') / s' for each channel, then bilinear interpolation, with antialiasing if the image shrinks.
+    """(x s + m - m') / s' for each channel, then interpolation, with antialiasing if the image shrinks.
 
     Args:
         source: the images as the data give them; m and s are its mean and std.
-        target: the images as the network wants them; m' and s' are its mean and std. No field is None.
+        target: the images as the network wants them; m' and s' are its mean and std. No field but ``interpolation`` is None.
     """
 
     scale: Tensor
@@ -60,7 +62,7 @@ class InputAdapter(nn.Module):
         images = (images * self.scale + self.shift).expand(-1, self.channels, -1, -1)
         if images.shape[2:] == self.size:
             return images
-        return F.interpolate(images, self.size, mode="bilinear", antialias=self.smooth)
+        return F.interpolate(images, self.size, mode=self.target.interpolation or "bilinear", antialias=self.smooth)
 
 
 def _column(values: Sequence[float] | None) -> Tensor:
@@ -78,7 +80,7 @@ def input_adapter(source: InputSpec, wanted: InputSpec) -> InputAdapter | None:
         UserError: the numbers of channels, means or standard deviations do not go together.
     """
     target = wanted.over(source)
-    if target == source:
+    if replace(target, interpolation=source.interpolation) == source:
         return None
     if source.channels != target.channels and source.channels != 1:
         raise UserError(

@@ -182,7 +182,7 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
             Column(
                 role=role,
                 model=network.model,
-                origin=f"run {network.run}, seed {ledger.run(network.run).seed}" if network.run else network.origin,
+                origin=f"run {network.run}, seed {ledger.run(network.run).seed}" if network.run else network.described,
                 parameters=sum(parameter.numel() for parameter in nets[role].parameters()),
                 macs=count_macs(nets[role], images[:1]),
                 file_bytes=_file(network, ledger).stat().st_size,
@@ -270,6 +270,8 @@ def _teacher(run: Run, ledger: Ledger, data: ImageData) -> NetworkRef | None:
 
 
 def _file(network: NetworkRef, ledger: Ledger) -> Path:
+    if network.published:
+        return network.published.file
     return ledger.run_folder(network.run) / STUDENT_FILE if network.run else located(Path(network.origin))[0].expanduser()
 
 

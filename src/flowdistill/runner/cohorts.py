@@ -151,7 +151,7 @@ def check_start(cohort: Cohort, members: Sequence[Member], watcher: Watcher) -> 
 def _told_of_first_weights(job: Job) -> str:
     student, data = job.student, job.data
     head = "its classifier included" if student.head else f"its classifier fresh ({student.other_classes(data)})"
-    return f"student {student.model} begins from {student.origin}, {head}"
+    return f"student {student.model} begins from {student.described}, {head}"
 
 
 def _told_of_taps(member: Member) -> tuple[str, ...]:
@@ -167,7 +167,7 @@ def _told_of_taps(member: Member) -> tuple[str, ...]:
 def _told_of_teacher(member: Member) -> str:
     teacher, split = member.job.teacher, member.job.config.split
     assert teacher is not None
-    named = f"teacher {teacher.model} ({teacher.origin})"
+    named = f"teacher {teacher.model} ({teacher.described})"
     if member.teacher_accuracy is None:
         return f"{named}: {teacher.other_classes(member.job.data)}; its accuracy can't be measured here"
     on = "test" if split == "full" else "held-out"

@@ -97,7 +97,10 @@ def fingerprint(job: Planned, made_of: Mapping[str, list[Any]]) -> str:
 def _other_images(teacher: NetworkRef, data_hash: str, split: str) -> list[Any]:
     """The images that the teacher was made for, if they need not be like those trained on; else empty."""
     same = teacher.trained_on is not None and (teacher.trained_on.data_hash, teacher.trained_on.split) == (data_hash, split)
-    return [] if same or teacher.input_spec == InputSpec() else list(astuple(teacher.input_spec))
+    if same or teacher.input_spec == InputSpec():
+        return []
+    *images, interpolation = astuple(teacher.input_spec)
+    return images if interpolation is None else [*images, interpolation]
 
 
 def _compared(job: Planned, needs: Needs) -> list[list[str]]:

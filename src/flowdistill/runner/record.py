@@ -172,7 +172,7 @@ def _metadata(job: Job, net: Network, data: Supply, correct: int, device: torch.
 
 def _images_of(spec: InputSpec) -> InputImages:
     """The images that the network itself takes, where they are not the data's."""
-    return InputImages(input=(spec.channels, spec.height, spec.width), mean=spec.mean, std=spec.std)
+    return InputImages(input=(spec.channels, spec.height, spec.width), mean=spec.mean, std=spec.std, interpolation=spec.interpolation)
 
 
 def _predictions(evaluation: Evaluation) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from ..data.dataset import ImageData
 from ..data.normalisation import Normalisation
 from ..ledger import STUDENT_FILE, Ledger, Run, newest, ranks_apart
 from ..models import Network
+from ..models.code import digest
 from ..models.foreign import FOREIGN_NAMES, is_foreign
 from ..models.input_adapter import InputSpec, input_adapter
+from ..models.published import Published, are_synsets, is_published, published
 from ..training.fitting import named_as_in, registered
 from ..training.student_file import Statement, TrainedOn
 from ..training.weight_files import located
@@ -47,6 +49,7 @@ class NetworkRef:
         head: whether the weights of its classifier are taken, or fresh ones stand.
         input_spec: the images that it was made for, as far as they are not the data's.
         taps: a table of taps that the user gave, name -> where it is found.
+        published: where its weights are published ones, all that is known of these.
     """
 
     model: str
@@ -61,6 +64,12 @@ class NetworkRef:
     head: bool = True
     input_spec: InputSpec = InputSpec()  # noqa: RUF009 (frozen)
     taps: Mapping[str, str] = field(default_factory=dict)
+    published: Published | None = None
+
+    @property
+    def described(self) -> str:
+        """Where it comes from, as messages say it."""
+        return f"{self.origin}: {self.published.about}" if self.published else self.origin
 
     def seen(self, data: DataSpec) -> DataSpec:
         """The data as the network was made for: in its size, and with as many classes as its classifier has rows."""
@@ -97,7 +106,10 @@ class NetworkRef:
         """How its classes differ from those of the data, by number or by name; empty where they do not, or nobody knows."""
         if (classes := replace(self, head=True).seen(data.spec).classes) != data.classes:
             return f"{classes} classes, the data has {data.classes}"
-        both = zip(self.labels, data.class_names, strict=False)
+        ours = self.labels
+        if are_synsets(data.class_names):  # as folders of ImageNet are named; the same ids in another order show, too
+            ours = self.published.synsets if self.published else ours
+        both = zip(ours, data.class_names, strict=False)
         return next((f"class {ours!r} where the data has {theirs!r}" for ours, theirs in both if ours != theirs), "")
 
     def on(self, data: ImageData) -> NetworkRef:
@@ -158,13 +170,28 @@ def named(reference: str, changes: Changes | None = None, model: str | None = No
     """What a reference means that is no run's number; a weights file that does not say its model is of ``model``.
 
     Raises:
-        UserError: no such model or file, a file that does not say its model, or one that is not what was written, or whose network is
-            another now.
+        UserError: no such model, file or published weights, a file that does not say its model, or one that is not what was written, or
+            whose network is another now.
     """
+    if is_published(reference):
+        return _of_library(reference)
     of, path = _of_weights(reference)
     if path is None:
         return NetworkRef(models.canonical(reference))
     return _from_file(path, of and models.canonical(of), changes or Changes(), model)
+
+
+def _of_library(reference: str) -> NetworkRef:
+    weights = published(reference)
+    return NetworkRef(
+        model=weights.model,
+        weights=dict(weights.weights),
+        fingerprint=f"file:{hash_weights(weights.weights)}",
+        labels=weights.labels,
+        origin=reference,
+        input_spec=weights.input_spec,
+        published=weights,
+    )
 
 
 def _of_weights(reference: str) -> tuple[str | None, Path | None]:
@@ -235,7 +262,7 @@ def first_weights(config: RunConfig, ledger: Ledger) -> NetworkRef:
     """
     student = replace(resolve(config.student, ledger), input_spec=InputSpec())
     if config.init_from is None:
-        return student
+        return _beginning(NetworkRef(student.model), student) if student.published else student
     source, setting = resolve(config.init_from, ledger, student.model), f"init_from={config.init_from}"
     if source.weights is None:
         raise UserError(f"{setting}: a model's name has no weights; name a run or a weights file")
@@ -246,14 +273,22 @@ def first_weights(config: RunConfig, ledger: Ledger) -> NetworkRef:
         raise UserError(
             f"{setting} is a {source.model}, the student a {student.model}; begin from a {student.model}, or train a {source.model}"
         )
+    return _beginning(student, source)
+
+
+def _beginning(student: NetworkRef, source: NetworkRef) -> NetworkRef:
+    """A student that begins from the weights of another network. If these were published, it sees images as they know them."""
+    sees = source.published.student_input_spec if source.published else InputSpec()
     return replace(
         student,
         weights=source.weights,
         trained_on=source.trained_on,
         labels=source.labels,
         origin=source.origin,
-        init=source.fingerprint,
+        init=source.fingerprint if sees == InputSpec() else f"{source.fingerprint}/{digest(list(astuple(sees)))}",
         init_hash="",
+        input_spec=sees,
+        published=source.published,
     )
 
 
@@ -338,7 +373,7 @@ def recorded_teacher(run: Run, ledger: Ledger, data: DataSpec) -> NetworkRef | N
 
 
 def _by_name(reference: str) -> bool:
-    return run_number(reference) is None and _of_weights(reference)[1] is None
+    return run_number(reference) is None and not is_published(reference) and _of_weights(reference)[1] is None
 
 
 def _named_teacher(reference: str, query: TeacherQuery, ledger: Ledger) -> NetworkRef:

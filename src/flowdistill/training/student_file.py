@@ -21,13 +21,16 @@ Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
 
 
 class InputImages(BaseModel):
-    """Images that a network takes: channels, height and width, and the mean and standard deviation of each channel in 0..1."""
+    """Images that a network takes: channels, height and width, the mean and standard deviation of each channel in 0..1, and how others are
+    resized to these, if not bilinearly.
+    """
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     input: tuple[Count, Count, Count]
     mean: tuple[float, ...]
     std: tuple[Annotated[float, Field(gt=0)], ...]
+    interpolation: Literal["bilinear", "bicubic"] | None = Field(None, exclude_if=lambda interpolation: interpolation is None)
 
     @model_validator(mode="after")
     def _a_value_a_channel(self) -> Self:
@@ -38,7 +41,7 @@ class InputImages(BaseModel):
     @property
     def input_spec(self) -> InputSpec:
         """The same as a network sees them."""
-        return InputSpec(*self.input, self.mean, self.std)
+        return InputSpec(*self.input, self.mean, self.std, self.interpolation)
 
 
 class TrainedNetwork(BaseModel):
@@ -165,7 +168,8 @@ class Statement:
         images = self.metadata.get("front", self.metadata)
         try:
             channels, height, width = map(int, images["input"])
-            return InputSpec(channels, height, width, tuple(map(float, images["mean"])), tuple(map(float, images["std"])))
+            resized = {"bicubic": "bicubic"}.get(images.get("interpolation"))
+            return InputSpec(channels, height, width, tuple(map(float, images["mean"])), tuple(map(float, images["std"])), resized)
         except (AttributeError, KeyError, TypeError, ValueError):
             return None
 

@@ -18,8 +18,8 @@ class Outputs(NamedTuple):
     """A network's outputs for a batch, which are all that a method sees of it. A teacher gives only those that the method's ``needs`` name.
 
     Attributes:
-        logits: [N, K] unnormalised class scores.
-        embedding: [N, D] the pooled features that feed the classifier.
+        logits: [N, K] unnormalised class scores; K is 0 for a network without a classifier.
+        embedding: [N, D] the pooled features that feed the classifier, if there is one.
         maps: tap name -> [N, C, H, W], only for the taps that were asked for when the network was built.
     """
 
@@ -67,8 +67,8 @@ class NetSpec:
         name: the model's name.
         taps: every tap it can give.
         embedding: D, the width of the pooled features.
-        classes: K, the number of logits.
-        head: path of the module that turns the embedding into logits.
+        classes: K, the number of logits; 0 if it has no classifier, and can teach by its features alone.
+        head: path of the module that turns the embedding into logits; empty without a classifier, or if nobody looked.
         overstepped: path of a convolution whose stride is larger than its map, so that some of its weights meet padding alone; empty if
             there is none, or if nobody looked.
         labels: the names of the classes, if known.

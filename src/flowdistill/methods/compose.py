@@ -8,12 +8,12 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..checks import UserError, did_you_mean
+from ..checks import UserError, did_you_mean, joined
 from ..config import parse_as
 from ..types import Batch, DataSpec, MethodContext, NetSpec, Outputs
 from . import base
@@ -125,14 +125,33 @@ def build(resolved: ResolvedMethod, *, student: NetSpec, teacher: NetSpec | None
     Raises:
         ValueError: this student and this teacher can't be paired, or one gives something else than logits.
     """
-    networks = {"student": student, "teacher": teacher, "data": data}
+    # A teacher without a classifier is paired as if it had one for the student's classes; then methods that use it are refused, all alike.
+    backbone = teacher is not None and not teacher.classes
+    paired = replace(teacher, classes=student.classes) if teacher is not None and backbone else teacher
+    networks = {"student": student, "teacher": paired, "data": data}
     methods = [get(name)(options, **networks) for name, options in resolved.options.items()]
     if student.altered:
         raise ValueError(f"student {student.name}: {student.altered}")
     if teacher is not None:
         for method in methods:
+            if backbone and (method.needs.logits or "head" in method.needs.context):
+                raise ValueError(_without_classifier(method.name, teacher.name, networks))
             _refuse_other_logits(method, teacher)
     return methods[0] if len(methods) == 1 else Composed(methods)
+
+
+def _without_classifier(method: str, teacher: str, networks: Mapping[str, Any]) -> str:
+    """Why a method can't learn from a teacher that has no classifier, and which methods can, with this pair."""
+
+    def works(name: str) -> bool:
+        try:
+            needs = get(name)({}, **networks).needs
+        except ValueError:
+            return False
+        return get(name).uses_teacher and not get(name).mutual and not needs.logits and "head" not in needs.context
+
+    others = [name for name in base.METHODS if works(name)]
+    return f"{method}: teacher {teacher} gives features and has no classifier, and {method} uses its logits; use {joined(others, 'or')}"
 
 
 def _refuse_other_logits(method: Method, teacher: NetSpec) -> None:

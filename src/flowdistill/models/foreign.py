@@ -58,6 +58,7 @@ class Foreign(Network):
         super().__init__()
         self.neighbours = neighbours or Neighbours()
         self.inner, self.spec, self.named, self.overwrites = inner, spec, dry_run.named, dry_run.overwrites
+        self.pooling = dry_run.pooling
         self.draws_always, self.unsettled, self.grown = dry_run.draws_always, dry_run.unsettled, dry_run.grown
         self.memory_format = torch.channels_last if dry_run.channels_last else torch.contiguous_format
         self.taps = tuple(spec.tap(name).name for name in taps)
@@ -71,7 +72,8 @@ class Foreign(Network):
     def _hook(self) -> None:
         self.seen = Seen()
         keepers = [(path, Keep(self.seen, path, overwritten=path in self.overwritten)) for path in self.layouts]
-        keepers += [(self.spec.head, Keep(self.seen, HEAD, first_input=True))]
+        if self.pooling is None:
+            keepers += [(self.spec.head, Keep(self.seen, HEAD, first_input=True))]
         self.hooks = [hook(self.inner.get_submodule(path), keep) for path, keep in keepers]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -107,6 +109,9 @@ class Foreign(Network):
             self.seen.watching = False
         self._refuse_skipped(seen)
         maps = {name: self.layouts[path].map(seen[path]) for name, path in self.paths.items()}
+        if self.pooling is not None:
+            features = self.pooling(output)
+            return Outputs(features[:, :0], features, maps)
         return Outputs(output.logits if self.named else output, seen[HEAD].flatten(1), maps)
 
     def refuse_cut(self, outputs: Outputs, *, embedding: bool) -> None:
@@ -142,19 +147,22 @@ class Foreign(Network):
             if path not in seen:
                 cure = "name a module that is called for every batch, or switch off what skips this one"
                 raise UserError(f"tap {name}={path}: {self.spec.name} did not call it on this batch; {cure}")
-        if HEAD not in seen:
+        if HEAD not in seen and self.pooling is None:
             raise UserError(f"{self.spec.name} did not call its classifier {self.spec.head} on this batch; switch off what skips it")
 
 
-def surveyed(net: nn.Module, name: str, channels: int, height: int, width: int) -> Survey:
+def surveyed(net: nn.Module, name: str, channels: int, height: int, width: int, classes: int | None = None) -> Survey:
     """What a dry run of a module shows.
 
+    Args:
+        classes: as of ``survey``.
+
     Raises:
-        UserError: the module can't take such images, or is no classifier.
+        UserError: the module can't take such images, or is no classifier, and gives no features either where these are allowed.
     """
     try:
         with seeded(0, "survey"), torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
-            return survey(net, channels, height, width)
+            return survey(net, channels, height, width, classes)
     except FAILURES as error:  # of the network's own code
         reason = first_line(error) if isinstance(error, ValueError | RuntimeError) else summary(error)
         raise UserError(f"{name}: no classifier of images of {channels}x{height}x{width}: {reason}") from None
@@ -253,9 +261,9 @@ class ForeignFactory:
             with self.neighbours.at_hand(), seeded(0, "survey"), torch.device("cpu"), torch.compiler.set_stance("force_eager"):
                 net = self.network(data)
                 self._contents[key] = contents(net, exact=False) if self.code else ""  # before it runs, and may keep what it saw
-                dry_run = surveyed(net, self.name, data.channels, data.height, data.width)
+                dry_run = surveyed(net, self.name, data.channels, data.height, data.width, data.classes)
                 dry_run.channels_last = takes_channels_last(net, data.channels, data.height, data.width)
-            if dry_run.classes != data.classes and not self.in_memory:
+            if dry_run.head and dry_run.classes != data.classes and not self.in_memory:
                 raise UserError(
                     f"{self.name}: gives {dry_run.classes} classes where {data.classes} are wanted; let it take their number as `classes`"
                 )

@@ -71,6 +71,8 @@ def _signatures(mode: str, outputs: Outputs, version: int) -> dict[str, list[flo
     """The signature of each output; the names of taps say the version of what they give, from 2 on."""
     again = f" (version {version})" if version > 1 else ""
     maps = {f"{mode} {name}{again}": _signature(value) for name, value in sorted(outputs.maps.items())}
+    if not outputs.logits.shape[1]:  # it has no classifier
+        return {f"{mode} features": _signature(outputs.embedding)} | maps
     return {f"{mode} logits": _signature(outputs.logits)} | maps
 
 

@@ -41,6 +41,7 @@ class Published:
         model: the network that they are for, as this package names it: ``timm:resnet18``.
         weights: its whole state, by the network's own names.
         input_spec: the images that it was trained on.
+        classes: the number of classes; 0 for a backbone, which has no classifier.
         resizable: whether the network takes images of another size than these.
         labels: the names of its classes, in the order of the logits; empty if unknown.
         synsets: their WordNet ids (``n01440764``), after which ImageNet's folders are named; empty if unknown.
@@ -51,6 +52,7 @@ class Published:
     model: str
     weights: Mapping[str, Tensor]
     input_spec: InputSpec
+    classes: int
     resizable: bool
     labels: tuple[str, ...]
     synsets: tuple[str, ...]
@@ -169,7 +171,7 @@ def _timm_network(reference: str, name: str, configured: Any, file: Path) -> Pub
     spec = InputSpec(channels, height, width, tuple(configured.mean), tuple(configured.std), _filter(configured.interpolation))
     labels, synsets = _timm_labels(net, configured)
     licence, resizable = configured.license or "", not configured.fixed_input_size
-    return Published(f"timm:{name}", net.state_dict(), spec, resizable, labels, synsets, licence, file)
+    return Published(f"timm:{name}", net.state_dict(), spec, configured.num_classes, resizable, labels, synsets, licence, file)
 
 
 def _state(file: Path) -> dict[str, Any]:
@@ -242,4 +244,4 @@ def _of_torchvision(reference: str, name: str, word: str) -> Published:
     state = {key: value for key, value in net.state_dict().items() if not key.startswith(("aux1.", "aux2.", "AuxLogits."))}
     spec = InputSpec(3, side, side, mean, std, _filter(made_for.interpolation.value))
     labels = tuple(weights.meta["categories"])
-    return Published(f"torchvision:{name}", state, spec, not name.startswith("vit_"), labels, (), "", file)
+    return Published(f"torchvision:{name}", state, spec, len(labels), not name.startswith("vit_"), labels, (), "", file)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..checks import FAILURES, pass_on_shortage
 from ..randomness import seeded, states
 from ..types import NetSpec, TapSpec
+from .features import Pooling, pooling_of
 from .head import ROUNDING, SAME, apart, candidates, find_head
 from .stages import attention, find_taps
 from .state import buffers, kept, shapes
@@ -40,6 +41,7 @@ class Survey:
         overstepped: path of a convolution whose stride is larger than its map, or empty.
         overwrites: whether it changes its input images in place.
         overwritten: paths of modules whose output is changed in place afterwards.
+        pooling: how its output becomes the embedding, if it has no classifier; then ``head`` is empty and ``classes`` 0.
         channels_last: whether it takes images and weights in channels_last memory; ``view`` may not.
     """
 
@@ -59,6 +61,7 @@ class Survey:
     overstepped: str
     overwrites: bool
     overwritten: frozenset[str]
+    pooling: Pooling | None = None
     channels_last: bool = True
     taps: tuple[TapSpec, ...] = field(init=False)
 
@@ -75,10 +78,14 @@ class Survey:
         return NetSpec(name, self.taps, self.embedding, self.classes, self.head, self.overstepped, altered=self.altered, apart=self.apart)
 
 
-def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
+def survey(net: nn.Module, channels: int, height: int, width: int, classes: int | None = None) -> Survey:
     """Run a network on random images of this size, and once more on larger ones if it takes them: they tell stages apart best.
 
     Its modes and buffers stay as they were.
+
+    Args:
+        classes: the number of logits that a classifier would give here. What gives another number of values and has no classifier gives
+            features. Default: the network must have a classifier.
 
     Raises:
         ValueError: it gives no logits [N, K], or they are not those of a linear layer on a vector, or it gives others when it is asked
@@ -90,11 +97,23 @@ def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
         before = buffers(net)
         calls, output, overwrites, draws_always = watch(net, *size)
         unsettled = buffers(net) != before
-    logits = logits_of(output)
+    answer_of: Callable[[Any], Tensor] = logits_of
+    pooling = None
+    head: Call | None = None
+    try:
+        logits = logits_of(output)
+        fitting = candidates(calls, logits)
+    except ValueError:
+        if classes is None or _width(output) == classes:
+            raise
+        pooling = pooling_of(output, net, height, width)
+        answer_of = pooling.__call__
     with _as_it_was(net):
-        _refuse_forgetful(net, size, logits)
-    with _as_it_was(net):
-        head, altered = find_head(net, size, candidates(calls, logits), logits.shape[1])
+        _refuse_forgetful(net, size, answer_of, answer_of(output))
+    altered = ""
+    if pooling is None:
+        with _as_it_was(net):
+            head, altered = find_head(net, size, fitting, logits.shape[1])
     with _as_it_was(net) as grown_in_training:
         draws = _draws(net, size, output)
     # At the data's size the late stages of a deep network may have shrunk to one position each, and then no size tells them apart.
@@ -120,12 +139,12 @@ def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
     return Survey(
         layouts,
         ends,
-        head.path,
-        head.inputs[0].shape[1],
-        logits.shape[1],
-        named=output is not logits,
+        head.path if head else "",
+        head.inputs[0].shape[1] if head else answer_of(output).shape[1],
+        logits.shape[1] if head else 0,
+        named=head is not None and output is not logits,
         altered=altered,
-        apart=apart(head, logits),
+        apart=apart(head, logits) if head else "",
         draws=draws,
         draws_always=draws_always,
         unsettled=unsettled,
@@ -134,7 +153,14 @@ def survey(net: nn.Module, channels: int, height: int, width: int) -> Survey:
         overstepped=_overstepped(calls),
         overwrites=overwrites,
         overwritten=frozenset(call.path for call in calls if call.overwritten),
+        pooling=pooling,
     )
+
+
+def _width(output: Any) -> int:
+    """K of an answer [N, K]; 0 for anything else."""
+    shape = _shape(output)
+    return shape[1] if len(shape) == 2 else 0
 
 
 @contextmanager
@@ -163,7 +189,7 @@ def takes_channels_last(net: nn.Module, channels: int, height: int, width: int) 
 
 
 @torch.no_grad()
-def _refuse_forgetful(net: nn.Module, size: Sequence[int], logits: Tensor) -> None:
+def _refuse_forgetful(net: nn.Module, size: Sequence[int], answer_of: Callable[[Any], Tensor], answer: Tensor) -> None:
     """Ask again, in eval mode, from the same state of every generator that is known.
 
     Raises:
@@ -171,9 +197,9 @@ def _refuse_forgetful(net: nn.Module, size: Sequence[int], logits: Tensor) -> No
     """
     images = images_for(net, size)
     with seeded(0, "dry run", device=images.device):
-        again = logits_of(net.eval()(images))
-    largest = float(logits.nan_to_num(0, 0, 0).abs().max())
-    if not torch.allclose(again, logits, rtol=ROUNDING, atol=SAME * largest, equal_nan=True):
+        again = answer_of(net.eval()(images))
+    largest = float(answer.nan_to_num(0, 0, 0).abs().max())
+    if not torch.allclose(again, answer, rtol=ROUNDING, atol=SAME * largest, equal_nan=True):
         raise ValueError(
             "in eval mode it answers the same images otherwise when it is asked again; let it draw from the global generators of torch, "
             "numpy or Python, which are seeded, and remember nothing of a pass"

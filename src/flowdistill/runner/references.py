@@ -30,6 +30,8 @@ from ..training.weights import fill, hash_weights, load_weights
 from ..types import DataSpec, NetSpec
 from .integrity import meet_changes, meet_damage
 
+NO_CLASSIFIER = "no classifier"
+
 
 @dataclass(frozen=True)
 class NetworkRef:
@@ -72,8 +74,10 @@ class NetworkRef:
         return f"{self.origin}: {self.published.about}" if self.published else self.origin
 
     def seen(self, data: DataSpec) -> DataSpec:
-        """The data as the network was made for: in its size, and with as many classes as its classifier has rows."""
+        """The data as the network was made for: in its size, and with as many classes as its classifier has rows, 0 if it has none."""
         data = self._sized(data)
+        if self.head and self.published and not self.published.classes:
+            return replace(data, classes=0)
         spec = models.spec(self.model, data)
         head = [value for name, value in (self.weights or {}).items() if name.startswith(f"{spec.head}.")]
         matrices = [value for value in head if value.dim() > 1 and value.numel() == len(value) * spec.embedding]  # whatever their names
@@ -104,7 +108,10 @@ class NetworkRef:
 
     def other_classes(self, data: ImageData) -> str:
         """How its classes differ from those of the data, by number or by name; empty where they do not, or nobody knows."""
-        if (classes := replace(self, head=True).seen(data.spec).classes) != data.classes:
+        classes = replace(self, head=True).seen(data.spec).classes
+        if not classes or (not self.init and not self.spec(data.spec).classes):
+            return NO_CLASSIFIER
+        if classes != data.classes:
             return f"{classes} classes, the data has {data.classes}"
         ours = self.labels
         if are_synsets(data.class_names):  # as folders of ImageNet are named; the same ids in another order show, too
@@ -120,7 +127,9 @@ class NetworkRef:
         """
         if self.init:
             return replace(self, head=not self.other_classes(data))
-        if other := self.other_classes(data):
+        if (other := self.other_classes(data)) == NO_CLASSIFIER:
+            raise UserError(f"student {self.model}: it gives features and has no classifier; give one that gives {data.classes} logits")
+        if other:
             again = ("--student", self.model, "--init-from", self.run or self.origin)
             cure = f"begin from its weights with a fresh classifier: {advice.options(*again)}"
             if models.from_python(self.model):

@@ -340,6 +340,9 @@ def _pair(
     teacher: Annotated[str | None, typer.Option(help="Likewise; by name, a trained one is chosen from the ledger.")] = None,
     student_taps: Annotated[Path | None, typer.Option(help=f"The student's taps: a table of {advice.command('taps')}, edited.")] = None,
     teacher_taps: Annotated[Path | None, typer.Option(help="Likewise the teacher's.")] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Fit a linear classifier on the teacher's features, and let it give the logits. Default: off.")
+    ] = False,
     unlabelled: Annotated[
         str | None,
         typer.Option(help="Images without labels to learn from the teacher on: folder:PATH, files in any folders, or npz:PATH with key x."),
@@ -349,7 +352,8 @@ def _pair(
     """A student with a teacher, and what else the options describe."""
     tables = {"taps.student": student_taps, "taps.teacher": teacher_taps}
     taps = {key: read_taps(path) for key, path in tables.items() if path is not None}
-    return _described({"student": student, "teacher": teacher, "data.unlabelled": unlabelled, **taps}, method, **options)
+    named = {"student": student, "teacher": teacher, "probe": probe or None, "data.unlabelled": unlabelled}
+    return _described({**named, **taps}, method, **options)
 
 
 @_with_options_of(_pair, _described, _launch)

@@ -268,6 +268,9 @@ class RunConfig(Frozen):
     likewise; left out it is another of the student's kind. Each of the two is a run, of ``side`` 1 and 2. ``weights`` holds the factor
     of each loss term; terms left out take the method's default.
 
+    With ``probe`` a linear classifier is fitted on the teacher's features of the training images, and gives its logits: a teacher that has
+    no classifier, or one of other classes, can then teach by them.
+
     ``taps`` names, for the student and the teacher, the maps that methods see: stage1, stage2, ... -> a module's path, or one with * and
     ? whose matches are numbered (of this package's own networks a tap's name). ``inputs`` are the images that each was made for.
     """
@@ -284,6 +287,7 @@ class RunConfig(Frozen):
     method: str = BASELINE
     options: dict[str, dict[str, Any]] = {}
     weights: dict[str, float] = {}
+    probe: bool = Field(False, exclude_if=lambda probe: not probe)  # fit a classifier on the teacher's features
     taps: dict[Role, dict[str, str]] = Field({}, exclude_if=lambda taps: not taps)
     inputs: dict[Role, InputConfig] = Field({}, exclude_if=lambda inputs: not inputs)
 

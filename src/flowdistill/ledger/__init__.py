@@ -1,7 +1,7 @@
 """The ledger: one SQLite row per run and one per epoch. It does not import torch, so that listing is instant."""
 
 from .compare import LOCAL, MAY_DIFFER, baseline_key, flattened, is_baseline, newest, ranks_apart
-from .folders import EXPORTS, JOURNAL, PREDICTIONS, RECORD, STUDENT_FILE, files_of, sealed, sealing
+from .folders import EXPORTS, JOURNAL, PREDICTIONS, PROBE_FILE, RECORD, STUDENT_FILE, files_of, sealed, sealing
 from .rows import COLUMNS, DAMAGED, Epoch, Run, stored
 from .schema import MIGRATIONS
 from .store import NAME, Ledger
@@ -16,6 +16,7 @@ __all__ = [
     "MIGRATIONS",
     "NAME",
     "PREDICTIONS",
+    "PROBE_FILE",
     "RECORD",
     "STUDENT_FILE",
     "Epoch",

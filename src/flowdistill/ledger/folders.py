@@ -19,6 +19,7 @@ from ..checks import pass_on_shortage, told_by_path
 from ..config import SEAL, record_seal
 
 STUDENT_FILE, RECORD, PREDICTIONS = "student.safetensors", "run.json", "predictions.npz"
+PROBE_FILE = "probe.safetensors"  # the classifier that was fitted on the teacher's features, where one was
 JOURNAL, EXPORTS, LOCK_FILE = "journal.jsonl", "exports.json", ".lock"
 _TRACES = re.compile(r"student\.safetensors|run\.json|predictions\.npz|journal\.jsonl|checkpoint.*\.safetensors")
 _NUMBER = re.compile(r"[1-9][0-9]{0,17}")

@@ -23,11 +23,13 @@ from ..data.sources import load
 from ..data.splits import trained_positions
 from ..device import computing, describe, resolve_precision, synchronize
 from ..env import processor
-from ..ledger import STUDENT_FILE, Ledger, Run, baseline_key, flattened, is_baseline
+from ..ledger import PROBE_FILE, STUDENT_FILE, Ledger, Run, baseline_key, flattened, is_baseline
 from ..models import Network
+from ..models.probed import Probed
 from ..stats import Agreement, agreement, calibration_error, negative_log_likelihood
 from ..training.evaluate import predict
 from ..training.weight_files import located
+from ..training.weights import load_weights
 from .references import NetworkRef, recorded_teacher, resolve
 
 TEACHER, STUDENT, ALONE = "teacher", "student", "student alone"
@@ -163,6 +165,8 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
     nets: dict[str, Network] = {}
     for role, network in networks.items():
         nets[role] = network.build(data.spec, given=normalisation).on(device).eval()
+        if isinstance(net := nets[role], Probed):
+            net.probe.load_state_dict(load_weights(ledger.run_folder(no) / PROBE_FILE, ledger.changes)[0])
     normalise, labels = normalisation.on(device), data.y_test
     images = normalise(torch.from_numpy(data.x_test[np.arange(batch_size) % len(labels)]).to(device))
     precision = resolve_precision(run.precision, device)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from .. import models
 from ..checks import UserError
@@ -18,6 +19,8 @@ from ..data.interfaces import Supply
 from ..data.normalisation import Normalisation
 from ..device import Precision, keep_freed_memory
 from ..models import Network
+from ..models.probed import Probed
+from ..training import probe
 from ..training.cohort import Cohort, Progress
 from ..training.engine_choice import choose
 from ..training.evaluate import evaluate
@@ -41,6 +44,7 @@ class Member:
     job: Job
     student: Student
     teacher_accuracy: float | None = None
+    probe: Mapping[str, Tensor] | None = None  # weight and bias of its teacher's probe, if that has one
     no: int = 0
     last: Progress | None = None
     setup_seconds: float = 0.0
@@ -70,7 +74,7 @@ def assemble(jobs: Sequence[Job], data: Supply, device: torch.device, engine: st
     methods = [job.method() for job in jobs]
     needs = functools.reduce(operator.or_, (method.needs for method in methods))
     teacher_of_seed = {job.config.seed: job.teacher.origin for job in jobs if job.teacher}
-    teachers: dict[str, tuple[Teacher, float | None, MethodContext]] = {}
+    teachers: dict[str, tuple[Teacher, float | None, MethodContext, Mapping[str, Tensor] | None]] = {}
     seed_groups: dict[tuple[int, str], SeedGroup] = {}
     members = []
     for job, method in zip(jobs, methods, strict=True):
@@ -85,10 +89,11 @@ def assemble(jobs: Sequence[Job], data: Supply, device: torch.device, engine: st
                 spec = job.pairing.teacher if job.pairing else None
                 built = job.teacher.build(data.spec, taps=tuple(sorted(needs.teacher)), spec=spec, given=data.normalisation)
                 teacher = built.on(device).eval()
+                fitted = probe.fit(teacher, data, job.precision) if isinstance(teacher, Probed) else None
                 accuracy = None if job.teacher.other_classes(job.data) else _accuracy(teacher, data, job.precision)
                 context = gather(needs, teacher, data, job.precision)
-                teachers[origin] = Teacher(teacher, needs, job.precision), accuracy, context
-            seed_group.teacher, member.teacher_accuracy, context = teachers[origin]
+                teachers[origin] = Teacher(teacher, needs, job.precision), accuracy, context, fitted
+            seed_group.teacher, member.teacher_accuracy, context, member.probe = teachers[origin]
             student.method.setup(context)
         seed_group.students.append(student)
         members.append(member)

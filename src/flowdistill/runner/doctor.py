@@ -18,6 +18,8 @@ from ..data.dataset import ImageData
 from ..device import computing, describe, peak_memory
 from ..ledger import Ledger
 from ..models import Network
+from ..models.probed import Probed
+from ..training import probe
 from ..training.engine_choice import choose
 from ..training.gradients import first_gradients
 from ..training.timing import seconds_per_epoch
@@ -169,7 +171,9 @@ def _of_teacher(job: Job, teacher: NetworkRef, data: DeviceData) -> Iterator[Fin
         why = "wrong class order: number the classes as its training did" if same else "other classes; its accuracy can't be measured here"
         yield Finding("answers", "wrong" if same else "look", f"{teacher.model}: {other}; {why}")
         return
-    net = teacher.build(data.spec, given=data.normalisation).on(data.device)
+    net = teacher.build(data.spec, given=data.normalisation).on(data.device).eval()
+    if isinstance(net, Probed):
+        probe.fit(net, data, job.precision)
     yield _of_answers(net, teacher, job, data)
 
 
@@ -180,7 +184,7 @@ def _of_answers(net: Network, teacher: NetworkRef, job: Job, data: DeviceData) -
     if not np.isfinite(answers.logits).all():
         return Finding("answers", "wrong", f"{teacher.model}: its logits are not finite; is its file whole?")
     recorded = teacher.trained_on is not None and "teacher" not in job.config.inputs  # then its image size is that of its training
-    if better := other_images(net, teacher, data, images, job.precision, answers, sizes=not recorded):
+    if not teacher.probed and (better := other_images(net, teacher, data, images, job.precision, answers, sizes=not recorded)):
         return Finding("answers", "wrong", f"{summary}; {better}")
     if order := another_order(answers, job.data.class_names):
         return Finding("answers", "wrong", f"{summary}; {order}")

@@ -14,6 +14,7 @@ from ..data.dataset import ImageData
 from ..methods import Needs
 from ..models.foreign import is_foreign
 from ..models.input_adapter import InputSpec
+from ..training.probe import VERSION as PROBE_VERSION
 from ..types import NetSpec
 from .pairing import Pairing
 from .references import NetworkRef
@@ -77,6 +78,8 @@ def fingerprint(job: Planned, made_of: Mapping[str, list[Any]]) -> str:
         covered["init_from"] = student.init
     if teacher and (sees := _other_images(teacher, job.data.hash, config.split)):
         covered["sees"] = sees
+    if config.probe:
+        covered["probe"] = PROBE_VERSION
     if config.inputs:
         covered["inputs"] = {role: images.model_dump() for role, images in config.inputs.items()}
     if taps := _compared(job, needs):

@@ -59,7 +59,7 @@ class Identities:
         """The identity of a network for images of such sizes. First weights that others trained are known by their own fingerprint: the
         network is looked at with fresh ones.
         """
-        bare = replace(network, weights=None, head=True) if network.init else network
+        bare = replace(network, weights=None, head=True) if network.init else replace(network, probed=False)
         sizes = bare.seen(data)
         key = (
             bare.model,

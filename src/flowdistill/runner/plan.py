@@ -242,6 +242,7 @@ def _job(
         update={
             "method": resolved.name,
             "teacher": config.teacher if teacher else None,
+            "probe": config.probe and teacher is not None,
             **({} if teacher else {key: _of_student(getattr(config, key)) for key in ("taps", "inputs")}),
             "data": config.data.model_copy(update=_decided_by(data)),
             "train": config.train.model_copy(update={"precision": _precision(config, student, data, device)}),

@@ -14,7 +14,7 @@ import torch
 from ..data.interfaces import Supply
 from ..device import describe, peak_memory
 from ..env import processor
-from ..ledger import JOURNAL, LOCAL, PREDICTIONS, STUDENT_FILE, Epoch, Ledger, Run
+from ..ledger import JOURNAL, LOCAL, PREDICTIONS, PROBE_FILE, STUDENT_FILE, Epoch, Ledger, Run
 from ..models import Network
 from ..models.input_adapter import InputSpec
 from ..ranks import current
@@ -112,6 +112,10 @@ def finish(member: Member, cohort: Cohort, ledger: Ledger, device: torch.device)
     about = _metadata(job, student.net, data, int(final.correct), device).record
     save_weights(folder / STUDENT_FILE, weights, about, make_folder=False)
     write_whole(folder / PREDICTIONS, _predictions(final), make_folder=False)
+    files = [STUDENT_FILE, PREDICTIONS, JOURNAL]
+    if member.probe is not None:
+        save_weights(folder / PROBE_FILE, member.probe, {"accuracy": member.teacher_accuracy}, make_folder=False)
+        files.append(PROBE_FILE)
     images = cohort.seed_groups[0].batches.steps * job.config.train.batch_size * sum(job.phase_epochs)
     values: dict[str, Any] = {
         "epoch": student.chosen_epoch,
@@ -131,7 +135,7 @@ def finish(member: Member, cohort: Cohort, ledger: Ledger, device: torch.device)
         best = max(curve, key=lambda epoch: (epoch.correct or 0, -epoch.epoch))
         values |= {"best_epoch": best.epoch, "best_correct": best.correct}
     record = dataclasses.asdict(ledger.run(member.no)) | values | {"status": "finished", "about": about}
-    record |= {"files": listed(folder, (STUDENT_FILE, PREDICTIONS, JOURNAL))}
+    record |= {"files": listed(folder, files)}
     del record["record_hash"]
     ledger.write_record(member.no, lambda: write_record(folder, record), status="finished", **values)
 

@@ -22,6 +22,7 @@ from ..models import Network
 from ..models.code import digest
 from ..models.foreign import FOREIGN_NAMES, is_foreign
 from ..models.input_adapter import InputSpec, input_adapter
+from ..models.probed import Probed, with_probe
 from ..models.published import Published, are_synsets, is_published, published
 from ..training.fitting import named_as_in, registered
 from ..training.student_file import Statement, TrainedOn
@@ -52,6 +53,7 @@ class NetworkRef:
         input_spec: the images that it was made for, as far as they are not the data's.
         taps: a table of taps that the user gave, name -> where it is found.
         published: where its weights are published ones, all that is known of these.
+        probed: whether a linear probe of its embedding gives its logits, instead of its own classifier.
     """
 
     model: str
@@ -67,11 +69,13 @@ class NetworkRef:
     input_spec: InputSpec = InputSpec()  # noqa: RUF009 (frozen)
     taps: Mapping[str, str] = field(default_factory=dict)
     published: Published | None = None
+    probed: bool = False
 
     @property
     def described(self) -> str:
         """Where it comes from, as messages say it."""
-        return f"{self.origin}: {self.published.about}" if self.published else self.origin
+        source = f"{self.origin}: {self.published.about}" if self.published else self.origin
+        return f"{source}, with a linear probe of its features" if self.probed else source
 
     def seen(self, data: DataSpec) -> DataSpec:
         """The data as the network was made for: in its size, and with as many classes as its classifier has rows, 0 if it has none."""
@@ -104,10 +108,13 @@ class NetworkRef:
 
     def spec(self, data: DataSpec) -> NetSpec:
         """What the network offers for such data."""
-        return models.spec(self.model, self.seen(data), self.taps)
+        spec = models.spec(self.model, self.seen(data), self.taps)
+        return with_probe(spec, data.classes) if self.probed else spec
 
     def other_classes(self, data: ImageData) -> str:
         """How its classes differ from those of the data, by number or by name; empty where they do not, or nobody knows."""
+        if self.probed:
+            return ""
         classes = replace(self, head=True).seen(data.spec).classes
         if not classes or (not self.init and not self.spec(data.spec).classes):
             return NO_CLASSIFIER
@@ -155,7 +162,7 @@ class NetworkRef:
         if self.weights is not None:
             fresh = {} if self.head else {name: value for name, value in net.state_dict().items() if name.startswith(f"{net.spec.head}.")}
             fill(net, {**self.weights, **fresh}, self.origin)
-        return net
+        return Probed(net, data.classes) if self.probed else net
 
 
 def run_number(reference: str) -> int | None:
@@ -306,7 +313,8 @@ def as_configured(network: NetworkRef, config: RunConfig, role: Role, data: Data
     input_config = config.inputs.get(role, InputConfig())
     declared = InputSpec() if config.data.user_loaders else network.input_spec  # a loader's images are taken as they come
     input_spec = InputSpec(input_config.channels, input_config.size, input_config.size, input_config.mean, input_config.std).over(declared)
-    return replace(network, taps=config.taps.get(role, {}), input_spec=input_spec).fitted(data)
+    probed = config.probe and role == "teacher"
+    return replace(network, taps=config.taps.get(role, {}), input_spec=input_spec, probed=probed).fitted(data)
 
 
 @dataclass(frozen=True)

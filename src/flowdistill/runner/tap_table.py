@@ -17,7 +17,7 @@ OTHERS = InputSpec(3, 224, 224)
 
 
 def rows(reference: str, runs: Path, *, size: int | None = None, channels: int | None = None, classes: int = 1000) -> list[dict[str, Any]]:
-    """A row for every tap of a network, then for the embedding and the classifier: module, channels, size and stride.
+    """A row for every tap of a network, then for the embedding and the classifier, if it has one: module, channels, size and stride.
 
     Args:
         reference: a model's name, a run's number, a weights file or MODEL@FILE.
@@ -45,6 +45,6 @@ def rows(reference: str, runs: Path, *, size: int | None = None, channels: int |
         }
         for tap in spec.taps
     ]
-    table.append({"name": "embedding", "module": f"input of {spec.head}", "channels": spec.embedding, "size": None, "stride": None})
-    table.append({"name": "classifier", "module": spec.head, "channels": spec.classes, "size": None, "stride": None})
-    return table
+    source = f"input of {spec.head}" if spec.head else "what it gives"
+    ends = [("embedding", source, spec.embedding)] + [("classifier", spec.head, spec.classes)] * bool(spec.head)
+    return table + [{"name": name, "module": module, "channels": width, "size": None, "stride": None} for name, module, width in ends]

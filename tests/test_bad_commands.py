@@ -312,6 +312,24 @@ WRONG = [
         "distill --teacher resnet20 --method kd --dataset digits --unlabelled more",
         "data.unlabelled='more': write folder:PATH (image files, below it in any folders) or npz:PATH (uint8 images under the key x)",
     ),
+    ("distill --teacher resnet20 --method kd --dataset digits --probe=3", "Option '--probe' does not take a value (flowdistill --help)"),
+    (
+        "distill --teacher resnet20@pretrained --method kd --dataset digits",
+        "resnet20@pretrained: nobody publishes weights of resnet20; write timm:NAME.TAG, timm:NAME@pretrained, torchvision:NAME@DEFAULT or "
+        "hf-hub:ORG/NAME, or resnet20@./pretrained for a file of that name",
+    ),
+    (
+        "train --model timm:test_coatnet@pretrained --dataset digits",
+        "timm:test_coatnet@pretrained: timm publishes no weights of test_coatnet; write timm:test_coatnet for fresh ones",
+    ),
+    (
+        "train --model timm:resnet18.a1_in --dataset digits",
+        "timm:resnet18.a1_in: timm publishes no such weights of resnet18; did you mean 'a1_in1k'?",
+    ),
+    (
+        "train --model timm:resnet18 --init-from timm:resnet18.a1_in --dataset digits",
+        "timm:resnet18.a1_in: timm publishes no such weights of resnet18; did you mean 'a1_in1k'?",
+    ),
     ("distill --teacher resnet20 --method kd --dataset digits --unlabelled npz:none.npz", "npz:none.npz: no such file"),
     ("distill --teacher resnet20 --method kd --dataset digits --unlabelled folder:none", "folder:none: no such folder; write folder:PATH"),
     (

@@ -76,7 +76,7 @@ def test_part_of_a_table_keeps_the_other_defaults() -> None:
          "nesterov, schedule, milestones, warmup_epochs, precision, mixup, freeze, label_smoothing, batch_norm"),
         ("data.nam", "unknown key 'data.nam': did you mean 'name'?"),
         ("zzzz", "unknown key 'zzzz': choose from: student, teacher, init_from, peer, side, seed, split, data, train, method, "
-         "options, weights, taps, inputs"),
+         "options, weights, probe, taps, inputs"),
     ],
 )  # fmt: skip
 def test_an_unknown_key_is_told_with_what_is_allowed(key: str, answer: str) -> None:

@@ -111,6 +111,22 @@ def test_it_is_another_run_than_without(small_npz: Path, tmp_path: Path) -> None
         assert (ledger.run(2).status, ledger.run(2).variant) == ("finished", "probe")
 
 
+def test_where_nothing_asks_it_it_is_left_out(teacher: str, small_npz: Path, tmp_path: Path) -> None:
+    """rkd looks at no logits: the run is the one without a probe."""
+    with closing(Ledger(tmp_path / "runs", create=True)) as ledger:
+        plain, probed = plan([config(small_npz, method="rkd", teacher=teacher, probe=probe) for probe in (False, True)], ledger, CPU)
+    assert plain.fingerprint == probed.fingerprint
+    assert probed.variant == ""
+
+
+def test_a_student_that_ships_its_teacher_s_classifier(small_npz: Path, tmp_path: Path) -> None:
+    with closing(Ledger(tmp_path / "runs", create=True)) as ledger:
+        run([config(small_npz, seed=9)], ledger, CPU)
+        with pytest.raises(UserError) as error:
+            plan([config(small_npz, method="simkd", teacher="1", probe=True)], ledger, CPU)
+    assert str(error.value) == "simkd ships its teacher's own classifier, not that of a probe; leave --probe out"
+
+
 def test_cut_off_and_resumed_it_is_the_same(teacher: str, small_npz: Path, tmp_path: Path) -> None:
     wanted = config(small_npz, method="kd", teacher=teacher, probe=True, train={"epochs": 3})
     with closing(Ledger(tmp_path / "whole", create=True)) as ledger:

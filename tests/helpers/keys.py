@@ -15,6 +15,7 @@ CHANGED: dict[str, Any] = {
     "teacher": "OTHER",
     "init_from": "OTHER",
     "peer": "resnet14",
+    "probe": True,
     "side": 2,
     "seed": 3,
     "split": "holdout",

@@ -181,6 +181,8 @@ class Job:
                 f"{self.resolved.name} needs registered models as student and teacher, {foreign} is none; name two that "
                 f"{advice.command('models')} lists, or choose another method"
             )
+        if self.teacher and self.teacher.probed:
+            raise UserError(f"{self.resolved.name} ships its teacher's own classifier, not that of a probe; leave --probe out")
         if self.student.taps or self.config.inputs.get("student"):
             raise UserError(
                 f"{self.resolved.name} trains another network than {self.student.model}; leave taps and inputs of the student out"

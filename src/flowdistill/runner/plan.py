@@ -254,7 +254,7 @@ def _job(
 
 
 def checked(job: Job) -> Job:
-    """The job once its networks were looked at, without the taps that nothing looks at.
+    """The job once its networks were looked at, without the taps and the probe that nothing looks at.
 
     Raises:
         UserError: its method can't work with this pair.
@@ -262,6 +262,9 @@ def checked(job: Job) -> Job:
     needs, _ = job.needs_and_versions
     if job.config.taps and not (needs.student or needs.teacher):
         job = replace(job, config=job.config.model_copy(update={"taps": {}}))
+    if job.teacher and job.config.probe and not needs.logits and "head" not in needs.context:
+        unasked = replace(job.teacher, probed=False)
+        job = replace(job, config=job.config.model_copy(update={"probe": False}), teacher=unasked)
     if (world := launched().world) > 1 and job.normalises_apart:
         job = replace(job, ranks=world)
     _ = job.fingerprint  # computed here, so that what can't be fingerprinted is refused before anything is trained

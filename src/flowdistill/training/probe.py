@@ -67,8 +67,13 @@ def logistic_regression(features: Tensor, labels: Tensor, classes: int) -> tuple
     scaled = (features - mean) / std
     weight = torch.zeros(classes, features.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
-    ends = {"max_iter": STEPS, "tolerance_grad": 1e-7, "tolerance_change": 1e-12}
-    optimizer = torch.optim.LBFGS([weight, bias], line_search_fn="strong_wolfe", **ends)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=STEPS,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
 
     def loss() -> Tensor:
         optimizer.zero_grad()

@@ -35,7 +35,7 @@ STRANGERS = {("methods", "models"), ("methods", "data")}
 TORCH_FREE = (
     *("", "__main__", "advice", "checks", "cli", "cli_errors", "config", "env", "interrupt", "ledger"),
     *("lock", "metrics", "ranks", "recipes", "registry", "trust"),
-    *("report", "report.card", "report.pages", "report.reference", "report.tables", "stats", "talk"),
+    *("report", "report.by_class", "report.card", "report.pages", "report.reference", "report.tables", "stats", "talk"),
 )
 """Modules that must not bring torch in when they are imported."""
 

@@ -411,7 +411,7 @@ def test_summary_as_it_is_read() -> None:
 
 def test_log_as_csv_parses_back() -> None:
     rows = list(csv.DictReader(io.StringIO(tables.log_table(reference_log(), "best", "csv"))))
-    assert tuple(rows[0]) == (*tables.LOG_COLUMNS, *("group", "protocol", "variant", "images", "teachers"))
+    assert tuple(rows[0]) == (*tables.LOG_COLUMNS, *("group", "protocol", "metric", "variant", "images", "teachers"))
     assert [row["acc"] for row in rows] == [f"{accuracy:.5f}" for accuracy in PRINTED]
     assert [row["group"] for row in rows] == list(itertools.chain.from_iterable([heading] * 3 for heading in HEADINGS))
     assert {(row["protocol"], row["variant"], row["images"], row["teachers"]) for row in rows} == {("best", "ours", "9984", "one teacher")}

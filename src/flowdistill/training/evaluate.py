@@ -76,6 +76,8 @@ def evaluate_all(nets: Sequence[Network], on: EvalSet, precision: Precision, ask
     for net_logits, labels in predict(nets, on, precision, ask, ranks):
         label_batches.append(labels)
         for answers, logits in zip(answer_batches, net_logits, strict=True):
+            if len(logits) != len(labels):
+                raise RuntimeError(f"evaluation gave {len(logits)} answers for a batch of {len(labels)} images")
             probabilities, classes = logits.softmax(1).max(1)
             answers.append((probabilities, classes, among_top(logits, labels)))
     if ranks.several:

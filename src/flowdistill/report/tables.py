@@ -75,7 +75,9 @@ METRICS: dict[str, Metric] = {
     "top5": Metric("top5", "images whose class is among the five most probable, in percent; ", lambda run, _: run.top5_accuracy),
     "macro-f1": Metric("macro-f1", "mean of F1 over the classes, in percent; ", lambda run, _: run.macro_f1),
     "balanced-accuracy": Metric(
-        "balanced-acc", "mean over the classes of their images that are right, in percent; ", lambda run, _: run.balanced_accuracy
+        "balanced-accuracy",
+        "mean over the classes of the share of their images that is right, in percent; ",
+        lambda run, _: run.balanced_accuracy,
     ),
 }
 
@@ -348,7 +350,7 @@ def summary_table(runs: Sequence[Run], protocol: str, format_: str, only: Mappin
         f"means in points, with Welch's {CONFIDENCE:.0%} interval; detectable: the smallest difference that this n and spread can show "
         f"(half the interval). Fewer than {MIN_N} runs a side: the values alone."
     )
-    notes += "".join(f" {remark[:1].upper()}{remark[1:]}." for remark in _unread(shown))
+    notes += "".join(f" {remark}." for remark in _unread(shown))
     columns = ("method", "variant", "pair", "dataset", "nepoch", f"{column} (n)", "to base", "95 % interval", "detectable", "teacher")
     return f"{notes}\n\n{render([_shown(row) for row in rows], format_, columns)}"
 

@@ -630,13 +630,13 @@ def test_what_an_older_version_recorded_is_no_figure_and_is_told(metric: str) ->
     runs = numbered([*measured(), {"seed": 3, **OLD}, {"seed": 0, "method": "kd", **OLD}])
     told = f"{metric} -: an older version recorded run"
     log = tables.log_table(runs, "last", "md", metric)
-    assert f"{told} 4 without it; flowdistill evaluate 4 measures it" in log
+    assert f"{told} 4 without it; flowdistill evaluate RUN measures it" in log
     assert log.count("| - | 200 |") == 2
     mixed, none = summary_rows(runs, "last", metric=metric)
     assert (mixed["n"], mixed["values"]) == (3, EXPECTED[metric])
     assert (none["n"], none["mean"], none["std"], none["values"], none["difference"]) == (0, None, None, [], None)
     summary = tables.summary_table(runs, "last", "md", metric=metric)
-    assert f"{told}s 4, 5 without it; flowdistill evaluate 4 measures it." in summary
+    assert f"{told}s 4, 5 without it; flowdistill evaluate RUN measures it." in summary
     assert [row[metric] for row in json.loads(tables.log_table(runs, "last", "json", metric))][3:] == [None, None]
     assert json.loads(tables.summary_table(runs, "last", "json", metric=metric))[1]["mean"] is None
     assert "older" not in tables.log_table(runs, "last", "md")

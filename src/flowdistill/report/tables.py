@@ -255,7 +255,7 @@ def _unread(groups: Sequence[Group]) -> list[str]:
     remarks = []
     if lacking:
         named = ", ".join(lacking[:10]) + (f" and {len(lacking) - 10:,} more" if len(lacking) > 10 else "")
-        how = advice.command("evaluate", lacking[0])
+        how = advice.command("evaluate", "RUN")
         remarks.append(f"{column} -: an older version recorded run{'s' if len(lacking) > 1 else ''} {named} without it; {how} measures it")
     if any(figure is None and run.macro_f1 is not None for g in groups for run, figure in zip(g.runs, g.figures, strict=True)):
         remarks.append(f"{column} -: says nothing of {TOP} classes or fewer")

@@ -174,6 +174,13 @@ def test_what_is_kept_comes_back(tmp_path: Path) -> None:
     assert packed(found) == packed(Kept(test, held))
 
 
+def test_more_classes_than_two_bytes_count_come_back(tmp_path: Path) -> None:
+    (tmp_path / "predictions.npz").write_bytes(packed(Kept(answers([69_999, 4], [4_463, 69_999], 70_000))))
+    found = unpacked(tmp_path / "predictions.npz")
+    assert found is not None
+    assert (found.test.labels.tolist(), found.test.classes.tolist()) == ([69_999, 4], [4_463, 69_999])
+
+
 def test_what_an_older_version_kept_has_no_labels(tmp_path: Path) -> None:
     np.savez(tmp_path / "old.npz", classes=np.zeros(3, np.uint16), probabilities=np.ones(3, np.float32))
     assert unpacked(tmp_path / "old.npz") is None

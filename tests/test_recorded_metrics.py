@@ -14,7 +14,7 @@ from helpers.command import assert_refused, command
 from helpers.small import config
 from sklearn.metrics import balanced_accuracy_score, f1_score, recall_score
 
-import flowdistill
+from flowdistill.api import Result
 from flowdistill.checks import UserError
 from flowdistill.data.dataset import ImageData
 from flowdistill.data.splits import trained_positions
@@ -83,7 +83,7 @@ def test_the_row_has_the_figures_of_its_answers(no: int, work: Path) -> None:
 
 
 def test_top5_is_that_of_the_shipped_network(work: Path) -> None:
-    result = flowdistill.api.Result(Ledger(work / "runs").run(1), work / "runs" / "1")
+    result = Result(Ledger(work / "runs").run(1), work / "runs" / "1")
     with np.load(work / "small.npz") as arrays:
         train, images, labels = (arrays[name].astype(np.float32) for name in ("x_train", "x_test", "y_test"))
     normalised = torch.from_numpy((images / 255 - (train / 255).mean()) / (train / 255).std())[:, None]
@@ -248,7 +248,7 @@ def test_of_many_classes_the_card_has_the_most_frequent_confusions_by_name(cards
 
 
 def test_python_has_them(work: Path) -> None:
-    result = flowdistill.api.Result(Ledger(work / "runs").run(2), work / "runs" / "2")
+    result = Result(Ledger(work / "runs").run(2), work / "runs" / "2")
     assert result.metrics.accuracy == result.accuracy
     assert result.metrics.macro_f1 == result.run.macro_f1
     assert result.answers.holdout.num_classes == 10

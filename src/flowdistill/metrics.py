@@ -158,7 +158,7 @@ def packed(kept: Kept) -> bytes:
     """The bytes of ``predictions.npz``: for every test image its label, the most probable class, that class's probability, and whether the
     label is among the five most probable. The held-out images' have keys of their own.
     """
-    arrays = {"num_classes": np.uint16(kept.test.num_classes)} | _arrays(kept.test, "")
+    arrays = {"num_classes": np.uint32(kept.test.num_classes)} | _arrays(kept.test, "")
     if kept.holdout is not None:
         arrays |= _arrays(kept.holdout, HOLDOUT)
     buffer = io.BytesIO()
@@ -167,11 +167,11 @@ def packed(kept: Kept) -> bytes:
 
 
 def _arrays(answers: Answers, prefix: str) -> dict[str, npt.NDArray[np.generic]]:
-    answered = answers.classes != UNANSWERED
+    answered, number = answers.classes != UNANSWERED, np.uint16 if answers.num_classes <= 1 << 16 else np.uint32
     return {
-        f"{prefix}classes": np.where(answered, answers.classes, 0).astype(np.uint16),
+        f"{prefix}classes": np.where(answered, answers.classes, 0).astype(number),
         f"{prefix}probabilities": np.where(answered, answers.probabilities, np.nan).astype(np.float32),
-        f"{prefix}labels": answers.labels.astype(np.uint16),
+        f"{prefix}labels": answers.labels.astype(number),
         f"{prefix}in_top5": answers.in_top5,
     }
 
@@ -189,7 +189,7 @@ def unpacked(path: Path) -> Kept | None:
                 return None
             count = int(arrays["num_classes"])
             test, holdout = (
-                _answers({name: arrays[f"{prefix}{name}"] for name in _TYPES}, count) if f"{prefix}labels" in arrays else None
+                _answers({name: arrays[f"{prefix}{name}"] for name in _KINDS}, count) if f"{prefix}labels" in arrays else None
                 for prefix in ("", HOLDOUT)
             )
     except (LookupError, TypeError, AttributeError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
@@ -198,7 +198,7 @@ def unpacked(path: Path) -> Kept | None:
     return Kept(test, holdout)
 
 
-_TYPES = {"labels": np.uint16, "classes": np.uint16, "probabilities": np.float32, "in_top5": np.bool_}
+_KINDS = {"labels": "u", "classes": "u", "probabilities": "f", "in_top5": "b"}  # numpy's letters for types of any width
 
 
 def _answers(arrays: Mapping[str, npt.NDArray[Any]], count: int) -> Answers:
@@ -208,7 +208,7 @@ def _answers(arrays: Mapping[str, npt.NDArray[Any]], count: int) -> Answers:
         ValueError: the arrays do not fit each other.
     """
     labels, classes = arrays["labels"], arrays["classes"]
-    if any(array.dtype != _TYPES[name] for name, array in arrays.items()):
+    if any(array.dtype.kind != _KINDS[name] for name, array in arrays.items()):
         raise ValueError("its arrays are of other types")
     if len({array.shape for array in arrays.values()}) > 1 or labels.ndim != 1 or not len(labels):
         raise ValueError("its arrays are of different lengths")

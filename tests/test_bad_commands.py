@@ -564,6 +564,12 @@ WRONG = [
     ("table --runs none", "no ledger in none: train something first (flowdistill demo --runs none), or name its folder with --runs"),
     ("table --summary=yes", "Option '--summary' does not take a value (flowdistill --help)"),
     ("table --protocol median", "--protocol='median': not one of 'last', 'best', 'holdout'"),
+    ("table --metric f1", "--metric='f1': not one of 'top1', 'top5', 'macro-f1', 'balanced-accuracy'"),
+    (
+        "table --runs taught --metric top5 --protocol best",
+        "--metric top5 --protocol best: that epoch is the best by top-1, and top-1 alone is on record of it; "
+        "choose --protocol last, or --metric top1",
+    ),
     ("table --format xls", "--format='xls': not one of 'table', 'md', 'csv', 'json'"),
     ("table --runs taught --method fps", "unknown method 'fps': did you mean 'fsp'?"),
     ("table --runs taught --dataset smal", "--dataset 'smal': no run here has it; did you mean 'small'?"),

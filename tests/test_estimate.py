@@ -130,7 +130,7 @@ def test_evaluation_is_measured_on_a_batch_and_counted_for_all_images(
 
     def evaluate(net: object, on: EvalSet, *rest: object) -> Evaluation:
         seen.append(len(on))
-        return Evaluation(torch.tensor(0), torch.zeros(0), torch.zeros(0))
+        return Evaluation(torch.tensor(0), *[torch.zeros(0)] * 4)
 
     monkeypatch.setattr(timing, "at_once", lambda *_: 50)
     monkeypatch.setattr(timing, "evaluate", evaluate)

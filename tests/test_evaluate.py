@@ -152,12 +152,12 @@ def test_equal_logits_have_probability_one_over_classes():
 
 @pytest.mark.parametrize("n", [1, 20, BATCH + 1])
 def test_too_few_answers_are_refused(n):
-    with pytest.raises(RuntimeError, match=f"answers for {n} images"):
+    with pytest.raises(RuntimeError, match=f"answers for a batch of {min(n, BATCH)} images"):
         evaluate(Told(lost=1), resident(told(*[[1, 2, 3, 4]] * n), torch.zeros(n, dtype=torch.long)), "fp32")
 
 
 def test_more_images_than_labels_are_refused():
-    with pytest.raises(RuntimeError, match="20 answers for 19 images"):
+    with pytest.raises(RuntimeError, match="20 answers for a batch of 19 images"):
         evaluate(a_net(), resident(some(20).images, some(20).labels[:-1]), "fp32")
 
 
@@ -182,6 +182,7 @@ def test_an_answer_that_is_no_number_is_never_right():
         hook.remove()
         assert int(found.unanswered) == unanswered
         assert not found.probabilities.isfinite()[[0, 2]].any()
+        assert not found.in_top5[[0, 2]].any()
         assert int(found.correct) == int((evaluate(net, on, "fp32").classes[~hit[:, 0]] == 0).sum())
     hook = net.fc.register_forward_hook(lambda _, __, out: torch.cat([out[:, :1], torch.full_like(out[:, 1:], -torch.inf)], 1))
     assert int(evaluate(net, on, "fp32").unanswered) == 0, "a class may be ruled out"

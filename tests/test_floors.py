@@ -20,6 +20,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "data": (2, ("data",)),
     "models": (2, ("models",)),
     "methods": (3, ("methods",)),
+    "metrics": (3, ("metrics",)),
     "training": (4, ("training",)),
     "ledger": (4, ("ledger",)),
     "stats": (4, ("stats",)),
@@ -33,8 +34,8 @@ STRANGERS = {("methods", "models"), ("methods", "data")}
 
 TORCH_FREE = (
     *("", "__main__", "advice", "checks", "cli", "cli_errors", "config", "env", "interrupt", "ledger"),
-    *("lock", "ranks", "recipes", "registry", "trust"),
-    *("report", "report.card", "report.pages", "report.reference", "report.tables", "stats", "talk"),
+    *("lock", "metrics", "ranks", "recipes", "registry", "trust"),
+    *("report", "report.by_class", "report.card", "report.pages", "report.reference", "report.tables", "stats", "talk"),
 )
 """Modules that must not bring torch in when they are imported."""
 

@@ -35,6 +35,7 @@ def outcome(folder: Path, run: Run) -> tuple[object, ...]:
     ledger.close()
     files = folder / "runs" / str(run.no)
     figures = (run.status, run.error, run.correct, run.epoch, run.best_correct, run.best_epoch, run.weights_hash)
+    figures += (run.top5, run.macro_f1, run.balanced_accuracy)
     weights, about = load_weights(files / "student.safetensors")
     return *figures, curve, (files / "predictions.npz").read_bytes(), about, {name: value.tolist() for name, value in weights.items()}
 

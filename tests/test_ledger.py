@@ -132,6 +132,7 @@ def test_reopening_at_an_epoch_that_is_not_on_record_is_refused_and_changes_noth
 
 def test_a_ledger_of_the_first_schema_is_migrated_and_keeps_its_runs(tmp_path: Path) -> None:
     added = {"cohort": None, "threads": None, "resumed": 0, "networks": None, "record_hash": None}
+    added |= {"top5": None, "macro_f1": None, "balanced_accuracy": None}
     old = {key: value for key, value in row().items() if key not in added}
     with sqlite3.connect(tmp_path / "ledger.db") as db:
         for statement in MIGRATIONS[0]:

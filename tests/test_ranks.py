@@ -307,13 +307,11 @@ def test_every_image_is_measured_once(data: ImageData, monkeypatch: pytest.Monke
     alone = evaluate.evaluate(net, on_device.test, "fp32")
     for world in (2, 3, 5):
         sent = [answers_of(Ranks(rank, world), net, on_device) for rank in range(world)]
-        assert sum(len(labels) for part in sent for labels in part[::3]) == 150  # labels, probabilities and classes of each batch
+        assert sum(len(labels) for part in sent for labels in part[::4]) == 150  # labels, and three tensors of answers, of each batch
         with monkeypatch.context() as patch:
             patch.setattr(Ranks, "tensors_from", lambda self, source, _, sent=sent: sent[source])
             (found,) = evaluate.evaluate_all([net], on_device.test, "fp32", ranks=Ranks(0, world))
-        assert torch.equal(found.classes, alone.classes)
-        assert torch.equal(found.probabilities, alone.probabilities)
-        assert int(found.correct) == int(alone.correct)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, alone, strict=True))
 
 
 class SentError(Exception):

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import itertools
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, get_args
@@ -411,7 +412,7 @@ def test_summary_as_it_is_read() -> None:
 
 def test_log_as_csv_parses_back() -> None:
     rows = list(csv.DictReader(io.StringIO(tables.log_table(reference_log(), "best", "csv"))))
-    assert tuple(rows[0]) == (*tables.LOG_COLUMNS, *("group", "protocol", "variant", "images", "teachers"))
+    assert tuple(rows[0]) == (*tables.LOG_COLUMNS, *("group", "protocol", "metric", "variant", "images", "teachers"))
     assert [row["acc"] for row in rows] == [f"{accuracy:.5f}" for accuracy in PRINTED]
     assert [row["group"] for row in rows] == list(itertools.chain.from_iterable([heading] * 3 for heading in HEADINGS))
     assert {(row["protocol"], row["variant"], row["images"], row["teachers"]) for row in rows} == {("best", "ours", "9984", "one teacher")}
@@ -586,3 +587,70 @@ def test_a_base_run_that_is_not_plain_is_nobodys_base(changed: dict[str, Any]) -
     runs = [run(no=no, method="base", seed=no, config=changed, variant="x") for no in range(3)]
     runs += [run(no=3 + no, method="kd", seed=no) for no in range(3)]
     assert all(row["base"] is None for row in summary_rows(runs, "last") if row["method"] == "kd")
+
+
+# Other figures than accuracy
+
+
+def measured(count: int = 3, **changes: Any) -> list[dict[str, Any]]:
+    """Rows of one group, whose figures grow with the seed and differ from each other."""
+    figures = [{"top5": 9_000 + 100 * n, "macro_f1": 70.0 + n, "balanced_accuracy": 60.0 + 2 * n} for n in range(count)]
+    return [{"seed": seed, **figures[seed], **changes} for seed in range(count)]
+
+
+EXPECTED = {"top1": [92.0] * 3, "top5": [90.0, 91.0, 92.0], "macro-f1": [70.0, 71.0, 72.0], "balanced-accuracy": [60.0, 62.0, 64.0]}
+
+
+@pytest.mark.parametrize("metric", EXPECTED)
+def test_every_metric_is_read_and_named(metric: str) -> None:
+    assert metric in get_args(tables.MetricName)
+    runs, column = numbered(measured()), "acc" if metric == "top1" else metric
+    logged = json.loads(tables.log_table(runs, "last", "json", metric))
+    assert [row[column] for row in logged] == EXPECTED[metric]
+    assert {row["metric"] for row in logged} == {metric}
+    text = tables.log_table(runs, "last", "md", metric)
+    assert text.splitlines()[2].startswith(f"{column}, epoch: ")
+    assert f"({statistics.fmean(EXPECTED[metric]):.1f})" in text.splitlines()[0]
+    assert f" {column} (n) " in tables.summary_table(runs, "last", "md", metric=metric)
+
+
+def test_the_difference_to_base_is_that_of_the_metric() -> None:
+    runs = numbered([*measured(method="base"), *[row | {"macro_f1": row["macro_f1"] + 5} for row in measured()]])
+    _, fsp = summary_rows(runs, "last", metric="macro-f1")
+    assert (fsp["mean"], fsp["std"], fsp["n"], fsp["base"], fsp["metric"]) == (76.0, 1.0, 3, 71.0, "macro-f1")
+    assert fsp["difference"] == stats.welch([75.0, 76.0, 77.0], [70.0, 71.0, 72.0])
+    assert summary_rows(runs, "last")[1]["difference"].value == 0
+
+
+OLD = {"top5": None, "macro_f1": None, "balanced_accuracy": None}
+
+
+@pytest.mark.parametrize("metric", ["top5", "macro-f1", "balanced-accuracy"])
+def test_what_an_older_version_recorded_is_no_figure_and_is_told(metric: str) -> None:
+    runs = numbered([*measured(), {"seed": 3, **OLD}, {"seed": 0, "method": "kd", **OLD}])
+    told = f"{metric} -: an older version recorded run"
+    log = tables.log_table(runs, "last", "md", metric)
+    assert f"{told} 4 without it; flowdistill evaluate RUN measures it" in log
+    assert log.count("| - | 200 |") == 2
+    mixed, none = summary_rows(runs, "last", metric=metric)
+    assert (mixed["n"], mixed["values"]) == (3, EXPECTED[metric])
+    assert (none["n"], none["mean"], none["std"], none["values"], none["difference"]) == (0, None, None, [], None)
+    summary = tables.summary_table(runs, "last", "md", metric=metric)
+    assert f"{told}s 4, 5 without it; flowdistill evaluate RUN measures it." in summary
+    assert [row[metric] for row in json.loads(tables.log_table(runs, "last", "json", metric))][3:] == [None, None]
+    assert json.loads(tables.summary_table(runs, "last", "json", metric=metric))[1]["mean"] is None
+    assert "older" not in tables.log_table(runs, "last", "md")
+
+
+def test_five_classes_have_no_top5_and_it_is_told() -> None:
+    text = tables.summary_table(numbered(measured(top5=None)), "last", "md", metric="top5")
+    assert "top5 -: says nothing of 5 classes or fewer." in text
+    assert "older" not in text
+    assert "| - | - | - | - | one teacher |" in text
+
+
+@pytest.mark.parametrize("show", [tables.log_table, tables.summary_table])
+def test_the_best_epoch_by_top1_has_no_other_figure(show: Any) -> None:
+    with pytest.raises(UserError, match="--metric top5 --protocol best: that epoch is the best by top-1"):
+        show(numbered(measured()), "best", "md", metric="top5")
+    assert show(numbered(measured()), "best", "md", metric="top1")

@@ -20,7 +20,8 @@ from .checks import MAX_WORKERS, Changes, UserError, did_you_mean, first_line
 from .config import BASELINE, NETWORKS, validate
 from .data import user_loaders
 from .device import full_precision, resolve_device
-from .ledger import STUDENT_FILE, Ledger, Run
+from .ledger import STUDENT_FILE, Ledger, Run, kept_answers
+from .metrics import Figures, Kept
 from .models import Network
 from .models.code import contents
 from .models.foreign import adopt, tensors, uncompiled
@@ -56,6 +57,27 @@ class Result:
         """Percent of the test images that the student gets right in ``precision``, after the last epoch or the one the holdout chose."""
         assert self.run.accuracy is not None
         return self.run.accuracy
+
+    @property
+    def metrics(self) -> Figures:
+        """Figures on test: ``correct`` of ``images``, ``top5`` (a count), ``macro_f1`` and ``balanced_accuracy`` (percent).
+
+        Raises:
+            UserError: as ``answers``.
+        """
+        return self.answers.test.figures
+
+    @property
+    def answers(self) -> Kept:
+        """What the student answered to the ``test`` images and, in a holdout run, to the held-out ones (``holdout``, else None).
+
+        Each has ``figures``, ``by_class`` (its ``recall``, ``precision`` and ``f1`` are [K], in percent), ``confusions(10)`` and
+        ``matrix()``.
+
+        Raises:
+            UserError: an older version recorded the run, or its ``predictions.npz`` is gone or damaged.
+        """
+        return kept_answers(self.run, Ledger(self.folder.parent))
 
     @property
     def precision(self) -> str:

@@ -35,9 +35,10 @@ from .config import (
 )
 from .env import version
 from .interrupt import stop
-from .ledger import Ledger, Run, exported, shard_plan, stored
+from .ledger import Ledger, Run, class_names, exported, kept_answers, shard_plan, stored
 from .registry import Registry
 from .report import board, pages, tables
+from .report.by_class import class_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -63,6 +64,7 @@ LAST = 100  # runs that are listed unless more are asked for
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the ledger and of every run's files.")]
 SourceOption = Annotated[Path, typer.Option("--runs", help=f"A folder of runs, or a file of {advice.command('ledger', 'export')}.")]
 ProtocolOption = Annotated[tables.Protocol, typer.Option(help="Which accuracy: last epoch, best on test, or the holdout's choice.")]
+MetricOption = Annotated[tables.MetricName, typer.Option(help="Which figure: top1 is the accuracy.")]
 FormatOption = Annotated[tables.Format, typer.Option("--format", help="How to print.")]
 DatasetOption = Annotated[
     str | None, typer.Option(help="digits, cifar10, cifar100, fashion_mnist, npz:PATH, folder:PATH, csv:FILE or hf:NAME.")
@@ -599,6 +601,7 @@ def _filters(
 def table(
     summary: Annotated[bool, typer.Option("--summary", help="One row a method: mean, spread, difference to base.")] = False,
     protocol: ProtocolOption = "last",
+    metric: MetricOption = "top1",
     format_: FormatOption = "md",
     runs: SourceOption = Path("runs"),
     **options: Any,
@@ -612,9 +615,9 @@ def table(
         talk.say(f"no finished runs here for --protocol {protocol} and these filters; {advice.list_runs(runs)} lists all")
         return 0
     if summary:
-        talk.answer(tables.summary_table(listed, protocol, format_, only))
+        talk.answer(tables.summary_table(listed, protocol, format_, only, metric))
     else:
-        talk.answer(tables.log_table(filtered, protocol, format_))
+        talk.answer(tables.log_table(filtered, protocol, format_, metric))
     return 0
 
 
@@ -755,9 +758,16 @@ def show(
     format_: FormatOption = "table",
     runs: RunsOption = Path("runs"),
 ) -> int:
-    """One run: its config, its curve, what it was made with."""
+    """One run: its config, its curve, its figures by class, what it was made with."""
     ledger = Ledger(runs)
-    talk.answer(pages.run_page(ledger.run(run), ledger.epochs(run), format_))
+    shown, classes = ledger.run(run), list[dict[str, Any]]()
+    try:
+        kept = kept_answers(shown, ledger)
+        classes = class_rows(kept, class_names(shown, ledger, kept.test.num_classes))
+    except UserError as error:
+        if shown.status == "finished":
+            talk.say(str(error))
+    talk.answer(pages.run_page(shown, ledger.epochs(run), format_, classes))
     return 0
 
 

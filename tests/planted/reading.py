@@ -58,7 +58,8 @@ def evaluation_in_train_mode(net, on, precision):
     """No eval(): the batch's statistics in place of the network's."""
     tops = [most_probable(net, images) for images, _ in on.batches()]
     probabilities, classes = (torch.cat(parts) for parts in zip(*tops, strict=True))
-    return Evaluation((classes == on.labels).sum(), classes, probabilities)
+    right = classes == on.labels
+    return Evaluation(right.sum(), classes, probabilities, on.labels, right)
 
 
 @bug(evaluation, "evaluate", test_evaluate.test_mode_is_put_back, {"training": True})

@@ -1,5 +1,6 @@
 """The ledger: one SQLite row per run and one per epoch. It does not import torch, so that listing is instant."""
 
+from .answers import class_names, kept_answers
 from .compare import LOCAL, MAY_DIFFER, baseline_key, flattened, is_baseline, newest, ranks_apart
 from .folders import EXPORTS, JOURNAL, PREDICTIONS, PROBE_FILE, RECORD, STUDENT_FILE, files_of, sealed, sealing
 from .rows import COLUMNS, DAMAGED, Epoch, Run, stored
@@ -23,9 +24,11 @@ __all__ = [
     "Ledger",
     "Run",
     "baseline_key",
+    "class_names",
     "files_of",
     "flattened",
     "is_baseline",
+    "kept_answers",
     "newest",
     "ranks_apart",
     "sealed",

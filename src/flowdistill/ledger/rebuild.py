@@ -20,7 +20,7 @@ from .rows import DAMAGED, RUN, Epoch, Run, encoded, epoch_of, insert, run_of
 from .schema import migrate
 from .store import COMPANIONS, NAME, connect, snapshot
 
-SINCE = {"cohort": None, "threads": None, "resumed": 0, "networks": None, "record_hash": None}  # columns that records of 0.1.0 lack
+SINCE = {"resumed": 0}  # columns that older records lack, and whose value was not None
 
 
 class Entered(NamedTuple):

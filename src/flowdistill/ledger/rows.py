@@ -62,11 +62,19 @@ class Run:
     resumed: int
     networks: dict[str, Any] | None
     record_hash: str | None
+    top5: int | None
+    macro_f1: float | None
+    balanced_accuracy: float | None
 
     @property
     def accuracy(self) -> float | None:
         """Percent of the test images that the shipped weights get right."""
         return None if self.correct is None or not self.images else 100 * self.correct / self.images
+
+    @property
+    def top5_accuracy(self) -> float | None:
+        """Percent of the test images whose class is among the five most probable."""
+        return None if self.top5 is None or not self.images else 100 * self.top5 / self.images
 
     @property
     def home(self) -> int:
@@ -215,6 +223,7 @@ class Brief(Run):
 BRIEF = (
     *("no", "status", "error", "method", "variant", "dataset", "student", "teacher", "teacher_run", "seed", "split", "fingerprint"),
     *("nepoch", "lr", "batch_size", "precision", "started", "epoch", "correct", "images", "best_epoch", "best_correct", "cohort"),
+    *("top5", "macro_f1", "balanced_accuracy"),
 )
 """The columns that lists and tables show of every run."""
 

@@ -80,6 +80,11 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE runs ADD COLUMN networks TEXT",  # JSON, by role: which network it began with, its code and answers; NULL: unknown
         "ALTER TABLE runs ADD COLUMN record_hash TEXT",  # SHA-256 of run.json, which lists all files with theirs; NULL: not verified
     ),
+    (
+        "ALTER TABLE runs ADD COLUMN top5 INTEGER",  # test images whose class is among the five most probable; NULL: five classes or fewer
+        "ALTER TABLE runs ADD COLUMN macro_f1 REAL",  # percent, of test; NULL, as the next: an older version did not record it
+        "ALTER TABLE runs ADD COLUMN balanced_accuracy REAL",  # percent, of test
+    ),
 )
 """One tuple of statements for each version of the schema; a shipped one is never edited."""
 

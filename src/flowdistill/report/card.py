@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 from .. import advice
 from ..env import version
+from ..metrics import TOP
 from ..talk import printable
+from .by_class import CLASS, MATRIX_CLASSES, TRUE, class_rows, confusion_rows
 from .tables import Row, code, markdown, pair, render
 
 if TYPE_CHECKING:
     from ..runner.card import Card, Latency, Score
 
-MEASURE, CLASS, IMAGES = "measure", "class", "images"
+MEASURE, IMAGES = "measure", "images"
 TEACHER, ALONE = "to teacher", "to alone"
 OTHERS = {TEACHER: "teacher", ALONE: "student alone"}
 COMMAND = f": {advice.command()} "  # before the words of an advised command
@@ -49,6 +51,8 @@ def _markdown(card: Card) -> str:
         f"## Accuracy by class\n\n{markdown(_about_classes(card))}",
         render(classes, "md", tuple(classes[0])),
     ]
+    for heading, about, rows in _more(card):
+        parts += [f"## {heading}\n\n{markdown(about)}", render(rows, "md", tuple(rows[0]))]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -68,6 +72,9 @@ def _html(card: Card) -> str:
     title = _escape(_title(card))
     summary = f'<p class="summary">{_escape(_summary(card))}</p>\n' if _summary(card) else ""
     notes = "\n".join(f"<li>{_escape(note)}</li>" for note in _notes(card))
+    more = "".join(
+        f"<h2>{heading}</h2>\n<p>{_escape(about)}</p>\n{_html_table(rows, tuple(rows[0]))}\n" for heading, about, rows in _more(card)
+    )
     return f"""\
 <!DOCTYPE html>
 <html lang="en">
@@ -88,7 +95,7 @@ def _html(card: Card) -> str:
 <h2>Accuracy by class</h2>
 <p>{_escape(_about_classes(card))}</p>
 {_html_table(classes, tuple(classes[0]))}
-</body>
+{more}</body>
 </html>"""
 
 
@@ -100,7 +107,7 @@ def _html_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
 
 def _cell(column: str, text: str) -> str:
     """A cell. A difference above zero is shown as a gain, one below as a loss."""
-    if column in (MEASURE, CLASS):
+    if column in (MEASURE, CLASS, TRUE):
         return f'<th scope="row">{_escape(text)}</th>'
     sign = {"+": "gain", "-": "loss"}.get(text[:1]) if column in (TEACHER, ALONE) and text.strip("+-.0") else None
     return f'<td class="{sign}">{_escape(text)}</td>' if sign else f"<td>{_escape(text)}</td>"
@@ -148,6 +155,9 @@ def _rows(card: Card) -> list[Row]:
         rows[f"latency at batch {first.batch_size}, ms"] = [_latency(column.latencies[index]) for column in card.columns]
     scores = [column.score for column in card.columns]
     rows["accuracy"] = [_counted(score.correct, card.images) if score else "-" for score in scores]
+    rows["top-5"] = ["-" if score is None or score.figures.top5 is None else _counted(score.figures.top5, card.images) for score in scores]
+    rows["macro-F1"] = [f"{score.figures.macro_f1:.2f} %" if score else "-" for score in scores]
+    rows["balanced accuracy"] = [f"{score.figures.balanced_accuracy:.2f} %" if score else "-" for score in scores]
     if card.score.agreement:
         rows["same answer as the teacher"] = [_agreement(score) for score in scores]
         rows["... where both are wrong"] = [_agreement(score, wrong=True) for score in scores]
@@ -181,6 +191,8 @@ def _notes(card: Card) -> list[str]:
         f"Latency: a forward pass, eager fp32, channels_last, median (90th percentile) of the passes after warm-up ({passes}), networks "
         f"taking turns; {card.processor}, {card.device}, torch {card.torch}.",
         "MACs: multiply-accumulates of convolutions and matrix products, half of what torch.utils.flop_counter counts.",
+        f"Top-5: the class is among the {TOP} most probable; - for {TOP} classes or fewer. Macro-F1, balanced accuracy: "
+        f"means over the classes of F1, and of the share of their images that is right.",
         "ECE: expected calibration error, 15 bins of equal width. NLL: mean of -log p(label), in nats.",
     ]
     if any(latency.p90 > UNSTEADY * latency.median for column in card.columns for latency in column.latencies):
@@ -194,8 +206,30 @@ def _notes(card: Card) -> list[str]:
     if run.correct is not None and card.score.correct != run.correct:
         notes.append(f"The record of run {run.no} says {run.correct:,} right: on {run.device}, torch {run.versions.get('torch')}.")
     notes += [card.advice] if card.advice else []
+    notes += [card.unread] if card.unread and run.split == "holdout" else []
     compared = advice.summary(card.runs, holdout=run.split == "holdout")
     return [*notes, f"Made by flowdistill {version()}. One run a column, no spread; what compares methods: {compared}"]
+
+
+def _more(card: Card) -> list[tuple[str, str, list[Row]]]:
+    """Sections after the classes, those with rows: heading, what the rows are, rows."""
+    few = len(card.class_names) <= MATRIX_CLASSES
+    about = (
+        "How many of a class's test images the student takes for each class."
+        if few
+        else "The student's most frequent ones, of the class's test images."
+    )
+    sections = [("Confusions", about, list[Row](confusion_rows(card.answers, card.class_names)))]
+    if card.kept and card.kept.holdout:
+        held_out = (
+            "Of the student, as it was measured after training: on the test images, and on those held out of train, which chose its epoch."
+        )
+        sections.append(("Test and holdout by class", held_out, list[Row](_filled(class_rows(card.kept, card.class_names)))))
+    return [section for section in sections if section[2]]
+
+
+def _filled(rows: Sequence[Row]) -> list[Row]:
+    return [{column: "-" if value is None else value for column, value in row.items()} for row in rows]
 
 
 def _about_classes(card: Card) -> str:

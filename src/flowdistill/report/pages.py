@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..ledger import Epoch, Run
-from .tables import render
+from .tables import Row, render
 
 if TYPE_CHECKING:
     from ..methods import Method
@@ -26,12 +26,20 @@ def runs_list(runs: Sequence[Run], format_: str) -> str:
     return render(rows, format_, LISTED)
 
 
-def run_page(run: Run, curve: Sequence[Epoch], format_: str) -> str:
-    """Config, curve and environment of a run; json is an array of one object with the curve inside, csv the curve alone."""
+MOST_CLASSES = 20  # as many are listed at most; json has all
+
+
+def run_page(run: Run, curve: Sequence[Epoch], format_: str, classes: Sequence[Row] = ()) -> str:
+    """Config, environment and curve of a run, and its figures by class; json is an array of one object with all of them, csv the curve
+    alone.
+
+    Args:
+        classes: as ``class_rows`` gives them. Of many those with the fewest right are listed.
+    """
     facts = dataclasses.asdict(run)
     networks = {role: {key: value for key, value in network.items() if key != "answers"} for role, network in (run.networks or {}).items()}
     if format_ == "json":
-        return render([facts | {"curve": [dataclasses.asdict(epoch) for epoch in curve]}], "json", ())
+        return render([facts | {"curve": [dataclasses.asdict(epoch) for epoch in curve], "classes": list(classes)}], "json", ())
     terms = list(dict.fromkeys(term for epoch in curve for term in epoch.terms))
     points = [_point(epoch, terms) for epoch in curve]
     table = render(points, format_, ("epoch", "phase", "lr", "acc", *terms, "seconds"))
@@ -39,7 +47,13 @@ def run_page(run: Run, curve: Sequence[Epoch], format_: str) -> str:
         return table
     short = facts | {"networks": networks or None}  # the answers are many numbers
     rows = [{"fact": name, "value": json.dumps(value) if isinstance(value, dict) else value} for name, value in short.items()]
-    return f"{render(rows, format_, ('fact', 'value'))}\n\n{table}"
+    parts = [render(rows, format_, ("fact", "value")), table]
+    if classes:
+        shown = sorted(classes, key=lambda row: row["test right %"] or 0.0)[:MOST_CLASSES] if len(classes) > MOST_CLASSES else classes
+        if len(shown) < len(classes):
+            parts.append(f"By class, the {len(shown)} of {len(classes):,} with the fewest right; --format json has all.")
+        parts.append(render(shown, format_, tuple(classes[0])))
+    return "\n\n".join(parts)
 
 
 def _point(epoch: Epoch, terms: Sequence[str]) -> dict[str, Any]:

@@ -16,8 +16,10 @@ from typing import Any, Literal
 
 from rich.cells import cell_len, set_cell_size
 
+from .. import advice
 from ..checks import UserError, defused
 from ..ledger import Run, baseline_key, flattened, is_baseline, newest
+from ..metrics import TOP
 from ..stats import CONFIDENCE, MIN_N, Difference, sample_std, welch
 from ..talk import printable
 
@@ -25,6 +27,7 @@ Row = Mapping[str, Any]
 
 LOG_COLUMNS = ("no", "method", "dataset", "student", "teacher", "start_time", "acc", "epoch", "nepoch", "lr", "batch_size")
 Protocol = Literal["last", "best", "holdout"]
+MetricName = Literal["top1", "top5", "macro-f1", "balanced-accuracy"]
 Format = Literal["table", "md", "csv", "json"]
 
 PROTOCOLS: dict[str, str] = {
@@ -52,21 +55,60 @@ def read(run: Run, protocol: str) -> Reading | None:
 
 
 @dataclass(frozen=True)
+class Metric:
+    """A figure that tables show.
+
+    Attributes:
+        column: heading of its column.
+        meaning: what it is, as the words before the protocol.
+        of: the figure of a run, in percent; None if it has none.
+    """
+
+    column: str
+    meaning: str
+    of: Callable[[Run, Reading], float | None]
+
+
+TOP1 = "top1"
+METRICS: dict[str, Metric] = {
+    TOP1: Metric("acc", "", lambda _, reading: reading.accuracy),
+    "top5": Metric("top5", "images whose class is among the five most probable, in percent; ", lambda run, _: run.top5_accuracy),
+    "macro-f1": Metric("macro-f1", "mean of F1 over the classes, in percent; ", lambda run, _: run.macro_f1),
+    "balanced-accuracy": Metric(
+        "balanced-accuracy",
+        "mean over the classes of the share of their images that is right, in percent; ",
+        lambda run, _: run.balanced_accuracy,
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but their seed, with what the protocol reads of each."""
+    """Runs that differ in nothing but their seed, with what the protocol reads of each, and a metric of it."""
 
     runs: tuple[Run, ...]
     readings: tuple[Reading, ...]
+    metric: Metric = METRICS[TOP1]
 
     @cached_property
-    def accuracies(self) -> list[float]:
-        """Percent, one per run."""
-        return [reading.accuracy for reading in self.readings]
+    def figures(self) -> list[float | None]:
+        """The metric of each run in percent; None if it is not on record."""
+        return [self.metric.of(run, reading) for run, reading in zip(self.runs, self.readings, strict=True)]
 
     @cached_property
-    def mean(self) -> float:
-        """Mean of the listed runs."""
-        return statistics.fmean(self.accuracies)
+    def values(self) -> list[float]:
+        """The figures that are on record."""
+        return [figure for figure in self.figures if figure is not None]
+
+    @cached_property
+    def mean(self) -> float | None:
+        """Mean of the values; None if there is none."""
+        return statistics.fmean(self.values) if self.values else None
+
+    @property
+    def lacking(self) -> list[Run]:
+        """The runs that an older version recorded without this figure."""
+        return [run for run, figure in zip(self.runs, self.figures, strict=True) if figure is None and run.macro_f1 is None]
 
     @property
     def first(self) -> Run:
@@ -74,14 +116,23 @@ class Group:
         return self.runs[0]
 
 
-def group(runs: Sequence[Run], protocol: str) -> list[Group]:
-    """Finished runs, grouped by student, teacher, data, method and fingerprint, in order of first number. Of repeats the newest counts."""
+def group(runs: Sequence[Run], protocol: str, metric: str = TOP1) -> list[Group]:
+    """Finished runs, grouped by student, teacher, data, method and fingerprint, in order of first number. Of repeats the newest counts.
+
+    Raises:
+        UserError: the protocol reads another epoch than the metric is on record for.
+    """
+    if metric != TOP1 and protocol == "best":
+        raise UserError(
+            f"--metric {metric} --protocol best: that epoch is the best by top-1, and top-1 alone is on record of it; "
+            f"choose --protocol last, or --metric {TOP1}"
+        )
     covered = [(run, reading) for run in runs if (reading := read(run, protocol))]
     readings = {id(run): reading for run, reading in covered}  # numbers are of one ledger, and these may be of several
     groups: dict[object, list[Run]] = {}
     for run in newest(run for run, _ in covered):
         groups.setdefault((run.student, run.teacher, run.dataset, run.method, run.fingerprint), []).append(run)
-    return [Group(tuple(members), tuple(readings[id(run)] for run in members)) for members in groups.values()]
+    return [Group(tuple(members), tuple(readings[id(run)] for run in members), METRICS[metric]) for members in groups.values()]
 
 
 def pair(run: Run) -> str:
@@ -123,7 +174,8 @@ def headings(groups: Sequence[Group]) -> list[str]:
         names.append(" ".join([name, *([", ".join([*notes, *differs])] if notes or differs else [])]))
     times = Counter(names)
     names = [f"{name} fingerprint {g.first.fingerprint[:8]}" if times[name] > 1 else name for name, g in zip(names, groups, strict=True)]
-    return [f"{name} ({group_.mean:.1f})" for name, group_ in zip(names, groups, strict=True)]
+    means = ["-" if group_.mean is None else f"{group_.mean:.1f}" for group_ in groups]
+    return [f"{name} ({mean})" for name, mean in zip(names, means, strict=True)]
 
 
 def _differing(runs: Sequence[Run], alike: Sequence[object]) -> list[list[str]]:
@@ -142,8 +194,13 @@ def _several(flat: Sequence[Mapping[str, Any]]) -> list[str]:
     return sorted(key for key in keys if len({repr(values.get(key)) for values in flat}) > 1)
 
 
+def log_columns(metric: Metric) -> tuple[str, ...]:
+    """The reference log's columns, with that of the metric where it has the accuracy."""
+    return tuple(metric.column if column == METRICS[TOP1].column else column for column in LOG_COLUMNS)
+
+
 def log_rows(group_: Group) -> list[Row]:
-    """The reference log's columns for one group."""
+    """The reference log's columns for one group; the metric's is a number, None if it is not on record."""
     return [
         {
             "no": run.no,
@@ -152,40 +209,70 @@ def log_rows(group_: Group) -> list[Row]:
             "student": run.student,
             "teacher": run.teacher,
             "start_time": run.started.replace("T", "/").replace(":", "-"),
-            "acc": f"{reading.accuracy:.5f}",
+            group_.metric.column: figure,
             "epoch": reading.epoch,
             "nepoch": run.nepoch,
             "lr": run.lr,
             "batch_size": run.batch_size,
         }
-        for run, reading in zip(group_.runs, group_.readings, strict=True)
+        for run, reading, figure in zip(group_.runs, group_.readings, group_.figures, strict=True)
     ]
 
 
-def log_table(runs: Sequence[Run], protocol: str, format_: str) -> str:
-    """A heading and a table for each group; csv and json are one flat list with the protocol in every row."""
-    groups = group(runs, protocol)
+def log_table(runs: Sequence[Run], protocol: str, format_: str, metric: str = TOP1) -> str:
+    """A heading and a table for each group; csv and json are one flat list with the protocol and the metric in every row."""
+    groups, column = group(runs, protocol, metric), METRICS[metric].column
+    columns = log_columns(METRICS[metric])
     if format_ in ("csv", "json"):
         rows = [
-            {**row, "acc": float(row["acc"]) if format_ == "json" else row["acc"], "group": title, **_stamp(group_, protocol)}
+            {**row, column: _rounded(row[column], format_), "group": title, **_stamp(group_, protocol, metric)}
             for group_, title in zip(groups, headings(groups), strict=True)
             for row in log_rows(group_)
         ]
-        return render(rows, format_, (*LOG_COLUMNS, "group", *STAMP_COLUMNS))
+        return render(rows, format_, (*columns, "group", *STAMP_COLUMNS))
     parts, prose = [], markdown if format_ == "md" else printable
     for group_, title in zip(groups, headings(groups), strict=True):
-        stamp = f"acc, epoch: {PROTOCOLS[protocol]}; {_images(group_)}; {_teachers(group_)}"
+        stamp = f"{column}, epoch: {group_.metric.meaning}{PROTOCOLS[protocol]}; {_images(group_)}; {_teachers(group_)}"
+        stamp += "".join(f"; {remark}" for remark in _unread([group_]))
         variant = f"; {group_.first.method} {group_.first.variant}" if group_.first.variant else ""
         head = f"### {prose(title)}\n\n{prose(f'{stamp}{variant}')}"
-        parts.append(f"{head}\n\n{render(log_rows(group_), format_, LOG_COLUMNS)}")
+        rows = [{**row, column: _rounded(row[column], format_)} for row in log_rows(group_)]
+        parts.append(f"{head}\n\n{render(rows, format_, columns)}")
     return "\n\n".join(parts)
 
 
-STAMP_COLUMNS = ("protocol", "variant", "images", "teachers")
+def _rounded(figure: float | None, format_: str) -> Any:
+    """A figure with the five digits of the reference log."""
+    if figure is None:
+        return "-" if format_ in ("table", "md") else None
+    return round(figure, 5) if format_ == "json" else f"{figure:.5f}"
 
 
-def _stamp(group_: Group, protocol: str) -> dict[str, Any]:
-    return {"protocol": protocol, "variant": group_.first.variant, "images": group_.first.images, "teachers": _teachers(group_)}
+def _unread(groups: Sequence[Group]) -> list[str]:
+    """Why figures of these groups are missing, as the parts of a phrase."""
+    column = groups[0].metric.column if groups else ""
+    lacking = [str(run.no) for group_ in groups for run in group_.lacking]
+    remarks = []
+    if lacking:
+        named = ", ".join(lacking[:10]) + (f" and {len(lacking) - 10:,} more" if len(lacking) > 10 else "")
+        how = advice.command("evaluate", "RUN")
+        remarks.append(f"{column} -: an older version recorded run{'s' if len(lacking) > 1 else ''} {named} without it; {how} measures it")
+    if any(figure is None and run.macro_f1 is not None for g in groups for run, figure in zip(g.runs, g.figures, strict=True)):
+        remarks.append(f"{column} -: says nothing of {TOP} classes or fewer")
+    return remarks
+
+
+STAMP_COLUMNS = ("protocol", "metric", "variant", "images", "teachers")
+
+
+def _stamp(group_: Group, protocol: str, metric: str) -> dict[str, Any]:
+    return {
+        "protocol": protocol,
+        "metric": metric,
+        "variant": group_.first.variant,
+        "images": group_.first.images,
+        "teachers": _teachers(group_),
+    }
 
 
 def _images(group_: Group) -> str:
@@ -199,19 +286,27 @@ def _teachers(group_: Group) -> str:
     return "one teacher" if count == 1 else f"{count} teachers"
 
 
-def summary_rows(runs: Sequence[Run], protocol: str, only: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
-    """One row per group: mean, sample standard deviation, n, and the difference to ``base`` with its Welch interval.
+def summary_rows(runs: Sequence[Run], protocol: str, only: Mapping[str, str] | None = None, metric: str = TOP1) -> list[dict[str, Any]]:
+    """One row per group: mean, sample standard deviation, n, and the difference to ``base`` with its Welch interval. Runs without the
+    figure do not count.
 
     ``only`` (column -> value) chooses rows; the baselines they are compared with may be others.
     """
-    groups = group(runs, protocol)
+    groups = group(runs, protocol, metric)
+    return _summaries(groups, _chosen(groups, only), protocol, metric)
+
+
+def _chosen(groups: Sequence[Group], only: Mapping[str, str] | None) -> list[Group]:
+    return [g for g in groups if all(getattr(g.first, column) == value for column, value in (only or {}).items())]
+
+
+def _summaries(groups: Sequence[Group], shown: Sequence[Group], protocol: str, metric: str) -> list[dict[str, Any]]:
     bases = {baseline_key(g.first): g for g in reversed(groups) if is_baseline(g.first)}
-    shown = [g for g in groups if all(getattr(g.first, column) == value for column, value in (only or {}).items())]
     alike = [(g.first.method, g.first.variant, pair(g.first), g.first.dataset) for g in shown]
     rows = []
     for group_, differs in zip(shown, _differing([g.first for g in shown], alike), strict=True):
         base = None if is_baseline(group_.first) else bases.get(baseline_key(group_.first))
-        reference = base.accuracies if base else []
+        reference = base.values if base else []
         rows.append(
             {
                 "method": group_.first.method,
@@ -226,36 +321,38 @@ def summary_rows(runs: Sequence[Run], protocol: str, only: Mapping[str, str] | N
                 "fingerprint": group_.first.fingerprint,
                 "differs": ", ".join(differs),
                 "mean": group_.mean,
-                "std": sample_std(group_.accuracies),
-                "n": len(group_.runs),
-                "values": group_.accuracies,
+                "std": sample_std(group_.values),
+                "n": len(group_.values),
+                "values": group_.values,
                 "base": statistics.fmean(reference) if reference else None,
-                "difference": welch(group_.accuracies, reference) if reference else None,
+                "difference": welch(group_.values, reference) if reference else None,
                 "teachers": _teachers(group_),
                 "images": group_.first.images,
                 "protocol": protocol,
+                "metric": metric,
             }
         )
     return rows
 
 
-SUMMARY_COLUMNS = ("method", "variant", "pair", "dataset", "nepoch", "acc (n)", "to base", "95 % interval", "detectable", "teacher")
-
-
-def summary_table(runs: Sequence[Run], protocol: str, format_: str, only: Mapping[str, str] | None = None) -> str:
+def summary_table(runs: Sequence[Run], protocol: str, format_: str, only: Mapping[str, str] | None = None, metric: str = TOP1) -> str:
     """The summary. With fewer than three runs a side it shows the values alone, without interval or verdict."""
-    rows = summary_rows(runs, protocol, only)
+    groups, column = group(runs, protocol, metric), METRICS[metric].column
+    shown = _chosen(groups, only)
+    rows = _summaries(groups, shown, protocol, metric)
     if format_ == "json":
         return render([_plain(row) for row in rows], "json", ())
     if format_ == "csv":
         flat = [{k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in _plain(row).items()} for row in rows]
         return render(flat, "csv", tuple(flat[0]) if flat else ())
     notes = (
-        f"acc: {PROTOCOLS[protocol]}. Mean +- sample std (n seeds), in percent; to base: difference of the means in points, with "
-        f"Welch's {CONFIDENCE:.0%} interval; detectable: the smallest difference that this n and spread can show (half the interval). "
-        f"Fewer than {MIN_N} runs a side: the values alone."
+        f"{column}: {METRICS[metric].meaning}{PROTOCOLS[protocol]}. Mean +- sample std (n seeds), in percent; to base: difference of the "
+        f"means in points, with Welch's {CONFIDENCE:.0%} interval; detectable: the smallest difference that this n and spread can show "
+        f"(half the interval). Fewer than {MIN_N} runs a side: the values alone."
     )
-    return f"{notes}\n\n{render([_shown(row) for row in rows], format_, SUMMARY_COLUMNS)}"
+    notes += "".join(f" {remark}." for remark in _unread(shown))
+    columns = ("method", "variant", "pair", "dataset", "nepoch", f"{column} (n)", "to base", "95 % interval", "detectable", "teacher")
+    return f"{notes}\n\n{render([_shown(row) for row in rows], format_, columns)}"
 
 
 def _plain(row: Row) -> dict[str, Any]:
@@ -273,7 +370,9 @@ def _shown(row: Row) -> Row:
         "pair": row["pair"],
         "dataset": row["dataset"],
         "nepoch": row["nepoch"],
-        "acc (n)": " ".join(f"{v:.2f}" for v in row["values"]) if few else f"{row['mean']:.2f} +- {row['std']:.2f} ({row['n']})",
+        f"{METRICS[row['metric']].column} (n)": (" ".join(f"{v:.2f}" for v in row["values"]) or "-")
+        if few
+        else f"{row['mean']:.2f} +- {row['std']:.2f} ({row['n']})",
         "to base": f"{difference.value:+.2f}" if difference else "-",
         "95 % interval": f"{difference.low:+.2f} to {difference.high:+.2f}" if difference else "-",
         "detectable": f"{difference.detectable:.2f}" if difference else "-",

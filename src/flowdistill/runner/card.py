@@ -23,11 +23,12 @@ from ..data.sources import load
 from ..data.splits import trained_positions
 from ..device import computing, describe, resolve_precision, synchronize
 from ..env import processor
-from ..ledger import PROBE_FILE, STUDENT_FILE, Ledger, Run, baseline_key, flattened, is_baseline
+from ..ledger import PROBE_FILE, STUDENT_FILE, Ledger, Run, baseline_key, flattened, is_baseline, kept_answers
+from ..metrics import Answers, Figures, Kept
 from ..models import Network
 from ..models.probed import Probed
 from ..stats import Agreement, agreement, calibration_error, negative_log_likelihood
-from ..training.evaluate import predict
+from ..training.evaluate import among_top, predict
 from ..training.weight_files import located
 from ..training.weights import load_weights
 from .references import NetworkRef, recorded_teacher, resolve
@@ -51,18 +52,23 @@ class Score(NamedTuple):
     """What a network's answers to the test images are worth.
 
     Attributes:
-        correct: number of images it gets right.
-        class_correct: the same for each class.
+        figures: over all images.
+        class_correct: for each class the number of its images that it gets right.
         calibration_error: a share from 0 to 1.
         negative_log_likelihood: in nats.
         agreement: with the teacher. None for the teacher itself, and if there is no teacher or it knows other classes.
     """
 
-    correct: int
+    figures: Figures
     class_correct: tuple[int, ...]
     calibration_error: float
     negative_log_likelihood: float
     agreement: Agreement | None
+
+    @property
+    def correct(self) -> int:
+        """Number of images it gets right."""
+        return self.figures.correct
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,9 @@ class Card:
         device, processor, torch: where the latencies were measured.
         advice: how to get the column that is missing; empty if none is.
         runs: the folder of the ledger.
+        answers: the student's to the test images.
+        kept: its answers as the run kept them; None if they can't be read.
+        unread: why they can't be read; empty if they can.
     """
 
     run: Run
@@ -115,6 +124,9 @@ class Card:
     torch: str
     advice: str
     runs: Path
+    answers: Answers
+    kept: Kept | None
+    unread: str
 
     @property
     def images(self) -> int:
@@ -137,12 +149,11 @@ class Card:
         return next((column for column in self.columns if column.role == role), None)
 
 
-class _Answers(NamedTuple):
-    """A network's answers to the test images: log-probabilities [N, K], top-1 classes [N] and their probabilities [N]."""
+class _Answered(NamedTuple):
+    """A network's answers to the test images, and their log-probabilities [N, K]."""
 
+    answers: Answers
     log_probabilities: np.ndarray
-    classes: np.ndarray
-    confidences: np.ndarray
 
 
 def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 64) -> Card:
@@ -174,7 +185,7 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
     with computing(device):
         judged = {role: net for role, net in nets.items() if not other_classes[role]}
         logits = [outputs for outputs, _ in predict(list(judged.values()), eval_set(data.x_test, labels, normalise, device), precision)]
-        answers = {role: _answers(torch.cat(batches)) for role, batches in zip(judged, zip(*logits, strict=True), strict=True)}
+        answered = {role: _answered(torch.cat(batches), labels) for role, batches in zip(judged, zip(*logits, strict=True), strict=True)}
         latencies: dict[str, list[Latency]] = {role: [] for role in nets}
         for size in dict.fromkeys((1, batch_size)):
             for role, latency in time_in_turns(nets, images[:size]).items():
@@ -191,14 +202,32 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
                 macs=count_macs(nets[role], images[:1]),
                 file_bytes=_file(network, ledger).stat().st_size,
                 latencies=tuple(latencies[role]),
-                score=_score(answers[role], answers.get(TEACHER) if role != TEACHER else None, data) if role in answers else None,
+                score=_score(answered[role], answered.get(TEACHER) if role != TEACHER else None) if role in answered else None,
                 other_classes=other_classes[role],
             )
         )
     advice = "" if alone or run.method == BASELINE else _advice(config, ledger)
     class_images = tuple(np.bincount(labels, minlength=data.classes).tolist())
     class_names = data.class_names or tuple(map(str, range(data.classes)))
-    return Card(run, tuple(columns), class_images, class_names, device_name, processor(), torch.__version__, advice, ledger.folder)
+    kept, unread = None, ""
+    try:
+        kept = kept_answers(run, ledger)
+    except UserError as error:
+        unread = str(error)
+    return Card(
+        run,
+        tuple(columns),
+        class_images,
+        class_names,
+        device_name,
+        processor(),
+        torch.__version__,
+        advice,
+        ledger.folder,
+        answered[STUDENT].answers,
+        kept,
+        unread,
+    )
 
 
 def baseline(run: Run, ledger: Ledger) -> Run | None:
@@ -238,21 +267,21 @@ def time_in_turns(nets: Mapping[str, Network], images: Tensor) -> dict[str, Late
     return {role: Latency(len(images), float(np.median(ms)), float(np.quantile(ms, 0.9)), len(ms)) for role, ms in times.items()}
 
 
-def _answers(logits: Tensor) -> _Answers:
-    top = logits.softmax(1).max(1)
-    tensors = (logits.double().log_softmax(1), top.indices, top.values.double())
-    return _Answers(*(tensor.cpu().numpy() for tensor in tensors))
+def _answered(logits: Tensor, labels: np.ndarray) -> _Answered:
+    top, true = logits.softmax(1).max(1), torch.from_numpy(labels).to(logits.device)
+    tensors = (top.indices, top.values.double(), among_top(logits, true) | (top.indices == true), logits.double().log_softmax(1))
+    classes, confidences, in_top5, log_probabilities = (tensor.cpu().numpy() for tensor in tensors)
+    return _Answered(Answers(labels, classes, confidences, in_top5, logits.shape[1]), log_probabilities)
 
 
-def _score(answers: _Answers, teacher: _Answers | None, data: ImageData) -> Score:
-    labels = data.y_test
-    correct = answers.classes == labels
+def _score(answered: _Answered, teacher: _Answered | None) -> Score:
+    answers = answered.answers
     return Score(
-        correct=int(correct.sum()),
-        class_correct=tuple(np.bincount(labels[correct], minlength=data.classes).tolist()),
-        calibration_error=calibration_error(answers.confidences, correct),
-        negative_log_likelihood=negative_log_likelihood(answers.log_probabilities, labels),
-        agreement=agreement(answers.classes, teacher.classes, labels) if teacher else None,
+        figures=answers.figures,
+        class_correct=tuple(answers.by_class.right.tolist()),
+        calibration_error=calibration_error(answers.probabilities, answers.classes == answers.labels),
+        negative_log_likelihood=negative_log_likelihood(answered.log_probabilities, answers.labels),
+        agreement=agreement(answers.classes, teacher.answers.classes, answers.labels) if teacher else None,
     )
 
 

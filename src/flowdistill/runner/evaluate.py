@@ -29,9 +29,10 @@ from .references import run_number
 
 
 class Measured(NamedTuple):
-    """A network's accuracy on a test set.
+    """A network's figures on a test set.
 
     Attributes:
+        accuracy, top5, macro_f1, balanced_accuracy: percent; top5 is None if there are no more than five classes.
         precision: the arithmetic that it was measured in.
         recorded: percent, as the run measured it; None on other data.
         data: whether it is that of the run.
@@ -43,6 +44,9 @@ class Measured(NamedTuple):
     images: int
     correct: int
     accuracy: float
+    top5: float | None
+    macro_f1: float
+    balanced_accuracy: float
     precision: str
     recorded: float | None
     data: str
@@ -154,16 +158,19 @@ def evaluate(
         evaluation = measure(net, test, arithmetic)
     if broken := int(evaluation.unanswered):
         raise UserError(f"{path}: its logits are not finite for {broken:,} of {images:,} test images; is the file whole?")
-    correct = int(evaluation.correct)
+    figures = evaluation.answers(data.classes).figures
     same = data.hash == about.data_hash
-    accuracy, recorded = 100 * correct / images, 100 * about.correct / about.images
+    accuracy, recorded = figures.accuracy, 100 * about.correct / about.images
     why = ", ".join(_others(about, net.about, device, arithmetic, changed or net.changed))
     return Measured(
         model=about.model,
         dataset=data.name,
         images=images,
-        correct=correct,
+        correct=figures.correct,
         accuracy=accuracy,
+        top5=figures.top5_accuracy,
+        macro_f1=figures.macro_f1,
+        balanced_accuracy=figures.balanced_accuracy,
         precision=arithmetic,
         recorded=recorded if same else None,
         data="as trained" if same else "other than trained on",

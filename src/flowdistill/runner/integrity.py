@@ -98,9 +98,10 @@ def _compared(run: Run, folder: Path, name: str, known: Any) -> Finding:
 
 def _apart(run: Run, contents: Mapping[str, Any]) -> str:
     """In what figures a row of the ledger is not what the run's record says; else empty."""
-    names = ("fingerprint", "seed", "correct", "images", "epoch", "best_correct", "best_epoch", "weights_hash")
+    figures = ("correct", "images", "epoch", "best_correct", "best_epoch", "top5", "macro_f1", "balanced_accuracy")
+    names = ("fingerprint", "seed", *figures, "weights_hash")
     return ", ".join(
-        f"{name} {getattr(run, name)}, {RECORD} says {contents[name]}" for name in names if contents.get(name) != getattr(run, name)
+        f"{name} {getattr(run, name)}, {RECORD} says {contents.get(name)}" for name in names if contents.get(name) != getattr(run, name)
     )
 
 

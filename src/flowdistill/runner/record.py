@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..data.interfaces import Supply
 from ..device import describe, peak_memory
 from ..env import processor
 from ..ledger import JOURNAL, LOCAL, PREDICTIONS, PROBE_FILE, STUDENT_FILE, Epoch, Ledger, Run
+from ..metrics import Kept, packed
 from ..models import Network
 from ..models.input_adapter import InputSpec
 from ..ranks import current
 from ..training.cohort import Cohort, EpochReport
-from ..training.evaluate import Evaluation, evaluate
+from ..training.evaluate import evaluate
 from ..training.student_file import InputImages, StudentMetadata
 from ..training.weights import hash_weights, save_weights, write_whole
 from .cohorts import Member
@@ -102,16 +101,19 @@ def _reported(no: int, row: Epoch, epochs: int) -> Report:
 
 
 def finish(member: Member, cohort: Cohort, ledger: Ledger, device: torch.device) -> None:
-    """The shipped weights, measured on test; then the files, then the row."""
+    """The shipped weights, measured on test, and on the held-out images if they were chosen by those; then the files, then the row."""
     student, job, data = member.student, member.job, cohort.data
     student.restore_chosen()
     last = member.last.evaluation if member.last else None
     final = evaluate(student.net, data.test, cohort.precision) if cohort.select or last is None else last
+    held_out = evaluate(student.net, data.epoch_images, cohort.precision) if cohort.select else None
+    kept = Kept(final.answers(data.spec.classes), held_out.answers(data.spec.classes) if held_out else None)
+    figures = kept.test.figures
     weights = student.net.state_dict()
     folder = ledger.run_folder(member.no)
-    about = _metadata(job, student.net, data, int(final.correct), device).record
+    about = _metadata(job, student.net, data, figures.correct, device).record
     save_weights(folder / STUDENT_FILE, weights, about, make_folder=False)
-    write_whole(folder / PREDICTIONS, _predictions(final), make_folder=False)
+    write_whole(folder / PREDICTIONS, packed(kept), make_folder=False)
     files = [STUDENT_FILE, PREDICTIONS, JOURNAL]
     if member.probe is not None:
         save_weights(folder / PROBE_FILE, member.probe, {"accuracy": member.teacher_accuracy}, make_folder=False)
@@ -119,8 +121,7 @@ def finish(member: Member, cohort: Cohort, ledger: Ledger, device: torch.device)
     images = cohort.seed_groups[0].batches.steps * job.config.train.batch_size * sum(job.phase_epochs)
     values: dict[str, Any] = {
         "epoch": student.chosen_epoch,
-        "correct": int(final.correct),
-        "images": len(data.test),
+        **figures._asdict(),
         "train_seconds": member.train_seconds,
         "eval_seconds": member.eval_seconds,
         "images_per_second": images / member.train_seconds,
@@ -177,14 +178,3 @@ def _metadata(job: Job, net: Network, data: Supply, correct: int, device: torch.
 def _images_of(spec: InputSpec) -> InputImages:
     """The images that the network itself takes, where they are not the data's."""
     return InputImages(input=(spec.channels, spec.height, spec.width), mean=spec.mean, std=spec.std, interpolation=spec.interpolation)
-
-
-def _predictions(evaluation: Evaluation) -> bytes:
-    """``classes`` uint16 [N] and ``probabilities`` float32 [N], the most probable class of every test image, as npz."""
-    buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        classes=evaluation.classes.cpu().numpy().astype(np.uint16),
-        probabilities=evaluation.probabilities.cpu().numpy().astype(np.float32),
-    )
-    return buffer.getvalue()

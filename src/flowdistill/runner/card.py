@@ -16,11 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..advice import train as train_command
 from ..checks import UserError
 from ..config import BASELINE, RunConfig, validate
-from ..data.batches import eval_set
-from ..data.dataset import ImageData, part
-from ..data.normalisation import Normalisation
+from ..data.dataset import ImageData, Labels
 from ..data.sources import load
-from ..data.splits import trained_positions
 from ..device import computing, describe, resolve_precision, synchronize
 from ..env import processor
 from ..ledger import STUDENT_FILE, Ledger, Run, baseline_key, flattened, is_baseline
@@ -28,6 +25,7 @@ from ..models import Network
 from ..stats import Agreement, agreement, calibration_error, negative_log_likelihood
 from ..training.evaluate import predict
 from ..training.weight_files import located
+from .measured_on import measured_on
 from .references import NetworkRef, recorded_teacher, resolve
 
 TEACHER, STUDENT, ALONE = "teacher", "student", "student alone"
@@ -158,18 +156,17 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
     student, data = resolve(str(no), ledger), _data(run, config, ledger)
     by_role = {TEACHER: _teacher(run, ledger, data), STUDENT: student, ALONE: resolve(str(alone.no), ledger) if alone else None}
     networks = {role: network for role, network in by_role.items() if network}
-    train_positions = trained_positions(data.y_train, run.split)
-    normalisation = Normalisation.measured(part(data.x_train, train_positions), data.y_train[train_positions])
+    shown = measured_on(data, run.split, device)
     nets: dict[str, Network] = {}
     for role, network in networks.items():
-        nets[role] = network.build(data.spec, given=normalisation).on(device).eval()
-    normalise, labels = normalisation.on(device), data.y_test
-    images = normalise(torch.from_numpy(data.x_test[np.arange(batch_size) % len(labels)]).to(device))
+        nets[role] = network.build(data.spec, given=shown.normalisation).on(device).eval()
+    images = shown.some(batch_size)
     precision = resolve_precision(run.precision, device)
     other_classes = {role: network.other_classes(data) for role, network in networks.items()}
     with computing(device):
         judged = {role: net for role, net in nets.items() if not other_classes[role]}
-        logits = [outputs for outputs, _ in predict(list(judged.values()), eval_set(data.x_test, labels, normalise, device), precision)]
+        logits, by_batch = zip(*predict(list(judged.values()), shown.test, precision), strict=True)
+        labels = torch.cat(by_batch).cpu().numpy()
         answers = {role: _answers(torch.cat(batches)) for role, batches in zip(judged, zip(*logits, strict=True), strict=True)}
         latencies: dict[str, list[Latency]] = {role: [] for role in nets}
         for size in dict.fromkeys((1, batch_size)):
@@ -187,7 +184,9 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
                 macs=count_macs(nets[role], images[:1]),
                 file_bytes=_file(network, ledger).stat().st_size,
                 latencies=tuple(latencies[role]),
-                score=_score(answers[role], answers.get(TEACHER) if role != TEACHER else None, data) if role in answers else None,
+                score=_score(answers[role], answers.get(TEACHER) if role != TEACHER else None, labels, data.classes)
+                if role in answers
+                else None,
                 other_classes=other_classes[role],
             )
         )
@@ -240,12 +239,11 @@ def _answers(logits: Tensor) -> _Answers:
     return _Answers(*(tensor.cpu().numpy() for tensor in tensors))
 
 
-def _score(answers: _Answers, teacher: _Answers | None, data: ImageData) -> Score:
-    labels = data.y_test
+def _score(answers: _Answers, teacher: _Answers | None, labels: Labels, classes: int) -> Score:
     correct = answers.classes == labels
     return Score(
         correct=int(correct.sum()),
-        class_correct=tuple(np.bincount(labels[correct], minlength=data.classes).tolist()),
+        class_correct=tuple(np.bincount(labels[correct], minlength=classes).tolist()),
         calibration_error=calibration_error(answers.confidences, correct),
         negative_log_likelihood=negative_log_likelihood(answers.log_probabilities, labels),
         agreement=agreement(answers.classes, teacher.classes, labels) if teacher else None,
@@ -277,6 +275,8 @@ def _advice(config: RunConfig, ledger: Ledger) -> str:
     """How the student is trained alone by the recipe of a run."""
     if config.train.mixup is True:
         return "No student alone: train.mixup=true leaves no labels to train it on."
+    if config.data.user_loaders:
+        return "The student was not trained alone by this recipe yet: in Python, flowdistill.train with the same loaders does it."
     images = {"name": config.data.name} | config.data.without_unlabelled.model_dump(mode="json", exclude_defaults=True)
     more = {"train": config.train.model_dump(mode="json", exclude={"freeze"}, exclude_defaults=True)}
     if "student" in config.inputs:

@@ -23,13 +23,12 @@ class TensorBoard:
     """One event file. It is made anew where a run goes on, for epochs after its checkpoint are trained again."""
 
     def __init__(self, run: Run, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
         self.run = run
         shutil.rmtree(folder / FOLDER, ignore_errors=True)
         (folder / FOLDER).mkdir()
-        self._writer: Any = SummaryWriter(str(folder / FOLDER / title(run)))
+        self._writer = _writer(folder / FOLDER / title(run))
         values = {name: _plain(value) for name, value in settings(run).items()}
         metric = {accuracy_name(run): 0.0}  # only the name is read
         *begun, self._end = hparams(values, metric)  # type: ignore[no-untyped-call]
@@ -57,6 +56,12 @@ class TensorBoard:
         self._writer.add_text("results", _table(results(run)))
         self._writer.file_writer.add_summary(self._end)
         self._writer.close()
+
+
+def _writer(folder: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder))
 
 
 def _plain(value: Any) -> bool | int | float | str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import shutil
 from collections.abc import Callable, Sequence
@@ -187,8 +188,7 @@ def test_a_tracker_that_fails_is_one_line_and_the_run_and_other_trackers_go_on(
     assert fsp.status == "finished"
     why = "SystemExit: 3" if where == "epoch" else "OSError: [Errno 28] No space left on device"
     again = f"flowdistill log {fsp.no} --to failing --runs {ledger.folder}"
-    assert [line for line in lines if "fail" in line] == [
-        "failing: somewhere",
+    assert [line for line in lines if line.startswith(f"run {fsp.no}: failing")] == [
         f"run {fsp.no}: failing failed ({why}) and is left out from here on; the whole run afterwards: {again}",
     ]
     assert len(rows(ledger.run_folder(fsp.no))) == 2
@@ -303,7 +303,10 @@ def test_wandb_is_offline_and_has_what_the_ledger_has_once(ledger: Ledger, small
     _, lines = tracked(["wandb"], ledger, *both)
     assert f"wandb sync {ledger.folder}/NUMBER/wandb/offline-run-*" in " ".join(lines)
     assert not [line for line in lines if "failed" in line]
-    for _ in range(2):
+    for again in (False, True):
+        if again:
+            assert command(ledger.folder.parent, "log", "2", "--to", "wandb").code == 0
+        importlib.import_module("wandb").teardown()  # writes all that is not written yet, as the end of a command does
         for no in (1, 2):
             assert ledger.run(no).weights_hash == plain.run(no).weights_hash
             steps = [step for step in history(ledger.run_folder(no)) if "lr" in step]
@@ -311,4 +314,3 @@ def test_wandb_is_offline_and_has_what_the_ledger_has_once(ledger: Ledger, small
             (begun, *_) = [record.run for record in records(ledger.run_folder(no)) if record.HasField("run")]
             assert begun.display_name == f"{no}_base_resnet8_seed{no - 1}"
             assert begun.project == "flowdistill"
-        assert command(ledger.folder.parent, "log", "2", "--to", "wandb").code == 0

@@ -94,8 +94,8 @@ class Distiller(nn.Module):
         self.teacher = teacher_side.build(teacher_side.spec, tuple(sorted(needs.teacher))) if teacher_side else None
         self._given = (student, teacher if teacher_side else None)
         self._hooks = weakref.finalize(self, _release, self.student, self.teacher)
-        self.register_state_dict_post_hook(_leave_teacher_out)
-        self.register_load_state_dict_pre_hook(_keep_teacher)
+        self.register_state_dict_post_hook(_leave_teacher_out)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_keep_teacher)  # type: ignore[no-untyped-call]
         if self.teacher is not None:
             self.teacher.requires_grad_(False)
             self.method.setup(of_teacher(needs, self.teacher))

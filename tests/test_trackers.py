@@ -74,9 +74,9 @@ def test_csv_has_what_the_ledger_has_and_the_card(ledger: Ledger, small_npz: Pat
         assert (int(row["epoch"]), float(row["lr"]), float(row["seconds"])) == (epoch.epoch, epoch.lr, epoch.seconds)
         assert float(row["loss/task"]) == epoch.terms["task"]
         assert float(row["accuracy/test"]) == 100 * (epoch.correct or 0) / epoch.images
-    assert (folder / "card.md").read_text().startswith(f"# Compression card: run {base.no}, base")
+    assert (folder / "csv" / "card.md").read_text().startswith(f"# Compression card: run {base.no}, base")
     assert f"csv: {ledger.folder}/NUMBER/metrics.csv" in lines
-    assert not (folder / "fsp_matrices.png").exists()
+    assert not (folder / "csv" / "fsp_matrices.png").exists()
 
 
 def test_accuracy_on_held_out_images_is_not_called_test(ledger: Ledger, small_npz: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_later_phase_has_columns_of_its_own(taught: Path, small_npz: Path, tmp
     assert (second["loss/fsp"], bool(second["loss/task"])) == ("", True)
     found = events(ledger.run_folder(fsp.no))
     assert found.Tags()["images"] == ["fsp_matrices"]
-    assert (ledger.run_folder(fsp.no) / "fsp_matrices.png").read_bytes().startswith(b"\x89PNG")
+    assert (ledger.run_folder(fsp.no) / "csv" / "fsp_matrices.png").read_bytes().startswith(b"\x89PNG")
     assert [tag for tag in found.Tags()["tensors"] if "text" in tag] == [f"{name}/text_summary" for name in ("config", "card", "results")]
     assert not [line for line in lines if "failed" in line or " no " in line]
 
@@ -192,7 +192,7 @@ def test_a_tracker_that_fails_is_one_line_and_the_run_and_other_trackers_go_on(
         f"run {fsp.no}: failing failed ({why}) and is left out from here on; the whole run afterwards: {again}",
     ]
     assert len(rows(ledger.run_folder(fsp.no))) == 2
-    assert (ledger.run_folder(fsp.no) / "card.md").exists()
+    assert (ledger.run_folder(fsp.no) / "csv" / "card.md").exists()
 
 
 def test_a_failing_tracker_ends_flowdistill_log_with_1(ledger: Ledger, small_npz: Path) -> None:
@@ -270,7 +270,7 @@ def test_a_run_that_another_process_trains_is_not_logged_from_here(ledger: Ledge
     ledger.update(1, status="interrupted")
     assert command(ledger.folder.parent, "log", "1", "--to", "csv").code == 0
     assert [row["epoch"] for row in rows(ledger.run_folder(1))] == ["1"]
-    assert not (ledger.run_folder(1) / "card.md").exists()
+    assert not (ledger.run_folder(1) / "csv" / "card.md").exists()
 
 
 def test_the_driver_of_workers_logs(taught: Path, small_npz: Path, tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def test_the_driver_of_workers_logs(taught: Path, small_npz: Path, tmp_path: Pat
     for run_ in done:
         assert [int(row["epoch"]) for row in rows(ledger.run_folder(run_.no))] == [1, 2]
         assert [float(row["loss/kd"]) for row in rows(ledger.run_folder(run_.no))] == [e.terms["kd"] for e in ledger.epochs(run_.no)]
-        assert (ledger.run_folder(run_.no) / "card.md").exists()
+        assert (ledger.run_folder(run_.no) / "csv" / "card.md").exists()
 
 
 @pytest.fixture

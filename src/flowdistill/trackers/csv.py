@@ -1,4 +1,4 @@
-"""csv: ``metrics.csv`` in the run's folder, a row for each epoch. The card and the pictures lie beside it."""
+"""csv: ``metrics.csv`` in the run's folder, a row for each epoch. The card and the pictures lie in ``csv/`` there."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..training.weights import write_whole
 from .base import TRACKERS, Kind, figures
 
 FILE, CARD = "metrics.csv", "card.md"
+FOLDER = "csv"  # of what names the run's number: a ledger that is merged, and so renumbered, takes no folders along
 
 
 class CSV:
@@ -30,14 +31,18 @@ class CSV:
 
     def picture(self, name: str, png: bytes) -> None:
         """A PNG of this name."""
-        write_whole(self.folder / f"{name}.png", png, make_folder=False)
+        self._write_beside(f"{name}.png", png)
 
     def card(self, markdown: str) -> None:
         """``card.md``."""
-        write_whole(self.folder / CARD, f"{markdown}\n".encode(), make_folder=False)
+        self._write_beside(CARD, f"{markdown}\n".encode())
 
     def close(self, run: Run) -> None:
         """Nothing is open."""
+
+    def _write_beside(self, name: str, content: bytes) -> None:
+        (self.folder / FOLDER).mkdir(exist_ok=True)
+        write_whole(self.folder / FOLDER / name, content, make_folder=False)
 
     def _write(self) -> None:
         columns = dict.fromkeys(("epoch", "phase", *(name for row in self.rows for name in row)))

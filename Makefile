@@ -18,7 +18,7 @@ check: lint
 test: $(VENV)/installed-dev
 	$(VENV)/bin/pytest -n auto --dist worksteal
 
-test-long: $(VENV)/installed-dev
+test-long: $(VENV)/installed-long
 	$(VENV)/bin/pytest -n auto --dist worksteal -m long
 
 torture: $(VENV)/installed-dev
@@ -41,4 +41,8 @@ $(VENV)/installed: pyproject.toml
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(VENV)/installed-long: $(VENV)/installed-dev
+	$(VENV)/bin/pip install --quiet --editable '.[dev,long]'
 	touch $@

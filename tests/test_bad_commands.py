@@ -768,6 +768,25 @@ WRONG = [
         "card --runs taught 1 --out junk.txt/card.md",
         "junk.txt/card.md: the card cannot be written there (junk.txt is a file); name another file with --out",
     ),
+    # trackers
+    ("train --dataset digits --log tensorbord", "--log 'tensorbord' is no tracker; choose from: csv, tensorboard, wandb"),
+    ("distill --dataset digits --log csv,csv", "--log names csv twice; name each once"),
+    ("resume --log csv,", "--log '' is no tracker; choose from: csv, tensorboard, wandb"),
+    ("reproduce log --log mlflow", "--log 'mlflow' is no tracker; choose from: csv, tensorboard, wandb"),
+    ("log --to csv", "Missing argument 'RUN...' (flowdistill --help)"),
+    ("log one", "Missing option '--to' (flowdistill --help)"),
+    ("log 1 --to xls", "--to 'xls' is no tracker; choose from: csv, tensorboard, wandb"),
+    (
+        "log 1 --to csv --runs none",
+        "no ledger in none: train something first (flowdistill demo --runs none), or name its folder with --runs",
+    ),
+    ("log --runs taught --to csv 7", "no run 7 in taught/ledger.db: the last is 2; flowdistill runs --runs taught lists them"),
+    (
+        f"log 1 --to csv --runs taught --device {LACKING}",
+        f"--device '{LACKING}' is not available here; use auto, or what this machine has of cpu, cuda, mps",
+    ),
+    ("log 1 --to csv --accept-changes=yes", "Option '--accept-changes' does not take a value (flowdistill --help)"),
+    ("log 1 --to csv --trust-code=yes", "Option '--trust-code' does not take a value (flowdistill --help)"),
 ]
 
 

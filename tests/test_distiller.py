@@ -250,10 +250,23 @@ def test_its_state_goes_into_a_checkpoint_and_back() -> None:
     one, other = (Distiller(Tied(8, seed=1), Tied(seed=seed), "fitnets", images=SIZE, seed=seed) for seed in (2, 3))
     one(*batch())
     names = one.state_dict().keys()
-    assert {name.split(".")[0] for name in names} == {"teacher", "student", "method"}
+    assert {name.split(".")[0] for name in names} == {"student", "method"}
     assert "student.first.weight" in names
     other.load_state_dict(one.state_dict())
     assert other(*batch())[0].item() == one(*batch())[0].item()
+
+
+def test_a_state_has_no_teacher_and_loading_one_is_strict_about_the_rest() -> None:
+    distiller, teacher = Distiller(Tied(8, seed=1), Tied(seed=2), "fitnets", images=SIZE), Tied(8, seed=5)
+    holder, before = nn.ModuleDict({"inside": distiller}), deepcopy(distiller.teacher.state_dict())
+    state = holder.state_dict()
+    assert {name.split(".")[1] for name in state} == {"student", "method"}
+    of_an_earlier_version = state | {f"inside.teacher.{name}": value for name, value in teacher.state_dict().items()}
+    holder.load_state_dict(of_an_earlier_version)
+    assert all(torch.equal(value, before[name]) for name, value in distiller.teacher.state_dict().items())
+    del state["inside.student.first.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"inside.student.first.weight\"\.\s*$"):
+        holder.load_state_dict(state)
 
 
 def test_labels_are_smoothed_and_frozen_parts_are_not_trained() -> None:

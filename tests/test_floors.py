@@ -25,7 +25,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "ledger": (4, ("ledger",)),
     "stats": (4, ("stats",)),
     "runner": (5, ("runner",)),
-    "top": (6, ("api", "bench", "cli", "cli_errors", "demo", "distiller", "recipes", "report", "reproduce", "__main__", "")),
+    "top": (6, ("api", "bench", "cli", "cli_errors", "demo", "distiller", "recipes", "report", "reproduce", "trackers", "__main__", "")),
 }
 """Room: floor and modules or folders; the empty name is the package's own ``__init__``. Rooms of one floor do not know each other."""
 

@@ -20,6 +20,7 @@ from flowdistill import UserError
 from flowdistill.data import user_loaders
 from flowdistill.data.user_batches import UserLoaderSupply
 from flowdistill.ledger import Ledger
+from flowdistill.runner import card as runner_card
 from flowdistill.training.weights import load_weights
 
 TRAIN = {"epochs": 2, "precision": "fp32", "lr": 0.05}
@@ -374,16 +375,55 @@ def test_another_process_does_not_have_the_loaders(loaders: Any, keys: dict[str,
     name, runs = result.run.dataset, ["--runs", str(keys["runs"])]
     here = command(keys["runs"].parent, "evaluate", "1", *runs)
     assert here.code == 2
-    assert "was trained on a loader's images, which only training reads; Result.module() gives its network to Python" in here.err
-    with pytest.raises(UserError, match="was trained on a loader's images"):
-        result.export("safetensors")
+    assert "was trained on a loader's images, which only Python has; Result.card() measures it on them" in here.err
+    assert result.export("safetensors").is_file()
     monkeypatch.setattr(user_loaders, "IN_MEMORY", {})
     for words in (["evaluate", "1"], ["card", "1"], ["export", "1", "--to", "safetensors"], ["resume", "2"], ["train", "--dataset", name]):
         said = command(keys["runs"].parent, *words, *runs)
         assert (said.code, said.out) == (2, "")
         assert said.err.count("\n") == 1
-        assert f"{name} was given from Python, and is in no file; give it from Python again" in said.err
+        way = "give it from Python again: the call that trained it goes on with the run, or gives its Result, which has card() and export()"
+        assert f"{name} was given from Python, and is in no file; {way}" in said.err
     assert command(keys["runs"].parent, "table", *runs).code == 0
+
+
+def test_a_run_on_loaders_has_a_card_of_their_images(loaders: Any, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WARM_UP": 1, "PASSES": 2, "MIN_PASSES": 1}.items():
+        monkeypatch.setattr(runner_card, name, value)
+    teacher = flowdistill.train(Tied(8, seed=1), *loaders(), **keys)
+    student = flowdistill.distill(teacher, Tied(seed=2), *loaders(), method="kd", **keys)
+    assert "flowdistill.train with the same loaders does it" in student.card()
+    alone = flowdistill.train(Tied(seed=2), *loaders(), **keys)
+    card = student.card(batch_size=7)
+    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for line in card.splitlines() if (cells := line.split("|"))[1:]}
+    images = student.run.images
+    of_record = [f"{100 * run.correct / images:.2f} % ({run.correct} of {images})" for run in (teacher.run, student.run, alone.run)]
+    assert rows["accuracy"][:3] == of_record
+    assert sum(int(row[0]) for name, row in rows.items() if name in Noisy.classes) == images
+    assert student.card("html").startswith("<!DOCTYPE html>")
+    with pytest.raises(UserError, match="card in 'pdf': choose from: md, html"):
+        student.card("pdf")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("to", ["safetensors", "torch-export", "onnx"])
+def test_a_run_on_loaders_is_exported_for_their_images(to: str, loaders: Any, keys: dict[str, Any]) -> None:
+    result = flowdistill.train(Tied(seed=2), *loaders(), **keys)
+    file = result.export(to)
+    images = torch.cat([batch for batch, _ in loaders()[1]])
+    expected = result.module()(images)
+    if to == "torch-export":
+        torch.testing.assert_close(torch.export.load(file).module()(images), expected, rtol=1e-4, atol=1e-4)
+    elif to == "onnx":
+        onnxruntime = pytest.importorskip("onnxruntime")
+        for path in (file, result.export("onnx", int8=True)):
+            session = onnxruntime.InferenceSession(path)
+            (given,) = session.get_inputs()
+            assert (given.type, given.shape[1:]) == ("tensor(float)", [1, 8, 8])
+            answers = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+            if path == file:
+                torch.testing.assert_close(answers, expected, rtol=1e-4, atol=1e-4)
+            else:
+                assert (answers.argmax(1) == expected.argmax(1)).float().mean() > 0.8
 
 
 class Endless(IterableDataset[Any]):

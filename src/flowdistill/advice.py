@@ -62,6 +62,11 @@ def merge(folder: Folder, into: Folder) -> str:
     return f"{options('flowdistill', 'ledger', 'merge', os.fspath(folder))}/* {options('--into', os.fspath(into))}"
 
 
+def from_python() -> str:
+    """What to do where a network or a loader was an object of another process."""
+    return "give it from Python again: the call that trained it goes on with the run, or gives its Result, which has card() and export()"
+
+
 def demo(runs: Folder) -> str:
     """Trains the demo's runs into a folder. Default of the command: a temporary one."""
     return command("demo", "--runs", os.fspath(runs))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, Literal, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,16 @@ from .metrics import Figures, Kept
 from .models import Network
 from .models.code import contents
 from .models.foreign import adopt, tensors, uncompiled
+from .report.card import page
 from .report.progress import Bars
 from .runner import Report, Watcher, export, load_network
 from .runner import run as run_configs
+from .runner.card import measure
 from .runner.evaluate import weights_path
 from .runner.export import FORMATS
 from .runner.integrity import enlist
 from .talk import unheard
+from .trackers import Log, chosen
 from .training.weights import hash_weights, save_weights, whole
 
 
@@ -106,13 +109,32 @@ class Result:
         """The trained network as a plain module, of the class that was given; one of this package is itself."""
         return self.student().release()
 
+    def card(self, format: Literal["md", "html"] = "md", *, batch_size: int = 64, device: str = "auto") -> str:
+        """The compression card, as ``flowdistill card`` prints it: cost, accuracy, agreement and calibration beside the teacher and a
+        student alone. It measures when it is called. Of loaders it takes the images of ``val_loader``.
+
+        Args:
+            format: ``md`` or ``html``.
+            batch_size: images of the second latency; the first is of one image.
+            device: as of ``distill``.
+
+        Raises:
+            UserError: as ``student``.
+        """
+        if format not in ("md", "html"):
+            raise UserError(f"card in {format!r}: choose from: md, html")
+        _refuse_number("batch_size", batch_size, 1)
+        ledger = Ledger(self.folder.parent, changes=self._changes(False))
+        return page(measure(self.run.no, ledger, resolve_device(device), batch_size=batch_size), format)
+
     def export(self, to: str, *, out: str | os.PathLike[str] | None = None, int8: bool = False) -> Path:
         """Write the network as ``onnx``, ``torch-export`` or ``safetensors`` to ``out`` and return the file's path.
 
-        Default of ``out``: beside the run's files.
+        Default of ``out``: beside the run's files. Its program takes images uint8 [N, H, W, C]; of a run on loaders it takes what they
+        give, float32 [N, C, H, W].
 
         Raises:
-            UserError: as ``student``; or a package is missing, torch.export can't trace it, or the run's images came from a loader.
+            UserError: as ``student``; or a package is missing, or torch.export can't trace it.
         """
         if str(to) not in FORMATS:
             raise UserError(f"export to {to!r}: {did_you_mean(str(to), FORMATS)}{FORMATS.causes}")
@@ -147,6 +169,7 @@ def distill(
     workers: int | None = None,
     progress: bool = True,
     on_epoch: Callable[[Report], object] | None = None,
+    log: str | Sequence[str] = (),
     classes: int | None = None,
     again: bool = False,
     accept_changes: bool = False,
@@ -175,6 +198,8 @@ def distill(
         progress: write bars and remarks to stderr. If false, nothing is written there, and ``Result.remarks`` has what must be known.
         on_epoch: called with a Report after every epoch that is trained. What it raises, such as KeyboardInterrupt, comes out of this
             call. The run is then interrupted, and the same call goes on from that epoch.
+        log: ``tensorboard``, ``wandb`` or ``csv``, or several of them. They show in the run's folder what ``on_epoch`` gets, and at the end
+            the card and the FSP matrices. One that fails is told and left out; the run goes on. Default: none.
         classes: number of classes of loaders. Default: as many as the data set has names for (``classes``), else the largest label + 1.
         again: train it even if a run of the same config has finished or was cut off.
         accept_changes: take a teacher, or first weights, even if the file, code or library is not what was recorded.
@@ -189,6 +214,7 @@ def distill(
     if on_epoch is not None and not callable(on_epoch):
         raise UserError(f"on_epoch={on_epoch!r}: give a function that takes a Report, or leave it out")
     _refuse_number("workers", workers, 0, MAX_WORKERS)
+    names = chosen(log, "log") if log else ()
     watcher = (Bars if progress else Watcher)(on_epoch)
     ledger = Ledger(Path(runs), create=True, changes=Changes(accept_changes, watcher.say))
     first_weights = {"init_from": _first_weights(config["init_from"], student, ledger)} if config.get("init_from") is not None else {}
@@ -204,6 +230,8 @@ def distill(
         }
     )
     on_device = resolve_device(device)
+    if names:
+        watcher.log = Log(names, ledger, on_device, watcher.say)
     trust.name(*(getattr(parsed, key) for key in NETWORKS))
     with (  # the modes that the caller has on must not change what is trained
         torch.inference_mode(False),
@@ -212,6 +240,7 @@ def distill(
         trust.code(trust_code),
     ):
         run = run_configs([parsed], ledger, on_device, again=again, engine=engine, workers=workers, watcher=watcher)[0]
+        watcher.ended_before([run.no])
     if run.status != "finished":
         raise RuntimeError(f"run {run.no} {run.status}: {run.error}")
     return Result(run, ledger.run_folder(run.no), tuple(ledger.changes.lines), progress)

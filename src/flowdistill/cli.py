@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from .report.progress import Bars
     from .runner.remote.driver import Gathered
 
 
@@ -100,6 +101,9 @@ ShardOption = Annotated[
 RayOption = Annotated[str | None, typer.Option("--ray", help="Train by the workers of a Ray cluster: local, auto or HOST:PORT.")]
 StorageOption = Annotated[
     Path | None, typer.Option(help="With --ray: where workers keep what another goes on with, seen by all; left out, RUNS/storage.")
+]
+LogOption = Annotated[
+    str | None, typer.Option("--log", help="Show each run in tensorboard, wandb or csv too, while it is trained; several with commas.")
 ]
 AgainOption = Annotated[bool, typer.Option("--again", help="Train even what the ledger has already.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config, the taps and a time estimate; train nothing.")]
@@ -236,17 +240,17 @@ def _launch(
     shard: ShardOption = None,
     ray: RayOption = None,
     storage: StorageOption = None,
+    log: LogOption = None,
     runs: RunsOption = Path("runs"),
 ) -> int:
     """Train these runs."""
     from .device import describe, resolve_device
-    from .report.progress import Bars
     from .runner import dry_run as preview
     from .runner import duration, leading, run, shards
     from .runner.remote import driver
 
     place = None if shard is None else shards.parse(shard)
-    gather = _crew(ray, storage, device, runs, shard)
+    gather, trackers = _crew(ray, storage, device, runs, shard), _trackers(log)
     where, own = resolve_device(ranks.device_name(device)), runs if place is None else shards.folder(runs, *place)
     if not ranks.launched().leads:
         return 0 if dry_run else _follow(where, workers, own, accept_changes=accept_changes, trust_code=trust_code)
@@ -262,15 +266,38 @@ def _launch(
             return 0
         if gather is not None:
             ways = driver.How(engine, deterministic, workers, again, trust_code)
-            return _print_done(driver.run(configs, ledger, where, gather, ways, Bars()))
+            bars = _bars(trackers, ledger, where)
+            return _print_done(driver.run(configs, ledger, where, gather, ways, bars), bars)
         if part is not None:
             ledger = shards.opened(configs, runs, where, part, changes)
         how: dict[str, Any] = {"deterministic": deterministic, "again": again, "engine": engine, "workers": workers, "shard": part}
+        bars = _bars(trackers, ledger, where)
         with leading(where):
-            done = run(configs, ledger, where, **how, watcher=Bars())
+            done = run(configs, ledger, where, **how, watcher=bars)
     if part is not None:
         talk.say(f"{shards.told(part, done)}; put all shards together with: {advice.merge(runs / shard_plan.FOLDER, runs)}")
-    return _print_done(done)
+    return _print_done(done, bars)
+
+
+def _trackers(log: str | None) -> Sequence[str]:
+    """The trackers that --log names."""
+    if log is None:
+        return ()
+    from .trackers import chosen
+
+    return chosen(log, "--log")
+
+
+def _bars(trackers: Sequence[str], ledger: Ledger, device: torch.device) -> Bars:
+    """Progress on stderr, and in these trackers."""
+    from .report.progress import Bars
+
+    bars = Bars()
+    if trackers:
+        from .trackers import Log
+
+        bars.log = Log(trackers, ledger, device, bars.say)
+    return bars
 
 
 def _crew(ray: str | None, storage: Path | None, device: str, runs: Path, shard: str | None = None) -> Gathered | None:
@@ -394,11 +421,11 @@ def resume(
     trust_code: TrustOption = False,
     ray: RayOption = None,
     storage: StorageOption = None,
+    log: LogOption = None,
     runs: RunsOption = Path("runs"),
 ) -> int:
     """Go on with runs that were cut off (interrupted or dead), from their last checkpoint."""
     from .device import resolve_device
-    from .report.progress import Bars
     from .runner import leading
     from .runner import resume as go_on
     from .runner.remote import driver
@@ -406,20 +433,23 @@ def resume(
     where = resolve_device(ranks.device_name(device))
     if not ranks.launched().leads:
         return _follow(where, workers, runs, accept_changes=None, trust_code=trust_code)
+    trackers = _trackers(log)
     gather, ledger = _crew(ray, storage, device, runs), Ledger(runs, changes=Changes(None))
+    bars = _bars(trackers, ledger, where)
     with trust.code(trust_code), leading(where):
         if gather is None:
-            done = go_on(ledger, where, no=run, workers=workers, watcher=Bars())
+            done = go_on(ledger, where, no=run, workers=workers, watcher=bars)
         else:
             ways = driver.How(workers=workers, trusts_all=trust_code)
-            done = driver.resume(ledger, where, gather, ways, Bars(), no=run)
+            done = driver.resume(ledger, where, gather, ways, bars, no=run)
     if not done:
         talk.say(f"nothing was cut off; {advice.list_runs(runs)} lists all")
         return 0
-    return _print_done(done)
+    return _print_done(done, bars)
 
 
-def _print_done(done: Sequence[Run]) -> int:
+def _print_done(done: Sequence[Run], bars: Bars) -> int:
+    bars.ended_before([run.no for run in done])
     talk.answer(pages.runs_list(done, "table"))
     return 1 if any(result.status != "finished" for result in done) else 0
 
@@ -521,12 +551,12 @@ def reproduce(
     shard: ShardOption = None,
     ray: RayOption = None,
     storage: StorageOption = None,
+    log: LogOption = None,
     runs: RunsOption = Path("runs"),
 ) -> int:
     """A published log, trained again: baselines, students, and one document beside its figures. What is trained already is skipped."""
     from . import reproduce as again
     from .device import resolve_device
-    from .report.progress import Bars
     from .runner.remote import driver
 
     chosen = again.choose(study)
@@ -548,7 +578,8 @@ def reproduce(
     )
     again.refuse_own_teachers(order.seeds, order.baselines)
     if shard is not None:
-        return _launch(again.in_shards(order), device=device, dry_run=dry_run, shard=shard, ray=ray, storage=storage, runs=runs)
+        return _launch(again.in_shards(order), device=device, dry_run=dry_run, shard=shard, ray=ray, storage=storage, log=log, runs=runs)
+    trackers = _trackers(log)
     where, ledger, folder = resolve_device(device), Ledger(runs, create=True), out or runs / study
     gather = _crew(ray, storage, device, runs)
     again.refuse_folder(folder, chosen)
@@ -567,11 +598,12 @@ def reproduce(
         "--precision": recipe_options["precision"],
     }
     words = [word for option, value in command_options.items() if value is not None for word in (option, value)]
+    bars = _bars(trackers, ledger, where)
     if gather is not None:
         with gather() as crew:
             for configs in filter(None, again.stages(order)):
-                driver.run(configs, ledger, where, lambda: nullcontext(crew), driver.How(), Bars())
-    document, sound = again.reproduce(order, ledger, where, folder, advice.command("reproduce", study, *words, runs=runs))
+                driver.run(configs, ledger, where, lambda: nullcontext(crew), driver.How(), bars)
+    document, sound = again.reproduce(order, ledger, where, folder, advice.command("reproduce", study, *words, runs=runs), bars)
     talk.answer(str(document))
     return 0 if sound else 1
 
@@ -844,6 +876,28 @@ def card(
     else:
         talk.answer(text)
     return 0
+
+
+@app.command("log")
+def log_(
+    numbers: Annotated[list[int], typer.Argument(metavar="RUN...", help="Numbers of runs.")],
+    to: Annotated[str, typer.Option(help="tensorboard, wandb or csv; several with commas.")],
+    device: DeviceOption = "auto",
+    accept_changes: AcceptOption = False,
+    trust_code: TrustOption = False,
+    runs: RunsOption = Path("runs"),
+) -> int:
+    """Show what is on record of runs in TensorBoard, Weights & Biases or a CSV file: config, curves, FSP matrices, card."""
+    from .device import resolve_device
+    from .trackers import Log, chosen, refuse_running
+
+    trackers = chosen(to, "--to")
+    ledger = Ledger(runs, changes=Changes(accept_changes))
+    refuse_running(numbers, ledger)
+    log = Log(trackers, ledger, resolve_device(device), talk.say)
+    with trust.code(trust_code):
+        log.ended(numbers)
+    return 1 if log.failed else 0
 
 
 @app.command()

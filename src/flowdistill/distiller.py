@@ -30,6 +30,7 @@ from .training.task import TASK
 from .types import NO_LABEL, Batch, DataSpec, NetSpec, Outputs, Targets
 
 CURE = "use flowdistill.distill"
+TEACHER = "teacher."  # how names of its state begin
 
 
 class Distiller(nn.Module):
@@ -37,6 +38,8 @@ class Distiller(nn.Module):
 
     The modules are not copied: the student that was given is trained. It is put into train mode, the teacher into eval mode and frozen.
     Modules that this package did not make have hooks until ``close``, or until the Distiller is gone.
+
+    Its state (``state_dict``) is the student's and the method's. The teacher is not in it, and stays as it is where a state is loaded.
 
     Attributes:
         student, teacher: the networks with their taps; ``.body`` is the module that was given. A method that needs no teacher has None.
@@ -91,6 +94,8 @@ class Distiller(nn.Module):
         self.teacher = teacher_side.build(teacher_side.spec, tuple(sorted(needs.teacher))) if teacher_side else None
         self._given = (student, teacher if teacher_side else None)
         self._hooks = weakref.finalize(self, _release, self.student, self.teacher)
+        self.register_state_dict_post_hook(_leave_teacher_out)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_keep_teacher)  # type: ignore[no-untyped-call]
         if self.teacher is not None:
             self.teacher.requires_grad_(False)
             self.method.setup(of_teacher(needs, self.teacher))
@@ -267,6 +272,18 @@ def _size(images: Tensor | Sequence[int]) -> tuple[int, int, int]:
         raise UserError(f"images={described}: give a shape (channels, height, width) or a batch of images [N, C, H, W]")
     channels, height, width = size
     return channels, height, width
+
+
+def _leave_teacher_out(_: nn.Module, state: dict[str, Any], prefix: str, __: object) -> None:
+    for name in [name for name in state if name.startswith(f"{prefix}{TEACHER}")]:
+        del state[name]
+
+
+def _keep_teacher(distiller: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Loading is strict about the rest. A state of an earlier version, with a teacher, is loaded without it."""
+    _leave_teacher_out(distiller, state, prefix, None)
+    if isinstance(distiller, Distiller) and distiller.teacher is not None:
+        state |= {f"{prefix}{TEACHER}{name}": value for name, value in distiller.teacher.state_dict().items()}
 
 
 def _release(*nets: Network | None) -> None:

@@ -20,7 +20,7 @@ from .report import fsp_log, log, tables
 from .report.progress import Bars
 from .report.reference import SETTINGS, Setting
 from .report.study import Study
-from .runner import Duration, estimate, finished, run
+from .runner import Duration, Watcher, estimate, finished, run
 from .talk import say
 
 STUDIES: Mapping[str, Study] = {study.name: study for study in (log.STUDY, fsp_log.STUDY)}
@@ -194,7 +194,9 @@ def tell_time(order: Order, ledger: Ledger, device: torch.device) -> None:
     say(f"all: about {total} (h:mm:ss) on {describe(device)}, measured on a few steps; set-up and what the ledger has are not counted")
 
 
-def reproduce(order: Order, ledger: Ledger, device: torch.device, folder: Path, command: str) -> tuple[Path, bool]:
+def reproduce(
+    order: Order, ledger: Ledger, device: torch.device, folder: Path, command: str, watcher: Watcher | None = None
+) -> tuple[Path, bool]:
     """Train what the ledger lacks, and write the document after each setting. Return its path, and whether every run finished.
 
     The document has all of the ledger's runs of these settings by this recipe, whether they were asked for now or trained before.
@@ -202,7 +204,7 @@ def reproduce(order: Order, ledger: Ledger, device: torch.device, folder: Path, 
     by_setting: dict[Setting, list[Run]] = {}
     document = order.study.document(folder)
     for setting in order.settings:
-        by_setting[setting] = _train(order, setting, ledger, device)
+        by_setting[setting] = _train(order, setting, ledger, device, watcher or Bars())
         order.study.write(folder, by_setting, ledger, command)
         say(f"{setting.name}: written to {document}")
     return document, all(run_.status == "finished" for runs in by_setting.values() for run_ in runs)
@@ -222,14 +224,13 @@ def in_shards(order: Order) -> list[RunConfig]:
     return students or teachers
 
 
-def _train(order: Order, setting: Setting, ledger: Ledger, device: torch.device) -> list[Run]:
+def _train(order: Order, setting: Setting, ledger: Ledger, device: torch.device, watcher: Watcher) -> list[Run]:
     """Train the teachers first, then all students as one cohort. Return their runs, and what else the ledger has."""
-    bars = Bars()
-    teachers = run(order.teachers(setting), ledger, device, watcher=bars)
+    teachers = run(order.teachers(setting), ledger, device, watcher=watcher)
     if any(teacher.status != "finished" for teacher in teachers):
         say(f"{setting.name}: a teacher failed, so its students are left out")
         return teachers
-    runs = teachers + run(order.students(setting), ledger, device, watcher=bars)
+    runs = teachers + run(order.students(setting), ledger, device, watcher=watcher)
     return runs + _others(order, setting, runs, ledger, device)
 
 

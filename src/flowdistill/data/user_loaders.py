@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Subset
 
+from .. import advice
 from ..checks import UserError, summary
 from ..config import LOADER
 from ..randomness import derive, generator
@@ -147,7 +148,7 @@ def recall(name: str) -> UserLoaderData:
         UserError: they were given in another process.
     """
     if name not in IN_MEMORY:
-        raise UserError(f"{name} was given from Python, and is in no file; give it from Python again")
+        raise UserError(f"{name} was given from Python, and is in no file; {advice.from_python()}")
     return IN_MEMORY[name]
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .. import trust
+from .. import advice, trust
 from ..checks import FAILURES, UserError, did_you_mean, first_line, summary
 from ..randomness import seeded
 from ..types import DataSpec, NetSpec, Outputs, TapSpec
@@ -341,7 +341,7 @@ def _maker(where: str, name: str) -> tuple[Make, str, Neighbours]:
         return _torchvision(name), f"{name} of torchvision", Neighbours()
     if where == MODULE:
         if name not in IN_MEMORY:
-            raise UserError(f"{MODULE}:{name} was given from Python, and is in no file; give it from Python again")
+            raise UserError(f"{MODULE}:{name} was given from Python, and is in no file; {advice.from_python()}")
         return lambda _: deepcopy(IN_MEMORY[name]), f"{name}, a module given from Python", Neighbours()
     module, neighbours = of_file(Path(where)) if where.endswith(".py") else (of_package(where), Neighbours())
     function = getattr(module, name, None)

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..checks import UserError
 from ..config import DataConfig, parse_as
 from ..data.normalisation import Normalisation
 from ..data.sources import load
 from ..ledger import Ledger, Run
 from ..methods.fsp import FSP, fsp_matrix, match_sizes
+from ..runner.measured_on import measured_on
+from ..runner.plan import recorded
 from ..runner.references import resolve
 from ..training.weights import write_whole
 
@@ -45,11 +48,38 @@ def draw(path: Path, student: Run, alone: Run, ledger: Ledger) -> str:
     for name, run in {"teacher": teacher, "FSP student": student, "trained alone": alone}.items():
         net = resolve(str(run.no), ledger).build(data.spec, taps=tuple(sorted(fsp.needs.student)), given=normalisation).eval()
         matrices[f"{name}, run {run.no}"] = _matrices(net(image).maps, fsp)
-    _save(path, [_row(pair, [of_net[index] for of_net in matrices.values()], list(matrices)) for index, pair in enumerate(fsp.pairs)])
+    write_whole(path, _picture(matrices, fsp.pairs))
     return (
         f"Test image {IMAGE} of {data.name} (label {data.y_test[IMAGE]}), networks in eval mode, float32; one colour scale a row. "
         f"Trained alone: the baseline that began from the student's own initial weights (seed {alone.seed})."
     )
+
+
+def of_run(run: Run, ledger: Ledger, device: torch.device) -> bytes | None:
+    """The picture of a finished run's matrices beside its teacher's, on the first test image, as a PNG. None if its method has no FSP.
+
+    Raises:
+        UserError: the run can't be made again as it began; or an adapter made the student's channels as many as the teacher's, and
+            adapters are not kept.
+    """
+    if FSP.name not in run.method.split("+"):
+        return None
+    (job,) = recorded([run], ledger, device)
+    method = job.method()
+    fsp = next(part for part in method.modules() if isinstance(part, FSP))
+    assert job.teacher is not None
+    assert job.pairing is not None
+    if len(fsp.adapters):
+        raise UserError("options.fsp.adapter trained adapters, which are not kept")
+    cpu = torch.device("cpu")
+    shown = measured_on(job.data, run.split, cpu)
+    taps, given = tuple(sorted(fsp.needs.student)), shown.normalisation
+    nets = {
+        f"teacher {job.teacher.model}": job.teacher.build(job.data.spec, taps=taps, spec=job.pairing.teacher, given=given),
+        f"student, run {run.no}": resolve(str(run.no), ledger).build(job.data.spec, taps=taps, spec=job.student_taps, given=given),
+    }
+    image = shown.some(1)
+    return _picture({name: _matrices(net.eval()(image).maps, fsp) for name, net in nets.items()}, fsp.pairs)
 
 
 @torch.no_grad()
@@ -95,10 +125,12 @@ def _panel(matrix: Tensor, pair: tuple[str, str], highest: float) -> altair.Char
     return chart
 
 
-def _save(path: Path, rows: Sequence[altair.HConcatChart]) -> None:
+def _picture(matrices: Mapping[str, Sequence[Tensor]], pairs: Sequence[tuple[str, str]]) -> bytes:
+    """A PNG with a row for each pair. ``matrices`` has those of each network, the teacher's first."""
     import altair
 
+    rows = [_row(pair, [of_net[index] for of_net in matrices.values()], list(matrices)) for index, pair in enumerate(pairs)]
     buffer = io.BytesIO()
     chart = altair.vconcat(*rows, spacing=40).resolve_scale(color="independent")
     chart.configure_view(stroke=None).save(buffer, format="png", scale_factor=2)
-    write_whole(path, buffer.getvalue())
+    return buffer.getvalue()

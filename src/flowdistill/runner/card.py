@@ -16,11 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..advice import train as train_command
 from ..checks import UserError
 from ..config import BASELINE, RunConfig, validate
-from ..data.batches import eval_set
-from ..data.dataset import ImageData, part
-from ..data.normalisation import Normalisation
+from ..data.dataset import ImageData
 from ..data.sources import load
-from ..data.splits import trained_positions
 from ..device import computing, describe, resolve_precision, synchronize
 from ..env import processor
 from ..ledger import PROBE_FILE, STUDENT_FILE, Ledger, Run, baseline_key, flattened, is_baseline, kept_answers
@@ -31,6 +28,7 @@ from ..stats import Agreement, agreement, calibration_error, negative_log_likeli
 from ..training.evaluate import among_top, predict
 from ..training.weight_files import located
 from ..training.weights import load_weights
+from .measured_on import measured_on
 from .references import NetworkRef, recorded_teacher, resolve
 
 TEACHER, STUDENT, ALONE = "teacher", "student", "student alone"
@@ -171,20 +169,19 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
     student, data = resolve(str(no), ledger), _data(run, config, ledger)
     by_role = {TEACHER: _teacher(run, ledger, data), STUDENT: student, ALONE: resolve(str(alone.no), ledger) if alone else None}
     networks = {role: network for role, network in by_role.items() if network}
-    train_positions = trained_positions(data.y_train, run.split)
-    normalisation = Normalisation.measured(part(data.x_train, train_positions), data.y_train[train_positions])
+    shown = measured_on(data, run.split, device)
     nets: dict[str, Network] = {}
     for role, network in networks.items():
-        nets[role] = network.build(data.spec, given=normalisation).on(device).eval()
+        nets[role] = network.build(data.spec, given=shown.normalisation).on(device).eval()
         if isinstance(net := nets[role], Probed):
             net.probe.load_state_dict(load_weights(ledger.run_folder(no) / PROBE_FILE, ledger.changes)[0])
-    normalise, labels = normalisation.on(device), data.y_test
-    images = normalise(torch.from_numpy(data.x_test[np.arange(batch_size) % len(labels)]).to(device))
+    images = shown.some(batch_size)
     precision = resolve_precision(run.precision, device)
     other_classes = {role: network.other_classes(data) for role, network in networks.items()}
     with computing(device):
         judged = {role: net for role, net in nets.items() if not other_classes[role]}
-        logits = [outputs for outputs, _ in predict(list(judged.values()), eval_set(data.x_test, labels, normalise, device), precision)]
+        logits, by_batch = zip(*predict(list(judged.values()), shown.test, precision), strict=True)
+        labels = torch.cat(by_batch).cpu().numpy()
         answered = {role: _answered(torch.cat(batches), labels) for role, batches in zip(judged, zip(*logits, strict=True), strict=True)}
         latencies: dict[str, list[Latency]] = {role: [] for role in nets}
         for size in dict.fromkeys((1, batch_size)):
@@ -312,6 +309,8 @@ def _advice(config: RunConfig, ledger: Ledger) -> str:
     """How the student is trained alone by the recipe of a run."""
     if config.train.mixup is True:
         return "No student alone: train.mixup=true leaves no labels to train it on."
+    if config.data.user_loaders:
+        return "The student was not trained alone by this recipe yet: in Python, flowdistill.train with the same loaders does it."
     images = {"name": config.data.name} | config.data.without_unlabelled.model_dump(mode="json", exclude_defaults=True)
     more = {"train": config.train.model_dump(mode="json", exclude={"freeze"}, exclude_defaults=True)}
     if "student" in config.inputs:

@@ -111,8 +111,6 @@ def load_fitting(path: Path, about: StudentMetadata, dataset: str | None, remark
     """
     config = about.data.model_copy(update={"name": dataset or about.data.name})
     data = load(config, remarks)
-    if config.user_loaders:
-        raise UserError(f"{path} was trained on a loader's images, which only training reads; Result.module() gives its network to Python")
     shape = (data.spec.channels, data.spec.height, data.spec.width)
     if (*shape, data.classes) != (*about.input, about.classes):
         raise UserError(
@@ -151,6 +149,8 @@ def evaluate(
     changes = changes or Changes()
     net, about = load_network(path, changes)
     data = load_fitting(path, about, dataset, changes)
+    if about.data.user_loaders and dataset is None:
+        raise UserError(f"{path} was trained on a loader's images, which only Python has; Result.card() measures it on them")
     net = net.on(device)
     test = eval_set(data.x_test, data.y_test, Normalisation(about.mean, about.std).on(device), device, workers)
     arithmetic, images = resolve_precision(precision or about.precision, device), len(test)

@@ -147,6 +147,7 @@ def _begin_cohort(
             [row(member) | common | {"versions": made_with | of_ranks(member.job)} for member in members], claim, refuse_taken
         )
         _train(cohort, members, ledger, device, watcher, home)
+    watcher.ended([member.no for member in members])
 
 
 def vouch(models_named: Iterable[str], ledger: Ledger, watcher: Watcher) -> None:
@@ -176,6 +177,7 @@ def _resume_cohort(home: int, ledger: Ledger, device: torch.device, watcher: Wat
                 ledger.reopen([member.no for member in members], cohort.done)
                 _tell_what_changed(runs, members, ledger, device, watcher)
                 _train(cohort, members, ledger, device, watcher, home)
+    watcher.ended([member.no for member in members])
 
 
 def _engine(run_: Run) -> str:
@@ -239,6 +241,7 @@ def _train(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: to
     if current().several:
         watcher.say(f"{_numbers(members)}: {told_of_ranks(cohort, members)}")
     announce(cohort, members)
+    watcher.began([member.no for member in members])
     watcher.begin(_title(members), cohort.steps)
     try:
         for report in train(cohort, watcher.step):
@@ -295,6 +298,7 @@ def _stops_on_record(members: Sequence[Member], ledger: Ledger, watcher: Watcher
                 if ledger.run(member.no).status == "running":
                     ledger.update(member.no, status="interrupted", error=first_line(error), finished=now())
         watcher.say(f"{_numbers(members)}: stopped; go on with: {advice.resume(members[0].no, ledger.folder)}")
+        watcher.ended([member.no for member in members], cut_off=True)
         raise
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import numpy.typing as npt
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,12 @@ from torch.func import functional_call
 
 from ..checks import Changes, UserError, obstacle, summary
 from ..data.batches import eval_set
-from ..data.dataset import ImageData, Images
+from ..data.dataset import ImageData
+from ..data.interfaces import EvalSet, First
 from ..data.normalisation import Normalisation
 from ..data.splits import stratified
+from ..data.user_batches import UserLoaderSet, UserLoaderSupply
+from ..data.user_loaders import UserLoaderData
 from ..models import Network
 from ..registry import Registry
 from ..training.evaluate import answering
@@ -44,17 +48,24 @@ class DeviationError(Exception):
 
 
 class Program(nn.Module):
-    """Images uint8 [N, H, W, C] -> logits float32 [N, K]: the normalisation and the network in one, in eval mode and fp32."""
+    """Images uint8 [N, H, W, C] -> logits float32 [N, K]: the normalisation and the network in one, in eval mode and fp32.
 
-    def __init__(self, net: Network, normalisation: Normalisation) -> None:
+    Without a normalisation the images are float32 [N, C, H, W], as a loader gives them.
+    """
+
+    def __init__(self, net: Network, normalisation: Normalisation | None) -> None:
         super().__init__()
-        self.net, self.normalise = net, normalisation.on(torch.device("cpu"))
+        self.net, self.normalise = net, _as_they_are if normalisation is None else normalisation.on(torch.device("cpu"))
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [N, H, W, C] -> logits [N, K]."""
+        """Images -> logits [N, K]."""
         logits: Tensor = self.net(self.normalise(images)).logits
         return logits
+
+
+def _as_they_are(images: Tensor) -> Tensor:
+    return images
 
 
 class Format(NamedTuple):
@@ -119,23 +130,32 @@ def export(
     out = path.with_suffix(".int8.onnx" if int8 else form.suffix) if out is None else out.expanduser()
     _refuse_place(out, path)
     data = load_fitting(path, about, dataset, changes)
-    images = torch.from_numpy(data.x_test[:IMAGES])
+    images, test = _test_images(data)
     if to == "onnx" and net.draws_always:
         raise UserError(
             f"{about.model} draws random numbers in eval mode, which an ONNX file can't do alike; use --to torch-export or safetensors"
         )
-    program, file_metadata = Program(net, Normalisation(about.mean, about.std)), metadata(net, about)
+    normalisation = None if about.data.user_loaders else Normalisation(about.mean, about.std)
+    program, file_metadata = Program(net, normalisation), metadata(net, about)
     content = form.write(program, images[:1], file_metadata)
     answer = form.read(content, program)
     difference, allowed = compare(program, answer, images, to)
     accuracies = []
     if int8:
         content = _quantised(content, data)
-        accuracies = [_accuracy(function, data) for function in (answer, form.read(content, program))]
+        accuracies = [_accuracy(function, test) for function in (answer, form.read(content, program))]
         measured = {"accuracy": accuracies[-1], "data": dataset or about.data.name, "quantisation": "int8"}
         content = _with_metadata(content, file_metadata | {key: json.dumps(value) for key, value in measured.items()})
     write_whole(out, content)
     return Exported(str(out), to, about.model, len(content), len(images), difference, allowed, *accuracies)
+
+
+def _test_images(data: ImageData) -> tuple[Tensor, EvalSet]:
+    """The first ``IMAGES`` test images, and all of them, as a program takes them."""
+    if isinstance(data, UserLoaderData):
+        test: EvalSet = UserLoaderSet(data, torch.device("cpu"))
+        return torch.cat([images for images, _ in First(test, IMAGES).batches()]).contiguous(), test
+    return torch.from_numpy(data.x_test[:IMAGES]), eval_set(data.x_test, data.y_test, _as_they_are, torch.device("cpu"))
 
 
 def metadata(net: Network, about: StudentMetadata) -> dict[str, str]:
@@ -305,10 +325,10 @@ def _read_onnx(content: bytes, _: Program) -> Answer:
 class _Calibration:
     """Images in batches, as onnxruntime asks for them."""
 
-    def __init__(self, images: Images) -> None:
+    def __init__(self, images: npt.NDArray[Any]) -> None:
         self.batches = (images[start : start + IMAGES] for start in range(0, len(images), IMAGES))
 
-    def get_next(self) -> dict[str, Images] | None:
+    def get_next(self) -> dict[str, npt.NDArray[Any]] | None:
         images = next(self.batches, None)
         return None if images is None else {INPUT: images}
 
@@ -319,17 +339,28 @@ def _quantised(content: bytes, data: ImageData) -> bytes:
     """
     from onnxruntime.quantization import quantize_static
 
-    images = data.x_train[stratified(data.y_train, min(CALIBRATION, len(data.y_train)), len(data.y_train), least=1)]
     with _unlogged(logging.WARNING), TemporaryDirectory() as folder:  # it advises to fuse the batch normalisations, which was done
         exact, quantised = Path(folder) / "exact.onnx", Path(folder) / "int8.onnx"
         exact.write_bytes(content)
-        quantize_static(exact, quantised, _Calibration(images), per_channel=True)
+        quantize_static(exact, quantised, _Calibration(_calibrating(data)), per_channel=True)
         return quantised.read_bytes()
 
 
-def _accuracy(answer: Answer, data: ImageData) -> float:
+def _calibrating(data: ImageData) -> npt.NDArray[Any]:
+    """``CALIBRATION`` training images, as a program takes them: the same share of each class, or a loader's first."""
+    if not isinstance(data, UserLoaderData):
+        return data.x_train[stratified(data.y_train, min(CALIBRATION, len(data.y_train)), len(data.y_train), least=1)]
+    supply, parts, count = UserLoaderSupply(data, torch.device("cpu")), list[Tensor](), 0
+    for images, _ in supply.seed_batches(0, data.batch_size).epoch(0):
+        parts.append(images)
+        count += len(images)
+        if count >= CALIBRATION:
+            break
+    return torch.cat(parts)[:CALIBRATION].contiguous().numpy()
+
+
+def _accuracy(answer: Answer, test: EvalSet) -> float:
     """The accuracy on all test images, in percent."""
-    test = eval_set(data.x_test, data.y_test, lambda images: images, torch.device("cpu"))
     correct = sum(int((answer(images).argmax(1) == labels).sum()) for images, labels in test.batches())
     return 100 * correct / len(test)
 

@@ -92,10 +92,11 @@ def record_epoch(report: EpochReport, cohort: Cohort, members: Sequence[Member],
             watcher.say(f"run {member.no}: {member.job.label} {member.last.error}")
     best = max((row.correct for row in rows.values() if row.correct is not None), default=0)
     watcher.epoch(f"epoch {report.epoch}/{cohort.epochs}, best {100 * best / images:.2f} %")
-    return [_reported(no, row, cohort.epochs) for no, row in rows.items()]
+    return [reported(no, row, cohort.epochs) for no, row in rows.items()]
 
 
-def _reported(no: int, row: Epoch, epochs: int) -> Report:
+def reported(no: int, row: Epoch, epochs: int) -> Report:
+    """An epoch of run ``no``, which has ``epochs`` of them, as it is reported."""
     accuracy = None if row.correct is None else 100 * row.correct / row.images
     return Report(no, row.epoch, epochs, row.phase, row.lr, row.terms, accuracy, row.seconds)
 

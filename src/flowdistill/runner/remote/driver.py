@@ -28,6 +28,7 @@ from ..execute import refuse_shared, vouch
 from ..job import Job
 from ..partition import by_seed, costs
 from ..plan import cohorts
+from ..record import reported
 from ..watcher import Watcher
 from .kit import Alive, Began, Changed, Epochs, Kit, Result, Said, Word, packed
 from .mirror import Mirror
@@ -286,7 +287,9 @@ class _Driver:
                     if not isinstance(word.told, Said):  # that it was stopped is said below
                         self._hear(word)
             self._give_up(error)
+            self.watcher.ended([*self.numbers.values()], cut_off=True)
             raise
+        self.watcher.ended([*self.numbers.values()])  # only now, for what is done there must not keep words of workers waiting
         if self.refused:
             raise UserError(f"{len(self.refused)} of {self._progress.total} cohorts were not trained: {self.refused[0]}")
 
@@ -366,7 +369,8 @@ class _Driver:
             case Began():
                 self._begin(training, word.attempt, told)
             case Epochs():
-                training.mirror.epochs(told)
+                for no, epoch in training.mirror.epochs(told).items():
+                    self.watcher.report(reported(no, epoch, training.cohort.epochs))
             case Changed():
                 training.mirror.changed(told)
             case Said():
@@ -386,6 +390,7 @@ class _Driver:
             self._end(cohort.number, Lost(str(error)))
             return
         training.began = True
+        self.watcher.began([*training.mirror.numbers.values()])
         self.numbers |= training.mirror.numbers
         self._kinds.add(cohort.kind)
         vouch({name for job in cohort.jobs for name in job.model_names}, self.ledger, self.watcher)

@@ -101,9 +101,11 @@ class Mirror:
                 if epoch["epoch"] not in known:
                     self._ledger.add_epochs({self._here[no]: Epoch(**epoch)})
 
-    def epochs(self, told: Epochs) -> None:
-        """An epoch of each run."""
-        self._ledger.add_epochs({self._here[no]: Epoch(**epoch) for no, epoch in told.epochs.items()})
+    def epochs(self, told: Epochs) -> Mapping[int, Epoch]:
+        """An epoch of each run, which is returned by the driver's number of the run."""
+        rows = {self._here[no]: Epoch(**epoch) for no, epoch in told.epochs.items()}
+        self._ledger.add_epochs(rows)
+        return rows
 
     def changed(self, told: Changed) -> None:
         """A run diverged. What else a worker enters comes with the result, or is the driver's to say."""

@@ -19,6 +19,7 @@ from ..ledger import Ledger, Run
 from ..methods import Method, ResolvedMethod
 from ..ranks import launched, refuse_uneven
 from ..talk import Remarks
+from ..training.optim import refuse_optimizer
 from ..training.weights import hash_weights
 from .fingerprint import fingerprint
 from .identity import Identities
@@ -147,9 +148,10 @@ def _resolve_method(config: RunConfig) -> ResolvedMethod:
 
     Raises:
         UserError: no such method, option or weight, a teacher is needed and none named, labels are and the images are mixed, or a task
-            that has no weight is to be smoothed; or the ranks can't share the batch out.
+            that has no weight is to be smoothed; or the ranks can't share the batch out; or there is no such optimizer.
     """
     refuse_uneven(config.train.batch_size)
+    refuse_optimizer(config.train)
     _refuse_labels(config)
     resolved = methods.resolve(config.method, config.options, config.weights)
     if resolved.uses_teacher and config.teacher is None:

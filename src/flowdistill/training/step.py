@@ -130,7 +130,5 @@ def train_step(
 
     # Optimiser.
     for student, terms in zip(group, student_terms, strict=True):
-        for param_group in student.optimizer.param_groups:
-            param_group["lr"] = lr
-        student.optimizer.step()
+        student.move(lr)
         student.tally.add({**terms, **teacher_sums})

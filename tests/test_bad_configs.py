@@ -46,7 +46,7 @@ WRONG: list[tuple[str | bytes, str]] = [
         "[train.fsp]\npool = 'avg'",
         "unknown key 'train.fsp': choose from: epochs, batch_size, lr, momentum, "
         "weight_decay, nesterov, schedule, milestones, warmup_epochs, precision, mixup, freeze, label_smoothing, batch_norm, "
-        "optimizer, optimizer_options, decay_norm_and_bias, warmup_steps, clip, ema",
+        "optimizer, optimizer_options, decay_norm_and_bias, warmup_steps, clip, accumulate, ema",
     ),
     ("[options.base]\npool = 'avg'", "unknown key 'options.base.pool': there is none to choose from"),
     ("[options.fsp]\npool = 'avg'", "options.fsp: method 'base' has no such part; choose from: base"),
@@ -117,6 +117,11 @@ WRONG: list[tuple[str | bytes, str]] = [
     ),
     ("[train]\nema = 0.0", "train.ema=0.0: input should be greater than 0"),
     ("[train]\nema = 1", "train.ema=1: input should be less than 1"),
+    ("[train]\naccumulate = 3", "train: accumulate=3 does not divide batch_size=128; set one to fit the other"),
+    (
+        "[train]\naccumulate = 4\nbatch_norm = 'synchronised'",
+        "train: accumulate=4: each part is normalised by itself, so batch_norm=synchronised can't be had",
+    ),
     ("[train]\nclip = 0", "train.clip=0: input should be greater than 0"),
     ("[train]\nwarmup_epochs = 200", "train: warmup_epochs=200 leaves nothing of epochs=200; set it lower"),
     ("teacher = 'resnet20'", "teacher='resnet20': training on the labels alone has none; use flowdistill distill, or leave it out"),

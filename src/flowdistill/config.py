@@ -203,7 +203,8 @@ class TrainConfig(Frozen):
 
     ``warmup_steps``: the rate of step s, counted from 1, is s / warmup_steps of the rate; after these steps it is that of the schedule,
     which counts them. ``clip`` is the largest global norm of a student's gradients, its adapters' included. ``ema`` is the decay of an
-    average of the weights, which is measured and shipped in their place.
+    average of the weights, which is measured and shipped in their place. ``accumulate`` computes a batch in so many parts, one after the
+    other, for memory's sake; each part is normalised by itself.
 
     ``batch_norm`` says by what several processes of one run normalise a batch: each by the images that it has of it, or all by the
     whole. One process has the whole batch in either case.
@@ -228,6 +229,7 @@ class TrainConfig(Frozen):
     decay_norm_and_bias: bool = Field(True, exclude_if=lambda decay: decay)  # false: no decay on parameters of one dimension
     warmup_steps: int = Field(0, ge=0, strict=True, exclude_if=lambda steps: steps == 0)
     clip: float | None = Field(None, gt=0, strict=True, exclude_if=lambda clip: clip is None)
+    accumulate: int = Field(1, ge=1, strict=True, exclude_if=lambda parts: parts == 1)
     ema: float | None = Field(None, gt=0, lt=1, strict=True, exclude_if=lambda ema: ema is None)
 
     @field_validator("freeze", mode="before")
@@ -269,6 +271,14 @@ class TrainConfig(Frozen):
     def _one_warm_up(self) -> TrainConfig:
         if self.warmup_steps and self.warmup_epochs:
             raise ValueError(f"warmup_steps={self.warmup_steps} and warmup_epochs={self.warmup_epochs} are two warm-ups; leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _parts_are_equal(self) -> TrainConfig:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}; set one to fit the other")
+        if self.accumulate > 1 and self.batch_norm == "synchronised":
+            raise ValueError(f"accumulate={self.accumulate}: each part is normalised by itself, so batch_norm=synchronised can't be had")
         return self
 
     @field_validator("optimizer")
@@ -367,6 +377,10 @@ class RunConfig(Frozen):
             raise ValueError("split=holdout: a loader's images are not held out; give the held-out ones as val_loader, with split=full")
         if self.data.user_loaders and self.train.mixup:
             raise ValueError(f"train.mixup={str(self.train.mixup).lower()}: a loader's images are not mixed; mix them in the loader")
+        if self.data.user_loaders and self.train.accumulate > 1:
+            raise ValueError(
+                f"train.accumulate={self.train.accumulate}: a loader's batches may differ in size and are not cut; leave it out"
+            )
         return self
 
 

@@ -50,6 +50,7 @@ CHANGED: dict[str, Any] = {
     "train.decay_norm_and_bias": False,
     "train.warmup_steps": 5,
     "train.clip": 1.0,
+    "train.accumulate": 2,
     "train.ema": 0.9,
     "method": "at",
     "options": {"fsp": {"pool": "avg"}},

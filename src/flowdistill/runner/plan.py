@@ -150,7 +150,7 @@ def _resolve_method(config: RunConfig) -> ResolvedMethod:
         UserError: no such method, option or weight, a teacher is needed and none named, labels are and the images are mixed, or a task
             that has no weight is to be smoothed; or the ranks can't share the batch out; or there is no such optimizer.
     """
-    refuse_uneven(config.train.batch_size)
+    refuse_uneven(config.train.batch_size, config.train.accumulate)
     refuse_optimizer(config.train)
     _refuse_labels(config)
     resolved = methods.resolve(config.method, config.options, config.weights)
@@ -261,12 +261,21 @@ def checked(job: Job) -> Job:
         UserError: its method can't work with this pair.
     """
     needs, _ = job.needs_and_versions
+    if (parts := job.config.train.accumulate) > 1 and (whole := _of_whole_batches(job)):
+        raise UserError(f"train.accumulate={parts}: method {whole!r} compares the images of a batch with each other; leave one of them out")
     if job.config.taps and not (needs.student or needs.teacher):
         job = replace(job, config=job.config.model_copy(update={"taps": {}}))
     if (world := launched().world) > 1 and job.normalises_apart:
         job = replace(job, ranks=world)
     _ = job.fingerprint  # computed here, so that what can't be fingerprinted is refused before anything is trained
     return job
+
+
+def _of_whole_batches(job: Job) -> str:
+    """The part of its method that needs all images of a batch at once; empty if there is none."""
+    method = job.method()
+    found = (part for part in method.modules() if isinstance(part, Method) and part.whole_batch and part is not method)
+    return next((part.name for part in found), job.resolved.name if method.whole_batch else "")
 
 
 def _as_it_may_have_begun(job: Job, run: Run) -> Iterator[Job]:

@@ -45,7 +45,8 @@ WRONG: list[tuple[str | bytes, str]] = [
     (
         "[train.fsp]\npool = 'avg'",
         "unknown key 'train.fsp': choose from: epochs, batch_size, lr, momentum, "
-        "weight_decay, nesterov, schedule, milestones, warmup_epochs, precision, mixup, freeze, label_smoothing, batch_norm",
+        "weight_decay, nesterov, schedule, milestones, warmup_epochs, precision, mixup, freeze, label_smoothing, batch_norm, "
+        "optimizer, optimizer_options, decay_norm_and_bias, warmup_steps, clip, accumulate, ema",
     ),
     ("[options.base]\npool = 'avg'", "unknown key 'options.base.pool': there is none to choose from"),
     ("[options.fsp]\npool = 'avg'", "options.fsp: method 'base' has no such part; choose from: base"),
@@ -93,6 +94,35 @@ WRONG: list[tuple[str | bytes, str]] = [
         "train.mixup=true: mixed images have no labels, but method 'base' learns from labels; choose one that does not, such as kd, or set "
         "train.mixup=false",
     ),
+    (
+        "[train]\noptimizer = 'adamw'\nlr = 0.001\nmomentum = 0.9",
+        "train: momentum=0.9 belongs to optimizer=sgd, not to adamw; leave it out",
+    ),
+    (
+        "[train]\noptimizer = 'AdamW'\nlr = 0.001\nnesterov = true",
+        "train: nesterov=true belongs to optimizer=sgd, not to adamw; leave it out",
+    ),
+    (
+        "[train]\noptimizer = 'adamw'",
+        "train: optimizer=adamw needs a rate, for the default lr is one of sgd; give lr, such as lr=0.001",
+    ),
+    (
+        "[train.optimizer_options]\ndampening = 0.1",
+        "train: optimizer_options={'dampening': 0.1} belongs to other optimizers; sgd has momentum and nesterov",
+    ),
+    ("[train]\noptimizer = 'adam-w'\nlr = 0.001", "train.optimizer=adam-w: did you mean 'adamw'?"),
+    (
+        "[train]\nwarmup_epochs = 2\nwarmup_steps = 10",
+        "train: warmup_steps=10 and warmup_epochs=2 are two warm-ups; leave one out",
+    ),
+    ("[train]\nema = 0.0", "train.ema=0.0: input should be greater than 0"),
+    ("[train]\nema = 1", "train.ema=1: input should be less than 1"),
+    ("[train]\naccumulate = 3", "train: accumulate=3 does not divide batch_size=128; set one to fit the other"),
+    (
+        "[train]\naccumulate = 4\nbatch_norm = 'synchronised'",
+        "train: accumulate=4: each part is normalised by itself, so batch_norm=synchronised can't be had",
+    ),
+    ("[train]\nclip = 0", "train.clip=0: input should be greater than 0"),
     ("[train]\nwarmup_epochs = 200", "train: warmup_epochs=200 leaves nothing of epochs=200; set it lower"),
     ("teacher = 'resnet20'", "teacher='resnet20': training on the labels alone has none; use flowdistill distill, or leave it out"),
     # hostile: one line stays one line, without control characters, and short

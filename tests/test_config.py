@@ -73,7 +73,8 @@ def test_part_of_a_table_keeps_the_other_defaults() -> None:
         ("studnet", "unknown key 'studnet': did you mean 'student'?"),
         ("train.epoch", "unknown key 'train.epoch': did you mean 'epochs'?"),
         ("train.learning", "unknown key 'train.learning': choose from: epochs, batch_size, lr, momentum, weight_decay, "
-         "nesterov, schedule, milestones, warmup_epochs, precision, mixup, freeze, label_smoothing, batch_norm"),
+         "nesterov, schedule, milestones, warmup_epochs, precision, mixup, freeze, label_smoothing, batch_norm, "
+         "optimizer, optimizer_options, decay_norm_and_bias, warmup_steps, clip, accumulate, ema"),
         ("data.nam", "unknown key 'data.nam': did you mean 'name'?"),
         ("zzzz", "unknown key 'zzzz': choose from: student, teacher, init_from, peer, side, seed, split, data, train, method, "
          "options, weights, probe, taps, inputs"),
@@ -111,6 +112,15 @@ def test_an_unknown_key_is_told_with_what_is_allowed(key: str, answer: str) -> N
         ("train.mixup", [0.2]),
         ("train.label_smoothing", 1.0),
         ("train.label_smoothing", True),
+        ("train.optimizer", 1),
+        ("train.decay_norm_and_bias", "perhaps"),
+        ("train.warmup_steps", 2.5),
+        ("train.clip", -1.0),
+        ("train.accumulate", 0),
+        ("train.ema", 0),
+        ("train.ema", 1.0),
+        ("train.optimizer_options", "betas"),
+        ("train.optimizer_options", ["betas"]),
         ("data.unlabelled", "digits"),
         ("data.unlabelled", "csv:a.csv"),
         ("data.crop", "centre"),
@@ -141,6 +151,12 @@ def test_an_unknown_key_is_told_with_what_is_allowed(key: str, answer: str) -> N
 )
 def test_wrong_value_names_key_and_value(key: str, value: Any) -> None:
     assert complaint(validate, nested(key, value)).startswith(f"{key}={value!r}: ")
+
+
+@pytest.mark.parametrize("value", [float("inf"), None, {"a": 1}, [0.9, "b"], [float("nan")]])
+def test_options_of_an_optimizer_are_plain_values(value: Any) -> None:
+    answer = "an option is a finite number, a list of these, true, false or a word, such as {betas = [0.9, 0.98]}"
+    assert complaint(validate, nested("train.optimizer_options", {"eps": value})) == f"train.optimizer_options: {answer}"
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 from helpers.fake_capture import CaptureError, Machine, fake_capture
-from helpers.fake_cuda import Watch, fake_cuda, fused_sgd_faults
+from helpers.fake_cuda import Watch, fake_cuda, fused_faults
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from flowdistill import models
 from flowdistill.bench.measure import Work
+from flowdistill.config import validate
 from flowdistill.data.batches import DeviceData, SeedBatches
 from flowdistill.data.dataset import ImageData
 from flowdistill.device import computing
@@ -174,6 +175,21 @@ def test_resized_and_mixed_images_stay_on_their_gpu(crop: str, mixup: float, pre
     assert (found.step, found.evaluation, found.fused) == ({}, {}, [29])
 
 
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}])
+def test_adamw_clipping_and_an_average_stay_on_their_gpu(options: dict[str, bool]) -> None:
+    """The adapters of vid are moved as well, normalisations and biases without decay."""
+    keys = {"optimizer": "adamw", "optimizer_options": options, "lr": 0.001, "decay_norm_and_bias": False, "clip": 1.0, "ema": 0.99}
+    with fake_cuda(1) as watch:
+        seed_groups = lanes_of(watch.device, ["vid"], "bf16")
+        (student,) = seed_groups[0].students
+        student.train = validate({"train": keys}).train
+        found = walk(watch, seed_groups, "bf16")
+        moved = len(student.trainable_parameters())
+    assert (found.step, found.evaluation) == ({}, {})
+    assert found.fused[-1] == moved
+    assert found.launches["_fused_adamw_"] == 2
+
+
 MAX_LAUNCHES = 331
 
 
@@ -287,7 +303,7 @@ def test_what_fused_sgd_would_compute_wrongly_is_seen(changed: dict[str, Any], f
             torch.empty(4, 3, 3, 3, **{**usual, **changed.get(what, {})}) for what in ("parameter", "gradient", "momentum")
         )
         lr = changed.get("lr", torch.zeros((), device=watch.device))
-        found = fused_sgd_faults(watch.device, [parameter], [gradient], [momentum], lr)
+        found = fused_faults("SGD", watch.device, [parameter], [gradient], [momentum], lr)
     assert found == ([] if fault is None else [f"fused SGD: {fault}"])
 
 

@@ -184,6 +184,8 @@ def test_every_key_changes_the_fingerprint_or_says_why_not(
         plain = {"student": "resnet8", "method": "base", "data": {"name": request.getfixturevalue("pictures"), "size": 12}}
     elif key == "data.label":
         plain = {"student": "resnet8", "method": "base", "data": {"name": request.getfixturevalue("hub"), "label": "label"}}
+    elif key in ("train.optimizer", "train.optimizer_options"):  # one of the two needs a rate of its own, the other an optimiser
+        plain["train"] = {"lr": 0.05} | ({"optimizer": "adamw"} if key == "train.optimizer_options" else {})
     value = CHANGED[key]
     changed = put(plain, key, values.get(value, value) if isinstance(value, str) else value)
     one, other = (plan([validate(given)], ledger, CPU)[0] for given in (plain, changed))

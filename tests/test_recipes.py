@@ -46,6 +46,19 @@ def test_short_was_made_for_the_resnets_of_cifar_and_takes_no_other() -> None:
         recipe("short").of("resnet18")
 
 
+def test_deit_is_adamw_and_finetune_is_clipped_sgd() -> None:
+    train = validate({"student": "vit.py:Small", **recipe("deit").of("vit.py:Small")}).train
+    assert (train.optimizer, train.lr, train.weight_decay, train.decay_norm_and_bias) == (
+        "adamw",
+        5e-4 * train.batch_size / 512,
+        0.05,
+        False,
+    )
+    assert (train.label_smoothing, train.mixup, train.schedule, train.epochs) == (0.1, 0.8, "cosine", 300)
+    tuned = validate(recipe("finetune").of("resnet20")).train
+    assert (tuned.optimizer, tuned.lr, tuned.weight_decay, tuned.clip, tuned.momentum) == ("sgd", 0.01, 0.0, 1.0, 0.9)
+
+
 @pytest.mark.parametrize(("student", "lr"), [("resnet20", 0.05), ("vgg8", 0.05), ("mobilenetv2", 0.01), ("shufflenetv2", 0.01)])
 def test_crd_falls_after_150_180_and_210_epochs_of_240(student: str, lr: float) -> None:
     train = validate({"student": student, **recipe("crd").of(student)}).train

@@ -90,6 +90,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "bf16, nesterov, cosine": {"method": "at+kd", "train": {"precision": "bf16", "nesterov": True, "schedule": "cosine"}},
     "no momentum": {"method": "kd", "train": {"momentum": 0.0}},
     "mixed labels, smoothed": {"method": "kd", "train": {"mixup": 0.3, "label_smoothing": 0.1}},
+    "adamw, clipped, warmed up": {
+        "method": "learned",
+        "train": {"optimizer": "adamw", "lr": 0.003, "decay_norm_and_bias": False, "clip": 0.5, "warmup_steps": 5},
+    },
+    "an average that ships": {"method": "kd", "train": {"ema": 0.9}},
+    "an average, chosen": {"method": "base", "teacher": None, "split": "holdout", "train": {"ema": 0.9}},
+    "rmsprop": {"method": "kd", "train": {"optimizer": "rmsprop", "lr": 0.001, "optimizer_options": {"momentum": 0.5}}},
     "with unlabelled images": {"method": "kd+sp", "unlabelled": 19},
     "mixed and resized": {"method": "kd", "crop": "resized", "weights": {"task": 0.0}, "train": {"mixup": True, "schedule": "cosine"}},
 }

@@ -102,6 +102,16 @@ def test_warm_up_epochs_are_at_a_tenth_and_change_no_later_one(schedule):
     assert warm[6:] == plain[6:]
 
 
+@pytest.mark.parametrize("schedule", ["step", "cosine", "one-cycle"])
+def test_a_warm_up_in_steps_rises_evenly_to_the_rate_and_changes_no_later_one(schedule):
+    """Over a border between epochs; the first step has a part of the rate, the last of the warm-up all of it."""
+    plain, warm = rates(schedule, 8, 3), rates(schedule, 8, 3, warmup_steps=5)
+    assert warm[:5] == pytest.approx([LR / 5, 2 * LR / 5, 3 * LR / 5, 4 * LR / 5, LR])
+    assert warm[5:] == plain[5:]
+    own = Phase("first", lr=0.5, milestones=(0.6, 0.8))
+    assert rates(schedule, 10, 2, phase=own, warmup_steps=5) == rates(schedule, 10, 2, phase=own)
+
+
 def test_cosine_ends_at_zero():
     assert lr_factor("cosine", step=8, steps=8, epoch_share=1.0) == pytest.approx(0)
     assert lr_factor("cosine", step=4, steps=8, epoch_share=0.5) == pytest.approx(0.5)

@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from . import advice
 from .checks import UserError, did_you_mean, joined, regular_file, undefused
@@ -36,6 +45,8 @@ EngineName = Literal["auto", "eager", "compiled", "graph"]
 Crop = Literal["shift", "resized"]
 BatchNorm = Literal["local", "synchronised"]
 Role = Literal["student", "teacher"]
+
+OF_SGD = ("momentum", "nesterov")  # keys of the recipe that no other optimizer has
 
 
 class Frozen(BaseModel):
@@ -182,9 +193,18 @@ def _has_files(name: str | None) -> bool:
 class TrainConfig(Frozen):
     """The recipe. Defaults: the reference log's, which are He et al. 2016's up to weight decay on all parameters.
 
+    ``optimizer`` is ``sgd``, ``adamw`` or another of torch.optim in lower case, such as ``rmsprop``; it has its own rate, which must be
+    given, and no ``momentum`` and ``nesterov`` of this table. ``optimizer_options`` are torch's options of that class, such as
+    ``betas``; those left out take torch's default.
+
     ``mixup`` mixes the images of a batch in pairs by one share. ``true``: the share is uniform in 0 to 1, and the mixtures have no
     labels (Beyer et al. 2022). A number alpha: the share is drawn from Beta(alpha, alpha), and the task is mixed as the images are
     (Zhang et al. 2018).
+
+    ``warmup_steps``: the rate of step s, counted from 1, is s / warmup_steps of the rate; after these steps it is that of the schedule,
+    which counts them. ``clip`` is the largest global norm of a student's gradients, its adapters' included. ``ema`` is the decay of an
+    average of the weights, which is measured and shipped in their place. ``accumulate`` computes a batch in so many parts, one after the
+    other, for memory's sake; each part is normalised by itself.
 
     ``batch_norm`` says by what several processes of one run normalise a batch: each by the images that it has of it, or all by the
     whole. One process has the whole batch in either case.
@@ -204,6 +224,13 @@ class TrainConfig(Frozen):
     freeze: tuple[str, ...] = Field((), exclude_if=lambda freeze: not freeze)  # modules or parameters, * and ? allowed; not trained
     label_smoothing: float = Field(0.0, ge=0, lt=1, strict=True, exclude_if=lambda smoothing: smoothing == 0)  # of the task alone
     batch_norm: BatchNorm = Field("local", exclude_if=lambda batch_norm: batch_norm == "local")  # matters where torchrun starts several
+    optimizer: str = Field("sgd", exclude_if=lambda optimizer: optimizer == "sgd")  # the training room knows which there are
+    optimizer_options: dict[str, Any] = Field({}, exclude_if=lambda options: not options)
+    decay_norm_and_bias: bool = Field(True, exclude_if=lambda decay: decay)  # false: no decay on parameters of one dimension
+    warmup_steps: int = Field(0, ge=0, strict=True, exclude_if=lambda steps: steps == 0)
+    clip: float | None = Field(None, gt=0, strict=True, exclude_if=lambda clip: clip is None)
+    accumulate: int = Field(1, ge=1, strict=True, exclude_if=lambda parts: parts == 1)
+    ema: float | None = Field(None, gt=0, lt=1, strict=True, exclude_if=lambda ema: ema is None)
 
     @field_validator("freeze", mode="before")
     @classmethod
@@ -220,6 +247,10 @@ class TrainConfig(Frozen):
         """mixup=true is not mixup=1, which Python calls equal."""
         return isinstance(other, TrainConfig) and self.model_dump_json() == other.model_dump_json()
 
+    def __hash__(self) -> int:
+        """As ``__eq__``; its tables have no hash of their own."""
+        return hash(self.model_dump_json())
+
     @field_validator("mixup", mode="before")
     @classmethod
     def _mixup_has_a_share(cls, mixup: object) -> object:
@@ -235,6 +266,54 @@ class TrainConfig(Frozen):
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs} leaves nothing of epochs={self.epochs}; set it lower")
         return self
+
+    @model_validator(mode="after")
+    def _one_warm_up(self) -> TrainConfig:
+        if self.warmup_steps and self.warmup_epochs:
+            raise ValueError(f"warmup_steps={self.warmup_steps} and warmup_epochs={self.warmup_epochs} are two warm-ups; leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _parts_are_equal(self) -> TrainConfig:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}; set one to fit the other")
+        if self.accumulate > 1 and self.batch_norm == "synchronised":
+            raise ValueError(f"accumulate={self.accumulate}: each part is normalised by itself, so batch_norm=synchronised can't be had")
+        return self
+
+    @field_validator("optimizer")
+    @classmethod
+    def _optimizer_in_lower_case(cls, optimizer: str) -> str:
+        return optimizer.strip().lower()
+
+    @field_validator("optimizer_options")
+    @classmethod
+    def _options_are_plain(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for value in options.values():
+            numbers = value if isinstance(value, list) else [value] if isinstance(value, float) else []
+            plain = isinstance(value, bool | int | float | str | list) and all(isinstance(number, int | float) for number in numbers)
+            if not plain or not all(map(math.isfinite, numbers)):
+                raise ValueError("an option is a finite number, a list of these, true, false or a word, such as {betas = [0.9, 0.98]}")
+        return options
+
+    @model_validator(mode="after")
+    def _optimizers_have_keys_of_their_own(self) -> TrainConfig:
+        if self.optimizer == "sgd":
+            if self.optimizer_options:
+                raise ValueError(f"optimizer_options={self.optimizer_options} belongs to other optimizers; sgd has momentum and nesterov")
+            return self
+        for key in OF_SGD:
+            if key in self.model_fields_set:
+                raise ValueError(f"{key}={json.dumps(getattr(self, key))} belongs to optimizer=sgd, not to {self.optimizer}; leave it out")
+        if "lr" not in self.model_fields_set:
+            raise ValueError(f"optimizer={self.optimizer} needs a rate, for the default lr is one of sgd; give lr, such as lr=0.001")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_keys_of_sgd(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What another optimizer does not have is not on record, and what is on record is read back."""
+        values: dict[str, Any] = dump(self)
+        return values if self.optimizer == "sgd" else {key: value for key, value in values.items() if key not in OF_SGD}
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> TrainConfig:
@@ -302,6 +381,10 @@ class RunConfig(Frozen):
             raise ValueError("split=holdout: a loader's images are not held out; give the held-out ones as val_loader, with split=full")
         if self.data.user_loaders and self.train.mixup:
             raise ValueError(f"train.mixup={str(self.train.mixup).lower()}: a loader's images are not mixed; mix them in the loader")
+        if self.data.user_loaders and self.train.accumulate > 1:
+            raise ValueError(
+                f"train.accumulate={self.train.accumulate}: a loader's batches may differ in size and are not cut; leave it out"
+            )
         return self
 
 

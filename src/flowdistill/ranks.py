@@ -183,11 +183,11 @@ def device_name(wanted: str) -> str:
     return f"cuda:{number}"
 
 
-def refuse_uneven(batch_size: int) -> None:
-    """Refuse a batch that can't be shared out equally.
+def refuse_uneven(batch_size: int, parts: int = 1) -> None:
+    """Refuse a batch that can't be shared out equally. ``parts``: in how many parts each rank computes its share. Default: 1.
 
     Raises:
-        UserError: the number of ranks does not divide it.
+        UserError: the number of ranks does not divide it, or the parts do not divide a rank's share.
     """
     world = current().world
     if batch_size % world:
@@ -195,6 +195,10 @@ def refuse_uneven(batch_size: int) -> None:
         raise UserError(
             f"train.batch_size={batch_size} can't be shared out equally by {world} processes; set --batch-size to a multiple of {world}, "
             f"such as {fits}, or start another number of them (torchrun --nproc-per-node)"
+        )
+    if (share := batch_size // world) % parts:
+        raise UserError(
+            f"train.accumulate={parts} does not divide the {share} images that each of {world} processes has; set another number"
         )
 
 

@@ -101,6 +101,9 @@ LIGHT = {"train": {"lr": 0.01}}
 FSP_LOG = {"epochs": 200, "batch_size": 128, "lr": 0.1, "weight_decay": 1e-4, "milestones": (0.5, 0.75)}
 SHORT = {"epochs": 48, "batch_size": 64, "lr": 0.1, "weight_decay": 5e-4, "nesterov": True, "schedule": "one-cycle"}
 CIFAR_RESNETS = tuple(f"resnet{depth}" for depth in (8, 14, 20, 26, 32, 44, 56, 110))
+ADAMW = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "decay_norm_and_bias": False}
+DEIT = {**ADAMW, "epochs": 300, "batch_size": 1024, "schedule": "cosine", "warmup_epochs": 5, "label_smoothing": 0.1, "mixup": 0.8}
+FINETUNE = {"epochs": 100, "batch_size": 512, "lr": 0.01, "weight_decay": 0.0, "schedule": "cosine", "clip": 1.0}
 PATIENT = {"epochs": 1000, "batch_size": 128, "lr": 0.1, "weight_decay": 1e-4, "schedule": "cosine", "mixup": True}
 
 RECIPES: dict[str, Recipe] = {
@@ -123,6 +126,17 @@ RECIPES: dict[str, Recipe] = {
         "clipping and batch 512",
         {"train": PATIENT, "data": {"crop": "resized"}, "weights": {"task": 0.0}},
         of_method={"kd": {"options": {"kd": {"T": 10.0}}}},
+    ),
+    "deit": Recipe(
+        "Touvron et al. 2021 (DeiT), table 9: AdamW, lr 5e-4 x batch / 512 and batch 1024, decay 0.05 without normalisations and biases, "
+        "cosine, Inception crop, RandAugment 9, smoothing 0.1, mixup 0.8; give --lr with another --batch-size. Left out: CutMix, random "
+        "erasing 0.25, drop path 0.1, repeated augmentation. Warm-up: five epochs at a tenth, for a line; train.warmup_steps is a line",
+        {"train": DEIT, "data": {"crop": "resized", "randaugment": 9}},
+    ),
+    "finetune": Recipe(
+        "Dosovitskiy et al. 2021 (ViT), appendix B.1.1: SGD, momentum 0.9, batch 512, cosine, no decay, gradients clipped at norm 1. lr "
+        "0.01 of their 0.001 to 0.03, and 100 epochs of CIFAR for their 10,000 steps. For students that begin from weights (--init-from)",
+        {"train": FINETUNE},
     ),
     "short": Recipe(
         "ours: the ResNets of CIFAR in about an hour of two CPU cores; chosen among four by ResNet-20 on held-out images of CIFAR-10 "

@@ -7,6 +7,7 @@ not hold: work on the CPU, copies from and to it, waiting for the device, tensor
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -36,6 +37,9 @@ NO_KERNEL = {
 
 MASKS = (torch.bool, torch.uint8)
 
+FUSED = {"_fused_sgd_": ("SGD", 1), "_fused_adamw_": ("AdamW", 2)}
+"""Steps of optimisers -> whose each is, and how many lists of what is remembered follow the gradients."""
+
 
 class Watch(TorchDispatchMode):
     """Counts the operations inside, by name, and lists what a captured step may not do.
@@ -44,7 +48,7 @@ class Watch(TorchDispatchMode):
         device: where all tensors are to be.
         launches: how often each operation that computes or copies was called; one may be several kernels.
         faults: what a graph can't hold, and how often.
-        fused: how many parameters fused SGD moved.
+        fused: how many parameters fused optimisers moved.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -61,9 +65,11 @@ class Watch(TorchDispatchMode):
         given = _tensors((args, kwargs))
         if launches(func):
             self.launches[name] += 1
-        if name == "_fused_sgd_":
+        if name in FUSED:
             self.fused += len(args[0])
-            self.faults.update(fused_sgd_faults(self.device, *args[:3], kwargs["lr"]))
+            kind, remembered = FUSED[name]
+            momenta = [value for values in args[2 : 2 + remembered] for value in values]
+            self.faults.update(fused_faults(kind, self.device, args[0], args[1], momenta, kwargs["lr"]))
         if any(tensor.is_cuda for tensor in given) and waits(name, args):
             self.faults[f"waits for the device: {name}"] += 1
         out = func(*args, **kwargs)
@@ -108,21 +114,29 @@ def waits(name: str, args: Sequence[Any]) -> bool:
     return any(isinstance(mask, Tensor) and mask.dtype in MASKS for mask in masks)
 
 
-def fused_sgd_faults(
-    device: torch.device, parameters: Sequence[Tensor], gradients: Sequence[Tensor], momenta: Sequence[Tensor], lr: Tensor | float
+def fused_faults(
+    kind: str,
+    device: torch.device,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    lr: Tensor | float,
 ) -> list[str]:
-    """What of its arguments SGD's fused kernel would read wrongly, or refuse: it walks over all three memories alike."""
+    """What of its arguments a fused kernel would read wrongly, or refuse: it walks over all memories alike.
+
+    Args:
+        momenta: all that is remembered of all parameters, one kind after the other.
+    """
     found = []
     if not isinstance(lr, Tensor) or lr.device != device or lr.dim() != 0:
-        found.append(f"fused SGD: the rate is no scalar on {device}")
-    others = [("gradient", gradients), *[("momentum", momenta)] * bool(momenta)]
-    for what, values in others:
-        for parameter, value in zip(parameters, values, strict=True):
+        found.append(f"fused {kind}: the rate is no scalar on {device}")
+    for what, values in (("gradient", gradients), ("momentum", momenta)):
+        for parameter, value in zip(itertools.cycle(parameters), values, strict=False):
             for trait in ("device", "dtype", "shape"):
                 if getattr(value, trait) != getattr(parameter, trait):
-                    found.append(f"fused SGD: a {what} of another {trait}")
+                    found.append(f"fused {kind}: a {what} of another {trait}")
             if value.stride() != parameter.stride():
-                found.append(f"fused SGD: a {what} of another stride")
+                found.append(f"fused {kind}: a {what} of another stride")
     return found
 
 
@@ -130,7 +144,7 @@ class _Fake(FakeTensorMode):
     """Fake tensors that answer where PyTorch's refuse to, for lack of values: a watch above sees that they were asked."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func.overloadpacket.__name__ == "_fused_sgd_":  # it has no form for tensors without values
+        if func.overloadpacket.__name__ in FUSED:  # they have no form for tensors without values
             return None
         if kwargs and kwargs.get("device") == torch.device("cuda"):  # which that is, PyTorch's own would remember of the first call
             kwargs = {**kwargs, "device": torch.device("cuda", torch.cuda.current_device())}

@@ -46,6 +46,13 @@ CHANGED: dict[str, Any] = {
     "train.freeze": ["bn1"],
     "train.label_smoothing": 0.1,
     "train.batch_norm": "synchronised",
+    "train.optimizer": "adamw",
+    "train.optimizer_options": {"eps": 1e-6},  # of adamw
+    "train.decay_norm_and_bias": False,
+    "train.warmup_steps": 5,
+    "train.clip": 1.0,
+    "train.accumulate": 2,
+    "train.ema": 0.9,
     "method": "at",
     "options": {"fsp": {"pool": "avg"}},
     "weights": {"fsp": 10.0},

@@ -28,7 +28,7 @@ epoch_of_stream, save_weights = SeedBatches.epoch, weights.save_weights
 def momentum_not_saved(self):
     """model.state_dict() alone: the optimiser starts cold, and the figures differ a little."""
     tensors, counters = state(self)
-    return {name: value for name, value in tensors.items() if not name.startswith("momentum.")}, counters
+    return {name: value for name, value in tensors.items() if not name.startswith("optimizer.")}, counters
 
 
 @bug(Student, "load", suite.test_channels_last_and_the_fused_optimiser)
@@ -44,7 +44,7 @@ def momentum_of_the_network_alone(self):
     """The adapters' share of the optimiser is forgotten."""
     tensors, counters = state(self)
     owned = len(list(self.net.parameters()))
-    return {n: v for n, v in tensors.items() if not n.startswith("momentum.") or int(n.split(".")[1]) < owned}, counters
+    return {n: v for n, v in tensors.items() if not n.startswith("optimizer.") or int(n.split(".")[-1]) < owned}, counters
 
 
 @bug(Student, "load", STRAIGHT, {"kind": "an adapter and a memory"})

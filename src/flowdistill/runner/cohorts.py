@@ -103,10 +103,30 @@ def assemble(jobs: Sequence[Job], data: Supply, device: torch.device, engine: st
             member.student.peers = tuple(peer.student for peer in members if peer.job.config == other)
     select = first.config.split == "holdout"
     groups = list(seed_groups.values())
+    _refuse_long_warm_up(first, groups[0].batches.steps)
     pixels = sum(first.phase_epochs) * groups[0].batches.steps * groups[0].batches.batch_size * data.spec.height * data.spec.width
-    synchronised = first.config.train.batch_norm == "synchronised"
-    chosen = choose(engine, device, first.precision, pixels=pixels, resident=data.resident, synchronised=synchronised)
+    chosen = choose(
+        engine,
+        device,
+        first.precision,
+        pixels=pixels,
+        resident=data.resident,
+        synchronised=first.config.train.batch_norm == "synchronised",
+        optimizer=first.config.train.optimizer,
+    )
     return Cohort(data, groups, first.config.train, first.phase_epochs, chosen, select), members
+
+
+def _refuse_long_warm_up(job: Job, steps: int) -> None:
+    """Refuse a warm-up that no step comes after.
+
+    Raises:
+        UserError: a phase has no more steps than its warm-up.
+    """
+    warm_up, phases = job.config.train.warmup_steps, zip(job.phase_epochs, job.resolved.phases, strict=True)
+    shortest = min((epochs * steps for epochs, phase in phases if not phase.milestones), default=warm_up + 1)
+    if warm_up >= shortest:
+        raise UserError(f"train.warmup_steps={warm_up} leaves nothing of {shortest:,} steps ({steps:,} an epoch); set it lower")
 
 
 def _network(job: Job, taps: tuple[str, ...], normalisation: Normalisation) -> Network:

@@ -213,7 +213,9 @@ def _of_method(group: Sequence[Job], data: DeviceData) -> Iterator[Finding]:
             for member in members:
                 weights = member.job.resolved.weights
                 yield from (_of_gradient(name, term, ratio, weights[term]) for term, ratio in ratios[member.student].items())
-        cohort.engine = choose("auto", data.device, cohort.precision, pixels=0, resident=data.resident)  # compiling takes too long here
+        pixels = 0  # compiling takes too long here
+        optimizer = job.config.train.optimizer
+        cohort.engine = choose("auto", data.device, cohort.precision, pixels=pixels, resident=data.resident, optimizer=optimizer)
         seconds = round(seconds_per_epoch(cohort) * cohort.epochs)
     finally:
         for seed_group in cohort.seed_groups:

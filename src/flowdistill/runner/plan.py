@@ -19,6 +19,7 @@ from ..ledger import Ledger, Run
 from ..methods import Method, ResolvedMethod
 from ..ranks import launched, refuse_uneven
 from ..talk import Remarks
+from ..training.optim import refuse_optimizer
 from ..training.weights import hash_weights
 from .fingerprint import fingerprint
 from .identity import Identities
@@ -147,9 +148,10 @@ def _resolve_method(config: RunConfig) -> ResolvedMethod:
 
     Raises:
         UserError: no such method, option or weight, a teacher is needed and none named, labels are and the images are mixed, or a task
-            that has no weight is to be smoothed; or the ranks can't share the batch out.
+            that has no weight is to be smoothed; or the ranks can't share the batch out; or there is no such optimizer.
     """
-    refuse_uneven(config.train.batch_size)
+    refuse_uneven(config.train.batch_size, config.train.accumulate)
+    refuse_optimizer(config.train)
     _refuse_labels(config)
     resolved = methods.resolve(config.method, config.options, config.weights)
     if resolved.uses_teacher and config.teacher is None:
@@ -260,6 +262,8 @@ def checked(job: Job) -> Job:
         UserError: its method can't work with this pair.
     """
     needs, _ = job.needs_and_versions
+    if (parts := job.config.train.accumulate) > 1 and (whole := _of_whole_batches(job)):
+        raise UserError(f"train.accumulate={parts}: method {whole!r} compares the images of a batch with each other; leave one of them out")
     if job.config.taps and not (needs.student or needs.teacher):
         job = replace(job, config=job.config.model_copy(update={"taps": {}}))
     if job.teacher and job.config.probe and not needs.logits and "head" not in needs.context:
@@ -269,6 +273,13 @@ def checked(job: Job) -> Job:
         job = replace(job, ranks=world)
     _ = job.fingerprint  # computed here, so that what can't be fingerprinted is refused before anything is trained
     return job
+
+
+def _of_whole_batches(job: Job) -> str:
+    """The part of its method that needs all images of a batch at once; empty if there is none."""
+    method = job.method()
+    found = (part for part in method.modules() if isinstance(part, Method) and part.whole_batch and part is not method)
+    return next((part.name for part in found), job.resolved.name if method.whole_batch else "")
 
 
 def _as_it_may_have_begun(job: Job, run: Run) -> Iterator[Job]:

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from ..config import RunConfig
+from ..config import RunConfig, TrainConfig
 from ..device import computing, describe
 from ..ledger import Ledger
 from ..ledger.shard_plan import ShardPlan
+from ..ranks import launched
 from ..training.cohort import Cohort
 from ..types import NetSpec
 from .cohorts import Member, check_start, prepare
@@ -64,12 +65,21 @@ def _of_cohort(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device
             "teacher": teacher,
             "taps": {role: {name: spec.tap(name).shape for name in sorted(taps)} for role, spec, taps in _tapped(member)},
             "gradient_relative_to_task": ratios[member.student],
+            **_parts(job.config.train),
             "device": describe(device),
             "engine": {"name": cohort.engine.name, "why": cohort.engine.why},
             "cohort_size": len(members),
             "cohort_seconds": epoch.seconds * cohort.epochs,
             "cohort_seconds_eager_fp32": epoch.plainly * cohort.epochs,
         }
+
+
+def _parts(train: TrainConfig) -> dict[str, str]:
+    """How a batch is computed, if not at once."""
+    if train.accumulate == 1:
+        return {}
+    share = train.batch_size // launched().world // train.accumulate
+    return {"batch": f"{train.batch_size} images, in parts of {share} one after the other"}
 
 
 def _tapped(member: Member) -> list[tuple[str, NetSpec, frozenset[str]]]:

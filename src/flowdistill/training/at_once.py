@@ -69,7 +69,7 @@ def cast_at_once(nets: Sequence[Network], precision: Precision) -> Iterator[dict
 def set_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
     """Give every parameter its gradient in the parameter's own type and memory layout.
 
-    From a gradient in another layout, SGD's fused form computes wrong updates, silently.
+    From a gradient in another layout, the fused forms of SGD and AdamW compute wrong updates, silently.
     """
     converted: list[tuple[Tensor, Tensor]] = []
     for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -1,6 +1,6 @@
 """A cohort between two epochs on disk: all its students in one file, from which training goes on bit for bit.
 
-Tensors are named ``KEY/net.fc.weight``, ``KEY/momentum.3`` and so on, KEY being the student's; counters stand in the metadata.
+Tensors are named ``KEY/net.fc.weight``, ``KEY/optimizer.exp_avg.3`` and so on, KEY being the student's; counters stand in the metadata.
 """
 
 from __future__ import annotations

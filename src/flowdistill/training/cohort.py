@@ -6,6 +6,7 @@ see the very same batches, and their teacher runs once per batch for all of them
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -164,6 +165,7 @@ def _unite(cohort: Cohort) -> None:
     if ranks.several:
         modules = [module for student in cohort.students for module in (student.net, student.method)]
         buffers = [value for module in modules for value in module.buffers() if value.is_floating_point()]
+        buffers += [value for student in cohort.students if student.average is not None for value in student.average.statistics]
         ranks.mean_([*buffers, *(student.tally.totals for student in cohort.students)])
         ranks.least_([student.tally.sound for student in cohort.students])
 
@@ -172,7 +174,10 @@ def _measure(cohort: Cohort, epoch: int, epochs: int) -> dict[Student, Progress]
     """Evaluate every student, check the teachers, and read all figures in one transfer from the device."""
     students, steps, images = cohort.students, cohort.seed_groups[0].batches.steps, len(cohort.data.epoch_images)
     teachers = [seed_group.teacher for seed_group in cohort.seed_groups if seed_group.teacher is not None]
-    evaluations = cohort.engine.evaluate(students, cohort.data)
+    with contextlib.ExitStack() as stack:
+        for student in students:
+            stack.enter_context(student.as_measured())
+        evaluations = cohort.engine.evaluate(students, cohort.data)
     # A transfer waits for the device. Therefore all figures go into one tensor, and are read back below in the order in which they went in.
     figures = [teacher.drift() for teacher in teachers]
     for student, evaluation in zip(students, evaluations, strict=True):

@@ -23,6 +23,7 @@ from ..models.state import kept
 from ..ranks import current
 from ..types import Batch, Outputs
 from .evaluate import Evaluation, evaluate_all, plainly
+from .optim import memory
 from .step import Objective, layers_seeded, losses, train_step
 from .student import PeerGroup, SeedGroup, Student
 from .synchronised import needed, together
@@ -276,9 +277,10 @@ def restored_after(seed_groups: Sequence[SeedGroup]) -> Iterator[None]:
     """
     students = [student for seed_group in seed_groups for student in seed_group.students]
     modules = nn.ModuleList(module for student in students for module in (student.net, student.method))
-    momenta = [value for student in students for name, value in student.state()[0].items() if name.startswith("momentum.")]
+    memories = [value for student in students for value in memory(student.optimizer).values()]
+    memories += [value for student in students if student.average is not None for value in student.average.state().values()]
     sums = [value for student in students for value in student.tally.tensors]
-    before = [(value, value.detach().clone()) for value in (*modules.parameters(), *momenta, *sums)]
+    before = [(value, value.detach().clone()) for value in (*modules.parameters(), *memories, *sums)]
     try:
         with kept(modules):
             yield

@@ -14,6 +14,7 @@ from ..device import Precision
 from ..ranks import current
 from .engine import CompiledEngine, EagerEngine, Engine
 from .graph import GraphEngine
+from .optim import FUSED
 
 ENGINES = get_args(EngineName)
 WORTH_COMPILING = {"cpu": 1e9, "cuda": 7e9}
@@ -22,7 +23,14 @@ and this is twenty. GPU: on a prototype compiling took 40 seconds and saved 0.3 
 
 
 def choose(
-    wanted: str, device: torch.device, precision: Precision, *, pixels: float, resident: bool = True, synchronised: bool = False
+    wanted: str,
+    device: torch.device,
+    precision: Precision,
+    *,
+    pixels: float,
+    resident: bool = True,
+    synchronised: bool = False,
+    optimizer: str = "sgd",
 ) -> Engine:
     """The engine that is wanted, or for ``auto`` the best one. If it can't be had, another takes its place, and ``why`` says so.
 
@@ -33,17 +41,21 @@ def choose(
         pixels: height x width x images that each student will be shown.
         resident: whether the device holds the training images.
         synchronised: whether several ranks would normalise a batch together.
+        optimizer: the one that moves the students. Default: ``sgd``.
 
     Raises:
-        UserError: no such engine, or a graph for several ranks.
+        UserError: no such engine, a graph for several ranks, or another engine than the eager one for an optimizer that is not fused.
     """
     if wanted not in (*ENGINES, "graph+compiled"):
         raise UserError(f"engine {wanted!r}: {did_you_mean(wanted, ENGINES)}")
     several = current().several
     if several and wanted.startswith("graph"):
         raise UserError(f"--engine {wanted}: a CUDA graph holds the steps of one process, not of {current().world}; use compiled or eager")
-    if wanted == "eager":
-        return EagerEngine(precision, "asked for")
+    alone = "" if optimizer in FUSED else f"train.optimizer={optimizer} is trained by the eager engine alone"
+    if alone and wanted not in ("auto", "eager"):
+        raise UserError(f"--engine {wanted}: {alone}; use eager or auto, or one of {' and '.join(FUSED)}")
+    if wanted == "eager" or alone:
+        return EagerEngine(precision, "asked for" if wanted == "eager" else alone)
     lacks = "synchronised batch normalisations are not compiled" if several and synchronised else _lacks_compiler(device)
     if wanted == "compiled":
         return EagerEngine(precision, f"compiled was asked for, but {lacks}") if lacks else CompiledEngine(precision, "asked for")

@@ -17,6 +17,7 @@ from ..models.state import kept
 from ..types import NO_LABEL, Batch, Outputs
 from .blame import refuse_first
 from .cohort import Cohort
+from .parts import cut
 from .step import Objective, layers_seeded
 from .student import PeerGroup, Student
 from .task import TASK
@@ -111,7 +112,7 @@ def first_gradients(cohort: Cohort) -> dict[Student, dict[str, float]]:
     """
     ratios: dict[Student, dict[str, float]] = {}
     for seed_group in cohort.seed_groups:
-        images, batch = _first_labelled(seed_group.batches.with_labels())
+        images, batch = _first_labelled(seed_group.batches.with_labels(), cohort.train.accumulate)
         with seed_group.teaching(0, 0):
             teacher_outputs = seed_group.teacher.teach(images) if seed_group.teacher else None
         refuse_first(images, seed_group.teacher, teacher_outputs)
@@ -122,6 +123,8 @@ def first_gradients(cohort: Cohort) -> dict[Student, dict[str, float]]:
     return ratios
 
 
-def _first_labelled(batches: Batches) -> tuple[Tensor, Batch]:
-    pairs = (pair for epoch in itertools.count() for pair in batches.epoch(epoch))
+def _first_labelled(batches: Batches, count: int) -> tuple[Tensor, Batch]:
+    """The first part of a batch that has a label."""
+    whole = (pair for epoch in itertools.count() for pair in batches.epoch(epoch))
+    pairs = ((images, batch) for every, of_every in whole for images, _, batch in cut(count, every, None, of_every))
     return next((images, batch) for images, batch in pairs if batch.targets is None or bool((batch.targets.labels != NO_LABEL).any()))

@@ -137,7 +137,7 @@ class GraphEngine(Engine):
         self._step: StaticStep | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._beside: list[SeedGroup] = []
-        self._captured: list[tuple[Student, torch.optim.SGD]] | None = None
+        self._captured: list[tuple[Student, torch.optim.Optimizer]] | None = None
         self._evaluations = CapturedEvaluations()
 
     def ready(self, seed_groups: Sequence[SeedGroup]) -> Engine:
@@ -324,7 +324,7 @@ def _known_hindrance(seed_group: SeedGroup, group: PeerGroup) -> str:
     return ""
 
 
-def _students(seed_groups: Sequence[SeedGroup]) -> list[tuple[Student, torch.optim.SGD]]:
+def _students(seed_groups: Sequence[SeedGroup]) -> list[tuple[Student, torch.optim.Optimizer]]:
     """What a graph is captured for. The optimisers are part of it because every phase has new ones."""
     return [(student, student.optimizer) for seed_group in seed_groups for student in seed_group.students]
 

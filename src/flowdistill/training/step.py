@@ -17,6 +17,7 @@ from ..types import Batch, Outputs
 from . import gathering, synchronised
 from .at_once import cast_at_once, counted_at_once, set_gradients
 from .gathering import whole_batch, whole_outputs
+from .parts import Computed, cut, mean
 from .student import PeerGroup
 from .synchronised import together
 from .task import TASK, task_loss
@@ -110,19 +111,11 @@ def train_step(
         losses: computes the terms; an engine may pass a compiled function.
         teacher_sums: of each of the teacher's outputs, not finite if the output is not. The tally counts them beside the terms.
     """
-    # Forward: each student's outputs, and from these its named losses.
-    nets = [student.net for student in group]
-    with counted_at_once(nets), cast_at_once(nets, precision) as casts:
-        student_terms = losses(group, images, teacher_outputs if group[0].needs_teacher else None, batch, precision)
-
-    # One backward pass of the sum serves all peers, because no student's terms have a gradient for another student's weights.
-    loss = functools.reduce(torch.add, [student.weighted(terms) for student, terms in zip(group, student_terms, strict=True)])
-
-    # Backward. ``loss.backward()`` would accumulate into ``.grad``, which belongs to the stream that made it; ``autograd.grad`` returns new
-    # gradients, so that a graph may hold this step on any stream, and nothing has to be set to zero before.
-    parameters = [parameter for student in group for parameter in student.trainable_parameters()]
-    used = [casts.get(parameter, parameter) for parameter in parameters]  # under bf16 the forward pass used a cast weight
-    set_gradients(parameters, torch.autograd.grad(loss, used, allow_unused=True))
+    parameters, count = [parameter for student in group for parameter in student.trainable_parameters()], group[0].train.accumulate
+    parts = cut(count, images, teacher_outputs if group[0].needs_teacher else None, batch)
+    computed = (_computed(group, parameters, *part, precision, losses) for part in parts)
+    gradients, student_terms = mean(parameters, computed, count)
+    set_gradients(parameters, gradients)
 
     # Ranks that share the batch out take the mean of their gradients here: all of them are there, and no optimiser has moved yet. Each
     # has equally many images, so that the mean of their means is that of the whole batch. Without a gradient here, there is none anywhere.
@@ -130,7 +123,31 @@ def train_step(
 
     # Optimiser.
     for student, terms in zip(group, student_terms, strict=True):
-        for param_group in student.optimizer.param_groups:
-            param_group["lr"] = lr
-        student.optimizer.step()
+        student.move(lr)
         student.tally.add({**terms, **teacher_sums})
+
+
+def _computed(
+    group: PeerGroup,
+    parameters: Sequence[nn.Parameter],
+    images: Tensor,
+    teacher_outputs: Outputs | None,
+    batch: Batch,
+    precision: Precision,
+    losses: Losses,
+) -> Computed:
+    """The gradients of a part of the batch, and each student's unweighted terms."""
+    # Forward: each student's outputs, and from these its named losses.
+    nets = [student.net for student in group]
+    with counted_at_once(nets), cast_at_once(nets, precision) as casts:
+        student_terms = losses(group, images, teacher_outputs, batch, precision)
+
+    # One backward pass of the sum serves all peers, because no student's terms have a gradient for another student's weights.
+    loss = functools.reduce(torch.add, [student.weighted(terms) for student, terms in zip(group, student_terms, strict=True)])
+
+    # Backward. ``loss.backward()`` would accumulate into ``.grad``, which belongs to the stream that made it; ``autograd.grad`` returns new
+    # gradients, so that a graph may hold this step on any stream, and nothing has to be set to zero before.
+    used = [casts.get(parameter, parameter) for parameter in parameters]  # under bf16 the forward pass used a cast weight
+    return list(torch.autograd.grad(loss, used, allow_unused=True)), [
+        {name: value.detach() for name, value in terms.items()} for terms in student_terms
+    ]

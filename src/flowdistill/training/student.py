@@ -15,9 +15,10 @@ from ..data.interfaces import Batches
 from ..methods import Method, Phase, ResolvedMethod
 from ..models import Network
 from ..types import Outputs
+from .average import Average
 from .evaluate import answering
 from .freeze import freeze
-from .optim import build_optimizer, trainable_parameters
+from .optim import build_optimizer, clip, memory, parameters_of, remember, set_rate, trainable_parameters
 from .schedule import WARMUP, lr_factor
 from .tally import Tally, are
 from .task import TASK
@@ -38,7 +39,8 @@ class Student:
         for phase in resolved.phases:
             if not trainable_parameters(net, method, phase):
                 raise UserError(f"{self._frozen} leaves nothing to train in phase {phase.name!r}; freeze less")
-        self.optimizer: torch.optim.SGD
+        self.optimizer: torch.optim.Optimizer
+        self.average: Average | None = None
         self.weights = {}
         self.tally = Tally((), (), next(net.parameters()).device)
         self.peers: tuple[Student, ...] = ()
@@ -80,17 +82,33 @@ class Student:
     def choose(self, epoch: int, correct: int, *, keep: bool) -> None:
         """Choose this epoch's weights to ship. With ``keep``, a copy of them outlives the epochs to come."""
         self.chosen_epoch, self.chosen_correct = epoch, correct
-        self._chosen = {name: value.clone() for name, value in self.net.state_dict().items()} if keep else None
+        with self.as_measured():
+            self._chosen = {name: value.clone() for name, value in self.net.state_dict().items()} if keep else None
 
     def restore_chosen(self) -> None:
-        """Put the chosen weights back."""
+        """Put what ships into the network: the chosen weights, or the average of the last ones. No step can follow."""
         if self._chosen is not None:
             self.net.take(self._chosen)
+        elif self.average is not None:
+            self.average.exchange()
+
+    def as_measured(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the network has what is measured and ships: its weights, or with ``train.ema`` their average."""
+        return contextlib.nullcontext() if self.average is None else self.average.in_place()
+
+    def move(self, lr: Tensor) -> None:
+        """Take a step along the gradients by this rate, a scalar; nothing waits for the device."""
+        clip(self.trainable_parameters(), self.train.clip)
+        set_rate(self.optimizer, lr)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.follow()
 
     def begin_phase(self, number: int) -> None:
-        """Start a phase: a fresh optimiser, and the weights of the terms that count in it."""
+        """Start a phase: a fresh optimiser, a fresh average, and the weights of the terms that count in it."""
         self.phase: Phase = self.resolved.phases[number]
         self.optimizer = build_optimizer(self.net, self.method, self.phase, self.train)
+        self.average = None if self.train.ema is None else Average(self.net, self.train.ema)
         self.weights = self.resolved.counted(self.phase)
         task = () if self.train.mixup is True else (TASK,)
         terms = (*task, *self.method.terms) if self.needs_teacher or not self.method.uses_teacher else task
@@ -111,10 +129,8 @@ class Student:
         tensors = {f"net.{name}": value for name, value in self.net.state_dict().items()}
         tensors |= {f"method.{name}": value for name, value in self.method.state_dict().items()}
         tensors |= {f"chosen.{name}": value for name, value in (self._chosen or {}).items()}
-        for number, parameter in enumerate(self.trainable_parameters()):
-            momentum = self.optimizer.state[parameter].get("momentum_buffer")
-            if momentum is not None:
-                tensors[f"momentum.{number}"] = momentum
+        tensors |= {f"optimizer.{name}": value for name, value in memory(self.optimizer).items()}
+        tensors |= {f"average.{name}": value for name, value in (self.average.state() if self.average else {}).items()}
         return tensors, {"chosen_epoch": self.chosen_epoch, "chosen_correct": self.chosen_correct}
 
     def load(self, tensors: Mapping[str, Tensor], counters: Mapping[str, int], *, phase: int | None) -> None:
@@ -131,11 +147,10 @@ class Student:
         if phase is None:
             return
         self.begin_phase(phase)
-        for number, parameter in enumerate(self.trainable_parameters()):
-            if f"momentum.{number}" in tensors:
-                # In the parameter's memory layout: from another, SGD's fused form computes wrong updates, silently.
-                momentum = torch.empty_like(parameter, requires_grad=False)
-                self.optimizer.state[parameter]["momentum_buffer"] = momentum.copy_(tensors[f"momentum.{number}"])
+        before_other_optimizers = {f"momentum_buffer.{number}": value for number, value in part("momentum.").items()}
+        remember(self.optimizer, before_other_optimizers | part("optimizer."))
+        if self.average is not None:
+            self.average.load(part("average."))
 
     def sound(self) -> Tensor:
         """Whether its weights are finite; a scalar that stays on the device. Behind a ReLU, a broken weight may not show in the logits."""
@@ -153,7 +168,7 @@ class Student:
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters that the optimiser moves in this phase."""
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return parameters_of(self.optimizer)
 
     @property
     def needs_teacher(self) -> bool:
@@ -184,11 +199,12 @@ class Student:
 
     def learning_rate(self, epoch: int, epochs: int, step: int, steps: int) -> float:
         """The rate of a step; ``epoch`` counts from 0 within the phase, ``step`` from 0 within the epoch."""
-        if epoch < self.train.warmup_epochs and not self.phase.milestones:
-            return (self.phase.lr or self.train.lr) * WARMUP
+        done, warm_up = epoch * steps + step, self.train.warmup_steps
+        if not self.phase.milestones and (epoch < self.train.warmup_epochs or done < warm_up):
+            return (self.phase.lr or self.train.lr) * ((done + 1) / warm_up if warm_up else WARMUP)
         kind = "step" if self.phase.milestones else self.train.schedule
         milestones = self.phase.milestones or self.train.milestones
-        factor = lr_factor(kind, step=epoch * steps + step, steps=epochs * steps, epoch_share=epoch / epochs, milestones=milestones)
+        factor = lr_factor(kind, step=done, steps=epochs * steps, epoch_share=epoch / epochs, milestones=milestones)
         return (self.phase.lr or self.train.lr) * factor
 
     def rates(self, epoch: int, epochs: int, steps: int) -> Tensor:

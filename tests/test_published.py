@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from helpers import hub
 from helpers.command import Evil, command
 from helpers.small import config
+from PIL import Image
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
@@ -387,6 +390,22 @@ def test_a_student_of_other_classes_that_has_no_number_of_them(tiny: nn.Module, 
         pytest.raises(UserError, match="resnet8 has 10 classes, timm:test_resnet 1000"),
     ):
         run([config(small_npz, method="kd", teacher=TINY)], ledger, CPU)
+
+
+def test_by_a_probe_a_classifier_of_imagenet_teaches_other_classes(tiny: nn.Module, tmp_path: Path) -> None:
+    """The data's classes have names, which are none of ImageNet's; the probe's are the data's."""
+    chance = np.random.default_rng(0)
+    for split, name in itertools.product(("train", "test"), ("ant", "bee")):
+        (tmp_path / "insects" / split / name).mkdir(parents=True)
+        for number in range(8):
+            pixels = chance.integers(0, 256, (8, 8, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "insects" / split / name / f"{number}.png")
+    words = ("distill", "--method", "kd", "--student", "resnet8", "--teacher", TINY, "--dataset", "folder:insects", "--epochs", "1")
+    words = (*words, "--set", "train.batch_size=8", "--set", "train.precision=fp32")
+    assert "resnet8 has 2 classes, timm:test_resnet 1000" in command(tmp_path, *words).err
+    said = command(tmp_path, *words, "--probe")
+    assert said.code == 0, said.err
+    assert f"teacher timm:test_resnet ({TINY}: published weights, licence mit, with a linear probe of its features): " in said.err
 
 
 def test_hub_configs_of_long_ago(cache: Path) -> None:

@@ -19,6 +19,15 @@ def with_probe(spec: NetSpec, classes: int) -> NetSpec:
     return replace(spec, taps=taps, classes=classes, head=PROBE, altered="", apart="", labels=())
 
 
+def without_probe(spec: NetSpec, own: NetSpec) -> NetSpec:
+    """What the backbone of such a network offers: the taps of ``spec``, and its own classifier, if it has one.
+
+    Args:
+        own: what the backbone offers by itself.
+    """
+    return replace(own, taps=tuple(replace(tap, norm=tap.norm.removeprefix(f"{BACKBONE}.")) for tap in spec.taps))
+
+
 class Probed(Network):
     """A frozen network whose logits are those of a linear layer on its embedding. Until this is fitted, its weights and its logits are NaN.
 

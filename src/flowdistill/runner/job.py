@@ -202,8 +202,14 @@ class Job:
 
     @property
     def _labels_of_teacher(self) -> tuple[str, ...]:
-        """The names of its classes; the data's own where it learnt from these very images and labels, whatever their names were then."""
-        if self.teacher is None or (self.teacher.trained_on is not None and self.teacher.trained_on.data_hash == self.data_hash):
+        """The names of its classes; the data's own where it, or its probe, learnt from these very images and labels, whatever their names
+        were then.
+        """
+        if (
+            self.teacher is None
+            or self.teacher.probed
+            or (self.teacher.trained_on is not None and self.teacher.trained_on.data_hash == self.data_hash)
+        ):
             return self.data.class_names
         return self.teacher.labels
 

@@ -22,7 +22,7 @@ from ..models import Network
 from ..models.code import digest
 from ..models.foreign import FOREIGN_NAMES, is_foreign
 from ..models.input_adapter import InputSpec, input_adapter
-from ..models.probed import Probed, with_probe
+from ..models.probed import Probed, with_probe, without_probe
 from ..models.published import Published, are_synsets, is_published, published
 from ..training.fitting import named_as_in, registered
 from ..training.student_file import Statement, TrainedOn
@@ -156,6 +156,8 @@ class NetworkRef:
         Raises:
             UserError: the weights do not fit the model on this data.
         """
+        if self.probed and spec is not None:
+            spec = without_probe(spec, models.spec(self.model, self.seen(data), self.taps))
         net = models.build(self.model, self.seen(data), taps=taps, seed=seed, spec=spec)
         if given is not None:
             net.input_adapter = input_adapter(InputSpec(data.channels, data.height, data.width, given.mean, given.std), self.input_spec)

@@ -41,6 +41,7 @@ from flowdistill.methods import (
     nst,
     ofd,
     pkt,
+    radio,
     reviewkd,
     rkd,
     sp,
@@ -465,7 +466,7 @@ def ls_divided_by_all_classes(logits):
     return (values - values.mean(1, keepdim=True)) / (values.std(1, correction=0, keepdim=True) + 1e-7)
 
 
-# fitnets, cwd, mgd, ickd, ft, nst, vid, reviewkd, pefd, kdsvd, ab
+# fitnets, cwd, mgd, ickd, ft, nst, vid, reviewkd, pefd, radio, kdsvd, ab
 
 
 @bug(fitnets, "hint_loss", suite.test_formula_equals_the_reference, formula("fitnets"))
@@ -530,6 +531,18 @@ def pefd_with_a_projector_that_nobody_uses(self, *args, **networks):
     """One projector more than the loss takes, which weight decay alone moves: the authors' code."""
     original_pefd(self, *args, **networks)
     self.spare = torch.nn.Linear(2, 2)
+
+
+@bug(radio, "vectors", suite.test_formula_equals_the_reference, formula("radio"))
+def radio_one_cosine_for_the_whole_map(x):
+    """The map flattened to one vector per image: Theia's cosine."""
+    return x.flatten(1)
+
+
+@bug(radio, "interpolated", suite.test_formula_equals_the_reference, {"name": "radio", "options": {}, "pair": "uneven"})
+def radio_corners_aligned(x, size):
+    """The outermost positions of both maps taken for the same place, which moves all others by up to half a position."""
+    return F.interpolate(x, size, mode="bilinear", align_corners=True)
 
 
 @bug(kdsvd, "_aligned", suite.test_formula_equals_the_reference, formula("kdsvd"))

@@ -6,10 +6,13 @@ import test_crd
 import test_methods as suite
 import test_mutual
 import test_reused
+import test_seed
+import torch
 
-from flowdistill.methods import crd, dml
+from flowdistill.methods import crd, dml, seed
 from flowdistill.methods.crd import CRD
 from flowdistill.methods.kd import kd_loss
+from flowdistill.methods.seed import SEED, similarity_loss
 from flowdistill.models.reused import Reused
 from flowdistill.runner import plan
 
@@ -43,6 +46,40 @@ def crd_exponentials_in_half(anchors, transposed, rows, temperature):
     """exp(1 / 0.07) under autocast: three digits, and an overflow in float16."""
     half = (anchors.bfloat16() @ transposed.bfloat16()).gather(1, rows)
     return (half.to(anchors.dtype) / temperature).exp()
+
+
+QUEUE = {"name": "seed", "options": {"queue": 7}, "pair": "even"}
+
+
+@bug(seed, "similarity_loss", suite.test_formula_equals_the_reference, QUEUE)
+def seed_of_the_queue_alone(student, teacher, transposed, temperature, teacher_temperature):
+    """The image's own embedding left out of what it is compared with."""
+    log_s, log_t = (student @ transposed / temperature).log_softmax(1), (teacher @ transposed / teacher_temperature).log_softmax(1)
+    return -(log_t.exp() * log_s).sum(1).mean()
+
+
+@bug(seed, "similarity_loss", suite.test_formula_equals_the_reference, QUEUE)
+def seed_with_hard_labels(student, teacher, transposed, temperature, teacher_temperature):
+    """The authors' code at its default temperature for the teacher, 0.0001."""
+    return similarity_loss(student, teacher, transposed, temperature, 1e-4)
+
+
+original_seed = SEED.forward
+
+
+@bug(SEED, "forward", test_seed.test_each_batch_takes_the_place_of_the_oldest_rows)
+def seed_writes_over_the_same_rows(self, student, teacher, batch=None):
+    """A place in the queue that nobody moves on: all but the first rows stay random."""
+    self.held("oldest").zero_()
+    return original_seed(self, student, teacher, batch)
+
+
+@bug(SEED, "forward", suite.test_formula_equals_the_reference, QUEUE)
+def seed_moves_its_queue_first(self, student, teacher, batch=None):
+    """Each image is in the queue already when it is compared with it."""
+    with torch.no_grad():
+        original_seed(self, student, teacher, batch)
+    return original_seed(self, student, teacher, batch)
 
 
 DML = {"name": "dml", "options": {}, "pair": "even"}

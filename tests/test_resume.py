@@ -82,7 +82,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "base": {"method": "base", "teacher": None},
     "an adapter and a memory": {"method": "learned"},
     "memory banks": {"method": "crd", "options": {"crd": {"negatives": 50, "dim": 8}}},
-    "a queue": {"method": "seed", "options": {"seed": {"queue": 50}}},
+    "a queue": {"method": "seed_kd", "options": {"seed_kd": {"queue": 50}}},
     "told of the teacher": {"method": "nd+ofd+srrl"},
     "in stage one": {"options": {"fsp": {"schedule": "two-stage", "stage_epochs": 4}}},
     "at the end of stage one": {"options": {"fsp": {"schedule": "two-stage", "stage_epochs": 2}}},

@@ -6,13 +6,13 @@ import test_crd
 import test_methods as suite
 import test_mutual
 import test_reused
-import test_seed
+import test_seed_kd
 import torch
 
-from flowdistill.methods import crd, dml, seed
+from flowdistill.methods import crd, dml, seed_kd
 from flowdistill.methods.crd import CRD
 from flowdistill.methods.kd import kd_loss
-from flowdistill.methods.seed import SEED, similarity_loss
+from flowdistill.methods.seed_kd import SEED, similarity_loss
 from flowdistill.models.reused import Reused
 from flowdistill.runner import plan
 
@@ -48,18 +48,18 @@ def crd_exponentials_in_half(anchors, transposed, rows, temperature):
     return (half.to(anchors.dtype) / temperature).exp()
 
 
-QUEUE = {"name": "seed", "options": {"queue": 7}, "pair": "even"}
+QUEUE = {"name": "seed_kd", "options": {"queue": 7}, "pair": "even"}
 
 
-@bug(seed, "similarity_loss", suite.test_formula_equals_the_reference, QUEUE)
-def seed_of_the_queue_alone(student, teacher, transposed, temperature, teacher_temperature):
+@bug(seed_kd, "similarity_loss", suite.test_formula_equals_the_reference, QUEUE)
+def seed_kd_of_the_queue_alone(student, teacher, transposed, temperature, teacher_temperature):
     """The image's own embedding left out of what it is compared with."""
     log_s, log_t = (student @ transposed / temperature).log_softmax(1), (teacher @ transposed / teacher_temperature).log_softmax(1)
     return -(log_t.exp() * log_s).sum(1).mean()
 
 
-@bug(seed, "similarity_loss", suite.test_formula_equals_the_reference, QUEUE)
-def seed_with_hard_labels(student, teacher, transposed, temperature, teacher_temperature):
+@bug(seed_kd, "similarity_loss", suite.test_formula_equals_the_reference, QUEUE)
+def seed_kd_with_hard_labels(student, teacher, transposed, temperature, teacher_temperature):
     """The authors' code at its default temperature for the teacher, 0.0001."""
     return similarity_loss(student, teacher, transposed, temperature, 1e-4)
 
@@ -67,15 +67,15 @@ def seed_with_hard_labels(student, teacher, transposed, temperature, teacher_tem
 original_seed = SEED.forward
 
 
-@bug(SEED, "forward", test_seed.test_each_batch_takes_the_place_of_the_oldest_rows)
-def seed_writes_over_the_same_rows(self, student, teacher, batch=None):
+@bug(SEED, "forward", test_seed_kd.test_each_batch_takes_the_place_of_the_oldest_rows)
+def seed_kd_writes_over_the_same_rows(self, student, teacher, batch=None):
     """A place in the queue that nobody moves on: all but the first rows stay random."""
     self.held("oldest").zero_()
     return original_seed(self, student, teacher, batch)
 
 
 @bug(SEED, "forward", suite.test_formula_equals_the_reference, QUEUE)
-def seed_moves_its_queue_first(self, student, teacher, batch=None):
+def seed_kd_moves_its_queue_first(self, student, teacher, batch=None):
     """Each image is in the queue already when it is compared with it."""
     with torch.no_grad():
         original_seed(self, student, teacher, batch)

@@ -1,4 +1,4 @@
-"""seed: -1/N sum_n sum_j p_t[n, j] log p_s[n, j], p[n, j] = exp(<z_n, d_j> / T) / sum_i exp(<z_n, d_i> / T).
+"""seed_kd: -1/N sum_n sum_j p_t[n, j] log p_s[n, j], p[n, j] = exp(<z_n, d_j> / T) / sum_i exp(<z_n, d_i> / T).
 
 d_0 is the teacher's embedding of image n, d_1, ... the rows of the queue; z is the teacher's embedding, or the student's through two linear
 layers with a ReLU between them; all have norm 1. T is 0.2 for the student and 0.01 for the teacher.
@@ -33,7 +33,7 @@ def reference(student, teacher, options):
         log_s = log_probabilities(z_s, rows, options.get("T", 0.2))
         log_t = log_probabilities(z_t, rows, options.get("T_teacher", 0.01))
         total -= sum(math.exp(p) * q for p, q in zip(log_t, log_s, strict=True)) / len(student.embedding)
-    return {"seed": total}
+    return {"seed_kd": total}
 
 
 CASES = [{"queue": 7}, {"queue": 40, "T": 0.5, "T_teacher": 0.1}, {"queue": 2, "T_teacher": 0.5}]
@@ -47,4 +47,4 @@ def pairs(options):
 
 
 NARROW = replace(FIVE, name="narrow", embedding=1)
-WRONG = [({}, FIVE, NARROW, ["seed", "the embedding of narrow has width 1", "choose a teacher with a wider embedding"])]
+WRONG = [({}, FIVE, NARROW, ["seed_kd", "the embedding of narrow has width 1", "choose a teacher with a wider embedding"])]

@@ -1,4 +1,4 @@
-"""seed's queue of the teacher's embeddings."""
+"""seed_kd's queue of the teacher's embeddings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from helpers.pairs import PAIRS
 from helpers.scenes import draw, scene
 from torch import Tensor
 
-from flowdistill.methods.seed import SEED
+from flowdistill.methods.seed_kd import SEED
 from flowdistill.randomness import seeded
 from flowdistill.types import DataSpec, Outputs
 
@@ -65,14 +65,14 @@ def test_a_loss_is_of_the_queue_as_it_was_before_its_batch() -> None:
     method, given = a_method(5), scene(PAIRS["wide embedding"])
     start = method.held("queue").clone()
     moved = given.student.embedding.clone().requires_grad_()
-    method(given.student._replace(embedding=moved), given.teacher)["seed"].backward()
+    method(given.student._replace(embedding=moved), given.teacher)["seed_kd"].backward()
     assert not torch.equal(method.held("queue"), start)
 
     def loss(step: float) -> float:
         method.held("queue").copy_(start)
         embedding = given.student.embedding.clone()
         embedding[1, 2] += step
-        return method(given.student._replace(embedding=embedding), given.teacher)["seed"].item()
+        return method(given.student._replace(embedding=embedding), given.teacher)["seed_kd"].item()
 
     assert moved.grad is not None
     assert moved.grad[1, 2].item() == pytest.approx((loss(1e-5) - loss(-1e-5)) / 2e-5, rel=1e-5)
@@ -81,6 +81,6 @@ def test_a_loss_is_of_the_queue_as_it_was_before_its_batch() -> None:
 def test_the_queue_holds_no_graph_of_a_teacher_that_gives_one() -> None:
     method, given = a_method(5), scene(PAIRS["wide embedding"])
     teacher = Outputs(given.teacher.logits, given.teacher.embedding.clone().requires_grad_(), {})
-    method(given.student, teacher)["seed"].backward()
+    method(given.student, teacher)["seed_kd"].backward()
     assert not method.held("queue").requires_grad
     assert teacher.embedding.grad is None

@@ -1,4 +1,4 @@
-"""seed: pseudo-labels by similarity. The student's embedding is as near to each of many embeddings of the teacher as the teacher's own is.
+"""seed_kd: pseudo-labels by similarity. The student's embedding is as near to each of many embeddings of the teacher as the teacher's is.
 
 Made for teachers without a classifier: the image's own embedding and a queue of the teacher's last ones, all of norm 1, take the place of
 classes. At the start the queue holds random directions, as the authors' does; each batch replaces the oldest rows, after its loss is known.
@@ -47,7 +47,7 @@ def similarity_loss(student: Tensor, teacher: Tensor, transposed: Tensor, temper
 
 
 class SEEDOptions(MethodOptions):
-    """Options of seed. ``queue``: K, the rows of the queue. ``T``, ``T_teacher``: the temperatures of the student and of the teacher."""
+    """Options of seed_kd. ``queue``: K, the rows of the queue. ``T``, ``T_teacher``: the temperatures of the student and of the teacher."""
 
     queue: int = Field(65536, ge=1, strict=True)  # the paper and the authors' code
     T: float = Field(0.2, ge=1e-3, strict=True)  # the paper and the authors' code
@@ -58,7 +58,7 @@ class SEEDOptions(MethodOptions):
 class SEED(Method):
     """The student's embedding, through two layers and brought to norm 1, is as near to the rows of a queue as the teacher's is."""
 
-    name = "seed"
+    name = "seed_kd"
     paper = Paper(
         "Z. Fang, J. Wang, L. Wang, L. Zhang, Y. Yang, Z. Liu",
         "SEED: Self-supervised Distillation For Visual Representation",
@@ -67,7 +67,7 @@ class SEED(Method):
         "https://arxiv.org/abs/2101.04731",
     )
     kind = "relations"
-    terms = ("seed",)
+    terms = ("seed_kd",)
     vanishes_at_match = False  # a cross-entropy has the teacher's entropy left, and a projector stands between the two
     Options = SEEDOptions
     options: SEEDOptions
@@ -85,10 +85,10 @@ class SEED(Method):
     @classmethod
     def default_weights(cls, options: Any) -> dict[str, float]:
         """1, beside a task weight of 1: the paper's loss as it is, which has no task."""
-        return {"seed": 1.0}
+        return {"seed_kd": 1.0}
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch | None = None) -> dict[str, Tensor]:
-        """``seed``; this batch then takes the place of the queue's oldest rows."""
+        """``seed_kd``; this batch then takes the place of the queue's oldest rows."""
         queue, oldest = self.held("queue"), self.held("oldest")
         # A copy, since the queue moves before the backward pass reads it; inductor would drop a plain clone (docs/LOG.md).
         transposed = queue.T.contiguous()
@@ -99,4 +99,4 @@ class SEED(Method):
         latest = theirs[-len(queue) :].to(queue.dtype)
         queue.index_copy_(0, (oldest + torch.arange(len(latest), device=oldest.device)) % len(queue), latest)
         oldest.copy_((oldest + len(latest)) % len(queue))
-        return {"seed": loss}
+        return {"seed_kd": loss}

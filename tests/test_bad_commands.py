@@ -91,7 +91,7 @@ WRONG = [
     ("train --dataset digits --recipe crdd", "unknown recipe 'crdd': did you mean 'crd'?"),
     (
         "train --dataset digits --recipe best",
-        "unknown recipe 'best': choose from: fsp-log, kd-zoo, crd, r110-warm, function-matching, short, smoke",
+        "unknown recipe 'best': choose from: fsp-log, kd-zoo, crd, r110-warm, function-matching, deit, finetune, short, smoke",
     ),
     (
         "train --dataset digits --model vgg8 --recipe short",
@@ -313,6 +313,7 @@ WRONG = [
         "data.unlabelled='more': write folder:PATH (image files, below it in any folders) or npz:PATH (uint8 images under the key x)",
     ),
     ("distill --teacher resnet20 --method kd --dataset digits --probe=3", "Option '--probe' does not take a value (flowdistill --help)"),
+    ("doctor --teacher resnet20 --method kd --dataset digits --probe=3", "Option '--probe' does not take a value (flowdistill --help)"),
     (
         "distill --teacher resnet20@pretrained --method kd --dataset digits",
         "resnet20@pretrained: nobody publishes weights of resnet20; write timm:NAME.TAG, timm:NAME@pretrained, torchvision:NAME@DEFAULT or "
@@ -774,7 +775,8 @@ WRONG = [
     ("resume --log csv,", "--log '' is no tracker; choose from: csv, tensorboard, wandb"),
     ("reproduce log --log mlflow", "--log 'mlflow' is no tracker; choose from: csv, tensorboard, wandb"),
     ("log --to csv", "Missing argument 'RUN...' (flowdistill --help)"),
-    ("log one", "Missing option '--to' (flowdistill --help)"),
+    ("log one --to csv", "numbers='one': input should be a valid integer, unable to parse string as an integer"),
+    ("log 1", "Missing option '--to' (flowdistill --help)"),
     ("log 1 --to xls", "--to 'xls' is no tracker; choose from: csv, tensorboard, wandb"),
     (
         "log 1 --to csv --runs none",

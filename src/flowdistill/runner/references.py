@@ -116,7 +116,7 @@ class NetworkRef:
         if self.probed:
             return ""
         classes = replace(self, head=True).seen(data.spec).classes
-        if not classes or (not self.init and not self.spec(data.spec).classes):
+        if not classes or (not self.init and not models.spec(self.model, self.seen(data.spec)).classes):
             return NO_CLASSIFIER
         if classes != data.classes:
             return f"{classes} classes, the data has {data.classes}"

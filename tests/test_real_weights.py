@@ -106,7 +106,7 @@ def test_from_published_weights_to_a_student_in_onnx(tmp_path: Path) -> None:
         assert min(student.accuracy for student in students) > 80
     card = command(tmp_path, "card", "2")
     assert card.code == 0, card.err
-    assert re.search(r"\| model +\| timm:tf_efficientnet_lite0 +\| resnet8", card.out), card.out
+    assert re.search(r"\| network +\| timm:tf_efficientnet_lite0 +\| resnet8", card.out), card.out
     exported = command(tmp_path, "export", "2", "--to", "onnx")
     assert exported.code == 0, exported.err
     session = onnxruntime.InferenceSession(str(tmp_path / "runs" / "2" / "student.onnx"))

@@ -58,7 +58,10 @@ def seed_kd_of_the_queue_alone(student, teacher, transposed, temperature, teache
     return -(log_t.exp() * log_s).sum(1).mean()
 
 
-@bug(seed_kd, "similarity_loss", suite.test_formula_equals_the_reference, QUEUE)
+SOFT = {"name": "seed_kd", "options": {"queue": 7, "T_teacher": 0.2}, "pair": "even"}  # at 0.01 these labels are hard to nine digits
+
+
+@bug(seed_kd, "similarity_loss", suite.test_formula_equals_the_reference, SOFT)
 def seed_kd_with_hard_labels(student, teacher, transposed, temperature, teacher_temperature):
     """The authors' code at its default temperature for the teacher, 0.0001."""
     return similarity_loss(student, teacher, transposed, temperature, 1e-4)

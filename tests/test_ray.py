@@ -93,11 +93,13 @@ def port(answer: bytes | None) -> Iterator[int]:
                 except OSError:
                     return
 
-        threading.Thread(target=serve, daemon=True).start()
+        serving = threading.Thread(target=serve, daemon=True)
+        serving.start()
         try:
             yield number
         finally:
             server.shutdown(socket.SHUT_RDWR)
+            serving.join()  # it may accept as late as now
             for connection in held:
                 connection.close()
 

@@ -539,7 +539,7 @@ def radio_one_cosine_for_the_whole_map(x):
     return x.flatten(1)
 
 
-STRETCHED = {"name": "radio", "options": {"features": "dense", "stages": "all"}, "pair": "uneven"}
+STRETCHED = {"name": "radio", "options": {"features": "dense", "stages": "all", "dense_l1": 0.6}, "pair": "uneven"}
 
 
 @bug(radio, "interpolated", suite.test_formula_equals_the_reference, STRETCHED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +84,13 @@ def test_what_its_features_are(gives: str, nets: Path) -> None:
     torch.testing.assert_close(outputs.embedding, expected)
     assert outputs.logits.shape == (5, 0)
     assert (net.spec.classes, net.spec.embedding, net.spec.head) == (0, 12, "")
+
+
+@pytest.mark.parametrize("gives", ["pooled", "map", "tokens", "pooler"])
+def test_whose_published_weights_have_no_class(gives: str, nets: Path) -> None:
+    """The library declares 0 classes: what has no width is not taken for as many logits."""
+    spec = models.spec(f"{nets}:{gives}", replace(DATA, classes=0))
+    assert (spec.classes, spec.embedding) == (0, 12)
 
 
 @pytest.mark.parametrize(("gives", "what"), [("list", "a list"), ("table", "a dict")])

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import re
 import shlex
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
 
 from ..checks import UserError, first_line, pass_on_shortage
+from .code import file_hash
 
 _HASHED = re.compile(r"-([0-9a-f]{8,64})\.\w+$")  # the start of its SHA-256 in a file's name, as torch.hub has it
 _SHA256 = re.compile(r"[0-9a-f]{64}")  # the name of a large file's content in the cache of the Hugging Face hub
@@ -38,9 +39,13 @@ def of_hub(source: str, repository: str, files: tuple[str, ...], revision: str |
         path = next((path for path in cached if isinstance(path, str)), "")
         with _without_retries_told():
             for file in [] if path else files:
-                with contextlib.suppress(errors.RemoteEntryNotFoundError):  # the repository has no such file
+                try:
                     path = hf_hub_download(repository, file, revision=revision)
                     break
+                except errors.LocalEntryNotFoundError:  # nobody knows; the next class is its base
+                    raise
+                except errors.EntryNotFoundError:  # the repository has no such file
+                    continue
     except errors.GatedRepoError:
         page = f"{constants.ENDPOINT}/{repository}"
         raise UserError(f"{source}: {repository} is given to those who asked for it; ask on {page}, then log in: hf auth login") from None
@@ -75,7 +80,7 @@ def of_url(source: str, url: str) -> Path:
             torch.hub.download_url_to_file(url, str(file), hash_prefix=named[1] if named else None, progress=False)
         except RuntimeError as error:  # another hash
             raise UserError(f"{source}: what {url} gave is damaged ({first_line(error)}); try again") from None
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             command = f'python -c "import torch; torch.hub.load_state_dict_from_url({url!r})"'
             raise _out_of_reach(source, error, command, file) from None
     return _sound(source, file)
@@ -108,12 +113,6 @@ def _sound(source: str, file: Path) -> Path:
     """
     content = file.resolve()
     named = _SHA256.fullmatch(content.name) or _HASHED.search(file.name)
-    if named and not sha256(content).startswith(named[named.lastindex or 0]):
+    if named and not file_hash(content).startswith(named[named.lastindex or 0]):
         raise UserError(f"{source}: {file} is damaged (its SHA-256 is not that in its name); delete {content}, and it is downloaded again")
     return file
-
-
-def sha256(file: Path) -> str:
-    """SHA-256 of a file's content."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -33,7 +33,7 @@ _TORCHVISION = re.compile(r"torchvision:(?P<name>[^:@]+)@(?P<weights>\w+)")
 _HUB = re.compile(r"hf-hub:(?P<repository>[^:@]+)(@(?P<revision>[^:@]+))?")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # large: one is told from another by identity
 class Published:
     """Weights that a library publishes.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 from collections.abc import Mapping
@@ -199,12 +200,18 @@ def named(reference: str, changes: Changes | None = None, model: str | None = No
     return _from_file(path, of and models.canonical(of), changes or Changes(), model)
 
 
+@functools.lru_cache(maxsize=8)
+def _hash_of(weights: Published) -> str:
+    """As every config of a plan asks for it."""
+    return hash_weights(weights.weights)
+
+
 def _of_library(reference: str) -> NetworkRef:
     weights = published(reference)
     return NetworkRef(
         model=weights.model,
         weights=dict(weights.weights),
-        fingerprint=f"file:{hash_weights(weights.weights)}",
+        fingerprint=f"file:{_hash_of(weights)}",
         labels=weights.labels,
         origin=reference,
         input_spec=weights.input_spec,

@@ -20,7 +20,7 @@ from ..data.normalisation import Normalisation
 from ..device import Precision, keep_freed_memory
 from ..models import Network
 from ..models.probed import Probed
-from ..training import probe
+from ..training import linear_probe
 from ..training.cohort import Cohort, Progress
 from ..training.engine_choice import choose
 from ..training.evaluate import evaluate
@@ -89,7 +89,7 @@ def assemble(jobs: Sequence[Job], data: Supply, device: torch.device, engine: st
                 spec = job.pairing.teacher if job.pairing else None
                 built = job.teacher.build(data.spec, taps=tuple(sorted(needs.teacher)), spec=spec, given=data.normalisation)
                 teacher = built.on(device).eval()
-                fitted = probe.fit(teacher, data, job.precision) if isinstance(teacher, Probed) else None
+                fitted = linear_probe.fit(teacher, data, job.precision) if isinstance(teacher, Probed) else None
                 accuracy = None if job.teacher.other_classes(job.data) else _accuracy(teacher, data, job.precision)
                 context = gather(needs, teacher, data, job.precision)
                 teachers[origin] = Teacher(teacher, needs, job.precision), accuracy, context, fitted

@@ -19,7 +19,7 @@ from ..device import computing, describe, peak_memory
 from ..ledger import Ledger
 from ..models import Network
 from ..models.probed import Probed
-from ..training import probe
+from ..training import linear_probe
 from ..training.engine_choice import choose
 from ..training.gradients import first_gradients
 from ..training.timing import seconds_per_epoch
@@ -173,7 +173,7 @@ def _of_teacher(job: Job, teacher: NetworkRef, data: DeviceData) -> Iterator[Fin
         return
     net = teacher.build(data.spec, given=data.normalisation).on(data.device).eval()
     if isinstance(net, Probed):
-        probe.fit(net, data, job.precision)
+        linear_probe.fit(net, data, job.precision)
     yield _of_answers(net, teacher, job, data)
 
 

@@ -14,7 +14,7 @@ from ..data.dataset import ImageData
 from ..methods import Needs
 from ..models.foreign import is_foreign
 from ..models.input_adapter import InputSpec
-from ..training.probe import VERSION as PROBE_VERSION
+from ..training.linear_probe import VERSION as PROBE_VERSION
 from ..types import NetSpec
 from .pairing import Pairing
 from .references import NetworkRef

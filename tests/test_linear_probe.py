@@ -20,7 +20,7 @@ from flowdistill.ledger import Ledger
 from flowdistill.models.probed import Probed
 from flowdistill.runner import card, resume, run
 from flowdistill.runner.plan import plan
-from flowdistill.training.probe import DECAY, logistic_regression
+from flowdistill.training.linear_probe import DECAY, logistic_regression
 from flowdistill.training.weights import load_weights
 from flowdistill.types import DataSpec
 

@@ -112,7 +112,10 @@ def together(of_each: list[Outputs]) -> dict[str, Tensor]:
 def test_every_method_has_the_terms_that_it_has_with_each_alone(name: str) -> None:
     """On logits: the terms with a teacher of the mean logits. On features: those with each teacher, under its number."""
     wide = name != "kdsvd"  # it wants equal channels
-    student_spec, specs = models.spec("resnet8", DATA), [models.spec(teacher, DATA) for teacher in (NAMES if wide else ("resnet8", "resnet14"))]
+    student_spec, specs = (
+        models.spec("resnet8", DATA),
+        [models.spec(teacher, DATA) for teacher in (NAMES if wide else ("resnet8", "resnet14"))],
+    )
     student, of_each = outputs_of(student_spec, 1), [outputs_of(spec, seed) for seed, spec in enumerate(specs, 2)]
     shares = (0.25, 0.75)
     mean = torch.stack([share * each.logits for share, each in zip(shares, of_each, strict=True)]).sum(0)
@@ -206,7 +209,11 @@ def test_a_run_knows_its_teachers(taught: Ledger, small_npz: Path) -> None:
 
     (done,) = run([several(small_npz)], taught, CPU, watcher=Listens())
     assert (done.teacher, done.teacher_run, done.config["teacher"]) == ("resnet14+resnet8x4", None, "1+2")
-    assert {role: network.get(SHARE) for role, network in (done.networks or {}).items()} == {"student": None, "teacher": 0.5, "teacher 2": 0.5}
+    assert {role: network.get(SHARE) for role, network in (done.networks or {}).items()} == {
+        "student": None,
+        "teacher": 0.5,
+        "teacher 2": 0.5,
+    }
     assert set(taught.epochs(done.no)[-1].terms) == {"task", "at@1", "at@2", "kd"}
     right, alone, alike = answers(taught, small_npz)
     assert done.teacher_accuracy == pytest.approx(right)
@@ -251,7 +258,9 @@ def test_each_is_asked_once_for_a_batch(taught: Ledger, small_npz: Path, monkeyp
 def test_resumed_is_straight_bit_for_bit(taught: Ledger, small_npz: Path) -> None:
     for number in (1, 2):
         run([config(small_npz, student="resnet14", seed=number + 10, split="holdout", train={"epochs": number})], taught, CPU)
-    chosen = several(small_npz, method="kd+fitnets", teacher="3+4", split="holdout", teacher_shares="holdout", weights={}, train={"epochs": 4})
+    chosen = several(
+        small_npz, method="kd+fitnets", teacher="3+4", split="holdout", teacher_shares="holdout", weights={}, train={"epochs": 4}
+    )
     (cut,) = cut_off([chosen], taught, 2 * STEPS)
     (resumed,) = run([chosen], taught, CPU)
     assert (resumed.no, resumed.resumed) == (cut.no, 1)
@@ -272,7 +281,9 @@ def best_of_grid(chosen: RunConfig, ledger: Ledger) -> list[float]:
     ((given, labels),) = data.epoch_images.batches()
     with torch.no_grad():
         one, two = (each.build(data.spec, given=data.normalisation).eval()(given).logits for each in job.teacher.each)
-    share = min((step / 100 for step in range(101)), key=lambda share: float(F.cross_entropy(share * one + (1 - share) * two, labels.long())))
+    share = min(
+        (step / 100 for step in range(101)), key=lambda share: float(F.cross_entropy(share * one + (1 - share) * two, labels.long()))
+    )
     return [share, 1 - share]
 
 
@@ -301,6 +312,15 @@ def test_the_best_shares_are_the_best() -> None:
 def test_other_teachers_are_another_run(taught: Ledger, small_npz: Path) -> None:
     configs = [several(small_npz, method="kd", teacher=teacher, weights={}) for teacher in ("1", "2", "1+2")]
     assert len({job.fingerprint for job in plan(configs, taught, CPU)}) == 3
+
+
+def test_shares_that_no_method_asks_for_are_left_out(taught: Ledger, small_npz: Path) -> None:
+    run([config(small_npz, student="resnet14", seed=seed, split="holdout", train={"epochs": 1}) for seed in (11, 12)], taught, CPU)
+    configs = [
+        several(small_npz, method="rkd", teacher="3+4", split="holdout", teacher_shares=how, weights={}) for how in ("mean", "holdout")
+    ]
+    mean, chosen = plan(configs, taught, CPU)
+    assert (mean.fingerprint, mean.variant) == (chosen.fingerprint, chosen.variant)
 
 
 def test_merged_they_have_their_new_numbers(taught: Ledger, small_npz: Path, tmp_path: Path) -> None:
@@ -347,7 +367,10 @@ def test_a_file_whose_name_has_a_plus_is_one(tmp_path: Path, monkeypatch: pytest
             "teacher 1+resnet14: resnet14 is the name of a model, and does not say which of its runs; write the run whose network it is, a "
             "weights file, or published weights in its place, or --teacher resnet14 alone",
         ),
-        ({"teacher": "1", "teacher_shares": "holdout"}, "teacher_shares=holdout: 1 is not several; join several by a plus (1+2), or leave it out"),
+        (
+            {"teacher": "1", "teacher_shares": "holdout"},
+            "teacher_shares=holdout: 1 is not several; join several by a plus (1+2), or leave it out",
+        ),
         (
             {"teacher_shares": "holdout"},
             "teacher_shares=holdout: nothing is held out; add --holdout (split=holdout), or set teacher_shares=mean",
@@ -358,8 +381,8 @@ def test_a_file_whose_name_has_a_plus_is_one(tmp_path: Path, monkeypatch: pytest
         ),
         (
             {"method": "irg", "weights": {}},
-            "irg: it uses the logits of each teacher beside its features, and resnet14+resnet8x4 gives the mean of its logits alone; name one "
-            "teacher, or use another method, such as at or kd",
+            "irg: it uses the logits of each teacher beside its features, and resnet14+resnet8x4 gives the mean of its logits alone; name "
+            "one teacher, or use another method, such as at or kd",
         ),
         (
             {"method": "simkd", "weights": {}},
@@ -372,8 +395,8 @@ def test_a_file_whose_name_has_a_plus_is_one(tmp_path: Path, monkeypatch: pytest
         ),
         (
             {"split": "holdout"},
-            "run 1 was trained on all of train, the held-out images among them; a holdout run takes networks of holdout runs (train one with "
-            "--holdout)",
+            "run 1 was trained on all of train, the held-out images among them; a holdout run takes networks of holdout runs (train one "
+            "with --holdout)",
         ),
     ],
 )

@@ -18,7 +18,6 @@ from pydantic import ValidationError
 
 from . import advice, ranks, recipes, talk, trust
 from .checks import INTERRUPTED, MAX_WORKERS, Changes, UserError, did_you_mean, is_there, joined, obstacle, parse_seeds, shortage
-from .types import unnumbered
 from .cli_errors import complain, failure, refuse_empty, usage
 from .config import (
     BASELINE,
@@ -40,6 +39,7 @@ from .ledger import Ledger, Run, class_names, exported, kept_answers, shard_plan
 from .registry import Registry
 from .report import board, pages, tables
 from .report.by_class import class_rows
+from .types import unnumbered
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

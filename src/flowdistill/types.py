@@ -94,7 +94,7 @@ class NetSpec:
             of a run's fingerprint.
         altered: why its answer is not the logits that the head gives, or empty.
         apart: why the head's weights do not make the logits from the embedding, or empty.
-        parts: of several teachers what each offers, by its own names; of their student, what it offers by the names that each teacher's have.
+        parts: of several teachers what each offers, by its own names; of their student, what it offers by the names that each one's have.
     """
 
     name: str

@@ -382,7 +382,9 @@ def _renumbered(entry: _Entry, no: int, plan: _Plan) -> dict[str, Any]:
         reference: str(numbers.get(old, entry.ledger.run_folder(old) / folders.STUDENT_FILE)) for reference, old in _numbers(run).items()
     }
     config = run.config | {
-        key: "+".join(renamed.get(one, one) for one in each_network(named)) for key in NETWORKS if isinstance(named := run.config.get(key), str)
+        key: "+".join(renamed.get(one, one) for one in each_network(named))
+        for key in NETWORKS
+        if isinstance(named := run.config.get(key), str)
     }
     before = run.versions.get(ORIGIN)
     origin = f"run {run.no} of {entry.ledger.folder}" + (f" ({before})" if before else "")

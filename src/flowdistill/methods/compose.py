@@ -18,7 +18,7 @@ from ..config import parse_as
 from ..types import Batch, DataSpec, MethodContext, NetSpec, Outputs
 from . import base
 from .base import Method, MethodOptions, Phase
-from .several import OfOne, terms_of
+from .per_teacher import OfOne, terms_of
 from .standardise import PREFIX, standardised
 
 WITHOUT_LABELS = "kd"  # a method that looks at no labels, as messages name one

@@ -78,4 +78,3 @@ def student_of(specs: Sequence[NetSpec]) -> NetSpec:
 def _numbered(specs: Sequence[NetSpec]) -> Iterable[TapSpec]:
     for number, spec in enumerate(specs, 1):
         yield from (replace(tap, name=numbered(tap.name, number), source=tap.own) for tap in spec.taps)
-

@@ -236,7 +236,9 @@ def _told_of_teacher(member: Member) -> str:
         return told
     alone = ", ".join(f"{accuracy:.2f} %" for accuracy in taught.agreement.accuracies)
     shares = ", ".join(f"{share:.3g}" for share in taught.shares)
-    return f"{told} by the mean of their logits (shares {shares}); alone {alone}; all give the same class for {taught.agreement.alike:.2f} %"
+    return (
+        f"{told} by the mean of their logits (shares {shares}); alone {alone}; all give the same class for {taught.agreement.alike:.2f} %"
+    )
 
 
 def _check_gradients(member: Member, ratios: Mapping[str, float], watcher: Watcher) -> None:

@@ -135,7 +135,9 @@ class Job:
         where that is not the student; what it begins from, what of it is frozen, which images and taps were given to whom, and how many
         processes normalised parts of a batch, each by itself.
         """
-        notes = [self.resolved.variant] + ["probe"] * self.config.probe + ["teacher_shares=holdout"] * (self.config.teacher_shares == "holdout")
+        notes = (
+            [self.resolved.variant] + ["probe"] * self.config.probe + ["teacher_shares=holdout"] * (self.config.teacher_shares == "holdout")
+        )
         if self.data.unlabelled is not None:
             notes = [*notes, f"unlabelled={self.data.unlabelled.name}"]
         if self.config.peer is not None:

@@ -26,7 +26,7 @@ from .identity import Identities
 from .integrity import changed_files
 from .job import Job, other_side, weights_seed
 from .references import NetworkRef, TeacherQuery, as_configured, first_weights, refuse_contaminated
-from .several import teacher_of, teacher_of_run, unprobed
+from .several import MEAN, teacher_of, teacher_of_run, unasked
 
 
 def plan(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device, *, stand_in: bool = False) -> list[Job]:
@@ -245,7 +245,7 @@ def _job(
             "method": resolved.name,
             "teacher": config.teacher if teacher else None,
             "probe": config.probe and teacher is not None,
-            "teacher_shares": config.teacher_shares if teacher is not None else "mean",
+            "teacher_shares": config.teacher_shares if teacher is not None else MEAN,
             **({} if teacher else {key: _of_student(getattr(config, key)) for key in ("taps", "inputs")}),
             "data": config.data.model_copy(update=_decided_by(data)),
             "train": config.train.model_copy(update={"precision": _precision(config, student, data, device)}),
@@ -267,8 +267,9 @@ def checked(job: Job) -> Job:
         raise UserError(f"train.accumulate={parts}: method {whole!r} compares the images of a batch with each other; leave one of them out")
     if job.config.taps and not (needs.student or needs.teacher):
         job = replace(job, config=job.config.model_copy(update={"taps": {}}))
-    if job.teacher and job.config.probe and not needs.logits and "head" not in needs.context:
-        job = replace(job, config=job.config.model_copy(update={"probe": False}), teacher=unprobed(job.teacher))
+    asked = job.config.probe or job.config.teacher_shares != MEAN
+    if job.teacher and asked and not needs.logits and "head" not in needs.context:
+        job = replace(job, config=job.config.model_copy(update={"probe": False, "teacher_shares": MEAN}), teacher=unasked(job.teacher))
     if (world := launched().world) > 1 and job.normalises_apart:
         job = replace(job, ranks=world)
     _ = job.fingerprint  # computed here, so that what can't be fingerprinted is refused before anything is trained

@@ -16,6 +16,7 @@ from ..training.weights import hash_weights
 from ..types import DataSpec, NetSpec, of_number
 from .references import NetworkRef, TeacherQuery, as_configured, by_name, choose_teacher, recorded_teacher
 
+MEAN = "mean"  # all count alike
 SHARE = "share"  # key of a network's record: its share in the mean of the logits
 
 
@@ -63,7 +64,7 @@ class Several(NetworkRef):
             one.build(data, taps=own, seed=seed, spec=own_spec, given=given)
             for one, own, own_spec in zip(self.each, own_taps, own_specs, strict=True)
         ]
-        return Joined(nets, self.shares or [1 / len(nets)] * len(nets))
+        return Joined(nets, self.shares or _equal(self.each))
 
 
 def teacher_of(config: RunConfig, query: TeacherQuery, ledger: Ledger, data: DataSpec, *, stand_in: bool = False) -> NetworkRef:
@@ -90,10 +91,11 @@ def teacher_of_run(run: Run, ledger: Ledger, data: DataSpec) -> NetworkRef | Non
     return _together(found, config, data, tuple(record[SHARE] for record in records if SHARE in record))
 
 
-def unprobed(teacher: NetworkRef) -> NetworkRef:
-    """The teacher without probes, which its method would not ask."""
+def unasked(teacher: NetworkRef) -> NetworkRef:
+    """The teacher without probes and chosen shares, which change nothing for a method that asks for no logits."""
     if isinstance(teacher, Several):
-        return replace(teacher, each=tuple(replace(one, probed=False) for one in teacher.each))
+        each = tuple(replace(one, probed=False) for one in teacher.each)
+        return replace(teacher, each=each, shares=_equal(each), fingerprint=_fingerprint(each, MEAN))
     return replace(teacher, probed=False)
 
 
@@ -115,15 +117,23 @@ def _together(found: Sequence[NetworkRef], config: RunConfig, data: DataSpec, sh
         if (same := known.setdefault((one.model, hash_weights(one.weights or {})), one)) is not one:
             raise UserError(f"teacher {config.teacher}: {same.origin} and {one.origin} are the same network; name each once")
     _refuse_other_classes(found, config, data)
-    equal = tuple([1 / len(found)] * len(found)) if config.teacher_shares == "mean" else None
+    equal = _equal(found) if config.teacher_shares == MEAN else None
     return Several(
         model="+".join(one.model for one in found),
         weights={},
-        fingerprint="+".join([*(one.fingerprint for one in found), config.teacher_shares]),
+        fingerprint=_fingerprint(found, config.teacher_shares),
         origin=" + ".join(one.origin for one in found),
         each=tuple(found),
         shares=shares or equal,
     )
+
+
+def _equal(each: Sequence[NetworkRef]) -> tuple[float, ...]:
+    return (1 / len(each),) * len(each)
+
+
+def _fingerprint(each: Sequence[NetworkRef], shares: str) -> str:
+    return "+".join([*(one.fingerprint for one in each), shares])
 
 
 def _refuse_other_classes(found: Sequence[NetworkRef], config: RunConfig, data: DataSpec) -> None:

@@ -27,7 +27,7 @@ class OfOne(Method):
         teachers: what each of them offers.
     """
 
-    name = "one of several"
+    name = "of one teacher"
 
     def __init__(self, method: Method, number: int, teachers: Sequence[NetSpec]) -> None:
         super().__init__()

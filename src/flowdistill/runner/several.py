@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -140,7 +141,7 @@ def _refuse_other_classes(found: Sequence[NetworkRef], config: RunConfig, data: 
     """Refuse teachers whose logits can't be averaged, since they stand for different classes."""
     known = [(one, one.spec(data).classes, () if one.probed else one.labels) for one in found]
     known = [(one, classes, labels) for one, classes, labels in known if classes]
-    for (one, classes, labels), (other, other_classes, other_labels) in zip(known, known[1:], strict=False):
+    for (one, classes, labels), (other, other_classes, other_labels) in itertools.pairwise(known):
         apart = f"{classes} classes and {other_classes}" if classes != other_classes else ""
         if not apart:
             apart = next((f"{a!r} and {b!r} as one class" for a, b in zip(labels, other_labels, strict=False) if a != b), "")

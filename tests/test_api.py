@@ -118,7 +118,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     (
         {"epoch": 3},
         "unknown key 'epoch': choose from: student, teacher, init_from, peer, side, seed, split, data, train, method, options, weights, "
-        "probe, taps, inputs",
+        "probe, teacher_shares, taps, inputs",
     ),
     ({"train": {"epoch": 3}}, "unknown key 'train.epoch': did you mean 'epochs'?"),
     ({"train": {"epochs": "3"}}, "train.epochs='3': input should be a valid integer"),

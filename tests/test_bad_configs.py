@@ -11,7 +11,7 @@ import pytest
 from helpers.command import assert_refused
 
 DEEP, LONG = 100_000, 500_000
-KEYS = "student, teacher, init_from, peer, side, seed, split, data, train, method, options, weights, probe, taps, inputs"
+KEYS = "student, teacher, init_from, peer, side, seed, split, data, train, method, options, weights, probe, teacher_shares, taps, inputs"
 NO_KEYS = "--config it: has no keys; write a table of keys, such as student, data, train"
 NO_UTF8 = "--config it: not UTF-8 text; write TOML, or name a run.json"
 TOO_DEEP = "--config it: nested too deeply; a config has three levels"

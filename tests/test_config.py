@@ -77,7 +77,7 @@ def test_part_of_a_table_keeps_the_other_defaults() -> None:
          "optimizer, optimizer_options, decay_norm_and_bias, warmup_steps, clip, accumulate, ema"),
         ("data.nam", "unknown key 'data.nam': did you mean 'name'?"),
         ("zzzz", "unknown key 'zzzz': choose from: student, teacher, init_from, peer, side, seed, split, data, train, method, "
-         "options, weights, probe, taps, inputs"),
+         "options, weights, probe, teacher_shares, taps, inputs"),
     ],
 )  # fmt: skip
 def test_an_unknown_key_is_told_with_what_is_allowed(key: str, answer: str) -> None:

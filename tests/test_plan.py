@@ -178,6 +178,8 @@ def test_every_key_changes_the_fingerprint_or_says_why_not(
         plain["data"] |= {"pad": digits.pad, "flip": digits.flip}
     elif key == "probe":
         plain["method"] = "kd"  # fsp asks for no logits
+    elif key == "teacher_shares":
+        plain |= {"method": "kd", "teacher": f"{teachers['one']}+{teachers['other']}", "split": "holdout"}
     elif key == "data.unlabelled":
         np.savez(tmp_path / "more.npz", x=digits.x_test[:50])
     elif key in ("peer", "side"):

@@ -17,7 +17,7 @@ import typer
 from pydantic import ValidationError
 
 from . import advice, ranks, recipes, talk, trust
-from .checks import INTERRUPTED, MAX_WORKERS, Changes, UserError, did_you_mean, joined, obstacle, parse_seeds, shortage
+from .checks import INTERRUPTED, MAX_WORKERS, Changes, UserError, did_you_mean, is_there, joined, obstacle, parse_seeds, shortage
 from .cli_errors import complain, failure, refuse_empty, usage
 from .config import (
     BASELINE,
@@ -39,6 +39,7 @@ from .ledger import Ledger, Run, class_names, exported, kept_answers, shard_plan
 from .registry import Registry
 from .report import board, pages, tables
 from .report.by_class import class_rows
+from .types import unnumbered
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -223,7 +224,7 @@ def _described(
         for index, share in enumerate(shares):
             for below in chosen_recipe.of_run(_in_full(share["method"]), teacher, student):
                 shares[index] = recipes.over(below, shares[index])
-    return [parsed for share in shares for parsed in _seeded(share, seeds)]
+    return [parsed for share in shares for of_teacher in _for_teachers(share) for parsed in _seeded(of_teacher, seeds)]
 
 
 def _launch(
@@ -366,7 +367,10 @@ def _pair(
     *,
     method: Annotated[str | None, typer.Option(help="Methods, with + for a composition and commas between runs: base,fsp,at+kd.")] = None,
     student: Annotated[str | None, typer.Option(help="Model name, run number, weights file or MODEL@FILE.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="Likewise; by name, a trained one is chosen from the ledger.")] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Likewise; by name, a trained one is chosen from the ledger. A comma separates teachers, a plus joins several."),
+    ] = None,
     student_taps: Annotated[Path | None, typer.Option(help=f"The student's taps: a table of {advice.command('taps')}, edited.")] = None,
     teacher_taps: Annotated[Path | None, typer.Option(help="Likewise the teacher's.")] = None,
     probe: Annotated[
@@ -494,14 +498,29 @@ def _for_methods(values: dict[str, Any], names: Sequence[str]) -> list[dict[str,
     shares = [values | {"method": name} for name in names]
     for key, allowed in taken.items():
         table = values.get(key, {})
-        unknown = [name for name in table if not any(name in accepted for accepted in allowed)]
+        unknown = [name for name in table if not any(unnumbered(name) in accepted for accepted in allowed)]
         if unknown:
             raise UserError(
                 f"{key}.{unknown[0]}: none of {', '.join(names)} has it; {did_you_mean(unknown[0], sorted(set().union(*allowed)))}"
             )
         for share, accepted in zip(shares, allowed, strict=True):
-            share[key] = {name: value for name, value in table.items() if name in accepted}
+            share[key] = {name: value for name, value in table.items() if unnumbered(name) in accepted}
     return shares
+
+
+def _for_teachers(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """The values of each teacher's runs: a comma separates teachers, and a plus joins several into one.
+
+    Raises:
+        UserError: a teacher is named twice.
+    """
+    named = values.get("teacher")
+    if not isinstance(named, str) or "," not in named or is_there(Path(named)):
+        return [values]
+    teachers = [teacher.strip() for teacher in named.split(",")]
+    if len(set(teachers)) < len(teachers):
+        raise UserError(f"--teacher {named} names a teacher twice; each has its own runs")
+    return [values | {"teacher": teacher} for teacher in teachers]
 
 
 def _seeded(values: dict[str, Any], seeds: str | None) -> list[RunConfig]:

@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from . import advice
-from .checks import UserError, did_you_mean, joined, regular_file, undefused
+from .checks import UserError, did_you_mean, is_there, joined, regular_file, undefused
 from .registry import Registry
 
 M = TypeVar("M", bound=BaseModel)
@@ -347,6 +347,10 @@ class RunConfig(Frozen):
     likewise; left out it is another of the student's kind. Each of the two is a run, of ``side`` 1 and 2. ``weights`` holds the factor
     of each loss term; terms left out take the method's default.
 
+    A ``teacher`` may be several, joined by a plus: ``1+2+timm:NAME@pretrained``, each a run, a file or published weights. Their logits are
+    averaged: with ``teacher_shares=mean`` all count alike, with ``holdout`` each has the share by which the mean is best on the held-out
+    images. A term on features stands once for each of them: ``at@1``, ``at@2``.
+
     With ``probe`` a linear classifier is fitted on the teacher's features of the training images, and gives its logits: a teacher that has
     no classifier, or one of other classes, can then teach by them.
 
@@ -367,13 +371,36 @@ class RunConfig(Frozen):
     options: dict[str, dict[str, Any]] = {}
     weights: dict[str, float] = {}
     probe: bool = Field(False, exclude_if=lambda probe: not probe)  # fit a classifier on the teacher's features
+    teacher_shares: Literal["mean", "holdout"] = Field("mean", exclude_if=lambda shares: shares == "mean")  # of several, in their logits
     taps: dict[Role, dict[str, str]] = Field({}, exclude_if=lambda taps: not taps)
     inputs: dict[Role, InputConfig] = Field({}, exclude_if=lambda inputs: not inputs)
 
     @property
     def networks(self) -> list[str]:
         """The networks that it names."""
-        return [named for key in NETWORKS if (named := getattr(self, key)) is not None]
+        return [one for key in NETWORKS if (named := getattr(self, key)) is not None for one in each_network(named)]
+
+    @property
+    def teachers(self) -> list[str]:
+        """The references of its teachers: none, one or several."""
+        return [] if self.teacher is None else each_network(self.teacher)
+
+    @model_validator(mode="after")
+    def _of_several_teachers(self) -> RunConfig:
+        if len(self.teachers) < 2:
+            if self.teacher_shares != "mean":
+                cure = "join several by a plus (1+2), or leave it out"
+                raise ValueError(f"teacher_shares={self.teacher_shares}: {self.teacher or 'no teacher'} is not several; {cure}")
+            return self
+        if twice := next((name for name in self.teachers if self.teachers.count(name) > 1), None):
+            raise ValueError(f"teacher={self.teacher} names {twice} twice; name each once")
+        if self.teacher_shares == "holdout" and self.split != "holdout":
+            raise ValueError("teacher_shares=holdout: nothing is held out; add --holdout (split=holdout), or set teacher_shares=mean")
+        for table, whose in (("taps", self.taps), ("inputs", self.inputs)):
+            if "teacher" in whose:
+                cure = "leave it out, or name one teacher"
+                raise ValueError(f"{table}.teacher is of one network, and teacher={self.teacher} names {len(self.teachers)}; {cure}")
+        return self
 
     @model_validator(mode="after")
     def _loaders_do_it_themselves(self) -> RunConfig:
@@ -386,6 +413,13 @@ class RunConfig(Frozen):
                 f"train.accumulate={self.train.accumulate}: a loader's batches may differ in size and are not cut; leave it out"
             )
         return self
+
+
+def each_network(reference: str) -> list[str]:
+    """``1+2+timm:NAME`` -> the references that a plus joins; one that names a single network alone. A file whose name has a plus is one."""
+    names = reference.split("+")
+    file = any("+" in part and is_there(Path(part)) for part in (reference, *re.split("[@#:]", reference)))
+    return [reference] if file or not all(names) else names
 
 
 def model_name(name: str) -> str:

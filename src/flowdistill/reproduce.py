@@ -32,7 +32,7 @@ WEIGHTS: Mapping[str, Mapping[str, float]] = {"at+kd": {"kd": 0.9}}
 """The reference's weights of a row that are not this package's defaults. All other defaults are the reference's."""
 
 
-def as_the_reference(method: str) -> dict[str, dict[str, Any]]:
+def as_the_reference(method: str) -> dict[str, Any]:
     """The reference's options and weights of a row.
 
     Raises:

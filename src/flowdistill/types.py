@@ -8,10 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 class Outputs(NamedTuple):
@@ -26,6 +28,22 @@ class Outputs(NamedTuple):
     logits: Tensor
     embedding: Tensor
     maps: Mapping[str, Tensor] = {}
+
+
+def numbered(name: str, number: int) -> str:
+    """What belongs to one of several teachers, which are numbered from 1: ``at`` -> ``at@2``."""
+    return f"{name}@{number}"
+
+
+def unnumbered(name: str) -> str:
+    """``at@2`` -> ``at``; a name without a number is as it was."""
+    return name.partition("@")[0]
+
+
+def of_number(named: Mapping[str, T], number: int) -> dict[str, T]:
+    """What belongs to one of several teachers, by the names that it has there."""
+    end = numbered("", number)
+    return {name.removesuffix(end): value for name, value in named.items() if name.endswith(end)}
 
 
 @dataclass(frozen=True)
@@ -76,6 +94,7 @@ class NetSpec:
             of a run's fingerprint.
         altered: why its answer is not the logits that the head gives, or empty.
         apart: why the head's weights do not make the logits from the embedding, or empty.
+        parts: of several teachers what each offers, by its own names; of their student, what it offers by the names that each one's have.
     """
 
     name: str
@@ -88,6 +107,7 @@ class NetSpec:
     version: int = 1
     altered: str = ""
     apart: str = ""
+    parts: tuple[NetSpec, ...] = ()
 
     def tap(self, name: str) -> TapSpec:
         """The tap of that name.

@@ -16,6 +16,7 @@ CHANGED: dict[str, Any] = {
     "init_from": "OTHER",
     "peer": "resnet14",
     "probe": True,
+    "teacher_shares": "holdout",
     "side": 2,
     "seed": 3,
     "split": "holdout",

@@ -8,15 +8,20 @@ import test_distiller
 import test_dropout
 import test_models
 import test_pairing
+import test_several_teachers
 import test_survey
 import test_tap_table
 
 from flowdistill import distiller
+from flowdistill.ledger import merge
+from flowdistill.methods import compose, per_teacher
 from flowdistill.models import head, hooks, input_adapter, stages, wide_resnet
+from flowdistill.models.joined import Joined
 from flowdistill.models.watching import Layout
 from flowdistill.runner import pairing, references
 from flowdistill.runner.pairing import Pairing
 from flowdistill.training import evaluate, step
+from flowdistill.types import numbered, of_number
 
 from .bug import bug
 
@@ -113,3 +118,43 @@ def teacher_in_the_mode_its_owner_put_it_in(self, teacher, images):
 def copies_have_the_hooks_too(self, memo):
     """A copy of the student holds hooks that write into nobody's dict, and with a batch in it can't be made at all."""
     return hooks.OrderedDict(self.items())
+
+
+_joined = Joined.answer
+
+
+@bug(Joined, "answer", test_several_teachers.test_it_answers_by_the_weighted_mean_of_the_logits)
+def shares_that_nobody_looks_at(self, images):
+    """The plain mean of the logits, whatever the held-out images told."""
+    outputs = _joined(self, images)
+    return outputs._replace(logits=sum(net(images).logits for net in self.nets) / len(self.nets))
+
+
+@bug(per_teacher.OfOne, "forward", test_several_teachers.test_every_method_has_the_terms_that_it_has_with_each_alone, {"name": "pkt"})
+def each_is_given_the_embedding_of_all(self, student, teacher, batch=None):
+    """The embeddings stand one after the other, and relations between images work on any width: nothing fails."""
+    own_teacher = teacher._replace(maps=of_number(teacher.maps, self.number))
+    terms = self.method(student._replace(maps=of_number(student.maps, self.number)), own_teacher, batch)
+    return {numbered(term, self.number): value for term, value in terms.items()}
+
+
+@bug(per_teacher.OfOne, "forward", test_several_teachers.test_every_method_has_the_terms_that_it_has_with_each_alone, {"name": "at"})
+def both_are_taught_by_the_first(self, student, teacher, batch=None):
+    """Maps of the first teacher under the number of every other."""
+    maps = {name: of_number(outputs.maps, 1) for name, outputs in (("student", student), ("teacher", teacher))}
+    terms = self.method(student._replace(maps=maps["student"]), teacher._replace(maps=maps["teacher"]), batch)
+    return {numbered(term, self.number): value for term, value in terms.items()}
+
+
+@bug(compose, "terms_of", test_several_teachers.test_weights_are_shared_or_set_for_one)
+def two_teachers_weigh_twice(cls, defaults, teachers):
+    """A method on features has its whole weight for each of them."""
+    if teachers == 1 or cls.kind == "logits":
+        return dict(defaults)
+    return {numbered(term, number): weight for term, weight in defaults.items() for number in range(1, teachers + 1)}
+
+
+@bug(merge, "each_network", test_several_teachers.test_merged_they_have_their_new_numbers)
+def numbers_of_another_ledger(reference):
+    """Runs get new numbers when ledgers are put together; a teacher of several keeps the old ones, and is another teacher."""
+    return [reference]

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from .. import advice
 from ..checks import UserError
-from ..config import NETWORKS, SEAL
+from ..config import NETWORKS, SEAL, each_network
 from ..lock import Lock, held
 from . import folders, shard_plan
 from .rows import DAMAGED, DEAD, RUN, Epoch, Run
@@ -288,13 +288,13 @@ def _referred(run: Run) -> Iterator[int]:
     """The numbers of the runs that a run began with."""
     if run.teacher_run is not None:
         yield run.teacher_run
-    for key in NETWORKS:
-        if (reference := _number(run.config.get(key))) is not None:
-            yield reference
+    yield from _numbers(run).values()
 
 
-def _number(reference: object) -> int | None:
-    return int(reference) if isinstance(reference, str) and re.fullmatch(r"[0-9]{1,18}", reference) else None
+def _numbers(run: Run) -> dict[str, int]:
+    """The references by number in a run's config; of several teachers each one's."""
+    references = [one for key in NETWORKS if isinstance(named := run.config.get(key), str) for one in each_network(named)]
+    return {reference: int(reference) for reference in references if re.fullmatch(r"[0-9]{1,18}", reference)}
 
 
 def _copied(entry: _Entry, no: int, plan: _Plan, draft: Path) -> Run:
@@ -378,9 +378,14 @@ def _renumbered(entry: _Entry, no: int, plan: _Plan) -> dict[str, Any]:
     def new(text: re.Match[str]) -> str:
         return f"{text[1]}{numbers.get(int(text[2]), '(elsewhere)')}"
 
-    references = {key: old for key in NETWORKS if (old := _number(run.config.get(key))) is not None}
-    files = {old: entry.ledger.run_folder(old) / folders.STUDENT_FILE for old in references.values()}  # a run that is not copied has a file
-    config = run.config | {key: str(numbers.get(old, files[old])) for key, old in references.items()}
+    renamed = {  # a run that is not copied has a file
+        reference: str(numbers.get(old, entry.ledger.run_folder(old) / folders.STUDENT_FILE)) for reference, old in _numbers(run).items()
+    }
+    config = run.config | {
+        key: "+".join(renamed.get(one, one) for one in each_network(named))
+        for key in NETWORKS
+        if isinstance(named := run.config.get(key), str)
+    }
     before = run.versions.get(ORIGIN)
     origin = f"run {run.no} of {entry.ledger.folder}" + (f" ({before})" if before else "")
     return {

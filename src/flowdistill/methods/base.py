@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config import MAX_EPOCHS, Frozen, parse_as
 from ..registry import Registry
-from ..types import Batch, MethodContext, NetSpec, Outputs
+from ..types import Batch, MethodContext, NetSpec, Outputs, unnumbered
 
 
 class Paper(NamedTuple):
@@ -58,7 +58,8 @@ class Phase:
     head: bool = True
 
     def counts(self, term: str) -> bool:
-        """Whether a term has weight in this phase."""
+        """Whether a term has weight in this phase; of several teachers, each one's."""
+        term = unnumbered(term)
         return term not in self.without and (self.only is None or term in self.only)
 
 

@@ -18,6 +18,7 @@ from ..config import parse_as
 from ..types import Batch, DataSpec, MethodContext, NetSpec, Outputs
 from . import base
 from .base import Method, MethodOptions, Phase
+from .per_teacher import OfOne, terms_of
 from .standardise import PREFIX, standardised
 
 WITHOUT_LABELS = "kd"  # a method that looks at no labels, as messages name one
@@ -77,8 +78,11 @@ class ResolvedMethod:
         return next((model for model in models if model != student), student)
 
 
-def resolve(name: str, options: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float]) -> ResolvedMethod:
+def resolve(name: str, options: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float], teachers: int = 1) -> ResolvedMethod:
     """Fill in the defaults of a method or composition.
+
+    With several teachers a term on features stands once for each: ``weights.at=1000`` gives ``at@1`` and ``at@2`` 500 each, and
+    ``weights.at@2=700`` sets one of them.
 
     Raises:
         UserError: options for a method that is not part of it, an unknown option, or a weight for a term it has not.
@@ -90,18 +94,24 @@ def resolve(name: str, options: Mapping[str, Mapping[str, Any]], weights: Mappin
             raise UserError(f"options.{part}: method {name!r} has no such part; {did_you_mean(part, [cls.name for cls in classes])}")
     filled = {cls.name: parse_as(cls.Options, options.get(cls.name, {}), f"options.{cls.name}.") for cls in classes}
     defaults = {"task": 1.0}  # cross-entropy, in every source named in the methods' own files
+    chosen: dict[str, float] = {}
+    known = ["task"]
     for cls in classes:
-        defaults |= cls.default_weights(filled[cls.name])
+        own_defaults = cls.default_weights(filled[cls.name])
+        defaults |= terms_of(cls, own_defaults, teachers)
+        chosen |= terms_of(cls, {term: weights[term] for term in own_defaults if term in weights}, teachers)
+        known += own_defaults
+    chosen |= {term: value for term, value in weights.items() if term in defaults}
     for term, value in weights.items():
-        if term not in defaults:
-            raise UserError(f"weights.{term}: method {name!r} has no such term; {did_you_mean(term, defaults)}")
+        if term not in defaults and term not in known:
+            raise UserError(f"weights.{term}: method {name!r} has no such term; {did_you_mean(term, [*defaults, *known])}")
         if not value >= 0:
             raise UserError(f"weights.{term}={value}: a weight is 0 or more")
     staged = [cls for cls in classes if len(cls.phases(filled[cls.name])) > 1]
     if len(staged) > 1:
         raise UserError(f"method {name!r}: {' and '.join(cls.name for cls in staged)} both train in stages; only one part may")
     leading = staged[0] if staged else classes[0]
-    all_weights = {term: float(weights.get(term, default)) for term, default in defaults.items()}
+    all_weights = {term: float(chosen.get(term, default)) for term, default in defaults.items()}
     phases = leading.phases(filled[leading.name])
     for phase in phases:
         if not any(weight for term, weight in all_weights.items() if phase.counts(term)):
@@ -129,15 +139,35 @@ def build(resolved: ResolvedMethod, *, student: NetSpec, teacher: NetSpec | None
     backbone = teacher is not None and not teacher.classes
     paired = replace(teacher, classes=student.classes) if teacher is not None and backbone else teacher
     networks = {"student": student, "teacher": paired, "data": data}
-    methods = [get(name)(options, **networks) for name, options in resolved.options.items()]
+    methods = [method for name, options in resolved.options.items() for method in _made(get(name), options, networks)]
     if student.altered:
         raise ValueError(f"student {student.name}: {student.altered}")
     if teacher is not None:
         for method in methods:
             if backbone and (method.needs.logits or "head" in method.needs.context):
                 raise ValueError(_without_classifier(method.name, teacher.name, networks))
-            _refuse_other_logits(method, teacher)
+            for one in teacher.parts or (teacher,):
+                _refuse_other_logits(method, one)
     return methods[0] if len(methods) == 1 else Composed(methods)
+
+
+def _made(cls: type[Method], options: MethodOptions, networks: Mapping[str, Any]) -> list[Method]:
+    """A part of a method for its networks. If it learns from the features of several teachers, there is one for each.
+
+    Raises:
+        ValueError: the networks can't be paired, or the method compares a teacher's features with its logits.
+    """
+    student, teacher = networks["student"], networks["teacher"]
+    if teacher is None or not teacher.parts or cls.kind == "logits" or not cls.uses_teacher:
+        return [cls(options, **networks)]
+    of_each = []
+    for number, (own_student, one) in enumerate(zip(student.parts, teacher.parts, strict=True), 1):
+        pair = {"student": replace(own_student, labels=student.labels), "teacher": replace(one, classes=one.classes or student.classes)}
+        of_each.append(OfOne(cls(options, **{**networks, **pair}), number, teacher.parts))
+    if of_each[0].needs.logits:
+        why = f"it uses the logits of each teacher beside its features, and {teacher.name} gives the mean of its logits alone"
+        raise ValueError(f"{cls.name}: {why}; name one teacher, or use another method, such as at or kd")
+    return list(of_each)
 
 
 def _without_classifier(method: str, teacher: str, networks: Mapping[str, Any]) -> str:
@@ -145,7 +175,7 @@ def _without_classifier(method: str, teacher: str, networks: Mapping[str, Any]) 
 
     def works(name: str) -> bool:
         try:
-            needs = get(name)({}, **networks).needs
+            needs = _made(get(name), get(name).Options(), networks)[0].needs
         except ValueError:
             return False
         return get(name).uses_teacher and not get(name).mutual and not needs.logits and "head" not in needs.context

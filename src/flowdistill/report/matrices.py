@@ -74,10 +74,14 @@ def of_run(run: Run, ledger: Ledger, device: torch.device) -> bytes | None:
     cpu = torch.device("cpu")
     shown = measured_on(job.data, run.split, cpu)
     taps, given = tuple(sorted(fsp.needs.student)), shown.normalisation
+    student, teachers = ((spec.parts or (spec,)) for spec in (job.student_taps, job.pairing.teacher))
     nets = {
-        f"teacher {job.teacher.model}": job.teacher.build(job.data.spec, taps=taps, spec=job.pairing.teacher, given=given),
-        f"student, run {run.no}": resolve(str(run.no), ledger).build(job.data.spec, taps=taps, spec=job.student_taps, given=given),
+        f"teacher {one.model}, {one.origin}" if len(teachers) > 1 else f"teacher {one.model}": one.build(
+            job.data.spec, taps=taps, spec=spec, given=given
+        )
+        for one, spec in zip(job.teacher.each, teachers, strict=True)
     }
+    nets |= {f"student, run {run.no}": resolve(str(run.no), ledger).build(job.data.spec, taps=taps, spec=student[0], given=given)}
     image = shown.some(1)
     return _picture({name: _matrices(net.eval()(image).maps, fsp) for name, net in nets.items()}, fsp.pairs)
 

@@ -23,13 +23,14 @@ from ..env import processor
 from ..ledger import PROBE_FILE, STUDENT_FILE, Ledger, Run, baseline_key, flattened, is_baseline, kept_answers
 from ..metrics import Answers, Figures, Kept
 from ..models import Network
-from ..models.probed import Probed
 from ..stats import Agreement, agreement, calibration_error, negative_log_likelihood
 from ..training.evaluate import among_top, predict
+from ..training.linear_probe import put_back
 from ..training.weight_files import located
 from ..training.weights import load_weights
 from .measured_on import measured_on
-from .references import NetworkRef, recorded_teacher, resolve
+from .references import NetworkRef, resolve
+from .several import teacher_of_run
 
 TEACHER, STUDENT, ALONE = "teacher", "student", "student alone"
 WARM_UP = 10  # forward passes that are not timed
@@ -173,8 +174,8 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
     nets: dict[str, Network] = {}
     for role, network in networks.items():
         nets[role] = network.build(data.spec, given=shown.normalisation).on(device).eval()
-        if isinstance(net := nets[role], Probed):
-            net.probe.load_state_dict(load_weights(ledger.run_folder(no) / PROBE_FILE, ledger.changes)[0])
+        if any(one.probed for one in network.each):
+            put_back(nets[role], load_weights(ledger.run_folder(no) / PROBE_FILE, ledger.changes)[0])
     images = shown.some(batch_size)
     precision = resolve_precision(run.precision, device)
     other_classes = {role: network.other_classes(data) for role, network in networks.items()}
@@ -197,7 +198,7 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
                 origin=f"run {network.run}, seed {ledger.run(network.run).seed}" if network.run else network.described,
                 parameters=sum(parameter.numel() for parameter in nets[role].parameters()),
                 macs=count_macs(nets[role], images[:1]),
-                file_bytes=_file(network, ledger).stat().st_size,
+                file_bytes=sum(_file(one, ledger).stat().st_size for one in network.each),
                 latencies=tuple(latencies[role]),
                 score=_score(answered[role], answered.get(TEACHER) if role != TEACHER else None) if role in answered else None,
                 other_classes=other_classes[role],
@@ -293,7 +294,7 @@ def _data(run: Run, config: RunConfig, ledger: Ledger) -> ImageData:
 
 
 def _teacher(run: Run, ledger: Ledger, data: ImageData) -> NetworkRef | None:
-    teacher = recorded_teacher(run, ledger, data.spec)
+    teacher = teacher_of_run(run, ledger, data.spec)
     if teacher and teacher.fingerprint != run.teacher_fingerprint:
         ledger.changes.meet(f"run {run.no}: its teacher {run.config['teacher']} is not the one that it learned from")
     return teacher

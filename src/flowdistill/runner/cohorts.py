@@ -8,6 +8,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,13 +19,15 @@ from ..data.batches import to_device
 from ..data.interfaces import Supply
 from ..data.normalisation import Normalisation
 from ..device import Precision, keep_freed_memory
+from ..methods import Needs
 from ..models import Network
-from ..models.probed import Probed
+from ..models.joined import Joined
 from ..training import linear_probe
 from ..training.cohort import Cohort, Progress
 from ..training.engine_choice import choose
 from ..training.evaluate import evaluate
 from ..training.gradients import first_gradients
+from ..training.joining import Agreement, agreement, chosen_shares
 from ..training.method_context import gather
 from ..training.student import SeedGroup, Student
 from ..training.teacher import Teacher
@@ -32,6 +35,8 @@ from ..types import MethodContext
 from .job import Job, other_side, weights_seed
 from .pairing import compared
 from .plan import cohorts
+from .references import NetworkRef
+from .several import Several
 from .watcher import Watcher
 
 GRADIENT_LIMIT = 1000.0  # a term whose gradient is larger than this, relative to the task's, diverges
@@ -43,13 +48,31 @@ class Member:
 
     job: Job
     student: Student
-    teacher_accuracy: float | None = None
-    probe: Mapping[str, Tensor] | None = None  # weight and bias of its teacher's probe, if that has one
+    teacher: Taught | None = None
     no: int = 0
     last: Progress | None = None
     setup_seconds: float = 0.0
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
+
+
+class Taught(NamedTuple):
+    """A teacher on the device, and what was measured of it.
+
+    Attributes:
+        accuracy: percent of the images that students are measured on after each epoch; None if it has other classes than these.
+        context: what it tells methods before training.
+        probe: weights of the probes that were fitted for it, by name; empty without one.
+        shares: of several teachers, each one's share in the mean of their logits; else empty.
+        agreement: of several teachers, if their accuracy could be measured.
+    """
+
+    teacher: Teacher
+    accuracy: float | None
+    context: MethodContext
+    probe: Mapping[str, Tensor]
+    shares: tuple[float, ...] = ()
+    agreement: Agreement | None = None
 
 
 def prepare(
@@ -74,7 +97,7 @@ def assemble(jobs: Sequence[Job], data: Supply, device: torch.device, engine: st
     methods = [job.method() for job in jobs]
     needs = functools.reduce(operator.or_, (method.needs for method in methods))
     teacher_of_seed = {job.config.seed: job.teacher.origin for job in jobs if job.teacher}
-    teachers: dict[str, tuple[Teacher, float | None, MethodContext, Mapping[str, Tensor] | None]] = {}
+    teachers: dict[str, Taught] = {}
     seed_groups: dict[tuple[int, str], SeedGroup] = {}
     members = []
     for job, method in zip(jobs, methods, strict=True):
@@ -86,15 +109,10 @@ def assemble(jobs: Sequence[Job], data: Supply, device: torch.device, engine: st
         seed_group = seed_groups.setdefault((job.config.seed, origin), SeedGroup(batches, None, []))
         if job.teacher:
             if origin not in teachers:
-                spec = job.pairing.teacher if job.pairing else None
-                built = job.teacher.build(data.spec, taps=tuple(sorted(needs.teacher)), spec=spec, given=data.normalisation)
-                teacher = built.on(device).eval()
-                fitted = linear_probe.fit(teacher, data, job.precision) if isinstance(teacher, Probed) else None
-                accuracy = None if job.teacher.other_classes(job.data) else _accuracy(teacher, data, job.precision)
-                context = gather(needs, teacher, data, job.precision)
-                teachers[origin] = Teacher(teacher, needs, job.precision), accuracy, context, fitted
-            seed_group.teacher, member.teacher_accuracy, context, member.probe = teachers[origin]
-            student.method.setup(context)
+                teachers[origin] = _taught(job, job.teacher, needs, data, device)
+            member.teacher = teachers[origin]
+            seed_group.teacher = member.teacher.teacher
+            student.method.setup(member.teacher.context)
         seed_group.students.append(student)
         members.append(member)
     for member in members:
@@ -115,6 +133,22 @@ def assemble(jobs: Sequence[Job], data: Supply, device: torch.device, engine: st
         optimizer=first.config.train.optimizer,
     )
     return Cohort(data, groups, first.config.train, first.phase_epochs, chosen, select), members
+
+
+def _taught(job: Job, teacher: NetworkRef, needs: Needs, data: Supply, device: torch.device) -> Taught:
+    """A teacher on the device, its probes fitted, the shares of several chosen, and its accuracy measured."""
+    spec = job.pairing.teacher if job.pairing else None
+    net = teacher.build(data.spec, taps=tuple(sorted(needs.teacher)), spec=spec, given=data.normalisation).on(device).eval()
+    probe = linear_probe.fit_all(net, data, job.precision)
+    other_classes, shares, agreed = teacher.other_classes(job.data), (), None
+    if isinstance(net, Joined):
+        if isinstance(teacher, Several) and teacher.shares is None and not other_classes:
+            net.shares.copy_(torch.tensor(chosen_shares(net, data.epoch_images, job.precision)))
+        shares = tuple(net.shares.tolist())
+        agreed = None if other_classes else agreement(net, data.epoch_images, job.precision)
+    accuracy = None if other_classes else _accuracy(net, data, job.precision)
+    context = gather(needs, net, data, job.precision)
+    return Taught(Teacher(net, needs, job.precision), accuracy, context, probe, shares, agreed)
 
 
 def _refuse_long_warm_up(job: Job, steps: int) -> None:
@@ -190,13 +224,21 @@ def _told_of_taps(member: Member) -> tuple[str, ...]:
 
 
 def _told_of_teacher(member: Member) -> str:
-    teacher, split = member.job.teacher, member.job.config.split
+    teacher, taught, split = member.job.teacher, member.teacher, member.job.config.split
     assert teacher is not None
+    assert taught is not None
     named = f"teacher {teacher.model} ({teacher.described})"
-    if member.teacher_accuracy is None:
+    if taught.accuracy is None:
         return f"{named}: {teacher.other_classes(member.job.data)}; its accuracy can't be measured here"
-    on = "test" if split == "full" else "held-out"
-    return f"{named}: {member.teacher_accuracy:.2f} % of the {on} images"
+    on = f"{'test' if split == 'full' else 'held-out'} images"
+    told = f"{named}: {taught.accuracy:.2f} % of the {on}"
+    if taught.agreement is None:
+        return told
+    alone = ", ".join(f"{accuracy:.2f} %" for accuracy in taught.agreement.accuracies)
+    shares = ", ".join(f"{share:.3g}" for share in taught.shares)
+    return (
+        f"{told} by the mean of their logits (shares {shares}); alone {alone}; all give the same class for {taught.agreement.alike:.2f} %"
+    )
 
 
 def _check_gradients(member: Member, ratios: Mapping[str, float], watcher: Watcher) -> None:

@@ -70,7 +70,7 @@ def _findings(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device
         return
     assert isinstance(data, DeviceData), "no command knows the loaders of another process"
     yield from _noted("student", _of_student(first, data))
-    for teacher in {job.teacher.origin: job.teacher for job in jobs if job.teacher}.values():
+    for teacher in {one.origin: one for job in jobs if job.teacher for one in job.teacher.each}.values():
         watcher.say(f"teacher {teacher.model} ({teacher.origin}): its answers")
         yield from _noted("teacher", _of_teacher(first, teacher, data))
     for name, group in _by_method(jobs).items():

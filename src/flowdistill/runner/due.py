@@ -170,7 +170,7 @@ def _goes_on(run: Run) -> bool:
 def learnt_from(jobs: Iterable[Job], ledger: Ledger) -> set[int]:
     """The runs that these jobs begin with, and those among which a teacher that is named by its model is chosen."""
     numbers: set[int] = set()
-    for model, data_hash in {(job.teacher.model, job.data_hash) for job in jobs if job.teacher is not None}:
+    for model, data_hash in {(one.model, job.data_hash) for job in jobs if job.teacher is not None for one in job.teacher.each}:
         numbers |= {run.no for run in ledger.runs(status="finished", method=BASELINE, student=model, data_hash=data_hash)}
-    networks = [network for job in jobs for network in (job.student, job.teacher) if network is not None]
+    networks = [one for job in jobs for network in (job.student, job.teacher) if network is not None for one in network.each]
     return numbers | {network.run for network in networks if network.run is not None}

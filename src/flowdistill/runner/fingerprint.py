@@ -18,6 +18,7 @@ from ..training.linear_probe import VERSION as PROBE_VERSION
 from ..types import NetSpec
 from .pairing import Pairing
 from .references import NetworkRef
+from .several import roles
 
 
 class Planned(Protocol):
@@ -66,7 +67,7 @@ def fingerprint(job: Planned, made_of: Mapping[str, list[Any]]) -> str:
     config, student, teacher, unlabelled = job.config, job.student, job.teacher, job.data.unlabelled
     covered: dict[str, Any] = {
         "student": _covered(student, made_of["student"]),
-        "teacher": _covered(teacher, made_of["teacher"]) if teacher else None,
+        "teacher": _covered(teacher, [part for role in roles(len(teacher.each)) for part in made_of[role]]) if teacher else None,
         "data": [job.data.hash, config.data.pad, config.data.flip, *config.data.model_dump(include={"crop", "randaugment"}).values()],
         "method": versions,
         "options": config.options,
@@ -76,8 +77,8 @@ def fingerprint(job: Planned, made_of: Mapping[str, list[Any]]) -> str:
     }
     if student.init:
         covered["init_from"] = student.init
-    if teacher and (sees := _other_images(teacher, job.data.hash, config.split)):
-        covered["sees"] = sees
+    if teacher and any(sees := [_other_images(one, job.data.hash, config.split) for one in teacher.each]):
+        covered["sees"] = sees if len(sees) > 1 else sees[0]
     if config.probe:
         covered["probe"] = PROBE_VERSION
     if config.inputs:

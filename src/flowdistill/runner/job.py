@@ -20,8 +20,9 @@ from ..training.synchronised import normalises_apart
 from ..types import NetSpec
 from .fingerprint import fingerprint
 from .identity import Identities, Identity
-from .pairing import Pairing, pair
+from .pairing import Pairing, pair, with_several
 from .references import NetworkRef
+from .several import roles
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class Job:
         """Student and teacher, by role, as they are now."""
         networks = {"student": self.identities(self.student, self.data.spec, trains=True)}
         if self.teacher is not None:
-            networks["teacher"] = self.identities(self.teacher, self.data.spec, trains=False)
+            for role, one in zip(roles(len(self.teacher.each)), self.teacher.each, strict=True):
+                networks[role] = self.identities(one, self.data.spec, trains=False)
         return networks
 
     @cached_property
@@ -119,7 +121,8 @@ class Job:
     @property
     def model_names(self) -> list[str]:
         """The models of all networks that take part."""
-        return [name for name in (self.student.model, self.teacher and self.teacher.model, self.config.peer) if name]
+        teachers = [one.model for one in self.teacher.each] if self.teacher else []
+        return [self.student.model, *teachers, *([self.config.peer] if self.config.peer else [])]
 
     @property
     def shipped_model(self) -> str:
@@ -132,7 +135,9 @@ class Job:
         where that is not the student; what it begins from, what of it is frozen, which images and taps were given to whom, and how many
         processes normalised parts of a batch, each by itself.
         """
-        notes = [self.resolved.variant] + ["probe"] * self.config.probe
+        notes = (
+            [self.resolved.variant] + ["probe"] * self.config.probe + ["teacher_shares=holdout"] * (self.config.teacher_shares == "holdout")
+        )
         if self.data.unlabelled is not None:
             notes = [*notes, f"unlabelled={self.data.unlabelled.name}"]
         if self.config.peer is not None:
@@ -169,13 +174,16 @@ class Job:
             self._refuse_parts()
         if self.teacher is None:
             return None
-        ours, theirs = (network.seen(self.data.spec) for network in (self.student, self.teacher))
-        named = bool(self.student.taps or self.teacher.taps)
-        return pair(self.student_spec, self.teacher.spec(self.data.spec), ours, theirs, named=named)
+        data = self.data.spec
+        ours, named = self.student.seen(data), bool(self.student.taps or self.teacher.taps)
+        pairs = [pair(self.student_spec, one.spec(data), ours, one.seen(data), named=named) for one in self.teacher.each]
+        return pairs[0] if len(pairs) == 1 else with_several(pairs)
 
     def _refuse_parts(self) -> None:
         """A network that is built of student and teacher is built of registered ones as they are."""
-        parts = [part.model for part in (self.student, self.teacher) if part]
+        parts = [part.model for part in (self.student, *(self.teacher.each if self.teacher else ()))]
+        if len(parts) > 2:
+            raise UserError(f"{self.resolved.name} builds its network of one teacher, and {' and '.join(parts[1:])} are several; name one")
         if foreign := next(filter(is_foreign, parts), ""):
             raise UserError(
                 f"{self.resolved.name} needs registered models as student and teacher, {foreign} is none; name two that "
@@ -200,18 +208,23 @@ class Job:
         """What is trained, its stages named as those of the teacher that they learn from."""
         return self.pairing.student if self.pairing else self.student_spec
 
-    @property
-    def _labels_of_teacher(self) -> tuple[str, ...]:
-        """The names of its classes; the data's own where it, or its probe, learnt from these very images and labels, whatever their names
-        were then.
+    def _labelled(self, spec: NetSpec, teacher: NetworkRef) -> NetSpec:
+        """What a teacher offers, with the names of its classes; the data's own where it, or its probe, learnt from these very images and
+        labels, whatever their names were then.
         """
-        if (
-            self.teacher is None
-            or self.teacher.probed
-            or (self.teacher.trained_on is not None and self.teacher.trained_on.data_hash == self.data_hash)
-        ):
-            return self.data.class_names
-        return self.teacher.labels
+        own = teacher.probed or (teacher.trained_on is not None and teacher.trained_on.data_hash == self.data_hash)
+        return replace(spec, labels=self.data.class_names if own else teacher.labels)
+
+    @property
+    def _teacher_spec(self) -> NetSpec | None:
+        """What its teacher offers the method; of several the names of their classes are those of the first that knows them."""
+        if self.teacher is None or self.pairing is None:
+            return None
+        spec = self.pairing.teacher
+        if not spec.parts:
+            return self._labelled(spec, self.teacher)
+        parts = tuple(self._labelled(part, one) for part, one in zip(spec.parts, self.teacher.each, strict=True))
+        return replace(spec, parts=parts, labels=next((part.labels for part in parts if part.labels), ()))
 
     def method(self) -> Method:
         """The method's module, its adapters drawn from the seed.
@@ -222,12 +235,11 @@ class Job:
         unlabelled = self.data.unlabelled.images if self.data.unlabelled is not None else ()
         n_train = len(trained_positions(self.data.y_train, self.config.split)) + len(unlabelled)
         spec = replace(self.data.spec, n_train=n_train)
-        teacher = replace(self.pairing.teacher, labels=self._labels_of_teacher) if self.pairing else None
         with as_user_error(), seeded(self.config.seed, "adapters"):
             return methods.build(
                 self.resolved,
                 student=replace(self.student_taps, labels=self.data.class_names),
-                teacher=teacher,
+                teacher=self._teacher_spec,
                 data=spec,
             )
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from ..checks import UserError
+from ..models.joined import joined_spec, student_of
 from ..types import DataSpec, NetSpec, TapSpec
 
 MIN_PAIRS = 2  # pairs of equal stride that are enough to pair by stride
@@ -50,6 +51,12 @@ def pair(student: NetSpec, teacher: NetSpec, student_data: DataSpec, teacher_dat
         return _renamed(student, teacher, [(student_at[stride], teacher_at[stride]) for stride in common], "by stride")
     count = min(len(student_stages), len(teacher_stages))
     return _renamed(student, teacher, list(zip(student_stages[-count:], teacher_stages[-count:], strict=True)), "the last ones, in order")
+
+
+def with_several(pairs: Sequence[Pairing]) -> Pairing:
+    """A student and several teachers, from the student's pairing with each."""
+    told = [f"{pairing.why} (teacher {number})" for number, pairing in enumerate(pairs, 1) if pairing.why]
+    return Pairing(student_of([pairing.student for pairing in pairs]), joined_spec([pairing.teacher for pairing in pairs]), ", ".join(told))
 
 
 def _by_stride(net: NetSpec, data: DataSpec) -> dict[int, str]:

@@ -67,7 +67,8 @@ class _Costs:
     def of(self, unit: Sequence[Job]) -> int:
         """Operations of the students' training, and of each teacher once for each epoch."""
         images = len(unit[0].data.y_train)
-        teachers = {job.teacher.origin: (job.teacher, sum(job.phase_epochs)) for job in unit if job.teacher is not None}
+        each = [(one, sum(job.phase_epochs)) for job in unit if job.teacher is not None for one in job.teacher.each]
+        teachers = {teacher.origin: (teacher, epochs) for teacher, epochs in each}
         students = sum((1 + BACKWARD) * self._forward(job.student, job.data.spec) * sum(job.phase_epochs) for job in unit)
         return images * (students + sum(self._forward(teacher, unit[0].data.spec) * epochs for teacher, epochs in teachers.values()))
 

@@ -25,7 +25,8 @@ from .fingerprint import fingerprint
 from .identity import Identities
 from .integrity import changed_files
 from .job import Job, other_side, weights_seed
-from .references import NetworkRef, TeacherQuery, as_configured, choose_teacher, first_weights, recorded_teacher, refuse_contaminated
+from .references import NetworkRef, TeacherQuery, as_configured, first_weights, refuse_contaminated
+from .several import MEAN, teacher_of, teacher_of_run, unasked
 
 
 def plan(configs: Iterable[RunConfig], ledger: Ledger, device: torch.device, *, stand_in: bool = False) -> list[Job]:
@@ -110,7 +111,7 @@ def recorded(runs: Iterable[Run], ledger: Ledger, device: torch.device) -> list[
                 f"{run.data_hash[:8]}); put the old data back, or train anew"
             )
         student = as_configured(first_weights(config, ledger), config, "student", data.spec).on(data)
-        teacher = recorded_teacher(run, ledger, data.spec)
+        teacher = teacher_of_run(run, ledger, data.spec)
         init_hash = _initial(student, data, config)
         job = checked(_job(config, _resolve_method(config), student, teacher, data, init_hash, identities, device))
         if run.fingerprint != job.fingerprint:
@@ -153,7 +154,7 @@ def _resolve_method(config: RunConfig) -> ResolvedMethod:
     refuse_uneven(config.train.batch_size, config.train.accumulate)
     refuse_optimizer(config.train)
     _refuse_labels(config)
-    resolved = methods.resolve(config.method, config.options, config.weights)
+    resolved = methods.resolve(config.method, config.options, config.weights, max(1, len(config.teachers)))
     if resolved.uses_teacher and config.teacher is None:
         raise UserError(f"method {resolved.name!r} needs a teacher: --teacher MODEL, RUN or FILE")
     if (smoothing := config.train.label_smoothing) and not resolved.weights["task"]:
@@ -169,7 +170,7 @@ def _refuse_labels(config: RunConfig) -> None:
     if mixup is True:
         images, cure = "train.mixup=true: mixed images have no labels", "set train.mixup=false"
         refuse_users(users, images, cure)
-        if task := methods.resolve(config.method, config.options, config.weights).weights["task"]:
+        if task := methods.resolve(config.method, config.options, config.weights, max(1, len(config.teachers))).weights["task"]:
             raise UserError(f"{images}, but weights.task={task:g}; set weights.task=0, or {cure}")
     elif mixup:
         images = f"train.mixup={mixup:g}: mixed images have two labels each"
@@ -204,8 +205,7 @@ def _planned(
     refuse_contaminated(student, query)
     teacher = None
     if resolved.uses_teacher and config.teacher is not None:
-        chosen = choose_teacher(config.teacher, query, ledger, stand_in=stand_in)
-        teacher = as_configured(chosen, config, "teacher", data.spec)
+        teacher = teacher_of(config, query, ledger, data.spec, stand_in=stand_in)
     return _job(config, resolved, student, teacher, data, init_hash, identities, device)
 
 
@@ -245,6 +245,7 @@ def _job(
             "method": resolved.name,
             "teacher": config.teacher if teacher else None,
             "probe": config.probe and teacher is not None,
+            "teacher_shares": config.teacher_shares if teacher is not None else MEAN,
             **({} if teacher else {key: _of_student(getattr(config, key)) for key in ("taps", "inputs")}),
             "data": config.data.model_copy(update=_decided_by(data)),
             "train": config.train.model_copy(update={"precision": _precision(config, student, data, device)}),
@@ -266,9 +267,9 @@ def checked(job: Job) -> Job:
         raise UserError(f"train.accumulate={parts}: method {whole!r} compares the images of a batch with each other; leave one of them out")
     if job.config.taps and not (needs.student or needs.teacher):
         job = replace(job, config=job.config.model_copy(update={"taps": {}}))
-    if job.teacher and job.config.probe and not needs.logits and "head" not in needs.context:
-        unasked = replace(job.teacher, probed=False)
-        job = replace(job, config=job.config.model_copy(update={"probe": False}), teacher=unasked)
+    asked = job.config.probe or job.config.teacher_shares != MEAN
+    if job.teacher and asked and not needs.logits and "head" not in needs.context:
+        job = replace(job, config=job.config.model_copy(update={"probe": False, "teacher_shares": MEAN}), teacher=unasked(job.teacher))
     if (world := launched().world) > 1 and job.normalises_apart:
         job = replace(job, ranks=world)
     _ = job.fingerprint  # computed here, so that what can't be fingerprinted is refused before anything is trained
@@ -278,7 +279,7 @@ def checked(job: Job) -> Job:
 def _of_whole_batches(job: Job) -> str:
     """The part of its method that needs all images of a batch at once; empty if there is none."""
     method = job.method()
-    found = (part for part in method.modules() if isinstance(part, Method) and part.whole_batch and part is not method)
+    found = (part for part in method.modules() if isinstance(part, Method) and part.whole_batch and part.name in job.resolved.options)
     return next((part.name for part in found), job.resolved.name if method.whole_batch else "")
 
 

@@ -58,7 +58,11 @@ def _of_cohort(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device
     for member in members:
         job = member.job
         previous = before(job, ledger)
-        teacher = {"model": job.teacher.model, "run": job.teacher.run, "accuracy": member.teacher_accuracy} if job.teacher else None
+        teacher = (
+            {"model": job.teacher.model, "run": job.teacher.run, "accuracy": member.teacher.accuracy}
+            if job.teacher and member.teacher
+            else None
+        )
         yield {
             "config": job.config.model_dump(mode="json"),
             "finished_run": previous.no if previous and previous.status == "finished" else None,

@@ -24,6 +24,7 @@ from ..training.weights import hash_weights, save_weights, write_whole
 from .cohorts import Member
 from .integrity import listed, made_with, write_record
 from .job import Job
+from .several import SHARE, roles
 from .watcher import Report, Watcher
 
 
@@ -40,7 +41,7 @@ def row(member: Member) -> dict[str, Any]:
         "teacher": job.teacher.model if job.teacher else "-",
         "teacher_run": job.teacher.run if job.teacher else None,
         "teacher_fingerprint": job.teacher.fingerprint if job.teacher else "",
-        "teacher_accuracy": member.teacher_accuracy,
+        "teacher_accuracy": member.teacher.accuracy if member.teacher else None,
         "seed": job.config.seed,
         "split": job.config.split,
         "fingerprint": job.fingerprint,
@@ -51,10 +52,17 @@ def row(member: Member) -> dict[str, Any]:
         "precision": job.precision,
         "deterministic": int(torch.are_deterministic_algorithms_enabled()),
         "init_hash": job.init_hash,
-        "networks": {role: network.record for role, network in job.networks.items()},
+        "networks": _networks(member),
         "parameters": sum(p.numel() for p in member.student.net.parameters()),
         "started": now(),
     }
+
+
+def _networks(member: Member) -> dict[str, Any]:
+    """What its networks are, by role; of several teachers with the share of each in the mean of their logits."""
+    shares = member.teacher.shares if member.teacher else ()
+    of_teachers = {role: {SHARE: share} for role, share in zip(roles(len(shares)), shares, strict=True)} if shares else {}
+    return {role: network.record | of_teachers.get(role, {}) for role, network in member.job.networks.items()}
 
 
 def of_ranks(job: Job) -> dict[str, str]:
@@ -116,8 +124,8 @@ def finish(member: Member, cohort: Cohort, ledger: Ledger, device: torch.device)
     save_weights(folder / STUDENT_FILE, weights, about, make_folder=False)
     write_whole(folder / PREDICTIONS, packed(kept), make_folder=False)
     files = [STUDENT_FILE, PREDICTIONS, JOURNAL]
-    if member.probe is not None:
-        save_weights(folder / PROBE_FILE, member.probe, {"accuracy": member.teacher_accuracy}, make_folder=False)
+    if member.teacher and member.teacher.probe:
+        save_weights(folder / PROBE_FILE, member.teacher.probe, {"accuracy": member.teacher.accuracy}, make_folder=False)
         files.append(PROBE_FILE)
     images = cohort.seed_groups[0].batches.steps * job.config.train.batch_size * sum(job.phase_epochs)
     values: dict[str, Any] = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import advice, models, trust
 from ..checks import Changes, UserError, is_there
-from ..config import BASELINE, DataConfig, InputConfig, Role, RunConfig, model_name, validate
+from ..config import BASELINE, DataConfig, InputConfig, Role, RunConfig, model_name
 from ..data.dataset import ImageData
 from ..data.normalisation import Normalisation
 from ..ledger import STUDENT_FILE, Ledger, Run, newest, ranks_apart
@@ -71,6 +71,11 @@ class NetworkRef:
     taps: Mapping[str, str] = field(default_factory=dict)
     published: Published | None = None
     probed: bool = False
+
+    @property
+    def each(self) -> tuple[NetworkRef, ...]:
+        """The networks of which it is made: itself, or of several teachers these."""
+        return (self,)
 
     @property
     def described(self) -> str:
@@ -369,7 +374,7 @@ def choose_teacher(reference: str, query: TeacherQuery, ledger: Ledger, *, stand
         UserError: none was trained, several recipes are in question, every one began where the student begins, or a network that saw
             the held-out images is to teach a holdout run.
     """
-    if not _by_name(reference):
+    if not by_name(reference):
         return _named_teacher(reference, query, ledger)
     model = models.canonical(reference)
     runs = _trained(model, query, ledger)
@@ -388,17 +393,15 @@ def choose_teacher(reference: str, query: TeacherQuery, ledger: Ledger, *, stand
     )
 
 
-def recorded_teacher(run: Run, ledger: Ledger, data: DataSpec) -> NetworkRef | None:
+def recorded_teacher(reference: str, run: Run, ledger: Ledger) -> NetworkRef:
     """The teacher that a run began with; where one was chosen by name, that one, whatever was trained since."""
-    config = validate(run.config)
-    if config.teacher is None:
-        return None
-    if run.teacher_run is None or not _by_name(config.teacher):
-        return as_configured(resolve(config.teacher, ledger), config, "teacher", data)
-    return as_configured(_of_run(ledger.run(run.teacher_run), ledger, run.teacher_fingerprint), config, "teacher", data)
+    if run.teacher_run is None or not by_name(reference):
+        return resolve(reference, ledger)
+    return _of_run(ledger.run(run.teacher_run), ledger, run.teacher_fingerprint)
 
 
-def _by_name(reference: str) -> bool:
+def by_name(reference: str) -> bool:
+    """Whether a reference is the name of a model alone."""
     return run_number(reference) is None and not is_published(reference) and _of_weights(reference)[1] is None
 
 

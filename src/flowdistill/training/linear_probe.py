@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,8 @@ from torch import Tensor
 from ..checks import UserError
 from ..data.interfaces import Supply
 from ..device import Precision
+from ..models import Network
+from ..models.joined import Joined
 from ..models.probed import Probed
 from .evaluate import answering
 from .teacher import teach
@@ -17,6 +21,31 @@ VERSION = 1  # raised when it gives other numbers; part of a run's fingerprint
 IMAGES = 50_000  # of larger data every second, third, ... image is taken
 DECAY = 1e-3  # of the weights on features of standard deviation 1; the loss is a mean over images
 STEPS = 200
+
+
+def fit_all(net: Network, data: Supply, precision: Precision) -> dict[str, Tensor]:
+    """Fit the probe of a network, or those of several; nothing where there is none. Waits for the device.
+
+    Returns:
+        Copies of each one's weight [K, D] and bias [K], with the number of its network before the names if there are several.
+
+    Raises:
+        UserError: a feature of these images is not finite.
+    """
+    if isinstance(net, Joined):
+        of_each = {number: fit_all(one, data, precision) for number, one in enumerate(net.parts, 1)}
+        return {f"{number}.{name}": value for number, fitted in of_each.items() for name, value in fitted.items()}
+    return fit(net, data, precision) if isinstance(net, Probed) else {}
+
+
+def put_back(net: Network, fitted: Mapping[str, Tensor]) -> None:
+    """Give a network, or several, the probes that ``fit_all`` fitted."""
+    if isinstance(net, Joined):
+        for number, one in enumerate(net.parts, 1):
+            own = f"{number}."
+            put_back(one, {name.removeprefix(own): value for name, value in fitted.items() if name.startswith(own)})
+    elif isinstance(net, Probed):
+        net.probe.load_state_dict(fitted)
 
 
 def fit(net: Probed, data: Supply, precision: Precision) -> dict[str, Tensor]:

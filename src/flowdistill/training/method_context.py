@@ -13,7 +13,8 @@ from ..data.interfaces import Supply
 from ..device import Precision
 from ..methods import Needs
 from ..models import Network
-from ..types import MethodContext
+from ..models.joined import Joined
+from ..types import MethodContext, numbered, of_number
 from .evaluate import answering
 from .teacher import teach
 
@@ -38,7 +39,13 @@ def gather(needs: Needs, teacher: Network | None, data: Supply, precision: Preci
 
 
 def of_teacher(needs: Needs, teacher: Network) -> MethodContext:
-    """The parts of the context that come from the teacher alone."""
+    """The parts of the context that come from the teacher alone; of several, their batch normalisations alone."""
+    if isinstance(teacher, Joined):
+        norms: dict[str, tuple[Tensor, Tensor]] = {}
+        for number, one in enumerate(teacher.parts, 1):
+            own = needs._replace(teacher=frozenset(of_number(dict.fromkeys(needs.teacher), number)))
+            norms |= {numbered(tap, number): pair for tap, pair in of_teacher(own, one).norms.items()}
+        return MethodContext(norms=norms)
     return MethodContext(
         head=_head(teacher) if "head" in needs.context else None,
         norms=_norms(teacher, needs) if "norms" in needs.context else {},

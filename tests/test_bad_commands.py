@@ -294,6 +294,24 @@ WRONG = [
         "set train.mixup=false",
     ),
     ("train --dataset npz:none.npz --set train.mixup=0.2", "npz:none.npz: no such file"),
+    (
+        "distill --teacher resnet20 --method kd+dkd --dataset npz:none.npz --set train.cutmix=1",
+        "train.cutmix=1: mixed images have two labels each, but method 'dkd' learns from labels; choose one that does not, such as kd, or "
+        "set train.cutmix=0",
+    ),
+    ("train --dataset npz:none.npz --set train.cutmix=1 --set train.class_weights=1,2.5", "npz:none.npz: no such file"),
+    (
+        "distill --teacher resnet20 --method kd --dataset npz:none.npz --set weights.task=0 --set train.class_weights=balanced",
+        "train.class_weights weighs the classes in the task, but weights.task=0; raise that, or leave class_weights out",
+    ),
+    (
+        "train --dataset digits --set train.class_weights=1,2,3",
+        "train.class_weights: 3 numbers for the 10 classes of digits; give one for each",
+    ),
+    (
+        "train --dataset digits --set train.class_weights=1,heavy",
+        "train.class_weights='1,heavy': write none, balanced, or a number above 0 for each class, such as 1,2.5",
+    ),
     *(
         (
             f"{words} --dataset npz:none.npz",

@@ -46,7 +46,8 @@ WRONG: list[tuple[str | bytes, str]] = [
         "[train.fsp]\npool = 'avg'",
         "unknown key 'train.fsp': choose from: epochs, batch_size, lr, momentum, "
         "weight_decay, nesterov, schedule, milestones, warmup_epochs, precision, mixup, freeze, label_smoothing, batch_norm, "
-        "optimizer, optimizer_options, decay_norm_and_bias, warmup_steps, clip, accumulate, ema",
+        "optimizer, optimizer_options, decay_norm_and_bias, warmup_steps, clip, accumulate, ema, "
+        "cutmix, random_erasing, class_weights, sampling",
     ),
     ("[options.base]\npool = 'avg'", "unknown key 'options.base.pool': there is none to choose from"),
     ("[options.fsp]\npool = 'avg'", "options.fsp: method 'base' has no such part; choose from: base"),
@@ -122,6 +123,24 @@ WRONG: list[tuple[str | bytes, str]] = [
         "[train]\naccumulate = 4\nbatch_norm = 'synchronised'",
         "train: accumulate=4: each part is normalised by itself, so batch_norm=synchronised can't be had",
     ),
+    (
+        "[train]\nmixup = true\ncutmix = 1",
+        "train: mixup=true leaves no labels, which cutmix=1 mixes; set mixup to a number, or leave one out",
+    ),
+    (
+        "[train]\nclass_weights = 'balanced'\nsampling = 'balanced'",
+        "train: class_weights=balanced and sampling=balanced each make up for uneven classes; leave one of them out",
+    ),
+    (
+        "[data]\nunlabelled = 'folder:more'\n[train]\nsampling = 'balanced'",
+        "train.sampling=balanced: images of data.unlabelled=folder:more have no class; leave one out",
+    ),
+    (
+        "[train]\nclass_weights = [1, -2]",
+        "train.class_weights=[1, -2]: write none, balanced, or a number above 0 for each class, such as 1,2.5",
+    ),
+    ("[train]\nrandom_erasing = 1.5", "train.random_erasing=1.5: input should be less than or equal to 1"),
+    ("[train]\nsampling = 'even'", "train.sampling='even': input should be 'shuffled' or 'balanced'"),
     ("[train]\nclip = 0", "train.clip=0: input should be greater than 0"),
     ("[train]\nwarmup_epochs = 200", "train: warmup_epochs=200 leaves nothing of epochs=200; set it lower"),
     ("teacher = 'resnet20'", "teacher='resnet20': training on the labels alone has none; use flowdistill distill, or leave it out"),

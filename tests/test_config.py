@@ -74,7 +74,8 @@ def test_part_of_a_table_keeps_the_other_defaults() -> None:
         ("train.epoch", "unknown key 'train.epoch': did you mean 'epochs'?"),
         ("train.learning", "unknown key 'train.learning': choose from: epochs, batch_size, lr, momentum, weight_decay, "
          "nesterov, schedule, milestones, warmup_epochs, precision, mixup, freeze, label_smoothing, batch_norm, "
-         "optimizer, optimizer_options, decay_norm_and_bias, warmup_steps, clip, accumulate, ema"),
+         "optimizer, optimizer_options, decay_norm_and_bias, warmup_steps, clip, accumulate, ema, "
+         "cutmix, random_erasing, class_weights, sampling"),
         ("data.nam", "unknown key 'data.nam': did you mean 'name'?"),
         ("zzzz", "unknown key 'zzzz': choose from: student, teacher, init_from, peer, side, seed, split, data, train, method, "
          "options, weights, probe, teacher_shares, taps, inputs"),
@@ -119,6 +120,14 @@ def test_an_unknown_key_is_told_with_what_is_allowed(key: str, answer: str) -> N
         ("train.accumulate", 0),
         ("train.ema", 0),
         ("train.ema", 1.0),
+        ("train.cutmix", -1.0),
+        ("train.cutmix", True),
+        ("train.random_erasing", 1.5),
+        ("train.class_weights", "even"),
+        ("train.class_weights", [1.0, 0.0]),
+        ("train.class_weights", [True, True]),
+        ("train.class_weights", 2.0),
+        ("train.sampling", "random"),
         ("train.optimizer_options", "betas"),
         ("train.optimizer_options", ["betas"]),
         ("data.unlabelled", "digits"),

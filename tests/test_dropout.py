@@ -12,7 +12,7 @@ from helpers.small import config
 from torch import Tensor, nn
 
 from flowdistill import UserError, models
-from flowdistill.data.batches import to_device
+from flowdistill.data.batches import SeedBatches, to_device
 from flowdistill.data.sources import load
 from flowdistill.ledger import Ledger
 from flowdistill.methods import Needs
@@ -183,7 +183,7 @@ def test_a_teacher_draws_by_seed_epoch_and_step(small_npz, tmp_path: Path):
     images = torch.ones(4, 1, 8, 8)
 
     def said(seed: int, epoch: int, step: int) -> Tensor:
-        with SeedGroup(data.seed_batches(seed, 64), teacher, []).teaching(epoch, step):
+        with SeedGroup(SeedBatches(data, seed, 64), teacher, []).teaching(epoch, step):
             return teacher.teach(images).logits
 
     places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -245,11 +246,16 @@ def test_an_evaluation_that_can_not_be_compiled_is_plain(data: ImageData, small_
     assert torch.equal(found.probabilities, plain.probabilities)
 
 
-@pytest.mark.parametrize(("crop", "mixup"), [("shift", False), ("resized", True), ("shift", 0.2)])
-def test_compiled_batches_are_the_plain_ones(data: ImageData, crop: str, mixup: float) -> None:
+ALL = {"mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.5, "balanced": True, "class_weights": "balanced"}
+
+
+@pytest.mark.parametrize(
+    ("crop", "how"), [("shift", {}), ("resized", {"mixup": True}), ("shift", {"mixup": 0.2}), ("resized", ALL)], ids=str
+)
+def test_compiled_batches_are_the_plain_ones(data: ImageData, crop: str, how: dict[str, Any]) -> None:
     """Once for all seeds of the same images."""
     images = DeviceData(replace(data, crop=crop, pad=0 if crop == "resized" else data.pad), "full", torch.device("cpu"))
-    streams = [SeedBatches(images, seed, 64, mixup=mixup) for seed in (0, 1)]
+    streams = [SeedBatches(images, seed, 64, **how) for seed in (0, 1)]
     engine, shown, epoch = CompiledEngine("fp32", ""), torch.arange(64), torch.tensor(3)
     for stream in streams:
         draws = stream.draws(3)

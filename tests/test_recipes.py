@@ -55,6 +55,7 @@ def test_deit_is_adamw_and_finetune_is_clipped_sgd() -> None:
         False,
     )
     assert (train.label_smoothing, train.mixup, train.schedule, train.epochs) == (0.1, 0.8, "cosine", 300)
+    assert (train.cutmix, train.random_erasing) == (1.0, 0.25)
     tuned = validate(recipe("finetune").of("resnet20")).train
     assert (tuned.optimizer, tuned.lr, tuned.weight_decay, tuned.clip, tuned.momentum) == ("sgd", 0.01, 0.0, 1.0, 0.9)
 

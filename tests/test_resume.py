@@ -91,6 +91,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "bf16, nesterov, cosine": {"method": "at+kd", "train": {"precision": "bf16", "nesterov": True, "schedule": "cosine"}},
     "no momentum": {"method": "kd", "train": {"momentum": 0.0}},
     "mixed labels, smoothed": {"method": "kd", "train": {"mixup": 0.3, "label_smoothing": 0.1}},
+    "cut and mixed, erased": {"method": "kd", "train": {"mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.5, "class_weights": "balanced"}},
+    "balanced": {"method": "fsp", "train": {"sampling": "balanced", "random_erasing": 0.25, "label_smoothing": 0.1}},
     "adamw, clipped, warmed up": {
         "method": "learned",
         "train": {"optimizer": "adamw", "lr": 0.003, "decay_norm_and_bias": False, "clip": 0.5, "warmup_steps": 5},

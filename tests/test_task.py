@@ -117,6 +117,10 @@ KINDS: dict[str, tuple[dict[str, Any], Unlabelled | None]] = {
     "smoothed": ({"label_smoothing": 0.2}, None),
     "mixed and smoothed": ({"mixup": 0.2, "label_smoothing": 0.1}, None),
     "with unlabelled images": ({"label_smoothing": 0.1}, MORE),
+    "cut, mixed, erased and weighed": ({"mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.5, "class_weights": "balanced"}, None),
+    "weighed and smoothed": ({"class_weights": "balanced", "label_smoothing": 0.1}, None),
+    "weighed, with unlabelled images, in parts": ({"class_weights": "balanced", "accumulate": 2}, MORE),
+    "balanced": ({"sampling": "balanced", "random_erasing": 0.5}, None),
     "mixed with unlabelled images": ({"mixup": 0.2}, MORE),
 }
 

@@ -17,10 +17,12 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 import flowdistill
 from flowdistill import UserError
+from flowdistill.config import TrainConfig
 from flowdistill.data import user_loaders
-from flowdistill.data.user_batches import UserLoaderSupply
+from flowdistill.data.user_batches import UserBatches, UserLoaderSupply
 from flowdistill.ledger import Ledger
 from flowdistill.runner import card as runner_card
+from flowdistill.training.task import task_loss
 from flowdistill.training.weights import load_weights
 
 TRAIN = {"epochs": 2, "precision": "fp32", "lr": 0.05}
@@ -524,10 +526,30 @@ def test_every_batch_is_looked_at() -> None:
     batches = [(IMAGES, LABELS)] * 3
     data = user_loaders.adopt(Late(batches, 3, 1, torch.nan), batches)
     with pytest.raises(UserError, match=r"^train_loader: 2 of 2 images of batch 3 in epoch 6 hold values that are not finite"):
-        list(UserLoaderSupply(data, torch.device("cpu")).seed_batches(0, 2).epoch(5))
+        list(UserBatches(UserLoaderSupply(data, torch.device("cpu")), 0).epoch(5))
     data = user_loaders.adopt(batches, Late(batches, 2, 2, torch.inf))
     with pytest.raises(UserError, match=r"^val_loader: 2 of 2 images of batch 2 hold values that are not finite"):
         list(UserLoaderSupply(data, torch.device("cpu")).test.batches())
+
+
+def test_classes_weigh_what_was_given_in_each_batch(loaders: Any, keys: dict[str, Any]) -> None:
+    """torch's weighted mean over the loader's own batch, a smaller last one too; and as many weights as classes."""
+    weights = [1.0, 9.0, *[0.5] * 8]
+    train, val = loaders()
+    data = user_loaders.adopt(train, val)
+    supply = UserLoaderSupply(data, torch.device("cpu"))
+    for images, batch in supply.seed_batches(0, TrainConfig(class_weights=weights)).epoch(0):
+        logits = torch.randn(len(images), 10, generator=torch.Generator().manual_seed(0))
+        expected = torch.nn.functional.cross_entropy(logits, batch.labels, torch.tensor(weights))
+        assert float(task_loss(logits, batch)) == pytest.approx(float(expected), rel=1e-5)
+    train_keys = {**keys, "train": {**TRAIN, "epochs": 1}}
+    plain, weighed = (
+        flowdistill.train("resnet8", train, val, **train_keys | {"train": {**train_keys["train"], "class_weights": how}})
+        for how in ("none", weights)
+    )
+    assert plain.run.weights_hash != weighed.run.weights_hash
+    with pytest.raises(UserError, match=r"^train.class_weights: 2 numbers for the 10 classes of loader:.*; give one for each$"):
+        flowdistill.train("resnet8", train, val, **{**keys, "train": {**TRAIN, "class_weights": [1.0, 2.0]}})
 
 
 def test_images_whose_sum_overflows_are_finite() -> None:
@@ -582,6 +604,19 @@ def test_a_loader_that_can_be_gone_through_once_is_refused(loaders: Any, keys: d
         ({"classes": True}, "classes=True: give an integer of 2 or more, or leave it out"),
         ({"split": "holdout"}, "split=holdout: a loader's images are not held out; give the held-out ones as val_loader, with split=full"),
         ({"train": {**TRAIN, "mixup": 0.2}}, "train.mixup=0.2: a loader's images are not mixed; mix them in the loader"),
+        ({"train": {**TRAIN, "cutmix": 1.0}}, "train.cutmix=1: a loader's images are not mixed; mix them in the loader"),
+        (
+            {"train": {**TRAIN, "random_erasing": 0.25}},
+            "train.random_erasing=0.25: a loader's images are taken as they come; erase in the loader",
+        ),
+        (
+            {"train": {**TRAIN, "sampling": "balanced"}},
+            "train.sampling=balanced: a loader decides what it draws; give it a sampler, such as WeightedRandomSampler",
+        ),
+        (
+            {"train": {**TRAIN, "class_weights": "balanced"}},
+            "train.class_weights=balanced: a loader does not tell how many images a class has; give the weights",
+        ),
         ({"train": {**TRAIN, "batch_size": 7}}, "train.batch_size=7: the loader's batches have 64 images; leave batch_size out"),
         ({"teacher": Tied(8), "method": "crd"}, "this method needs the labels of all training images, which a loader does not tell"),
         ({"teacher": Tied(8), "method": "nd"}, "this method needs all training images as they are, which a loader does not tell"),

@@ -44,6 +44,8 @@ PrecisionName = Literal["auto", "bf16", "fp32"]
 EngineName = Literal["auto", "eager", "compiled", "graph"]
 Crop = Literal["shift", "resized"]
 BatchNorm = Literal["local", "synchronised"]
+Sampling = Literal["shuffled", "balanced"]
+ClassWeights = Literal["none", "balanced"] | tuple[float, ...]
 Role = Literal["student", "teacher"]
 
 OF_SGD = ("momentum", "nesterov")  # keys of the recipe that no other optimizer has
@@ -199,7 +201,15 @@ class TrainConfig(Frozen):
 
     ``mixup`` mixes the images of a batch in pairs by one share. ``true``: the share is uniform in 0 to 1, and the mixtures have no
     labels (Beyer et al. 2022). A number alpha: the share is drawn from Beta(alpha, alpha), and the task is mixed as the images are
-    (Zhang et al. 2018).
+    (Zhang et al. 2018). ``cutmix`` is the alpha by which a box of its partner is put into each image, and the task is mixed by the area
+    of the box (Yun et al. 2019); 0 is off. With both, each batch is mixed by one of them, half of the batches by either.
+
+    ``random_erasing`` is the probability with which a box of an image is filled with the mean colour of the training images, before it is
+    mixed (Zhong et al. 2020).
+
+    ``class_weights`` is what each class weighs in the task: ``none``, ``balanced`` (n / (classes x images of the class), of the images
+    trained on) or numbers, one for each class. ``sampling`` is how an epoch's images are drawn: ``shuffled``, each image once, or
+    ``balanced``, as many images of each class, some of them several times.
 
     ``warmup_steps``: the rate of step s, counted from 1, is s / warmup_steps of the rate; after these steps it is that of the schedule,
     which counts them. ``clip`` is the largest global norm of a student's gradients, its adapters' included. ``ema`` is the decay of an
@@ -231,6 +241,10 @@ class TrainConfig(Frozen):
     clip: float | None = Field(None, gt=0, strict=True, exclude_if=lambda clip: clip is None)
     accumulate: int = Field(1, ge=1, strict=True, exclude_if=lambda parts: parts == 1)
     ema: float | None = Field(None, gt=0, lt=1, strict=True, exclude_if=lambda ema: ema is None)
+    cutmix: float = Field(0.0, ge=0, strict=True, exclude_if=lambda cutmix: cutmix == 0)  # alpha; Yun et al. 2019: 1
+    random_erasing: float = Field(0.0, ge=0, le=1, strict=True, exclude_if=lambda probability: probability == 0)
+    class_weights: ClassWeights = Field("none", exclude_if=lambda weights: weights == "none")
+    sampling: Sampling = Field("shuffled", exclude_if=lambda sampling: sampling == "shuffled")
 
     @field_validator("freeze", mode="before")
     @classmethod
@@ -258,6 +272,29 @@ class TrainConfig(Frozen):
         if not (number or mixup is False):
             raise ValueError("true mixes without labels, a number above 0 with them: alpha of Beta(alpha, alpha), such as 0.2; or false")
         return mixup if isinstance(mixup, bool) else float(mixup)  # type: ignore[arg-type]
+
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _class_weights_are_above_0(cls, weights: object) -> object:
+        """Numbers with commas between them are a list."""
+        if isinstance(weights, str) and weights in ("none", "balanced"):
+            return weights
+        try:
+            numbers = [float(number) for number in weights.split(",")] if isinstance(weights, str) else weights
+        except ValueError:
+            numbers = None
+        listed = isinstance(numbers, list | tuple) and not any(isinstance(number, bool) for number in numbers)
+        if not listed or not all(isinstance(number, int | float) and 0 < number < math.inf for number in numbers):  # type: ignore[union-attr]
+            raise ValueError("write none, balanced, or a number above 0 for each class, such as 1,2.5")
+        return tuple(float(number) for number in numbers)  # type: ignore[union-attr]
+
+    @model_validator(mode="after")
+    def _mixed_by_labels(self) -> TrainConfig:
+        if self.mixup is True and self.cutmix:
+            raise ValueError(f"mixup=true leaves no labels, which cutmix={self.cutmix:g} mixes; set mixup to a number, or leave one out")
+        if self.class_weights == self.sampling == "balanced":
+            raise ValueError("class_weights=balanced and sampling=balanced each make up for uneven classes; leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _milestones_rise(self) -> TrainConfig:
@@ -408,10 +445,26 @@ class RunConfig(Frozen):
             raise ValueError("split=holdout: a loader's images are not held out; give the held-out ones as val_loader, with split=full")
         if self.data.user_loaders and self.train.mixup:
             raise ValueError(f"train.mixup={str(self.train.mixup).lower()}: a loader's images are not mixed; mix them in the loader")
+        if self.data.user_loaders and self.train.cutmix:
+            raise ValueError(f"train.cutmix={self.train.cutmix:g}: a loader's images are not mixed; mix them in the loader")
+        if self.data.user_loaders and self.train.random_erasing:
+            raise ValueError(
+                f"train.random_erasing={self.train.random_erasing:g}: a loader's images are taken as they come; erase in the loader"
+            )
+        if self.data.user_loaders and self.train.sampling == "balanced":
+            raise ValueError("train.sampling=balanced: a loader decides what it draws; give it a sampler, such as WeightedRandomSampler")
+        if self.data.user_loaders and self.train.class_weights == "balanced":
+            raise ValueError("train.class_weights=balanced: a loader does not tell how many images a class has; give the weights")
         if self.data.user_loaders and self.train.accumulate > 1:
             raise ValueError(
                 f"train.accumulate={self.train.accumulate}: a loader's batches may differ in size and are not cut; leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _balanced_by_labels(self) -> RunConfig:
+        if self.data.unlabelled is not None and self.train.sampling == "balanced":
+            raise ValueError(f"train.sampling=balanced: images of data.unlabelled={self.data.unlabelled} have no class; leave one out")
         return self
 
 

@@ -102,7 +102,8 @@ FSP_LOG = {"epochs": 200, "batch_size": 128, "lr": 0.1, "weight_decay": 1e-4, "m
 SHORT = {"epochs": 48, "batch_size": 64, "lr": 0.1, "weight_decay": 5e-4, "nesterov": True, "schedule": "one-cycle"}
 CIFAR_RESNETS = tuple(f"resnet{depth}" for depth in (8, 14, 20, 26, 32, 44, 56, 110))
 ADAMW = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "decay_norm_and_bias": False}
-DEIT = {**ADAMW, "epochs": 300, "batch_size": 1024, "schedule": "cosine", "warmup_epochs": 5, "label_smoothing": 0.1, "mixup": 0.8}
+REGULARISED = {"label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.25}
+DEIT = {**ADAMW, "epochs": 300, "batch_size": 1024, "schedule": "cosine", "warmup_epochs": 5, **REGULARISED}
 FINETUNE = {"epochs": 100, "batch_size": 512, "lr": 0.01, "weight_decay": 0.0, "schedule": "cosine", "clip": 1.0}
 PATIENT = {"epochs": 1000, "batch_size": 128, "lr": 0.1, "weight_decay": 1e-4, "schedule": "cosine", "mixup": True}
 
@@ -129,8 +130,9 @@ RECIPES: dict[str, Recipe] = {
     ),
     "deit": Recipe(
         "Touvron et al. 2021 (DeiT), table 9: AdamW, lr 5e-4 x batch / 512 and batch 1024, decay 0.05 without normalisations and biases, "
-        "cosine, Inception crop, RandAugment 9, smoothing 0.1, mixup 0.8; give --lr with another --batch-size. Left out: CutMix, random "
-        "erasing 0.25, drop path 0.1, repeated augmentation. Warm-up: five epochs at a tenth, for a line; train.warmup_steps is a line",
+        "cosine, Inception crop, RandAugment 9, smoothing 0.1, mixup 0.8 or CutMix 1.0 by halves, random erasing 0.25; give --lr with "
+        "another --batch-size. Left out: drop path 0.1, repeated augmentation. Ours: erased with the mean colour, for noise; a warm-up of "
+        "five epochs at a tenth, for a line (train.warmup_steps is a line)",
         {"train": DEIT, "data": {"crop": "resized", "randaugment": 9}},
     ),
     "finetune": Recipe(

@@ -166,19 +166,22 @@ NO_LABEL = -1  # stands for the class number of an image without a label
 
 
 class Targets(NamedTuple):
-    """What the task's loss is computed from if images may have no class, or two. Methods do not see it.
+    """What the task's loss is computed from if images may have no class, or two, or if classes weigh differently. Methods do not see it.
 
     Attributes:
         labels: [N] class numbers, ``NO_LABEL`` for an image that has none.
-        counted: scalar, number of images that have one, 1 at least.
+        counted: scalar by which the sum over the images is divided: the number of images that have a label, or if classes have weights and
+            nothing is mixed the sum of these images' weights; of a part of a batch its share of the whole batch's. 1 if none has a label.
         partners: [N] class numbers of the images that are mixed in; None if nothing is mixed.
         share: [1] the share of each image in its mixture; None if nothing is mixed.
+        weights: [K] what each class weighs; None if all weigh the same.
     """
 
     labels: Tensor
     counted: Tensor
     partners: Tensor | None = None
     share: Tensor | None = None
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ class Batch:
         indices: [N] positions in the training set, for a mixed image that of its first; None outside of training.
         epoch: scalar, 0-based epoch of the whole run, on the device; None outside of training.
         peers: outputs of the students that teach this one and are taught by it, in train mode and with their gradients.
-        targets: what the task's loss is computed from if ``labels`` are None; never given to a method.
+        targets: what the task's loss is computed from if not from ``labels``; never given to a method.
     """
 
     labels: Tensor | None

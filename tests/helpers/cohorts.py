@@ -9,7 +9,7 @@ import torch
 
 from flowdistill import methods, models
 from flowdistill.config import RunConfig
-from flowdistill.data.batches import DeviceData, SeedBatches
+from flowdistill.data.batches import DeviceData
 from flowdistill.data.dataset import ImageData
 from flowdistill.methods import Needs
 from flowdistill.randomness import seeded
@@ -51,7 +51,7 @@ def a_cohort(data: ImageData, runs: list[RunConfig], precision: str = "fp32", sp
     seed_groups: dict[int, SeedGroup] = {}
     students = []
     for run in runs:
-        stream = SeedBatches(on_device, run.seed, run.train.batch_size, mixup=run.train.mixup)
+        stream = on_device.seed_batches(run.seed, run.train)
         seed_group = seed_groups.setdefault(run.seed, SeedGroup(stream, a_teacher(on_device, precision), []))
         seed_group.students.append(a_student(run, on_device))
         students.append(seed_group.students[-1])

@@ -7,8 +7,10 @@ import secrets
 
 import numpy as np
 import test_augment
+import test_balance
 import test_batches
 import test_blame
+import test_mixtures
 import test_runner
 import test_schedule
 import test_training as suite
@@ -16,7 +18,7 @@ import test_user_loaders
 import torch
 
 from flowdistill import models, randomness
-from flowdistill.data import augment, batches, names, splits
+from flowdistill.data import augment, balance, batches, names, splits
 from flowdistill.data.user_loaders import Finite
 from flowdistill.models import base
 from flowdistill.training import blame, cohort, engine, optim, schedule, step, teacher
@@ -314,6 +316,43 @@ def corners_aligned(first, length, size):
 def a_share_for_each_image(images, share):
     """Mixup per image, which the authors of function matching call a bad idea."""
     return mix(images, ((share + torch.arange(len(images)) / len(images)) % 1)[:, None, None, None])
+
+
+draw_pasted, erase, weighted = augment.draw_pasted, augment.erase, balance.weighted
+PASTED = test_mixtures.test_a_batch_of_cutmix_is_pasted_pixel_by_pixel_and_its_share_is_the_area_that_was_left
+WEIGHED = test_balance.test_the_mean_over_parts_and_over_ranks_is_the_whole_batch_s
+
+
+@bug(batches, "kept", PASTED, {"channels": 1})
+def share_drawn_not_pasted(pasted, size):
+    """The label keeps the share that was drawn, though the box was cut off at the image's border: the bug that CutMix's code warns of."""
+    return torch.rand(len(pasted), generator=torch.Generator().manual_seed(0))
+
+
+@bug(batches, "draw_pasted", test_mixtures.test_the_other_draws_are_those_without)
+def one_box_in_all_epochs(n, size, cutmix, *, seed, epoch, device):
+    """A generator made once from the seed: each epoch pastes the same boxes."""
+    return draw_pasted(n, size, cutmix, seed=seed, epoch=0, device=device)
+
+
+@bug(batches, "erase", test_mixtures.test_what_is_erased_is_the_mean_colour_and_nothing_else_changes, {"channels": 3})
+def erased_in_black(images, erased, colour):
+    """Zeros before the normalisation in the place of after it."""
+    return erase(images, erased, torch.zeros_like(colour))
+
+
+@bug(batches, "weighted", WEIGHED, {"mixed": False})
+def weighted_sum_over_the_number_of_images(labels, weights):
+    """The weighted sum over the number of images, as CrossEntropyLoss(reduction="none").mean() gives it."""
+    return weighted(labels, weights)._replace(counted=torch.tensor(float(len(labels))))
+
+
+@bug(batches, "draw_balanced", test_balance.test_an_epoch_shows_as_many_images_of_each_class, {"kind": batches.DeviceData})
+def classes_as_often_on_average(by_class, n, *, seed, epoch):
+    """A WeightedRandomSampler: with replacement even where a class has images enough, so some are never seen."""
+    chance = randomness.generator(seed, "sampling", epoch)
+    classes = torch.randint(len(by_class), (n,), generator=chance).tolist()
+    return torch.stack([by_class[k][torch.randint(len(by_class[k]), (), generator=chance)] for k in classes]), torch.zeros(n)
 
 
 @bug(Engine, "teach", suite.test_teacher_and_student_match_on_one_and_the_same_mixed_view)

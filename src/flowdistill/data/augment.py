@@ -1,4 +1,7 @@
-"""Random crop, flip and mixup of a whole batch at once, from images that stay on the device. An epoch's draws are made before it."""
+"""Random crop, flip, erasing, mixup and CutMix of a whole batch at once, from images that stay on the device.
+
+An epoch's draws are made before it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ from ..randomness import derive, generator
 
 AREA = (0.05, 1.0)  # of the image, Beyer et al. 2022, the authors' code; Szegedy et al. 2015, section 6: from 0.08
 ASPECT = (3 / 4, 4 / 3)  # width to height; Szegedy et al. 2015, section 6
-TRIES = 10  # torchvision's RandomResizedCrop
+TRIES = 10  # torchvision's RandomResizedCrop and RandomErasing
+ERASED_AREA = (0.02, 0.33)  # of the image; torchvision's RandomErasing (Zhong et al. 2020, section 4.3: 0.02 to 0.4)
+ERASED_ASPECT = (0.3, 3.3)  # height to width; torchvision's RandomErasing (Zhong et al.: 0.3 to 1/0.3)
+SWITCH = 0.5  # chance of CutMix in the place of mixup where both are on; timm, and so Touvron et al. 2021
 
 
 def reflect_pad(images: Tensor, pad: int) -> Tensor:
@@ -35,7 +41,11 @@ class Draws:
         rows, columns: [n] crop offsets in pixels, 0 to 2*pad.
         flips: [n] bool, whether the image is mirrored.
         boxes: [n, 4] top, left, height and width of the box that is enlarged; None if the crop is shifted.
-        shares: [n] the share of each image in its mixture, if a batch begins at this position; None if nothing is mixed.
+        shares: [n] the share of each image's label in its mixture, if a batch begins at this position; None if nothing is mixed.
+        pasted: [n, 4] top, left, height and width of the box that comes from each image's partner, if a batch begins at this position; of
+            height and width 0 if the batch is mixed evenly. None without CutMix.
+        erased: [n, 4] the box of each image that is erased; of height and width 0 for none. None if nothing is erased.
+        times: [n] how many times the image was drawn before in this epoch; None if each comes once.
     """
 
     order: Tensor
@@ -44,6 +54,9 @@ class Draws:
     flips: Tensor
     boxes: Tensor | None = None
     shares: Tensor | None = None
+    pasted: Tensor | None = None
+    erased: Tensor | None = None
+    times: Tensor | None = None
 
 
 def draw_epoch(n: int, *, pad: int, flip: bool, seed: int, epoch: int, device: torch.device) -> Draws:
@@ -68,19 +81,47 @@ def draw_boxes(n: int, size: tuple[int, int], *, seed: int, epoch: int, device: 
 
 def boxes(n: int, size: tuple[int, int], chance: torch.Generator) -> Tensor:
     """Draw ``n`` boxes from ``chance``, as ``draw_boxes`` describes: int64 [n, 4]."""
+    area, aspect = _areas(n, size, AREA, ASPECT, chance)
+    sides, whole = torch.stack([(area / aspect).sqrt(), (area * aspect).sqrt()], -1).round(), torch.tensor(size, dtype=torch.float64)
+    return _placed(_first(sides, ((sides >= 1) & (sides <= whole)).all(-1), whole), whole, chance)
 
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(shape, generator=chance, dtype=torch.float64)
 
-    area = math.prod(size) * uniform(*AREA, TRIES, n)
-    aspect = uniform(math.log(ASPECT[0]), math.log(ASPECT[1]), TRIES, n).exp()
-    sides = torch.stack([(area / aspect).sqrt(), (area * aspect).sqrt()], -1).round()
-    whole = torch.tensor(size, dtype=torch.float64)
-    fits = ((sides >= 1) & (sides <= whole)).all(-1)
-    first = sides[fits.int().argmax(0), torch.arange(n)]
-    sides = first.where(fits.any(0)[:, None], whole)
-    corners = (uniform(0, 1, n, 2) * (whole - sides + 1)).floor()
+def _uniform(low: float, high: float, *shape: int, chance: torch.Generator) -> Tensor:
+    return low + (high - low) * torch.rand(shape, generator=chance, dtype=torch.float64)
+
+
+def _areas(
+    n: int, size: tuple[int, int], area: tuple[float, float], aspect: tuple[float, float], chance: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """``TRIES`` areas in pixels and aspect ratios of n boxes: uniform in ``area``, and by the logarithm in ``aspect``; [TRIES, n] each."""
+    areas = math.prod(size) * _uniform(*area, TRIES, n, chance=chance)
+    return areas, _uniform(math.log(aspect[0]), math.log(aspect[1]), TRIES, n, chance=chance).exp()
+
+
+def _first(sides: Tensor, fits: Tensor, otherwise: Tensor) -> Tensor:
+    """[n, 2] the first of the sides [TRIES, n, 2] that fits; ``otherwise`` [2] if none does."""
+    first = sides[fits.int().argmax(0), torch.arange(sides.shape[1])]
+    return first.where(fits.any(0)[:, None], otherwise)
+
+
+def _placed(sides: Tensor, whole: Tensor, chance: torch.Generator) -> Tensor:
+    """Boxes of these sides anywhere in the image: int64 [n, 4]."""
+    corners = (_uniform(0, 1, *sides.shape, chance=chance) * (whole - sides + 1)).floor()
     return torch.cat([corners, sides], 1).long()
+
+
+def draw_erased(n: int, size: tuple[int, int], probability: float, *, seed: int, epoch: int, device: torch.device) -> Tensor:
+    """Draw what random erasing (Zhong et al. 2020) takes out of the images of one epoch: int64 [n, 4] top, left, height and width.
+
+    An image is erased with ``probability``. Its box has the distribution of torchvision's RandomErasing: the first of ten tries that is
+    smaller than the image in height and width, and none if no try is. A box that is not there has height and width 0.
+    """
+    chance = generator(seed, "erasing", epoch)
+    area, aspect = _areas(n, size, ERASED_AREA, ERASED_ASPECT, chance)
+    sides, whole = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], -1).round(), torch.tensor(size, dtype=torch.float64)
+    drawn = _placed(_first(sides, (sides < whole).all(-1), torch.zeros_like(whole)), whole, chance)
+    hit = torch.rand(n, generator=chance, dtype=torch.float64) < probability
+    return drawn.where(hit[:, None], 0).to(device)
 
 
 def draw_shares(n: int, mixup: float, *, seed: int, epoch: int, device: torch.device) -> Tensor:
@@ -94,8 +135,32 @@ def draw_shares(n: int, mixup: float, *, seed: int, epoch: int, device: torch.de
     return torch.from_numpy(shares).float().to(device)
 
 
+def draw_pasted(n: int, size: tuple[int, int], cutmix: float, *, seed: int, epoch: int, device: torch.device) -> Tensor:
+    """Draw the boxes of CutMix of one epoch: int64 [n, 4] top, left, height and width; one for every position at which a batch may begin.
+
+    Yun et al. 2019, section 3.1: sides of sqrt(1 - l) of the image's, rounded down, where l is Beta(alpha, alpha) and alpha is ``cutmix``;
+    the middle is uniform, and what lies outside of the image is cut off. As timm has it, whose sides may be odd; in the authors' code they
+    are rounded down to even numbers.
+    """
+    chance, whole = np.random.default_rng(derive(seed, "cutmix", epoch)), np.array(size)
+    sides = (whole * np.sqrt(1 - chance.beta(cutmix, cutmix, n))[:, None]).astype(np.int64)
+    middle = chance.integers(0, whole, (n, 2))
+    first, end = (middle - sides // 2).clip(0, whole), (middle + (sides + 1) // 2).clip(0, whole)
+    return torch.from_numpy(np.concatenate([first, end - first], 1)).to(device)
+
+
+def draw_switches(n: int, *, seed: int, epoch: int, device: torch.device) -> Tensor:
+    """Draw whether CutMix stands in the place of mixup, bool [n]: one for every position at which a batch may begin."""
+    return (torch.rand(n, generator=generator(seed, "switch", epoch)) < SWITCH).to(device)
+
+
+def kept(pasted: Tensor, size: tuple[int, int]) -> Tensor:
+    """The share of an image [n] that boxes [n, 4] from its partner leave of it, float32."""
+    return 1 - pasted[:, 2:].prod(1).float() / math.prod(size)
+
+
 def partners(values: Tensor) -> Tensor:
-    """The partner of each image in mixup: the image before it in the batch; that of the first is the last."""
+    """The partner of each image in mixup and CutMix: the image before it in the batch; that of the first is the last."""
     return values.roll(1, 0)
 
 
@@ -154,10 +219,38 @@ def mix(images: Tensor, share: Tensor) -> Tensor:
 
     Args:
         images: uint8 or float32 [B, H, W, C].
-        share: float32 [1], 0 to 1.
+        share: float32 [1], 0 to 1; or of each pixel [1, H, W, 1].
 
     Returns:
         float32 [B, H, W, C].
     """
     pixels = images.float()
     return partners(pixels).lerp(pixels, share)
+
+
+def cut_and_mix(images: Tensor, share: Tensor, pasted: Tensor) -> Tensor:
+    """Put a box of each image's partner into it (CutMix: Yun et al. 2019). Where the box is empty, the whole is mixed by ``share``.
+
+    Args:
+        images: uint8 or float32 [B, H, W, C].
+        share: float32 [1], 0 to 1.
+        pasted: [1, 4] top, left, height and width.
+
+    Returns:
+        float32 [B, H, W, C].
+    """
+    outside = torch.where(pasted[:, 2:].prod(1) > 0, 1.0, share)
+    return mix(images, torch.where(_inside(pasted, images), 0.0, outside))
+
+
+def erase(images: Tensor, erased: Tensor, colour: Tensor) -> Tensor:
+    """Fill the box [B, 4] of each image with a colour [C]: uint8 or float32 [B, H, W, C] -> float32 of that shape."""
+    return torch.where(_inside(erased, images), colour, images.float())
+
+
+def _inside(boxes: Tensor, images: Tensor) -> Tensor:
+    """Whether each pixel of images [.., H, W, C] lies in a box [n, 4]: bool [n, H, W, 1]."""
+    top, left, height, width = boxes[:, :, None].unbind(1)
+    down, across = (torch.arange(side, device=boxes.device) for side in images.shape[1:3])
+    rows, columns = (down >= top) & (down < top + height), (across >= left) & (across < left + width)
+    return (rows[:, :, None] & columns[:, None])[..., None]

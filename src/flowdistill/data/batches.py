@@ -4,16 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..checks import UserError, some
+from ..config import ClassWeights, TrainConfig
 from ..device import free_memory
 from ..ranks import current
 from ..types import NO_LABEL, Batch, Targets
-from .augment import Draws, crop_and_flip, draw_boxes, draw_epoch, draw_shares, mix, partners, reflect_pad, resize_and_flip
+from .augment import (
+    Draws,
+    crop_and_flip,
+    cut_and_mix,
+    draw_boxes,
+    draw_epoch,
+    draw_erased,
+    draw_pasted,
+    draw_shares,
+    draw_switches,
+    erase,
+    kept,
+    mix,
+    partners,
+    reflect_pad,
+    resize_and_flip,
+)
+from .balance import draw_balanced, weighted, weights_of
 from .dataset import ImageData, Images, Labels, Pictures, part
 from .interfaces import EvalSet, at_once
 from .lazy_images import Rows
@@ -67,7 +86,7 @@ class Copies:
     def __init__(self, padded: Tensor, device: torch.device) -> None:
         self.padded, self.device = padded, device
 
-    def batches(self, parts: Sequence[Tensor], epoch: int) -> Iterator[Tensor]:  # noqa: ARG002 (the images are the same in all)
+    def batches(self, parts: Sequence[Tensor], times: Sequence[Tensor], epoch: int) -> Iterator[Tensor]:  # noqa: ARG002 (the same in all)
         """Yield the images at each part's indices, uint8 [B, H+2p, W+2p, C] on the device."""
         device = self.device
         copying = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -99,9 +118,10 @@ class Decoding:
     def __init__(self, workers: Workers, pad: int) -> None:
         self.workers, self.pad, self.close = workers, pad, workers.close
 
-    def batches(self, parts: Sequence[Tensor], epoch: int) -> Iterator[Tensor]:
-        """Yield batches as ``Copies`` does."""
-        for images in self.workers.batches([[Shot(epoch, number) for number in numbers.tolist()] for numbers in parts]):
+    def batches(self, parts: Sequence[Tensor], times: Sequence[Tensor], epoch: int) -> Iterator[Tensor]:
+        """Yield batches as ``Copies`` does. An image that was drawn before in this epoch, ``times`` times, is augmented anew."""
+        shots = zip((part.tolist() for part in parts), (part.tolist() for part in times), strict=True)
+        for images in self.workers.batches([[Shot(epoch, *shot) for shot in zip(*one, strict=True)] for one in shots]):
             yield reflect_pad(images, self.pad) if self.pad else images
 
 
@@ -160,9 +180,16 @@ class DeviceData:
         """The object that brings a seed's batches to a device that does not hold all images."""
         return Copies(self.padded, self.device)
 
-    def seed_batches(self, seed: int, batch_size: int, mixup: float = False) -> SeedBatches:
+    def seed_batches(self, seed: int, train: TrainConfig) -> SeedBatches:
         """The batches of one seed."""
-        return SeedBatches(self, seed, batch_size, mixup=mixup)
+        return SeedBatches(
+            *(self, seed, train.batch_size),
+            mixup=train.mixup,
+            cutmix=train.cutmix,
+            random_erasing=train.random_erasing,
+            balanced=train.sampling == "balanced",
+            class_weights=train.class_weights,
+        )
 
     def remarks(self) -> list[str]:
         """As ``Supply`` says."""
@@ -206,10 +233,31 @@ class SeedBatches:
     """The batches of one seed: every student of that seed sees the same images in the same order, cropped and mixed alike.
 
     Ranks share each batch out, and this gives a rank's part of it. An epoch's draws are the same on all of them.
+
+    Args:
+        mixup, cutmix, random_erasing, class_weights: as in ``TrainConfig``.
+        balanced: whether an epoch shows as many images of each class.
     """
 
-    def __init__(self, data: DeviceData, seed: int, batch_size: int, *, mixup: float = False) -> None:
-        self.data, self.seed, self.batch_size, self.mixup, self.ranks = data, seed, batch_size, mixup, current()
+    def __init__(
+        self,
+        data: DeviceData,
+        seed: int,
+        batch_size: int,
+        *,
+        mixup: float = False,
+        cutmix: float = 0.0,
+        random_erasing: float = 0.0,
+        balanced: bool = False,
+        class_weights: ClassWeights = "none",
+    ) -> None:
+        self.data, self.seed, self.batch_size, self.ranks = data, seed, batch_size, current()
+        self.mixup, self.cutmix, self.random_erasing, self.class_weights = mixup, cutmix, random_erasing, class_weights
+        self.mixed = bool(mixup or cutmix)
+        labels = data.labels[: data.num_labelled]
+        self.weights = weights_of(class_weights, labels, data.spec.classes)
+        self.by_class = torch.split(labels.argsort(stable=True).cpu(), labels.bincount().tolist()) if balanced else None
+        self._mean_colour = torch.tensor(data.normalisation.mean, dtype=torch.float32, device=data.device) * 255
         self._fetch = None if data.resident else data.fetch(seed)
         self.steps, self.smallest_batch = len(data.labels) // batch_size, batch_size  # the last partial batch is dropped
         if self.steps == 0:
@@ -217,7 +265,15 @@ class SeedBatches:
 
     def with_labels(self) -> SeedBatches:
         """As ``Batches`` says."""
-        return SeedBatches(self.data, self.seed, self.batch_size) if self.mixup is True else self
+        if self.mixup is not True:
+            return self
+        balanced = self.by_class is not None
+        return SeedBatches(self.data, self.seed, self.batch_size, random_erasing=self.random_erasing, balanced=balanced)
+
+    @property
+    def kind(self) -> object:
+        """What batches must have in common for one compiled function to make them."""
+        return self.data, self.batch_size, self.mixup, self.cutmix, self.random_erasing, self.class_weights
 
     def close(self) -> None:
         """End the processes that decode; the next epoch starts them anew."""
@@ -228,17 +284,30 @@ class SeedBatches:
         """All that is random in an epoch, on the device."""
         data, n = self.data, len(self.data.labels)
         draws = draw_epoch(n, pad=data.pad, flip=data.flip, seed=self.seed, epoch=epoch, device=data.device)
+        size = (data.spec.height, data.spec.width)
+        where: dict[str, Any] = {"seed": self.seed, "epoch": epoch, "device": data.device}
+        if self.by_class is not None:
+            order, times = draw_balanced(self.by_class, n, seed=self.seed, epoch=epoch)
+            draws = replace(draws, order=order.to(data.device), times=times.to(data.device))
         if data.crop == "resized":
-            size = (data.spec.height, data.spec.width)
-            draws = replace(draws, boxes=draw_boxes(n, size, seed=self.seed, epoch=epoch, device=data.device))
+            draws = replace(draws, boxes=draw_boxes(n, size, **where))
+        if self.random_erasing:
+            draws = replace(draws, erased=draw_erased(n, size, self.random_erasing, **where))
         if self.mixup:
-            draws = replace(draws, shares=draw_shares(n, self.mixup, seed=self.seed, epoch=epoch, device=data.device))
+            draws = replace(draws, shares=draw_shares(n, self.mixup, **where))
+        if self.cutmix:
+            pasted = draw_pasted(n, size, self.cutmix, **where)
+            shares = kept(pasted, size)
+            if draws.shares is not None:
+                cut = draw_switches(n, **where)
+                pasted, shares = pasted.where(cut[:, None], 0), shares.where(cut, draws.shares)
+            draws = replace(draws, shares=shares, pasted=pasted)
         return draws
 
     @property
     def _made_whole(self) -> bool:
         """Whether the whole batch is made before a rank takes its part: an image's partner or a label to count may be in another's."""
-        return self.ranks.several and (bool(self.mixup) or self.data.num_labelled < len(self.data.labels))
+        return self.ranks.several and (self.mixed or self.weights is not None or self.data.num_labelled < len(self.data.labels))
 
     def shown(self, step: int) -> slice:
         """The positions in the epoch's order of a step's images, as far as they are made here."""
@@ -253,8 +322,9 @@ class SeedBatches:
                 yield self.batch(draws, self.shown(step), number)
             return
         order = draws.order.cpu()
-        parts = [order[self.shown(step)] for step in range(self.steps)]
-        for step, padded in enumerate(self._fetch.batches(parts, epoch)):
+        all_times = torch.zeros_like(order) if draws.times is None else draws.times.cpu()
+        parts, times = ([values[self.shown(step)] for step in range(self.steps)] for values in (order, all_times))
+        for step, padded in enumerate(self._fetch.batches(parts, times, epoch)):
             yield self.batch(draws, self.shown(step), number, padded)
 
     def batch(self, draws: Draws, shown: slice | Tensor, epoch: Tensor, padded: Tensor | None = None) -> tuple[Tensor, Batch]:
@@ -267,10 +337,10 @@ class SeedBatches:
         own, targets = self.ranks.own(0, self.batch_size), batch.targets
         if targets is not None:
             mixed_in = None if targets.partners is None else targets.partners[own]
-            targets = Targets(targets.labels[own], targets.counted / self.ranks.world, mixed_in, targets.share)
-        assert batch.labels is None, "a batch with labels for all is not made whole"
+            targets = targets._replace(labels=targets.labels[own], counted=targets.counted / self.ranks.world, partners=mixed_in)
         assert batch.indices is not None
-        return images[own], Batch(None, batch.indices[own], batch.epoch, targets=targets)
+        labels = None if batch.labels is None else batch.labels[own]
+        return images[own], Batch(labels, batch.indices[own], batch.epoch, targets=targets)
 
     def _made(self, draws: Draws, shown: slice | Tensor, epoch: Tensor, padded: Tensor | None) -> tuple[Tensor, Batch]:
         indices = draws.order[shown]
@@ -281,17 +351,24 @@ class SeedBatches:
             images = crop_and_flip(source, positions, draws.rows[shown], draws.columns[shown], draws.flips[shown], size)
         else:
             images = resize_and_flip(source[positions], draws.boxes[shown], draws.flips[shown])
+        if draws.erased is not None:
+            images = erase(images, draws.erased[shown], self._mean_colour)
         if draws.shares is None:
             return self.data.normalise(images), self._known(indices, epoch)
         share = draws.shares[shown][:1]
-        return self.data.normalise(mix(images, share)), self._known(indices, epoch, share)
+        images = mix(images, share) if draws.pasted is None else cut_and_mix(images, share, draws.pasted[shown][:1])
+        return self.data.normalise(images), self._known(indices, epoch, share)
 
     def _known(self, indices: Tensor, epoch: Tensor, share: Tensor | None = None) -> Batch:
         """What a step knows of its images: their labels if each has one and is not mixed, else the task's targets, if there is a task."""
         if self.mixup is True:
             return Batch(None, indices, epoch)
         labels = self.data.labels[indices]
-        if share is None and self.data.num_labelled == len(self.data.labels):
-            return Batch(labels, indices, epoch)
+        known = labels if share is None and self.data.num_labelled == len(self.data.labels) else None
+        if share is None and self.weights is not None:
+            return Batch(known, indices, epoch, targets=weighted(labels, self.weights))
+        if known is not None:
+            return Batch(known, indices, epoch)
         counted = (labels != NO_LABEL).sum().clamp(min=1)
-        return Batch(None, indices, epoch, targets=Targets(labels, counted, None if share is None else partners(labels), share))
+        mixed_in = None if share is None else partners(labels)
+        return Batch(None, indices, epoch, targets=Targets(labels, counted, mixed_in, share, self.weights))

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..config import TrainConfig
 from ..types import Batch, DataSpec
 from .normalisation import Normalisation
 
@@ -73,8 +74,8 @@ class Supply(Protocol):
     def test(self) -> EvalSet:
         """The test images."""
 
-    def seed_batches(self, seed: int, batch_size: int, mixup: float = False) -> Batches:
-        """The batches of one seed."""
+    def seed_batches(self, seed: int, train: TrainConfig) -> Batches:
+        """The batches of one seed, as a recipe has them."""
 
     def remarks(self) -> list[str]:
         """Remarks on the images, one per line, for the user after training."""

@@ -65,15 +65,21 @@ class Decoded(NamedTuple):
 
 
 class Shot(NamedTuple):
-    """The image at a position of the data set, as one epoch shows it."""
+    """The image at a position of the data set, as one epoch shows it; ``times`` counts how often the epoch drew it before."""
 
     epoch: int
     position: int
+    times: int = 0
+
+    @property
+    def named(self) -> str:
+        """What tells it from the other shots of its epoch."""
+        return f"{self.position} again {self.times}" if self.times else str(self.position)
 
 
 @dataclass(frozen=True)
 class Decoder(Dataset[Decoded]):
-    """The work of a process: it decodes batches uint8 [B, H, W, C]. Each image is a function of (seed, epoch, position) alone.
+    """The work of a process: it decodes batches uint8 [B, H, W, C]. Each image is a function of (seed, shot) alone.
 
     Attributes:
         resized: whether a random box of the image is enlarged (Inception crop). Default: it is shown as it is evaluated.
@@ -108,11 +114,11 @@ class Decoder(Dataset[Decoded]):
         else:
             from torchvision.transforms.v2.functional import resized_crop
 
-            chance = generator(self.seed, f"box {shot.position}", shot.epoch)
+            chance = generator(self.seed, f"box {shot.named}", shot.epoch)
             box = boxes(1, (image.height, image.width), chance)[0].tolist()
             image = resized_crop(image, *box, size=list(self.pictures.sides[:2]))
         if self.randaugment is not None:
-            with seeded(self.seed, f"randaugment {shot.position}", shot.epoch):
+            with seeded(self.seed, f"randaugment {shot.named}", shot.epoch):
                 image = _randaugment(self.randaugment)(image)
         return image
 

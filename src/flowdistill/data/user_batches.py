@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ..checks import UserError
+from ..config import TrainConfig
 from ..types import Batch
+from .balance import weighted, weights_of
 from .interfaces import EvalSet
 from .normalisation import Normalisation
 from .user_loaders import EVERY_PASS, TRAIN, VAL, Finite, UserLoaderData, checked, drawn, refuse_other_labels, refuse_other_sizes, smallest
@@ -75,9 +77,11 @@ class UserLoaderSupply:
         """
         raise UserError(f"this method needs all training images as they are, {WHOLE}")
 
-    def seed_batches(self, seed: int, batch_size: int, mixup: float = False) -> UserBatches:  # noqa: ARG002 (the loader's own)
-        """The batches of one seed."""
-        return UserBatches(self, seed)
+    def seed_batches(self, seed: int, train: TrainConfig) -> UserBatches:
+        """The batches of one seed; all but the weights of the classes is the loader's own."""
+        assert train.class_weights != "balanced", "the config was validated"
+        unknown = torch.empty(0, dtype=torch.int64, device=self.device)
+        return UserBatches(self, seed, weights_of(train.class_weights, unknown, self.spec.classes))
 
     def remarks(self) -> list[str]:
         """Nothing."""
@@ -85,10 +89,10 @@ class UserLoaderSupply:
 
 
 class UserBatches:
-    """The batches of a loader. The index of an image is its position in the epoch."""
+    """The batches of a loader. The index of an image is its position in the epoch. ``weights``: what each class weighs, [K]."""
 
-    def __init__(self, data: UserLoaderSupply, seed: int) -> None:
-        self.data, self.seed = data, seed
+    def __init__(self, data: UserLoaderSupply, seed: int, weights: Tensor | None = None) -> None:
+        self.data, self.seed, self.weights = data, seed, weights
         self.steps, self.batch_size = len(data.data.train), data.data.batch_size
         self.smallest_batch = smallest(data.data.train, self.batch_size)
 
@@ -105,7 +109,8 @@ class UserBatches:
             if step > self.steps:
                 break
             images, labels = _placed(checked(batch, TRAIN), loaders, device, finite)
-            yield images, Batch(labels, torch.arange(start, start + len(labels), device=device), number)
+            targets = None if self.weights is None else weighted(labels, self.weights)
+            yield images, Batch(labels, torch.arange(start, start + len(labels), device=device), number, targets=targets)
             start += len(labels)
         finite.end()
         if step != self.steps:

@@ -105,7 +105,7 @@ def assemble(jobs: Sequence[Job], data: Supply, device: torch.device, engine: st
         student = Student(net, method.to(device), job.resolved, job.config.train)
         member = Member(job, student)
         origin = job.teacher.origin if job.teacher else teacher_of_seed.get(job.config.seed, "")
-        batches = data.seed_batches(job.config.seed, job.config.train.batch_size, job.config.train.mixup)
+        batches = data.seed_batches(job.config.seed, job.config.train)
         seed_group = seed_groups.setdefault((job.config.seed, origin), SeedGroup(batches, None, []))
         if job.teacher:
             if origin not in teachers:

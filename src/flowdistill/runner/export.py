@@ -24,7 +24,7 @@ from ..data.dataset import ImageData
 from ..data.interfaces import EvalSet, First
 from ..data.normalisation import Normalisation
 from ..data.splits import stratified
-from ..data.user_batches import UserLoaderSet, UserLoaderSupply
+from ..data.user_batches import UserBatches, UserLoaderSet, UserLoaderSupply
 from ..data.user_loaders import UserLoaderData
 from ..models import Network
 from ..registry import Registry
@@ -351,7 +351,7 @@ def _calibrating(data: ImageData) -> npt.NDArray[Any]:
     if not isinstance(data, UserLoaderData):
         return data.x_train[stratified(data.y_train, min(CALIBRATION, len(data.y_train)), len(data.y_train), least=1)]
     supply, parts, count = UserLoaderSupply(data, torch.device("cpu")), list[Tensor](), 0
-    for images, _ in supply.seed_batches(0, data.batch_size).epoch(0):
+    for images, _ in UserBatches(supply, 0).epoch(0):
         parts.append(images)
         count += len(images)
         if count >= CALIBRATION:

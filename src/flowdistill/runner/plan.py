@@ -12,8 +12,10 @@ import torch
 from .. import methods, models, trust
 from ..checks import UserError, joined
 from ..config import DataConfig, Role, RunConfig, validate
+from ..data.balance import refuse_empty
 from ..data.dataset import ImageData
 from ..data.sources import load, load_unlabelled
+from ..data.splits import trained_positions
 from ..device import Precision, resolve_precision
 from ..ledger import Ledger, Run
 from ..methods import Method, ResolvedMethod
@@ -149,7 +151,7 @@ def _resolve_method(config: RunConfig) -> ResolvedMethod:
 
     Raises:
         UserError: no such method, option or weight, a teacher is needed and none named, labels are and the images are mixed, or a task
-            that has no weight is to be smoothed; or the ranks can't share the batch out; or there is no such optimizer.
+            that has no weight is to be smoothed or weighed by class; or the ranks can't share the batch out; or there is no such optimizer.
     """
     refuse_uneven(config.train.batch_size, config.train.accumulate)
     refuse_optimizer(config.train)
@@ -159,22 +161,26 @@ def _resolve_method(config: RunConfig) -> ResolvedMethod:
         raise UserError(f"method {resolved.name!r} needs a teacher: --teacher MODEL, RUN or FILE")
     if (smoothing := config.train.label_smoothing) and not resolved.weights["task"]:
         raise UserError(f"train.label_smoothing={smoothing:g} smooths the task, but weights.task=0; raise that, or leave smoothing out")
+    if config.train.class_weights != "none" and not resolved.weights["task"]:
+        raise UserError("train.class_weights weighs the classes in the task, but weights.task=0; raise that, or leave class_weights out")
     return resolved
 
 
 def _refuse_labels(config: RunConfig) -> None:
     """Refuse a method that looks up labels where images have none (mixed without labels, unlabelled) or two (mixed with them)."""
-    mixup, users = config.train.mixup, [cls for cls in methods.parts(config.method) if cls.uses_labels]
+    train, users = config.train, [cls for cls in methods.parts(config.method) if cls.uses_labels]
     if config.data.unlabelled is not None:
         refuse_users(users, f"data.unlabelled={config.data.unlabelled}: these images have no labels", "leave unlabelled out")
-    if mixup is True:
+    if train.mixup is True:
         images, cure = "train.mixup=true: mixed images have no labels", "set train.mixup=false"
         refuse_users(users, images, cure)
         if task := methods.resolve(config.method, config.options, config.weights, max(1, len(config.teachers))).weights["task"]:
             raise UserError(f"{images}, but weights.task={task:g}; set weights.task=0, or {cure}")
-    elif mixup:
-        images = f"train.mixup={mixup:g}: mixed images have two labels each"
-        refuse_users([cls for cls in users if cls.terms], images, "set train.mixup=false")
+        return
+    for key, alpha, off in (("mixup", train.mixup, "false"), ("cutmix", train.cutmix, "0")):
+        if alpha:
+            images = f"train.{key}={alpha:g}: mixed images have two labels each"
+            refuse_users([cls for cls in users if cls.terms], images, f"set train.{key}={off}")
 
 
 def refuse_users(users: Sequence[type[Method]], images: str, cure: str) -> None:
@@ -186,6 +192,21 @@ def refuse_users(users: Sequence[type[Method]], images: str, cure: str) -> None:
     if users:
         other = f"choose one that does not, such as {methods.WITHOUT_LABELS}"
         raise UserError(f"{images}, but method {users[0].name!r} learns from labels; {other}, or {cure}")
+
+
+def refuse_classes(config: RunConfig, data: ImageData) -> None:
+    """Refuse weights and draws that the classes of the data can't have.
+
+    Raises:
+        UserError: not one weight for each class, or a class without an image where its size is to be made up for.
+    """
+    weights = config.train.class_weights
+    if isinstance(weights, tuple) and len(weights) != data.classes:
+        raise UserError(f"train.class_weights: {len(weights)} numbers for the {data.classes} classes of {data.name}; give one for each")
+    for key in ("class_weights", "sampling"):
+        if getattr(config.train, key) == "balanced":
+            labels = data.y_train[trained_positions(data.y_train, config.split)]
+            refuse_empty(f"train.{key}=balanced", labels, data.class_names, data.classes)
 
 
 def _planned(
@@ -240,6 +261,7 @@ def _job(
     identities: Identities,
     device: torch.device,
 ) -> Job:
+    refuse_classes(config, data)
     full_config = config.model_copy(
         update={
             "method": resolved.name,
@@ -265,6 +287,9 @@ def checked(job: Job) -> Job:
     needs, _ = job.needs_and_versions
     if (parts := job.config.train.accumulate) > 1 and (whole := _of_whole_batches(job)):
         raise UserError(f"train.accumulate={parts}: method {whole!r} compares the images of a batch with each other; leave one of them out")
+    if job.config.train.sampling == "balanced" and "labels" in needs.context:
+        why = f"method {job.resolved.name!r} remembers each image by itself, and a batch may have one twice"
+        raise UserError(f"train.sampling=balanced: {why}; leave one of them out")
     if job.config.taps and not (needs.student or needs.teacher):
         job = replace(job, config=job.config.model_copy(update={"taps": {}}))
     asked = job.config.probe or job.config.teacher_shares != MEAN

@@ -132,7 +132,7 @@ class CompiledEngine(Engine):
 
     def draw(self, batches: SeedBatches, draws: Draws, shown: Tensor, epoch: Tensor) -> tuple[Tensor, Batch]:
         """Compiled once for all seed batches of the same images: gather, crop, flip and normalisation in a few kernels."""
-        kind = (batches.data, batches.batch_size, batches.mixup)
+        kind = batches.kind
         if kind not in self._batches:
             self._batches[kind] = _compile(_batch_function(batches))
         return self._batches[kind](draws, shown, epoch)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..methods import Method
 from ..ranks import Ranks
-from ..types import Batch, Outputs, Targets
+from ..types import Batch, Outputs
 
 
 def needed(methods: Iterable[Method], ranks: Ranks) -> bool:
@@ -68,5 +68,5 @@ def whole_batch(batch: Batch, ranks: Ranks) -> Batch:
     targets = batch.targets
     if targets is not None:
         counted = targets.counted * ranks.world  # each rank was given its share of the count
-        targets = Targets(ranks.gathered(targets.labels), counted, gather(targets.partners), targets.share)
+        targets = targets._replace(labels=ranks.gathered(targets.labels), counted=counted, partners=gather(targets.partners))
     return Batch(gather(batch.labels), gather(batch.indices), batch.epoch, batch.peers, targets)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..types import Batch, Outputs, Targets
+from ..types import Batch, Outputs
 
 Part = tuple[Tensor, "Outputs | None", Batch]
 Computed = tuple[list["Tensor | None"], list[dict[str, Tensor]]]
@@ -39,7 +39,7 @@ def _batch(batch: Batch, own: slice, count: int) -> Batch:
 
     targets = batch.targets
     if targets is not None:  # each part has its share of the count, however many of its own images have a label
-        targets = Targets(targets.labels[own], targets.counted / count, part(targets.partners), targets.share)
+        targets = targets._replace(labels=targets.labels[own], counted=targets.counted / count, partners=part(targets.partners))
     return Batch(part(batch.labels), part(batch.indices), batch.epoch, targets=targets)
 
 

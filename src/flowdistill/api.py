@@ -57,7 +57,13 @@ class Result:
 
     @property
     def accuracy(self) -> float:
-        """Percent of the test images that the student gets right in ``precision``, after the last epoch or the one the holdout chose."""
+        """Percent of the test images that the student gets right in ``precision``, after the last epoch or the one the holdout chose.
+
+        Raises:
+            UserError: it is a backbone without a classifier, trained without labels.
+        """
+        if self.run.accuracy is None:
+            kept_answers(self.run, Ledger(self.folder.parent))  # refuses it
         assert self.run.accuracy is not None
         return self.run.accuracy
 

@@ -736,8 +736,9 @@ WRONG = [
     ),
     (
         "evaluate --runs taught 1 --probe knn --dataset none",
-        "--probe knn --dataset none: it has no labels; name a labelled data set",
+        "--dataset none: it has no labels to measure anything by; name a labelled data set",
     ),
+    ("evaluate --runs taught 1 --dataset none", "--dataset none: it has no labels to measure anything by; name a labelled data set"),
     # export
     ("export", "Missing argument 'RUN|FILE' (flowdistill --help)"),
     ("export --to onnx none.safetensors", "weights file none.safetensors: no such file"),

@@ -237,6 +237,19 @@ def test_two_ranks_are_shown_the_images_of_one(images: Path, monkeypatch: pytest
         assert (batch.labels, batch.targets, one.labels, one.targets, other.targets) == (None,) * 5
 
 
+@pytest.mark.parametrize("keys", [{"randaugment": 9}, {"limit_train": 120}, {"crop": "resized", "pad": 0}])
+def test_every_way_to_a_batch(keys: dict[str, Any], images: Path) -> None:
+    """Decoded by processes, chosen, and resized: no batch knows a label, and no set has images to measure on."""
+    made = unlabelled(images, "-").data
+    data = load(validate({"data": made.model_dump() | keys}).data)
+    assert len(data.x_train) == keys.get("limit_train", 300)
+    on_device = to_device(data, "full", CPU, 0)
+    assert (len(on_device.train_eval), len(on_device.test)) == (0, 0)
+    for mixup in (False, True):
+        drawn = [(len(shown), batch.labels, batch.targets) for shown, batch in SeedBatches(on_device, 0, 60, mixup=mixup).epoch(0)]
+        assert drawn == [(60, None, None)] * (len(data.x_train) // 60)
+
+
 REFUSED = {
     "base": (
         {"method": "base"},
@@ -407,7 +420,7 @@ def test_probes_by_command(images: Path, nets: Path, small_npz: Path, tmp_path: 
         ("--probe", "knn"): "was trained on images that have no labels here; name a labelled data set with --dataset",
         ("--probe", "knn", "--k", "301", "--dataset", f"npz:{small_npz}"): "k=301 neighbours of 300 training images; set --k lower",
         ("--probe", "linear", "--dataset", "digits"): "was trained on 1x8x8 images; digits has 1x16x16; choose a data set of that shape",
-        ("--probe", "linear", "--dataset", "none"): "it has no labels; name a labelled data set",
+        ("--probe", "linear", "--dataset", "none"): "--dataset none: it has no labels to measure anything by; name a labelled data set",
     }.items():
         refused = command(tmp_path, "evaluate", "1", *wrong)
         assert (refused.code, len(refused.err.splitlines())) == (2, 1)

@@ -10,7 +10,7 @@ import torch
 
 from .. import models, trust
 from ..checks import Changes, UserError
-from ..config import DataConfig, parse_as, scheme_of
+from ..config import NO_LABELS, DataConfig, parse_as, scheme_of
 from ..data.batches import eval_set
 from ..data.dataset import ImageData
 from ..data.normalisation import Normalisation
@@ -159,9 +159,15 @@ def load_fitting(path: Path, about: StudentMetadata, dataset: str | None, remark
 
 
 def _named_data(about: StudentMetadata, dataset: str | None) -> DataConfig:
-    """The data of a student's training, or others of its images' size. Files are read as those were, those of a backbone resized to it."""
+    """The data of a student's training, or others of its images' size. Files are read as those were, those of a backbone resized to it.
+
+    Raises:
+        UserError: the others have no labels.
+    """
     if dataset is None:
         return about.data
+    if dataset == NO_LABELS:
+        raise UserError(f"--dataset {dataset}: it has no labels to measure anything by; name a labelled data set")
     config = about.data.model_copy(update={"name": dataset, "limit_train": None})
     if not about.backbone or (scheme := scheme_of(dataset)) is None or not scheme.files:
         return config.without_unlabelled
@@ -201,8 +207,6 @@ def probe(
     if dataset is None and (about.backbone or about.data.user_loaders):
         raise UserError(f"--probe {how}: {path} was trained on images that have no labels here; name a labelled data set with --dataset")
     data = load(_named_data(about, dataset), changes)
-    if not data.classes:
-        raise UserError(f"--probe {how} --dataset {dataset}: it has no labels; name a labelled data set")
     shapes = [(data.spec.channels, data.spec.height, data.spec.width), about.input]
     if shapes[0] != shapes[1]:
         theirs, ours = ("x".join(map(str, shape)) for shape in shapes)

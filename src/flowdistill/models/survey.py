@@ -108,7 +108,7 @@ def survey(net: nn.Module, channels: int, height: int, width: int, classes: int 
             if classes is None or 0 < classes == _width(output):
                 raise
             pooling = pooling_of(output, net, height, width)
-    answer_of: Callable[[Any], Tensor] = pooling or logits_of
+    answer_of: Callable[[Any], Tensor] = pooling.__call__ if pooling else logits_of
     with _as_it_was(net):
         _refuse_forgetful(net, size, answer_of, answer_of(output))
     altered = ""

@@ -326,6 +326,27 @@ WRONG = [
             ("distill --unlabelled folder:more --teacher resnet20 --method nd", "nd"),
         )
     ),
+    *(
+        (
+            f"{words} --unlabelled folder:more --teacher resnet20 --method {method}",
+            f"data.unlabelled=folder:more without a data set: no image has a label, but method {method!r} learns from labels or from a "
+            f"student's own logits; use methods on a teacher's features, such as radio or seed_kd, or name a labelled data set (--dataset)",
+        )
+        for words, method in (("distill", "tf_kd"), ("distill", "crd"), ("distill --dataset none", "dml"))
+    ),
+    (
+        "distill --unlabelled folder:more --teacher resnet20 --method radio --probe",
+        "probe=true: a classifier is fitted to labels, and there are none; leave it out, or name a labelled data set",
+    ),
+    (
+        "distill --unlabelled folder:more --teacher resnet20 --method radio --holdout",
+        "split=holdout: the held-out images choose the epoch by their labels, and there are none; use split=full",
+    ),
+    (
+        "train --dataset none",
+        "data: name=none stands for unlabelled images alone; give these as unlabelled, or name a data set",
+    ),
+    ("distill --unlabelled npz:none.npz --teacher resnet20 --method kd", "npz:none.npz: no such file"),
     (
         "distill --teacher resnet20 --method kd --dataset digits --unlabelled more",
         "data.unlabelled='more': write folder:PATH (image files, below it in any folders) or npz:PATH (uint8 images under the key x)",
@@ -722,6 +743,20 @@ WRONG = [
         "--device 'cuda:99' is not available here; use auto, or what this machine has of cpu, cuda, mps",
     ),
     ("evaluate --runs taught 1 --format txt", "--format='txt': not one of 'table', 'md', 'csv', 'json'"),
+    ("evaluate --runs taught 1 --probe cosine", "--probe='cosine': not one of 'knn', 'linear'"),
+    ("evaluate --runs taught 1 --probe", "Option '--probe' requires an argument (flowdistill --help)"),
+    ("evaluate --runs taught 1 --probe knn --k 0", "--k='0': input should be greater than or equal to 1"),
+    ("evaluate --runs taught 1 --k 5", "--k 5 belongs to --probe knn; give that too, or leave it out"),
+    ("evaluate --runs taught 1 --probe linear --k 5", "--k 5 belongs to --probe knn; leave it out"),
+    (
+        "evaluate --runs taught 1 --probe knn --dataset digits",
+        "taught/1/student.safetensors was trained on 1x8x8 images; digits has 1x16x16; choose a data set of that shape",
+    ),
+    (
+        "evaluate --runs taught 1 --probe knn --dataset none",
+        "--dataset none: it has no labels to measure anything by; name a labelled data set",
+    ),
+    ("evaluate --runs taught 1 --dataset none", "--dataset none: it has no labels to measure anything by; name a labelled data set"),
     # export
     ("export", "Missing argument 'RUN|FILE' (flowdistill --help)"),
     ("export --to onnx none.safetensors", "weights file none.safetensors: no such file"),

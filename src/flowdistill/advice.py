@@ -42,6 +42,11 @@ def summary(runs: Folder, *, holdout: bool) -> str:
     return command("table", "--summary", *["--protocol", "holdout"] * holdout, runs=runs)
 
 
+def probe(no: int, runs: Folder) -> str:
+    """Measures the features of a run's student on labelled images."""
+    return command("evaluate", no, "--probe", "knn", "--dataset", "NAME", runs=runs)
+
+
 def resume(no: int, runs: Folder) -> str:
     """Goes on with a run that was cut off."""
     return command("resume", no, runs=runs)

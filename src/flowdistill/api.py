@@ -57,7 +57,13 @@ class Result:
 
     @property
     def accuracy(self) -> float:
-        """Percent of the test images that the student gets right in ``precision``, after the last epoch or the one the holdout chose."""
+        """Percent of the test images that the student gets right in ``precision``, after the last epoch or the one the holdout chose.
+
+        Raises:
+            UserError: it is a backbone without a classifier, trained without labels.
+        """
+        if self.run.accuracy is None:
+            kept_answers(self.run, Ledger(self.folder.parent))  # refuses it
         assert self.run.accuracy is not None
         return self.run.accuracy
 
@@ -186,7 +192,8 @@ def distill(
         student: the same. A name starts from fresh weights, anything else from the weights it has. Parameters that are frozen in a
             module (``requires_grad``) stay frozen. ``Result.module`` gives the trained module back.
         data: ``digits``, ``cifar10``, ``cifar100``, ``fashion_mnist``, ``npz:PATH``, ``folder:PATH``, ``csv:FILE`` or ``hf:NAME``; or
-            a mapping such as ``{"name": "npz:PATH", "pad": 2, "flip": False, "unlabelled": "folder:PATH"}``; or a loader, which is
+            a mapping such as ``{"name": "npz:PATH", "pad": 2, "flip": False, "unlabelled": "folder:PATH"}`` (``{"unlabelled":
+            "folder:PATH"}`` alone has no labels, and trains a backbone); or a loader, which is
             anything that has a length and gives (images float [B, C, H, W], labels [B]). Both networks take its images as they come.
         val_loader: if ``data`` is a loader, a second one. Accuracy is measured on its images.
         method: a method or a composition such as ``at+kd``.

@@ -17,7 +17,7 @@ import typer
 from pydantic import ValidationError
 
 from . import advice, ranks, recipes, talk, trust
-from .checks import INTERRUPTED, MAX_WORKERS, Changes, UserError, did_you_mean, is_there, joined, obstacle, parse_seeds, shortage
+from .checks import INTERRUPTED, MAX_WORKERS, Changes, UserError, did_you_mean, is_there, joined, obstacle, parse_seeds, shortage, some
 from .cli_errors import complain, failure, refuse_empty, usage
 from .config import (
     BASELINE,
@@ -378,7 +378,10 @@ def _pair(
     ] = False,
     unlabelled: Annotated[
         str | None,
-        typer.Option(help="Images without labels to learn from the teacher on: folder:PATH, files in any folders, or npz:PATH with key x."),
+        typer.Option(
+            help="Images without labels to learn from the teacher on: folder:PATH, files in any folders, or npz:PATH with key x. Without "
+            "--dataset the only ones: they train a backbone."
+        ),
     ] = None,
     **options: Any,
 ) -> list[RunConfig]:
@@ -662,6 +665,9 @@ def table(
     gc.freeze()  # a hundred thousand rows are no garbage, and looking through them again and again takes as long as the rest
     only = _filters(listed, **options)
     filtered = [run for run in listed if all(getattr(run, key) == value for key, value in only.items())]
+    if backbones := [run.no for run in filtered if run.backbone]:
+        named = some(map(str, backbones))
+        talk.say(f"not in the table, for they left backbones, which have no accuracy: runs {named}; {advice.probe(backbones[0], runs)}")
     if not any(tables.read(run, protocol) for run in filtered) and format_ in ("table", "md"):
         talk.say(f"no finished runs here for --protocol {protocol} and these filters; {advice.list_runs(runs)} lists all")
         return 0
@@ -827,6 +833,11 @@ def evaluate(
     target: Annotated[str, typer.Argument(metavar="RUN|FILE", help="A run's number or a student's file.")],
     dataset: Annotated[str | None, typer.Option(help="Other data than it was trained on.")] = None,
     precision: Annotated[PrecisionName | None, typer.Option(help="Other precision than it was trained in.")] = None,
+    probe: Annotated[
+        Literal["knn", "linear"] | None,
+        typer.Option(help="Measure its features instead: by the nearest training images, or by logistic regression on these."),
+    ] = None,
+    k: Annotated[int | None, typer.Option("--k", min=1, help="Of --probe knn: number of neighbours; left out, 20.")] = None,
     device: DeviceOption = "auto",
     workers: WorkersOption = None,
     accept_changes: AcceptOption = False,
@@ -834,13 +845,22 @@ def evaluate(
     format_: FormatOption = "table",
     runs: RunsOption = Path("runs"),
 ) -> int:
-    """Measure a student again, from its file alone; verdict: whether that is what was recorded."""
+    """Measure a student again, from its file alone; verdict: whether that is what was recorded. With --probe its features are measured."""
     from .device import resolve_device
     from .runner import evaluate as measure
+    from .runner.evaluate import probe as measure_features
     from .runner.evaluate import weights_path
 
+    if k is not None and probe is None:
+        raise UserError(f"--k {k} belongs to --probe knn; give that too, or leave it out")
     changes = Changes(accept_changes)
     path, changed = weights_path(target, runs, changes)
+    if probe is not None:
+        how: dict[str, Any] = {"dataset": dataset, "k": k, "precision": precision, "workers": workers, "changes": changes}
+        with trust.code(trust_code):
+            figures = measure_features(path, resolve_device(device), probe, **how)
+        talk.answer(tables.render([figures._asdict()], format_, figures._fields))
+        return 0
     with trust.code(trust_code):
         measured = measure(
             path, resolve_device(device), dataset=dataset, precision=precision, workers=workers, changed=changed, changes=changes

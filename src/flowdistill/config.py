@@ -36,6 +36,7 @@ LARGEST_IMAGE = 1 << 27  # pixels
 LARGEST_SIDE = math.isqrt(LARGEST_IMAGE)
 SEAL = "seal"  # key of a run.json
 NETWORKS = ("student", "teacher", "init_from", "peer")  # keys that name one
+NO_LABELS = "none"  # the data set of a run on unlabelled images alone
 LOADER = "loader"  # scheme of loaders that were given from Python; the hash of both follows
 
 BASELINE = "base"  # the method that learns from the labels alone, with which others are compared
@@ -132,8 +133,10 @@ class DataConfig(Frozen):
     ``crop=shift`` moves the image in a reflected border, ``crop=resized`` enlarges a random box of it (Inception crop); left out it is
     ``resized`` where the images are streamed, else ``shift``. ``size``, ``channels``, ``skip_broken``, ``batches`` and ``label`` say how
     image files are read. ``unlabelled`` are images without labels, ``folder:PATH`` or ``npz:PATH``, that are drawn into the batches
-    beside the others: the task does not see them. These, ``crop`` and ``randaugment`` are dumped only where they are not the default, as
-    ``train.mixup`` and ``train.label_smoothing`` are: runs that were recorded before these keys came stay comparable.
+    beside the others: the task does not see them. Alone, without a ``name`` (or with the name ``none``), they are all that is trained on:
+    nothing has a label then, and the student learns what a teacher's features teach it. ``unlabelled``, ``crop`` and ``randaugment`` are
+    dumped only where they are not the default, as ``train.mixup`` and ``train.label_smoothing`` are: runs that were recorded before these
+    keys came stay comparable.
     """
 
     name: str = "cifar10"
@@ -156,9 +159,22 @@ class DataConfig(Frozen):
         return (scheme := scheme_of(self.name)) is not None and scheme.from_python
 
     @property
+    def no_labels(self) -> bool:
+        """Whether the unlabelled images are all there is."""
+        return self.name == NO_LABELS
+
+    @property
     def without_unlabelled(self) -> DataConfig:
-        """The same without the unlabelled images and what is said of them alone."""
+        """The same without the unlabelled images and what is said of them alone, unless there are no others."""
+        if self.no_labels:
+            return self
         return self.model_copy(update={"unlabelled": None, "skip_broken": self.skip_broken and _has_files(self.name)})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unlabelled_alone(cls, values: Any) -> Any:
+        alone = isinstance(values, dict) and values.get("unlabelled") is not None and "name" not in values
+        return {**values, "name": NO_LABELS} if alone else values
 
     @field_validator("unlabelled")
     @classmethod
@@ -175,13 +191,22 @@ class DataConfig(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _no_labels_need_images(self) -> DataConfig:
+        if self.no_labels and self.unlabelled is None:
+            raise ValueError(f"name={NO_LABELS} stands for unlabelled images alone; give these as unlabelled, or name a data set")
+        if self.no_labels and self.stream:
+            raise ValueError("stream=true: unlabelled images are held in memory; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _files_have_a_size(self) -> DataConfig:
         keys = {"size", "channels", "stream"} | ({"skip_broken"} if not _has_files(self.unlabelled) else set())
         about_files = self.model_dump(include=keys)
-        if about_files and not _has_files(self.name):
+        if about_files and not _has_files(self.unlabelled if self.no_labels else self.name):
             key, value = next(iter(about_files.items()))
             of_files = [SCHEMES[name].written for name in SCHEMES if SCHEMES[name].files]
-            raise ValueError(f"{key}={value} belongs to {joined(of_files, 'and')}, not to {self.name}; leave it out")
+            given = self.unlabelled if self.no_labels else self.name
+            raise ValueError(f"{key}={value} belongs to {joined(of_files, 'and')}, not to {given}; leave it out")
         if self.label is not None and ((scheme := scheme_of(self.name)) is None or not scheme.columns):
             tables = [SCHEMES[name].written for name in SCHEMES if SCHEMES[name].columns]
             raise ValueError(f"label={self.label} belongs to {joined(tables, 'and')}, not to {self.name}; leave it out")
@@ -440,9 +465,19 @@ class RunConfig(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _loaders_do_it_themselves(self) -> RunConfig:
+    def _images_can_be_used_so(self) -> RunConfig:
         if self.data.user_loaders and self.split == "holdout":
             raise ValueError("split=holdout: a loader's images are not held out; give the held-out ones as val_loader, with split=full")
+        if self.data.no_labels and self.split == "holdout":
+            raise ValueError("split=holdout: the held-out images choose the epoch by their labels, and there are none; use split=full")
+        if self.data.no_labels and self.probe:
+            raise ValueError("probe=true: a classifier is fitted to labels, and there are none; leave it out, or name a labelled data set")
+        if self.data.no_labels and self.train.mixup and self.train.mixup is not True:
+            raise ValueError(f"train.mixup={self.train.mixup:g} mixes labels too, and there are none; set train.mixup=true")
+        if self.data.no_labels and self.train.cutmix:
+            raise ValueError(f"train.cutmix={self.train.cutmix:g} mixes labels too, and there are none; leave it out")
+        if self.data.no_labels and self.train.class_weights != "none":
+            raise ValueError("train.class_weights: no image has a class; leave it out, or name a labelled data set")
         if self.data.user_loaders and self.train.mixup:
             raise ValueError(f"train.mixup={str(self.train.mixup).lower()}: a loader's images are not mixed; mix them in the loader")
         if self.data.user_loaders and self.train.cutmix:

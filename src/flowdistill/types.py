@@ -189,11 +189,11 @@ class Batch:
     """What a step knows besides the images.
 
     Attributes:
-        labels: [N] class numbers; None if the images are mixed, or drawn from a set in which some have none.
+        labels: [N] class numbers; None if the images are mixed, or drawn from a set in which some or all have none.
         indices: [N] positions in the training set, for a mixed image that of its first; None outside of training.
         epoch: scalar, 0-based epoch of the whole run, on the device; None outside of training.
         peers: outputs of the students that teach this one and are taught by it, in train mode and with their gradients.
-        targets: what the task's loss is computed from if not from ``labels``; never given to a method.
+        targets: what the task's loss is computed from if not from ``labels``; never given to a method. Without either there is no task.
     """
 
     labels: Tensor | None

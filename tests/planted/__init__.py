@@ -1,6 +1,6 @@
 """Bugs to be planted into the package, each with the check that must catch it: the suite itself is tested (test_planted.py)."""
 
-from . import capturing, checking, keeping, losses, networks, reading, remembering, sharing, training, travelling
+from . import capturing, checking, keeping, losses, networks, probing, reading, remembering, sharing, training, travelling
 from .bug import BUGS, Bug
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "keeping",
     "losses",
     "networks",
+    "probing",
     "reading",
     "remembering",
     "sharing",

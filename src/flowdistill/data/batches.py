@@ -132,7 +132,7 @@ class DeviceData:
         padded: uint8 [n, H+2p, W+2p, C] training images; in the host's memory if the device has no room for them.
         resident: whether the device holds them.
         labels: [n] their labels, ``NO_LABEL`` for those that have none.
-        num_labelled: how many have a label; these come first.
+        num_labelled: how many have a label; these come first. Without any there is no task, and there are no images to measure on.
         train_eval: the labelled training images, neither padded nor cropped.
         test: the test images.
         epoch_images: the images that every epoch is measured on: ``test`` of a full run, the held-out tenth of a holdout run.
@@ -147,7 +147,7 @@ class DeviceData:
         train_positions = trained_positions(data.y_train, split)
         held_out = np.setdiff1d(np.arange(len(data.y_train)), train_positions)
         images, labels = part(data.x_train, train_positions), data.y_train[train_positions]
-        self.num_labelled = len(train_positions)
+        self.num_labelled = len(train_positions) if data.classes else 0
         self.normalisation = Normalisation.measured(images, labels)
         self.normalise = self.normalisation.on(device)
         if data.unlabelled is not None:
@@ -160,7 +160,7 @@ class DeviceData:
         self.epoch_images: EvalSet = (
             self._eval_set(part(data.x_train, held_out), data.y_train[held_out]) if split == "holdout" else self.test
         )
-        if not len(self.epoch_images):
+        if split == "holdout" and not len(self.epoch_images):
             raise UserError(f"--holdout: a tenth of each class of {data.name} is no image; give it at least 5 images a class")
 
     def _eval_set(self, images: Images | Pictures, labels: Labels) -> EvalSet:
@@ -307,7 +307,7 @@ class SeedBatches:
     @property
     def _made_whole(self) -> bool:
         """Whether the whole batch is made before a rank takes its part: an image's partner or a label to count may be in another's."""
-        return self.ranks.several and (self.mixed or self.weights is not None or self.data.num_labelled < len(self.data.labels))
+        return self.ranks.several and (self.mixed or self.weights is not None or 0 < self.data.num_labelled < len(self.data.labels))
 
     def shown(self, step: int) -> slice:
         """The positions in the epoch's order of a step's images, as far as they are made here."""
@@ -361,7 +361,7 @@ class SeedBatches:
 
     def _known(self, indices: Tensor, epoch: Tensor, share: Tensor | None = None) -> Batch:
         """What a step knows of its images: their labels if each has one and is not mixed, else the task's targets, if there is a task."""
-        if self.mixup is True:
+        if self.mixup is True or not self.data.num_labelled:
             return Batch(None, indices, epoch)
         labels = self.data.labels[indices]
         known = labels if share is None and self.data.num_labelled == len(self.data.labels) else None

@@ -54,8 +54,8 @@ class ImageData:
     Attributes:
         name: as tables print it.
         x_train, x_test: uint8 [N, H, W, C], or ``Pictures`` that give them when indexed.
-        y_train, y_test: int64 [N], classes 0 to K-1.
-        classes: K.
+        y_train, y_test: int64 [N], classes 0 to K-1; without labels ``NO_LABEL`` each, and no test image.
+        classes: K; 0 if nothing has a label.
         pad: width in pixels of the reflected border that the random crop moves in.
         flip: whether training images are mirrored at random.
         crop: how training images are cropped: ``shift`` moves them in the border, ``resized`` enlarges a box of them.

@@ -2,7 +2,7 @@
 
 from .answers import class_names, kept_answers
 from .compare import LOCAL, MAY_DIFFER, baseline_key, flattened, is_baseline, newest, ranks_apart
-from .folders import EXPORTS, JOURNAL, PREDICTIONS, PROBE_FILE, RECORD, STUDENT_FILE, files_of, sealed, sealing
+from .folders import EXPORTS, JOURNAL, PREDICTIONS, PROBE_FILE, RECORD, STUDENT_FILE, files_of, own_files, sealed, sealing
 from .rows import COLUMNS, DAMAGED, Epoch, Run, stored
 from .schema import MIGRATIONS
 from .store import NAME, Ledger
@@ -30,6 +30,7 @@ __all__ = [
     "is_baseline",
     "kept_answers",
     "newest",
+    "own_files",
     "ranks_apart",
     "sealed",
     "sealing",

@@ -20,6 +20,11 @@ def kept_answers(run: Run, ledger: Ledger) -> Kept:
     path = ledger.run_folder(run.no) / PREDICTIONS
     if run.status != "finished":
         raise UserError(f"run {run.no} is {run.status}, so it has no figures by class; a finished run has")
+    if run.backbone:
+        raise UserError(
+            f"run {run.no} left a backbone: no classifier, and so no answers and no accuracy; its features are measured by "
+            f"{advice.probe(run.no, ledger.folder)}"
+        )
     again = f"{advice.command('evaluate', run.no, runs=ledger.folder)} measures it again"
     try:
         kept = unpacked(path)

@@ -13,16 +13,24 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checks import pass_on_shortage, told_by_path
 from ..config import SEAL, record_seal
+
+if TYPE_CHECKING:
+    from .rows import Run
 
 STUDENT_FILE, RECORD, PREDICTIONS = "student.safetensors", "run.json", "predictions.npz"
 PROBE_FILE = "probe.safetensors"  # the classifier that was fitted on the teacher's features, where one was
 JOURNAL, EXPORTS, LOCK_FILE = "journal.jsonl", "exports.json", ".lock"
 _TRACES = re.compile(r"student\.safetensors|run\.json|predictions\.npz|journal\.jsonl|checkpoint.*\.safetensors")
 _NUMBER = re.compile(r"[1-9][0-9]{0,17}")
+
+
+def own_files(run: Run) -> tuple[str, ...]:
+    """What a finished run has in its folder; what is exported comes beside it. A backbone has no answers to keep."""
+    return (STUDENT_FILE, *([] if run.backbone else [PREDICTIONS]), RECORD)
 
 
 def numbers(folder: Path) -> list[int]:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ..config import NO_LABELS
+
 STATUSES = ("running", "finished", "failed", "interrupted")  # as they are recorded
 DEAD, DAMAGED = "dead", "damaged"  # as they are read: running by nobody; a row that does not say what a row must
 
@@ -70,6 +72,11 @@ class Run:
     def accuracy(self) -> float | None:
         """Percent of the test images that the shipped weights get right."""
         return None if self.correct is None or not self.images else 100 * self.correct / self.images
+
+    @property
+    def backbone(self) -> bool:
+        """Whether it finished without a label: it left a network without a classifier, which has no accuracy."""
+        return self.status == "finished" and self.config.get("data", {}).get("name") == NO_LABELS
 
     @property
     def top5_accuracy(self) -> float | None:

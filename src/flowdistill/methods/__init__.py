@@ -9,7 +9,7 @@ import importlib
 import pkgutil
 
 from .base import METHODS, Method, MethodOptions, Needs, Phase
-from .compose import WITHOUT_LABELS, Composed, ResolvedMethod, build, get, mutual_names, parts, resolve
+from .compose import OF_FEATURES, WITHOUT_LABELS, Composed, ResolvedMethod, build, get, lacking_labels, mutual_names, parts, resolve
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -17,6 +17,7 @@ METHODS.sort()
 
 __all__ = [
     "METHODS",
+    "OF_FEATURES",
     "WITHOUT_LABELS",
     "Composed",
     "Method",
@@ -26,6 +27,7 @@ __all__ = [
     "ResolvedMethod",
     "build",
     "get",
+    "lacking_labels",
     "mutual_names",
     "parts",
     "resolve",

@@ -17,11 +17,12 @@ from ..checks import UserError, did_you_mean, joined
 from ..config import parse_as
 from ..types import Batch, DataSpec, MethodContext, NetSpec, Outputs
 from . import base
-from .base import Method, MethodOptions, Phase
+from .base import Method, MethodOptions, Needs, Phase
 from .per_teacher import OfOne, terms_of
 from .standardise import PREFIX, standardised
 
 WITHOUT_LABELS = "kd"  # a method that looks at no labels, as messages name one
+OF_FEATURES = "radio or seed_kd"  # methods that look at neither labels nor logits, likewise
 
 
 def get(name: str) -> type[Method]:
@@ -135,17 +136,19 @@ def build(resolved: ResolvedMethod, *, student: NetSpec, teacher: NetSpec | None
     Raises:
         ValueError: this student and this teacher can't be paired, or one gives something else than logits.
     """
-    # A teacher without a classifier is paired as if it had one for the student's classes; then methods that use it are refused, all alike.
-    backbone = teacher is not None and not teacher.classes
-    paired = replace(teacher, classes=student.classes) if teacher is not None and backbone else teacher
-    networks = {"student": student, "teacher": paired, "data": data}
+    # A network without a classifier is paired as if it had one for the other's classes; then methods that use it are refused, all alike.
+    backbone, alone = teacher is not None and not teacher.classes, not student.classes
+    classes = student.classes or (teacher.classes if teacher is not None else 0) or 2
+    paired = replace(teacher, classes=classes) if teacher is not None and (backbone or alone) else teacher
+    networks = {"student": replace(student, classes=classes), "teacher": paired, "data": data}
     methods = [method for name, options in resolved.options.items() for method in _made(get(name), options, networks)]
     if student.altered:
         raise ValueError(f"student {student.name}: {student.altered}")
     if teacher is not None:
         for method in methods:
-            if backbone and (method.needs.logits or "head" in method.needs.context):
-                raise ValueError(_without_classifier(method.name, teacher.name, networks))
+            if (backbone or alone) and not _of_features(method.needs):
+                whose = f"teacher {teacher.name}" if backbone else f"student {student.name}"
+                raise ValueError(_without_classifier(method.name, whose, networks))
             for one in teacher.parts or (teacher,):
                 _refuse_other_logits(method, one)
     return methods[0] if len(methods) == 1 else Composed(methods)
@@ -162,7 +165,10 @@ def _made(cls: type[Method], options: MethodOptions, networks: Mapping[str, Any]
         return [cls(options, **networks)]
     of_each = []
     for number, (own_student, one) in enumerate(zip(student.parts, teacher.parts, strict=True), 1):
-        pair = {"student": replace(own_student, labels=student.labels), "teacher": replace(one, classes=one.classes or student.classes)}
+        pair = {
+            "student": replace(own_student, classes=student.classes, labels=student.labels),
+            "teacher": replace(one, classes=one.classes or student.classes),
+        }
         of_each.append(OfOne(cls(options, **{**networks, **pair}), number, teacher.parts))
     if of_each[0].needs.logits:
         why = f"it uses the logits of each teacher beside its features, and {teacher.name} gives the mean of its logits alone"
@@ -170,18 +176,38 @@ def _made(cls: type[Method], options: MethodOptions, networks: Mapping[str, Any]
     return list(of_each)
 
 
-def _without_classifier(method: str, teacher: str, networks: Mapping[str, Any]) -> str:
-    """Why a method can't learn from a teacher that has no classifier, and which methods can, with this pair."""
+def _of_features(needs: Needs) -> bool:
+    """Whether a method can do without logits: it asks for no classifier of the teacher, and compares none of the student's."""
+    return not needs.logits and "head" not in needs.context
+
+
+def lacking_labels(resolved: ResolvedMethod) -> str:
+    """Why a method can't be used where no image has a label, as messages say it; empty if nothing but a need of logits can hinder it."""
+    for name, options in resolved.options.items():
+        cls = get(name)
+        if not cls.uses_teacher or cls.mutual or cls.uses_labels:
+            return f"method {name!r} learns from labels or from a student's own logits"
+        if cls.shipped_model(options, "student", "teacher") != "student":
+            return f"method {name!r} ships its teacher's classifier"
+    phase = next((phase.name for phase in resolved.phases if not {*resolved.counted(phase)} - {"task"}), "")
+    return f"method {resolved.name!r} has the phase {phase!r} for the task alone" if phase else ""
+
+
+def _without_classifier(method: str, whose: str, networks: Mapping[str, Any]) -> str:
+    """Why a method can't be used where a network has no classifier, and which methods can, with this pair."""
 
     def works(name: str) -> bool:
         try:
             needs = _made(get(name), get(name).Options(), networks)[0].needs
         except ValueError:
             return False
-        return get(name).uses_teacher and not get(name).mutual and not needs.logits and "head" not in needs.context
+        if unlabelled and lacking_labels(resolve(name, {}, {})):
+            return False
+        return get(name).uses_teacher and not get(name).mutual and _of_features(needs)
 
+    unlabelled = not networks["data"].classes
     others = [name for name in base.METHODS if works(name)]
-    return f"{method}: teacher {teacher} gives features and has no classifier, and {method} uses its logits; use {joined(others, 'or')}"
+    return f"{method}: {whose} gives features and has no classifier, and {method} uses its logits; use {joined(others, 'or')}"
 
 
 def _refuse_other_logits(method: Method, teacher: NetSpec) -> None:

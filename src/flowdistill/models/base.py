@@ -22,6 +22,14 @@ from .state import shape_buffers
 CAM = "cam"
 
 
+class NoClassifier(nn.Module):
+    """Stands where a network without a classifier has none: features [N, D] -> logits [N, 0]."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """See the class."""
+        return features[:, :0]
+
+
 class Network(nn.Module):
     """A network as training sees it: called on images [N, C, H, W] it gives Outputs with the taps it was built for.
 
@@ -217,8 +225,10 @@ class ImageFactory:
                 _, channels, height, width = maps[tap].shape
                 taps.append(TapSpec(tap, channels, height, width, path, net.norms.get(tap, "")))
             _, width_of_embedding, height, width = last.shape
-            taps.append(TapSpec(CAM, data.classes, height, width, net.head))
-            self._specs[key] = NetSpec(self.name, tuple(taps), width_of_embedding, data.classes, net.head, version=net.taps_version)
+            head = net.head if data.classes else ""
+            if head:
+                taps.append(TapSpec(CAM, data.classes, height, width, head))
+            self._specs[key] = NetSpec(self.name, tuple(taps), width_of_embedding, data.classes, head, version=net.taps_version)
         return self._specs[key]
 
     def tapped(self, data: DataSpec, table: Mapping[str, str]) -> NetSpec:
@@ -253,8 +263,11 @@ class ImageFactory:
         return InputSpec()
 
     def network(self, data: DataSpec) -> ImageNetwork:
-        """The network for such data, which does not know its taps yet."""
-        return self.make(data.channels, data.classes)
+        """The network for such data, which does not know its taps yet; for 0 classes it has no classifier."""
+        net = self.make(data.channels, data.classes or 1)
+        if not data.classes:
+            net.set_submodule(net.head, NoClassifier())
+        return net
 
     def build(self, data: DataSpec, spec: NetSpec, taps: tuple[str, ...]) -> ImageNetwork:
         """The network with fresh weights."""

@@ -151,18 +151,20 @@ class Foreign(Network):
             raise UserError(f"{self.spec.name} did not call its classifier {self.spec.head} on this batch; switch off what skips it")
 
 
-def surveyed(net: nn.Module, name: str, channels: int, height: int, width: int, classes: int | None = None) -> Survey:
+def surveyed(
+    net: nn.Module, name: str, channels: int, height: int, width: int, classes: int | None = None, *, bare: bool = False
+) -> Survey:
     """What a dry run of a module shows.
 
     Args:
-        classes: as of ``survey``.
+        classes, bare: as of ``survey``.
 
     Raises:
         UserError: the module can't take such images, or is no classifier, and gives no features either where these are allowed.
     """
     try:
         with seeded(0, "survey"), torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
-            return survey(net, channels, height, width, classes)
+            return survey(net, channels, height, width, classes, bare=bare)
     except FAILURES as error:  # of the network's own code
         reason = first_line(error) if isinstance(error, ValueError | RuntimeError) else summary(error)
         raise UserError(f"{name}: no classifier of images of {channels}x{height}x{width}: {reason}") from None
@@ -261,7 +263,8 @@ class ForeignFactory:
             with self.neighbours.at_hand(), seeded(0, "survey"), torch.device("cpu"), torch.compiler.set_stance("force_eager"):
                 net = self.network(data)
                 self._contents[key] = contents(net, exact=False) if self.code else ""  # before it runs, and may keep what it saw
-                dry_run = surveyed(net, self.name, data.channels, data.height, data.width, data.classes)
+                bare = not data.classes and self.name.startswith("timm:")  # which leaves the classifier of any network out
+                dry_run = surveyed(net, self.name, data.channels, data.height, data.width, data.classes, bare=bare)
                 dry_run.channels_last = takes_channels_last(net, data.channels, data.height, data.width)
             if dry_run.head and dry_run.classes != data.classes and not self.in_memory:
                 raise UserError(

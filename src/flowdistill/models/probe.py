@@ -59,9 +59,10 @@ def _in_training(net: Network, images: Tensor) -> Iterator[tuple[str, list[float
     moved = [value.detach().double().flatten() for _, value in sorted(net.named_buffers()) if value.is_floating_point()]
     yield "buffers", _signature(torch.cat(moved)) if moved else [0.0]
     weights = [(name, parameter) for name, parameter in net.body.named_parameters() if parameter.requires_grad]
-    if outputs.logits.requires_grad:
-        direction = torch.randn(outputs.logits.shape, generator=torch.Generator().manual_seed(1))
-        gradients = torch.autograd.grad((outputs.logits * direction).sum(), [weight for _, weight in weights], allow_unused=True)
+    answer = outputs.logits if outputs.logits.shape[1] else outputs.embedding
+    if answer.requires_grad:
+        direction = torch.randn(answer.shape, generator=torch.Generator().manual_seed(1))
+        gradients = torch.autograd.grad((answer * direction).sum(), [weight for _, weight in weights], allow_unused=True)
         for index in sorted({round(index * (len(weights) - 1) / (GRADIENTS - 1)) for index in range(GRADIENTS)}):
             gradient = gradients[index]
             yield f"gradient {weights[index][0]}", _signature(torch.zeros(1) if gradient is None else gradient)

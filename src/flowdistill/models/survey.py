@@ -78,7 +78,7 @@ class Survey:
         return NetSpec(name, self.taps, self.embedding, self.classes, self.head, self.overstepped, altered=self.altered, apart=self.apart)
 
 
-def survey(net: nn.Module, channels: int, height: int, width: int, classes: int | None = None) -> Survey:
+def survey(net: nn.Module, channels: int, height: int, width: int, classes: int | None = None, *, bare: bool = False) -> Survey:
     """Run a network on random images of this size, and once more on larger ones if it takes them: they tell stages apart best.
 
     Its modes and buffers stay as they were.
@@ -86,6 +86,7 @@ def survey(net: nn.Module, channels: int, height: int, width: int, classes: int 
     Args:
         classes: the number of logits that a classifier would give here. What gives another number of values and has no classifier gives
             features. Default: the network must have a classifier.
+        bare: whether its maker left its classifier out, so that whatever it gives are features, also of a linear layer.
 
     Raises:
         ValueError: it gives no logits [N, K], or they are not those of a linear layer on a vector, or it gives others when it is asked
@@ -97,17 +98,17 @@ def survey(net: nn.Module, channels: int, height: int, width: int, classes: int 
         before = buffers(net)
         calls, output, overwrites, draws_always = watch(net, *size)
         unsettled = buffers(net) != before
-    answer_of: Callable[[Any], Tensor] = logits_of
-    pooling = None
+    pooling = pooling_of(output, net, height, width) if bare else None
     head: Call | None = None
-    try:
-        logits = logits_of(output)
-        fitting = candidates(calls, logits)
-    except ValueError:
-        if classes is None or 0 < classes == _width(output):
-            raise
-        pooling = pooling_of(output, net, height, width)
-        answer_of = pooling.__call__
+    if pooling is None:
+        try:
+            logits = logits_of(output)
+            fitting = candidates(calls, logits)
+        except ValueError:
+            if classes is None or 0 < classes == _width(output):
+                raise
+            pooling = pooling_of(output, net, height, width)
+    answer_of: Callable[[Any], Tensor] = pooling.__call__ if pooling else logits_of
     with _as_it_was(net):
         _refuse_forgetful(net, size, answer_of, answer_of(output))
     altered = ""

@@ -165,6 +165,8 @@ def measure(no: int, ledger: Ledger, device: torch.device, *, batch_size: int = 
         UserError: there is no such run, it is unfinished, or its student, data or teacher is gone or changed.
     """
     run = ledger.run(no)
+    if run.backbone:
+        kept_answers(run, ledger)  # refuses it
     config = validate(run.config)
     alone = baseline(run, ledger)
     student, data = resolve(str(no), ledger), _data(run, config, ledger)

@@ -39,6 +39,7 @@ from .references import NetworkRef
 from .several import Several
 from .watcher import Watcher
 
+NO_TASK = "no image has a label: there is no task and no accuracy, and what is trained is a backbone without a classifier"
 GRADIENT_LIMIT = 1000.0  # a term whose gradient is larger than this, relative to the task's, diverges
 
 
@@ -191,13 +192,14 @@ def check_start(cohort: Cohort, members: Sequence[Member], watcher: Watcher) -> 
     """Tell what students begin from, how good the teachers are and how large each term's first gradient is.
 
     Returns:
-        For each student by term: the size of the gradient relative to the task's.
+        For each student by term: the size of the gradient relative to the task's; the size itself if there is no task.
 
     Raises:
         UserError: a gradient is not finite, or so large that training would diverge.
     """
     lines: list[tuple[str, ...]] = [(_told_of_first_weights(member.job),) for member in members if member.job.student.init]
     lines += [(_told_of_teacher(member),) for member in members if member.job.teacher]
+    lines += [(NO_TASK,) for member in members if not member.student.has_classifier]
     lines += [_told_of_taps(member) for member in members]
     for line in itertools.chain(*dict.fromkeys(lines)):
         watcher.say(line)
@@ -243,12 +245,14 @@ def _told_of_teacher(member: Member) -> str:
 
 def _check_gradients(member: Member, ratios: Mapping[str, float], watcher: Watcher) -> None:
     weights = member.job.resolved.weights
+    task = member.student.has_classifier
     for term, ratio in ratios.items():
-        watcher.say(f"{member.job.label}: gradient of {term} on the first batch {ratio:.3g} x the task's (weight {weights[term]:g})")
+        size = f"{ratio:.3g} x the task's" if task else f"of norm {ratio:.3g}"
+        watcher.say(f"{member.job.label}: gradient of {term} on the first batch {size} (weight {weights[term]:g})")
         if not math.isfinite(ratio):
             why = "though images, teacher, student and the term itself are"
             raise UserError(f"{member.job.label}: the gradient of {term} on the first batch is not finite, {why}; choose another method")
-        if ratio > GRADIENT_LIMIT:
+        if task and ratio > GRADIENT_LIMIT:
             cure = weights[term] / ratio * 10
             raise UserError(
                 f"{member.job.label}: the gradient of {term} at weight {weights[term]:g} is {ratio:.3g} times the task's; over "

@@ -23,7 +23,7 @@ from ..training import linear_probe
 from ..training.engine_choice import choose
 from ..training.gradients import first_gradients
 from ..training.timing import seconds_per_epoch
-from .cohorts import GRADIENT_LIMIT
+from .cohorts import GRADIENT_LIMIT, NO_TASK
 from .estimate import unmeasured
 from .job import Job
 from .pairing import compared
@@ -60,6 +60,9 @@ def examine(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device, 
 
 def _findings(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device, watcher: Watcher) -> Iterator[Finding]:
     jobs, refused = _drafted(configs, ledger, device)
+    if not jobs and configs[0].data.no_labels:  # no baseline either
+        yield from refused
+        return
     first = jobs[0] if jobs else drafts([_alone(configs[0])], ledger, device)[0]
     yield _of_data(first.data)
     yield from refused
@@ -122,8 +125,11 @@ def _by_method(jobs: Sequence[Job]) -> dict[str, list[Job]]:
 
 
 def _of_data(data: ImageData) -> Finding:
-    spec, counts = data.spec, np.bincount(data.y_train, minlength=data.classes)
+    spec = data.spec
     size = f"{spec.channels}x{spec.height}x{spec.width}"
+    if not data.classes:
+        return Finding("data", "ok", f"{data.name}: {len(data.y_train):,} training images {size} without labels; {NO_TASK}")
+    counts = np.bincount(data.y_train, minlength=data.classes)
     summary = f"{data.name}: {len(data.y_train):,} training and {len(data.y_test):,} test images {size}, {data.classes} classes"
     if counts.max() <= UNEVEN * counts.min():
         return Finding("data", "ok", summary)
@@ -212,7 +218,8 @@ def _of_method(group: Sequence[Job], data: DeviceData) -> Iterator[Finding]:
         if not (job.teacher and job.teacher.weights is None):
             for member in members:
                 weights = member.job.resolved.weights
-                yield from (_of_gradient(name, term, ratio, weights[term]) for term, ratio in ratios[member.student].items())
+                task = member.student.has_classifier
+                yield from (_of_gradient(name, term, ratio, weights[term], task=task) for term, ratio in ratios[member.student].items())
         pixels = 0  # compiling takes too long here
         optimizer = job.config.train.optimizer
         cohort.engine = choose("auto", data.device, cohort.precision, pixels=pixels, resident=data.resident, optimizer=optimizer)
@@ -225,11 +232,13 @@ def _of_method(group: Sequence[Job], data: DeviceData) -> Iterator[Finding]:
     yield Finding(f"{name}: cost", "ok", f"{duration}; {memory}")
 
 
-def _of_gradient(method: str, term: str, ratio: float, weight: float) -> Finding:
-    line = f"weight {weight:g}: gradient {ratio:.3g} times the task's"
+def _of_gradient(method: str, term: str, ratio: float, weight: float, *, task: bool) -> Finding:
+    line = f"weight {weight:g}: gradient {ratio:.3g} times the task's" if task else f"weight {weight:g}: gradient of norm {ratio:.3g}"
     check = f"{method}: {term}"
     if not math.isfinite(ratio):
         return Finding(check, "wrong", f"{line}: not finite")
+    if not task:
+        return Finding(check, "ok" if ratio else "look", line if ratio else f"{line}; it trains nothing of the student")
     if ratio > GRADIENT_LIMIT:
         return Finding(check, "wrong", f"{line}; over {GRADIENT_LIMIT:g} training diverges: --set weights.{term}={weight / ratio * 10:.1g}")
     if ratio < FEEBLE:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from .. import models, trust
 from ..checks import Changes, UserError
-from ..config import parse_as
+from ..config import NO_LABELS, DataConfig, parse_as, scheme_of
 from ..data.batches import eval_set
 from ..data.dataset import ImageData
 from ..data.normalisation import Normalisation
@@ -21,11 +21,19 @@ from ..ledger import STUDENT_FILE, Ledger
 from ..models import Network
 from ..models.input_adapter import input_adapter
 from ..talk import Remarks
+from ..training import linear_probe
 from ..training.evaluate import evaluate as measure
+from ..training.nearest import NEIGHBOURS, TEMPERATURE, nearest_classes
 from ..training.student_file import StudentMetadata, trained_network
 from ..training.weights import fill, load_weights, refuse_misfit
 from .integrity import meet_changes, meet_damage, newer
 from .references import run_number
+
+ProbeName = Literal["knn", "linear"]
+PROBES: Mapping[ProbeName, str] = {
+    "knn": f"weighted k nearest neighbours, cosine, temperature {TEMPERATURE:g} (Wu et al. 2018)",
+    "linear": f"logistic regression, decay {linear_probe.DECAY:g} on standardised features",
+}
 
 
 class Measured(NamedTuple):
@@ -51,6 +59,28 @@ class Measured(NamedTuple):
     recorded: float | None
     data: str
     verdict: str
+
+
+class ProbedFigures(NamedTuple):
+    """What the features of a network are worth on a labelled data set, as a probe tells it.
+
+    Attributes:
+        probe: how the classes are found from the features.
+        n_train, n_test: number of images that the probe learnt from, and that it was measured on.
+        k: number of neighbours; None of a linear probe.
+        accuracy: percent of the test images.
+        precision: the arithmetic of the network.
+    """
+
+    model: str
+    dataset: str
+    probe: str
+    n_train: int
+    n_test: int
+    k: int | None
+    correct: int
+    accuracy: float
+    precision: str
 
 
 class Named(NamedTuple):
@@ -109,9 +139,10 @@ def load_fitting(path: Path, about: StudentMetadata, dataset: str | None, remark
     Raises:
         UserError: the data can't be read, or have other sizes, classes or names of classes.
     """
-    config = about.data.model_copy(update={"name": dataset or about.data.name})
-    data = load(config, remarks)
+    data = load(_named_data(about, dataset), remarks)
     shape = (data.spec.channels, data.spec.height, data.spec.width)
+    if about.backbone and shape == about.input:
+        return data
     if (*shape, data.classes) != (*about.input, about.classes):
         raise UserError(
             f"{path} was trained on {'x'.join(map(str, about.input))} images of {about.classes} classes; {data.name} has "
@@ -125,6 +156,91 @@ def load_fitting(path: Path, about: StudentMetadata, dataset: str | None, remark
             f"{path} was trained on other classes than {data.name} has ({trained_label!r} where that has {other_label!r}); name them alike"
         )
     return data
+
+
+def _named_data(about: StudentMetadata, dataset: str | None) -> DataConfig:
+    """The data of a student's training, or others of its images' size. Files are read as those were, those of a backbone resized to it.
+
+    Raises:
+        UserError: the others have no labels.
+    """
+    if dataset is None:
+        return about.data
+    if dataset == NO_LABELS:
+        raise UserError(f"--dataset {dataset}: it has no labels to measure anything by; name a labelled data set")
+    config = about.data.model_copy(update={"name": dataset, "limit_train": None})
+    if not about.backbone or (scheme := scheme_of(dataset)) is None or not scheme.files:
+        return config.without_unlabelled
+    channels, height, width = about.input
+    return config.without_unlabelled.model_copy(update={"size": height if height == width else None, "channels": channels})
+
+
+def probe(
+    path: Path,
+    device: torch.device,
+    how: ProbeName,
+    *,
+    dataset: str | None = None,
+    k: int | None = None,
+    precision: str | None = None,
+    workers: int | None = None,
+    changes: Changes | None = None,
+) -> ProbedFigures:
+    """The accuracy on all test images of a probe of the network's pooled features, which learns from the training images.
+
+    All images are normalised as in the network's training, and neither cropped nor mirrored. Of more than 50,000 training images every
+    second, third, ... is taken.
+
+    Args:
+        how: ``knn``, weighted k nearest neighbours by cosine similarity; ``linear``, logistic regression.
+        dataset: labelled images. Default: those that the student was trained on.
+        k: number of neighbours. Default: 20.
+
+    Raises:
+        UserError: the file or the data can't be read, the data have no labels or other sizes, a feature is not finite, or there are fewer
+            training images than k.
+    """
+    changes = changes or Changes()
+    if how == "linear" and k is not None:
+        raise UserError(f"--k {k} belongs to --probe knn; leave it out")
+    net, about = load_network(path, changes)
+    if dataset is None and (about.backbone or about.data.user_loaders):
+        raise UserError(f"--probe {how}: {path} was trained on images that have no labels here; name a labelled data set with --dataset")
+    data = load(_named_data(about, dataset), changes)
+    shapes = [(data.spec.channels, data.spec.height, data.spec.width), about.input]
+    if shapes[0] != shapes[1]:
+        theirs, ours = ("x".join(map(str, shape)) for shape in shapes)
+        raise UserError(f"{path} was trained on {ours} images; {data.name} has {theirs}; choose a data set of that shape")
+    n_train = -(-len(data.x_train) // -(-len(data.x_train) // linear_probe.IMAGES))
+    if how == "knn" and (k or NEIGHBOURS) > n_train:
+        raise UserError(f"--probe knn: k={k or NEIGHBOURS} neighbours of {n_train:,} training images; set --k lower")
+    arithmetic = resolve_precision(precision or about.precision, device)
+    net, normalise = net.on(device), Normalisation(about.mean, about.std).on(device)
+    parts = ((data.x_train, data.y_train, linear_probe.IMAGES), (data.x_test, data.y_test, len(data.x_test)))
+    with computing(device):
+        (features, labels), (asked, true) = (
+            linear_probe.features_of(net, eval_set(images, numbers, normalise, device, workers), device, arithmetic, at_most)
+            for images, numbers, at_most in parts
+        )
+        if not (features.isfinite().all() and asked.isfinite().all()):
+            raise UserError(f"{path}: its features of these images are not finite; is the file whole?")
+        if how == "knn":
+            classes = nearest_classes(asked, features, labels, data.classes, k or NEIGHBOURS)
+        else:
+            weight, bias = linear_probe.logistic_regression(features, labels, data.classes)
+            classes = (asked @ weight.T + bias).argmax(1)
+    correct = int((classes == true).sum())
+    return ProbedFigures(
+        model=about.model,
+        dataset=data.name,
+        probe=PROBES[how],
+        n_train=len(labels),
+        n_test=len(true),
+        k=(k or NEIGHBOURS) if how == "knn" else None,
+        correct=correct,
+        accuracy=100 * correct / len(true),
+        precision=arithmetic,
+    )
 
 
 def evaluate(
@@ -148,6 +264,9 @@ def evaluate(
     """
     changes = changes or Changes()
     net, about = load_network(path, changes)
+    if about.backbone:
+        raise UserError(f"{path} is a backbone without a classifier, so without accuracy; measure its features: --probe knn --dataset NAME")
+    assert about.correct is not None
     data = load_fitting(path, about, dataset, changes)
     if about.data.user_loaders and dataset is None:
         raise UserError(f"{path} was trained on a loader's images, which only Python has; Result.card() measures it on them")

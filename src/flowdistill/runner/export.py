@@ -31,13 +31,14 @@ from ..registry import Registry
 from ..training.evaluate import answering
 from ..training.student_file import StudentMetadata
 from ..training.weights import refuse_misfit, serialised, write_whole
+from ..types import Outputs
 from .evaluate import load_fitting, load_network
 
 IMAGES = 64  # test images that a file is compared on, all at once and one by one
 TOLERANCE = 1e-4  # of the largest logit's size
 CALIBRATION = 512  # training images, the same share of each class, that int8 ranges are read from
 OPSET = 18  # of ONNX: its first with all that the networks need, read by onnxruntime since 1.14
-AXIS, INPUT, OUTPUT = "batch", "images", "logits"
+AXIS, INPUT, OUTPUT, FEATURES = "batch", "images", "logits", "features"
 METADATA = "flowdistill.json"
 
 Answer = Callable[[Tensor], Tensor]
@@ -50,6 +51,8 @@ class DeviationError(Exception):
 class Program(nn.Module):
     """Images uint8 [N, H, W, C] -> logits float32 [N, K]: the normalisation and the network in one, in eval mode and fp32.
 
+    A backbone, which has no classifier, gives its pooled features [N, D] in their place.
+
     Without a normalisation the images are float32 [N, C, H, W], as a loader gives them.
     """
 
@@ -59,9 +62,14 @@ class Program(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images -> logits [N, K]."""
-        logits: Tensor = self.net(self.normalise(images)).logits
-        return logits
+        """Images -> logits [N, K], or the features of a backbone."""
+        outputs: Outputs = self.net(self.normalise(images))
+        return outputs.logits if self.net.spec.classes else outputs.embedding
+
+    @property
+    def output(self) -> str:
+        """What its answer is called."""
+        return OUTPUT if self.net.spec.classes else FEATURES
 
 
 def _as_they_are(images: Tensor) -> Tensor:
@@ -127,6 +135,8 @@ def export(
     _refuse_missing(to, form.needs)
     changes = changes or Changes()
     net, about = load_network(path, changes)
+    if int8 and about.backbone:
+        raise UserError(f"--int8: {path} is a backbone, and int8 is judged by an accuracy, which it has not; leave --int8 out")
     out = path.with_suffix(".int8.onnx" if int8 else form.suffix) if out is None else out.expanduser()
     _refuse_place(out, path)
     data = load_fitting(path, about, dataset, changes)
@@ -155,12 +165,14 @@ def _test_images(data: ImageData) -> tuple[Tensor, EvalSet]:
     if isinstance(data, UserLoaderData):
         test: EvalSet = UserLoaderSet(data, torch.device("cpu"))
         return torch.cat([images for images, _ in First(test, IMAGES).batches()]).contiguous(), test
-    return torch.from_numpy(data.x_test[:IMAGES]), eval_set(data.x_test, data.y_test, _as_they_are, torch.device("cpu"))
+    images = data.x_test if data.classes else data.x_train  # without labels there are no test images
+    return torch.from_numpy(images[:IMAGES]), eval_set(data.x_test, data.y_test, _as_they_are, torch.device("cpu"))
 
 
 def metadata(net: Network, about: StudentMetadata) -> dict[str, str]:
     """What every file says of itself, each value as JSON: model, classes, input (channels, height, width), mean and std of pixels in
-    0..1, the test accuracy of the run in percent, its data, and the classes' names where the student's file has them.
+    0..1, the test accuracy of the run in percent, its data, and the classes' names where the student's file has them. A backbone has 0
+    classes and no accuracy.
     """
     values: dict[str, Any] = {
         "model": about.model,
@@ -168,8 +180,8 @@ def metadata(net: Network, about: StudentMetadata) -> dict[str, str]:
         "input": about.input,
         "mean": about.mean,
         "std": about.std,
-        "accuracy": 100 * about.correct / about.images,
-        "data": about.data.name,
+        **({} if about.correct is None else {"accuracy": 100 * about.correct / about.images}),
+        "data": about.data.unlabelled if about.data.no_labels else about.data.name,
     }
     if net.about.get("labels"):
         values["labels"] = net.about["labels"]
@@ -198,11 +210,11 @@ def compare(program: Program, answer: Answer, images: Tensor, to: str) -> tuple[
     allowed, singles = TOLERANCE * expected.abs().max().item(), [image[None] for image in images]
     pairs = [(ask(answer, [images]), expected), (ask(answer, singles), ask(program, singles) if differs_alone else expected)]
     difference = max((actual - right).abs().max().item() for actual, right in pairs)
-    changed = max(int((actual.argmax(1) != right.argmax(1)).sum()) for actual, right in pairs)
+    changed = max(int((actual.argmax(1) != right.argmax(1)).sum()) for actual, right in pairs) if program.output == OUTPUT else 0
     if changed or not difference <= allowed:  # NaN is no agreement
         raise DeviationError(
-            f"the {to} file does not answer as the network does: on {len(images)} test images a logit differs by {difference:.2g} "
-            f"({allowed:.2g} is allowed), {changed} of the most probable classes differ; nothing was written"
+            f"the {to} file does not answer as the network does: on {len(images)} images one of its {program.output} differs by "
+            f"{difference:.2g} ({allowed:.2g} is allowed), {changed} of the most probable classes differ; nothing was written"
         )
     return difference, allowed
 
@@ -294,7 +306,7 @@ def _read_torch_export(content: bytes, _: Program) -> Answer:
 
 def _write_onnx(program: Program, image: Tensor, metadata: Mapping[str, str]) -> bytes:
     traced = _traced(program, image)
-    names: dict[str, Any] = {"input_names": [INPUT], "output_names": [OUTPUT], "dynamic_shapes": {INPUT: {0: AXIS}}}
+    names: dict[str, Any] = {"input_names": [INPUT], "output_names": [program.output], "dynamic_shapes": {INPUT: {0: AXIS}}}
     with _one_line(f"ONNX can't express {program.net.spec.name}", "--to torch-export or safetensors"):
         exported = torch.onnx.export(traced, **names, opset_version=OPSET, dynamo=True, verbose=False)
     assert exported is not None
@@ -313,13 +325,13 @@ def _with_metadata(content: bytes, metadata: Mapping[str, str]) -> bytes:
     return changed
 
 
-def _read_onnx(content: bytes, _: Program) -> Answer:
+def _read_onnx(content: bytes, program: Program) -> Answer:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+    return lambda images: torch.from_numpy(session.run([program.output], {INPUT: images.numpy()})[0])
 
 
 class _Calibration:

@@ -9,15 +9,13 @@ from typing import Any, Literal, NamedTuple
 from .. import models
 from ..checks import Changes, UserError
 from ..env import versions
-from ..ledger import DAMAGED, EXPORTS, NAME, PREDICTIONS, RECORD, STUDENT_FILE, Ledger, Run, files_of, sealed, sealing
+from ..ledger import DAMAGED, EXPORTS, NAME, PREDICTIONS, RECORD, STUDENT_FILE, Ledger, Run, files_of, own_files, sealed, sealing
 from ..models.code import file_hash
 from ..models.probe import Answers, difference, probe
 from ..training import checkpoint
 from ..training.student_file import trained_network
 from ..training.weights import Weights, fill, hash_weights, load_weights, write_whole
 from ..types import DataSpec
-
-OWN = (STUDENT_FILE, PREDICTIONS, RECORD)  # what every finished run has; what is exported comes beside it
 
 Verdict = Literal["as written", "changed", "gone", "not verified"]
 
@@ -61,7 +59,8 @@ def _examined(run: Run, folder: Path, ledger: Ledger, only: Sequence[str]) -> It
     if run.status != "finished":
         yield from _of_checkpoint(run, ledger)
         return
-    for name in OWN:
+    own = own_files(run)
+    for name in own:
         if not (folder / name).is_file():
             yield Finding(run.no, name, "gone")
     record = folder / RECORD
@@ -80,7 +79,7 @@ def _examined(run: Run, folder: Path, ledger: Ledger, only: Sequence[str]) -> It
     if exports.is_file():
         yield Finding(run.no, EXPORTS, "changed", "its seal") if exported is None else Finding(run.no, EXPORTS, "as written")
     for name, known in (files_of(contents) | files_of(exported)).items():
-        if (not only or name in only) and ((folder / name).is_file() or name not in OWN):
+        if (not only or name in only) and ((folder / name).is_file() or name not in own):
             yield _compared(run, folder, name, known)
 
 
@@ -147,7 +146,7 @@ def meet_damage(run: Run, ledger: Ledger) -> str:
 
 def missing(run: Run, ledger: Ledger) -> str:
     """Why a finished run is as good as not there: a file of its own is gone or changed; else empty."""
-    broken = next((finding for finding in examine(run, ledger, OWN) if not finding.sound), None)
+    broken = next((finding for finding in examine(run, ledger, own_files(run)) if not finding.sound), None)
     return f"{broken.file} is {'gone' if broken.verdict == 'gone' else 'not what it wrote'}" if broken else ""
 
 

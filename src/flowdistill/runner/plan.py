@@ -136,7 +136,7 @@ class _Loader:
     def __call__(self, config: DataConfig) -> ImageData:
         if config not in self._loaded:
             data = load(config, self._remarks)
-            if config.unlabelled is not None and data.unlabelled is None:
+            if config.unlabelled is not None and data.unlabelled is None and not config.no_labels:
                 data = replace(data, unlabelled=load_unlabelled(config, data, self._remarks))
             self._loaded[config] = data
         return self._loaded[config]
@@ -155,8 +155,11 @@ def _resolve_method(config: RunConfig) -> ResolvedMethod:
     """
     refuse_uneven(config.train.batch_size, config.train.accumulate)
     refuse_optimizer(config.train)
-    _refuse_labels(config)
-    resolved = methods.resolve(config.method, config.options, config.weights, max(1, len(config.teachers)))
+    if config.data.no_labels:
+        resolved = _resolve_without_labels(config)
+    else:
+        _refuse_labels(config)
+        resolved = _filled(config, config.weights)
     if resolved.uses_teacher and config.teacher is None:
         raise UserError(f"method {resolved.name!r} needs a teacher: --teacher MODEL, RUN or FILE")
     if (smoothing := config.train.label_smoothing) and not resolved.weights["task"]:
@@ -164,6 +167,27 @@ def _resolve_method(config: RunConfig) -> ResolvedMethod:
     if config.train.class_weights != "none" and not resolved.weights["task"]:
         raise UserError("train.class_weights weighs the classes in the task, but weights.task=0; raise that, or leave class_weights out")
     return resolved
+
+
+def _resolve_without_labels(config: RunConfig) -> ResolvedMethod:
+    """The method where no image has a label: with the weight 0 for the task, which needs them.
+
+    Raises:
+        UserError: a part of it needs labels or another classifier, it has a phase for the task alone, or the task is given a weight.
+    """
+    images = f"data.unlabelled={config.data.unlabelled} without a data set: no image has a label"
+    cure = f"use methods on a teacher's features, such as {methods.OF_FEATURES}, or name a labelled data set (--dataset)"
+    resolved = _filled(config, config.weights)
+    if reason := methods.lacking_labels(resolved):
+        raise UserError(f"{images}, but {reason}; {cure}")
+    if task := config.weights.get("task"):
+        raise UserError(f"{images}, but weights.task={task:g}; leave that out, or name a labelled data set (--dataset)")
+    return _filled(config, {**config.weights, "task": 0.0})
+
+
+def _filled(config: RunConfig, weights: Mapping[str, float]) -> ResolvedMethod:
+    """The method with these weights and all defaults, for as many teachers as are named."""
+    return methods.resolve(config.method, config.options, weights, max(1, len(config.teachers)))
 
 
 def _refuse_labels(config: RunConfig) -> None:
@@ -174,7 +198,7 @@ def _refuse_labels(config: RunConfig) -> None:
     if train.mixup is True:
         images, cure = "train.mixup=true: mixed images have no labels", "set train.mixup=false"
         refuse_users(users, images, cure)
-        if task := methods.resolve(config.method, config.options, config.weights, max(1, len(config.teachers))).weights["task"]:
+        if task := _filled(config, config.weights).weights["task"]:
             raise UserError(f"{images}, but weights.task={task:g}; set weights.task=0, or {cure}")
         return
     for key, alpha, off in (("mixup", train.mixup, "false"), ("cutmix", train.cutmix, "0")):
@@ -224,6 +248,11 @@ def _planned(
     recipe = config.train.model_dump(mode="json") | {"precision": _precision(config, student, data, device)}
     query = TeacherQuery(config.data.without_unlabelled, data.hash, config.split, config.seed, init_hash, recipe, str(ledger.folder))
     refuse_contaminated(student, query)
+    if not data.classes and not student.spec(data.spec).embedding:
+        raise UserError(
+            f"student {student.model}: no image has a label, and asked for 0 classes it gives nothing; let it give features then, as the "
+            f"networks of timm and of this package do"
+        )
     teacher = None
     if resolved.uses_teacher and config.teacher is not None:
         teacher = teacher_of(config, query, ledger, data.spec, stand_in=stand_in)

@@ -68,7 +68,7 @@ def _of_cohort(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device
             "finished_run": previous.no if previous and previous.status == "finished" else None,
             "teacher": teacher,
             "taps": {role: {name: spec.tap(name).shape for name in sorted(taps)} for role, spec, taps in _tapped(member)},
-            "gradient_relative_to_task": ratios[member.student],
+            "gradient_relative_to_task" if member.student.has_classifier else "gradient": ratios[member.student],
             **_parts(job.config.train),
             "device": describe(device),
             "engine": {"name": cohort.engine.name, "why": cohort.engine.why},

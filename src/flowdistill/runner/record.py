@@ -90,7 +90,7 @@ def record_epoch(report: EpochReport, cohort: Cohort, members: Sequence[Member],
         member.train_seconds += report.train_seconds / len(present)
         member.eval_seconds += report.eval_seconds / len(present)
         phase = member.job.resolved.phases[report.phase].name
-        correct = None if progress.error else progress.correct
+        correct = None if progress.error or not images else progress.correct
         seconds = report.train_seconds + report.eval_seconds
         rows[member.no] = Epoch(report.epoch, phase, progress.lr, progress.terms, correct, images, seconds)
     ledger.add_epochs(rows)
@@ -99,7 +99,7 @@ def record_epoch(report: EpochReport, cohort: Cohort, members: Sequence[Member],
             ledger.update(member.no, status="failed", error=member.last.error, finished=now())
             watcher.say(f"run {member.no}: {member.job.label} {member.last.error}")
     best = max((row.correct for row in rows.values() if row.correct is not None), default=0)
-    watcher.epoch(f"epoch {report.epoch}/{cohort.epochs}, best {100 * best / images:.2f} %")
+    watcher.epoch(f"epoch {report.epoch}/{cohort.epochs}" + (f", best {100 * best / images:.2f} %" if images else ""))
     return [reported(no, row, cohort.epochs) for no, row in rows.items()]
 
 
@@ -113,24 +113,22 @@ def finish(member: Member, cohort: Cohort, ledger: Ledger, device: torch.device)
     """The shipped weights, measured on test, and on the held-out images if they were chosen by those; then the files, then the row."""
     student, job, data = member.student, member.job, cohort.data
     student.restore_chosen()
-    last = member.last.evaluation if member.last else None
-    final = evaluate(student.net, data.test, cohort.precision) if cohort.select or last is None else last
-    held_out = evaluate(student.net, data.epoch_images, cohort.precision) if cohort.select else None
-    kept = Kept(final.answers(data.spec.classes), held_out.answers(data.spec.classes) if held_out else None)
-    figures = kept.test.figures
+    kept = _answers(member, cohort) if student.has_classifier else None
     weights = student.net.state_dict()
     folder = ledger.run_folder(member.no)
-    about = _metadata(job, student.net, data, figures.correct, device).record
+    about = _metadata(job, student.net, data, kept.test.figures.correct if kept else None, device).record
     save_weights(folder / STUDENT_FILE, weights, about, make_folder=False)
-    write_whole(folder / PREDICTIONS, packed(kept), make_folder=False)
-    files = [STUDENT_FILE, PREDICTIONS, JOURNAL]
+    files = [STUDENT_FILE, JOURNAL]
+    if kept is not None:
+        write_whole(folder / PREDICTIONS, packed(kept), make_folder=False)
+        files.insert(1, PREDICTIONS)
     if member.teacher and member.teacher.probe:
         save_weights(folder / PROBE_FILE, member.teacher.probe, {"accuracy": member.teacher.accuracy}, make_folder=False)
         files.append(PROBE_FILE)
     images = cohort.seed_groups[0].batches.steps * job.config.train.batch_size * sum(job.phase_epochs)
     values: dict[str, Any] = {
         "epoch": student.chosen_epoch,
-        **figures._asdict(),
+        **(kept.test.figures._asdict() if kept else {}),
         "train_seconds": member.train_seconds,
         "eval_seconds": member.eval_seconds,
         "images_per_second": images / member.train_seconds,
@@ -143,22 +141,32 @@ def finish(member: Member, cohort: Cohort, ledger: Ledger, device: torch.device)
     if not cohort.select:
         curve = ledger.epochs(member.no)
         best = max(curve, key=lambda epoch: (epoch.correct or 0, -epoch.epoch))
-        values |= {"best_epoch": best.epoch, "best_correct": best.correct}
+        values |= {"best_epoch": best.epoch if kept else student.chosen_epoch, "best_correct": best.correct}
     record = dataclasses.asdict(ledger.run(member.no)) | values | {"status": "finished", "about": about}
     record |= {"files": listed(folder, files)}
     del record["record_hash"]
     ledger.write_record(member.no, lambda: write_record(folder, record), status="finished", **values)
 
 
+def _answers(member: Member, cohort: Cohort) -> Kept:
+    """What the shipped student answers to the test images and, if it was chosen by them, to the held-out ones."""
+    student, data = member.student, cohort.data
+    last = member.last.evaluation if member.last else None
+    final = evaluate(student.net, data.test, cohort.precision) if cohort.select or last is None else last
+    held_out = evaluate(student.net, data.epoch_images, cohort.precision) if cohort.select else None
+    return Kept(final.answers(data.spec.classes), held_out.answers(data.spec.classes) if held_out else None)
+
+
 def told(run: Run) -> str:
     """A finished run in one line."""
+    figures = "a backbone without a classifier" if run.accuracy is None else f"{run.accuracy:.2f} % of {run.images:,} test images"
     return (
-        f"run {run.no}: {run.method} {run.student} seed {run.seed}: {run.accuracy:.2f} % of {run.images:,} test images "
+        f"run {run.no}: {run.method} {run.student} seed {run.seed}: {figures} "
         f"in {run.precision} (epoch {run.epoch} of {run.nepoch}, {run.split} split), {run.train_seconds:.1f} s of training"
     )
 
 
-def _metadata(job: Job, net: Network, data: Supply, correct: int, device: torch.device) -> StudentMetadata:
+def _metadata(job: Job, net: Network, data: Supply, correct: int | None, device: torch.device) -> StudentMetadata:
     """What travels in the student's file."""
     adapter = net.input_adapter
     metadata = StudentMetadata(

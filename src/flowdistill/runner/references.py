@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import advice, models, trust
 from ..checks import Changes, UserError, is_there
-from ..config import BASELINE, DataConfig, InputConfig, Role, RunConfig, model_name
+from ..config import BASELINE, DataConfig, InputConfig, Role, RunConfig, model_name, validate
 from ..data.dataset import ImageData
 from ..data.normalisation import Normalisation
 from ..ledger import STUDENT_FILE, Ledger, Run, newest, ranks_apart
@@ -33,6 +33,7 @@ from ..types import DataSpec, NetSpec
 from .integrity import meet_changes, meet_damage
 
 NO_CLASSIFIER = "no classifier"
+AS_MADE = "with the weights that its code makes, random ones if it makes none"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class NetworkRef:
         taps: a table of taps that the user gave, name -> where it is found.
         published: where its weights are published ones, all that is known of these.
         probed: whether a linear probe of its embedding gives its logits, instead of its own classifier.
+        backbone: whether its weights are those of a network without a classifier, as its file says.
     """
 
     model: str
@@ -71,6 +73,7 @@ class NetworkRef:
     taps: Mapping[str, str] = field(default_factory=dict)
     published: Published | None = None
     probed: bool = False
+    backbone: bool = False
 
     @property
     def each(self) -> tuple[NetworkRef, ...]:
@@ -86,9 +89,9 @@ class NetworkRef:
     def seen(self, data: DataSpec) -> DataSpec:
         """The data as the network was made for: in its size, and with as many classes as its classifier has rows, 0 if it has none."""
         data = self._sized(data)
-        if self.head and self.published and not self.published.classes:
+        if self.head and (self.backbone or (self.published and not self.published.classes)):
             return replace(data, classes=0)
-        spec = models.spec(self.model, data)
+        spec = models.spec(self.model, replace(data, classes=data.classes or 2))  # where its classifier is, if it has one
         head = [value for name, value in (self.weights or {}).items() if name.startswith(f"{spec.head}.")]
         matrices = [value for value in head if value.dim() > 1 and value.numel() == len(value) * spec.embedding]  # whatever their names
         rows = next((len(value) for value in matrices), 0)
@@ -104,6 +107,11 @@ class NetworkRef:
             return self
         renamed, made_of = replace(self, weights=dict(weights)), f"file:{hash_weights(weights)}"
         return replace(renamed, init=made_of) if self.init else replace(renamed, fingerprint=made_of)
+
+    def as_made(self, data: DataSpec) -> NetworkRef:
+        """With the weights that its own code gives it, which its fingerprint is made of then: the code may read them from anywhere."""
+        weights = self.build(data).state_dict()
+        return replace(self, weights=weights, fingerprint=f"file:{hash_weights(weights)}")
 
     def _sized(self, data: DataSpec) -> DataSpec:
         """The data in the sizes that the network was made for."""
@@ -124,6 +132,8 @@ class NetworkRef:
         classes = replace(self, head=True).seen(data.spec).classes
         if not classes or (not self.init and not models.spec(self.model, self.seen(data.spec)).classes):
             return NO_CLASSIFIER
+        if not data.classes:
+            return "the images have no labels"
         if classes != data.classes:
             return f"{classes} classes, the data has {data.classes}"
         ours = self.labels
@@ -138,6 +148,13 @@ class NetworkRef:
         Raises:
             UserError: a student that is to go on with its own classifier has another number of classes, or other names for them.
         """
+        if not data.classes:
+            if self.seen(data.spec).classes:
+                raise UserError(
+                    f"{'init_from' if self.init else 'student'} {self.origin}: it has a classifier, which no image here has a label for; "
+                    f"name a run that was trained without labels, or begin from fresh weights"
+                )
+            return self
         if self.init:
             return replace(self, head=not self.other_classes(data))
         if (other := self.other_classes(data)) == NO_CLASSIFIER:
@@ -261,6 +278,7 @@ def _from_file(path: Path, model: str | None, changes: Changes, otherwise: str |
         init_hash=stated.init_hash,
         trained_on=stated.trained_on,
         labels=stated.labels,
+        backbone=stated.backbone,
         origin=str(path),
         input_spec=stated.input_spec or models.declared_input_spec(models.canonical(named)),
     )
@@ -281,7 +299,11 @@ def _of_run(run: Run, ledger: Ledger, fingerprint: str) -> NetworkRef:
         fingerprint = f"file:{hash_weights(weights)}/{other}"
     trained_on = TrainedOn(run.config["data"]["name"], run.split, run.data_hash)
     input_spec = stated.input_spec or InputSpec()
-    return NetworkRef(model, weights, run.no, fingerprint, run.init_hash, trained_on, stated.labels, f"run {run.no}", input_spec=input_spec)
+    return NetworkRef(
+        *(model, weights, run.no, fingerprint, run.init_hash, trained_on, stated.labels, f"run {run.no}"),
+        input_spec=input_spec,
+        backbone=stated.backbone,
+    )
 
 
 def first_weights(config: RunConfig, ledger: Ledger) -> NetworkRef:
@@ -319,6 +341,7 @@ def _beginning(student: NetworkRef, source: NetworkRef) -> NetworkRef:
         init_hash="",
         input_spec=sees,
         published=source.published,
+        backbone=source.backbone,
     )
 
 
@@ -328,7 +351,8 @@ def as_configured(network: NetworkRef, config: RunConfig, role: Role, data: Data
     declared = InputSpec() if config.data.user_loaders else network.input_spec  # a loader's images are taken as they come
     input_spec = InputSpec(input_config.channels, input_config.size, input_config.size, input_config.mean, input_config.std).over(declared)
     probed = config.probe and role == "teacher"
-    return replace(network, taps=config.taps.get(role, {}), input_spec=input_spec, probed=probed).fitted(data)
+    configured = replace(network, taps=config.taps.get(role, {}), input_spec=input_spec, probed=probed)
+    return configured.as_made(data) if network.origin == AS_MADE else configured.fitted(data)
 
 
 @dataclass(frozen=True)
@@ -377,6 +401,8 @@ def choose_teacher(reference: str, query: TeacherQuery, ledger: Ledger, *, stand
     if not by_name(reference):
         return _named_teacher(reference, query, ledger)
     model = models.canonical(reference)
+    if query.data.no_labels:
+        return _as_made(model)
     runs = _trained(model, query, ledger)
     for offset in range(len(runs)):
         run = runs[(query.seed + 1 + offset) % len(runs)]
@@ -395,6 +421,8 @@ def choose_teacher(reference: str, query: TeacherQuery, ledger: Ledger, *, stand
 
 def recorded_teacher(reference: str, run: Run, ledger: Ledger) -> NetworkRef:
     """The teacher that a run began with; where one was chosen by name, that one, whatever was trained since."""
+    if by_name(reference) and validate(run.config).data.no_labels:
+        return _as_made(models.canonical(reference))
     if run.teacher_run is None or not by_name(reference):
         return resolve(reference, ledger)
     return _of_run(ledger.run(run.teacher_run), ledger, run.teacher_fingerprint)
@@ -403,6 +431,20 @@ def recorded_teacher(reference: str, run: Run, ledger: Ledger) -> NetworkRef:
 def by_name(reference: str) -> bool:
     """Whether a reference is the name of a model alone."""
     return run_number(reference) is None and not is_published(reference) and _of_weights(reference)[1] is None
+
+
+def _as_made(model: str) -> NetworkRef:
+    """A teacher by its name alone where nothing could be trained on labels: own code makes it, and may have weights for it.
+
+    Raises:
+        UserError: its maker gives fresh weights.
+    """
+    if not models.own_code(model):
+        raise UserError(
+            f"teacher={model}: no image has a label, so none was trained on these images; name a run, a weights file ({model}@FILE) or "
+            f"published weights, such as timm:NAME@pretrained"
+        )
+    return NetworkRef(model, origin=AS_MADE)
 
 
 def _named_teacher(reference: str, query: TeacherQuery, ledger: Ledger) -> NetworkRef:

@@ -81,7 +81,7 @@ class Progress:
         terms: mean of each unweighted term over the epoch's steps.
         lr: the rate of the epoch's last step.
         correct: number of right answers on the epoch's images.
-        evaluation: None if the student diverged.
+        evaluation: None if the student diverged, or if there is no image with a label to measure it on.
         error: why it was given up, or empty.
     """
 
@@ -177,11 +177,13 @@ def _measure(cohort: Cohort, epoch: int, epochs: int) -> dict[Student, Progress]
     with contextlib.ExitStack() as stack:
         for student in students:
             stack.enter_context(student.as_measured())
-        evaluations = cohort.engine.evaluate(students, cohort.data)
+        evaluations = cohort.engine.evaluate(students, cohort.data) if images else [None] * len(students)
     # A transfer waits for the device. Therefore all figures go into one tensor, and are read back below in the order in which they went in.
     figures = [teacher.drift() for teacher in teachers]
+    nothing = torch.zeros((), device=cohort.data.device)
     for student, evaluation in zip(students, evaluations, strict=True):
-        figures += [evaluation.correct, evaluation.unanswered, student.sound(), *student.tally.tensors]
+        counts = [evaluation.correct, evaluation.unanswered] if evaluation else [nothing, nothing]
+        figures += [*counts, student.sound(), *student.tally.tensors]
     values = iter(torch.cat([figure.float().reshape(-1) for figure in figures]).tolist())
     for teacher in teachers:
         teacher.check_mode()

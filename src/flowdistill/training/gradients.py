@@ -26,7 +26,7 @@ from .task import TASK
 def gradient_ratios(
     group: PeerGroup, images: Tensor, teacher_outputs: Outputs | None, batch: Batch, precision: Precision
 ) -> dict[Student, dict[str, float]]:
-    """The norm of each weighted term's gradient on its network's weights, relative to that of the task at weight 1.
+    """The norm of each weighted term's gradient on its network's weights, relative to that of the task at weight 1, if there is a task.
 
     The students stay as they were, with their batch statistics and what their methods remember.
 
@@ -62,7 +62,7 @@ def _ratios(group: PeerGroup, images: Tensor, student_terms: Sequence[dict[str, 
     for student, terms in zip(group, student_terms, strict=True):
         student.refuse_idle(terms)
         weights = [parameter for parameter in student.net.parameters() if parameter.requires_grad]
-        task = max(norm(terms.pop(TASK), weights), 1e-30)
+        task = max(norm(terms.pop(TASK), weights), 1e-30) if TASK in terms else 1.0
         ratios[student] = {term: norm(student.resolved.weights[term] * value, weights) / task for term, value in terms.items()}
     return ratios
 
@@ -103,7 +103,8 @@ def _failures_of(group: PeerGroup, images: Tensor) -> Iterator[None]:
 
 
 def first_gradients(cohort: Cohort) -> dict[Student, dict[str, float]]:
-    """Each student's gradient norms relative to the task's, on its first batch with a label; this changes nothing.
+    """Each student's gradient norms relative to the task's, on its first batch with a label; this changes nothing. Without labels they are
+    the norms themselves.
 
     A batch that would be mixed without labels is not mixed, for the task needs them.
 

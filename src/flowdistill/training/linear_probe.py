@@ -1,4 +1,4 @@
-"""Fit the linear probe of a frozen network: multinomial logistic regression on its embedding of the training images."""
+"""Fit a linear probe of a frozen network: multinomial logistic regression on its embedding of the training images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import UserError
-from ..data.interfaces import Supply
+from ..data.interfaces import EvalSet, Supply
 from ..device import Precision
 from ..models import Network
 from ..models.joined import Joined
@@ -57,7 +57,7 @@ def fit(net: Probed, data: Supply, precision: Precision) -> dict[str, Tensor]:
     Raises:
         UserError: a feature of these images is not finite.
     """
-    features, labels = _features(net, data, precision)
+    features, labels = features_of(net.backbone, data.train_eval, data.device, precision, at_most=IMAGES)
     if not features.isfinite().all():
         raise UserError(f"teacher {net.spec.name}: its features of the training images are not finite; mend it, or choose another")
     weight, bias = logistic_regression(features, labels, net.spec.classes)
@@ -68,15 +68,15 @@ def fit(net: Probed, data: Supply, precision: Precision) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _features(net: Probed, data: Supply, precision: Precision) -> tuple[Tensor, Tensor]:
-    """Embeddings [n, D], float64 on the CPU, and labels [n] of at most ``IMAGES`` training images."""
-    every, seen = -(-len(data.train_eval) // IMAGES), 0
+def features_of(net: Network, on: EvalSet, device: torch.device, precision: Precision, at_most: int) -> tuple[Tensor, Tensor]:
+    """Embeddings [n, D] in eval mode, float64 on the CPU, and labels [n] of at most so many images."""
+    every, seen = -(-len(on) // at_most), 0
     features, labels = [], []
-    for step, (images, of_batch) in enumerate(data.train_eval.batches()):
+    for step, (images, of_batch) in enumerate(on.batches()):
         chosen = torch.arange(-seen % every, len(of_batch), every, device=of_batch.device)
         seen += len(of_batch)
-        with answering(net, "probe", step, data.device):
-            features.append(teach(net.backbone, images[chosen], precision).embedding.double().cpu())
+        with answering(net, "probe", step, device):
+            features.append(teach(net, images[chosen], precision).embedding.double().cpu())
         labels.append(of_batch[chosen].cpu())
     return torch.cat(features), torch.cat(labels)
 

@@ -72,10 +72,11 @@ class Student:
         name, when = self.net.spec.name, "on the first batch, before any step"
         if not self.sound():
             raise UserError(f"student {name}: its {self.broken_parts()[0]} is not finite; is its file whole?")
-        if not outputs.logits.detach().amax(1).isfinite().all():  # one may rule classes out by -inf
-            raise UserError(f"student {name}: its logits are not finite {when}, though its weights are; mend it, or choose another")
+        answer, what = (outputs.logits, "logits") if self.has_classifier else (outputs.embedding, "features")
+        if not answer.detach().amax(1).isfinite().all():  # one may rule classes out by -inf
+            raise UserError(f"student {name}: its {what} are not finite {when}, though its weights are; mend it, or choose another")
         if broken := [term for term, value in terms.items() if not value.isfinite()]:
-            whose = "what teacher and student give is" if self.method.uses_teacher else "its logits are"
+            whose = "what teacher and student give is" if self.method.uses_teacher else f"its {what} are"
             cure = f"give {self.resolved.name} other options, or choose another method or student"
             raise UserError(f"{self.resolved.name} {name}: {are(broken)} not finite {when}, though {whose}; {cure}")
 
@@ -110,9 +111,14 @@ class Student:
         self.optimizer = build_optimizer(self.net, self.method, self.phase, self.train)
         self.average = None if self.train.ema is None else Average(self.net, self.train.ema)
         self.weights = self.resolved.counted(self.phase)
-        task = () if self.train.mixup is True else (TASK,)
+        task = () if self.train.mixup is True or not self.has_classifier else (TASK,)
         terms = (*task, *self.method.terms) if self.needs_teacher or not self.method.uses_teacher else task
         self.tally = Tally(terms, self.teacher_output_names, next(self.net.parameters()).device)
+
+    @property
+    def has_classifier(self) -> bool:
+        """Whether it gives logits. Without them it is a backbone, which no labels teach."""
+        return self.net.spec.classes > 0
 
     @property
     def teacher_output_names(self) -> tuple[str, ...]:

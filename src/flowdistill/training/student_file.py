@@ -18,6 +18,7 @@ from ..models.input_adapter import InputSpec
 from ..types import DataSpec
 
 Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
+CountOrNone = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 
 
 class InputImages(BaseModel):
@@ -64,10 +65,10 @@ class StudentMetadata(InputImages):
     """What a student's file says: enough to build it, feed it and measure it again. ``input``, ``mean`` and ``std`` are the data's.
 
     Attributes:
-        model: the network's name, and ``classes`` the number of its logits.
+        model: the network's name, and ``classes`` the number of its logits; 0 if it is a backbone, which has no classifier.
         labels: the classes' names in the order of the logits; data without names has none.
         data, data_hash, split: what it was trained on.
-        precision, correct, images: its accuracy on test, and the arithmetic of that measurement.
+        precision, correct, images: its accuracy on test, and the arithmetic of that measurement. A backbone has no accuracy: None of 0.
         init_hash, fingerprint, seed: of its run.
         front: the images that the network itself takes, if they are not the data's.
         network: a ``TrainedNetwork``. Version 0.1.0 wrote none, nor the two that follow.
@@ -75,14 +76,14 @@ class StudentMetadata(InputImages):
     """
 
     model: str
-    classes: Count
+    classes: CountOrNone
     labels: tuple[str, ...] = ()
     data: DataConfig
     data_hash: str
     split: str = ""
     precision: Literal["bf16", "fp32"]
-    correct: int = Field(ge=0, strict=True)
-    images: Count
+    correct: Annotated[int, Field(ge=0, strict=True)] | None
+    images: CountOrNone
     init_hash: str = ""
     fingerprint: str = ""
     seed: int = 0
@@ -96,6 +97,17 @@ class StudentMetadata(InputImages):
         if self.labels and len(self.labels) != self.classes:
             raise ValueError(f"labels must have {self.classes} names, one a class")
         return self
+
+    @model_validator(mode="after")
+    def _a_classifier_is_measured(self) -> Self:
+        if self.classes and (self.correct is None or not self.images):
+            raise ValueError("a network with classes says how many of how many images it gets right")
+        return self
+
+    @property
+    def backbone(self) -> bool:
+        """Whether it has no classifier."""
+        return not self.classes
 
     @property
     def own_images(self) -> InputImages:
@@ -134,6 +146,7 @@ class Statement:
     Attributes:
         metadata: all that it says.
         model: the network's name, or what stands there.
+        backbone: whether it says that it has no classifier.
         labels: the names of its classes; empty if it has none.
         init_hash: of the weights it began with; empty if unknown.
         trained_on: None if unknown.
@@ -145,6 +158,10 @@ class Statement:
     @property
     def model(self) -> Any:  # noqa: D102
         return self.metadata.get("model")
+
+    @property
+    def backbone(self) -> bool:  # noqa: D102
+        return self.metadata.get("classes") == 0
 
     @property
     def labels(self) -> tuple[str, ...]:  # noqa: D102

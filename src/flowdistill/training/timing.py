@@ -44,6 +44,8 @@ def seconds_per_epoch(cohort: Cohort, steps: int = 5) -> float:
 def _evaluation_seconds(cohort: Cohort) -> float:
     """Seconds to evaluate every student on all images, from its second batch; the first warms up."""
     data, started = cohort.data, 0.0
+    if not len(data.epoch_images):
+        return 0.0
     part = First(data.epoch_images, at_once(data.spec.height, data.spec.width, data.device))
     for _ in range(2):
         started = time.perf_counter()

@@ -11,9 +11,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 
+import numpy as np
+
 from ...checks import UserError, did_you_mean
 from ...config import DataConfig, scheme_of, written_schemes
 from ...talk import Remarks, unheard
+from ...types import NO_LABEL
 from ..dataset import ImageData, Unlabelled, part
 from ..splits import stratified
 from .base import READERS, SOURCES, UNLABELLED_READERS, Source
@@ -52,6 +55,8 @@ def load(config: DataConfig, remarks: Remarks | None = None) -> ImageData:
         data = READERS[scheme.name](config, remarks or unheard())
         if scheme.from_python:
             return data
+    elif config.no_labels:
+        data = _without_labels(config, remarks)
     elif config.name in SOURCES:
         data = SOURCES[config.name].read(config.root.expanduser())
     else:
@@ -69,6 +74,16 @@ def load(config: DataConfig, remarks: Remarks | None = None) -> ImageData:
     flip = data.flip if config.flip is None else config.flip
     data = replace(data, pad=pad, flip=flip, crop=crop, randaugment=config.randaugment)
     return data if config.limit_train is None else _limited(data, config.limit_train)
+
+
+def _without_labels(config: DataConfig, remarks: Remarks | None) -> ImageData:
+    """The images of ``data.unlabelled`` as a data set of its own: no labels, no classes, no test images."""
+    source = str(config.unlabelled)
+    scheme = scheme_of(source)
+    assert scheme is not None, "the config was validated"
+    found = UNLABELLED_READERS[scheme.name](config.model_copy(update={"name": source}), remarks or unheard())
+    none = np.zeros(0, np.int64)
+    return ImageData(found.name, found.images, np.full(len(found.images), NO_LABEL), found.images[:0], none, classes=0)
 
 
 def load_unlabelled(config: DataConfig, beside: ImageData, remarks: Remarks | None = None) -> Unlabelled:

@@ -21,7 +21,7 @@ from ...data import sources
 from ...data.batches import to_device
 from ...data.dataset import ImageData
 from ...device import computing, peak_memory, reset_peak_memory
-from ...ledger import PREDICTIONS, PROBE_FILE, RECORD, STUDENT_FILE, Epoch, Ledger, Run
+from ...ledger import PROBE_FILE, Epoch, Ledger, Run, own_files
 from ...ledger.folders import JOURNAL
 from ...ledger.rebuild import rebuild
 from ...training import checkpoint
@@ -191,7 +191,7 @@ class _TellingWatcher(Watcher):
 
 
 def _finished(run_: Run, ledger: Ledger) -> Finished:
-    folder, files = ledger.run_folder(run_.no), (STUDENT_FILE, PREDICTIONS, RECORD, *[PROBE_FILE] * run_.config.get("probe", False))
+    folder, files = ledger.run_folder(run_.no), (*own_files(run_), *[PROBE_FILE] * run_.config.get("probe", False))
     contents = {name: (folder / name).read_bytes() for name in files if run_.status == "finished"}
     return Finished(vars(run_), [vars(epoch) for epoch in ledger.epochs(run_.no)], contents)
 

@@ -25,6 +25,7 @@ from flowdistill.ledger.merge import merge
 from flowdistill.methods import Needs
 from flowdistill.models.joined import Joined, joined_spec, student_of
 from flowdistill.randomness import seeded
+from flowdistill.report import tables
 from flowdistill.runner import Watcher, card, run
 from flowdistill.runner.plan import plan
 from flowdistill.runner.several import SHARE, Several
@@ -222,6 +223,8 @@ def test_a_run_knows_its_teachers(taught: Ledger, small_npz: Path) -> None:
         f"teacher resnet14+resnet8x4 (run 1 + run 2): {right:.2f} % of the test images by the mean of their logits (shares 0.5, 0.5); "
         f"alone {alone[0]:.2f} %, {alone[1]:.2f} %; all give the same class for {alike:.2f} %"
     )
+    (row,) = [row for row in tables.summary_rows(taught.runs(), "last") if row["method"] == "at+kd"]
+    assert (row["pair"], row["teachers"]) == ("ResNet14+ResNet8x4>>8", "2 together")
     measured = card.measure(done.no, taught, CPU)
     assert measured.columns[0].parameters == sum(taught.run(no).parameters for no in (1, 2))
     assert measured.columns[0].score is not None

@@ -229,6 +229,8 @@ def test_seeds_are_one_group_and_recipes_are_not() -> None:
         ("nets/a1.py:Small", "nets/a2.py:Small", "nets/a2.py:Small>>nets/a1.py:Small"),
         ("timm:resnet18", "timm:resnet34", "timm:resnet34>>timm:resnet18"),
         ("nets.py:Small", "resnet20", "ResNet20>>nets.py:Small"),
+        ("resnet20", "resnet20+resnet56", "ResNet20+ResNet56>>20"),
+        ("vgg8", "resnet20+timm:resnet34", "ResNet20+timm:resnet34>>VGG8"),
     ],
 )
 def test_a_pair_is_printed_student_behind_teacher(student: str, teacher: str, shown: str) -> None:

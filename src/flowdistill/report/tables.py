@@ -18,6 +18,7 @@ from rich.cells import cell_len, set_cell_size
 
 from .. import advice
 from ..checks import UserError, defused
+from ..config import each_network
 from ..ledger import Run, baseline_key, flattened, is_baseline, newest
 from ..metrics import TOP
 from ..stats import CONFIDENCE, MIN_N, Difference, sample_std, welch
@@ -136,13 +137,13 @@ def group(runs: Sequence[Run], protocol: str, metric: str = TOP1) -> list[Group]
 
 
 def pair(run: Run) -> str:
-    """``ResNet110>>20`` (teacher>>student), ``ResNet110>>VGG8`` across families, ``ResNet20`` without a teacher. A library's or
-    a file's network stands as it is named.
+    """``ResNet110>>20`` (teacher>>student), ``ResNet110>>VGG8`` across families, ``ResNet20+ResNet56>>20`` of two teachers together,
+    ``ResNet20`` without a teacher. A library's or a file's network stands as it is named.
     """
     student = _display(run.student)
     if run.teacher == "-":
         return student
-    teacher = _display(run.teacher)
+    teacher = "+".join(map(_display, each_network(run.teacher)))
     split = [re.fullmatch(r"([^\d:]+)(\d[^:]*)", name) for name in (teacher, student)]
     same_family = split[0] and split[1] and split[0][1] == split[1][1]
     return f"{teacher}>>{split[1][2] if same_family and split[1] else student}"
@@ -282,6 +283,8 @@ def _images(group_: Group) -> str:
 def _teachers(group_: Group) -> str:
     if group_.first.teacher == "-":
         return "no teacher"
+    if (together := sum(role.startswith("teacher") for role in group_.first.networks or {})) > 1:
+        return f"{together} together"
     count = len({run.teacher_run for run in group_.runs})
     return "one teacher" if count == 1 else f"{count} teachers"
 

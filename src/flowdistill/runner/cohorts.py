@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import models
+from .. import advice, models
 from ..checks import UserError
 from ..data.batches import to_device
 from ..data.interfaces import Supply
@@ -27,6 +27,7 @@ from ..training.evaluate import evaluate
 from ..training.gradients import first_gradients
 from ..training.method_context import gather
 from ..training.student import SeedGroup, Student
+from ..training.task import TASK
 from ..training.teacher import Teacher
 from ..types import MethodContext
 from .job import Job, other_side, weights_seed
@@ -35,6 +36,7 @@ from .plan import cohorts
 from .watcher import Watcher
 
 GRADIENT_LIMIT = 1000.0  # a term whose gradient is larger than this, relative to the task's, diverges
+LOUD, FAINT = 10.0, 0.01  # over, the task is hardly heard; under, the term does next to nothing
 
 
 @dataclass
@@ -202,7 +204,10 @@ def _told_of_teacher(member: Member) -> str:
 def _check_gradients(member: Member, ratios: Mapping[str, float], watcher: Watcher) -> None:
     weights = member.job.resolved.weights
     for term, ratio in ratios.items():
-        watcher.say(f"{member.job.label}: gradient of {term} on the first batch {ratio:.3g} x the task's (weight {weights[term]:g})")
+        advised = f"; over {LOUD:g} x: {advice.propose_weights()}" if ratio > LOUD * weights[TASK] > 0 else ""
+        watcher.say(
+            f"{member.job.label}: gradient of {term} on the first batch {ratio:.3g} x the task's (weight {weights[term]:g}){advised}"
+        )
         if not math.isfinite(ratio):
             why = "though images, teacher, student and the term itself are"
             raise UserError(f"{member.job.label}: the gradient of {term} on the first batch is not finite, {why}; choose another method")

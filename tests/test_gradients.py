@@ -260,7 +260,17 @@ def test_terms_that_can_not_be_compared(
 def test_what_training_refuses_is_wrong(look: Look) -> None:
     verdict, said = told(look(method="at", weights={"at": 1e9}), "at: at")
     assert verdict == "wrong"
-    assert re.search(r", [\d.e+]+ x on the whole network: over 1000 x training diverges; --set weights.at=[\d.]+ would equal it$", said)
+    assert re.search(
+        r", [\d.e+]+ x the task's at weight 1 on the whole network: over 1000 x training diverges; --set weights.at=[\d.]+ would equal it$",
+        said,
+    )
+
+
+def test_what_training_refuses_is_wrong_without_a_task_too(look: Look) -> None:
+    verdict, said = told(look(method="at", weights={"at": 1e9, "task": 0.0}), "at: at")
+    assert verdict == "wrong"
+    assert "over 1000 x training diverges; --set weights.at=" in said
+    assert told(look(method="at", weights={"task": 0.0, **cured(said)["weights"]}), "at: at")[0] == "ok"
 
 
 def test_peers_have_a_line_each(look: Look) -> None:

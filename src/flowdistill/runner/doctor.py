@@ -37,6 +37,7 @@ from .teacher_diagnosis import another_order, ask, input_spec_of, listed, other_
 from .watcher import Watcher
 
 BATCHES = 8  # that tell how large a term's gradient is
+SHOWN = 11  # points of a curve of losses
 GROWS = 2  # times as strong in the last epoch as in the first: a term whose strength follows the epochs
 UNEVEN = 10  # times as many images of one class as of another
 
@@ -260,7 +261,9 @@ def _of_gradient(job: Job, term: str, on_all: float, late: Sequence[Pull], early
     if not of_task or not pulling:
         norm = weight * statistics.median(pull.norm for pull in late)
         why = "the task's is 0" if of_task else "the task is not trained beside it"
-        return "ok", f"its gradient has the norm {norm:.3g} (weight {weight:g}); {why}, so there is nothing to compare"
+        verdict, refused = _judged(1, on_all)
+        cure = f"; {advice.weight(term, weight / on_all)} would not" if refused else ""
+        return verdict, f"its gradient has the norm {norm:.3g} (weight {weight:g}){refused}{cure}; {why}, so there is nothing to compare"
     ratio = statistics.median(pull.norm / (of_task * pull.of_task) for pull in pulling)
     equal = "" if f"{weight * ratio:.2g}" == "1" else f"; {advice.weight(term, 1 / ratio)} would equal it"
     rest = f"; it is 0 on {len(late) - len(pulling)} of the first {len(late)} batches" if len(pulling) < len(late) else ""
@@ -274,7 +277,7 @@ def _of_gradient(job: Job, term: str, on_all: float, late: Sequence[Pull], early
 def _judged(ratio: float, on_all: float) -> tuple[Verdict, str]:
     """The verdict on a ratio, and why, as it stands after it."""
     if on_all > GRADIENT_LIMIT:
-        return "wrong", f", {on_all:.3g} x on the whole network: over {GRADIENT_LIMIT:g} x training diverges"
+        return "wrong", f", {on_all:.3g} x the task's at weight 1 on the whole network: over {GRADIENT_LIMIT:g} x training diverges"
     if ratio > LOUD:
         return "look", f", over {LOUD:g} x: the task is hardly heard"
     if 0 < ratio < FAINT:
@@ -299,12 +302,12 @@ def _of_rate(job: Job, cohort: Cohort) -> tuple[Verdict, str]:
     steps, train = cohort.seed_groups[0].batches.steps, job.config.train
     phase = f" of phase {job.resolved.phases[numbers[0]].name!r}" if len(job.resolved.phases) > 1 else ""
     round_again = f", the {steps:,} of an epoch again and again" if steps < len(means) else ""
-    shown = range(0, len(means), (rates.STEPS - 1) // 11)
+    shown = range(0, len(means), rates.STEPS // SHOWN)
     points = ", ".join(f"{means[step]:.3g} at {curve.rates[step]:.1e}" for step in shown)
     test = f"range test of {train.optimizer}, {len(means)} batches{phase}{round_again}, no schedule, {seconds:.1f} s"
     line = f"{test}; smoothed loss by rate: {points}"
     if (least := rates.least(curve)) is None:
-        end = f"diverged at the rate {curve.rates[-1]:.2g}" if rates.diverged(curve.losses) else f"went up to the rate {rates.LAST:g}"
-        return "look", f"the loss fell at no rate before training {end}, so none can be proposed; {line}"
+        end = "before training diverged at the rate" if rates.diverged(curve.losses) else "up to"
+        return "look", f"the loss fell at no rate {end} {curve.rates[-1]:.2g}, so none can be proposed; {line}"
     rate = least / rates.BELOW
     return "ok", f"{advice.rate(rate)}, a tenth of the rate of the least loss, {least:.2g}; {line}"

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
+from ..checks import FAILURES, UserError, pass_on_shortage
 from .cohort import Cohort
 from .engine import EagerEngine, restored_after
+from .student import Student
 
 FIRST, LAST, STEPS = 1e-6, 10.0, 100
 MEMORY = 0.8  # share of the running mean of losses that the next step keeps; fastai's 0.98 lags so far behind that it hides the least loss
@@ -51,13 +53,25 @@ def range_test(cohort: Cohort, phase: int = 0) -> Curve:
                 student.begin_epoch()
             part = torch.tensor(rates[start : start + steps], device=device)
             with contextlib.closing(engine.epoch(cohort.seed_groups, epoch, dict.fromkeys(students, part))) as stepping:
-                for _ in zip(part, stepping, strict=False):
-                    losses.append(sum(float(student.weighted(student.sums)) for student in students))
+                for _ in part:
+                    losses.append(_loss_of_next(stepping, students))
                     for student in students:
                         student.tally.reset()
                     if diverged(losses):
                         return Curve(rates[: len(losses)], losses)
     return Curve(rates, losses)
+
+
+def _loss_of_next(stepping: Iterator[None], students: Sequence[Student]) -> float:
+    """Take a step, and return the loss before it; NaN if a loss can't be computed, as one that decomposes matrices which are not finite."""
+    try:
+        next(stepping)
+    except UserError:
+        raise
+    except FAILURES as error:
+        pass_on_shortage(error)
+        return math.nan
+    return sum(float(student.weighted(student.sums)) for student in students)
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:

@@ -65,11 +65,11 @@ def test_the_rate_of_the_least_loss_is_numpys(bottom: float, shift: float, noise
 @pytest.mark.parametrize("shift", [0.0, -10.0])
 def test_it_has_diverged_where_the_smoothed_loss_is_four_times_its_best(shift: float) -> None:
     losses = np.full(40, 2.0) + shift
-    losses[20:] = 2.0 + shift + np.arange(20)
+    losses[20:] += 2.0 * np.arange(20)
     means = by_numpy(losses)
     expected = [mean > means[: step + 1].min() + 3 * abs(means[: step + 1].min()) for step, mean in enumerate(means)]
     assert [diverged(losses[: step + 1].tolist()) for step in range(40)] == expected
-    assert expected.index(True) == {0.0: 28}.get(shift, expected.index(True))
+    assert 22 < expected.index(True) < 39
     assert diverged([2.0, math.nan])
     assert diverged([math.inf])
 
@@ -168,6 +168,7 @@ def look(small_npz: Path, trained: Ledger, monkeypatch: pytest.MonkeyPatch) -> C
     """What is found of one method, with a range test of 30 steps; its time is not measured."""
     monkeypatch.setattr(doctor, "seconds_per_epoch", lambda _: 1.0)
     monkeypatch.setattr(rates, "STEPS", 30)
+    monkeypatch.setattr(rates, "PLATEAU", 6)
 
     def found(**keys: Any) -> list[Finding]:
         before = [(one.no, one.status) for one in trained.runs()]

@@ -78,8 +78,8 @@ def smoothed(losses: Sequence[float]) -> list[float]:
     """m_t / (1 - b^t) with m_t = b m_{t-1} + (1 - b) l_t, m_0 = 0 and b = ``MEMORY``: a mean of the losses so far, of late ones more."""
     mean, means = 0.0, list[float]()
     for step, loss in enumerate(losses, 1):
-        mean = MEMORY * mean + (1 - MEMORY) * loss
-        means.append(mean / (1 - MEMORY**step))
+        mean += (loss - mean) * (1 - MEMORY) / (1 - MEMORY**step)  # the same, and exact of equal losses
+        means.append(mean)
     return means
 
 

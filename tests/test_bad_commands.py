@@ -496,6 +496,7 @@ WRONG = [
     ),
     ("doctor --teacher resnet20 --dataset digits --label-smoothing 1", "train.label_smoothing=1.0: input should be less than 1"),
     ("doctor --teacher resnet20 --dataset digits --precision bf8", "--precision='bf8': not one of 'auto', 'bf16', 'fp32'"),
+    ("doctor --teacher resnet20 --dataset digits --rates=3", "Option '--rates' does not take a value (flowdistill --help)"),
     ("doctor --teacher resnet20 --dataset digits --holdout=1", "Option '--holdout' does not take a value (flowdistill --help)"),
     ("doctor --teacher resnet20 --dataset digits --recipe crdd", "unknown recipe 'crdd': did you mean 'crd'?"),
     ("doctor --teacher resnet20 --dataset digits --config none.toml", "--config none.toml: no such file"),

@@ -94,6 +94,27 @@ def sets(values: Mapping[str, Any]) -> list[str]:
     return [word for key, value in values.items() for word in ("--set", f"{key}={_value(value)}")]
 
 
+def propose_weights() -> str:
+    """Says by which weight each term's gradient would equal the task's."""
+    return f"{command('doctor')}, with the same options, proposes a weight"
+
+
+def weight(term: str, value: float) -> str:
+    """The option that gives a loss term a weight, to three digits."""
+    return options(*sets({f"weights.{term}": _rounded(value, 3)}))
+
+
+def rate(value: float) -> str:
+    """The option that gives a learning rate, to two digits."""
+    return options("--lr", _rounded(value, 2))
+
+
+def _rounded(value: float, digits: int) -> float | int:
+    """A number to so many digits, a whole one without a point."""
+    number = float(f"{value:.{digits}g}")
+    return int(number) if number.is_integer() else number
+
+
 def _value(value: Any) -> str:
     """A value as ``--set`` reads it: TOML, with a string unquoted if it would not be read as something else."""
     if isinstance(value, str):

@@ -108,6 +108,9 @@ LogOption = Annotated[
 ]
 AgainOption = Annotated[bool, typer.Option("--again", help="Train even what the ledger has already.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config, the taps and a time estimate; train nothing.")]
+RatesOption = Annotated[
+    bool, typer.Option("--rates", help="Try a hundred learning rates on a copy of each student, and propose one. Default: off.")
+]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML, or the run.json of a run; options given here win.")]
 RecipeOption = Annotated[
     str | None, typer.Option(help=f"A recipe's name; {advice.command('recipes')} lists them. What is given beside it wins.")
@@ -401,6 +404,7 @@ def distill(**options: Any) -> int:
 
 @_with_options_of(_pair, _described)
 def doctor(
+    find_rates: RatesOption = False,
     device: DeviceOption = "auto",
     accept_changes: AcceptOption = False,
     trust_code: TrustOption = False,
@@ -415,7 +419,7 @@ def doctor(
 
     ledger = Ledger(runs, create=True, changes=Changes(accept_changes))
     with trust.code(trust_code):
-        findings = examine(_pair(**options), ledger, resolve_device(device), Bars())
+        findings = examine(_pair(**options), ledger, resolve_device(device), Bars(), find_rates=find_rates)
     talk.answer(tables.render([finding._asdict() for finding in findings], format_, Finding._fields))
     return 1 if any(finding.verdict == "wrong" for finding in findings) else 0
 

@@ -10,7 +10,9 @@ import test_augment
 import test_balance
 import test_batches
 import test_blame
+import test_gradients
 import test_mixtures
+import test_rates
 import test_runner
 import test_schedule
 import test_training as suite
@@ -21,7 +23,7 @@ from flowdistill import models, randomness
 from flowdistill.data import augment, balance, batches, names, splits
 from flowdistill.data.user_loaders import Finite
 from flowdistill.models import base
-from flowdistill.training import blame, cohort, engine, optim, schedule, step, teacher
+from flowdistill.training import blame, cohort, engine, gradients, optim, rates, schedule, step, teacher
 from flowdistill.training.engine import Engine
 from flowdistill.training.optim import build_optimizer
 from flowdistill.training.schedule import lr_factor
@@ -386,6 +388,34 @@ evaluate_all = engine.evaluate_all
 def logits_that_are_not_finite_unnoticed(nets, on, precision, **how):
     """The losses of the epoch were still finite; the weights after its last step are not."""
     return [found._replace(probabilities=found.probabilities.nan_to_num()) for found in evaluate_all(nets, on, precision, **how)]
+
+
+# What the doctor proposes
+
+PLAIN = test_gradients.test_norms_are_those_of_plain_autograd_on_what_both_reach
+terms_gradients = gradients._gradients
+
+
+@bug(gradients, "_gradients", PLAIN)
+def unreached_weights_counted_for_the_task(value, weights):
+    """A term that reaches no classifier is compared with the classifier's gradient too: the weight that is proposed is too large."""
+    return [torch.zeros_like(weight) if one is None else one for weight, one in zip(weights, terms_gradients(value, weights), strict=True)]
+
+
+@bug(rates, "restored_after", test_rates.test_the_curve_is_that_of_a_plain_loop, {"recipe": "sgd"})
+def range_test_left_in_the_student(seed_groups):
+    """What is looked at after it is a student whose training diverged."""
+    return contextlib.nullcontext()
+
+
+@bug(rates, "smoothed", test_rates.test_the_rate_of_the_least_loss_is_numpys, {"bottom": 0.03, "shift": 0.0, "noise": 0.0})
+def running_mean_from_zero_not_corrected(losses):
+    """The mean begins at 0, so the first rate has the least loss of all."""
+    mean, means = 0.0, []
+    for loss in losses:
+        mean = rates.MEMORY * mean + (1 - rates.MEMORY) * loss
+        means.append(mean)
+    return means
 
 
 # What is not finite, and whose fault it is

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import models
+from .. import advice, models
 from ..checks import UserError
 from ..data.batches import to_device
 from ..data.interfaces import Supply
@@ -30,6 +30,7 @@ from ..training.gradients import first_gradients
 from ..training.joining import Agreement, agreement, chosen_shares
 from ..training.method_context import gather
 from ..training.student import SeedGroup, Student
+from ..training.task import TASK
 from ..training.teacher import Teacher
 from ..types import MethodContext
 from .job import Job, other_side, weights_seed
@@ -41,6 +42,7 @@ from .watcher import Watcher
 
 NO_TASK = "no image has a label: there is no task and no accuracy, and what is trained is a backbone without a classifier"
 GRADIENT_LIMIT = 1000.0  # a term whose gradient is larger than this, relative to the task's, diverges
+LOUD, FAINT = 10.0, 0.01  # over, the task is hardly heard; under, the term does next to nothing
 
 
 @dataclass
@@ -248,7 +250,8 @@ def _check_gradients(member: Member, ratios: Mapping[str, float], watcher: Watch
     task = member.student.has_classifier
     for term, ratio in ratios.items():
         size = f"{ratio:.3g} x the task's" if task else f"of norm {ratio:.3g}"
-        watcher.say(f"{member.job.label}: gradient of {term} on the first batch {size} (weight {weights[term]:g})")
+        advised = f"; over {LOUD:g} x: {advice.propose_weights()}" if task and ratio > LOUD * weights[TASK] > 0 else ""
+        watcher.say(f"{member.job.label}: gradient of {term} on the first batch {size} (weight {weights[term]:g}){advised}")
         if not math.isfinite(ratio):
             why = "though images, teacher, student and the term itself are"
             raise UserError(f"{member.job.label}: the gradient of {term} on the first batch is not finite, {why}; choose another method")

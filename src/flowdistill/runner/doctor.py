@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Literal, NamedTuple
@@ -10,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from .. import models
+from .. import advice, models
 from ..checks import UserError
 from ..config import BASELINE, RunConfig
 from ..data.batches import DeviceData, to_device
@@ -19,11 +21,13 @@ from ..device import computing, describe, peak_memory
 from ..ledger import Ledger
 from ..models import Network
 from ..models.probed import Probed
-from ..training import linear_probe
+from ..training import linear_probe, rates
+from ..training.cohort import Cohort
 from ..training.engine_choice import choose
-from ..training.gradients import first_gradients
+from ..training.gradients import Pull, first_gradients, pulls
+from ..training.task import TASK
 from ..training.timing import seconds_per_epoch
-from .cohorts import GRADIENT_LIMIT, NO_TASK
+from .cohorts import FAINT, GRADIENT_LIMIT, LOUD, NO_TASK
 from .estimate import unmeasured
 from .job import Job
 from .pairing import compared
@@ -32,7 +36,9 @@ from .references import NetworkRef
 from .teacher_diagnosis import another_order, ask, input_spec_of, listed, other_images, sample
 from .watcher import Watcher
 
-FEEBLE = 1e-3  # a term whose gradient is smaller than this, relative to the task's, does next to nothing
+BATCHES = 8  # that tell how large a term's gradient is
+SHOWN = 11  # points of a curve of losses
+GROWS = 2  # times as strong in the last epoch as in the first: a term whose strength follows the epochs
 UNEVEN = 10  # times as many images of one class as of another
 
 Verdict = Literal["ok", "look", "wrong"]
@@ -46,19 +52,25 @@ class Finding(NamedTuple):
     found: str
 
 
-def examine(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device, watcher: Watcher | None = None) -> list[Finding]:
-    """Look at the data, the networks, each teacher's answers, the taps, each term's first gradient, time and memory.
+def examine(
+    configs: Sequence[RunConfig], ledger: Ledger, device: torch.device, watcher: Watcher | None = None, *, find_rates: bool = False
+) -> list[Finding]:
+    """Look at the data, the networks, each teacher's answers, the taps, each term's first gradients, time and memory.
 
-    Trains and writes nothing. ``configs`` share data and student. The teachers of all seeds are looked at, each method with one seed.
+    Nothing that it trains is kept, and it writes nothing. ``configs`` share data and student. The teachers of all seeds are looked at, each
+    method with one seed.
+
+    Args:
+        find_rates: look for a learning rate for each method too, by a range test. Default: False.
 
     Raises:
         UserError: the data or the student can't be had, so there is nothing to look at.
     """
     with computing(device):
-        return [*_findings(configs, ledger, device, watcher or Watcher())]
+        return [*_findings(configs, ledger, device, watcher or Watcher(), find_rates)]
 
 
-def _findings(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device, watcher: Watcher) -> Iterator[Finding]:
+def _findings(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device, watcher: Watcher, find_rates: bool) -> Iterator[Finding]:
     jobs, refused = _drafted(configs, ledger, device)
     if not jobs and configs[0].data.no_labels:  # no baseline either
         yield from refused
@@ -77,8 +89,8 @@ def _findings(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device
         watcher.say(f"teacher {teacher.model} ({teacher.origin}): its answers")
         yield from _noted("teacher", _of_teacher(first, teacher, data))
     for name, group in _by_method(jobs).items():
-        watcher.say(f"{name}: taps, gradients, cost")
-        yield from _noted(f"{name}: start", _of_method(group, data))
+        watcher.say(f"{name}: taps, gradients, {'rate, ' * find_rates}cost")
+        yield from _noted(f"{name}: start", _of_method(group, data, find_rates))
 
 
 def _noted(check: str, looking: Iterable[Finding]) -> Iterator[Finding]:
@@ -201,8 +213,8 @@ def _of_answers(net: Network, teacher: NetworkRef, job: Job, data: DeviceData) -
     return Finding("answers", "look" if answers.accuracy < min(2 * answers.chance, answers.halfway) else "ok", summary)
 
 
-def _of_method(group: Sequence[Job], data: DeviceData) -> Iterator[Finding]:
-    """A method's taps, the first gradient of its terms, and what training would take."""
+def _of_method(group: Sequence[Job], data: DeviceData, find_rates: bool) -> Iterator[Finding]:
+    """A method's taps, the first gradients of its terms, a rate if that is wanted, and what training would take."""
     job, name = group[0], group[0].resolved.name
     try:
         needs, pairing = job.method().needs, job.pairing
@@ -216,10 +228,15 @@ def _of_method(group: Sequence[Job], data: DeviceData) -> Iterator[Finding]:
     try:
         ratios = first_gradients(cohort)
         if not (job.teacher and job.teacher.weights is None):
-            for member in members:
-                weights = member.job.resolved.weights
-                task = member.student.has_classifier
-                yield from (_of_gradient(name, term, ratio, weights[term], task=task) for term, ratio in ratios[member.student].items())
+            late, early = pulls(cohort, BATCHES, cohort.epochs - 1), pulls(cohort, 1)
+            for student in (member.student for member in members):
+                for term, ratio in ratios[student].items():
+                    on_all = (
+                        ratio if student.has_classifier else min(ratio, 1.0)
+                    )  # without a task it is the norm, and nothing is over a limit
+                    yield Finding(f"{name}: {term}", *_of_gradient(job, term, on_all, late[student][term], early[student][term][0]))
+            if find_rates:
+                yield Finding(f"{name}: rate", *_of_rate(job, cohort))
         pixels = 0  # compiling takes too long here
         optimizer = job.config.train.optimizer
         cohort.engine = choose("auto", data.device, cohort.precision, pixels=pixels, resident=data.resident, optimizer=optimizer)
@@ -232,16 +249,74 @@ def _of_method(group: Sequence[Job], data: DeviceData) -> Iterator[Finding]:
     yield Finding(f"{name}: cost", "ok", f"{duration}; {memory}")
 
 
-def _of_gradient(method: str, term: str, ratio: float, weight: float, *, task: bool) -> Finding:
-    line = f"weight {weight:g}: gradient {ratio:.3g} times the task's" if task else f"weight {weight:g}: gradient of norm {ratio:.3g}"
-    check = f"{method}: {term}"
-    if not math.isfinite(ratio):
-        return Finding(check, "wrong", f"{line}: not finite")
-    if not task:
-        return Finding(check, "ok" if ratio else "look", line if ratio else f"{line}; it trains nothing of the student")
-    if ratio > GRADIENT_LIMIT:
-        return Finding(check, "wrong", f"{line}; over {GRADIENT_LIMIT:g} training diverges: --set weights.{term}={weight / ratio * 10:.1g}")
-    if ratio < FEEBLE:
-        cure = f": --set weights.{term}={weight / ratio / 10:.1g}" if ratio else ""
-        return Finding(check, "look", f"{line}; it does next to nothing{cure}")
-    return Finding(check, "ok", line)
+def _of_gradient(job: Job, term: str, on_all: float, late: Sequence[Pull], early: Pull) -> tuple[Verdict, str]:
+    """How large a term's gradient is beside the task's, and the weight by which it would equal it.
+
+    Args:
+        on_all: the ratio on the first batch on the whole network, by which training refuses a term.
+        late: the term on several batches, in the last epoch's strength.
+        early: on the first of them, in the first epoch's.
+    """
+    weight, of_task = job.resolved.weights[term], _weight_of_task(job, term)
+    broken = sum(not (math.isfinite(pull.norm) and math.isfinite(pull.of_task)) for pull in late)
+    if broken or not math.isfinite(on_all):
+        return "wrong", f"its gradient is not finite on {max(broken, 1)} of the first {len(late)} batches (weight {weight:g})"
+    pulling = [pull for pull in late if pull.norm > 0 and pull.of_task > 0]
+    if not late[0].reaches:
+        return "look", f"it reaches no weight of the student that the task trains (weight {weight:g}); there is nothing to compare"
+    if not any(pull.norm for pull in late):
+        what = "its gradient is 0" if any(pull.value for pull in late) else "it is 0"
+        return "look", f"{what} on the first {len(late)} batches: it does nothing at first, whatever its weight ({weight:g})"
+    if not of_task or not pulling:
+        norm = weight * statistics.median(pull.norm for pull in late)
+        why = "the task's is 0" if of_task else "the task is not trained beside it"
+        verdict, refused = _judged(1, on_all)
+        cure = f"; {advice.weight(term, weight / on_all)} would not" if refused else ""
+        return verdict, f"its gradient has the norm {norm:.3g} (weight {weight:g}){refused}{cure}; {why}, so there is nothing to compare"
+    ratio = statistics.median(pull.norm / (of_task * pull.of_task) for pull in pulling)
+    equal = "" if f"{weight * ratio:.2g}" == "1" else f"; {advice.weight(term, 1 / ratio)} would equal it"
+    rest = f"; it is 0 on {len(late) - len(pulling)} of the first {len(late)} batches" if len(pulling) < len(late) else ""
+    if late[0].norm and not 1 / GROWS < (share := early.norm / late[0].norm) < GROWS:
+        rest += f"; this is in the last epoch, and {share:.2g} times as much in the first"
+    verdict, why = _judged(weight * ratio, on_all)
+    beside = "" if of_task == 1 else f", the task's {of_task:g}"
+    return verdict, f"its gradient is {weight * ratio:.3g} x the task's (weight {weight:g}{beside}){why}{equal}{rest}"
+
+
+def _judged(ratio: float, on_all: float) -> tuple[Verdict, str]:
+    """The verdict on a ratio, and why, as it stands after it."""
+    if on_all > GRADIENT_LIMIT:
+        return "wrong", f", {on_all:.3g} x the task's at weight 1 on the whole network: over {GRADIENT_LIMIT:g} x training diverges"
+    if ratio > LOUD:
+        return "look", f", over {LOUD:g} x: the task is hardly heard"
+    if 0 < ratio < FAINT:
+        return "look", f", under {FAINT:g} x: it does next to nothing"
+    return "ok", "" if ratio else ": it does not count"
+
+
+def _weight_of_task(job: Job, term: str) -> float:
+    """The task's weight in the phases in which a term counts; 0 if the task is not trained there."""
+    beside = any(phase.counts(term) and phase.counts(TASK) for phase in job.resolved.phases)
+    return job.resolved.weights[TASK] if beside and job.config.train.mixup is not True else 0.0
+
+
+def _of_rate(job: Job, cohort: Cohort) -> tuple[Verdict, str]:
+    """What a range test finds, and the rate to train by."""
+    numbers = [number for number, phase in enumerate(job.resolved.phases) if phase.lr is None]
+    if not numbers:
+        return "ok", "each of its phases has a rate of its own"
+    started = time.perf_counter()
+    curve = rates.range_test(cohort, numbers[0])
+    seconds, means = time.perf_counter() - started, rates.smoothed(curve.losses)
+    steps, train = cohort.seed_groups[0].batches.steps, job.config.train
+    phase = f" of phase {job.resolved.phases[numbers[0]].name!r}" if len(job.resolved.phases) > 1 else ""
+    round_again = f", the {steps:,} of an epoch again and again" if steps < len(means) else ""
+    shown = range(0, len(means), rates.STEPS // SHOWN)
+    points = ", ".join(f"{means[step]:.3g} at {curve.rates[step]:.1e}" for step in shown)
+    test = f"range test of {train.optimizer}, {len(means)} batches{phase}{round_again}, no schedule, {seconds:.1f} s"
+    line = f"{test}; smoothed loss by rate: {points}"
+    if (least := rates.least(curve)) is None:
+        end = "before training diverged at the rate" if rates.diverged(curve.losses) else "up to"
+        return "look", f"the loss fell at no rate {end} {curve.rates[-1]:.2g}, so none can be proposed; {line}"
+    rate = least / rates.BELOW
+    return "ok", f"{advice.rate(rate)}, a tenth of the rate of the least loss, {least:.2g}; {line}"

@@ -233,7 +233,7 @@ def _of_method(group: Sequence[Job], data: DeviceData, find_rates: bool) -> Iter
                 for term, ratio in ratios[student].items():
                     on_all = (
                         ratio if student.has_classifier else min(ratio, 1.0)
-                    )  # without a task it is the norm, and nothing is over a limit
+                    )  # without a task it is the norm
                     yield Finding(f"{name}: {term}", *_of_gradient(job, term, on_all, late[student][term], early[student][term][0]))
             if find_rates:
                 yield Finding(f"{name}: rate", *_of_rate(job, cohort))

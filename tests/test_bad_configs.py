@@ -46,7 +46,7 @@ WRONG: list[tuple[str | bytes, str]] = [
         "[train.fsp]\npool = 'avg'",
         "unknown key 'train.fsp': choose from: epochs, batch_size, lr, momentum, "
         "weight_decay, nesterov, schedule, milestones, warmup_epochs, precision, mixup, freeze, label_smoothing, batch_norm, "
-        "optimizer, optimizer_options, decay_norm_and_bias, warmup_steps, clip, accumulate, ema",
+        "optimizer, optimizer_options, decay_norm_and_bias, warmup_steps, layer_decay, clip, accumulate, ema",
     ),
     ("[options.base]\npool = 'avg'", "unknown key 'options.base.pool': there is none to choose from"),
     ("[options.fsp]\npool = 'avg'", "options.fsp: method 'base' has no such part; choose from: base"),
@@ -122,6 +122,8 @@ WRONG: list[tuple[str | bytes, str]] = [
         "[train]\naccumulate = 4\nbatch_norm = 'synchronised'",
         "train: accumulate=4: each part is normalised by itself, so batch_norm=synchronised can't be had",
     ),
+    ("[train]\nlayer_decay = 0", "train.layer_decay=0: input should be greater than 0"),
+    ("[train]\nlayer_decay = 1.5", "train.layer_decay=1.5: input should be less than or equal to 1"),
     ("[train]\nclip = 0", "train.clip=0: input should be greater than 0"),
     ("[train]\nwarmup_epochs = 200", "train: warmup_epochs=200 leaves nothing of epochs=200; set it lower"),
     ("teacher = 'resnet20'", "teacher='resnet20': training on the labels alone has none; use flowdistill distill, or leave it out"),

@@ -74,7 +74,7 @@ def test_part_of_a_table_keeps_the_other_defaults() -> None:
         ("train.epoch", "unknown key 'train.epoch': did you mean 'epochs'?"),
         ("train.learning", "unknown key 'train.learning': choose from: epochs, batch_size, lr, momentum, weight_decay, "
          "nesterov, schedule, milestones, warmup_epochs, precision, mixup, freeze, label_smoothing, batch_norm, "
-         "optimizer, optimizer_options, decay_norm_and_bias, warmup_steps, clip, accumulate, ema"),
+         "optimizer, optimizer_options, decay_norm_and_bias, warmup_steps, layer_decay, clip, accumulate, ema"),
         ("data.nam", "unknown key 'data.nam': did you mean 'name'?"),
         ("zzzz", "unknown key 'zzzz': choose from: student, teacher, init_from, peer, side, seed, split, data, train, method, "
          "options, weights, probe, taps, inputs"),
@@ -115,6 +115,9 @@ def test_an_unknown_key_is_told_with_what_is_allowed(key: str, answer: str) -> N
         ("train.optimizer", 1),
         ("train.decay_norm_and_bias", "perhaps"),
         ("train.warmup_steps", 2.5),
+        ("train.layer_decay", 0),
+        ("train.layer_decay", 1.1),
+        ("train.layer_decay", True),
         ("train.clip", -1.0),
         ("train.accumulate", 0),
         ("train.ema", 0),

@@ -202,9 +202,10 @@ class TrainConfig(Frozen):
     (Zhang et al. 2018).
 
     ``warmup_steps``: the rate of step s, counted from 1, is s / warmup_steps of the rate; after these steps it is that of the schedule,
-    which counts them. ``clip`` is the largest global norm of a student's gradients, its adapters' included. ``ema`` is the decay of an
-    average of the weights, which is measured and shipped in their place. ``accumulate`` computes a batch in so many parts, one after the
-    other, for memory's sake; each part is normalised by itself.
+    which counts them. With ``layer_decay`` d the rate of each layer of the student is d times that of the next; the last one, which has
+    the classifier, has all of it, as have adapters (Bao et al. 2022, BEiT). ``clip`` is the largest global norm of a student's gradients,
+    its adapters' included. ``ema`` is the decay of an average of the weights, which is measured and shipped in their place.
+    ``accumulate`` computes a batch in so many parts, one after the other, for memory's sake; each part is normalised by itself.
 
     ``batch_norm`` says by what several processes of one run normalise a batch: each by the images that it has of it, or all by the
     whole. One process has the whole batch in either case.
@@ -228,6 +229,7 @@ class TrainConfig(Frozen):
     optimizer_options: dict[str, Any] = Field({}, exclude_if=lambda options: not options)
     decay_norm_and_bias: bool = Field(True, exclude_if=lambda decay: decay)  # false: no decay on parameters of one dimension
     warmup_steps: int = Field(0, ge=0, strict=True, exclude_if=lambda steps: steps == 0)
+    layer_decay: float = Field(1.0, gt=0, le=1, strict=True, exclude_if=lambda decay: decay == 1)  # such as 0.75
     clip: float | None = Field(None, gt=0, strict=True, exclude_if=lambda clip: clip is None)
     accumulate: int = Field(1, ge=1, strict=True, exclude_if=lambda parts: parts == 1)
     ema: float | None = Field(None, gt=0, lt=1, strict=True, exclude_if=lambda ema: ema is None)

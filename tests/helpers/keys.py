@@ -50,6 +50,7 @@ CHANGED: dict[str, Any] = {
     "train.optimizer_options": {"eps": 1e-6},  # of adamw
     "train.decay_norm_and_bias": False,
     "train.warmup_steps": 5,
+    "train.layer_decay": 0.75,
     "train.clip": 1.0,
     "train.accumulate": 2,
     "train.ema": 0.9,

@@ -9,6 +9,7 @@ import numpy as np
 import test_augment
 import test_batches
 import test_blame
+import test_layer_decay
 import test_runner
 import test_schedule
 import test_training as suite
@@ -19,6 +20,7 @@ from flowdistill import models, randomness
 from flowdistill.data import augment, batches, names, splits
 from flowdistill.data.user_loaders import Finite
 from flowdistill.models import base
+from flowdistill.models.layers import by_blocks
 from flowdistill.training import blame, cohort, engine, optim, schedule, step, teacher
 from flowdistill.training.engine import Engine
 from flowdistill.training.optim import build_optimizer
@@ -183,6 +185,24 @@ def student_trained_in_eval_mode(self):
     self.method.train()
     self.tally.reset()
     self.net.eval()
+
+
+@bug(
+    optim,
+    "rate_factors",
+    test_layer_decay.test_a_network_of_timm_has_timm_s_own_scales,
+    {"name": "resnet18", "data": test_layer_decay.SMALL},
+)
+def layers_counted_from_the_wrong_end(net, decay):
+    """decay ** layer: the stem has all of the rate, the classifier almost none."""
+    layers = net.layer_numbers()
+    return {parameter: decay ** layers[name] for name, parameter in net.body.named_parameters()}
+
+
+@bug(models.foreign, "by_blocks", test_layer_decay.test_a_resnet_of_torchvision_has_the_scales_of_timm_s_at_every_size)
+def stages_of_one_position_forgotten(net, ends, order):
+    """Only what may be tapped at the data's size counts: the last stage of a deep network goes into the classifier's layer."""
+    return by_blocks(net, {name: path for name, path in ends.items() if name != "stage4"}, order)
 
 
 # What is reported

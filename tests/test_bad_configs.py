@@ -46,7 +46,7 @@ WRONG: list[tuple[str | bytes, str]] = [
         "[train.fsp]\npool = 'avg'",
         "unknown key 'train.fsp': choose from: epochs, batch_size, lr, momentum, "
         "weight_decay, nesterov, schedule, milestones, warmup_epochs, precision, mixup, freeze, label_smoothing, batch_norm, "
-        "optimizer, optimizer_options, decay_norm_and_bias, warmup_steps, layer_decay, clip, accumulate, ema",
+        "optimizer, optimizer_options, decay_norm_and_bias, warmup_steps, layer_decay, clip, accumulate, ema, patience",
     ),
     ("[options.base]\npool = 'avg'", "unknown key 'options.base.pool': there is none to choose from"),
     ("[options.fsp]\npool = 'avg'", "options.fsp: method 'base' has no such part; choose from: base"),
@@ -114,6 +114,12 @@ WRONG: list[tuple[str | bytes, str]] = [
     (
         "[train]\nwarmup_epochs = 2\nwarmup_steps = 10",
         "train: warmup_steps=10 and warmup_epochs=2 are two warm-ups; leave one out",
+    ),
+    ("[train]\npatience = 0", "train.patience=0: input should be greater than or equal to 1"),
+    (
+        "[train]\npatience = 5",
+        "train.patience=5: split=full holds no images out, and test may not say when to stop; use split=holdout (--holdout), or leave it "
+        "out",
     ),
     ("[train]\nema = 0.0", "train.ema=0.0: input should be greater than 0"),
     ("[train]\nema = 1", "train.ema=1: input should be less than 1"),

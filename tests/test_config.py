@@ -74,7 +74,7 @@ def test_part_of_a_table_keeps_the_other_defaults() -> None:
         ("train.epoch", "unknown key 'train.epoch': did you mean 'epochs'?"),
         ("train.learning", "unknown key 'train.learning': choose from: epochs, batch_size, lr, momentum, weight_decay, "
          "nesterov, schedule, milestones, warmup_epochs, precision, mixup, freeze, label_smoothing, batch_norm, "
-         "optimizer, optimizer_options, decay_norm_and_bias, warmup_steps, layer_decay, clip, accumulate, ema"),
+         "optimizer, optimizer_options, decay_norm_and_bias, warmup_steps, layer_decay, clip, accumulate, ema, patience"),
         ("data.nam", "unknown key 'data.nam': did you mean 'name'?"),
         ("zzzz", "unknown key 'zzzz': choose from: student, teacher, init_from, peer, side, seed, split, data, train, method, "
          "options, weights, probe, taps, inputs"),
@@ -122,6 +122,9 @@ def test_an_unknown_key_is_told_with_what_is_allowed(key: str, answer: str) -> N
         ("train.accumulate", 0),
         ("train.ema", 0),
         ("train.ema", 1.0),
+        ("train.patience", 0),
+        ("train.patience", 2.5),
+        ("train.patience", True),
         ("train.optimizer_options", "betas"),
         ("train.optimizer_options", ["betas"]),
         ("data.unlabelled", "digits"),

@@ -177,8 +177,16 @@ def test_resized_and_mixed_images_stay_on_their_gpu(crop: str, mixup: float, pre
 
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True}])
 def test_adamw_clipping_and_an_average_stay_on_their_gpu(options: dict[str, bool]) -> None:
-    """The adapters of vid are moved as well, normalisations and biases without decay; the five layers of a ResNet-8 at rates of their own."""
-    keys = {"layer_decay": 0.5, "optimizer": "adamw", "optimizer_options": options, "lr": 0.001, "decay_norm_and_bias": False, "clip": 1.0, "ema": 0.99}
+    """The adapters of vid are moved as well, normalisations and biases without decay; each of the five layers at its own rate."""
+    keys = {
+        "layer_decay": 0.5,
+        "optimizer": "adamw",
+        "optimizer_options": options,
+        "lr": 0.001,
+        "decay_norm_and_bias": False,
+        "clip": 1.0,
+        "ema": 0.99,
+    }
     with fake_cuda(1) as watch:
         seed_groups = lanes_of(watch.device, ["vid"], "bf16")
         (student,) = seed_groups[0].students

@@ -821,8 +821,8 @@ def evaluate(
     from .runner.evaluate import weights_path
 
     changes = Changes(accept_changes)
-    path, changed = weights_path(target, runs, changes)
     with trust.code(trust_code):
+        path, changed = weights_path(target, runs, changes)
         measured = measure(
             path, resolve_device(device), dataset=dataset, precision=precision, workers=workers, changed=changed, changes=changes
         )

@@ -207,6 +207,9 @@ class TrainConfig(Frozen):
     its adapters' included. ``ema`` is the decay of an average of the weights, which is measured and shipped in their place.
     ``accumulate`` computes a batch in so many parts, one after the other, for memory's sake; each part is normalised by itself.
 
+    ``patience`` ends a training after so many epochs in a row of its last phase that were no better on the held-out images than the best
+    one, whose weights ship. The schedule is that of all epochs.
+
     ``batch_norm`` says by what several processes of one run normalise a batch: each by the images that it has of it, or all by the
     whole. One process has the whole batch in either case.
     """
@@ -233,6 +236,7 @@ class TrainConfig(Frozen):
     clip: float | None = Field(None, gt=0, strict=True, exclude_if=lambda clip: clip is None)
     accumulate: int = Field(1, ge=1, strict=True, exclude_if=lambda parts: parts == 1)
     ema: float | None = Field(None, gt=0, lt=1, strict=True, exclude_if=lambda ema: ema is None)
+    patience: int | None = Field(None, ge=1, strict=True, exclude_if=lambda patience: patience is None)  # needs split=holdout
 
     @field_validator("freeze", mode="before")
     @classmethod
@@ -376,6 +380,14 @@ class RunConfig(Frozen):
     def networks(self) -> list[str]:
         """The networks that it names."""
         return [named for key in NETWORKS if (named := getattr(self, key)) is not None]
+
+    @model_validator(mode="after")
+    def _patience_needs_held_out_images(self) -> RunConfig:
+        if self.train.patience is not None and self.split != "holdout":
+            why = "a loader's images are not held out" if self.data.user_loaders else "split=full holds no images out"
+            cure = "leave it out" if self.data.user_loaders else f"use split=holdout ({advice.options('--holdout')}), or leave it out"
+            raise ValueError(f"train.patience={self.train.patience}: {why}, and test may not say when to stop; {cure}")
+        return self
 
     @model_validator(mode="after")
     def _loaders_do_it_themselves(self) -> RunConfig:

@@ -54,6 +54,7 @@ CHANGED: dict[str, Any] = {
     "train.clip": 1.0,
     "train.accumulate": 2,
     "train.ema": 0.9,
+    "train.patience": 2,
     "method": "at",
     "options": {"fsp": {"pool": "avg"}},
     "weights": {"fsp": 10.0},

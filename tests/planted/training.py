@@ -10,6 +10,7 @@ import test_augment
 import test_batches
 import test_blame
 import test_layer_decay
+import test_patience
 import test_runner
 import test_schedule
 import test_training as suite
@@ -261,6 +262,29 @@ def ties_taken_late(cohort, report):
         correct = report.progress[student].correct
         if not cohort.select or correct >= student.chosen_correct:
             student.choose(report.epoch, correct, keep=cohort.select)
+
+
+@bug(cohort, "_stop_early", test_patience.test_patience_counts_from_the_last_phase_on)
+def patience_lost_in_an_earlier_phase(cohort, on_stop):
+    """Epochs of a phase that trains no classifier count as ones that were no better: training ends before the task has begun."""
+    for seed_group in cohort.seed_groups:
+        for student in [*seed_group.students]:
+            if cohort.done < cohort.epochs and cohort.done - student.chosen_epoch >= cohort.train.patience:
+                seed_group.students.remove(student)
+                on_stop(student)
+
+
+@bug(cohort, "_stop_early", test_patience.test_each_student_of_a_cohort_stops_by_itself_and_ships_its_best_epoch)
+def all_stop_with_the_first(cohort, on_stop):
+    """One student of a cohort has run out of patience, and the others end with it."""
+    patience = cohort.train.patience
+    late = [patience is not None and cohort.done - student.chosen_epoch >= patience for student in cohort.students]
+    if any(late) and cohort.done < cohort.epochs:
+        stopped = cohort.students
+        for seed_group in cohort.seed_groups:
+            seed_group.students = []
+        for student in stopped:
+            on_stop(student)
 
 
 # What is random

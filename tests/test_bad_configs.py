@@ -46,8 +46,8 @@ WRONG: list[tuple[str | bytes, str]] = [
         "[train.fsp]\npool = 'avg'",
         "unknown key 'train.fsp': choose from: epochs, batch_size, lr, momentum, "
         "weight_decay, nesterov, schedule, milestones, warmup_epochs, precision, mixup, freeze, label_smoothing, batch_norm, "
-        "optimizer, optimizer_options, decay_norm_and_bias, warmup_steps, clip, accumulate, ema, "
-        "cutmix, random_erasing, class_weights, sampling",
+        "optimizer, optimizer_options, decay_norm_and_bias, warmup_steps, layer_decay, clip, accumulate, ema, "
+        "cutmix, random_erasing, class_weights, sampling, patience",
     ),
     ("[options.base]\npool = 'avg'", "unknown key 'options.base.pool': there is none to choose from"),
     ("[options.fsp]\npool = 'avg'", "options.fsp: method 'base' has no such part; choose from: base"),
@@ -116,6 +116,12 @@ WRONG: list[tuple[str | bytes, str]] = [
         "[train]\nwarmup_epochs = 2\nwarmup_steps = 10",
         "train: warmup_steps=10 and warmup_epochs=2 are two warm-ups; leave one out",
     ),
+    ("[train]\npatience = 0", "train.patience=0: input should be greater than or equal to 1"),
+    (
+        "[train]\npatience = 5",
+        "train.patience=5: split=full holds no images out, and test may not say when to stop; use split=holdout (--holdout), or leave it "
+        "out",
+    ),
     ("[train]\nema = 0.0", "train.ema=0.0: input should be greater than 0"),
     ("[train]\nema = 1", "train.ema=1: input should be less than 1"),
     ("[train]\naccumulate = 3", "train: accumulate=3 does not divide batch_size=128; set one to fit the other"),
@@ -141,6 +147,8 @@ WRONG: list[tuple[str | bytes, str]] = [
     ),
     ("[train]\nrandom_erasing = 1.5", "train.random_erasing=1.5: input should be less than or equal to 1"),
     ("[train]\nsampling = 'even'", "train.sampling='even': input should be 'shuffled' or 'balanced'"),
+    ("[train]\nlayer_decay = 0", "train.layer_decay=0: input should be greater than 0"),
+    ("[train]\nlayer_decay = 1.5", "train.layer_decay=1.5: input should be less than or equal to 1"),
     ("[train]\nclip = 0", "train.clip=0: input should be greater than 0"),
     ("[train]\nwarmup_epochs = 200", "train: warmup_epochs=200 leaves nothing of epochs=200; set it lower"),
     ("teacher = 'resnet20'", "teacher='resnet20': training on the labels alone has none; use flowdistill distill, or leave it out"),

@@ -74,8 +74,8 @@ def test_part_of_a_table_keeps_the_other_defaults() -> None:
         ("train.epoch", "unknown key 'train.epoch': did you mean 'epochs'?"),
         ("train.learning", "unknown key 'train.learning': choose from: epochs, batch_size, lr, momentum, weight_decay, "
          "nesterov, schedule, milestones, warmup_epochs, precision, mixup, freeze, label_smoothing, batch_norm, "
-         "optimizer, optimizer_options, decay_norm_and_bias, warmup_steps, clip, accumulate, ema, "
-         "cutmix, random_erasing, class_weights, sampling"),
+         "optimizer, optimizer_options, decay_norm_and_bias, warmup_steps, layer_decay, clip, accumulate, ema, "
+         "cutmix, random_erasing, class_weights, sampling, patience"),
         ("data.nam", "unknown key 'data.nam': did you mean 'name'?"),
         ("zzzz", "unknown key 'zzzz': choose from: student, teacher, init_from, peer, side, seed, split, data, train, method, "
          "options, weights, probe, teacher_shares, taps, inputs"),
@@ -116,6 +116,9 @@ def test_an_unknown_key_is_told_with_what_is_allowed(key: str, answer: str) -> N
         ("train.optimizer", 1),
         ("train.decay_norm_and_bias", "perhaps"),
         ("train.warmup_steps", 2.5),
+        ("train.layer_decay", 0),
+        ("train.layer_decay", 1.1),
+        ("train.layer_decay", True),
         ("train.clip", -1.0),
         ("train.accumulate", 0),
         ("train.ema", 0),
@@ -128,6 +131,9 @@ def test_an_unknown_key_is_told_with_what_is_allowed(key: str, answer: str) -> N
         ("train.class_weights", [True, True]),
         ("train.class_weights", 2.0),
         ("train.sampling", "random"),
+        ("train.patience", 0),
+        ("train.patience", 2.5),
+        ("train.patience", True),
         ("train.optimizer_options", "betas"),
         ("train.optimizer_options", ["betas"]),
         ("data.unlabelled", "digits"),

@@ -177,8 +177,16 @@ def test_resized_and_mixed_images_stay_on_their_gpu(crop: str, mixup: float, pre
 
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True}])
 def test_adamw_clipping_and_an_average_stay_on_their_gpu(options: dict[str, bool]) -> None:
-    """The adapters of vid are moved as well, normalisations and biases without decay."""
-    keys = {"optimizer": "adamw", "optimizer_options": options, "lr": 0.001, "decay_norm_and_bias": False, "clip": 1.0, "ema": 0.99}
+    """The adapters of vid are moved as well, normalisations and biases without decay; each of the five layers at its own rate."""
+    keys = {
+        "layer_decay": 0.5,
+        "optimizer": "adamw",
+        "optimizer_options": options,
+        "lr": 0.001,
+        "decay_norm_and_bias": False,
+        "clip": 1.0,
+        "ema": 0.99,
+    }
     with fake_cuda(1) as watch:
         seed_groups = lanes_of(watch.device, ["vid"], "bf16")
         (student,) = seed_groups[0].students
@@ -187,7 +195,7 @@ def test_adamw_clipping_and_an_average_stay_on_their_gpu(options: dict[str, bool
         moved = len(student.trainable_parameters())
     assert (found.step, found.evaluation) == ({}, {})
     assert found.fused[-1] == moved
-    assert found.launches["_fused_adamw_"] == 2
+    assert found.launches["_fused_adamw_"] == 2 * 5
 
 
 MAX_LAUNCHES = 331

@@ -188,6 +188,8 @@ def test_every_key_changes_the_fingerprint_or_says_why_not(
         plain = {"student": "resnet8", "method": "base", "data": {"name": request.getfixturevalue("pictures"), "size": 12}}
     elif key == "data.label":
         plain = {"student": "resnet8", "method": "base", "data": {"name": request.getfixturevalue("hub"), "label": "label"}}
+    elif key == "train.patience":
+        plain = {"student": "resnet8", "method": "base", "split": "holdout", "data": {"name": "digits"}}
     elif key in ("train.optimizer", "train.optimizer_options"):  # one of the two needs a rate of its own, the other an optimiser
         plain["train"] = {"lr": 0.05} | ({"optimizer": "adamw"} if key == "train.optimizer_options" else {})
     value = CHANGED[key]

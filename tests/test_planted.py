@@ -16,6 +16,7 @@ import test_device
 import test_graph
 import test_identity
 import test_integrity
+import test_patience
 import test_plan
 import test_ranks
 import test_resume
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("own_code")
 
 made, work, nets = test_integrity.made, test_integrity.work, test_identity.nets  # fixtures of the checks
 digits, teachers, planned, planned_by = test_plan.digits, test_plan.teachers, test_plan.planned, test_ranks.planned_by
+scripted = test_patience.scripted
 replaying, current = test_graph.replaying, test_device.current
 _a_checkpoint_every_epoch, learned = test_resume._a_checkpoint_every_epoch, test_resume.learned
 passed: set[str] = set()

@@ -97,6 +97,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "method": "learned",
         "train": {"optimizer": "adamw", "lr": 0.003, "decay_norm_and_bias": False, "clip": 0.5, "warmup_steps": 5},
     },
+    "layers at rates of their own": {"method": "learned", "train": {"layer_decay": 0.6, "decay_norm_and_bias": False}},
     "an average that ships": {"method": "kd", "train": {"ema": 0.9}},
     "an average, chosen": {"method": "base", "teacher": None, "split": "holdout", "train": {"ema": 0.9}},
     "rmsprop": {"method": "kd", "train": {"optimizer": "rmsprop", "lr": 0.001, "optimizer_options": {"momentum": 0.5}}},

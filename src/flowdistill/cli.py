@@ -858,14 +858,13 @@ def evaluate(
     if k is not None and probe is None:
         raise UserError(f"--k {k} belongs to --probe knn; give that too, or leave it out")
     changes = Changes(accept_changes)
-    path, changed = weights_path(target, runs, changes)
-    if probe is not None:
-        how: dict[str, Any] = {"dataset": dataset, "k": k, "precision": precision, "workers": workers, "changes": changes}
-        with trust.code(trust_code):
-            figures = measure_features(path, resolve_device(device), probe, **how)
-        talk.answer(tables.render([figures._asdict()], format_, figures._fields))
-        return 0
     with trust.code(trust_code):
+        path, changed = weights_path(target, runs, changes)
+        if probe is not None:
+            how: dict[str, Any] = {"dataset": dataset, "k": k, "precision": precision, "workers": workers, "changes": changes}
+            figures = measure_features(path, resolve_device(device), probe, **how)
+            talk.answer(tables.render([figures._asdict()], format_, figures._fields))
+            return 0
         measured = measure(
             path, resolve_device(device), dataset=dataset, precision=precision, workers=workers, changed=changed, changes=changes
         )

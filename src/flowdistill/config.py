@@ -237,9 +237,13 @@ class TrainConfig(Frozen):
     ``balanced``, as many images of each class, some of them several times.
 
     ``warmup_steps``: the rate of step s, counted from 1, is s / warmup_steps of the rate; after these steps it is that of the schedule,
-    which counts them. ``clip`` is the largest global norm of a student's gradients, its adapters' included. ``ema`` is the decay of an
-    average of the weights, which is measured and shipped in their place. ``accumulate`` computes a batch in so many parts, one after the
-    other, for memory's sake; each part is normalised by itself.
+    which counts them. With ``layer_decay`` d the rate of each layer of the student is d times that of the next; the last one, which has
+    the classifier, has all of it, as have adapters (Bao et al. 2022, BEiT). ``clip`` is the largest global norm of a student's gradients,
+    its adapters' included. ``ema`` is the decay of an average of the weights, which is measured and shipped in their place.
+    ``accumulate`` computes a batch in so many parts, one after the other, for memory's sake; each part is normalised by itself.
+
+    ``patience`` ends a training after so many epochs in a row of its last phase that were no better on the held-out images than the best
+    one, whose weights ship. The schedule is that of all epochs.
 
     ``batch_norm`` says by what several processes of one run normalise a batch: each by the images that it has of it, or all by the
     whole. One process has the whole batch in either case.
@@ -263,6 +267,7 @@ class TrainConfig(Frozen):
     optimizer_options: dict[str, Any] = Field({}, exclude_if=lambda options: not options)
     decay_norm_and_bias: bool = Field(True, exclude_if=lambda decay: decay)  # false: no decay on parameters of one dimension
     warmup_steps: int = Field(0, ge=0, strict=True, exclude_if=lambda steps: steps == 0)
+    layer_decay: float = Field(1.0, gt=0, le=1, strict=True, exclude_if=lambda decay: decay == 1)  # such as 0.75
     clip: float | None = Field(None, gt=0, strict=True, exclude_if=lambda clip: clip is None)
     accumulate: int = Field(1, ge=1, strict=True, exclude_if=lambda parts: parts == 1)
     ema: float | None = Field(None, gt=0, lt=1, strict=True, exclude_if=lambda ema: ema is None)
@@ -270,6 +275,7 @@ class TrainConfig(Frozen):
     random_erasing: float = Field(0.0, ge=0, le=1, strict=True, exclude_if=lambda probability: probability == 0)
     class_weights: ClassWeights = Field("none", exclude_if=lambda weights: weights == "none")
     sampling: Sampling = Field("shuffled", exclude_if=lambda sampling: sampling == "shuffled")
+    patience: int | None = Field(None, ge=1, strict=True, exclude_if=lambda patience: patience is None)  # needs split=holdout
 
     @field_validator("freeze", mode="before")
     @classmethod
@@ -462,6 +468,15 @@ class RunConfig(Frozen):
             if "teacher" in whose:
                 cure = "leave it out, or name one teacher"
                 raise ValueError(f"{table}.teacher is of one network, and teacher={self.teacher} names {len(self.teachers)}; {cure}")
+        return self
+
+    @model_validator(mode="after")
+    @model_validator(mode="after")
+    def _patience_needs_held_out_images(self) -> RunConfig:
+        if self.train.patience is not None and self.split != "holdout":
+            why = "a loader's images are not held out" if self.data.user_loaders else "split=full holds no images out"
+            cure = "leave it out" if self.data.user_loaders else f"use split=holdout ({advice.options('--holdout')}), or leave it out"
+            raise ValueError(f"train.patience={self.train.patience}: {why}, and test may not say when to stop; {cure}")
         return self
 
     @model_validator(mode="after")

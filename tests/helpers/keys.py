@@ -51,6 +51,7 @@ CHANGED: dict[str, Any] = {
     "train.optimizer_options": {"eps": 1e-6},  # of adamw
     "train.decay_norm_and_bias": False,
     "train.warmup_steps": 5,
+    "train.layer_decay": 0.75,
     "train.clip": 1.0,
     "train.accumulate": 2,
     "train.ema": 0.9,
@@ -58,6 +59,7 @@ CHANGED: dict[str, Any] = {
     "train.random_erasing": 0.25,
     "train.class_weights": "balanced",
     "train.sampling": "balanced",
+    "train.patience": 2,
     "method": "at",
     "options": {"fsp": {"pool": "avg"}},
     "weights": {"fsp": 10.0},

@@ -11,7 +11,9 @@ import test_balance
 import test_batches
 import test_blame
 import test_gradients
+import test_layer_decay
 import test_mixtures
+import test_patience
 import test_rates
 import test_runner
 import test_schedule
@@ -23,6 +25,7 @@ from flowdistill import models, randomness
 from flowdistill.data import augment, balance, batches, names, splits
 from flowdistill.data.user_loaders import Finite
 from flowdistill.models import base
+from flowdistill.models.layers import by_blocks
 from flowdistill.training import blame, cohort, engine, gradients, optim, rates, schedule, step, teacher
 from flowdistill.training.engine import Engine
 from flowdistill.training.optim import build_optimizer
@@ -189,6 +192,24 @@ def student_trained_in_eval_mode(self):
     self.net.eval()
 
 
+@bug(
+    optim,
+    "rate_factors",
+    test_layer_decay.test_a_network_of_timm_has_timm_s_own_scales,
+    {"name": "resnet18", "data": test_layer_decay.SMALL},
+)
+def layers_counted_from_the_wrong_end(net, decay):
+    """decay ** layer: the stem has all of the rate, the classifier almost none."""
+    layers = net.layer_numbers()
+    return {parameter: decay ** layers[name] for name, parameter in net.body.named_parameters()}
+
+
+@bug(models.foreign, "by_blocks", test_layer_decay.test_a_resnet_of_torchvision_has_the_scales_of_timm_s_at_every_size)
+def stages_of_one_position_forgotten(net, ends, order):
+    """Only what may be tapped at the data's size counts: the last stage of a deep network goes into the classifier's layer."""
+    return by_blocks(net, {name: path for name, path in ends.items() if name != "stage4"}, order)
+
+
 # What is reported
 
 
@@ -245,6 +266,29 @@ def ties_taken_late(cohort, report):
         correct = report.progress[student].correct
         if not cohort.select or correct >= student.chosen_correct:
             student.choose(report.epoch, correct, keep=cohort.select)
+
+
+@bug(cohort, "_stop_early", test_patience.test_patience_counts_from_the_last_phase_on)
+def patience_lost_in_an_earlier_phase(cohort, on_stop):
+    """Epochs of a phase that trains no classifier count as ones that were no better: training ends before the task has begun."""
+    for seed_group in cohort.seed_groups:
+        for student in [*seed_group.students]:
+            if cohort.done < cohort.epochs and cohort.done - student.chosen_epoch >= cohort.train.patience:
+                seed_group.students.remove(student)
+                on_stop(student)
+
+
+@bug(cohort, "_stop_early", test_patience.test_each_student_of_a_cohort_stops_by_itself_and_ships_its_best_epoch)
+def all_stop_with_the_first(cohort, on_stop):
+    """One student of a cohort has run out of patience, and the others end with it."""
+    patience = cohort.train.patience
+    late = [patience is not None and cohort.done - student.chosen_epoch >= patience for student in cohort.students]
+    if any(late) and cohort.done < cohort.epochs:
+        stopped = cohort.students
+        for seed_group in cohort.seed_groups:
+            seed_group.students = []
+        for student in stopped:
+            on_stop(student)
 
 
 # What is random

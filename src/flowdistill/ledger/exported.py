@@ -146,7 +146,8 @@ def _contradiction(run: Run, curve: Sequence[Epoch]) -> str:
         return f"status {run.status!r} is none of {', '.join(RESULTS)}"
     if not curve or run.status != "finished":
         return ""
-    if [epoch.epoch for epoch in curve] != list(range(1, run.nepoch + 1)):
+    early = run.config["train"].get("patience") is not None and len(curve) < run.nepoch
+    if [epoch.epoch for epoch in curve] != list(range(1, (len(curve) if early else run.nepoch) + 1)):
         return f"its curve has {len(curve)} epochs, its row {run.nepoch}"
     if run.split == "full":
         correct_after = {epoch.epoch: epoch.correct for epoch in curve}

@@ -17,6 +17,7 @@ from ..randomness import seeded
 from ..registry import Registry
 from ..types import DataSpec, NetSpec, Outputs, TapSpec
 from .input_adapter import InputAdapter, InputSpec
+from .layers import by_blocks, order_of
 from .state import shape_buffers
 
 CAM = "cam"
@@ -75,6 +76,10 @@ class Network(nn.Module):
         """The module whose parameters and modules have the names that the spec and a weights file give them."""
         return self
 
+    def layer_numbers(self) -> Mapping[str, int]:
+        """Name of each of the body's parameters -> its layer, counted from 0 at the images' side; empty if nothing says their order."""
+        return {}
+
     def take_over(self, student: Network, teacher: Network) -> None:
         """Take weights from the networks that a method builds this one of; other networks have none of these."""
         raise NotImplementedError
@@ -123,6 +128,10 @@ class ImageNetwork(Network):
         if CAM in self.taps:
             maps[CAM] = F.linear(last.permute(0, 2, 3, 1), head.weight).permute(0, 3, 1, 2)
         return Outputs(head(embedding), embedding, {name: maps[self.spec.tap(name).own] for name in self.taps})
+
+    def layer_numbers(self) -> Mapping[str, int]:
+        """As ``Network`` says. The modules of the networks here stand in the order in which they are called."""
+        return by_blocks(self, self.paths, order_of(self))
 
     def fresh(self) -> None:
         """Convolutions by He et al. 2015, normal with variance 2 / fan-out; all else as PyTorch has it."""

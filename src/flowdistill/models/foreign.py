@@ -28,6 +28,7 @@ from .base import FORMS, Network
 from .code import contents, digest, hashes, own_modules, place_of
 from .hooks import Keep, Seen, hook, remove_all
 from .input_adapter import InputSpec
+from .layers import by_blocks, by_timm
 from .loading import Neighbours, of_file, of_package
 from .survey import LARGE, Survey, survey, takes_channels_last
 
@@ -65,6 +66,7 @@ class Foreign(Network):
         self.paths = {name: spec.tap(name).module for name in self.taps}
         self.layouts = {path: dry_run.layouts[path] for path in self.paths.values()}
         self.overwritten, self.order = dry_run.overwritten & self.layouts.keys(), dry_run.order
+        self.all_stages = dry_run.stages
         self._hook()
         self.register_state_dict_post_hook(_without_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_with_prefix)  # type: ignore[no-untyped-call]
@@ -113,6 +115,10 @@ class Foreign(Network):
             features = self.pooling(output)
             return Outputs(features[:, :0], features, maps)
         return Outputs(output.logits if self.named else output, seen[HEAD].flatten(1), maps)
+
+    def layer_numbers(self) -> Mapping[str, int]:
+        """As ``Network`` says: as timm groups them, or by the blocks and stages that the dry run found."""
+        return by_timm(self.inner, self.spec.name) or by_blocks(self.inner, self.all_stages, self.order)
 
     def refuse_cut(self, outputs: Outputs, *, embedding: bool) -> None:
         """Refuse outputs, which were computed with gradients on, from which no gradient goes where it should.

@@ -29,6 +29,7 @@ class Survey:
     Attributes:
         layouts: module path -> how its output is a map, for all whose output is one.
         ends: tap name -> module path, as the dry run found them.
+        stages: likewise, with the stages whose maps have a single position at this size, which are no taps.
         head, embedding, classes: the classifier's path, its inputs and outputs.
         named: whether the network gives an object that holds the logits, not these themselves.
         altered: why its answer is not what its classifier gives, or empty.
@@ -47,6 +48,7 @@ class Survey:
 
     layouts: dict[str, Layout]
     ends: dict[str, str]
+    stages: dict[str, str]
     head: str
     embedding: int
     classes: int
@@ -133,13 +135,15 @@ def survey(net: nn.Module, channels: int, height: int, width: int, classes: int 
     layouts = {call.path: call.layout for call in calls if call.layout is not None and call.path}
     # Students and teachers see the data's size: a tap must be a map of more than one position there. The stages that are left are numbered
     # anew, without gaps.
-    taps = {name: path for name, path in find_taps(net, larger).items() if path in layouts and layouts[path].size != (1, 1)}
+    found = find_taps(net, larger)
+    taps = {name: path for name, path in found.items() if path in layouts and layouts[path].size != (1, 1)}
     stages = [path for name, path in taps.items() if name != "stem"]
     ends = {name: path for name, path in taps.items() if name == "stem"}
     ends |= {f"stage{number}": path for number, path in enumerate(stages, 1)}
     return Survey(
         layouts,
         ends,
+        found,
         head.path if head else "",
         head.inputs[0].shape[1] if head else answer_of(output).shape[1],
         logits.shape[1] if head else 0,

@@ -200,6 +200,7 @@ def check_start(cohort: Cohort, members: Sequence[Member], watcher: Watcher) -> 
         UserError: a gradient is not finite, or so large that training would diverge.
     """
     lines: list[tuple[str, ...]] = [(_told_of_first_weights(member.job),) for member in members if member.job.student.init]
+    lines += [(_told_of_layers(member),) for member in members if member.job.config.train.layer_decay < 1]
     lines += [(_told_of_teacher(member),) for member in members if member.job.teacher]
     lines += [(NO_TASK,) for member in members if not member.student.has_classifier]
     lines += [_told_of_taps(member) for member in members]
@@ -215,6 +216,14 @@ def _told_of_first_weights(job: Job) -> str:
     student, data = job.student, job.data
     head = "its classifier included" if student.head else f"its classifier fresh ({student.other_classes(data)})"
     return f"student {student.model} begins from {student.described}, {head}"
+
+
+def _told_of_layers(member: Member) -> str:
+    """How the rate falls from the classifier to the images, with the first parameter of each layer."""
+    net, decay = member.student.net, member.job.config.train.layer_decay
+    first = {layer: name for name, layer in reversed([*net.layer_numbers().items()])}
+    rates = ", ".join(f"{first[layer]} {decay ** (max(first) - layer):.3g}" for layer in sorted(first))
+    return f"student {net.spec.name}: {len(first)} layers, each with its part of the rate: {rates}; adapters have all of it"
 
 
 def _told_of_taps(member: Member) -> tuple[str, ...]:

@@ -231,9 +231,7 @@ def _of_method(group: Sequence[Job], data: DeviceData, find_rates: bool) -> Iter
             late, early = pulls(cohort, BATCHES, cohort.epochs - 1), pulls(cohort, 1)
             for student in (member.student for member in members):
                 for term, ratio in ratios[student].items():
-                    on_all = (
-                        ratio if student.has_classifier else min(ratio, 1.0)
-                    )  # without a task it is the norm
+                    on_all = ratio if student.has_classifier else min(ratio, 1.0)  # without a task it is the norm
                     yield Finding(f"{name}: {term}", *_of_gradient(job, term, on_all, late[student][term], early[student][term][0]))
             if find_rates:
                 yield Finding(f"{name}: rate", *_of_rate(job, cohort))

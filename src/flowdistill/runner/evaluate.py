@@ -28,6 +28,7 @@ from ..training.student_file import StudentMetadata, trained_network
 from ..training.weights import fill, load_weights, refuse_misfit
 from .integrity import meet_changes, meet_damage, newer
 from .references import run_number
+from .so_far import student_so_far
 
 ProbeName = Literal["knn", "linear"]
 PROBES: Mapping[ProbeName, str] = {
@@ -91,7 +92,8 @@ class Named(NamedTuple):
 
 
 def weights_path(target: str, runs: Path, changes: Changes | None = None) -> Named:
-    """The weights file of a run's number, below the ledger's folder, or the file itself.
+    """The weights file of a run's number, below the ledger's folder, or the file itself. Of a run that was cut off it is written first, and
+    said so.
 
     Raises:
         UserError: no such run, or its file is not what it wrote and that is not accepted.
@@ -99,8 +101,11 @@ def weights_path(target: str, runs: Path, changes: Changes | None = None) -> Nam
     number = run_number(target)
     if number is None:
         return Named(Path(target))
+    changes = changes or Changes()
     ledger = Ledger(runs, changes=changes)
     run = ledger.run(number)
+    if run.cut_off:
+        return Named(student_so_far(run, ledger, changes))
     changed = meet_damage(run, ledger) if run.status == "finished" else ""
     return Named(ledger.run_folder(run.no) / STUDENT_FILE, changed)
 

@@ -192,15 +192,24 @@ def _restore(cohort: Cohort, members: Sequence[Member], folder: Path, watcher: W
         watcher.say(f"{saved.damage}; {'the one before it is used' if saved.done else 'there is no other, so it starts again'}")
         (folder / checkpoint.FILE).unlink(missing_ok=True)  # else the next save would keep it as the one before
     if saved is not None and saved.done:
-        keys = {}
-        for member in members:  # by what it trains, for a run that came from another ledger had another number there
-            known = next((key for key, about in saved.about.items() if about["key"] == list(member.job.key)), None)
-            if known is None:
-                raise UserError(f"the checkpoint in {folder} is not of run {member.no}; remove it, and resume starts that run again")
-            keys[member.student] = known
-            member.train_seconds, member.eval_seconds = saved.about[known]["seconds"]
-        checkpoint.restore(cohort, keys, saved)
+        put_back(saved, cohort, members, folder)
     watcher.say(f"{_numbers(members)}: resumed after epoch {cohort.done} of {cohort.epochs}")
+
+
+def put_back(saved: checkpoint.Checkpoint, cohort: Cohort, members: Sequence[Member], folder: Path) -> None:
+    """Put these members into the state that the checkpoint of a folder has of them.
+
+    Raises:
+        UserError: it does not have one of them.
+    """
+    keys = {}
+    for member in members:  # by what it trains, for a run that came from another ledger had another number there
+        known = next((key for key, about in saved.about.items() if about["key"] == list(member.job.key)), None)
+        if known is None:
+            raise UserError(f"the checkpoint in {folder} is not of run {member.no}; remove it, and resume starts that run again")
+        keys[member.student] = known
+        member.train_seconds, member.eval_seconds = saved.about[known]["seconds"]
+    checkpoint.restore(cohort, keys, saved)
 
 
 def _tell_what_changed(runs: Sequence[Run], members: Sequence[Member], ledger: Ledger, device: torch.device, watcher: Watcher) -> None:
@@ -243,8 +252,14 @@ def _train(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: to
     announce(cohort, members)
     watcher.began([member.no for member in members])
     watcher.begin(_title(members), cohort.steps)
+    by_student = {member.student: member for member in members}
+
+    def complete(student: Student) -> None:
+        finish(by_student[student], cohort, ledger, device)
+        watcher.say(told(ledger.run(by_student[student].no)))
+
     try:
-        for report in train(cohort, watcher.step):
+        for report in train(cohort, watcher.step, complete):
             if (cohort.engine.name, cohort.engine.why) != (name, why):  # it fell back as it set up this phase
                 instead = " instead" if cohort.engine.name != name else ""
                 name, why = cohort.engine.name, cohort.engine.why
@@ -265,10 +280,8 @@ def _train(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: to
                 if not due:
                     _save(cohort, members, folder, watcher)
                 raise
-        for member in members:
-            if member.student in cohort.students:  # the others diverged, and are recorded as failed
-                finish(member, cohort, ledger, device)
-                watcher.say(told(ledger.run(member.no)))
+        for student in cohort.students:  # the others diverged, and are recorded as failed, or had stopped early
+            complete(student)
         checkpoint.clear(folder)  # only now: a cohort that is cut off while it finishes still needs it
     finally:
         watcher.end()

@@ -132,8 +132,8 @@ class Job:
     @property
     def variant(self) -> str:
         """What differs from the method's defaults, as tables print it; of two that teach each other which one this is, and what ships
-        where that is not the student; what it begins from, what of it is frozen, which images and taps were given to whom, and how many
-        processes normalised parts of a batch, each by itself.
+        where that is not the student; what it begins from, what of it is frozen, which images and taps were given to whom, whether it
+        may stop early, and how many processes normalised parts of a batch, each by itself.
         """
         notes = (
             [self.resolved.variant] + ["probe"] * self.config.probe + ["teacher_shares=holdout"] * (self.config.teacher_shares == "holdout")
@@ -154,6 +154,7 @@ class Job:
         }
         for name, table in tables.items():
             notes += [f"{name}.{role}.{key}={value}" for role, values in table.items() for key, value in values.items()]
+        notes += [f"patience={self.config.train.patience}"] * (self.config.train.patience is not None)
         notes += [f"ranks={self.ranks}"] * (self.ranks > 1)
         return ", ".join(note for note in notes if note)
 

@@ -116,7 +116,7 @@ def finish(member: Member, cohort: Cohort, ledger: Ledger, device: torch.device)
     kept = _answers(member, cohort) if student.has_classifier else None
     weights = student.net.state_dict()
     folder = ledger.run_folder(member.no)
-    about = _metadata(job, student.net, data, kept.test.figures.correct if kept else None, device).record
+    about = metadata_of(job, student.net, data, kept.test.figures.correct if kept else None, device).record
     save_weights(folder / STUDENT_FILE, weights, about, make_folder=False)
     files = [STUDENT_FILE, JOURNAL]
     if kept is not None:
@@ -125,8 +125,10 @@ def finish(member: Member, cohort: Cohort, ledger: Ledger, device: torch.device)
     if member.teacher and member.teacher.probe:
         save_weights(folder / PROBE_FILE, member.teacher.probe, {"accuracy": member.teacher.accuracy}, make_folder=False)
         files.append(PROBE_FILE)
-    images = cohort.seed_groups[0].batches.steps * job.config.train.batch_size * sum(job.phase_epochs)
+    images = cohort.seed_groups[0].batches.steps * job.config.train.batch_size * cohort.done
+    patience, early = job.config.train.patience, cohort.done < cohort.epochs
     values: dict[str, Any] = {
+        "error": f"stopped early at epoch {cohort.done} of {cohort.epochs} (patience {patience})" if early else "",
         "epoch": student.chosen_epoch,
         **(kept.test.figures._asdict() if kept else {}),
         "train_seconds": member.train_seconds,
@@ -163,10 +165,11 @@ def told(run: Run) -> str:
     return (
         f"run {run.no}: {run.method} {run.student} seed {run.seed}: {figures} "
         f"in {run.precision} (epoch {run.epoch} of {run.nepoch}, {run.split} split), {run.train_seconds:.1f} s of training"
+        f"{f'; {run.error}' if run.error else ''}"
     )
 
 
-def _metadata(job: Job, net: Network, data: Supply, correct: int | None, device: torch.device) -> StudentMetadata:
+def metadata_of(job: Job, net: Network, data: Supply, correct: int | None, device: torch.device) -> StudentMetadata:
     """What travels in the student's file."""
     adapter = net.input_adapter
     metadata = StudentMetadata(

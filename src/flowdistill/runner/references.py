@@ -474,8 +474,9 @@ def _trained(model: str, query: TeacherQuery, ledger: Ledger) -> list[Run]:
 
 
 def _plain(run: Run) -> bool:
-    """Whether nothing of its method differs from the defaults, however many processes trained it."""
-    return run.variant in ("", f"ranks={ranks_apart(run)}")
+    """Whether nothing of its method differs from the defaults, however many processes trained it, stopped early or not."""
+    beside = {"", f"patience={run.config['train'].get('patience')}", f"ranks={ranks_apart(run)}"}
+    return {*run.variant.split(", ")} <= beside
 
 
 def _recipe(train: Mapping[str, Any]) -> dict[str, Any]:

@@ -104,12 +104,18 @@ class EpochReport:
     progress: dict[Student, Progress]
 
 
-def train(cohort: Cohort, on_step: Callable[[], None] = lambda: None) -> Iterator[EpochReport]:
-    """Train the epochs that are not done yet, and report each. Students that diverge leave the cohort; the others go on.
+def train(
+    cohort: Cohort, on_step: Callable[[], None] = lambda: None, on_stop: Callable[[Student], None] = lambda _: None
+) -> Iterator[EpochReport]:
+    """Train the epochs that are not done yet, and report each. Students that diverge leave the cohort, as do those whose patience has run
+    out; the others go on.
 
-    ``on_step`` is called after each step of all students and must not wait for the device.
+    Args:
+        on_step: is called after each step of all students and must not wait for the device.
+        on_stop: is called with a student that stops before the last epoch.
     """
     try:
+        _stop_early(cohort, on_stop)  # what was cut off may have been so right there
         while cohort.students and cohort.done < cohort.epochs:
             phase, epoch = cohort.position
             epochs = cohort.phase_epochs[phase]
@@ -128,6 +134,7 @@ def train(cohort: Cohort, on_step: Callable[[], None] = lambda: None) -> Iterato
             _choose(cohort, report)
             cohort.done += 1
             yield report
+            _stop_early(cohort, on_stop)  # only now: whoever saves the cohort between two epochs has all of them
     finally:
         for seed_group in cohort.seed_groups:
             seed_group.batches.close()
@@ -221,3 +228,18 @@ def _choose(cohort: Cohort, report: EpochReport) -> None:
         correct = report.progress[student].correct
         if not cohort.select or correct > student.chosen_correct:
             student.choose(report.epoch, correct, keep=cohort.select)
+
+
+def _stop_early(cohort: Cohort, on_stop: Callable[[Student], None]) -> None:
+    """Take students out that were no better on the held-out images for ``train.patience`` epochs of the last phase. Of those that teach
+    each other none stops while another gets better.
+    """
+    patience, earlier = cohort.train.patience, sum(cohort.phase_epochs[:-1])
+    if patience is None or cohort.done == cohort.epochs:
+        return
+    for seed_group in cohort.seed_groups:
+        for group in seed_group.peer_groups:
+            if all(cohort.done - max(student.chosen_epoch, earlier) >= patience for student in group):
+                seed_group.students = [student for student in seed_group.students if student not in group]
+                for student in group:
+                    on_stop(student)

@@ -15,6 +15,7 @@ from ..methods import Method, Phase
 from ..models import Network
 
 FUSED = ("sgd", "adamw")  # those that every engine trains with; a CUDA graph can hold their fused forms
+FACTOR = "factor"  # key of a group: what the rate is multiplied by for it
 ENGINES_OWN = {"params", "foreach", "fused", "capturable", "differentiable", "maximize"}
 """Arguments of torch's classes that say how a step is computed, or that it climbs."""
 
@@ -42,7 +43,8 @@ def build_optimizer(net: Network, method: Method, phase: Phase, train: TrainConf
     SGD and AdamW are the fused forms, which a CUDA graph can hold, and they remember zeros from the start: a graph needs that to be in its
     place, and in the parameter's memory layout. From another layout the fused forms compute wrong updates, silently.
     """
-    optimizer = _made(_groups(trainable_parameters(net, method, phase), train), phase.lr or train.lr, train)
+    parameters, factors = trainable_parameters(net, method, phase), rate_factors(net, train.layer_decay)
+    optimizer = _made(_groups(parameters, factors, train), phase.lr or train.lr, train)
     for parameter in parameters_of(optimizer):
         if train.optimizer == "sgd" and train.momentum:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
@@ -53,12 +55,34 @@ def build_optimizer(net: Network, method: Method, phase: Phase, train: TrainConf
     return optimizer
 
 
-def _groups(parameters: Sequence[nn.Parameter], train: TrainConfig) -> list[dict[str, Any]]:
-    """Those with weight decay, then those without: of at most one dimension, as scales and biases are."""
-    if train.decay_norm_and_bias:
-        return [{"params": parameters}]
-    thick, thin = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
-    return [group for group in ({"params": thick}, {"params": thin, "weight_decay": 0.0}) if group["params"]]
+def rate_factors(net: Network, decay: float) -> dict[nn.Parameter, float]:
+    """What the rate of each of the network's parameters is multiplied by; 1 for those that are not there, as adapters are.
+
+    The last layer, which has the classifier, has the factor 1, and each layer before it ``decay`` times that of the next.
+
+    Raises:
+        UserError: nothing says the order of its layers.
+    """
+    if decay == 1:
+        return {}
+    layers = net.layer_numbers()
+    if not layers:
+        raise UserError(
+            f"train.layer_decay={decay:g}: nothing says in which order the layers of {net.spec.name} stand, for it has neither stages nor "
+            f"timm's group_matcher; leave layer_decay out, or choose another student"
+        )
+    last = max(layers.values())
+    return {parameter: decay ** (last - layers[name]) for name, parameter in net.body.named_parameters()}
+
+
+def _groups(parameters: Sequence[nn.Parameter], factors: Mapping[nn.Parameter, float], train: TrainConfig) -> list[dict[str, Any]]:
+    """One for each factor of the rate, in two where a part is without weight decay: that of at most one dimension, as scales and biases."""
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for parameter in parameters:
+        factor, thin = factors.get(parameter, 1.0), not train.decay_norm_and_bias and parameter.ndim <= 1
+        group = {"params": [], FACTOR: factor} | ({"weight_decay": 0.0} if thin else {})
+        groups.setdefault((factor, thin), group)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
 
 
 def _made(parameters: Iterable[Tensor] | list[dict[str, Any]], lr: float, train: TrainConfig) -> torch.optim.Optimizer:
@@ -100,9 +124,13 @@ def _arguments(cls: type[torch.optim.Optimizer]) -> set[str]:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: Tensor) -> None:
-    """Set the rate of the next step, a scalar. The fused forms read it on the device; the others are given a number."""
+    """Set the rate of the next step, a scalar, for each group by its factor. The fused forms read it on the device; the others are given a
+    number.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = lr if group.get("fused") else float(lr)
+        factor = group.get(FACTOR, 1)
+        rate = lr if factor == 1 else lr * factor
+        group["lr"] = rate if group.get("fused") else float(rate)
 
 
 def clip(parameters: Sequence[nn.Parameter], largest: float | None) -> None:

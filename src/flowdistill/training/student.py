@@ -18,7 +18,7 @@ from ..types import Outputs
 from .average import Average
 from .evaluate import answering
 from .freeze import freeze
-from .optim import build_optimizer, clip, memory, parameters_of, remember, set_rate, trainable_parameters
+from .optim import build_optimizer, clip, memory, parameters_of, rate_factors, remember, set_rate, trainable_parameters
 from .schedule import WARMUP, lr_factor
 from .tally import Tally, are
 from .task import TASK
@@ -39,6 +39,7 @@ class Student:
         for phase in resolved.phases:
             if not trainable_parameters(net, method, phase):
                 raise UserError(f"{self._frozen} leaves nothing to train in phase {phase.name!r}; freeze less")
+        rate_factors(net, train.layer_decay)  # before anything is trained
         self.optimizer: torch.optim.Optimizer
         self.average: Average | None = None
         self.weights = {}

@@ -471,7 +471,6 @@ class RunConfig(Frozen):
         return self
 
     @model_validator(mode="after")
-    @model_validator(mode="after")
     def _patience_needs_held_out_images(self) -> RunConfig:
         if self.train.patience is not None and self.split != "holdout":
             why = "a loader's images are not held out" if self.data.user_loaders else "split=full holds no images out"

@@ -8,13 +8,14 @@ the first block is the stem, one layer; after the last one are a final normalisa
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
 from ..checks import FAILURES, UserError, summary
 
 
-def by_timm(net: nn.Module, name: str) -> dict[str, int]:
+def by_timm(net: Any, name: str) -> dict[str, int]:
     """Parameter -> its layer, counted from 0 at the images' side, as timm groups them; empty if the network is not of timm's kind.
 
     Raises:

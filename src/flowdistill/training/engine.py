@@ -6,7 +6,7 @@ import contextlib
 import copy
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ class Engine:
         """
         return self
 
-    def epoch(self, seed_groups: Sequence[SeedGroup], number: int, rates: Mapping[Student, Tensor]) -> Iterator[None]:
+    def epoch(self, seed_groups: Sequence[SeedGroup], number: int, rates: Mapping[Student, Tensor]) -> Generator[None, None, None]:
         """Train every student for one epoch (0-based ``number`` over all phases), a step at a time."""
         for step, batches in enumerate(zip(*(seed_group.batches.epoch(number) for seed_group in seed_groups), strict=True)):
             for seed_group, (images, batch) in zip(seed_groups, batches, strict=True):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -218,7 +218,7 @@ class GraphEngine(Engine):
             static.step()
         return static, graph
 
-    def epoch(self, seed_groups: Sequence[SeedGroup], number: int, rates: Mapping[Student, Tensor]) -> Iterator[None]:
+    def epoch(self, seed_groups: Sequence[SeedGroup], number: int, rates: Mapping[Student, Tensor]) -> Generator[None, None, None]:
         """Replay the graph once per step, and let the inner engine take a step of the groups beside it."""
         assert self._step is not None
         assert self._graph is not None

@@ -76,6 +76,7 @@ class NetSpec:
             of a run's fingerprint.
         altered: why its answer is not the logits that the head gives, or empty.
         apart: why the head's weights do not make the logits from the embedding, or empty.
+        unread: why it has no stages though it gives tokens, or empty.
     """
 
     name: str
@@ -88,6 +89,7 @@ class NetSpec:
     version: int = 1
     altered: str = ""
     apart: str = ""
+    unread: str = ""
 
     def tap(self, name: str) -> TapSpec:
         """The tap of that name.

@@ -85,7 +85,8 @@ def _scores(
 
     def look(path: str, layouts: Sequence[Layout]) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            scores.update(((path, layout), _agreement(output, layout, cells)) for layout in layouts)
+            changes = {layout.kind: _change(output, layout) for layout in layouts}
+            scores.update(((path, layout), _agreement(changes[layout.kind], layout, cells)) for layout in layouts)
 
         return hook
 
@@ -105,16 +106,17 @@ def _stretch(number: int, count: int, length: int) -> slice:
     return slice(number * length // count, max(-(-(number + 1) * length // count), 1))
 
 
-def _agreement(output: Tensor, layout: Layout, cells: Cells) -> float:
+def _change(output: Tensor, layout: Layout) -> Tensor:
+    """[K, T]: how much each of T positions, tokens that stand for none among them, differs between an image and K changed ones."""
+    positions = output if layout.kind == "tokens" else layout.map(output).flatten(2).transpose(1, 2)  # [1 + K, T, C]
+    return torch.linalg.vector_norm(positions[1:] - positions[:1], dim=2).double()
+
+
+def _agreement(change: Tensor, layout: Layout, cells: Cells) -> float:
     """How much the positions of changed cells answer, of the strongest answer, on average.
 
     An answer is the change of a position against its own changes when other cells are changed: some positions answer to anything.
-
-    Args:
-        output: of an image, and of as many changed ones as there are cells.
     """
-    positions = output if layout.kind == "tokens" else layout.map(output).flatten(2).transpose(1, 2)  # [1 + K, T, C]
-    change = torch.linalg.vector_norm((positions[1:] - positions[:1]).double(), dim=2)  # [K, T]
     elsewhere = (change.sum(0) - change) / (len(cells) - 1)
     answer = change / (elsewhere + FAINT * change.max())
     at = torch.tensor([layout.prefix + y * layout.width + x for y, x in cells], device=answer.device)

@@ -111,7 +111,7 @@ def survey(net: nn.Module, channels: int, height: int, width: int, classes: int 
         calls, output, overwrites, draws_always = watch(net, *size)
         unsettled = buffers(net) != before
     with _as_it_was(net):
-        misplaced = set() if draws_always else settle(net, calls, *size)
+        misplaced: Set[str] = frozenset() if draws_always else settle(net, calls, *size)
     answer_of: Callable[[Any], Tensor] = logits_of
     pooling = None
     head: Call | None = None

@@ -101,8 +101,8 @@ def test_what_gives_no_features(gives: str, what: str, nets: Path) -> None:
 
 def test_a_map_that_is_no_map_of_these_images() -> None:
     with pytest.raises(ValueError, match=r"it gives a tensor \(2, 3, 5, 9\), neither"):
-        pooling_of(torch.zeros(2, 3, 5, 9), nn.Identity(), 8, 8)
-    assert pooling_of(SimpleNamespace(pooler_output=torch.zeros(2, 3)), nn.Identity(), 8, 8).attribute == "pooler_output"
+        pooling_of(torch.zeros(2, 3, 5, 9), [], nn.Identity(), 8, 8)
+    assert pooling_of(SimpleNamespace(pooler_output=torch.zeros(2, 3)), [], nn.Identity(), 8, 8).attribute == "pooler_output"
 
 
 def test_as_many_features_as_classes_are_no_features(tmp_path: Path) -> None:

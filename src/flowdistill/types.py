@@ -95,6 +95,7 @@ class NetSpec:
         altered: why its answer is not the logits that the head gives, or empty.
         apart: why the head's weights do not make the logits from the embedding, or empty.
         parts: of several teachers what each offers, by its own names; of their student, what it offers by the names that each one's have.
+        unread: why it has no stages though it gives tokens, or empty.
     """
 
     name: str
@@ -108,6 +109,7 @@ class NetSpec:
     altered: str = ""
     apart: str = ""
     parts: tuple[NetSpec, ...] = ()
+    unread: str = ""
 
     def tap(self, name: str) -> TapSpec:
         """The tap of that name.

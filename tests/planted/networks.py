@@ -8,14 +8,15 @@ import test_distiller
 import test_dropout
 import test_models
 import test_pairing
+import test_places
 import test_several_teachers
 import test_survey
 import test_tap_table
 
 from flowdistill import distiller
 from flowdistill.ledger import merge
-from flowdistill.methods import compose, per_teacher
-from flowdistill.models import head, hooks, input_adapter, stages, wide_resnet
+from flowdistill.methods import compose, fsp, per_teacher, radio
+from flowdistill.models import head, hooks, input_adapter, places, stages, wide_resnet
 from flowdistill.models.joined import Joined
 from flowdistill.models.watching import Layout
 from flowdistill.runner import pairing, references
@@ -38,6 +39,39 @@ def columns_taken_for_rows(self, output):
     """A reshape to W x H: right for square maps of equal numbers alone."""
     positions = output[:, self.prefix :].transpose(1, 2)
     return positions.reshape(-1, self.channels, self.width, self.height).transpose(2, 3)
+
+
+SQUARE = {"kind": "class token behind", "size": (56, 56)}
+
+
+@bug(places, "settle", test_places.test_a_transformers_map_lies_on_a_convolutional_one, SQUARE)
+def a_shape_taken_for_an_order(net, calls, channels, height, width):
+    """65 tokens are 64 positions after a class token: of a network that puts it last every position moves by one."""
+    return set()
+
+
+@bug(places, "_choose", test_places.test_tokens_in_another_order_are_no_map, {"size": (56, 56)})
+def columns_or_windows_taken_for_rows(layouts, scores):
+    """Whatever fills a grid is a map: Hiera's tokens are compared with other places of the image."""
+    return layouts[0]
+
+
+@bug(places, "_stretch", test_places.test_a_transformers_map_lies_on_a_convolutional_one, SQUARE)
+def the_whole_image_is_changed(number, count, length):
+    """Every position answers to everything, so the first reading is as good as any."""
+    return slice(0, length)
+
+
+@bug(fsp, "pooled", test_places.test_a_transformers_map_lies_on_a_convolutional_one, {"kind": "class token", "size": (56, 88)})
+def corners_taken_for_means(x, size, pool):
+    """Every second position is left out: what is left lies half a position before its place."""
+    return x[:, :, :: max(x.shape[2] // size[0], 1), :: max(x.shape[3] // size[1], 1)][:, :, : size[0], : size[1]]
+
+
+@bug(radio, "interpolated", test_places.test_a_map_that_no_division_makes)
+def corners_laid_on_corners(x, size):
+    """align_corners: the middles of the outer positions are taken for the rim of the image, and maps of two sizes part from there."""
+    return radio.F.interpolate(x, size, mode="bilinear", align_corners=True)
 
 
 @bug(stages, "_transitions", test_survey.test_a_block_that_widens_before_it_shrinks)

@@ -351,12 +351,16 @@ def paired_stages(student: NetSpec, teacher: NetSpec, method: str) -> tuple[str,
         ValueError: none, or not the same ones.
     """
     if not student.stages or student.stages != teacher.stages:
-        ours, theirs = (", ".join(repr(name) for name in spec.stages) or "none" for spec in (student, teacher))
+        ours, theirs = (", ".join(map(repr, spec.stages)) or _without_stages(spec) for spec in (student, teacher))
         raise ValueError(
             f"{method}: the stages of {student.name} are {ours}, those of {teacher.name} {theirs}; choose networks with the same "
             f"stages, or a method on logits such as kd"
         )
     return student.stages
+
+
+def _without_stages(spec: NetSpec) -> str:
+    return f"none ({spec.unread})" if spec.unread else "none"
 
 
 def after_relu(spec: NetSpec, stages: tuple[str, ...]) -> tuple[str, ...]:

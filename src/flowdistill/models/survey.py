@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from ..randomness import seeded, states
 from ..types import NetSpec, TapSpec
 from .features import Pooling, pooling_of
 from .head import ROUNDING, SAME, apart, candidates, find_head
+from .places import settle
 from .stages import attention, find_taps
 from .state import buffers, kept, shapes
 from .watching import IMAGES, Call, Layout, device_of, images_for, logits_of, watch
@@ -42,6 +43,7 @@ class Survey:
         overstepped: path of a convolution whose stride is larger than its map, or empty.
         overwrites: whether it changes its input images in place.
         overwritten: paths of modules whose output is changed in place afterwards.
+        unread: why its tokens are no maps, or empty if no stage is missed for it.
         pooling: how its output becomes the embedding, if it has no classifier; then ``head`` is empty and ``classes`` 0.
         channels_last: whether it takes images and weights in channels_last memory; ``view`` may not.
     """
@@ -63,6 +65,7 @@ class Survey:
     overstepped: str
     overwrites: bool
     overwritten: frozenset[str]
+    unread: str = ""
     pooling: Pooling | None = None
     channels_last: bool = True
     taps: tuple[TapSpec, ...] = field(init=False)
@@ -77,7 +80,17 @@ class Survey:
 
     def spec(self, name: str) -> NetSpec:
         """What a network of that name offers."""
-        return NetSpec(name, self.taps, self.embedding, self.classes, self.head, self.overstepped, altered=self.altered, apart=self.apart)
+        return NetSpec(
+            name,
+            self.taps,
+            self.embedding,
+            self.classes,
+            self.head,
+            self.overstepped,
+            altered=self.altered,
+            apart=self.apart,
+            unread=self.unread,
+        )
 
 
 def survey(net: nn.Module, channels: int, height: int, width: int, classes: int | None = None, *, bare: bool = False) -> Survey:
@@ -100,7 +113,9 @@ def survey(net: nn.Module, channels: int, height: int, width: int, classes: int 
         before = buffers(net)
         calls, output, overwrites, draws_always = watch(net, *size)
         unsettled = buffers(net) != before
-    pooling = pooling_of(output, net, height, width) if bare else None
+    with _as_it_was(net):
+        misplaced: Set[str] = frozenset() if draws_always else settle(net, calls, *size)
+    pooling = pooling_of(output, calls, net, height, width) if bare else None
     head: Call | None = None
     if pooling is None:
         try:
@@ -109,7 +124,7 @@ def survey(net: nn.Module, channels: int, height: int, width: int, classes: int 
         except ValueError:
             if classes is None or 0 < classes == _width(output):
                 raise
-            pooling = pooling_of(output, net, height, width)
+            pooling = pooling_of(output, calls, net, height, width)
     answer_of: Callable[[Any], Tensor] = pooling.__call__ if pooling else logits_of
     with _as_it_was(net):
         _refuse_forgetful(net, size, answer_of, answer_of(output))
@@ -129,8 +144,9 @@ def survey(net: nn.Module, channels: int, height: int, width: int, classes: int 
         except FAILURES as error:  # it takes one size alone
             pass_on_shortage(error)
             larger = calls
-    # What attention gives has the shape of a map, and is none: no stage ends there, and nobody may tap it.
-    for call in [*attention(calls), *attention(larger)]:
+    # What attention gives has the shape of a map, and is none; so have tokens in an order that is not the image's. No stage ends there,
+    # and nobody may tap it.
+    for call in [*attention(calls), *attention(larger), *(call for call in larger if call.path in misplaced)]:
         call.layout = None
     layouts = {call.path: call.layout for call in calls if call.layout is not None and call.path}
     # Students and teachers see the data's size: a tap must be a map of more than one position there. The stages that are left are numbered
@@ -158,8 +174,18 @@ def survey(net: nn.Module, channels: int, height: int, width: int, classes: int 
         overstepped=_overstepped(calls),
         overwrites=overwrites,
         overwritten=frozenset(call.path for call in calls if call.overwritten),
+        unread="" if stages else _unread(calls, misplaced, height, width),
         pooling=pooling,
     )
+
+
+def _unread(calls: Sequence[Call], misplaced: Set[str], height: int, width: int) -> str:
+    """Which tokens are no map of the image, and why; empty if there are none."""
+    for call in calls:
+        if call.path and isinstance(call.output, Tensor) and call.output.dim() == 3 and call.output.shape[1] > 1 and call.layout is None:
+            why = "are not in the order of the positions of" if call.path in misplaced else "fill no grid of the shape of"
+            return f"the {call.output.shape[1]} tokens of {call.path} {why} a {height}x{width} image"
+    return ""
 
 
 def _width(output: Any) -> int:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ..randomness import seeded, states
 
 IMAGES = 2  # of the dry run: with one, a batch could be taken for something else
-PREFIXES = range(6)  # tokens before those of the positions: class, distillation, registers
+MOST_EXTRA = 5  # tokens beside those of the positions: class, distillation, registers
 
 
 class Layout(NamedTuple):
-    """How a module's output is a map: [N, C, H, W], [N, H, W, C], or [N, prefix + H W, C] tokens."""
+    """How a module's output is a map: [N, C, H, W], [N, H, W, C], or tokens [N, T, C]: ``prefix`` others, H W positions, and the rest."""
 
     kind: Literal["nchw", "nhwc", "tokens"]
     channels: int
@@ -30,7 +30,7 @@ class Layout(NamedTuple):
             return output
         if self.kind == "nhwc":
             return output.permute(0, 3, 1, 2)
-        positions = output[:, self.prefix :].transpose(1, 2)
+        positions = output[:, self.prefix : self.prefix + self.height * self.width].transpose(1, 2)
         return positions.reshape(-1, self.channels, self.height, self.width)
 
     @property
@@ -167,9 +167,14 @@ def logits_of(output: Any) -> Tensor:
 
 
 def layout_of(output: Any, net: nn.Module, height: int, width: int) -> Layout | None:
-    """How an output is a map of images of this size, or None."""
+    """How an output is a map of images of this size, if nothing but its shape is asked: the first of its readings, or None."""
+    return next(iter(readings(output, net, height, width)), None)
+
+
+def readings(output: Any, net: nn.Module, height: int, width: int) -> list[Layout]:
+    """Every way in which an output of the dry run may be a map of images of this size, by its shape; the likeliest is first."""
     if not isinstance(output, Tensor) or output.dim() not in (3, 4) or output.shape[0] != IMAGES:
-        return None
+        return []
 
     def fits(h: int, w: int) -> bool:
         """Whether both sides shrank alike, up to rounding."""
@@ -177,13 +182,20 @@ def layout_of(output: Any, net: nn.Module, height: int, width: int) -> Layout | 
 
     _, *sides = output.shape
     if len(sides) == 3:
-        if fits(*sides[1:]):
-            return Layout("nchw", sides[0], *sides[1:])
-        return Layout("nhwc", sides[2], *sides[:2]) if fits(*sides[:2]) else None
-    declared = getattr(net, "num_prefix_tokens", None)
-    for prefix in [declared] if isinstance(declared, int) else PREFIXES:
-        positions = sides[0] - prefix
-        for w in range(1, width + 1):
-            if positions % w == 0 and fits(positions // w, w):
-                return Layout("tokens", sides[1], positions // w, w, prefix)
-    return None
+        layouts = [Layout("nchw", sides[0], *sides[1:]), Layout("nhwc", sides[2], *sides[:2])]
+        return [layout for layout in layouts if fits(*layout.size)]
+    return [
+        Layout("tokens", sides[1], positions // w, w, prefix)
+        for prefix, suffix in _extras(net)
+        if (positions := sides[0] - prefix - suffix) > 0
+        for w in range(1, width + 1)
+        if positions % w == 0 and fits(positions // w, w)
+    ]
+
+
+def _extras(net: nn.Module) -> list[tuple[int, int]]:
+    """Numbers of tokens before and behind those of the positions: what timm's networks declare, few before, some behind."""
+    pairs = [(prefix, suffix) for suffix in range(MOST_EXTRA + 1) for prefix in range(MOST_EXTRA + 1 - suffix)]
+    declared = (getattr(module, "num_prefix_tokens", None) for module in net.modules())
+    prefix = next((value for value in declared if isinstance(value, int)), 0)
+    return [(prefix, 0), *(pair for pair in pairs if pair != (prefix, 0))]

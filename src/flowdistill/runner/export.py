@@ -212,8 +212,9 @@ def compare(program: Program, answer: Answer, images: Tensor, to: str) -> tuple[
     difference = max((actual - right).abs().max().item() for actual, right in pairs)
     changed = max(int((actual.argmax(1) != right.argmax(1)).sum()) for actual, right in pairs) if program.output == OUTPUT else 0
     if changed or not difference <= allowed:  # NaN is no agreement
+        one = "test images a logit" if program.output == OUTPUT else "images a feature"
         raise DeviationError(
-            f"the {to} file does not answer as the network does: on {len(images)} images one of its {program.output} differs by "
+            f"the {to} file does not answer as the network does: on {len(images)} {one} differs by "
             f"{difference:.2g} ({allowed:.2g} is allowed), {changed} of the most probable classes differ; nothing was written"
         )
     return difference, allowed

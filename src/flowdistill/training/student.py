@@ -73,11 +73,11 @@ class Student:
         name, when = self.net.spec.name, "on the first batch, before any step"
         if not self.sound():
             raise UserError(f"student {name}: its {self.broken_parts()[0]} is not finite; is its file whole?")
-        answer, what = (outputs.logits, "logits") if self.has_classifier else (outputs.embedding, "features")
+        answer, its = (outputs.logits, "its logits are") if self.has_classifier else (outputs.embedding, "its features are")
         if not answer.detach().amax(1).isfinite().all():  # one may rule classes out by -inf
-            raise UserError(f"student {name}: its {what} are not finite {when}, though its weights are; mend it, or choose another")
+            raise UserError(f"student {name}: {its} not finite {when}, though its weights are; mend it, or choose another")
         if broken := [term for term, value in terms.items() if not value.isfinite()]:
-            whose = "what teacher and student give is" if self.method.uses_teacher else f"its {what} are"
+            whose = "what teacher and student give is" if self.method.uses_teacher else its
             cure = f"give {self.resolved.name} other options, or choose another method or student"
             raise UserError(f"{self.resolved.name} {name}: {are(broken)} not finite {when}, though {whose}; {cure}")
 

@@ -164,6 +164,8 @@ def test_the_other_draws_are_those_without() -> None:
     for part in ("pasted", "erased", "shares"):
         assert torch.equal(getattr(drawn, part), getattr(again, part))
         assert not torch.equal(getattr(drawn, part), getattr(other, part))
+    alone, _ = epoch(data(), cutmix=1.0)  # beside mixup the batches that are pasted differ too
+    assert not torch.equal(alone.draws(2).pasted, alone.draws(3).pasted)
 
 
 @pytest.mark.parametrize("how", [{"cutmix": 1.0}, ALL, {"random_erasing": 0.7, "balanced": True}], ids=str)

@@ -17,6 +17,7 @@ from flowdistill.data.dataset import ImageData
 from flowdistill.ledger import STUDENT_FILE, Ledger, Run, exported
 from flowdistill.runner import evaluate, execute, record, resume, run
 from flowdistill.runner.watcher import Report, Watcher
+from flowdistill.training import checkpoint
 from flowdistill.training import cohort as loop
 from flowdistill.training.cohort import train
 from flowdistill.training.student import Student
@@ -160,6 +161,9 @@ def test_a_cohort_that_is_cut_off_goes_on_counting(
         run(configs(small_npz), ledger, CPU, watcher=After(epoch))
     done = {method: ledger.run(no).status for no, method in enumerate(SCRIPT, 2)}
     assert done == {method: "finished" if last < epoch else "interrupted" for method, (_, last) in STOPPED.items()}
+    saved = checkpoint.load(ledger.run_folder(2))
+    assert saved is not None
+    assert saved.tensors.keys() == {"2", "3", "4"}, "who goes on elsewhere may not have the files of those that stopped"
     resume(ledger, CPU)
     for one, other in zip(ledger.runs()[1:], expected, strict=True):
         assert (*said(one), one.weights_hash, one.correct) == (*said(other), other.weights_hash, other.correct)

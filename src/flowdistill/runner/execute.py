@@ -280,8 +280,9 @@ def _train(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: to
                 if not due:
                     _save(cohort, members, folder, watcher)
                 raise
-        for student in cohort.students:  # the others diverged, and are recorded as failed, or had stopped early
-            complete(student)
+        for member in members:
+            if member.student in cohort.students:  # the others diverged, and are recorded as failed, or had stopped early
+                complete(member.student)
         checkpoint.clear(folder)  # only now: a cohort that is cut off while it finishes still needs it
     finally:
         watcher.end()
@@ -291,7 +292,8 @@ def _train(cohort: Cohort, members: Sequence[Member], ledger: Ledger, device: to
 
 def _save(cohort: Cohort, members: Sequence[Member], folder: Path, watcher: Watcher) -> None:
     """Write a checkpoint. If the disk can't take it, training goes on, and the checkpoint before stands."""
-    about = {str(m.no): {"key": m.job.key, "seconds": (m.train_seconds, m.eval_seconds)} for m in members if m.student in cohort.students}
+    saved = (*cohort.students, *cohort.stopped)
+    about = {str(m.no): {"key": m.job.key, "seconds": (m.train_seconds, m.eval_seconds)} for m in members if m.student in saved}
     try:
         checkpoint.save(folder, cohort, _keys(members), about)
     except OSError as error:

@@ -125,10 +125,11 @@ def finish(member: Member, cohort: Cohort, ledger: Ledger, device: torch.device)
     if member.teacher and member.teacher.probe:
         save_weights(folder / PROBE_FILE, member.teacher.probe, {"accuracy": member.teacher.accuracy}, make_folder=False)
         files.append(PROBE_FILE)
-    images = cohort.seed_groups[0].batches.steps * job.config.train.batch_size * cohort.done
-    patience, early = job.config.train.patience, cohort.done < cohort.epochs
+    trained = cohort.trained(student)
+    images = cohort.seed_groups[0].batches.steps * job.config.train.batch_size * trained
+    patience = job.config.train.patience
     values: dict[str, Any] = {
-        "error": f"stopped early at epoch {cohort.done} of {cohort.epochs} (patience {patience})" if early else "",
+        "error": f"stopped early at epoch {trained} of {cohort.epochs} (patience {patience})" if trained < cohort.epochs else "",
         "epoch": student.chosen_epoch,
         **(kept.test.figures._asdict() if kept else {}),
         "train_seconds": member.train_seconds,

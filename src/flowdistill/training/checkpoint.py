@@ -50,7 +50,7 @@ def save(folder: Path, cohort: Cohort, keys: Mapping[Student, str], about: Mappi
     """
     tensors: dict[str, Tensor] = {}
     counters = {}
-    for student in cohort.students:
+    for student in (*cohort.students, *cohort.stopped):
         state, counters[keys[student]] = student.state()
         tensors |= {f"{keys[student]}/{name}": value for name, value in state.items()}
     metadata = {"done": cohort.done, "counters": counters, "about": about}

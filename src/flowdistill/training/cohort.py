@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -33,6 +33,7 @@ class Cohort:
         select: whether the weights of the best epoch ship, as in a holdout run; else those of the last epoch do. Default: False.
         phase_epochs: epochs of each phase, equal for all students.
         done: epochs already trained. Default: 0.
+        stopped: students that have stopped early. Checkpoints keep them, for who goes on elsewhere may not have their files.
     """
 
     data: Supply
@@ -42,6 +43,7 @@ class Cohort:
     engine: Engine
     select: bool = False
     done: int = 0
+    stopped: list[Student] = field(default_factory=list)
 
     @property
     def precision(self) -> Precision:
@@ -57,6 +59,13 @@ class Cohort:
     def epochs(self) -> int:
         """Number of epochs of all phases."""
         return sum(self.phase_epochs)
+
+    def trained(self, student: Student) -> int:
+        """The epochs that a student has trained: all that are done, or those until its patience, and that of its peers, ran out."""
+        if self.train.patience is None:
+            return self.done
+        best = max(sum(self.phase_epochs[:-1]), *(one.chosen_epoch for one in (student, *student.peers)))
+        return min(self.done, best + self.train.patience)
 
     @property
     def steps(self) -> int:
@@ -234,12 +243,12 @@ def _stop_early(cohort: Cohort, on_stop: Callable[[Student], None]) -> None:
     """Take students out that were no better on the held-out images for ``train.patience`` epochs of the last phase. Of those that teach
     each other none stops while another gets better.
     """
-    patience, earlier = cohort.train.patience, sum(cohort.phase_epochs[:-1])
-    if patience is None or cohort.done == cohort.epochs:
+    if cohort.train.patience is None or cohort.done == cohort.epochs:
         return
     for seed_group in cohort.seed_groups:
         for group in seed_group.peer_groups:
-            if all(cohort.done - max(student.chosen_epoch, earlier) >= patience for student in group):
+            if cohort.done - max(sum(cohort.phase_epochs[:-1]), *(student.chosen_epoch for student in group)) >= cohort.train.patience:
                 seed_group.students = [student for student in seed_group.students if student not in group]
+                cohort.stopped += group
                 for student in group:
                     on_stop(student)

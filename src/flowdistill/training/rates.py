@@ -6,7 +6,6 @@ and the rule are those of ``lr_find`` in the code of fastai 2 (Howard & Gugger, 
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -52,13 +51,13 @@ def range_test(cohort: Cohort, phase: int = 0) -> Curve:
             for student in students:
                 student.begin_epoch()
             part = torch.tensor(rates[start : start + steps], device=device)
-            with contextlib.closing(engine.epoch(cohort.seed_groups, epoch, dict.fromkeys(students, part))) as stepping:
-                for _ in part:
-                    losses.append(_loss_of_next(stepping, students))
-                    for student in students:
-                        student.tally.reset()
-                    if diverged(losses):
-                        return Curve(rates[: len(losses)], losses)
+            stepping = engine.epoch(cohort.seed_groups, epoch, dict.fromkeys(students, part))
+            for _ in part:
+                losses.append(_loss_of_next(stepping, students))
+                for student in students:
+                    student.tally.reset()
+                if diverged(losses):
+                    return Curve(rates[: len(losses)], losses)
     return Curve(rates, losses)
 
 

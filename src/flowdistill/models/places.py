@@ -109,13 +109,8 @@ def _stretch(number: int, count: int, length: int) -> slice:
 def _change(output: Tensor, layout: Layout) -> Tensor:
     """[K, T]: how much each of T positions, tokens that stand for none among them, differs between an image and K changed ones."""
     positions = output if layout.kind == "tokens" else layout.map(output).flatten(2).transpose(1, 2)  # [1 + K, T, C]
-<<<<<<< HEAD
     change: Tensor = torch.linalg.vector_norm(positions[1:] - positions[:1], dim=2).double()
     return change
-=======
-    change: Tensor = torch.linalg.vector_norm(positions[1:] - positions[:1], dim=2)
-    return change.double()
->>>>>>> h-dense
 
 
 def _agreement(change: Tensor, layout: Layout, cells: Cells) -> float:

@@ -31,7 +31,8 @@ from torch import nn
 def small(classes, channels, width=4, drop=0.0, act="relu"):
     acts = {"relu": nn.ReLU, "gelu": nn.GELU}
     return nn.Sequential(
-        nn.Conv2d(channels, width, 3, padding=1), acts[act](), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(drop), nn.Linear(width, classes)
+        nn.Conv2d(channels, width, 3, padding=1), acts[act](), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(drop),
+        nn.Linear(width, classes)
     )
 """
 
@@ -108,7 +109,7 @@ def test_first_weights_are_those_without(small_npz: Path, ledger: Ledger) -> Non
         ("timm:test_vit:drop_rate=0.1:drop_rate=0.2", "timm:test_vit:drop_rate=0.1:drop_rate=0.2: drop_rate is given twice; give it once"),
         (
             "timm:vgg11:drop_path_rate=0.1",
-            "timm:vgg11:drop_path_rate=0.1: can't be made for images of 1x32x32 and 10 classes: TypeError: VGG.__init__() got an unexpected keyword",
+            "timm:vgg11:drop_path_rate=0.1: can't be made for images of 1x32x32 and 10 classes: TypeError: VGG.__init__() got",
         ),
         ("FILE:small:depth=3", "FILE:small: unknown option 'depth'; did you mean 'width'?"),
         ("FILE:small:classes=3", "FILE:small: classes is told by the data; leave classes=3 out"),
@@ -123,7 +124,7 @@ def test_wrong_ones_are_one_line(name: str, line: str, nets: Path) -> None:
 
 def test_a_rate_that_changes_nothing_is_refused() -> None:
     """No block of this network has the shortcut that stochastic depth needs."""
-    with pytest.raises(UserError, match="drop_path_rate=0.2 changes nothing, the network draws no random numbers; leave it out"):
+    with pytest.raises(UserError, match=r"drop_path_rate=0\.2 changes nothing, the network draws no random numbers; leave it out"):
         models.spec("timm:test_efficientnet:drop_path_rate=0.2", RGB)
 
 
@@ -134,5 +135,5 @@ def test_a_name_without_options_is_as_it_was() -> None:
 
 
 def test_own_networks_have_none(small_npz: Path, tmp_path: Path) -> None:
-    with closing(Ledger(tmp_path / "runs", create=True)) as ledger, pytest.raises(UserError, match="resnet8:drop_rate=0.1"):
+    with closing(Ledger(tmp_path / "runs", create=True)) as ledger, pytest.raises(UserError, match=r"resnet8:drop_rate=0\.1"):
         plan([config(small_npz, student="resnet8:drop_rate=0.1")], ledger, CPU)

@@ -1,5 +1,7 @@
 """Networks of others, as they are: ``timm:NAME``, ``torchvision:NAME``, ``FILE.py:FUNCTION``, ``PACKAGE.MODULE:FUNCTION``, or in memory.
 
+Options of a network stand behind its name: ``timm:NAME:drop_path_rate=0.1:drop_rate=0.1``. They are part of the name.
+
 Their taps are read by forward hooks, so that no model is edited. A dry run finds them (``survey``); a table may name others.
 """
 
@@ -9,7 +11,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -32,7 +34,7 @@ from .layers import by_blocks, by_timm
 from .loading import Neighbours, of_file, of_package
 from .survey import LARGE, Survey, survey, takes_channels_last
 
-WRITTEN = re.compile(r"(?P<where>timm|torchvision|module|[^@]+\.py|[A-Za-z_][\w.]*):(?P<name>[^:@]+)")
+WRITTEN = re.compile(r"(?P<where>timm|torchvision|module|[^@]+\.py|[A-Za-z_][\w.]*):(?P<name>[^:@=]+)(?P<options>(:[A-Za-z_]\w*=[^:@]+)*)")
 MODULE = "module"  # before the name of one that was given from Python
 LIBRARIES = ("timm", "torchvision", MODULE)
 FOREIGN_NAMES = ("timm:NAME", "torchvision:NAME", "FILE.py:FUNCTION")  # as messages name them
@@ -46,7 +48,14 @@ SIZES = {
 WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")  # of torchvision
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of every torchvision network
 
+OF_LIBRARIES = {
+    "timm": ("drop_rate", "drop_path_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "patch_drop_rate"),
+    "torchvision": ("dropout", "attention_dropout", "stochastic_depth_prob"),
+}
+"""Options that a library's networks are given by name: their rates of dropout and of stochastic depth."""
+
 Make = Callable[[DataSpec], nn.Module]
+Options = Mapping[str, bool | int | float | str]
 IN_MEMORY: dict[str, nn.Module] = {}
 
 
@@ -235,7 +244,8 @@ class ForeignFactory:
         assert written is not None
         self.name, self.in_memory, self.code = name, written["where"] == MODULE, code
         self.file_code = next((hashed for label, hashed in code.items() if label == _label(written["where"])), "")
-        self.make, self.about, self.neighbours = _maker(written["where"], written["name"])
+        self.options = _options(name, written["where"], written["options"])
+        self.make, self.about, self.neighbours = _maker(written["where"], written["name"], self.options)
         self._surveys: dict[tuple[int, ...], Survey] = {}
         self._contents: dict[tuple[int, ...], str] = {}
 
@@ -276,6 +286,9 @@ class ForeignFactory:
                 raise UserError(
                     f"{self.name}: gives {dry_run.classes} classes where {data.classes} are wanted; let it take their number as `classes`"
                 )
+            rates = [f"{option}={value}" for option, value in self.options.items() if option in sum(OF_LIBRARIES.values(), ()) and value]
+            if rates and not dry_run.draws:
+                raise UserError(f"{self.name}: {', '.join(rates)} changes nothing, the network draws no random numbers; leave it out")
             self._surveys[key] = dry_run
         return self._surveys[key]
 
@@ -305,7 +318,7 @@ class ForeignFactory:
 
     def declared_input_spec(self) -> InputSpec:
         """The images that a library declares for its network; nothing is known of other networks."""
-        where, _, name = self.name.partition(":")
+        where, _, name = without_options(self.name).partition(":")
         if where == "torchvision":
             return InputSpec(None, LARGE, LARGE, IMAGENET_MEAN, IMAGENET_STD)
         configured = _configured(name) if where == "timm" else None
@@ -338,16 +351,51 @@ def _sizes(data: DataSpec) -> tuple[int, ...]:
     return data.channels, data.height, data.width, data.classes
 
 
-def _maker(where: str, name: str) -> tuple[Make, str, Neighbours]:
+def without_options(name: str) -> str:
+    """A model's name without the options of its network; any other name as it is."""
+    written = WRITTEN.fullmatch(name)
+    return name.removesuffix(written["options"]) if written else name
+
+
+def _options(name: str, where: str, written: str) -> dict[str, bool | int | float | str]:
+    """The options behind a network's name.
+
+    Raises:
+        UserError: one is given twice, is none of those that a library's networks are given here, or is no rate; or a module has some.
+    """
+    options: dict[str, bool | int | float | str] = {}
+    for key, _, value in (option.partition("=") for option in written.split(":")[1:]):
+        if key in options:
+            raise UserError(f"{name}: {key} is given twice; give it once")
+        options[key] = _value(value)
+    if where == MODULE and options:
+        raise UserError(f"{name}: a module given from Python is made already; leave {', '.join(options)} out")
+    for key, rate in options.items() if where in OF_LIBRARIES else ():
+        if key not in OF_LIBRARIES[where]:
+            raise UserError(f"{name}: unknown option {key!r}; {did_you_mean(key, OF_LIBRARIES[where])}")
+        if isinstance(rate, bool | str) or not 0 <= rate < 1:
+            raise UserError(f"{name}: {key}={rate}: a rate is a number of at least 0 and below 1")
+    return options
+
+
+def _value(text: str) -> bool | int | float | str:
+    """A number, true or false; else the text."""
+    for read in (int, float):
+        with suppress(ValueError):
+            return read(text)
+    return text == "true" if text in ("true", "false") else text
+
+
+def _maker(where: str, name: str, options: Options) -> tuple[Make, str, Neighbours]:
     """How a network is made, what it is, and which modules lie beside its file.
 
     Raises:
         UserError: there is no such library, file, function or name.
     """
     if where == "timm":
-        return _timm(name), f"{name} of timm", Neighbours()
+        return _timm(name, options), f"{name} of timm", Neighbours()
     if where == "torchvision":
-        return _torchvision(name), f"{name} of torchvision", Neighbours()
+        return _torchvision(name, options), f"{name} of torchvision", Neighbours()
     if where == MODULE:
         if name not in IN_MEMORY:
             raise UserError(f"{MODULE}:{name} was given from Python, and is in no file; {advice.from_python()}")
@@ -358,7 +406,9 @@ def _maker(where: str, name: str) -> tuple[Make, str, Neighbours]:
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UserError(f"{where}:{name}: {where} has no function of that name; {did_you_mean(name, names)}")
     try:
-        return _user_function(function), f"{name} of {where}", neighbours
+        return _user_function(function, f"{where}:{name}", options), f"{name} of {where}", neighbours
+    except UserError:
+        raise
     except (TypeError, ValueError):  # of C
         raise UserError(f"{where}:{name}: does not say what its parameters are; write a function or class in Python") from None
 
@@ -378,13 +428,13 @@ def timm_library(name: str) -> Any:
     return timm
 
 
-def _timm(name: str) -> Make:
+def _timm(name: str, options: Options) -> Make:
     timm = timm_library(name)
 
     def make(data: DataSpec) -> nn.Module:
         configured = _configured(name)
         sized: dict[str, Any] = {"img_size": (data.height, data.width)} if configured and configured.fixed_input_size else {}
-        net: nn.Module = timm.create_model(name, num_classes=data.classes, in_chans=data.channels, **sized)
+        net: nn.Module = timm.create_model(name, num_classes=data.classes, in_chans=data.channels, **sized, **options)
         return net
 
     return make
@@ -411,7 +461,7 @@ def torchvision_library(name: str) -> Any:
     return library
 
 
-def _torchvision(name: str) -> Make:
+def _torchvision(name: str, options: Options) -> Make:
     library = torchvision_library(name)
 
     def make(data: DataSpec) -> nn.Module:
@@ -419,19 +469,31 @@ def _torchvision(name: str) -> Make:
             raise UserError(f"torchvision:{name} takes 3 channels, the images have {data.channels}; set data.channels=3, or use timm:")
         sized: dict[str, Any] = {"image_size": data.height} if name.startswith("vit_") else {}
         quiet = {"aux_logits": False, "init_weights": True} if name in WITH_AUXILIARY_HEADS else {}
-        net: nn.Module = library.get_model(name, weights=None, num_classes=data.classes, **sized, **quiet)
+        net: nn.Module = library.get_model(name, weights=None, num_classes=data.classes, **sized, **quiet, **options)
         return net
 
     return make
 
 
-def _user_function(function: Callable[..., Any]) -> Make:
-    """A user's function as ``Make``. It gets classes, channels and size if it has parameters for them."""
+def _user_function(function: Callable[..., Any], name: str, options: Options) -> Make:
+    """A user's function as ``Make``. It gets classes, channels and size if it has parameters for them, and the options.
+
+    Raises:
+        UserError: it has no parameter for an option, or is told it already.
+    """
     parameters = inspect.signature(function).parameters
+    any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    told = [parameter for names in SIZES.values() for parameter in names]
+    for key in options:
+        if key in told:
+            raise UserError(f"{name}: {key} is told by the data; leave {key}={options[key]} out")
+        if key not in parameters and not any_name:
+            own = [parameter for parameter in parameters if parameter not in told]
+            raise UserError(f"{name}: unknown option {key!r}; {did_you_mean(key, own) if own else 'it has none'}")
 
     def make(data: DataSpec) -> Any:
         values = {"classes": data.classes, "channels": data.channels, "size": data.height}
-        return function(**{name: values[quantity] for quantity, names in SIZES.items() for name in names if name in parameters})
+        return function(**{name: values[quantity] for quantity, names in SIZES.items() for name in names if name in parameters}, **options)
 
     return make
 

@@ -21,7 +21,7 @@ from ..data.normalisation import Normalisation
 from ..ledger import STUDENT_FILE, Ledger, Run, newest, ranks_apart
 from ..models import Network
 from ..models.code import digest
-from ..models.foreign import FOREIGN_NAMES, is_foreign
+from ..models.foreign import FOREIGN_NAMES, is_foreign, without_options
 from ..models.input_adapter import InputSpec, input_adapter
 from ..models.probed import Probed, with_probe, without_probe
 from ..models.published import Published, are_synsets, is_published, published
@@ -321,7 +321,7 @@ def first_weights(config: RunConfig, ledger: Ledger) -> NetworkRef:
     if student.weights is not None:
         alone = advice.options("--student", student.model)
         raise UserError(f"{setting}: student={config.student} has weights of its own; name its model alone: {alone}")
-    if source.model != student.model:
+    if without_options(source.model) != without_options(student.model):
         raise UserError(
             f"{setting} is a {source.model}, the student a {student.model}; begin from a {student.model}, or train a {source.model}"
         )

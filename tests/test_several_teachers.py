@@ -27,6 +27,7 @@ from flowdistill.models.joined import Joined, joined_spec, student_of
 from flowdistill.randomness import seeded
 from flowdistill.report import tables
 from flowdistill.runner import Watcher, card, run
+from flowdistill.runner.doctor import examine
 from flowdistill.runner.plan import plan
 from flowdistill.runner.several import SHARE, Several
 from flowdistill.training.joining import best_shares
@@ -229,6 +230,19 @@ def test_a_run_knows_its_teachers(taught: Ledger, small_npz: Path) -> None:
     assert measured.columns[0].parameters == sum(taught.run(no).parameters for no in (1, 2))
     assert measured.columns[0].score is not None
     assert 100 * measured.columns[0].score.correct / sum(measured.class_images) == pytest.approx(right)
+
+
+def test_the_doctor_looks_at_each_and_at_both(taught: Ledger, small_npz: Path) -> None:
+    findings = examine([several(small_npz)], taught, CPU)
+    right, alone, alike = answers(taught, small_npz)
+    together = next(finding for finding in findings if finding.check == "teachers together")
+    assert together.verdict == ("ok" if right >= max(alone) else "look")
+    assert together.found == (
+        f"resnet14+resnet8x4: {right:.2f} % of 150 test images by the mean of their logits (shares 0.5, 0.5); alone {alone[0]:.2f} %, "
+        f"{alone[1]:.2f} %; all give the same class for {alike:.2f} %"
+    )
+    assert [finding.found.split(":")[0] for finding in findings if finding.check == "teacher"] == ["resnet14 (run 1)", "resnet8x4 (run 2)"]
+    assert {finding.check for finding in findings} > {"at+kd: at@1", "at+kd: at@2", "at+kd: kd"}
 
 
 def answers(ledger: Ledger, small_npz: Path) -> tuple[float, list[float], float]:

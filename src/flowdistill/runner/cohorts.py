@@ -245,13 +245,7 @@ def _told_of_teacher(member: Member) -> str:
         return f"{named}: {teacher.other_classes(member.job.data)}; its accuracy can't be measured here"
     on = f"{'test' if split == 'full' else 'held-out'} images"
     told = f"{named}: {taught.accuracy:.2f} % of the {on}"
-    if taught.agreement is None:
-        return told
-    alone = ", ".join(f"{accuracy:.2f} %" for accuracy in taught.agreement.accuracies)
-    shares = ", ".join(f"{share:.3g}" for share in taught.shares)
-    return (
-        f"{told} by the mean of their logits (shares {shares}); alone {alone}; all give the same class for {taught.agreement.alike:.2f} %"
-    )
+    return told if taught.agreement is None else f"{told} {taught.agreement.beside(taught.shares)}"
 
 
 def _check_gradients(member: Member, ratios: Mapping[str, float], watcher: Watcher) -> None:

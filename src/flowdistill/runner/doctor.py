@@ -20,11 +20,13 @@ from ..data.dataset import ImageData
 from ..device import computing, describe, peak_memory
 from ..ledger import Ledger
 from ..models import Network
+from ..models.joined import Joined
 from ..models.probed import Probed
 from ..training import linear_probe, rates
 from ..training.cohort import Cohort
 from ..training.engine_choice import choose
 from ..training.gradients import Pull, first_gradients, pulls
+from ..training.joining import agreement
 from ..training.task import TASK
 from ..training.timing import seconds_per_epoch
 from .cohorts import FAINT, GRADIENT_LIMIT, LOUD, NO_TASK
@@ -33,6 +35,7 @@ from .job import Job
 from .pairing import compared
 from .plan import checked, drafts
 from .references import NetworkRef
+from .several import Several
 from .teacher_diagnosis import another_order, ask, input_spec_of, listed, other_images, sample
 from .watcher import Watcher
 
@@ -88,6 +91,8 @@ def _findings(configs: Sequence[RunConfig], ledger: Ledger, device: torch.device
     for teacher in {one.origin: one for job in jobs if job.teacher for one in job.teacher.each}.values():
         watcher.say(f"teacher {teacher.model} ({teacher.origin}): its answers")
         yield from _noted("teacher", _of_teacher(first, teacher, data))
+    for together in {job.teacher.origin: job.teacher for job in jobs if isinstance(job.teacher, Several)}.values():
+        yield from _noted("teachers together", _of_several(first, together, data))
     for name, group in _by_method(jobs).items():
         watcher.say(f"{name}: taps, gradients, {'rate, ' * find_rates}cost")
         yield from _noted(f"{name}: start", _of_method(group, data, find_rates))
@@ -193,6 +198,20 @@ def _of_teacher(job: Job, teacher: NetworkRef, data: DeviceData) -> Iterator[Fin
     if isinstance(net, Probed):
         linear_probe.fit(net, data, job.precision)
     yield _of_answers(net, teacher, job, data)
+
+
+def _of_several(job: Job, teachers: Several, data: DeviceData) -> Iterator[Finding]:
+    """How good the mean of their logits is, and how far they agree; where shares are to be chosen, of all alike."""
+    if teachers.other_classes(job.data):
+        return
+    net = teachers.build(data.spec, given=data.normalisation).on(data.device).eval()
+    assert isinstance(net, Joined)
+    linear_probe.fit_all(net, data, job.precision)
+    images, which = sample(job, data), "held-out" if job.config.split == "holdout" else "test"
+    mean, agreed = ask(net, images, job.precision), agreement(net, images, job.precision)
+    verdict: Verdict = "ok" if 100 * mean.accuracy >= max(agreed.accuracies) else "look"
+    line = f"{teachers.model}: {100 * mean.accuracy:.2f} % of {len(images)} {which} images {agreed.beside(net.shares.tolist())}"
+    yield Finding("teachers together", verdict, line)
 
 
 def _of_answers(net: Network, teacher: NetworkRef, job: Job, data: DeviceData) -> Finding:

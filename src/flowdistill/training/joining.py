@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,11 @@ class Agreement(NamedTuple):
 
     accuracies: tuple[float, ...]
     alike: float
+
+    def beside(self, shares: Iterable[float]) -> str:
+        """What stands behind the accuracy of the mean of their logits, by these shares."""
+        alone, by = ", ".join(f"{accuracy:.2f} %" for accuracy in self.accuracies), ", ".join(f"{share:.3g}" for share in shares)
+        return f"by the mean of their logits (shares {by}); alone {alone}; all give the same class for {self.alike:.2f} %"
 
 
 def agreement(net: Joined, on: EvalSet, precision: Precision) -> Agreement:

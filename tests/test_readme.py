@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from helpers.command import command
+
+from flowdistill.ledger import Ledger
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -42,6 +47,25 @@ def test_the_page_on_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     out = capsys.readouterr().out
     assert "best" not in out, "progress is no data"
     assert "# Compression card: run 2, kd module:ResNet" in out
+
+
+def test_the_chain_of_assistants_runs(tmp_path: Path) -> None:
+    """Its commands as they stand, each with one epoch and on few images."""
+    (block,) = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "ASSISTANTS.md").read_text(), re.DOTALL)
+    options = shlex.split(re.search(r'^O="(.*)"$', block, re.MULTILINE)[1])  # type: ignore[index]
+    lines = [line.replace("$O", "") for line in block.splitlines() if line.startswith("flowdistill ")]
+    assert len(lines) == 5
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        if "--epochs" in words:
+            words[words.index("--epochs") + 1] = "1"
+            words += [*options, "--set", "data.limit_train=100"]
+        said = command(tmp_path, *words)
+        assert said.code == 0, said.err
+    with closing(Ledger(tmp_path / "runs")) as ledger:
+        pairs = [(run.student, run.teacher_run) for run in ledger.runs()]
+    assert pairs[:2] == [("resnet20", None), ("resnet14", 1)]
+    assert pairs[2:] == [("resnet8", None)] * 3 + [("resnet8", 1)] * 3 + [("resnet8", 2)] * 3
 
 
 INCLUDE = runpy.run_path(str(ROOT / "docs" / "include.py"))

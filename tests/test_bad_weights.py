@@ -132,7 +132,7 @@ STUDENTS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: student(classes=4),
         f"it.safetensors does not fit resnet8 with 4 classes: fc.weight is (3, 64), needs (4, 64) {TWO}; {CURE}",
     ),
-    "minus one class": (lambda: student(classes=-1), f"{IT}: classes=-1: input should be greater than or equal to 1"),
+    "minus one class": (lambda: student(classes=-1), f"{IT}: classes=-1: input should be greater than or equal to 0"),
     "classes in words": (lambda: student(classes="x"), f"{IT}: classes='x': input should be a valid integer"),
     "one size": (lambda: student(input=[3]), f"{IT}: input.1: field required"),
     "sizes of fractions": (lambda: student(input=[1e9, 1e9, 3]), f"{IT}: input.0=1000000000.0: input should be a valid integer"),
@@ -173,7 +173,7 @@ STUDENTS: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "data that are gone": (lambda: student(data={"name": "npz:gone.npz"}), "npz:gone.npz: no such file"),
     "an unknown precision": (lambda: student(precision="int4"), f"{IT}: precision='int4': input should be 'bf16' or 'fp32'"),
-    "no images": (lambda: student(images=0), f"{IT}: images=0: input should be greater than or equal to 1"),
+    "no images": (lambda: student(images=0), f"{IT}: a network with classes says how many of how many images it gets right"),
     "hostile names": (lambda: student(model="\x1b[2J\n"), rf"{IT}: unknown model '\x1b[2J\n': choose from: {MODELS}"),
 }
 

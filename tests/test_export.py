@@ -21,7 +21,7 @@ from torch import Tensor
 from flowdistill import models
 from flowdistill.data.batches import Normalisation
 from flowdistill.runner import load_network
-from flowdistill.runner.export import FORMATS, TOLERANCE, DeviationError, Program, compare, metadata
+from flowdistill.runner.export import FORMATS, OUTPUT, TOLERANCE, DeviationError, Program, compare, metadata
 from flowdistill.types import DataSpec
 
 pytestmark = pytest.mark.usefixtures("own_code")
@@ -314,7 +314,7 @@ class Rows(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = models.Network()
+        self.net, self.output = models.Network(), OUTPUT
 
     def forward(self, images: Tensor) -> Tensor:
         return images[:, 0, :, 0].float()

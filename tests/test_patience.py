@@ -193,7 +193,9 @@ def test_a_student_that_stops_is_not_lost_where_its_files_can_not_be_written(
 def test_patience_counts_from_the_last_phase_on(data: ImageData, small_npz: Path, scripted: dict[str, Sequence[int]]) -> None:
     """What an earlier phase trains need not show in the accuracy."""
     train_keys = {"epochs": 5, "patience": 2}
-    cohort, (student,) = a_cohort(data, [config(small_npz, method="fsp", teacher="-", split="holdout", train=train_keys)], split="holdout")
+    stages = {"fsp": {"schedule": "two-stage", "stage_epochs": 4}}
+    planned = config(small_npz, method="fsp", options=stages, teacher="-", split="holdout", train=train_keys)
+    cohort, (student,) = a_cohort(data, [planned], split="holdout")
     earlier = sum(cohort.phase_epochs[:-1])
     scripted["fsp"] = [7] * cohort.epochs
     stopped: list[Student] = []

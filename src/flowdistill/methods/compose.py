@@ -105,7 +105,7 @@ def resolve(name: str, options: Mapping[str, Mapping[str, Any]], weights: Mappin
     chosen |= {term: value for term, value in weights.items() if term in defaults}
     for term, value in weights.items():
         if term not in defaults and term not in known:
-            raise UserError(f"weights.{term}: method {name!r} has no such term; {did_you_mean(term, [*defaults, *known])}")
+            raise UserError(f"weights.{term}: method {name!r} has no such term; {did_you_mean(term, dict.fromkeys([*defaults, *known]))}")
         if not value >= 0:
             raise UserError(f"weights.{term}={value}: a weight is 0 or more")
     staged = [cls for cls in classes if len(cls.phases(filled[cls.name])) > 1]

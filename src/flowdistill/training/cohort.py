@@ -243,7 +243,7 @@ def _stop_early(cohort: Cohort, on_stop: Callable[[Student], None]) -> None:
     """Take students out that were no better on the held-out images for ``train.patience`` epochs of the last phase. Of those that teach
     each other none stops while another gets better.
     """
-    if cohort.train.patience is None or cohort.done == cohort.epochs:
+    if cohort.done == cohort.epochs or cohort.train.patience is None:
         return
     for seed_group in cohort.seed_groups:
         for group in seed_group.peer_groups:

@@ -192,7 +192,11 @@ def test_stages_of_training_count_each_term() -> None:
 
 @pytest.fixture
 def taught(ledger: Ledger, small_npz: Path) -> Ledger:
-    """The ledger with teachers of two architectures in it, and a third that knows nothing of the held-out images."""
+    return with_teachers(ledger, small_npz)
+
+
+def with_teachers(ledger: Ledger, small_npz: Path) -> Ledger:
+    """The ledger with teachers of two architectures in it."""
     for keys in ({"student": "resnet14", "seed": 9}, {"student": "resnet8x4", "seed": 8}):
         run([config(small_npz, **keys)], ledger, CPU)  # type: ignore[arg-type]
     return ledger
@@ -340,7 +344,8 @@ def test_shares_that_no_method_asks_for_are_left_out(taught: Ledger, small_npz: 
     assert (mean.fingerprint, mean.variant) == (chosen.fingerprint, chosen.variant)
 
 
-def test_merged_they_have_their_new_numbers(taught: Ledger, small_npz: Path, tmp_path: Path) -> None:
+def test_merged_they_have_their_new_numbers(ledger: Ledger, small_npz: Path, tmp_path: Path) -> None:
+    taught = with_teachers(ledger, small_npz)
     run([several(small_npz, train={"epochs": 1})], taught, CPU)
     with closing(Ledger(tmp_path / "first", create=True)) as first:
         run([config(small_npz, seed=77, train={"epochs": 1})], first, CPU)

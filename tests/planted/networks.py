@@ -188,7 +188,8 @@ def two_teachers_weigh_twice(cls, defaults, teachers):
     return {numbered(term, number): weight for term, weight in defaults.items() for number in range(1, teachers + 1)}
 
 
-@bug(merge, "each_network", test_several_teachers.test_merged_they_have_their_new_numbers)
-def numbers_of_another_ledger(reference):
+@bug(merge, "_numbers", test_several_teachers.test_merged_they_have_their_new_numbers)
+def numbers_of_another_ledger(run):
     """Runs get new numbers when ledgers are put together; a teacher of several keeps the old ones, and is another teacher."""
-    return [reference]
+    references = [run.config.get(key) for key in ("student", "teacher", "init_from", "peer")]
+    return {reference: int(reference) for reference in references if (reference or "").isdigit()}

@@ -22,6 +22,8 @@ MAY_DIFFER: Mapping[str, str] = {
     "options": "of the method",
     "weights": "of the method's terms; the task has weight 1 in a base run",
     "teacher": "a base run has none",
+    "teacher_shares": "of several teachers; likewise",
+    "probe": "of a teacher; likewise",
     "taps": "maps that methods look at; a base run looks at none",
     "inputs.teacher": "images of a network that a base run has not",
     "peer": "the other student of a method; a base run has none",

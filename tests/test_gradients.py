@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.cohorts import CPU, a_cohort
-from helpers.small import config
+from helpers.small import a_teacher_in, config
 from torch import Tensor, nn
 
 from flowdistill.config import RunConfig, assign
@@ -97,11 +97,8 @@ Look = Callable[..., list[Finding]]
 
 @pytest.fixture(scope="module")
 def trained(small_npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ledger]:
-    """A ledger of one run, a resnet14 of a few steps."""
-    ledger = Ledger(tmp_path_factory.mktemp("gradients") / "runs", create=True)
-    run([config(small_npz, student="resnet14", seed=9, train={"epochs": 1})], ledger, CPU)
-    yield ledger
-    ledger.close()
+    with a_teacher_in(tmp_path_factory.mktemp("gradients") / "runs", small_npz) as ledger:
+        yield ledger
 
 
 @pytest.fixture

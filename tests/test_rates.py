@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from helpers.cohorts import CPU, a_cohort
 from helpers.command import command
-from helpers.small import config
+from helpers.small import a_teacher_in, config
 from torch import Tensor
 
 from flowdistill import models
@@ -23,7 +23,7 @@ from flowdistill.data.dataset import ImageData
 from flowdistill.ledger import Ledger
 from flowdistill.methods import METHODS
 from flowdistill.randomness import states
-from flowdistill.runner import doctor, run
+from flowdistill.runner import doctor
 from flowdistill.runner.doctor import Finding, examine
 from flowdistill.training import rates
 from flowdistill.training.rates import Curve, diverged, ladder, least, range_test, smoothed
@@ -156,11 +156,8 @@ def test_it_ends_where_training_diverges(data: ImageData, small_npz: Path, monke
 
 @pytest.fixture(scope="module")
 def trained(small_npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ledger]:
-    """A ledger of one run, a resnet14 of a few steps."""
-    ledger = Ledger(tmp_path_factory.mktemp("rates") / "runs", create=True)
-    run([config(small_npz, student="resnet14", seed=9, train={"epochs": 1})], ledger, CPU)
-    yield ledger
-    ledger.close()
+    with a_teacher_in(tmp_path_factory.mktemp("rates") / "runs", small_npz) as ledger:
+        yield ledger
 
 
 @pytest.fixture

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flowdistill import trust
 from flowdistill.config import RunConfig, validate
+from flowdistill.ledger import Ledger
+from flowdistill.runner import run
 from flowdistill.runner.watcher import Report, Watcher
 
 
@@ -24,3 +30,11 @@ def config(data: Path, *, limit_train: int | None = None, crop: str = "shift", *
     made = validate({"student": "resnet8", "data": images, "train": train, **keys})
     trust.name(*made.networks)
     return made
+
+
+@contextmanager
+def a_teacher_in(folder: Path, data: Path) -> Iterator[Ledger]:
+    """A new ledger of one run, a resnet14 of a few steps."""
+    with closing(Ledger(folder, create=True)) as ledger:
+        run([config(data, student="resnet14", seed=9, train={"epochs": 1})], ledger, torch.device("cpu"))
+        yield ledger

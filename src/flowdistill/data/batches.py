@@ -183,7 +183,9 @@ class DeviceData:
     def seed_batches(self, seed: int, train: TrainConfig) -> SeedBatches:
         """The batches of one seed."""
         return SeedBatches(
-            *(self, seed, train.batch_size),
+            self,
+            seed,
+            train.batch_size,
             mixup=train.mixup,
             cutmix=train.cutmix,
             random_erasing=train.random_erasing,

@@ -298,10 +298,16 @@ def _of_run(run: Run, ledger: Ledger, fingerprint: str) -> NetworkRef:
     if damage or other:  # it was accepted, and is not the network whose fingerprint that is
         fingerprint = f"file:{hash_weights(weights)}/{other}"
     trained_on = TrainedOn(run.config["data"]["name"], run.split, run.data_hash)
-    input_spec = stated.input_spec or InputSpec()
     return NetworkRef(
-        *(model, weights, run.no, fingerprint, run.init_hash, trained_on, stated.labels, f"run {run.no}"),
-        input_spec=input_spec,
+        model=model,
+        weights=weights,
+        run=run.no,
+        fingerprint=fingerprint,
+        init_hash=run.init_hash,
+        trained_on=trained_on,
+        labels=stated.labels,
+        origin=f"run {run.no}",
+        input_spec=stated.input_spec or InputSpec(),
         backbone=stated.backbone,
     )
 

@@ -157,6 +157,13 @@ def test_a_config_runs_no_code(work: Path, key: str, kind: str) -> None:
     assert not (work / "ran").exists()
 
 
+def test_a_config_with_several_teachers_runs_no_code(work: Path) -> None:
+    (work / "c.toml").write_text(f'student = "resnet8"\nteacher = "nets.py:Tiny@{STUDENT}+resnet8@none.pt"\ndata.name = "digits"')
+    said = command(work, "distill", "--config", "c.toml", "--runs", "mine", "--method", "kd")
+    assert said.err.startswith("flowdistill: --config c.toml names code: nets.py:Tiny would run "), said.err
+    assert not (work / "ran").exists()
+
+
 def test_a_run_that_was_cut_off_runs_no_code_when_it_is_resumed(work: Path) -> None:
     with sqlite3.connect("runs/ledger.db") as db:
         db.execute("UPDATE runs SET status = 'interrupted'")
@@ -188,6 +195,10 @@ def test_code_runs_that_the_command_names(work: Path) -> None:
     assert said.code == 0, said.err
     trust._named.clear()
     assert command(work, "taps", f"nets.py:Tiny@{STUDENT}").code == 0
+    for named in (f"nets.py:Tiny@{STUDENT}+resnet8@none.pt", f"nets.py:Tiny@{STUDENT},resnet8@none.pt"):
+        trust._named.clear()
+        said = command(work, "distill", "--method", "kd", "--student", "resnet8", "--teacher", named, "--dataset", data)
+        assert said.err == "flowdistill: weights file none.pt: no such file\n", "the code may run, and the next teacher is looked for"
     trust._named.clear()
     assert command(work, "evaluate", "1").code == 2, "that was for those commands"
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import trust
 from .checks import MAX_WORKERS, Changes, UserError, did_you_mean, first_line
-from .config import BASELINE, NETWORKS, validate
+from .config import BASELINE, validate
 from .data import user_loaders
 from .device import full_precision, resolve_device
 from .ledger import STUDENT_FILE, Ledger, Run, kept_answers
@@ -239,7 +239,7 @@ def distill(
     on_device = resolve_device(device)
     if names:
         watcher.log = Log(names, ledger, on_device, watcher.say)
-    trust.name(*(getattr(parsed, key) for key in NETWORKS))
+    trust.name(*parsed.networks)
     with (  # the modes that the caller has on must not change what is trained
         torch.inference_mode(False),
         torch.enable_grad(),

@@ -26,6 +26,7 @@ from .config import (
     PrecisionName,
     RunConfig,
     assign,
+    each_network,
     model_name,
     one_line,
     put,
@@ -469,14 +470,15 @@ def _values(config: Path | None, assignments: Sequence[str] | None, chosen: dict
     """A config file, overridden by --set, overridden by the options that were given."""
     values, command_line = read_file(config) if config else {}, dict[str, Any]()
     for key in NETWORKS:
-        trust.came_from(values.get(key), f"--config {config}")
+        for reference in _each(values.get(key)):
+            trust.came_from(reference, f"--config {config}")
     for table in (values, command_line):
         for assignment in assignments or ():
             assign(table, assignment)
         for key, value in chosen.items():
             if value is not None:
                 put(table, key, value)
-    trust.name(*(command_line.get(key) for key in NETWORKS))
+    trust.name(*(reference for key in NETWORKS for reference in _each(command_line.get(key))))
     return values
 
 
@@ -522,12 +524,22 @@ def _for_teachers(values: dict[str, Any]) -> list[dict[str, Any]]:
         UserError: a teacher is named twice.
     """
     named = values.get("teacher")
-    if not isinstance(named, str) or "," not in named or is_there(Path(named)):
+    if not isinstance(named, str):
         return [values]
-    teachers = [teacher.strip() for teacher in named.split(",")]
+    teachers = _separated(named)
     if len(set(teachers)) < len(teachers):
         raise UserError(f"--teacher {named} names a teacher twice; each has its own runs")
     return [values | {"teacher": teacher} for teacher in teachers]
+
+
+def _separated(named: str) -> list[str]:
+    """The teachers between commas; a file whose name has one is a single teacher."""
+    return [named] if is_there(Path(named)) else [teacher.strip() for teacher in named.split(",")]
+
+
+def _each(named: object) -> list[str]:
+    """The networks that a value names, those that a comma separates and a plus joins each by itself."""
+    return [one for teacher in _separated(named) for one in each_network(teacher)] if isinstance(named, str) else []
 
 
 def _seeded(values: dict[str, Any], seeds: str | None) -> list[RunConfig]:

@@ -89,3 +89,16 @@ def test_the_named_check_is_one_that_the_suite_runs(bug: Bug, request: pytest.Fi
     for given in {tuple(case) for case in offered}:
         assert {name: bug.case.get(name) for name in given} in offered
     assert set(bug.case) == {name for case in offered for name in case}
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name.replace(" ", "_"))
+def test_the_mistake_takes_the_place_of_something_and_what_that_takes(bug: Bug) -> None:
+    """A name that moved, or an argument more, is noticed here, without a training."""
+    if isinstance(bug.where, dict):  # a mistake may be an entry more
+        return
+    original = inspect.signature(getattr(bug.where, bug.attribute)).parameters.values()
+    takes = inspect.signature(bug.mistake)
+    named = [one for one in original if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    given = [one for one in named if one.default is one.empty or one.name in takes.parameters]
+    by_place = [one.name for one in given if one.kind is not one.KEYWORD_ONLY]
+    takes.bind(*by_place, **{one.name: one.name for one in given if one.kind is one.KEYWORD_ONLY})

@@ -13,7 +13,7 @@ from flowdistill.config import validate
 from flowdistill.data.batches import SeedBatches
 from flowdistill.device import computing
 from flowdistill.ledger import Ledger, merge
-from flowdistill.runner import execute, partition, plan, references
+from flowdistill.runner import execute, partition, references
 from flowdistill.training import checkpoint, weights
 from flowdistill.training.student import Student
 
@@ -116,11 +116,11 @@ def full_disk_passed_over(cohort, members, folder, watcher):
         save(cohort, members, folder, execute.Watcher())
 
 
-@bug(plan, "recorded_teacher", suite.test_it_keeps_the_teacher_it_began_with)
-def teacher_chosen_anew(run, ledger, data):
+@bug(references, "recorded_teacher", suite.test_it_keeps_the_teacher_it_began_with)
+def teacher_chosen_anew(reference, run, ledger):
     """Resolved by name as for a new run: others have been trained since."""
     query = references.TeacherQuery(validate(run.config).data, run.data_hash, run.split, run.seed, run.init_hash, run.config["train"], "")
-    return references.choose_teacher(run.config["teacher"], query, ledger)
+    return references.choose_teacher(reference, query, ledger)
 
 
 @bug(Ledger, "reopen", test_ledger.test_reopening_forgets_what_comes_after_the_checkpoint)

@@ -607,6 +607,65 @@ def test_two_processes_are_shown_as_many_images(tmp_path: Path, small_npz: Path,
     assert synchronised.terms == pytest.approx(expected.terms, rel=1e-3)
 
 
+@pytest.mark.long
+def test_two_processes_train_by_layer_stop_early_and_log_once(tmp_path: Path, small_npz: Path) -> None:
+    """Rates that fall by the layer, AdamW, a student that is no better than at first, and a tracker's file of rank 0 alone."""
+    common = ("--dataset", f"npz:{small_npz}", *SMALL, "--set", "train.batch_norm=synchronised")
+    common = (*common, "--set", "split=holdout", "--set", "data.limit_train=128")
+    assert command(tmp_path, "train", "--model", "resnet14", "--seeds", "9", "--epochs", "1", *common).code == 0
+    words = (
+        "distill",
+        "--method",
+        "kd,at",
+        "--student",
+        "resnet8",
+        "--teacher",
+        "1",
+        "--seeds",
+        "0",
+        "--epochs",
+        "5",
+        *common,
+        "--lr",
+        "1e-7",
+    )
+    words = (*words, "--set", "train.optimizer=adamw", "--set", "train.layer_decay=0.5", "--set", "train.patience=2", "--log", "csv")
+    assert command(tmp_path, *words).code == 0
+    codes = several(small_npz, tmp_path, "command", *words, "--again")
+    assert codes == [0, 0], (tmp_path / "err.0.txt").read_text()
+    ledger = Ledger(tmp_path / "runs")
+    for alone, shared in ((2, 4), (3, 5)):
+        expected, found = ledger.run(alone), ledger.run(shared)
+        assert found.error == expected.error
+        assert found.error.startswith("stopped early at epoch 3 of 5")
+        assert found.fingerprint == expected.fingerprint
+        assert (found.epoch, found.correct) == (expected.epoch, pytest.approx(expected.correct, abs=2))
+        for one, other in zip(ledger.epochs(alone), ledger.epochs(shared), strict=True):
+            assert other.terms == pytest.approx(one.terms, rel=1e-3)
+        lines = (ledger.run_folder(shared) / "metrics.csv").read_text().splitlines()
+        assert [line.split(",")[0] for line in lines] == ["epoch", "1", "2", "3"]
+
+
+@pytest.mark.long
+def test_two_processes_train_on_images_without_any_label(tmp_path: Path, small_npz: Path) -> None:
+    np.savez(tmp_path / "images.npz", x=np.load(small_npz)["x_train"])
+    assert (
+        command(tmp_path, "train", "--model", "resnet14", "--seeds", "9", "--epochs", "1", "--dataset", f"npz:{small_npz}", *SMALL).code
+        == 0
+    )
+    alone = ("--unlabelled", f"npz:{tmp_path}/images.npz", *SMALL, "--set", "train.batch_norm=synchronised")
+    words = ("distill", "--method", "sp", "--student", "resnet8", "--teacher", "1", "--seeds", "0", "--epochs", "2", *alone)
+    assert command(tmp_path, *words).code == 0
+    codes = several(small_npz, tmp_path, "command", *words, "--again")
+    assert codes == [0, 0], (tmp_path / "err.0.txt").read_text()
+    ledger = Ledger(tmp_path / "runs")
+    expected, found = ledger.run(2), ledger.run(3)
+    assert found.backbone
+    assert (found.accuracy, found.fingerprint) == (None, expected.fingerprint)
+    for one, other in zip(ledger.epochs(2), ledger.epochs(3), strict=True):
+        assert other.terms == pytest.approx(one.terms, rel=1e-2 if one.epoch > 1 else 1e-3)
+
+
 def shown(run_: Run) -> float:
     """Images that a run was shown."""
     return run_.images_per_second * run_.train_seconds

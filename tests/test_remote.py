@@ -671,6 +671,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "two stages": {"method": "fsp", "teacher": "1", "options": {"fsp": {"schedule": "two-stage", "stage_epochs": 1}}},
     "holdout": {"method": "base", "split": "holdout", "train": {"epochs": 3}},
     "unlabelled": {"method": "kd", "teacher": "1"},
+    "no label at all": {"method": "sp", "teacher": "1"},
+    "rates that fall by the layer": {"method": "kd", "teacher": "1", "train": {"optimizer": "adamw", "lr": 1e-3, "layer_decay": 0.5}},
+    "stopped early": {"method": "base", "split": "holdout", "limit_train": 128, "train": {"epochs": 5, "lr": 1e-9, "patience": 2}},
 }
 
 
@@ -679,14 +682,16 @@ def test_each_kind_is_that_of_one_process_though_its_worker_dies(
     small_npz: Path, taught: Path, tmp_path: Path, ledger: Ledger, kind: str
 ) -> None:
     made = config(small_npz, **KINDS[kind])
-    if kind == "unlabelled":
-        np.savez(tmp_path / "more.npz", x=np.load(small_npz)["x_test"][:40])
-        made = validate(made.model_dump() | {"data": made.data.model_dump() | {"unlabelled": f"npz:{tmp_path / 'more.npz'}"}})
+    if kind in ("unlabelled", "no label at all"):
+        np.savez(tmp_path / "more.npz", x=np.load(small_npz)["x_test"][:80])
+        images = {"unlabelled": f"npz:{tmp_path / 'more.npz'}"} | ({"name": "none"} if kind == "no label at all" else {})
+        made = validate(made.model_dump() | {"data": made.data.model_dump() | images})
     wanted = undisturbed([made], taught, tmp_path / "one")
     crew = LocalCrew(at_epoch(2))
     found = by(crew, [made], ledger)
     assert crew.attempts == {1: 2}
     assert outcomes(found, ledger) == wanted
+    assert found[0].error == ("stopped early at epoch 3 of 5 (patience 2)" if kind == "stopped early" else "")
     assert_nothing_left(ledger)
 
 

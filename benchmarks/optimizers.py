@@ -1,4 +1,5 @@
-"""What a step of AdamW costs beside one of SGD: the optimiser's own, and the whole training step (``base``, batch 128 of 32x32).
+"""What a step of AdamW costs beside one of SGD: the whole training step (``base``, batch 128 of 32x32), the optimiser's own, and that of
+torch's fused kernels alone, on all parameters as one vector: less than that ratio nobody reaches who uses them.
 
 OMP_NUM_THREADS=1 python benchmarks/optimizers.py [MODEL] [ROUNDS]      # by default resnet20, 30
 
@@ -38,6 +39,15 @@ def student(model: str, train: dict[str, Any]) -> Student:
     return made
 
 
+def kernels(numbers: int) -> dict[str, torch.optim.Optimizer]:
+    """torch's fused optimizers, each with one parameter of so many numbers."""
+    each = {name: torch.randn(numbers, requires_grad=True) for name in RECIPES}
+    for parameter in each.values():
+        parameter.grad = torch.randn(numbers)
+    sgd = torch.optim.SGD([each["sgd"]], lr=0.1, momentum=0.9, weight_decay=1e-4, fused=True)
+    return {"sgd": sgd, "adamw": torch.optim.AdamW([each["adamw"]], lr=0.001, fused=True)}
+
+
 def milliseconds(work: Callable[[], object], times: int) -> float:
     """Processor time of one of so many."""
     began = time.process_time()
@@ -51,9 +61,11 @@ def main(model: str = "resnet20", rounds: str = "30") -> None:
     images, batch = torch.randn(128, 3, 32, 32), Batch(torch.randint(0, 10, (128,)), torch.arange(128), torch.tensor(0))
     students = {name: student(model, train) for name, train in RECIPES.items()}
     rates = {name: torch.tensor(train["lr"]) for name, train in RECIPES.items()}
+    alone = kernels(sum(parameter.numel() for parameter in students["sgd"].net.parameters()))
     kinds: dict[str, tuple[Callable[[str], object], int]] = {
         "training step": (lambda name: train_step((students[name],), images, None, batch, lr=rates[name], precision="fp32"), 1),
         "optimiser's step": (lambda name: students[name].move(rates[name]), 20),
+        "torch's kernel on one vector": (lambda name: alone[name].step(), 20),
     }
     with computing(CPU, cores=1):
         for kind, (work, times) in kinds.items():

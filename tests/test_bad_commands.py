@@ -701,6 +701,8 @@ WRONG = [
     ("taps 1 --runs none", "no ledger in none: train something first (flowdistill demo --runs none), or name its folder with --runs"),
     # one run
     ("show", "Missing argument 'run' (flowdistill --help)"),
+    ("show 1 --plot curves.pdf", "--plot curves.pdf: the name must end in .svg or .png"),
+    ("table --plot curves", "--plot curves: the name must end in .svg or .png"),
     ("show one", "run='one': input should be a valid integer, unable to parse string as an integer"),
     ("show 1.5", "run='1.5': input should be a valid integer, unable to parse string as an integer"),
     ("show -1", "No such option: -1 (flowdistill --help)"),

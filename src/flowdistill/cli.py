@@ -64,11 +64,24 @@ TRAINING = {"train", "distill", "resume"}  # the commands that several processes
 LAST = 100  # runs that are listed unless more are asked for
 
 
+def _picture(path: Path | None) -> Path | None:
+    """Refuse a file that no picture can be written to, before anything is read."""
+    if path is not None:
+        from .report import plots
+
+        plots.format_of(path)
+    return path
+
+
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the ledger and of every run's files.")]
 SourceOption = Annotated[Path, typer.Option("--runs", help=f"A folder of runs, or a file of {advice.command('ledger', 'export')}.")]
 ProtocolOption = Annotated[tables.Protocol, typer.Option(help="Which accuracy: last epoch, best on test, or the holdout's choice.")]
 MetricOption = Annotated[tables.MetricName, typer.Option(help="Which figure: top1 is the accuracy.")]
 FormatOption = Annotated[tables.Format, typer.Option("--format", help="How to print.")]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option("--plot", callback=_picture, help="Also draw curves, or the summary, to this file, .svg or .png. Default: none."),
+]
 DatasetOption = Annotated[
     str | None, typer.Option(help="digits, cifar10, cifar100, fashion_mnist, npz:PATH, folder:PATH, csv:FILE or hf:NAME.")
 ]
@@ -673,11 +686,13 @@ def table(
     protocol: ProtocolOption = "last",
     metric: MetricOption = "top1",
     format_: FormatOption = "md",
+    plot: PlotOption = None,
     runs: SourceOption = Path("runs"),
     **options: Any,
 ) -> int:
     """The log of finished runs, or their summary."""
-    listed = exported.opened(runs).listing()
+    results = exported.opened(runs)
+    listed = results.listing()
     gc.freeze()  # a hundred thousand rows are no garbage, and looking through them again and again takes as long as the rest
     only = _filters(listed, **options)
     filtered = [run for run in listed if all(getattr(run, key) == value for key, value in only.items())]
@@ -687,6 +702,14 @@ def table(
     if not any(tables.read(run, protocol) for run in filtered) and format_ in ("table", "md"):
         talk.say(f"no finished runs here for --protocol {protocol} and these filters; {advice.list_runs(runs)} lists all")
         return 0
+    if plot is not None:
+        from .report import plots
+
+        if summary:
+            plots.draw_summary(plot, tables.summary_rows(listed, protocol, only, metric))
+        else:
+            plots.draw_curves(plot, [(run, results.curve(run)) for run in filtered if tables.read(run, protocol)])
+        talk.say(f"drawn: {plot}")
     if summary:
         talk.answer(tables.summary_table(listed, protocol, format_, only, metric))
     else:
@@ -829,11 +852,17 @@ def export_ledger(
 def show(
     run: Annotated[int, typer.Argument(help="A run's number.")],
     format_: FormatOption = "table",
+    plot: PlotOption = None,
     runs: RunsOption = Path("runs"),
 ) -> int:
     """One run: its config, its curve, its figures by class, what it was made with."""
     ledger = Ledger(runs)
     shown, classes = ledger.run(run), list[dict[str, Any]]()
+    if plot is not None:
+        from .report import plots
+
+        plots.draw_curves(plot, [(shown, ledger.epochs(run))])
+        talk.say(f"drawn: {plot}")
     try:
         kept = kept_answers(shown, ledger)
         classes = class_rows(kept, class_names(shown, ledger, kept.test.num_classes))

@@ -6,6 +6,7 @@ import math
 import statistics
 
 import test_evaluate
+import test_plots
 import test_stats
 import test_tables as suite
 import torch
@@ -13,7 +14,7 @@ from scipy.special import stdtrit
 
 from flowdistill import stats
 from flowdistill.data.interfaces import BATCH
-from flowdistill.report import tables
+from flowdistill.report import plots, tables
 from flowdistill.report.tables import Group, Reading
 from flowdistill.training import evaluate as evaluation
 from flowdistill.training.evaluate import Evaluation, evaluate
@@ -160,3 +161,15 @@ def degrees_of_equal_variances(values, reference):
 def normal_quantile_for_a_few_runs(values, reference):
     """1.96 standard errors whatever n."""
     return interval(values, reference, math.inf)
+
+
+@bug(plots, "_images", test_plots.test_accuracy_on_held_out_images_is_not_called_test)
+def curves_of_held_out_images_called_test(run):
+    """What chose the epoch is shown as if nothing had been chosen by it."""
+    return "test"
+
+
+@bug(plots, "_row_names", test_plots.test_rows_of_one_method_and_pair_have_names_of_their_own)
+def rows_by_method_and_pair(rows):
+    """Recipes with the same name become one row of the picture, with the dots of both."""
+    return [f"{row['method']} {row['pair']}" for row in rows]

@@ -38,6 +38,10 @@ class Export:
         """Every run, by number."""
         return list(self.runs)
 
+    def curve(self, run: Run) -> Sequence[Epoch]:
+        """A run's epochs, in order."""
+        return self.curves[run.no]
+
     def about(self, run: Run) -> Mapping[str, Any]:
         """What a run's record says of its student's file; empty if it says nothing."""
         return self.records[run.no]
@@ -52,6 +56,10 @@ class Folder:
     def listing(self) -> list[Run]:
         """Every run, by number."""
         return self.ledger.listing()
+
+    def curve(self, run: Run) -> Sequence[Epoch]:
+        """A run's epochs, in order."""
+        return self.ledger.epochs(run.no)
 
     def about(self, run: Run) -> Mapping[str, Any]:
         """What a run's record says of its student's file; empty if it says nothing, is gone, or is not what was written."""

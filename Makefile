@@ -1,14 +1,15 @@
-# make demo, make check, make test, make test-long, make torture, make gpu: each does all its own set-up in VENV
+# make demo, make check, make test, make test-long, make torture, make dist, make gpu: each does all its own set-up in VENV
 # make check is for after every change, a minute: lint, types, and for 40 s the tests that the change can break, nearest first
 # (--maxschedchunk 1: a worker that had many in store would leave out near ones when time is up)
 # make torture strikes a hundred trainings by faults (tests/helpers/faults.py), half an hour, and writes the matrix in docs/SCALE.md
 # make test is for before a commit, 8 minutes: all but what is marked long, which make test-long runs
+# make dist builds the wheel and the source distribution
 # make gpu GPU="--cifar100 npz:cifar100.npz": benchmarks/gpu.py with options; PYTHON_GPU=python3: by that Python, whose torch has CUDA and
 # which has what pyproject.toml lists and pytest, and nothing is installed
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo check test test-long torture lint gpu
+.PHONY: demo check test test-long torture lint dist gpu
 demo: $(VENV)/installed
 	$(VENV)/bin/flowdistill demo
 
@@ -29,6 +30,11 @@ lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/yamllint --strict .github
+
+dist: $(VENV)/installed-dev
+	rm -rf dist
+	$(VENV)/bin/python -m build --quiet
 
 gpu: $(if $(PYTHON_GPU),,$(VENV)/installed-dev)
 	$(or $(PYTHON_GPU),$(VENV)/bin/python) benchmarks/gpu.py $(GPU)

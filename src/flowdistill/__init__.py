@@ -6,7 +6,11 @@ Everything here is loaded when first used, so that ``import flowdistill`` and th
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.platform == "win32":
+    raise ImportError("flowdistill does not run on Windows: it needs the file locks of Linux and macOS; use WSL 2")
 
 # OpenMP, which computes PyTorch's operations on a CPU, reads this once, as PyTorch is imported. A thread that waits for the others turns
 # round so often before it sleeps. GCC's default of 300,000 keeps a core from the very thread that is waited for, if another process

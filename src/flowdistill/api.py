@@ -167,7 +167,7 @@ def distill(
     data: Data,
     val_loader: Any = None,
     *,
-    method: str = "fsp",
+    method: str = DISTILLING,
     seed: int = 0,
     runs: str | os.PathLike[str] = "runs",
     device: str = "auto",

@@ -51,7 +51,7 @@ class Distiller(nn.Module):
         self,
         teacher: nn.Module | None,
         student: nn.Module,
-        method: str = "fsp",
+        method: str = DISTILLING,
         *,
         images: Tensor | Sequence[int] = (3, 224, 224),
         options: Mapping[str, Mapping[str, Any]] | None = None,

@@ -16,7 +16,7 @@ SOURCE = TESTS.parent / "src" / PACKAGE
 
 ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "ground": (0, ("advice", "checks", "registry", "randomness", "device", "env", "interrupt", "lock", "ranks", "talk", "trust")),
-    "vocabulary": (1, ("config", "types")),
+    "vocabulary": (1, ("config", "config_keys", "types")),
     "data": (2, ("data",)),
     "models": (2, ("models",)),
     "methods": (3, ("methods",)),
@@ -25,7 +25,24 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "ledger": (4, ("ledger",)),
     "stats": (4, ("stats",)),
     "runner": (5, ("runner",)),
-    "top": (6, ("api", "bench", "cli", "cli_errors", "demo", "distiller", "recipes", "report", "reproduce", "trackers", "__main__", "")),
+    "top": (
+        6,
+        (
+            "api",
+            "bench",
+            "cli",
+            "cli_errors",
+            "cli_options",
+            "demo",
+            "distiller",
+            "recipes",
+            "report",
+            "reproduce",
+            "trackers",
+            "__main__",
+            "",
+        ),
+    ),
 }
 """Room: floor and modules or folders; the empty name is the package's own ``__init__``. Rooms of one floor do not know each other."""
 
@@ -33,7 +50,7 @@ STRANGERS = {("methods", "models"), ("methods", "data")}
 """Lower rooms that a room must not know all the same."""
 
 TORCH_FREE = (
-    *("", "__main__", "advice", "checks", "cli", "cli_errors", "config", "env", "interrupt", "ledger"),
+    *("", "__main__", "advice", "checks", "cli", "cli_errors", "cli_options", "config", "config_keys", "env", "interrupt", "ledger"),
     *("lock", "metrics", "ranks", "recipes", "registry", "trust"),
     *("report", "report.by_class", "report.card", "report.pages", "report.reference", "report.tables", "stats", "talk"),
 )

@@ -94,5 +94,5 @@ def test_on_windows_one_line_says_that_it_does_not_run() -> None:
     program = "import sys; sys.platform = 'win32'; import flowdistill"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    line = "ImportError: flowdistill does not run on Windows: it needs the file locks of Linux and macOS; use WSL 2"
+    line = "ImportError: Windows is not supported, for it lacks the file locks of Linux and macOS; use WSL 2"
     assert done.stderr.splitlines()[-1] == line

@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if sys.platform == "win32":
-    raise ImportError("flowdistill does not run on Windows: it needs the file locks of Linux and macOS; use WSL 2")
+    raise ImportError("Windows is not supported, for it lacks the file locks of Linux and macOS; use WSL 2")
 
 # OpenMP, which computes PyTorch's operations on a CPU, reads this once, as PyTorch is imported. A thread that waits for the others turns
 # round so often before it sleeps. GCC's default of 300,000 keeps a core from the very thread that is waited for, if another process

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import trust
 from .checks import MAX_WORKERS, Changes, UserError, did_you_mean, first_line
-from .config import BASELINE, validate
+from .config import BASELINE, DISTILLING, validate
 from .data import user_loaders
 from .device import full_precision, resolve_device
 from .ledger import STUDENT_FILE, Ledger, Run, kept_answers
@@ -167,7 +167,7 @@ def distill(
     data: Data,
     val_loader: Any = None,
     *,
-    method: str = "fsp",
+    method: str = DISTILLING,
     seed: int = 0,
     runs: str | os.PathLike[str] = "runs",
     device: str = "auto",

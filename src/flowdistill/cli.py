@@ -16,13 +16,57 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from pydantic import ValidationError
 
-from . import advice, ranks, recipes, talk, trust
-from .checks import INTERRUPTED, MAX_WORKERS, Changes, UserError, did_you_mean, is_there, joined, obstacle, parse_seeds, shortage, some
+from . import advice, config_keys, ranks, recipes, talk, trust
+from .checks import INTERRUPTED, Changes, UserError, did_you_mean, is_there, joined, obstacle, parse_seeds, shortage, some
 from .cli_errors import complain, failure, refuse_empty, usage
+from .cli_options import (
+    AcceptOption,
+    AgainOption,
+    BatchSizeOption,
+    ConfigOption,
+    DatasetOption,
+    DeterministicOption,
+    DeviceOption,
+    DryRunOption,
+    EngineOption,
+    EpochsOption,
+    FormatOption,
+    FreezeOption,
+    HoldoutOption,
+    InitFromOption,
+    LabelSmoothingOption,
+    LimitTrainOption,
+    LogOption,
+    LrOption,
+    MethodOption,
+    MetricOption,
+    ModelOption,
+    PlotOption,
+    PrecisionOption,
+    ProbeOption,
+    ProtocolOption,
+    RatesOption,
+    RayOption,
+    RecipeOption,
+    RunsOption,
+    SeedsOption,
+    SetOption,
+    ShardOption,
+    SourceOption,
+    StorageOption,
+    StudentOption,
+    TeacherOption,
+    TrustOption,
+    UnlabelledOption,
+    WorkersOption,
+    command,
+    epilog,
+    of_key,
+)
 from .config import (
     BASELINE,
+    DISTILLING,
     NETWORKS,
-    EngineName,
     PrecisionName,
     RunConfig,
     assign,
@@ -57,79 +101,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Distil a small network from a large one, measure it, tabulate it.",
+    epilog=epilog("demo", "train --model resnet20 --dataset cifar10", "distill --student resnet8 --teacher resnet20 --dataset cifar10"),
 )
 
 
 TRAINING = {"train", "distill", "resume"}  # the commands that several processes share, as torchrun starts them
 LAST = 100  # runs that are listed unless more are asked for
-
-
-def _picture(path: Path | None) -> Path | None:
-    """Refuse a file that no picture can be written to, before anything is read."""
-    if path is not None:
-        from .report import plots
-
-        plots.format_of(path)
-    return path
-
-
-RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the ledger and of every run's files.")]
-SourceOption = Annotated[Path, typer.Option("--runs", help=f"A folder of runs, or a file of {advice.command('ledger', 'export')}.")]
-ProtocolOption = Annotated[tables.Protocol, typer.Option(help="Which accuracy: last epoch, best on test, or the holdout's choice.")]
-MetricOption = Annotated[tables.MetricName, typer.Option(help="Which figure: top1 is the accuracy.")]
-FormatOption = Annotated[tables.Format, typer.Option("--format", help="How to print.")]
-PlotOption = Annotated[
-    Path | None,
-    typer.Option("--plot", callback=_picture, help="Also draw curves, or the summary, to this file, .svg or .png. Default: none."),
-]
-DatasetOption = Annotated[
-    str | None, typer.Option(help="digits, cifar10, cifar100, fashion_mnist, npz:PATH, folder:PATH, csv:FILE or hf:NAME.")
-]
-SeedsOption = Annotated[str | None, typer.Option(help="Such as 0-2,5; both ends included.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-EpochsOption = Annotated[int | None, typer.Option(help="Epochs (of the task phase, where a method trains in stages).")]
-LrOption = Annotated[float | None, typer.Option(help="Base learning rate.")]
-BatchSizeOption = Annotated[int | None, typer.Option(help="Images a step.")]
-LabelSmoothingOption = Annotated[
-    float | None, typer.Option(help="Share of each label, 0 or more and below 1, that the task spreads over all classes.")
-]
-PrecisionOption = Annotated[PrecisionName | None, typer.Option(help="auto: bf16 where the GPU or CPU computes it, else fp32.")]
-EngineOption = Annotated[EngineName, typer.Option(help="How steps are computed; auto: the best for this device and length of run.")]
-InitFromOption = Annotated[str | None, typer.Option(help="Begin from the weights of a run or file; other classes get a fresh classifier.")]
-FreezeOption = Annotated[str | None, typer.Option(help="Modules or parameters that stay as they began, such as conv1,bn1,layer1.")]
-WorkersOption = Annotated[
-    int | None,
-    typer.Option(min=0, max=MAX_WORKERS, help="Processes that decode streamed images, for each seed; left out, one a core, at most 8."),
-]
-HoldoutOption = Annotated[bool, typer.Option("--holdout", help="Keep a tenth of train out; it chooses the epoch, test is read once.")]
-DeterministicOption = Annotated[bool, typer.Option("--deterministic", help="Only operations that repeat bit for bit.")]
-AcceptOption = Annotated[
-    bool, typer.Option("--accept-changes", help="Take files, code and libraries as they are, where they are not what was recorded.")
-]
-TrustOption = Annotated[
-    bool, typer.Option("--trust-code", help="Run code that files name as a network, though this command and your trainings did not.")
-]
-ShardOption = Annotated[
-    str | None,
-    typer.Option(help="Train part i of n of the same plan, such as 2/5, into RUNS/shards/2-of-5; slurm: the part of this array task."),
-]
-RayOption = Annotated[str | None, typer.Option("--ray", help="Train by the workers of a Ray cluster: local, auto or HOST:PORT.")]
-StorageOption = Annotated[
-    Path | None, typer.Option(help="With --ray: where workers keep what another goes on with, seen by all; left out, RUNS/storage.")
-]
-LogOption = Annotated[
-    str | None, typer.Option("--log", help="Show each run in tensorboard, wandb or csv too, while it is trained; several with commas.")
-]
-AgainOption = Annotated[bool, typer.Option("--again", help="Train even what the ledger has already.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config, the taps and a time estimate; train nothing.")]
-RatesOption = Annotated[
-    bool, typer.Option("--rates", help="Try a hundred learning rates on a copy of each student, and propose one. Default: off.")
-]
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML, or the run.json of a run; options given here win.")]
-RecipeOption = Annotated[
-    str | None, typer.Option(help=f"A recipe's name; {advice.command('recipes')} lists them. What is given beside it wins.")
-]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="Any key, such as options.fsp.pool=avg or weights.at=20.")]
 
 
 def main() -> None:
@@ -234,7 +211,7 @@ def _described(
     if methods == BASELINE and values.get("teacher"):
         cure = f"use {advice.command('distill')}, or leave it out"
         raise UserError(f"teacher={values['teacher']!r}: training on the labels alone has none; {cure}")
-    names = [name.strip() for name in (str(values.get("method", "fsp")) if methods is None else methods).split(",")]
+    names = [name.strip() for name in (str(values.get("method", DISTILLING)) if methods is None else methods).split(",")]
     validate(values | {"method": names[0]})
     shares = _for_methods(values, names)
     if chosen_recipe:
@@ -351,19 +328,19 @@ def _follow(device: torch.device, workers: int | None, runs: Path, *, accept_cha
     return 0
 
 
-def _with_options_of(*functions: Callable[..., Any]) -> Callable[[Callable[..., int]], Callable[..., int]]:
+def _with_options_of(*functions: Callable[..., Any], examples: tuple[str, ...]) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """A command with options of its own, and those of these functions, which it gets in a mapping."""
 
-    def command(body: Callable[..., int]) -> Callable[..., int]:
+    def decorated(body: Callable[..., int]) -> Callable[..., int]:
         named = [p for p in inspect.signature(body, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
         for function in functions:
             named += [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.kind is p.KEYWORD_ONLY]
         parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in named]
         body.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         body.__annotations__ = {p.name: p.annotation for p in parameters}
-        return app.command()(body)
+        return command(app, examples=examples)(body)
 
-    return command
+    return decorated
 
 
 def _split(options: dict[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
@@ -371,35 +348,32 @@ def _split(options: dict[str, Any], function: Callable[..., Any]) -> dict[str, A
     return {name: options.pop(name) for name in inspect.signature(function).parameters if name in options}
 
 
-@_with_options_of(_described, _launch)
-def train(
-    model: Annotated[str | None, typer.Option(help=f"A model's name; {advice.command('models')} lists them.")] = None, **options: Any
-) -> int:
-    """Train networks on the labels alone: teachers and baselines."""
+@_with_options_of(
+    *(_described, _launch),
+    examples=("train --model resnet20 --dataset cifar10 --seeds 0-2", "train --model resnet8 --dataset folder:birds --set data.size=64"),
+)
+def train(model: ModelOption = None, **options: Any) -> int:
+    """Train networks on the labels alone.
+
+    They are teachers and baselines. Each seed is one run.
+    """
     launching = _split(options, _launch)
     return _launch(_described({"student": model, "method": BASELINE}, BASELINE, **options), **launching)
 
 
 def _pair(
     *,
-    method: Annotated[str | None, typer.Option(help="Methods, with + for a composition and commas between runs: base,fsp,at+kd.")] = None,
-    student: Annotated[str | None, typer.Option(help="Model name, run number, weights file or MODEL@FILE.")] = None,
-    teacher: Annotated[
-        str | None,
-        typer.Option(help="Likewise; by name, a trained one is chosen from the ledger. A comma separates teachers, a plus joins several."),
+    method: MethodOption = None,
+    student: StudentOption = None,
+    teacher: TeacherOption = None,
+    student_taps: Annotated[
+        Path | None, typer.Option(help=f"The student's taps: a table of {advice.command('taps')}, edited. Default: where its stages end.")
     ] = None,
-    student_taps: Annotated[Path | None, typer.Option(help=f"The student's taps: a table of {advice.command('taps')}, edited.")] = None,
-    teacher_taps: Annotated[Path | None, typer.Option(help="Likewise the teacher's.")] = None,
-    probe: Annotated[
-        bool, typer.Option("--probe", help="Fit a linear classifier on the teacher's features, and let it give the logits. Default: off.")
-    ] = False,
-    unlabelled: Annotated[
-        str | None,
-        typer.Option(
-            help="Images without labels to learn from the teacher on: folder:PATH, files in any folders, or npz:PATH with key x. Without "
-            "--dataset the only ones: they train a backbone."
-        ),
+    teacher_taps: Annotated[
+        Path | None, typer.Option(help="The teacher's taps: a table of the same kind. Default: where its stages end.")
     ] = None,
+    probe: ProbeOption = False,
+    unlabelled: UnlabelledOption = None,
     **options: Any,
 ) -> list[RunConfig]:
     """A student with a teacher, and what else the options describe."""
@@ -409,14 +383,23 @@ def _pair(
     return _described({**named, **taps}, method, **options)
 
 
-@_with_options_of(_pair, _described, _launch)
+@_with_options_of(
+    *(_pair, _described, _launch),
+    examples=(
+        "distill --student resnet8 --teacher resnet20 --dataset cifar10",
+        "distill --method base,fsp,at+kd --student resnet8 --teacher 1 --seeds 0-2",
+    ),
+)
 def distill(**options: Any) -> int:
-    """Train students with a teacher: one run for each method and seed."""
+    """Train students with a teacher.
+
+    Each method, teacher and seed is one run.
+    """
     launching = _split(options, _launch)
     return _launch(_pair(**options), **launching)
 
 
-@_with_options_of(_pair, _described)
+@_with_options_of(_pair, _described, examples=("doctor --student resnet8 --teacher resnet20 --dataset cifar10",))
 def doctor(
     find_rates: RatesOption = False,
     device: DeviceOption = "auto",
@@ -426,7 +409,11 @@ def doctor(
     runs: RunsOption = Path("runs"),
     **options: Any,
 ) -> int:
-    """Before hours of training, in seconds: the teacher's answers, taps, gradients, time and memory, and what looks wrong."""
+    """Say what looks wrong before hours of training.
+
+    In seconds it looks at the teacher's answers, taps, gradients, time and memory. It takes the options of distill, and ends with 1 if
+    something is wrong.
+    """
     from .device import resolve_device
     from .report.progress import Bars
     from .runner.doctor import Finding, examine
@@ -438,9 +425,9 @@ def doctor(
     return 1 if any(finding.verdict == "wrong" for finding in findings) else 0
 
 
-@app.command()
+@command(app, examples=("resume", "resume 12"))
 def resume(
-    run: Annotated[int | None, typer.Argument(help="A run's number; its whole cohort goes on. Left out: all that was cut off.")] = None,
+    run: Annotated[int | None, typer.Argument(help="A run's number; its whole cohort goes on. Default: all that was cut off.")] = None,
     device: DeviceOption = "auto",
     workers: WorkersOption = None,
     trust_code: TrustOption = False,
@@ -449,7 +436,10 @@ def resume(
     log: LogOption = None,
     runs: RunsOption = Path("runs"),
 ) -> int:
-    """Go on with runs that were cut off (interrupted or dead), from their last checkpoint."""
+    """Go on with runs that were cut off.
+
+    They were interrupted, or their process died. Each goes on from its last checkpoint.
+    """
     from .device import resolve_device
     from .runner import leading
     from .runner import resume as go_on
@@ -561,51 +551,62 @@ def _seeded(values: dict[str, Any], seeds: str | None) -> list[RunConfig]:
     return [validate(values | {"seed": seed}) for seed in parse_seeds(seeds)]
 
 
-@app.command()
+@command(app, examples=("demo", "demo --runs digits"))
 def demo(
-    runs: Annotated[Path | None, typer.Option("--runs", help="Keep the runs in this folder; else a fresh temporary one.")] = None,
+    runs: Annotated[Path | None, typer.Option("--runs", help="Folder that keeps the runs. Default: a fresh temporary one.")] = None,
     format_: FormatOption = "md",
 ) -> int:
-    """The main job on real digits in about a minute: a teacher, students alone, with AT and with FSP; then the tables."""
+    """Distil on real digits in about a minute.
+
+    It trains a teacher, and students alone, with AT and with FSP. Then it prints the tables.
+    """
     from .demo import demo as run_demo
 
     talk.answer(run_demo(runs, format_))
     return 0
 
 
-@app.command()
+@command(app, examples=("reproduce log --only resnet20-cifar10 --dry-run", "reproduce fsp-log"))
 def reproduce(
     study: Annotated[
         str,
         typer.Argument(
-            help="log: all six pages of the reference, ResNet-20 and ResNet-110 on CIFAR-10 and CIFAR-100; fsp-log: its FSP and AT alone."
+            help="log: all six pages of the reference, ResNet-20 and ResNet-110 on CIFAR-10 and CIFAR-100. fsp-log: its FSP and AT alone."
         ),
     ],
-    only: Annotated[str | None, typer.Option(help="Only these settings, such as resnet20-cifar10,resnet20-cifar100.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Only these settings, such as resnet20-cifar10,resnet20-cifar100. Default: all of the study.")
+    ] = None,
     methods: Annotated[
         str | None,
-        typer.Option(help="Of log: only these rows, such as fsp,kd, or others than the reference's, such as fsp+kd; base always is."),
+        typer.Option(
+            help="Of log: only these rows, such as fsp,kd, or others than the reference's, such as fsp+kd. base always is one. "
+            "Default: the reference's."
+        ),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help=f"Of log: a recipe's name; {advice.command('recipes')} lists them. Left out, the reference's.")
+        str | None, typer.Option(help=f"Of log: a recipe by name; {advice.command('recipes')} lists them. Default: the reference's.")
     ] = None,
-    seeds: Annotated[str | None, typer.Option(help="Of log: seeds of the students; left out, 0-2.")] = None,
-    baselines: Annotated[str | None, typer.Option(help="Of log: seeds of the baselines, which are the teachers; left out, 0,1.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Of log: seeds of the students. Default: 0-2.")] = None,
+    baselines: Annotated[str | None, typer.Option(help="Of log: seeds of the baselines, which are the teachers. Default: 0,1.")] = None,
     cifar10: Annotated[str, typer.Option(help="Where CIFAR-10 comes from: cifar10 or npz:PATH.")] = "cifar10",
-    cifar100: Annotated[str, typer.Option(help="Likewise: cifar100 or npz:PATH.")] = "cifar100",
-    epochs: EpochsOption = None,
-    limit_train: Annotated[int | None, typer.Option(help="Train on a fixed stratified choice of about so many images.")] = None,
+    cifar100: Annotated[str, typer.Option(help="Where CIFAR-100 comes from: cifar100 or npz:PATH.")] = "cifar100",
+    epochs: Annotated[int | None, of_key("train.epochs", default="the recipe's")] = None,
+    limit_train: LimitTrainOption = None,
     precision: PrecisionOption = None,
     device: DeviceOption = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and a time estimate; train nothing.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder of the document; else log or fsp-log in the folder of the runs.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the document. Default: log or fsp-log in the folder of the runs.")] = None,
     shard: ShardOption = None,
     ray: RayOption = None,
     storage: StorageOption = None,
     log: LogOption = None,
     runs: RunsOption = Path("runs"),
 ) -> int:
-    """A published log, trained again: baselines, students, and one document beside its figures. What is trained already is skipped."""
+    """Train a published log again.
+
+    It trains baselines and students, and writes one document beside the published figures. What is trained already is skipped.
+    """
     from . import reproduce as again
     from .device import resolve_device
     from .runner.remote import driver
@@ -662,10 +663,10 @@ def reproduce(
 def _filters(
     listed: list[Run],
     *,
-    method: Annotated[str | None, typer.Option(help="Only this method.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Only this data set.")] = None,
-    student: Annotated[str | None, typer.Option(help="Only this student.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="Only this teacher, - for none.")] = None,
+    method: Annotated[str | None, typer.Option(help="Only runs of this method. Default: all.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Only runs on this data set. Default: all.")] = None,
+    student: Annotated[str | None, typer.Option(help="Only runs of this student. Default: all.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Only runs with this teacher; - is none. Default: all.")] = None,
 ) -> dict[str, str]:
     """The columns that runs are chosen by, with their values as a ledger has them.
 
@@ -680,9 +681,9 @@ def _filters(
     return only
 
 
-@_with_options_of(_filters)
+@_with_options_of(_filters, examples=("table", "table --summary --dataset cifar10"))
 def table(
-    summary: Annotated[bool, typer.Option("--summary", help="One row a method: mean, spread, difference to base.")] = False,
+    summary: Annotated[bool, typer.Option("--summary", help="Print one row per method: mean, spread, difference to base.")] = False,
     protocol: ProtocolOption = "last",
     metric: MetricOption = "top1",
     format_: FormatOption = "md",
@@ -690,7 +691,7 @@ def table(
     runs: SourceOption = Path("runs"),
     **options: Any,
 ) -> int:
-    """The log of finished runs, or their summary."""
+    """Print the log of finished runs, or a summary."""
     results = exported.opened(runs)
     listed = results.listing()
     gc.freeze()  # a hundred thousand rows are no garbage, and looking through them again and again takes as long as the rest
@@ -737,22 +738,34 @@ def _refuse_unknown(key: str, value: str, here: set[str]) -> None:
         canonical(value)
 
 
-@_with_options_of(_filters)
+@_with_options_of(_filters, examples=("record --dataset cifar10", "record --to 92"))
 def record(
     to: Annotated[
-        float | None, typer.Option(min=0, max=100, help="Only what reaches this accuracy, in percent; the fastest first.")
+        float | None,
+        typer.Option(min=0, max=100, help="Only what reaches this accuracy, in percent; the fastest comes first. Default: all."),
     ] = None,
     plain: Annotated[
         list[Path] | None,
-        typer.Option(help=f"What {advice.command('bench', '--json')} printed: adds what the loop of a user would take, by its pace there."),
+        typer.Option(
+            help=f"What {advice.command('bench', '--json')} printed: adds what the loop of a user would take, by its pace there. "
+            "May be given again."
+        ),
     ] = None,
-    check: Annotated[Path | None, typer.Option(help="Print nothing; refuse this file where it is not what would be printed.")] = None,
+    check: Annotated[Path | None, typer.Option(help="Print nothing; refuse this file if it is not what would be printed.")] = None,
     protocol: ProtocolOption = "last",
     format_: FormatOption = "md",
-    runs: Annotated[list[Path] | None, typer.Option(help="As of table; may be given several times. Left out, runs.")] = None,
+    runs: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help=f"Folder of runs, or a file of {advice.command('ledger', 'export')}; may be given again. Default: {advice.RUNS}."
+        ),
+    ] = None,
     **options: Any,
 ) -> int:
-    """The time-to-accuracy board: what accuracy was had by what, and how long it took, on which hardware, by which command."""
+    """Print the time-to-accuracy board.
+
+    It says which accuracy was reached by what, how long that took, on which hardware and by which command.
+    """
     sources = [exported.opened(source) for source in runs or [Path("runs")]]
     paces = [pace for path in plain or [] for pace in board.paces(path)]
     listed = [run for source in sources for run in source.listing()]
@@ -772,14 +785,14 @@ def record(
     return 0
 
 
-@app.command("runs")
+@command(app, "runs", examples=("runs", "runs --last 10"))
 def runs_(
-    last: Annotated[int, typer.Option(min=1, help="How many, the newest.")] = LAST,
-    all_: Annotated[bool, typer.Option("--all", help="All there are.")] = False,
+    last: Annotated[int, typer.Option(min=1, help="How many of the newest runs are listed.")] = LAST,
+    all_: Annotated[bool, typer.Option("--all", help="List all runs.")] = False,
     format_: FormatOption = "table",
     runs: RunsOption = Path("runs"),
 ) -> int:
-    """The last runs of the ledger, whatever became of them."""
+    """List the last runs, whatever became of them."""
     ledger = Ledger(runs)
     there, listed = ledger.count(), ledger.listing(None if all_ else last)
     talk.answer(pages.runs_list(listed, format_))
@@ -788,13 +801,21 @@ def runs_(
     return 0
 
 
-ledger_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The ledger itself, the file ledger.db.")
+ledger_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Rebuild, merge or export a ledger (ledger.db).",
+    epilog=epilog("ledger rebuild", "ledger export results.jsonl"),
+)
 app.add_typer(ledger_app, name="ledger")
 
 
-@ledger_app.command()
+@command(ledger_app, examples=("ledger rebuild",))
 def rebuild(format_: FormatOption = "table", runs: RunsOption = Path("runs")) -> int:
-    """Make a ledger that is gone or damaged again, from the folders of its runs. The old file is kept beside it."""
+    """Make a lost or damaged ledger again.
+
+    It is made from the folders of its runs. The old file is kept beside it.
+    """
     from .ledger.rebuild import Entered
     from .ledger.rebuild import rebuild as make_again
 
@@ -805,13 +826,16 @@ def rebuild(format_: FormatOption = "table", runs: RunsOption = Path("runs")) ->
     return 1 if any(entry.status == "left alone" for entry in entered) else 0
 
 
-@ledger_app.command("merge")
+@command(ledger_app, "merge", examples=("ledger merge runs/shards/* --into runs",))
 def merge_ledgers(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of runs, such as those of shards.")],
-    into: Annotated[Path, typer.Option(help="The folder of runs that they are copied into; a new one is made.")],
+    into: Annotated[Path, typer.Option(help="Folder of runs that they are copied into; it is made if it is not there.")],
     format_: FormatOption = "table",
 ) -> int:
-    """Copy the runs of several ledgers into one. Equal runs are taken once; numbers that are taken are replaced by new ones."""
+    """Copy the runs of several ledgers into one.
+
+    Equal runs are copied once. A run whose number is taken gets a new one.
+    """
     from .ledger.merge import Merged, merge
 
     gc.disable()  # all that is read stays until the end, and looking through it again and again takes a part of the time
@@ -826,15 +850,16 @@ def merge_ledgers(
     return 0
 
 
-@ledger_app.command("export")
+@command(ledger_app, "export", examples=("ledger export results.jsonl", "ledger export results.jsonl --check"))
 def export_ledger(
-    file: Annotated[Path, typer.Argument(help="Such as results.jsonl; a file that is there is replaced.")],
-    check: Annotated[
-        bool, typer.Option("--check", help="Write nothing; refuse the file where it does not hold what the ledger has.")
-    ] = False,
+    file: Annotated[Path, typer.Argument(help="File to write, such as results.jsonl; one that is there is replaced.")],
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; refuse the file if it is not what the ledger has.")] = False,
     runs: RunsOption = Path("runs"),
 ) -> int:
-    """The results of a ledger as one file of lines, to be kept beside tables: rows and curves, no weights. table and record read it."""
+    """Write the results of a ledger as one file.
+
+    It has a line for each run with its curve, no weights, and is to be kept beside tables. table and record read it (--runs FILE).
+    """
     ledger = Ledger(runs)
     if check:
         exported.refuse_other(file, ledger)
@@ -848,14 +873,17 @@ def export_ledger(
     return 0
 
 
-@app.command()
+@command(app, examples=("show 12", "show 12 --format json"))
 def show(
     run: Annotated[int, typer.Argument(help="A run's number.")],
     format_: FormatOption = "table",
     plot: PlotOption = None,
     runs: RunsOption = Path("runs"),
 ) -> int:
-    """One run: its config, its curve, its figures by class, what it was made with."""
+    """Show one run: its config, curve and figures.
+
+    The figures are also listed by class, and what the run was made with.
+    """
     ledger = Ledger(runs)
     shown, classes = ledger.run(run), list[dict[str, Any]]()
     if plot is not None:
@@ -873,16 +901,19 @@ def show(
     return 0
 
 
-@app.command()
+@command(app, examples=("evaluate 12", "evaluate 12 --probe knn --dataset cifar100"))
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="RUN|FILE", help="A run's number or a student's file.")],
-    dataset: Annotated[str | None, typer.Option(help="Other data than it was trained on.")] = None,
-    precision: Annotated[PrecisionName | None, typer.Option(help="Other precision than it was trained in.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Data set to measure it on. Default: the one that it was trained on.")] = None,
+    precision: Annotated[PrecisionName | None, typer.Option(help="Arithmetic. Default: the one that it was trained in.")] = None,
     probe: Annotated[
         Literal["knn", "linear"] | None,
-        typer.Option(help="Measure its features instead: by the nearest training images, or by logistic regression on these."),
+        typer.Option(
+            help="Measure its features instead: by the nearest training images, or by logistic regression on these. "
+            "Default: none, its own answers are measured."
+        ),
     ] = None,
-    k: Annotated[int | None, typer.Option("--k", min=1, help="Of --probe knn: number of neighbours; left out, 20.")] = None,
+    k: Annotated[int | None, typer.Option("--k", min=1, help="Of --probe knn: number of neighbours. Default: 20.")] = None,
     device: DeviceOption = "auto",
     workers: WorkersOption = None,
     accept_changes: AcceptOption = False,
@@ -890,7 +921,10 @@ def evaluate(
     format_: FormatOption = "table",
     runs: RunsOption = Path("runs"),
 ) -> int:
-    """Measure a student again, from its file alone; verdict: whether that is what was recorded. With --probe its features are measured."""
+    """Measure a student again, from its file alone.
+
+    The verdict says whether that is what was recorded. With --probe its features are measured.
+    """
     from .device import resolve_device
     from .runner import evaluate as measure
     from .runner.evaluate import probe as measure_features
@@ -913,13 +947,16 @@ def evaluate(
     return 0
 
 
-@app.command()
+@command(app, examples=("check", "check 12"))
 def check(
-    run: Annotated[int | None, typer.Argument(help="A run's number; left out, all that finished or were cut off.")] = None,
+    run: Annotated[int | None, typer.Argument(help="A run's number. Default: all runs that finished or were cut off.")] = None,
     format_: FormatOption = "table",
     runs: RunsOption = Path("runs"),
 ) -> int:
-    """Whether every file of the runs is the one that was written: size and SHA-256 against the record, and that against the ledger."""
+    """Check that the files of runs are as written.
+
+    Size and SHA-256 are compared with the run's record, and the record with the ledger. It ends with 1 if something differs.
+    """
     from .ledger import NAME
     from .runner.integrity import Finding, examine
 
@@ -932,18 +969,23 @@ def check(
     return 0 if all(finding.sound for finding in findings) else 1
 
 
-@app.command()
+@command(app, examples=("card 12", "card 12 --format html --out card.html"))
 def card(
     run: Annotated[int, typer.Argument(help="A run's number.")],
     format_: Annotated[Literal["md", "html"], typer.Option("--format", help="How to write it.")] = "md",
-    out: Annotated[Path | None, typer.Option(help="Write it to this file; else it is printed.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Images of the second latency; the first is of one image.")] = 64,
+    out: Annotated[Path | None, typer.Option(help="File to write it to. Default: none, it is printed.")] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=4096, help="Number of images of the second latency; the first is of one image.")
+    ] = 64,
     device: DeviceOption = "auto",
     accept_changes: AcceptOption = False,
     trust_code: TrustOption = False,
     runs: RunsOption = Path("runs"),
 ) -> int:
-    """The compression card of a finished run: cost, accuracy, agreement and calibration beside its teacher and a student alone."""
+    """Make the compression card of a finished run.
+
+    It has cost, accuracy, agreement and calibration, beside those of its teacher and of a student alone.
+    """
     from .device import resolve_device
     from .report.card import page
     from .runner.card import measure
@@ -961,16 +1003,19 @@ def card(
     return 0
 
 
-@app.command("log")
+@command(app, "log", examples=("log 12 --to csv", "log 12 13 --to tensorboard,csv"))
 def log_(
     numbers: Annotated[list[int], typer.Argument(metavar="RUN...", help="Numbers of runs.")],
-    to: Annotated[str, typer.Option(help="tensorboard, wandb or csv; several with commas.")],
+    to: Annotated[str, typer.Option(help="Tracker: tensorboard, wandb or csv. Commas separate several.")],
     device: DeviceOption = "auto",
     accept_changes: AcceptOption = False,
     trust_code: TrustOption = False,
     runs: RunsOption = Path("runs"),
 ) -> int:
-    """Show what is on record of runs in TensorBoard, Weights & Biases or a CSV file: config, curves, FSP matrices, card."""
+    """Show recorded runs in a tracker.
+
+    TensorBoard, Weights & Biases or a CSV file get config, curves, FSP matrices and card.
+    """
     from .device import resolve_device
     from .trackers import Log, chosen, refuse_running
 
@@ -983,21 +1028,29 @@ def log_(
     return 1 if log.failed else 0
 
 
-@app.command()
+@command(app, examples=("export 12 --to safetensors", "export 12 --to onnx --int8 --out student.onnx"))
 def export(
     target: Annotated[str, typer.Argument(metavar="RUN|FILE", help="A run's number or a student's file.")],
     to: Annotated[
-        str | None, typer.Option(help="safetensors: weights; torch-export, onnx: a program with the normalisation in it.")
+        str | None,
+        typer.Option(
+            help="Format. safetensors: weights; torch-export, onnx: a program with the normalisation in it. Default: none, give one."
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The file to write; else beside the student's.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Images of other data than it was trained on, to compare it on.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write. Default: one beside the student's file.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Data set on whose images it is compared. Default: the one that it was trained on.")
+    ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Quantise ONNX after training, calibrated on training images.")] = False,
     accept_changes: AcceptOption = False,
     trust_code: TrustOption = False,
     format_: FormatOption = "table",
     runs: RunsOption = Path("runs"),
 ) -> int:
-    """Write a student in a format for use elsewhere, once it answers test images as the network does."""
+    """Write a student in a format for use elsewhere.
+
+    The file is kept only if it answers test images as the network does.
+    """
     from .runner import export as write
     from .runner.evaluate import weights_path
     from .runner.export import FORMATS, DeviationError
@@ -1019,23 +1072,31 @@ def export(
     return 0
 
 
-@app.command()
+@command(app, examples=("bench", "bench --methods fsp,kd --precisions fp32 --steps 10"))
 def bench(
-    pairs: Annotated[str, typer.Option(help="STUDENT:TEACHER, with commas between pairs.")] = "resnet8:resnet20",
+    pairs: Annotated[str, typer.Option(help="STUDENT:TEACHER; commas separate pairs.")] = "resnet8:resnet20",
     methods: Annotated[
-        str, typer.Option(help="With commas; several are timed one by one and as one cohort. all: all there are, one by one.")
-    ] = "fsp",
-    engines: Annotated[str | None, typer.Option(help="Of eager, compiled, graph, graph+compiled; left out, all that work here.")] = None,
-    precisions: Annotated[str, typer.Option(help="Of fp32 and bf16.")] = "fp32,bf16",
+        str,
+        typer.Option(
+            help="Methods; commas separate several, which are timed one by one and as one cohort. all: all there are, one by one."
+        ),
+    ] = DISTILLING,
+    engines: Annotated[
+        str | None, typer.Option(help="Engines, of eager, compiled, graph and graph+compiled. Default: all that work here.")
+    ] = None,
+    precisions: Annotated[str, typer.Option(help="Precisions, of fp32 and bf16.")] = "fp32,bf16",
     cohorts: Annotated[str | None, typer.Option(help="Numbers of seeds to train together, such as 3,8.")] = None,
-    batch_size: Annotated[int, typer.Option(min=2, help="Images a step.")] = 128,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of a turn.")] = 20,
+    batch_size: Annotated[int, typer.Option(min=2, help="Images per training step.")] = 128,
+    steps: Annotated[int, typer.Option(min=1, help="Steps per turn.")] = 20,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each loop; the table has their median.")] = 5,
-    workers: Annotated[int, typer.Option(min=0, help="Of the plain loop's DataLoader; 0 is timed as well.")] = 2,
+    workers: Annotated[int, typer.Option(min=0, help="Workers of the plain loop's DataLoader; 0 is timed as well.")] = 2,
     device: DeviceOption = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
-    """How fast training is on this machine: every engine beside the loop that a user would write."""
+    """Time training on this machine.
+
+    Every engine is timed beside the loop that a user would write.
+    """
     from .bench import bench as measure
     from .bench import report
     from .device import resolve_device
@@ -1072,12 +1133,14 @@ def _number(option: str, text: str) -> int:
     return int(text)
 
 
-@app.command()
+@command(app, examples=("methods", "methods fsp"))
 def methods(
-    name: Annotated[str | None, typer.Argument(help="One method: its options, defaults and paper.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A method, whose options, defaults and paper are shown. Default: a list of all methods.")
+    ] = None,
     format_: FormatOption = "table",
 ) -> int:
-    """The distillation methods there are."""
+    """List the distillation methods, or show one."""
     from .methods import METHODS, get
     from .methods.standardise import BY_AUTHORS, PREFIX
 
@@ -1090,12 +1153,12 @@ def methods(
     return 0
 
 
-@app.command()
+@command(app, examples=("models", "models 'resnet*'"))
 def models(
-    pattern: Annotated[str | None, typer.Argument(help="Names with * and ?, such as 'resnet*'; left out, all.")] = None,
+    pattern: Annotated[str | None, typer.Argument(help="Names with * and ?, such as 'resnet*'. Default: all.")] = None,
     format_: FormatOption = "table",
 ) -> int:
-    """The networks there are."""
+    """List the networks."""
     from .models import MODELS
 
     names = [name for name in MODELS if pattern is None or fnmatchcase(name, pattern)]
@@ -1112,17 +1175,20 @@ def _tell_failures(registry: Registry[Any]) -> None:
         talk.say(line)
 
 
-@app.command()
+@command(app, examples=("taps resnet20", "taps timm:resnet18 --format csv"))
 def taps(
     model: Annotated[str, typer.Argument(help="A model's name, timm:NAME, torchvision:NAME, FILE.py:FUNCTION, a run, or MODEL@FILE.")],
-    size: Annotated[int | None, typer.Option(min=1, help="Pixels of a side; left out, what the network declares.")] = None,
-    channels: Annotated[int | None, typer.Option(min=1, help="Of the images; left out, 3.")] = None,
-    classes: Annotated[int, typer.Option(min=2, help="Of the classifier, where it is fresh.")] = 1000,
+    size: Annotated[int | None, typer.Option(min=1, help="Pixels of a side of an image. Default: what the network declares.")] = None,
+    channels: Annotated[int | None, typer.Option(min=1, help="Channels of an image. Default: 3.")] = None,
+    classes: Annotated[int, typer.Option(min=2, help="Classes of the classifier, if it is fresh.")] = 1000,
     trust_code: TrustOption = False,
     format_: FormatOption = "table",
     runs: RunsOption = Path("runs"),
 ) -> int:
-    """Where a network's stages end, found by a dry run: a table to edit (--format csv) and to give back to distill."""
+    """Show where a network's stages end.
+
+    A dry run finds them. --format csv prints a table to edit and to give back to distill (--student-taps, --teacher-taps).
+    """
     from .runner.tap_table import COLUMNS, rows
 
     trust.name(model)
@@ -1132,9 +1198,9 @@ def taps(
     return 0
 
 
-@app.command(name="recipes")
+@command(app, "recipes", examples=("recipes",))
 def list_recipes(format_: FormatOption = "table") -> int:
-    """The recipes there are."""
+    """List the recipes."""
     rows = [
         {
             "name": name,
@@ -1147,9 +1213,30 @@ def list_recipes(format_: FormatOption = "table") -> int:
     return 0
 
 
-@app.command()
+@command(app, "config", examples=("config", "config train.lr", "config 'train.*'"))
+def list_keys(
+    pattern: Annotated[
+        str | None, typer.Argument(help="A key, a table such as train, or names with * and ?, such as 'train.*'. Default: all keys.")
+    ] = None,
+    format_: FormatOption = "table",
+) -> int:
+    """List the keys of a config: --set, --config.
+
+    Each has what is allowed, its default and what it means.
+    """
+    rows = [
+        {"key": key.key, "allowed": key.allowed, "default": key.default, "about": key.description}
+        if format_ == "json"
+        else {"key": key.key, "allowed": key.allowed, "default": key.written_default or "-", "about": key.description}
+        for key in config_keys.chosen(pattern)
+    ]
+    talk.answer(tables.render(rows, format_, ("key", "allowed", "default", "about")))
+    return 0
+
+
+@command(app, examples=("datasets",))
 def datasets(format_: FormatOption = "table") -> int:
-    """The data sets there are."""
+    """List the data sets."""
     from .config import written_schemes
     from .data.sources import SOURCES
 

@@ -40,6 +40,7 @@ NO_LABELS = "none"  # the data set of a run on unlabelled images alone
 LOADER = "loader"  # scheme of loaders that were given from Python; the hash of both follows
 
 BASELINE = "base"  # the method that learns from the labels alone, with which others are compared
+DISTILLING = "fsp"  # the method that a student with a teacher learns by, if none is named
 
 PrecisionName = Literal["auto", "bf16", "fp32"]
 EngineName = Literal["auto", "eager", "compiled", "graph"]
@@ -49,11 +50,18 @@ Sampling = Literal["shuffled", "balanced"]
 ClassWeights = Literal["none", "balanced"] | tuple[float, ...]
 Role = Literal["student", "teacher"]
 
+_AS_DECLARED = "Default: as the network's file or library declares it, or else as the data have it."  # ends descriptions
+
 OF_SGD = ("momentum", "nesterov")  # keys of the recipe that no other optimizer has
 
 
 class Frozen(BaseModel):
-    """Base of every config: immutable, unknown keys refused, infinities refused."""
+    """Base of every config: immutable, unknown keys refused, infinities refused.
+
+    The description of a key stands beside it, and nowhere else: help and ``flowdistill config`` print it. It says the default itself
+    ("Default: ...") if None stands for one. A key that came later is dumped only if it is not the default, so that runs which were
+    recorded before stay comparable.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -128,30 +136,76 @@ def written_schemes() -> dict[str, str]:
 
 
 class DataConfig(Frozen):
-    """Which images. ``pad`` and ``flip`` left out take the data set's own habit (``flowdistill datasets`` shows it).
+    """Which images, and how they are augmented."""
 
-    ``crop=shift`` moves the image in a reflected border, ``crop=resized`` enlarges a random box of it (Inception crop); left out it is
-    ``resized`` where the images are streamed, else ``shift``. ``size``, ``channels``, ``skip_broken``, ``batches`` and ``label`` say how
-    image files are read. ``unlabelled`` are images without labels, ``folder:PATH`` or ``npz:PATH``, that are drawn into the batches
-    beside the others: the task does not see them. Alone, without a ``name`` (or with the name ``none``), they are all that is trained on:
-    nothing has a label then, and the student learns what a teacher's features teach it. ``unlabelled``, ``crop`` and ``randaugment`` are
-    dumped only where they are not the default, as ``train.mixup`` and ``train.label_smoothing`` are: runs that were recorded before these
-    keys came stay comparable.
-    """
-
-    name: str = "cifar10"
-    root: Path = Path("data")  # where torchvision keeps its downloads
-    crop: Crop | None = Field(None, exclude_if=lambda crop: crop is None)
-    pad: int | None = Field(None, ge=0, strict=True)  # pixels of reflected border that crop=shift moves in
-    flip: bool | None = None  # random horizontal flip
-    randaugment: int | None = Field(None, ge=0, le=30, strict=True, exclude_if=lambda magnitude: magnitude is None)  # two operations each
-    limit_train: int | None = Field(None, ge=1, strict=True)  # train on a fixed stratified choice of about so many images
-    size: int | None = Field(None, ge=1, le=LARGEST_SIDE, strict=True, exclude_if=lambda size: size is None)  # short side, cut to a square
-    channels: Literal[1, 3] | None = Field(None, exclude_if=lambda channels: channels is None)  # left out: 1 where all files are grey
-    skip_broken: bool = Field(False, exclude_if=lambda skip: not skip)  # leave out the files that can't be read
-    unlabelled: str | None = Field(None, exclude_if=lambda unlabelled: unlabelled is None)  # images to learn from the teacher on
-    stream: bool = Field(False, exclude_if=lambda stream: not stream)  # decode batch by batch, even what fits into memory
-    label: str | None = Field(None, exclude_if=lambda label: label is None)  # the column of a Hugging Face data set that has the classes
+    name: str = Field(
+        "cifar10",
+        description="Which images: digits, cifar10, cifar100, fashion_mnist, npz:PATH, folder:PATH, csv:FILE or hf:NAME. "
+        f"none: data.unlabelled alone. {advice.command('datasets')} describes them.",
+    )
+    root: Path = Field(Path("data"), description="Folder where torchvision keeps the data sets that it downloads.")
+    crop: Crop | None = Field(
+        None,
+        exclude_if=lambda crop: crop is None,
+        description="How training images are cropped. shift moves an image in a reflected border; resized enlarges a random box of it "
+        "(Inception crop). Default: resized if the images are streamed and data.pad is not given, else shift.",
+    )
+    pad: int | None = Field(
+        None,
+        ge=0,
+        strict=True,
+        description="Width in pixels of the reflected border that crop=shift moves an image in. Default: the data set's own.",
+    )
+    flip: bool | None = Field(
+        None, description="Whether training images are mirrored left to right, half of them at random. Default: the data set's own."
+    )
+    randaugment: int | None = Field(
+        None,
+        ge=0,
+        le=30,
+        strict=True,
+        exclude_if=lambda magnitude: magnitude is None,
+        description="Magnitude of RandAugment, which does two random operations on each training image. Default: none is done.",
+    )
+    limit_train: int | None = Field(
+        None, ge=1, strict=True, description="Train on a fixed stratified choice of about so many images. Default: all images."
+    )
+    size: int | None = Field(
+        None,
+        ge=1,
+        le=LARGEST_SIDE,
+        strict=True,
+        exclude_if=lambda size: size is None,
+        description="Pixels of the short side to which image files are scaled; the middle square of each is taken. "
+        "Default: as the files are, which must then have one size.",
+    )
+    channels: Literal[1, 3] | None = Field(
+        None,
+        exclude_if=lambda channels: channels is None,
+        description="Channels that image files are read with: 1 is grey, 3 is colour. Default: 1 if all files are grey, else 3.",
+    )
+    skip_broken: bool = Field(
+        False,
+        exclude_if=lambda skip: not skip,
+        description="Leave out the image files that can't be read. If false, the first ends the run.",
+    )
+    unlabelled: str | None = Field(
+        None,
+        exclude_if=lambda unlabelled: unlabelled is None,
+        description="Images without labels that are drawn into the batches; only the teacher teaches on them. folder:PATH reads files "
+        "in any folders, npz:PATH the key x. Without a data set they are all there is, and train a backbone. Default: none.",
+    )
+    stream: bool = Field(
+        False,
+        exclude_if=lambda stream: not stream,
+        description="Decode image files batch by batch, even if all would fit into memory.",
+    )
+    label: str | None = Field(
+        None,
+        exclude_if=lambda label: label is None,
+        description="Column of a Hugging Face data set that has the classes. Default: the column of type ClassLabel, or else integers "
+        "named label, labels or fine_label.",
+    )
 
     @property
     def user_loaders(self) -> bool:
@@ -218,64 +272,154 @@ def _has_files(name: str | None) -> bool:
 
 
 class TrainConfig(Frozen):
-    """The recipe. Defaults: the reference log's, which are He et al. 2016's up to weight decay on all parameters.
+    """The recipe. Defaults: the reference log's, which are He et al. 2016's up to weight decay on all parameters."""
 
-    ``optimizer`` is ``sgd``, ``adamw`` or another of torch.optim in lower case, such as ``rmsprop``; it has its own rate, which must be
-    given, and no ``momentum`` and ``nesterov`` of this table. ``optimizer_options`` are torch's options of that class, such as
-    ``betas``; those left out take torch's default.
-
-    ``mixup`` mixes the images of a batch in pairs by one share. ``true``: the share is uniform in 0 to 1, and the mixtures have no
-    labels (Beyer et al. 2022). A number alpha: the share is drawn from Beta(alpha, alpha), and the task is mixed as the images are
-    (Zhang et al. 2018). ``cutmix`` is the alpha by which a box of its partner is put into each image, and the task is mixed by the area
-    of the box (Yun et al. 2019); 0 is off. With both, each batch is mixed by one of them, half of the batches by either.
-
-    ``random_erasing`` is the probability with which a box of an image is filled with the mean colour of the training images, before it is
-    mixed (Zhong et al. 2020).
-
-    ``class_weights`` is what each class weighs in the task: ``none``, ``balanced`` (n / (classes x images of the class), of the images
-    trained on) or numbers, one for each class. ``sampling`` is how an epoch's images are drawn: ``shuffled``, each image once, or
-    ``balanced``, as many images of each class, some of them several times.
-
-    ``warmup_steps``: the rate of step s, counted from 1, is s / warmup_steps of the rate; after these steps it is that of the schedule,
-    which counts them. With ``layer_decay`` d the rate of each layer of the student is d times that of the next; the last one, which has
-    the classifier, has all of it, as have adapters (Bao et al. 2022, BEiT). ``clip`` is the largest global norm of a student's gradients,
-    its adapters' included. ``ema`` is the decay of an average of the weights, which is measured and shipped in their place.
-    ``accumulate`` computes a batch in so many parts, one after the other, for memory's sake; each part is normalised by itself.
-
-    ``patience`` ends a training after so many epochs in a row of its last phase that were no better on the held-out images than the best
-    one, whose weights ship. The schedule is that of all epochs.
-
-    ``batch_norm`` says by what several processes of one run normalise a batch: each by the images that it has of it, or all by the
-    whole. One process has the whole batch in either case.
-    """
-
-    epochs: int = Field(200, ge=1, le=MAX_EPOCHS, strict=True)  # reference log; He et al. 2016, section 4.2: about 164
-    batch_size: int = Field(128, ge=1, strict=True)  # He et al. 2016, section 4.2
-    lr: float = Field(0.1, gt=0, strict=True)  # He et al. 2016, section 4.2
-    momentum: float = Field(0.9, ge=0, lt=1, strict=True)  # He et al. 2016, section 4.2
-    weight_decay: float = Field(1e-4, ge=0, strict=True)  # He et al. 2016, section 4.2
-    nesterov: bool = False  # reference log: off (KD-Zoo: on)
-    schedule: Literal["step", "cosine", "one-cycle"] = "step"
-    milestones: tuple[float, ...] = (0.5, 0.75)  # shares of the run after which step lowers the rate tenfold; reference log
-    warmup_epochs: int = Field(0, ge=0, strict=True)  # at a tenth of the rate first; He et al. 2016, section 4.2: ResNet-110 alone
-    precision: PrecisionName = "auto"
-    mixup: bool | float = Field(False, exclude_if=lambda mixup: not mixup)  # true: without labels, Beyer et al. 2022; alpha: with them
-    freeze: tuple[str, ...] = Field((), exclude_if=lambda freeze: not freeze)  # modules or parameters, * and ? allowed; not trained
-    label_smoothing: float = Field(0.0, ge=0, lt=1, strict=True, exclude_if=lambda smoothing: smoothing == 0)  # of the task alone
-    batch_norm: BatchNorm = Field("local", exclude_if=lambda batch_norm: batch_norm == "local")  # matters where torchrun starts several
-    optimizer: str = Field("sgd", exclude_if=lambda optimizer: optimizer == "sgd")  # the training room knows which there are
-    optimizer_options: dict[str, Any] = Field({}, exclude_if=lambda options: not options)
-    decay_norm_and_bias: bool = Field(True, exclude_if=lambda decay: decay)  # false: no decay on parameters of one dimension
-    warmup_steps: int = Field(0, ge=0, strict=True, exclude_if=lambda steps: steps == 0)
-    layer_decay: float = Field(1.0, gt=0, le=1, strict=True, exclude_if=lambda decay: decay == 1)  # such as 0.75
-    clip: float | None = Field(None, gt=0, strict=True, exclude_if=lambda clip: clip is None)
-    accumulate: int = Field(1, ge=1, strict=True, exclude_if=lambda parts: parts == 1)
-    ema: float | None = Field(None, gt=0, lt=1, strict=True, exclude_if=lambda ema: ema is None)
-    cutmix: float = Field(0.0, ge=0, strict=True, exclude_if=lambda cutmix: cutmix == 0)  # alpha; Yun et al. 2019: 1
-    random_erasing: float = Field(0.0, ge=0, le=1, strict=True, exclude_if=lambda probability: probability == 0)
-    class_weights: ClassWeights = Field("none", exclude_if=lambda weights: weights == "none")
-    sampling: Sampling = Field("shuffled", exclude_if=lambda sampling: sampling == "shuffled")
-    patience: int | None = Field(None, ge=1, strict=True, exclude_if=lambda patience: patience is None)  # needs split=holdout
+    epochs: int = Field(  # reference log; He et al. 2016, section 4.2: about 164
+        200, ge=1, le=MAX_EPOCHS, strict=True, description="Number of epochs; of the task phase, if a method trains in stages."
+    )
+    batch_size: int = Field(  # He et al. 2016, section 4.2
+        128, ge=1, strict=True, description="Images per training step, of all processes together."
+    )
+    lr: float = Field(  # He et al. 2016, section 4.2
+        0.1, gt=0, strict=True, description="Base learning rate, which the schedule multiplies. Another optimizer than sgd needs one."
+    )
+    momentum: float = Field(  # He et al. 2016, section 4.2
+        0.9, ge=0, lt=1, strict=True, description="Momentum of sgd; other optimizers don't have this key."
+    )
+    weight_decay: float = Field(  # He et al. 2016, section 4.2
+        1e-4, ge=0, strict=True, description="Weight decay of the optimizer; train.decay_norm_and_bias says of which parameters."
+    )
+    nesterov: bool = Field(  # reference log: off (KD-Zoo: on)
+        False, description="Use Nesterov momentum in sgd; other optimizers don't have this key."
+    )
+    schedule: Literal["step", "cosine", "one-cycle"] = Field(
+        "step",
+        description="How the rate goes: step lowers it tenfold at each milestone, cosine lowers it to 0, one-cycle raises it over the "
+        "first 30 % of the steps and then lowers it to almost 0.",
+    )
+    milestones: tuple[float, ...] = Field(  # reference log
+        (0.5, 0.75), description="Shares of the run, rising between 0 and 1, after which schedule=step lowers the rate tenfold."
+    )
+    warmup_epochs: int = Field(  # He et al. 2016, section 4.2: ResNet-110 alone
+        0, ge=0, strict=True, description="Number of first epochs that are trained at a tenth of the rate."
+    )
+    precision: PrecisionName = Field(
+        "auto", description="Arithmetic of training. auto is bf16 if this GPU or CPU computes it, and else fp32."
+    )
+    mixup: bool | float = Field(
+        False,
+        exclude_if=lambda mixup: not mixup,
+        description="Mix the images of a batch in pairs. true: by a uniform share and without labels (Beyer et al. 2022); a number alpha "
+        "above 0: by a share from Beta(alpha, alpha), and the task likewise (Zhang et al. 2018).",
+    )
+    freeze: tuple[str, ...] = Field(
+        (),
+        exclude_if=lambda freeze: not freeze,
+        description="Modules or parameters of the student that keep their first weights, such as conv1,bn1,layer1; * and ? are allowed.",
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        strict=True,
+        exclude_if=lambda smoothing: smoothing == 0,
+        description="Share of each label, 0 or more and below 1, that the task spreads over all classes.",
+    )
+    batch_norm: BatchNorm = Field(
+        "local",
+        exclude_if=lambda batch_norm: batch_norm == "local",
+        description="By what several processes of one run normalise a batch: local by the images that each has, synchronised by all of it. "
+        "One process has the whole batch in either case.",
+    )
+    optimizer: str = Field(  # the training room knows which there are
+        "sgd",
+        exclude_if=lambda optimizer: optimizer == "sgd",
+        description="An optimizer of torch.optim in lower case: sgd, adamw, rmsprop or another. Another than sgd needs train.lr.",
+    )
+    optimizer_options: dict[str, Any] = Field(
+        {},
+        exclude_if=lambda options: not options,
+        description="Options of another optimizer than sgd by torch's names, such as betas. Those left out take torch's default.",
+    )
+    decay_norm_and_bias: bool = Field(
+        True,
+        exclude_if=lambda decay: decay,
+        description="Whether weight decay acts on all parameters. false: not on those of one dimension, which are biases and norms.",
+    )
+    warmup_steps: int = Field(
+        0,
+        ge=0,
+        strict=True,
+        exclude_if=lambda steps: steps == 0,
+        description="Number of first steps over which the rate rises in a line to its full value. The schedule counts them.",
+    )
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        strict=True,
+        exclude_if=lambda decay: decay == 1,
+        description="Factor, such as 0.75, by which each layer of the student has a lower rate than the next. The layer with the "
+        "classifier, and adapters, have all of it (Bao et al. 2022, BEiT).",
+    )
+    clip: float | None = Field(
+        None,
+        gt=0,
+        strict=True,
+        exclude_if=lambda clip: clip is None,
+        description="Largest global norm of a student's gradients, its adapters' included. Default: no limit.",
+    )
+    accumulate: int = Field(
+        1,
+        ge=1,
+        strict=True,
+        exclude_if=lambda parts: parts == 1,
+        description="Number of equal parts in which a batch is computed in turn, to save memory. Each is normalised by itself.",
+    )
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        strict=True,
+        exclude_if=lambda ema: ema is None,
+        description="Decay per step of an average of the weights, which is measured and shipped in their place. Default: no average.",
+    )
+    cutmix: float = Field(
+        0.0,
+        ge=0,
+        strict=True,
+        exclude_if=lambda cutmix: cutmix == 0,
+        description="Alpha by which a box of its partner is put into each image, and the task mixed by the area of the box "
+        "(Yun et al. 2019, with 1); 0 is off. With train.mixup, half of the batches are mixed by either.",
+    )
+    random_erasing: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        strict=True,
+        exclude_if=lambda probability: probability == 0,
+        description="Probability that a box of an image is filled with the mean colour of the training images, before images are mixed "
+        "(Zhong et al. 2020).",
+    )
+    class_weights: ClassWeights = Field(
+        "none",
+        exclude_if=lambda weights: weights == "none",
+        description="What each class weighs in the task: none, all alike; balanced, n / (classes x images of the class), of the images "
+        "trained on; or a number above 0 for each class, such as 1,2.5.",
+    )
+    sampling: Sampling = Field(
+        "shuffled",
+        exclude_if=lambda sampling: sampling == "shuffled",
+        description="How the images of an epoch are drawn: shuffled, each image once; balanced, as many of each class, some several times.",
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        strict=True,
+        exclude_if=lambda patience: patience is None,
+        description="Stop after so many epochs in a row of the last phase without a better accuracy on held-out images; the best epoch's "
+        "weights ship. It needs split=holdout. Default: train all epochs.",
+    )
 
     @field_validator("freeze", mode="before")
     @classmethod
@@ -391,12 +535,16 @@ class TrainConfig(Frozen):
 
 
 class InputConfig(Frozen):
-    """The images that a network was made for; what is left out is as the network's file or library declares it, else as the data."""
+    """The images that a network was made for."""
 
-    channels: Literal[1, 3] | None = None
-    size: int | None = Field(None, ge=1, strict=True)  # pixels of a side
-    mean: tuple[float, ...] | None = None  # of each channel, in 0..1
-    std: tuple[float, ...] | None = None
+    channels: Literal[1, 3] | None = Field(None, description=f"Channels of its images: 1 is grey, 3 is colour. {_AS_DECLARED}")
+    size: int | None = Field(None, ge=1, strict=True, description=f"Pixels of a side of its square images. {_AS_DECLARED}")
+    mean: tuple[float, ...] | None = Field(
+        None, description=f"Mean of each channel, of pixels in 0 to 1, that is taken from its images. {_AS_DECLARED}"
+    )
+    std: tuple[float, ...] | None = Field(
+        None, description=f"Standard deviation of each channel, of pixels in 0 to 1, by which its images are divided. {_AS_DECLARED}"
+    )
 
     @field_validator("std")
     @classmethod
@@ -407,41 +555,77 @@ class InputConfig(Frozen):
 
 
 class RunConfig(Frozen):
-    """One run: one student trained once.
+    """One run: one student trained once. Where two students teach each other, each of the two is a run."""
 
-    ``student`` and ``teacher`` are a model name (``resnet20``), a run's number (``12``), a weights file (``FILE``, if its
-    metadata name the model) or ``resnet20@FILE``. With ``init_from``, a run or a file of the student's model, the student begins from
-    those weights, its classifier fresh where the classes differ. ``peer`` is the other student where two teach each other, named
-    likewise; left out it is another of the student's kind. Each of the two is a run, of ``side`` 1 and 2. ``weights`` holds the factor
-    of each loss term; terms left out take the method's default.
-
-    A ``teacher`` may be several, joined by a plus: ``1+2+timm:NAME@pretrained``, each a run, a file or published weights. Their logits are
-    averaged: with ``teacher_shares=mean`` all count alike, with ``holdout`` each has the share by which the mean is best on the held-out
-    images. A term on features stands once for each of them: ``at@1``, ``at@2``.
-
-    With ``probe`` a linear classifier is fitted on the teacher's features of the training images, and gives its logits: a teacher that has
-    no classifier, or one of other classes, can then teach by them.
-
-    ``taps`` names, for the student and the teacher, the maps that methods see: stage1, stage2, ... -> a module's path, or one with * and
-    ? whose matches are numbered (of this package's own networks a tap's name). ``inputs`` are the images that each was made for.
-    """
-
-    student: str = Field("resnet20", coerce_numbers_to_str=True)
-    teacher: str | None = Field(None, coerce_numbers_to_str=True)
-    init_from: str | None = Field(None, coerce_numbers_to_str=True, exclude_if=lambda init_from: init_from is None)
-    peer: str | None = Field(None, coerce_numbers_to_str=True, exclude_if=lambda peer: peer is None)
-    side: Literal[1, 2] = Field(1, exclude_if=lambda side: side == 1)
-    seed: int = Field(0, ge=0, lt=2**63, strict=True)
-    split: Literal["full", "holdout"] = "full"
+    student: str = Field(
+        "resnet20",
+        coerce_numbers_to_str=True,
+        description="The network that is trained: a model name (with fresh weights), or a run number, a weights file or MODEL@FILE "
+        f"(with those weights). {advice.command('models')} lists the names.",
+    )
+    teacher: str | None = Field(
+        None,
+        coerce_numbers_to_str=True,
+        description="The network that teaches: a model name (a finished run is chosen from the ledger), a run number, a weights file, or "
+        "MODEL@FILE. A plus joins several into one, such as 1+2. Default: none.",
+    )
+    init_from: str | None = Field(
+        None,
+        coerce_numbers_to_str=True,
+        exclude_if=lambda init_from: init_from is None,
+        description="Run number or weights file that the student begins from; with other classes it gets a fresh classifier. "
+        "Default: fresh weights.",
+    )
+    peer: str | None = Field(
+        None,
+        coerce_numbers_to_str=True,
+        exclude_if=lambda peer: peer is None,
+        description="The other student, if two teach each other, named as the student is. Default: one of the student's kind.",
+    )
+    side: Literal[1, 2] = Field(
+        1, exclude_if=lambda side: side == 1, description="Which of two students that teach each other this run is: 1 or 2."
+    )
+    seed: int = Field(0, ge=0, lt=2**63, strict=True, description="Decides first weights, the order of the images and their augmentation.")
+    split: Literal["full", "holdout"] = Field(
+        "full",
+        description="holdout keeps a tenth of the training images out, by which the epoch that ships is chosen; test is read once. "
+        "full trains on all of them, and ships the last epoch.",
+    )
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
-    method: str = BASELINE
-    options: dict[str, dict[str, Any]] = {}
-    weights: dict[str, float] = {}
-    probe: bool = Field(False, exclude_if=lambda probe: not probe)  # fit a classifier on the teacher's features
-    teacher_shares: Literal["mean", "holdout"] = Field("mean", exclude_if=lambda shares: shares == "mean")  # of several, in their logits
-    taps: dict[Role, dict[str, str]] = Field({}, exclude_if=lambda taps: not taps)
-    inputs: dict[Role, InputConfig] = Field({}, exclude_if=lambda inputs: not inputs)
+    method: str = Field(
+        BASELINE,
+        description=f"How the student learns: a method, or several with a plus between them. {advice.command('methods')} lists them.",
+    )
+    options: dict[str, dict[str, Any]] = Field(
+        {}, description=f"Options of each method, such as options.fsp.pool. {advice.command('methods', 'NAME')} lists those of a method."
+    )
+    weights: dict[str, float] = Field(
+        {},
+        description="Factor of each loss term, such as weights.at; task is that of the labels. Terms left out take the method's default. "
+        "With several teachers a term on features is at@1, at@2 and so on.",
+    )
+    probe: bool = Field(
+        False,
+        exclude_if=lambda probe: not probe,
+        description="Fit a linear classifier on the teacher's features of the training images, and let it give the logits. "
+        "A teacher without a classifier, or with other classes, can then teach by them.",
+    )
+    teacher_shares: Literal["mean", "holdout"] = Field(
+        "mean",
+        exclude_if=lambda shares: shares == "mean",
+        description="How the logits of several teachers are averaged: mean, all alike; holdout, by the shares with which the mean is best "
+        "on held-out images.",
+    )
+    taps: dict[Role, dict[str, str]] = Field(
+        {},
+        exclude_if=lambda taps: not taps,
+        description="The maps of this network that methods see: stage1, stage2, ... and the path of a module, or one with * and ? whose "
+        f"matches are numbered. {advice.command('taps', 'MODEL')} prints a table to edit.",
+    )
+    inputs: dict[Role, InputConfig] = Field(
+        {}, exclude_if=lambda inputs: not inputs, description="The images that the student and the teacher were made for."
+    )
 
     @property
     def networks(self) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import methods, models
 from .checks import UserError, as_user_error
-from .config import TrainConfig, parse_as
+from .config import DISTILLING, TrainConfig, parse_as
 from .data.user_loaders import checked, refuse_other_labels
 from .device import full_precision
 from .methods import ResolvedMethod
@@ -51,7 +51,7 @@ class Distiller(nn.Module):
         self,
         teacher: nn.Module | None,
         student: nn.Module,
-        method: str = "fsp",
+        method: str = DISTILLING,
         *,
         images: Tensor | Sequence[int] = (3, 224, 224),
         options: Mapping[str, Mapping[str, Any]] | None = None,

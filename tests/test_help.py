@@ -1,0 +1,126 @@
+"""Help: every option says its default, every key what it means, every command has a short summary and examples that parse."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from helpers.command import command
+from helpers.keys import every_key
+
+from flowdistill import cli_options, config_keys
+from flowdistill.cli import app
+from flowdistill.config import BASELINE, DISTILLING, RunConfig
+from flowdistill.config_keys import KEYS
+
+GROUP: Any = typer.main.get_command(app)
+
+
+def commands(group: Any = GROUP, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command that trains, lists or writes, by its words."""
+    for word, found in group.commands.items():
+        words = f"{name} {word}".strip()
+        yield from commands(found, words) if hasattr(found, "commands") else [(words, found)]
+
+
+COMMANDS = dict(commands())
+
+
+def the_help(name: str) -> str:
+    said = command(Path.cwd(), *name.split(), "--help")
+    assert said.code == 0
+    return " ".join(said.out.split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_says_what_it_is_when_left_out(name: str) -> None:
+    shown = the_help(name)
+    for parameter in COMMANDS[name].params:
+        if parameter.name == "help":
+            continue
+        text = " ".join(str(parameter.help).split())
+        assert text.replace(" ", "") in shown.replace(" ", ""), "help is not cut; a line may end at a hyphen"
+        assert parameter.required or cli_options.DEFAULT in text, parameter.name
+        assert text.count(cli_options.DEFAULT) <= 1, "a default is said once"
+        if isinstance(parameter.default, bool):
+            assert text.endswith(f"Default: {'on' if parameter.default else 'off'}."), "a switch"
+
+
+def test_the_defaults_are_those_of_a_config() -> None:
+    """An option that sets a key says the default of RunConfig, and its description."""
+    default, shown = RunConfig(), the_help("distill")
+    for option, key, value in (
+        ("--lr", "train.lr", default.train.lr),
+        ("--batch-size", "train.batch_size", default.train.batch_size),
+        ("--epochs", "train.epochs", default.train.epochs),
+        ("--dataset", "data.name", default.data.name),
+    ):
+        found = next(parameter for parameter in COMMANDS["distill"].params if parameter.opts == [option])
+        assert found.help.startswith(KEYS[key].description.split(" Default: ")[0])
+        assert found.help.endswith(f"Default: {value}.")
+    assert f"Default: {DISTILLING}." in shown
+    assert default.method == BASELINE != DISTILLING
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "ledger"])
+def test_a_summary_is_short_and_not_cut(name: str) -> None:
+    *group, word = name.split()
+    parent: Any = GROUP.commands[group[0]] if group else GROUP
+    summary = parent.commands[word].help.split("\n\n")[0]
+    assert len(summary) < 50
+    assert summary.endswith(".")
+    listed = command(Path.cwd(), *group, "--help").out
+    assert f"{word} {summary}" in " ".join(listed.split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_has_examples_that_parse(name: str) -> None:
+    out = command(Path.cwd(), *name.split(), "--help").out
+    examples = [line.strip() for line in out[out.index("Examples:") :].splitlines()[1:] if line.strip()]
+    assert examples
+    for example in examples:
+        program, *words = shlex.split(example)
+        assert program == "flowdistill"
+        assert words[: len(name.split())] == name.split(), "an example of this very command"
+        found = COMMANDS[name]
+        found.make_context(name, words[len(name.split()) :], resilient_parsing=False).close()
+
+
+def test_every_key_is_described() -> None:
+    assert KEYS.keys() == every_key()
+    for key in KEYS.values():
+        assert key.description.endswith("."), key.key
+        assert len(key.description) > 20
+        assert key.allowed
+
+
+def test_config_lists_keys_by_name_pattern_or_table() -> None:
+    def listed(*words: str) -> list[str]:
+        said = command(Path.cwd(), "config", *words, "--format", "json")
+        assert said.code == 0, said.err
+        return [row["key"] for row in json.loads(said.out)]
+
+    assert listed() == [*KEYS]
+    assert listed("train.lr") == ["train.lr"]
+    assert listed("train.*") == listed("train") == [key for key in KEYS if key.startswith("train.")]
+    assert listed("*.size") == ["data.size", "inputs.student.size", "inputs.teacher.size"]
+
+
+def test_a_listed_default_is_what_set_reads() -> None:
+    """Given back by --set, it changes nothing; a default that is no value is said by the description."""
+    changed = json.loads(json.dumps(RunConfig().model_dump(), default=str))
+    for key in KEYS.values():
+        at = changed
+        for part in key.key.split("."):
+            at = at.get(part) if isinstance(at, dict) else None
+        assert (at if at is not None else key.default) == key.default or key.key.startswith(("taps.", "inputs.")), key.key
+
+
+def test_a_key_within_another_table_is_found_by_its_last_name() -> None:
+    with pytest.raises(config_keys.UserError, match=r"^config 'lr': no key has such a name; choose from: train\.lr$"):
+        config_keys.chosen("lr")

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from helpers.command import command
 
+from flowdistill.config import BASELINE
 from flowdistill.ledger import Ledger
+from flowdistill.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -175,3 +177,9 @@ def test_the_commands_of_the_verification_page_select_tests() -> None:
         assert names
         for word in set(re.findall(r"\w+", chosen)) - {"or"}:
             assert any(word in name for name in names), f"{file} -k {word}"
+
+
+def test_the_readme_counts_the_methods_that_there_are() -> None:
+    distilling = {*METHODS} - {BASELINE}
+    assert re.findall(r"(\d+) others are there", README) == [str(len(distilling - {"kd", "fsp"}))]
+    assert re.findall(r"Each of the (\d+) methods", README) == [str(len(distilling))]

@@ -91,7 +91,8 @@ def test_from_published_weights_to_a_student_in_onnx(tmp_path: Path) -> None:
     """Fine-tuned on a folder, then a student by kd and at, its card, and its ONNX file, answered by onnxruntime."""
     crops(tmp_path / "photographs")
     data = ("--dataset", "folder:photographs", "--set", "data.size=64", "--set", "train.precision=fp32", "--set", "train.batch_size=32")
-    recipe = ("--epochs", "4", "--set", "train.lr=0.01", "--set", "train.schedule=cosine", "--set", "inputs.student.size=160")
+    # at a rate of 0.01 four epochs end anywhere between 56 and 91 %, as rounding has it; at this rate two seeds had 81 and 86 % after eight
+    recipe = ("--epochs", "12", "--set", "train.lr=0.002", "--set", "train.schedule=cosine", "--set", "inputs.student.size=160")
     tuned = command(tmp_path, "train", "--model", LITE, *data, *recipe)
     assert tuned.code == 0, tuned.err
     assert (

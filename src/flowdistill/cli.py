@@ -40,7 +40,6 @@ from .cli_options import (
     LrOption,
     MethodOption,
     MetricOption,
-    ModelOption,
     PlotOption,
     PrecisionOption,
     ProbeOption,
@@ -352,7 +351,7 @@ def _split(options: dict[str, Any], function: Callable[..., Any]) -> dict[str, A
     *(_described, _launch),
     examples=("train --model resnet20 --dataset cifar10 --seeds 0-2", "train --model resnet8 --dataset folder:birds --set data.size=64"),
 )
-def train(model: ModelOption = None, **options: Any) -> int:
+def train(model: StudentOption = None, **options: Any) -> int:
     """Train networks on the labels alone.
 
     They are teachers and baselines. Each seed is one run.
@@ -826,7 +825,7 @@ def rebuild(format_: FormatOption = "table", runs: RunsOption = Path("runs")) ->
     return 1 if any(entry.status == "left alone" for entry in entered) else 0
 
 
-@command(ledger_app, "merge", examples=("ledger merge runs/shards/* --into runs",))
+@command(ledger_app, "merge", examples=("ledger merge runs/shards/1-of-2 runs/shards/2-of-2 --into runs",))
 def merge_ledgers(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of runs, such as those of shards.")],
     into: Annotated[Path, typer.Option(help="Folder of runs that they are copied into; it is made if it is not there.")],

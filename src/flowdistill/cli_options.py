@@ -93,7 +93,6 @@ PlotOption = Annotated[
 DatasetOption = Annotated[str | None, of_key("data.name")]
 LimitTrainOption = Annotated[int | None, of_key("data.limit_train")]
 UnlabelledOption = Annotated[str | None, of_key("data.unlabelled")]
-ModelOption = Annotated[str | None, of_key("student")]
 StudentOption = Annotated[str | None, of_key("student")]
 TeacherOption = Annotated[str | None, of_key("teacher", more="A comma separates teachers, each of which has runs of its own.")]
 MethodOption = Annotated[

@@ -73,7 +73,7 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
                 if isinstance(below, type) and issubclass(below, BaseModel):
                     yield from _keys(below, f"{key}.{role}.")
                 else:
-                    yield Key(f"{key}.{role}", _allowed(below, field), {}, field.description or "")
+                    yield Key(f"{key}.{role}", _allowed(below, field), None, field.description or "")
         else:
             default = json.loads(json.dumps(field.default, default=str))  # lists and texts in the place of tuples and paths
             yield Key(key, _allowed(annotation, field), default, field.description or "")
